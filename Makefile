@@ -1,0 +1,34 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both make their own virtual environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo test lint types wheel ci toy-models clean
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,notebooks]'
+	touch $@
+
+demo: $(INSTALLED) ## the quickstart: distil the toy student, under a minute on two cores
+	$(BIN)/opdlab fit --config quickstart
+
+test: $(INSTALLED) ## tests and doctests
+	$(BIN)/python -m pytest --numprocesses 2
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+wheel: $(INSTALLED) ## build a wheel, install it elsewhere, and import it there
+	sh tests/check_wheel.sh $(PYTHON) $(BIN)/python
+
+toy-models: $(INSTALLED) ## train the shipped toy models anew (about five minutes)
+	OMP_NUM_THREADS=2 $(BIN)/python -m opdlab.tasks.toy.make_models opdlab/tasks/toy/models | tee opdlab/tasks/toy/models/RECORD.txt
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache runs

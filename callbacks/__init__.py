@@ -1,0 +1,22 @@
+"""Lightning callbacks of the lab."""
+
+if __name__ != "opdlab.callbacks":
+    raise ImportError(
+        f"this folder was imported as {__name__!r}; import opdlab.callbacks (two imports of one file make two classes)"
+    )
+
+from opdlab.callbacks.behavior_refresh import BehaviorRefresh
+from opdlab.callbacks.evaluation_table import EvaluationTable
+from opdlab.callbacks.gate_monitor import GateMonitor
+from opdlab.callbacks.hf_export import HFExport
+from opdlab.callbacks.interrupt import InterruptCheckpoint
+from opdlab.callbacks.progress_bar import LabProgressBar
+
+__all__ = [
+    "BehaviorRefresh",
+    "EvaluationTable",
+    "GateMonitor",
+    "HFExport",
+    "InterruptCheckpoint",
+    "LabProgressBar",
+]

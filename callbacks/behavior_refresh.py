@@ -1,0 +1,48 @@
+"""When the behavior snapshot takes the student's weights."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from opdlab.errors import require
+from opdlab.module import OPDModule
+
+
+class BehaviorRefresh(pl.Callback):
+    """Copies the student to the behavior snapshot after optimizer step K, 2K, ….
+
+    The loader fetches the next minibatch only after this hook, so a pool that begins at step K is sampled from the
+    refreshed snapshot. With accumulation the copy is made once, when the optimizer has stepped.
+
+    Args:
+        every_n_steps: K, optimizer steps between copies, at least 1.
+
+    Raises:
+        UsageError: K is below 1.
+
+    Example:
+        >>> BehaviorRefresh(every_n_steps=4).every_n_steps
+        4
+    """
+
+    def __init__(self, every_n_steps: int = 4) -> None:
+        require(every_n_steps >= 1, f"behavior_refresh.every_n_steps is {every_n_steps}, but must be at least 1")
+        self.every_n_steps = every_n_steps
+        self._last_step = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin from equal weights, also where the student was changed by hand since it was built."""
+        assert isinstance(pl_module, OPDModule)
+        self._last_step = trainer.global_step
+        if trainer.global_step == 0:
+            pl_module.behavior.refresh(pl_module.student)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Copy where the optimizer has just taken a K-th step."""
+        assert isinstance(pl_module, OPDModule)
+        stepped = trainer.global_step != self._last_step
+        self._last_step = trainer.global_step
+        if stepped and trainer.global_step % self.every_n_steps == 0:
+            pl_module.behavior.refresh(pl_module.student)

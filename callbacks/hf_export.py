@@ -1,0 +1,29 @@
+"""The trained student as a Hugging Face folder."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+
+from opdlab.module import OPDModule
+
+
+class HFExport(pl.Callback):
+    """Writes the student with ``save_pretrained`` when training ends, for ``AutoModelForCausalLM`` to load.
+
+    Args:
+        folder: where to; ``student`` in the run's folder by default.
+        enabled: whether to write at all.
+    """
+
+    def __init__(self, folder: str | None = None, enabled: bool = True) -> None:
+        self.folder = folder
+        self.enabled = enabled
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the folder, from one process."""
+        assert isinstance(pl_module, OPDModule)
+        if self.enabled and trainer.is_global_zero:
+            folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "student")
+            pl_module.student.save(folder)
+            rank_zero_info(f"student written to {folder}")

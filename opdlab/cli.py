@@ -1,0 +1,186 @@
+"""The command line: ``opdlab fit | validate | test`` (a LightningCLI) and ``opdlab gates``.
+
+Everything a user can get wrong ends in one line on standard error and exit code 2.
+"""
+
+import os
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from opdlab.callbacks import (
+    BehaviorRefresh,
+    EvaluationTable,
+    GateMonitor,
+    HFExport,
+    InterruptCheckpoint,
+    LabProgressBar,
+)
+from opdlab.cli_config import CONFIG_MODE, expand_arguments, explain
+from opdlab.cli_runs import check_checkpoint, find_checkpoint, run_folder_for
+from opdlab.data import PromptDataModule
+from opdlab.errors import UsageError
+from opdlab.gating import gate_registry
+from opdlab.module import OPDModule
+from opdlab.policies import LocalTeacher
+
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+class _SaveFitConfig(SaveConfigCallback):
+    """Writes config.yaml into the run's folder; other subcommands have no such folder."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.logger is not None:
+            super().setup(trainer, pl_module, stage)
+
+
+class OPDCLI(LightningCLI):
+    """LightningCLI with the lab's callbacks, run folders, and an evaluation before and after training."""
+
+    datamodule: PromptDataModule
+    model: OPDModule
+
+    def __init__(self) -> None:
+        self.table = EvaluationTable()
+        self.interrupt = InterruptCheckpoint()
+        options = {"parser_mode": CONFIG_MODE, "exit_on_error": False}
+        super().__init__(
+            OPDModule,
+            PromptDataModule,
+            seed_everything_default=0,
+            save_config_callback=_SaveFitConfig,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={key: options for key in ("fit", "validate", "test")} | options,
+            trainer_defaults={"callbacks": [self.table, self.interrupt, LabProgressBar()], "max_epochs": -1},
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Predicting makes no sense here: samples are written by validation."""
+        return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Each callback has its own section of the configuration."""
+        parser.add_lightning_class_args(BehaviorRefresh, "behavior_refresh")
+        parser.add_lightning_class_args(GateMonitor, "gate_monitor")
+        parser.add_lightning_class_args(HFExport, "export")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.every_n_train_steps": 50,
+                "checkpoint.filename": "step-{step}",
+                "checkpoint.auto_insert_metric_name": False,
+            }
+        )
+
+    # -- the run's folder ----------------------------------------------------------------------------------------
+
+    def before_instantiate_classes(self) -> None:
+        """Settle where the run lives: ``ROOT/version_N`` holds its events, configuration, checkpoints and student."""
+        config = self.config[self.subcommand]
+        root = Path(config.trainer.default_root_dir or "runs")
+        config.trainer.default_root_dir = str(root)
+        if config.weights_only is None:
+            config.weights_only = True  # checkpoints hold only tensors and plain values
+        if config.ckpt_path is not None:
+            config.ckpt_path = str(find_checkpoint(config.ckpt_path, root))
+            check_checkpoint(Path(config.ckpt_path))
+        if self.subcommand != "fit":
+            config.trainer.logger = False if config.trainer.logger is None else config.trainer.logger
+            return
+        folder = run_folder_for(config.ckpt_path, root)
+        if config.trainer.logger in (None, True):
+            # Absolute for Lightning's checks, yet shown to the user as given.
+            config.trainer.logger = {
+                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                "init_args": {"save_dir": str(root), "name": "", "version": folder.name},
+            }
+        if config.checkpoint.dirpath is None:
+            config.checkpoint.dirpath = str(folder / "checkpoints")
+
+    # -- before and after ----------------------------------------------------------------------------------------
+
+    def before_fit(self) -> None:
+        """Evaluate the untrained student, unless the run goes on from a checkpoint, which remembers."""
+        if self.config.fit.ckpt_path is None and self._has_benchmarks:
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+    def after_fit(self) -> None:
+        """Evaluate the trained student and the teacher, print the table, and say how to look closer."""
+        if self._has_benchmarks:
+            if self.table.after_step != self.trainer.global_step:
+                self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+            teacher = self.model.teacher
+            if isinstance(teacher, LocalTeacher) and self.model.evaluator.config.teacher and not self.table.teacher:
+                with self.model.evaluating("teacher", teacher.model):
+                    self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+            self.table.print()
+        print(f"run folder: {self.trainer.log_dir}")
+        print(f"look closer: tensorboard --logdir {self.trainer.default_root_dir}")
+
+    def after_validate(self) -> None:
+        """Print the table."""
+        self.table.print()
+
+    @property
+    def _has_benchmarks(self) -> bool:
+        return bool(self.datamodule.benchmark_sources)
+
+
+def list_gates() -> None:
+    """Print every registered gate with the first line of its documentation."""
+    registry = gate_registry()
+    width = max(map(len, registry.names()))
+    for name in registry.names():
+        lines = (registry.get(name).__doc__ or "").strip().splitlines()
+        print(f"{name:{width}}  {lines[0] if lines else ''}")
+
+
+def _run(arguments: Sequence[str]) -> None:
+    if list(arguments[:1]) == ["gates"]:
+        list_gates()
+        return
+    program = sys.argv[0]
+    # LightningCLI reads sys.argv; handing it arguments instead makes it warn.
+    sys.argv = [program, *expand_arguments(arguments)]
+    OPDCLI()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        arguments: without the program's name; those of the process by default.
+    """
+    # A gate of one's own in the current folder is found by class_path, as it is with `python -m`.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        _run(sys.argv[1:] if arguments is None else arguments)
+    except (UsageError, MisconfigurationException, ArgumentError) as error:
+        print(f"opdlab: error: {explain(error)}", file=sys.stderr)
+        return EXIT_USAGE
+    return 0
+
+
+def console() -> None:
+    """Entry point of the ``opdlab`` command."""
+    # Lightning warns that the behavior snapshot is in eval mode, which it is on purpose, and uses a name that torch
+    # has renamed; neither is the user's business.
+    warnings.filterwarnings("ignore", message=r"Found .* module\(s\) in eval mode")
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    raise SystemExit(main())
+
+
+if __name__ == "__main__":
+    raise SystemExit("run the console script `opdlab`: as __main__, subclasses of third parties fail to match")

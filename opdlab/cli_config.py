@@ -1,0 +1,121 @@
+"""How configurations are found and read: shipped names, registered plug-ins, and errors in one line."""
+
+import difflib
+import importlib.resources
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import set_loader
+
+from opdlab.errors import UsageError
+from opdlab.gating import gate_registry
+from opdlab.objectives.base import objective_registry
+from opdlab.registry import Registry, suggestion
+
+# Keys whose value may be a registered name where jsonargparse wants a class path.
+_REGISTRIES: dict[str, Callable[[], Registry[Any]]] = {
+    "model.gate": gate_registry,
+    "model.objective": objective_registry,
+}
+_CONFIG_FLAGS = ("-c", "--config")
+
+
+def _load_yaml(text: str) -> Any:
+    """Load YAML, and put class paths where registered names stand."""
+    loaded = yaml.safe_load(text)
+    if isinstance(loaded, dict):
+        for key in _REGISTRIES:
+            _expand_in(loaded, key)
+    return loaded
+
+
+def _expand_in(config: dict[str, Any], key: str) -> None:
+    *parents, last = key.split(".")
+    section: Any = config
+    for parent in parents:
+        section = section.get(parent) if isinstance(section, dict) else None
+    if not isinstance(section, dict) or last not in section:
+        return
+    value = section[last]
+    if isinstance(value, str):
+        section[last] = {"class_path": class_path_of(key, value)}
+    elif isinstance(value, dict) and isinstance(value.get("class_path"), str):
+        value["class_path"] = class_path_of(key, value["class_path"])
+
+
+CONFIG_MODE = "opdlab_yaml"
+set_loader(CONFIG_MODE, _load_yaml, exceptions=(yaml.YAMLError,))
+
+
+def class_path_of(key: str, name: str) -> str:
+    """Turn a registered name into a class path; class paths, and names of classes, stay as they are.
+
+    Raises:
+        UsageError: neither is known; the nearest name is given.
+
+    Example:
+        >>> class_path_of("model.gate", "block64")
+        'opdlab.strategies.block.Block64Gate'
+    """
+    registry = _REGISTRIES[key]()
+    names = registry.names()
+    classes = {registry.get(known).__name__ for known in names}
+    if "." in name or name in classes:
+        return name
+    cls = registry.get(name)
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def expand_arguments(arguments: Sequence[str]) -> list[str]:
+    """Put paths where names of shipped configurations stand, and class paths where registered names do.
+
+    Raises:
+        UsageError: no such configuration, gate or objective.
+    """
+    expanded: list[str] = []
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if expanded and expanded[-1] in _CONFIG_FLAGS:
+            argument = config_path(argument)
+        elif flag in _CONFIG_FLAGS and equals:
+            argument = f"{flag}={config_path(value)}"
+        elif (key := flag.removeprefix("--")) in _REGISTRIES and equals:
+            argument = f"{flag}={class_path_of(key, value)}"
+        elif expanded and (key := expanded[-1].removeprefix("--")) in _REGISTRIES:
+            argument = class_path_of(key, argument)
+        expanded.append(argument)
+    return expanded
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Every configuration that comes with opdlab, by name.
+
+    Example:
+        >>> "quickstart" in shipped_configs()
+        True
+    """
+    root = Path(str(importlib.resources.files("opdlab.configs")))
+    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
+
+
+def config_path(name: str) -> str:
+    """Return ``name`` where it is a file, otherwise the shipped configuration of that name."""
+    if Path(name).is_file():
+        return name
+    shipped = shipped_configs()
+    key = name.removeprefix("configs/").removesuffix(".yaml")
+    if key not in shipped:
+        raise UsageError(
+            f"there is no configuration file '{name}', and none of that name comes with opdlab"
+            f"{suggestion(key, shipped)} Shipped: {', '.join(shipped)}"
+        )
+    return str(shipped[key])
+
+
+def explain(error: BaseException) -> str:
+    """Say in one line what is wrong, with the nearest key where a key is unknown."""
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    return text

@@ -1,0 +1,49 @@
+"""Where runs and their checkpoints live: ``ROOT/version_N/checkpoints``."""
+
+import pickle
+import re
+from pathlib import Path
+
+import torch
+
+from opdlab.errors import UsageError, require
+
+
+def find_checkpoint(path: str, root: Path) -> Path:
+    """Resolve ``ckpt_path``: a file, or ``last`` for the newest checkpoint of the newest run under ``root``.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if path != "last":
+        require(Path(path).is_file(), f"ckpt_path '{path}' does not exist: give a .ckpt file, or 'last'")
+        return Path(path)
+    found = sorted(root.glob("version_*/checkpoints/*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
+    require(bool(found), f"ckpt_path is 'last', but there is no checkpoint under {root}: start a run without it")
+    return found[-1]
+
+
+def check_checkpoint(path: Path) -> None:
+    """Refuse a checkpoint that cannot be read.
+
+    Raises:
+        UsageError: it is truncated, or no checkpoint at all, or holds more than tensors and plain values.
+    """
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0][:200]
+        raise UsageError(
+            f"ckpt_path '{path}' cannot be read, it may have been cut off while it was written: give an earlier "
+            f"checkpoint ({first_line})"
+        ) from error
+
+
+def run_folder_for(ckpt_path: str | None, root: Path) -> Path:
+    """The folder of a run: a new ``version_N``, or that of the checkpoint which it resumes."""
+    if ckpt_path is not None:
+        folder = Path(ckpt_path).resolve().parent.parent
+        if folder.parent == root.resolve() and re.fullmatch(r"version_\d+", folder.name):
+            return root / folder.name
+    numbers = [int(path.name.removeprefix("version_")) for path in root.glob("version_*") if path.name[8:].isdigit()]
+    return root / f"version_{max(numbers, default=-1) + 1}"

@@ -1,0 +1,186 @@
+"""The data module: prompts for training, problems for evaluation."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import lightning.pytorch as pl
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader, Dataset
+
+from opdlab.data.prompts import ProblemSource, Prompt, PromptSet, prompt_set
+from opdlab.errors import require
+from opdlab.tasks.verifier import Verifier
+
+if TYPE_CHECKING:
+    from opdlab.module import OPDModule
+    from opdlab.rollouts.loader import RolloutLoader
+
+
+@dataclass(frozen=True)
+class ReuseConfig:
+    """How rollouts are pooled and reused. Sizes are per process.
+
+    Args:
+        prompts_per_pool: prompts sampled from at a time; a pool has this many times ``sampling.num_samples`` rollouts.
+        epochs: passes over a pool before the next is sampled.
+        batch_size: rollouts in an optimizer step; must divide the pool. ``trainer.accumulate_grad_batches`` cuts it
+            into as many micro-batches and leaves the step as it is.
+    """
+
+    prompts_per_pool: int = 32
+    epochs: int = 2
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        for key in ("prompts_per_pool", "epochs", "batch_size"):
+            value = getattr(self, key)
+            require(value >= 1, f"data.reuse.{key} is {value}, but must be at least 1")
+
+
+@dataclass(frozen=True)
+class EvaluationBatch:
+    """Problems of one benchmark.
+
+    Args:
+        benchmark: its name.
+        prompts: the problems' prompts.
+        verifier: checks the answers.
+    """
+
+    benchmark: str
+    prompts: Sequence[Prompt]
+    verifier: Verifier | None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def to(self, device: object, non_blocking: bool = False) -> "EvaluationBatch":
+        """Nothing to move: Lightning calls this for every batch."""
+        del device, non_blocking
+        return self
+
+
+class _Problems(Dataset[Prompt]):
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self._prompts = prompts
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return self._prompts[index]
+
+
+class PromptDataModule(pl.LightningDataModule):
+    """Prompts to distil on and benchmarks to evaluate on.
+
+    Args:
+        train: problems to sample rollouts for.
+        benchmarks: problems to evaluate on, by the name under which their figures are logged.
+        reuse: see :class:`ReuseConfig`.
+        max_prompt_tokens: longer prompts are left out and counted.
+        eval_batch_size: problems evaluated at a time.
+        seed: decides the order of prompts and what is sampled.
+    """
+
+    def __init__(
+        self,
+        train: ProblemSource,
+        benchmarks: dict[str, ProblemSource] | None = None,
+        reuse: ReuseConfig = ReuseConfig(),  # noqa: B008 - frozen
+        max_prompt_tokens: int = 2048,
+        eval_batch_size: int = 64,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name in benchmarks or {}:
+            require(
+                re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None,
+                f"data.benchmarks has the name '{name}': use letters, digits, - and _ only",
+            )
+        require(max_prompt_tokens >= 1, f"data.max_prompt_tokens is {max_prompt_tokens}, but must be at least 1")
+        require(eval_batch_size >= 1, f"data.eval_batch_size is {eval_batch_size}, but must be at least 1")
+        self.train_source = train
+        self.benchmark_sources: Mapping[str, ProblemSource] = benchmarks or {}
+        self.reuse = reuse
+        self.max_prompt_tokens = max_prompt_tokens
+        self.eval_batch_size = eval_batch_size
+        self.seed = seed
+        self.train_prompts: PromptSet | None = None
+        self.benchmarks: dict[str, PromptSet] = {}
+
+    @property
+    def train_verifier(self) -> Verifier | None:
+        """Checks answers to training prompts, where their source has gold answers."""
+        return self.train_source.verifier
+
+    def setup(self, stage: str) -> None:
+        """Tokenize what the stage needs, once."""
+        if stage == "fit" and self.train_prompts is None:
+            self.train_prompts = self._tokenized("train", self.train_source)
+        for name, source in self.benchmark_sources.items():
+            if name not in self.benchmarks:
+                self.benchmarks[name] = self._tokenized(name, source)
+
+    def _tokenized(self, name: str, source: ProblemSource) -> PromptSet:
+        prompts = prompt_set(source, self._module.student.tokenizer, self.max_prompt_tokens)
+        dropped = f", {prompts.num_too_long} dropped as too long" if prompts.num_too_long else ""
+        rank_zero_info(f"{name}: {len(prompts)} prompts from {source.name}{dropped}")
+        return prompts
+
+    @property
+    def _module(self) -> "OPDModule":
+        assert self.trainer is not None
+        module: OPDModule = self.trainer.lightning_module  # type: ignore[assignment]
+        return module
+
+    def train_dataloader(self) -> "RolloutLoader":
+        """The rollout loader: it asks the module for a pool whenever it needs one."""
+        from opdlab.rollouts.loader import RolloutLoader
+
+        assert self.trainer is not None and self.train_prompts is not None
+        return RolloutLoader(
+            self.train_prompts.prompts,
+            self._module.collect,
+            samples_per_prompt=self._module.sampling.num_samples,
+            prompts_per_pool=self.reuse.prompts_per_pool,
+            batch_size=self.reuse.batch_size,
+            micro_batches=self.trainer.accumulate_grad_batches,
+            reuse_epochs=self.reuse.epochs,
+            seed=self.seed,
+            rank=self.trainer.global_rank,
+            world_size=self.trainer.world_size,
+        )
+
+    def val_dataloader(self) -> list[DataLoader[Prompt]]:
+        """One loader per benchmark."""
+        return list(self._evaluation_loaders())
+
+    def test_dataloader(self) -> list[DataLoader[Prompt]]:
+        """The same as for validation."""
+        return list(self._evaluation_loaders())
+
+    def _evaluation_loaders(self) -> Iterator[DataLoader[Prompt]]:
+        assert self.trainer is not None
+        for name, prompts in self.benchmarks.items():
+            problems = _Problems(prompts.prompts)
+            # Never repeats a problem to fill up ranks, which would bias pass@k.
+            sampler = UnrepeatedDistributedSampler(problems, shuffle=False) if self.trainer.world_size > 1 else None
+            yield DataLoader(
+                problems,
+                batch_size=self.eval_batch_size,
+                sampler=sampler,
+                collate_fn=_Collate(name, prompts.verifier),
+            )
+
+
+@dataclass(frozen=True)
+class _Collate:
+    benchmark: str
+    verifier: Verifier | None
+
+    def __call__(self, prompts: list[Prompt]) -> EvaluationBatch:
+        return EvaluationBatch(self.benchmark, prompts, self.verifier)

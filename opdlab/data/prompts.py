@@ -1,0 +1,110 @@
+"""Problems, and the prompts that they become."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from opdlab.data.templates import RawTemplate, Template
+from opdlab.errors import UsageError, require
+from opdlab.tasks.verifier import Verifier
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A problem as its source has it.
+
+    Args:
+        id: unique within the source.
+        text: the problem.
+        answer: the gold answer, or None where there is none.
+    """
+
+    id: str
+    text: str
+    answer: str | None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A problem as the student reads it.
+
+    Args:
+        index: row in the prompt set.
+        problem: what it was made from.
+        tokens: token ids, special tokens of the template included.
+    """
+
+    index: int
+    problem: Problem
+    tokens: tuple[int, ...]
+
+
+class ProblemSource(ABC):
+    """Where problems come from, how they are put to the model, and how answers are checked.
+
+    Args:
+        template: turns a problem into a prompt.
+        verifier: checks answers; None where there is nothing to check against.
+    """
+
+    def __init__(self, template: Template | None = None, verifier: Verifier | None = None) -> None:
+        self.template: Template = template or RawTemplate()
+        self.verifier = verifier
+
+    @abstractmethod
+    def problems(self) -> list[Problem]:
+        """Read or make the problems, the same ones in the same order at each call."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What messages call the source: a path, a data set's name."""
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts ready to be sampled from, and how many were dropped on the way.
+
+    Args:
+        prompts: in the order of the source.
+        num_too_long: problems left out because their prompt has more than the allowed number of tokens.
+        verifier: of the source.
+    """
+
+    prompts: tuple[Prompt, ...]
+    num_too_long: int
+    verifier: Verifier | None
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+def prompt_set(source: ProblemSource, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> PromptSet:
+    """Tokenize a source.
+
+    Args:
+        source: where the problems come from.
+        tokenizer: the student's.
+        max_prompt_tokens: a longer prompt is left out and counted; never cut, which would change the problem.
+
+    Raises:
+        UsageError: the source is empty, or every prompt is too long.
+    """
+    problems = source.problems()
+    require(bool(problems), f"{source.name} holds no problems: give a source with at least one")
+    tokenized = source.template.tokenize([problem.text for problem in problems], tokenizer)
+    kept: Sequence[tuple[Problem, list[int]]] = [
+        (problem, tokens)
+        for problem, tokens in zip(problems, tokenized, strict=True)
+        if 0 < len(tokens) <= max_prompt_tokens
+    ]
+    if not kept:
+        shortest = min(map(len, tokenized))
+        raise UsageError(
+            f"data.max_prompt_tokens is {max_prompt_tokens}, but every prompt of {source.name} is longer (the shortest "
+            f"has {shortest} tokens): raise it"
+        )
+    prompts = tuple(Prompt(index, problem, tuple(tokens)) for index, (problem, tokens) in enumerate(kept))
+    return PromptSet(prompts, len(problems) - len(kept), source.verifier)

@@ -1,0 +1,74 @@
+"""Templates turn a problem's text into prompt tokens."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from opdlab.errors import UsageError
+
+
+class Template(ABC):
+    """Turns problems into prompts."""
+
+    @abstractmethod
+    def tokenize(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """Return the token ids of each problem's prompt."""
+
+
+class RawTemplate(Template):
+    r"""The problem as plain text between a prefix and a suffix, as base models are prompted.
+
+    Args:
+        prefix: stands before the problem.
+        suffix: stands after it, for example
+            ``"\nPlease reason step by step, and put your final answer within \\boxed{}.\n"``.
+
+    Example:
+        >>> from opdlab.tasks.toy import chain_tokenizer
+        >>> tokenizer = chain_tokenizer()
+        >>> tokenizer.decode(RawTemplate(suffix="\n").tokenize(["86 a+7"], tokenizer)[0])
+        '86 a+7\n'
+    """
+
+    def __init__(self, prefix: str = "", suffix: str = "") -> None:
+        self.prefix = prefix
+        self.suffix = suffix
+
+    def tokenize(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """See :meth:`Template.tokenize`."""
+        ids: list[list[int]] = tokenizer([f"{self.prefix}{text}{self.suffix}" for text in texts])["input_ids"]
+        return ids
+
+
+class ChatTemplate(Template):
+    """The problem as a user's turn in the tokenizer's own chat template.
+
+    Args:
+        system: a system message, or None.
+        suffix: stands after the problem in the user's turn.
+        enable_thinking: passed to the template where given; Qwen3's reads it.
+
+    Raises:
+        UsageError: the tokenizer has no chat template.
+    """
+
+    def __init__(self, system: str | None = None, suffix: str = "", enable_thinking: bool | None = None) -> None:
+        self.system = system
+        self.suffix = suffix
+        self.enable_thinking = enable_thinking
+
+    def tokenize(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """See :meth:`Template.tokenize`."""
+        if not tokenizer.chat_template:
+            raise UsageError(
+                "template is ChatTemplate, but the student's tokenizer has no chat template: use RawTemplate"
+            )
+        turns = [{"role": "system", "content": self.system}] if self.system else []
+        chats = [[*turns, {"role": "user", "content": text + self.suffix}] for text in texts]
+        options = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        encoded = tokenizer.apply_chat_template(
+            chats, tokenize=True, add_generation_prompt=True, return_dict=True, **options
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids

@@ -1,0 +1,5 @@
+"""Metrics."""
+
+from opdlab.metrics.pass_at_k import PassAtK
+
+__all__ = ["PassAtK"]

@@ -1,0 +1,409 @@
+"""The LightningModule: owns student, behavior snapshot, teacher, objective and gate, and takes the training step."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+
+from opdlab.data.datamodule import EvaluationBatch, PromptDataModule
+from opdlab.data.prompts import Prompt
+from opdlab.diagnostics import StepRecord, merge_records, step_metrics, step_record
+from opdlab.errors import UsageError, require
+from opdlab.evaluation import EvaluationConfig, Evaluator, check_answers
+from opdlab.gating import GateInputs, Gates, GateStrategy, build_gate
+from opdlab.objectives import Objective, PositionLosses, Reduction, TeacherTopK, reduce_losses
+from opdlab.policies import (
+    BehaviorPolicy,
+    LanguageModel,
+    SamplingConfig,
+    Teacher,
+    TeacherRequest,
+    check_same_vocabulary,
+)
+from opdlab.policies.language_model import DType
+from opdlab.progress import Progress, SilentProgress
+from opdlab.rollouts import Minibatch, Pool, Rollouts, Targets
+from opdlab.rollouts.batch import StopReason
+
+_CHECKPOINT_KEY = "opdlab"
+
+
+class NonFiniteLossError(UsageError):
+    """The loss became NaN or infinite; the message says at which step, on which rollouts, and where the batch is."""
+
+
+@dataclass(frozen=True)
+class BehaviorConfig:
+    """The behavior snapshot.
+
+    Args:
+        dtype: of its weights; null keeps the student's. A narrower one makes the drift of fresh rollouts its rounding
+            error instead of 0.
+        score_batch_size: rollouts scored at a time.
+    """
+
+    dtype: DType | None = None
+    score_batch_size: int = 32
+
+
+@dataclass
+class _Window:
+    """State of the optimizer batch that is under way, while its micro-batches come in.
+
+    Args:
+        gates: weights of each micro-batch, normalised over the whole optimizer batch; None until computed.
+        records: what the micro-batches so far leave for the log.
+    """
+
+    gates: list[Gates] | None
+    records: list[StepRecord]
+
+
+class OPDModule(pl.LightningModule):
+    """On-policy distillation of a student from a frozen teacher on gated, reused rollouts.
+
+    Args:
+        student: the model to train.
+        teacher: scores its rollouts.
+        objective: what a position costs.
+        gate: a gate, or the name of a registered one.
+        sampling: how rollouts are sampled; log-probabilities are taken at its temperature.
+        eval_sampling: how answers are sampled for evaluation.
+        evaluation: see :class:`EvaluationConfig`.
+        reduction: ``token_mean`` over the optimizer batch's tokens, or ``sequence_mean``.
+        behavior: see :class:`BehaviorConfig`.
+        optimizer: takes the student's trainable parameters.
+        lr_scheduler: stepped after every optimizer step; none by default.
+
+    Raises:
+        UsageError: vocabularies differ, K is larger than the vocabulary, or an option is out of range.
+    """
+
+    def __init__(
+        self,
+        student: LanguageModel,
+        teacher: Teacher,
+        objective: Objective | None = None,
+        gate: GateStrategy | str = "block64",
+        sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
+        eval_sampling: SamplingConfig = SamplingConfig(num_samples=8),  # noqa: B008 - frozen
+        evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 - frozen
+        reduction: Reduction = "token_mean",
+        behavior: BehaviorConfig = BehaviorConfig(),  # noqa: B008 - frozen
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        check_same_vocabulary(student.tokenizer, teacher.tokenizer)
+        evaluation.check(eval_sampling)
+        require(
+            reduction in get_args(Reduction),
+            f"model.reduction is '{reduction}', but must be one of {', '.join(get_args(Reduction))}",
+        )
+        self.student = student
+        # Not a submodule: it is frozen, must not enter checkpoints, and is no business of the strategy's wrapping.
+        self.__dict__["teacher"] = teacher
+        self.behavior = BehaviorPolicy(student, sampling, behavior.dtype, behavior.score_batch_size)
+        self.objective = objective if objective is not None else TeacherTopK()
+        self.gate: GateStrategy = build_gate(gate) if isinstance(gate, str) else gate
+        self.gate.setup(student.tokenizer)
+        self.sampling = sampling
+        self.reduction: Reduction = reduction
+        self.evaluator = Evaluator(evaluation, eval_sampling, [])
+        self.progress: Progress = SilentProgress()
+        self._eval_sampling = eval_sampling
+        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self._request = self._teacher_request()
+        self._window = _Window(None, [])
+        self._evaluated: tuple[str, LanguageModel | None] = ("val", None)
+        self._restored_gradients: dict[str, Tensor] = {}
+        self._update_started = 0.0
+        self._step_ended: float | None = None
+
+    teacher: Teacher
+
+    def _teacher_request(self) -> TeacherRequest:
+        shared = min(self.student.vocab_size, self.teacher.vocab_size)
+        k = self.objective.request.top_k
+        require(k <= shared, f"objective.k is {k}, but the vocabulary has only {shared} tokens: lower it")
+        return TeacherRequest(k, shared)
+
+    # -- setting up ----------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Make the metrics of the data module's benchmarks."""
+        names = self._data.benchmarks if isinstance(self._data, PromptDataModule) else []
+        if list(self.evaluator.metrics) != list(names):
+            self.evaluator = Evaluator(self.evaluator.config, self._eval_sampling, names).to(self.device)
+
+    @property
+    def _data(self) -> object:
+        return getattr(self.trainer, "datamodule", None)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer sees the student's trainable parameters only."""
+        optimizer = self._optimizer([p for p in self.student.parameters() if p.requires_grad])
+        if self._lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._lr_scheduler(optimizer), "interval": "step"}}
+
+    def on_fit_start(self) -> None:
+        """Bring the teacher to the device."""
+        self.teacher.to(self.device)
+
+    # -- collecting ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def collect(self, prompts: Sequence[Prompt], *, seed: int, first_rollout_id: int = 0) -> Pool:
+        """Sample a pool from the behavior snapshot and have the teacher score it, once.
+
+        Args:
+            prompts: what to sample from.
+            seed: decides what is sampled.
+            first_rollout_id: number of the pool's first rollout.
+        """
+        started = time.perf_counter()
+        rollouts = self.behavior.sample(
+            [prompt.tokens for prompt in prompts],
+            [prompt.index for prompt in prompts],
+            seed=seed,
+            first_rollout_id=first_rollout_id,
+            step=self.global_step,
+            progress=self.progress,
+        )
+        sampled = time.perf_counter()  # results are on the host, so the device has finished
+        targets = self.teacher.score(rollouts, self._request, self.progress)
+        scored = time.perf_counter()
+        metrics = {
+            "rollout/length": float(rollouts.num_tokens.float().mean()),
+            "rollout/truncated_share": float((rollouts.stop_reasons == StopReason.LENGTH).float().mean()),
+            "time/sample_seconds": sampled - started,
+            "time/teacher_seconds": scored - sampled,
+            "rollout/sampled_tokens_per_second": float(rollouts.mask.sum()) / max(sampled - started, 1e-9),
+        }
+        verifier = self._data.train_verifier if isinstance(self._data, PromptDataModule) else None
+        if verifier is not None:
+            correct = check_answers(self.student, rollouts, EvaluationBatch("train", prompts, verifier))
+            metrics["rollout/accuracy"] = float(correct.float().mean())
+        return Pool(rollouts, targets, metrics)
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Minibatch, batch_idx: int) -> dict[str, Any]:
+        """One micro-batch: score, weigh, reduce. Returns the loss, and what callbacks look at."""
+        rollouts, targets = batch.rollouts, batch.targets
+        positions = self.objective.position_losses(self.student.score(rollouts), rollouts, targets)
+        inputs = gate_inputs(rollouts, targets, positions)
+        gates = self._gates(batch, inputs)
+        num_tokens, num_rollouts = self._denominators(batch)
+        loss = reduce_losses(
+            positions.losses,
+            gates.weights,
+            rollouts.mask,
+            reduction=self.reduction,
+            num_tokens=num_tokens,
+            num_rollouts=num_rollouts,
+        )
+        self._refuse_non_finite(loss, batch)
+        gap = targets.logprobs - positions.logprobs
+        record = step_record(inputs, gates, entropy=positions.entropy, teacher_gap=gap, **positions.metrics)
+        self._log_step(batch, {**record, "loss": loss.detach().view(1)})
+        # Lightning divides by the number of micro-batches and averages over processes, but the denominator already
+        # covers them all.
+        scale = len(batch.micro_batches) * self.trainer.world_size
+        return {"loss": loss * scale, "gates": gates, "gate_inputs": inputs}
+
+    def _gates(self, batch: Minibatch, inputs: GateInputs) -> Gates:
+        """Weights of a micro-batch, normalised over its whole optimizer batch.
+
+        The student does not change while an optimizer batch is accumulated, so the drift of its later micro-batches
+        is known beforehand: they are scored without gradient at the first. That costs a forward pass, and makes
+        accumulation equal to one large batch for every gate.
+        """
+        if len(batch.micro_batches) == 1 or self.gate.uniform:
+            return self.gate(inputs)
+        if self._window.gates is None:
+            self._window.gates = self._window_gates(batch, inputs)
+        return self._window.gates[batch.position]
+
+    @torch.no_grad()
+    def _window_gates(self, batch: Minibatch, inputs: GateInputs) -> list[Gates]:
+        parts = []
+        for position, (rollouts, targets) in enumerate(batch.micro_batches):
+            if position == batch.position:
+                parts.append(inputs)
+                continue
+            moved, moved_targets = rollouts.to(self.device), targets.to(self.device)
+            positions = self.objective.position_losses(self.student.score(moved), moved, moved_targets)
+            parts.append(gate_inputs(moved, moved_targets, positions))
+        return split_gates(self.gate(join_gate_inputs(parts)), parts)
+
+    def _denominators(self, batch: Minibatch) -> tuple[float, float]:
+        counts = torch.tensor([batch.num_tokens, batch.num_rollouts], dtype=torch.float64, device=self.device)
+        if self.trainer.world_size > 1:
+            counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
+            num_tokens, num_rollouts = counts.tolist()
+            return num_tokens, num_rollouts
+        return float(batch.num_tokens), float(batch.num_rollouts)
+
+    def _log_step(self, batch: Minibatch, record: StepRecord) -> None:
+        """Log the optimizer batch's figures at its last micro-batch."""
+        self._window.records.append(record)
+        if batch.position + 1 < len(batch.micro_batches):
+            return
+        whole = merge_records(self._window.records)
+        self._window = _Window(None, [])
+        loss = whole.pop("loss").sum()
+        self.log("train/loss", loss, prog_bar=True)
+        self.log_dict({**step_metrics(whole), **batch.pool_metrics})
+        self.log("rollout/age", (self.global_step - batch.rollouts.sampled_at_step).float().mean())
+
+    def on_train_batch_start(self, batch: Minibatch, batch_idx: int) -> None:
+        """Start the clock of the update; what passed since the last step's end was sampling and scoring."""
+        if batch.position == 0:
+            self._update_started = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: Minibatch, batch_idx: int) -> None:
+        """Log the time of the update, and the rate at which tokens are trained on, all waiting included."""
+        if batch.position + 1 < len(batch.micro_batches):
+            return
+        now = time.perf_counter()
+        self.log("time/update_seconds", now - self._update_started)
+        if self._step_ended is not None:
+            self.log("train/tokens_per_second", batch.num_tokens / (now - self._step_ended), prog_bar=True)
+        self._step_ended = now
+
+    def _refuse_non_finite(self, loss: Tensor, batch: Minibatch) -> None:
+        if bool(torch.isfinite(loss)):  # the step's one look at the device
+            return
+        folder = Path(self.trainer.default_root_dir)
+        path = folder / f"non_finite_loss_step_{self.global_step}.pt"
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(
+            {"step": self.global_step, "rollouts": batch.rollouts.state_dict(), "targets": batch.targets.state_dict()},
+            path,
+        )
+        raise NonFiniteLossError(
+            f"train/loss is {float(loss)} at step {self.global_step} on rollouts {batch.rollouts.rollout_ids.tolist()}; "
+            f"the batch is in {path}: lower the learning rate, or look at the batch for infinite log-probabilities"
+        )
+
+    # -- evaluating ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def evaluating(self, name: str, model: LanguageModel) -> Iterator[None]:
+        """Evaluate ``model`` instead of the student, logging under ``name`` instead of ``val``."""
+        before, self._evaluated = self._evaluated, (name, model.to(self.device))
+        try:
+            yield
+        finally:
+            self._evaluated = before
+
+    def validation_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Sample and check answers to a batch of problems."""
+        model = self._evaluated[1] or self.student
+        seed_parts = (batch_idx, self.trainer.global_rank)
+        rollouts = self.evaluator.evaluate(model, batch, seed_parts, self.progress)
+        if self.evaluator.config.reverse_kl:
+            self.teacher.to(self.device)
+            self.evaluator.measure_reverse_kl(model, self.teacher, batch, rollouts)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log every benchmark's figures and their mean."""
+        prefix = self._evaluated[0]
+        figures = {f"{prefix}/{key}": value for key, value in self.evaluator.compute().items()}
+        self.log_dict(figures, sync_dist=True)
+
+    def test_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """The same as :meth:`validation_step`."""
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_end(self) -> None:
+        """The same as :meth:`on_validation_epoch_end`."""
+        self.on_validation_epoch_end()
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what a resume inside an accumulation window needs: the gradients so far, and the log's records."""
+        gradients = {name: p.grad for name, p in self.student.named_parameters() if p.grad is not None}
+        under_way = bool(self._window.records)
+        checkpoint[_CHECKPOINT_KEY] = {
+            "gradients": gradients if under_way else {},
+            "records": self._window.records,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint is of this model, and take up the accumulation window.
+
+        Raises:
+            UsageError: it was written by something else, or for another model.
+        """
+        require(
+            _CHECKPOINT_KEY in checkpoint,
+            "ckpt_path is a checkpoint that opdlab did not write: give one from this run's checkpoints folder",
+        )
+        _check_same_model(self.state_dict(), checkpoint["state_dict"])
+        extra = checkpoint[_CHECKPOINT_KEY]
+        self._window = _Window(None, list(extra["records"]))
+        self._restored_gradients = extra["gradients"]
+
+    def on_train_start(self) -> None:
+        """Put back the gradients of an accumulation window; the optimizer has its own state by now."""
+        self._update_started = time.perf_counter()
+        parameters = dict(self.student.named_parameters())
+        for name, gradient in self._restored_gradients.items():
+            parameters[name].grad = gradient.to(parameters[name].device)
+        self._restored_gradients = {}
+
+
+def gate_inputs(rollouts: Rollouts, targets: Targets, positions: PositionLosses) -> GateInputs:
+    """What a gate may look at, of a scored micro-batch."""
+    return GateInputs(
+        tokens=rollouts.tokens,
+        mask=rollouts.mask,
+        behavior_logprobs=rollouts.behavior_logprobs,
+        current_logprobs=positions.logprobs,
+        teacher_logprobs=targets.logprobs,
+        position_losses=positions.losses.detach(),
+    )
+
+
+def join_gate_inputs(parts: Sequence[GateInputs]) -> GateInputs:
+    """Stack micro-batches into one batch, padded on the right to the longest."""
+    width = max(part.mask.shape[1] for part in parts)
+
+    def joined(name: str) -> Tensor:
+        tensors = [getattr(part, name) for part in parts]
+        return torch.cat([nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
+
+    names = ("tokens", "mask", "behavior_logprobs", "current_logprobs", "teacher_logprobs", "position_losses")
+    return GateInputs(**{name: joined(name) for name in names})
+
+
+def split_gates(gates: Gates, parts: Sequence[GateInputs]) -> list[Gates]:
+    """The reverse of :func:`join_gate_inputs`, for what the gate returned."""
+    rows = [part.mask.shape[0] for part in parts]
+    pieces = zip(*(tensor.split(rows) for tensor in (gates.weights, gates.segment_ids, gates.segment_drift)), strict=True)
+    return [
+        Gates(*(tensor[:, : part.mask.shape[1]] for tensor in piece))
+        for piece, part in zip(pieces, parts, strict=True)
+    ]
+
+
+def _check_same_model(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    for name in own.keys() | saved.keys():
+        ours, theirs = own.get(name), saved.get(name)
+        if ours is None or theirs is None or ours.shape != theirs.shape:
+            shapes = [str(tuple(t.shape)) if t is not None else "absent" for t in (theirs, ours)]
+            raise UsageError(
+                f"ckpt_path is a checkpoint of another model: {name} is {shapes[0]} in it and {shapes[1]} in "
+                "model.student; resume with the configuration that the run was started with"
+            )

@@ -1,0 +1,15 @@
+"""Objectives: what a position of a rollout costs. The maths is in :mod:`opdlab.objectives.functional`."""
+
+from opdlab.objectives.base import Objective, PositionLosses, Reduction, reduce_losses, register_objective
+from opdlab.objectives.sampled_token import SampledTokenOPD
+from opdlab.objectives.teacher_topk import TeacherTopK
+
+__all__ = [
+    "Objective",
+    "PositionLosses",
+    "Reduction",
+    "SampledTokenOPD",
+    "TeacherTopK",
+    "reduce_losses",
+    "register_objective",
+]

@@ -1,0 +1,110 @@
+"""Position losses as pure functions of tensors.
+
+Shapes: B rollouts, T response tokens, K support. Log-probabilities are in nats.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from opdlab.errors import require
+
+Reference = Literal["behavior", "current"]
+
+# exp(20) is 5e8: a ratio beyond it carries no information, and without a bound one token overflows the batch. The
+# bound of the paper's code base.
+_MAX_LOG_RATIO = 20.0
+
+
+def sampled_token_loss(
+    logprobs: Tensor,
+    behavior_logprobs: Tensor,
+    teacher_logprobs: Tensor,
+    *,
+    reference: Reference = "behavior",
+    clip: float | None = 0.2,
+    dual_clip: float | None = 3.0,
+    advantage_clamp: float | None = None,
+) -> Tensor:
+    """PPO surrogate with the teacher's log-ratio as advantage.
+
+    ``A = logq - logpi_ref`` (detached), ``ratio = exp(logpi - logpi_b)``,
+    ``l = -min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A)``, and where ``A < 0`` no more than ``-c * A``.
+
+    Args:
+        logprobs: [B, T] under the student, nats; the only argument that takes a gradient.
+        behavior_logprobs: [B, T] under the policy that sampled, nats.
+        teacher_logprobs: [B, T] under the teacher, nats.
+        reference: whose log-probability the advantage subtracts: ``behavior`` fixes it for the rollout (the paper's
+            code base), ``current`` recomputes it at each step.
+        clip: eps; None switches off clipping of either kind.
+        dual_clip: c, above 1, a bound on the loss of negative advantages; None switches it off.
+        advantage_clamp: bound on ``|A|``, nats, or None.
+
+    Returns:
+        [B, T].
+
+    Raises:
+        UsageError: an option is out of range.
+
+    Example:
+        >>> behavior, teacher = torch.tensor([-1.0, -1.0]), torch.tensor([-0.5, -2.0])
+        >>> sampled_token_loss(behavior, behavior, teacher)
+        tensor([-0.5000,  1.0000])
+
+    Reference:
+        Dual clip: Ye et al., arXiv 1912.09729. Advantage: ``verl/trainer/ppo/core_algos.py`` of
+        hhh675597/revisiting_opd, the code base of arXiv 2606.24084.
+    """
+    require(reference in ("behavior", "current"), f"reference is '{reference}', but must be behavior or current")
+    require(clip is None or 0 < clip < 1, f"clip is {clip}, but must lie between 0 and 1, or be null for none")
+    require(dual_clip is None or dual_clip > 1, f"dual_clip is {dual_clip}, but must be above 1, or be null for none")
+    minuend = behavior_logprobs if reference == "behavior" else logprobs
+    advantage = (teacher_logprobs - minuend).detach()
+    if advantage_clamp is not None:
+        advantage = advantage.clamp(-advantage_clamp, advantage_clamp)
+    ratio = (logprobs - behavior_logprobs.detach()).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+    loss = -ratio * advantage
+    if clip is None:
+        return loss
+    loss = torch.maximum(loss, -ratio.clamp(1 - clip, 1 + clip) * advantage)
+    if dual_clip is None:
+        return loss
+    return torch.where(advantage < 0, torch.minimum(loss, -dual_clip * advantage), loss)
+
+
+def teacher_topk_loss(student_support_logits: Tensor, teacher_support_logits: Tensor) -> Tensor:
+    """Reverse KL on the teacher's top-K tokens, both sides renormalised there (LSM).
+
+    ``p = softmax(student)``, ``q = softmax(teacher)``, ``l = sum over the support of p * (log p - log q)``.
+
+    Args:
+        student_support_logits: [..., K], the student's logits of the support; takes the gradient.
+        teacher_support_logits: [..., K], the teacher's.
+
+    Returns:
+        [...], nats, at least 0 up to rounding.
+
+    Raises:
+        UsageError: K is 1, for which the loss is zero whatever the student does.
+
+    Example:
+        >>> logits = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
+        >>> teacher_topk_loss(logits, torch.zeros(2, 2))
+        tensor([0.1109, 0.0000])
+
+    Reference:
+        Fu et al., arXiv 2603.25562.
+    """
+    k = student_support_logits.shape[-1]
+    require(k >= 2, f"k is {k}, but must be at least 2: renormalised over a single token the loss is always zero")
+    log_p = student_support_logits.log_softmax(-1)
+    log_q = teacher_support_logits.detach().to(log_p.dtype).log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def clip_binds(logprobs: Tensor, behavior_logprobs: Tensor, advantage: Tensor, clip: float) -> Tensor:
+    """Whether the PPO clip binds at a position, so that it receives no gradient; [B, T] bool."""
+    ratio = (logprobs.detach() - behavior_logprobs).exp()
+    return torch.where(advantage > 0, ratio > 1 + clip, (ratio < 1 - clip) & (advantage < 0))

@@ -1,0 +1,54 @@
+"""Teacher-TopK / LSM: reverse KL on the teacher's likeliest tokens."""
+
+from dataclasses import replace
+
+import torch
+
+from opdlab.errors import require
+from opdlab.objectives.base import Objective, PositionLosses, register_objective
+from opdlab.objectives.functional import teacher_topk_loss
+from opdlab.policies.language_model import Scored
+from opdlab.policies.teacher import TeacherRequest
+from opdlab.rollouts.batch import Rollouts, Targets
+from opdlab.scoring import support_logits_of
+
+
+@register_objective("teacher_topk")
+class TeacherTopK(Objective):
+    """Reverse KL on the teacher's top K tokens, both sides renormalised there; see :func:`teacher_topk_loss`.
+
+    The gradient flows straight through the student's logits of the support; there is no importance ratio. The
+    log-probability of the sampled token is only read off for the drift.
+
+    Args:
+        k: size of the support, 2 to the vocabulary's size; 32 in the paper.
+
+    Raises:
+        UsageError: k is below 2.
+    """
+
+    def __init__(self, k: int = 32) -> None:
+        require(
+            k >= 2,
+            f"objective.k is {k}, but must be at least 2: renormalised over a single token the loss is always zero",
+        )
+        self.k = k
+
+    @property
+    def request(self) -> TeacherRequest:
+        """The top K ids and logits."""
+        return TeacherRequest(top_k=self.k)
+
+    def position_losses(self, student: Scored, rollouts: Rollouts, targets: Targets) -> PositionLosses:
+        """See :meth:`Objective.position_losses`."""
+        assert targets.support_ids is not None and targets.support_logits is not None
+        assert targets.support_mass is not None
+        logits = support_logits_of(student.hidden, student.head, targets.support_ids[student.mask])
+        losses = student.padded(teacher_topk_loss(logits, targets.support_logits[student.mask]))
+        with torch.no_grad():
+            statistics = replace(student, hidden=student.hidden.detach()).statistics()
+            mass = (logits.logsumexp(-1) - statistics.log_normalizer).exp()
+        metrics = {"teacher_support_mass": targets.support_mass, "student_support_mass": student.padded(mass)}
+        return PositionLosses(
+            losses, student.padded(statistics.logprobs), student.padded(statistics.entropy), metrics
+        )

@@ -1,0 +1,19 @@
+"""Language models in their roles: student, behavior snapshot, sampler, teacher."""
+
+from opdlab.policies.behavior import BehaviorPolicy
+from opdlab.policies.language_model import LanguageModel, Scored
+from opdlab.policies.sampler import Sampler, Samples, SamplingConfig
+from opdlab.policies.teacher import LocalTeacher, Teacher, TeacherRequest, check_same_vocabulary
+
+__all__ = [
+    "BehaviorPolicy",
+    "LanguageModel",
+    "LocalTeacher",
+    "Sampler",
+    "Samples",
+    "SamplingConfig",
+    "Scored",
+    "Teacher",
+    "TeacherRequest",
+    "check_same_vocabulary",
+]

@@ -1,0 +1,88 @@
+"""The behavior policy: a frozen copy of the student, which samples the rollouts."""
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from opdlab.policies.language_model import DType, LanguageModel
+from opdlab.policies.sampler import Sampler, SamplingConfig
+from opdlab.progress import Progress, SilentProgress
+from opdlab.rollouts.batch import Rollouts
+
+
+class BehaviorPolicy(nn.Module):
+    """A snapshot of the student that samples rollouts and scores them by the student's own scoring path.
+
+    Args:
+        student: copied at once; the copy never takes a gradient.
+        sampling: how rollouts are sampled.
+        dtype: of the copy; None keeps the student's. A narrower one saves memory and makes the drift of a fresh
+            rollout its rounding error instead of 0.
+        score_batch_size: rollouts scored at a time.
+    """
+
+    def __init__(
+        self,
+        student: LanguageModel,
+        sampling: SamplingConfig,
+        dtype: DType | None = None,
+        score_batch_size: int = 32,
+    ) -> None:
+        super().__init__()
+        self.policy = copy.deepcopy(student).requires_grad_(False).eval()
+        if dtype is not None:
+            self.policy.to(getattr(torch, dtype))
+        self.sampler = Sampler(sampling)
+        self._score_batch_size = score_batch_size
+
+    @torch.no_grad()
+    def refresh(self, student: LanguageModel) -> None:
+        """Take the student's weights."""
+        for tensors in ("parameters", "buffers"):  # tied weights stand once in parameters(), in the same order for both
+            for own, other in zip(getattr(self.policy, tensors)(), getattr(student, tensors)(), strict=True):
+                own.copy_(other)
+
+    def sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        prompt_ids: Sequence[int],
+        *,
+        seed: int,
+        first_rollout_id: int = 0,
+        step: int = 0,
+        progress: Progress | None = None,
+    ) -> Rollouts:
+        """Sample responses and score them.
+
+        Args:
+            prompts: token ids of each prompt.
+            prompt_ids: the prompts' rows in the prompt set.
+            seed: decides what is sampled.
+            first_rollout_id: number of the first rollout; the others count on.
+            step: optimizer steps taken so far.
+            progress: where to show a bar.
+
+        Returns:
+            ``len(prompts) * num_samples`` rollouts, on the host.
+        """
+        samples = self.sampler.sample(self.policy, prompts, seed, progress)
+        num_rollouts = samples.tokens.shape[0]
+        rollouts = Rollouts(
+            *samples[:4],
+            behavior_logprobs=torch.zeros(samples.tokens.shape),
+            stop_reasons=samples.stop_reasons,
+            rollout_ids=torch.arange(first_rollout_id, first_rollout_id + num_rollouts),
+            prompt_ids=torch.tensor(prompt_ids).repeat_interleave(self.sampler.config.num_samples),
+            sampled_at_step=torch.full((num_rollouts,), step),
+            temperature=self.sampler.config.temperature,
+        )
+        self._score(rollouts, into=rollouts.behavior_logprobs, progress=progress or SilentProgress())
+        return rollouts
+
+    def _score(self, rollouts: Rollouts, into: Tensor, progress: Progress) -> None:
+        with progress.task("scoring (behavior)", len(rollouts)) as advance:
+            for rows, scored in self.policy.score_in_chunks(rollouts, self._score_batch_size):
+                into[rows] = scored.padded(scored.statistics().logprobs).cpu()
+                advance(rows.stop - rows.start)

@@ -1,0 +1,170 @@
+"""Sampling responses with transformers' ``generate``.
+
+Shapes: B rollouts, P prompt tokens (padded on the left), T response tokens.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from opdlab.errors import require
+from opdlab.policies.language_model import LanguageModel
+from opdlab.progress import Progress, SilentProgress
+from opdlab.rollouts.batch import StopReason
+from opdlab.seeds import derive_seed, seeded
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How responses are sampled.
+
+    Args:
+        num_samples: responses per prompt.
+        temperature: divides the logits; above 0.
+        top_p: smallest share of probability that is sampled from, above 0, at most 1. It changes what is sampled,
+            never what is scored.
+        max_new_tokens: longest response, tokens, its stop token included.
+        batch_size: responses sampled at a time.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    num_samples: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_new_tokens: int = 1024
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        require(self.num_samples >= 1, f"sampling.num_samples is {self.num_samples}, but must be at least 1")
+        require(self.temperature > 0, f"sampling.temperature is {self.temperature}, but must be above 0")
+        require(0 < self.top_p <= 1, f"sampling.top_p is {self.top_p}, but must be above 0 and at most 1")
+        require(self.max_new_tokens >= 1, f"sampling.max_new_tokens is {self.max_new_tokens}, but must be at least 1")
+        require(self.batch_size >= 1, f"sampling.batch_size is {self.batch_size}, but must be at least 1")
+
+
+class Samples(NamedTuple):
+    """Responses, on the host.
+
+    Args:
+        prompt_tokens: [B, P] long, padded on the left; each prompt stands there once per response.
+        prompt_mask: [B, P] bool.
+        tokens: [B, T] long, padded on the right.
+        mask: [B, T] bool: up to and with the stop token.
+        stop_reasons: [B] long, see :class:`StopReason`.
+    """
+
+    prompt_tokens: Tensor
+    prompt_mask: Tensor
+    tokens: Tensor
+    mask: Tensor
+    stop_reasons: Tensor
+
+
+class Sampler:
+    """Samples responses from a language model.
+
+    Args:
+        config: see :class:`SamplingConfig`.
+    """
+
+    def __init__(self, config: SamplingConfig) -> None:
+        self.config = config
+
+    def sample(
+        self,
+        model: LanguageModel,
+        prompts: Sequence[Sequence[int]],
+        seed: int,
+        progress: Progress | None = None,
+    ) -> Samples:
+        """Sample ``num_samples`` responses to each prompt; a prompt's responses stand next to each other.
+
+        Args:
+            model: samples on its own device, in eval mode.
+            prompts: token ids.
+            seed: decides what is sampled, whatever was drawn before.
+            progress: where to show a bar.
+        """
+        config, pad_id = self.config, model.tokenizer.pad_token_id
+        repeated = [prompt for prompt in prompts for _ in range(config.num_samples)]
+        width = max(map(len, repeated))
+        prompt_mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in repeated])
+        prompt_tokens = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in repeated])
+        tokens = torch.full((len(repeated), config.max_new_tokens), pad_id)
+        starts = range(0, len(repeated), config.batch_size)
+        with (progress or SilentProgress()).task("sampling", len(starts) * config.max_new_tokens) as advance:
+            for start in starts:
+                rows = slice(start, start + config.batch_size)
+                with seeded(derive_seed("sample", seed, start), model.device):
+                    new = self._generate(model, prompt_tokens[rows], prompt_mask[rows], _Tick(advance))
+                tokens[rows, : new.shape[1]] = new
+                advance(config.max_new_tokens - new.shape[1])
+        mask, stop_reasons = _mask_after_stop(tokens, model.stop_ids)
+        length = int(mask.sum(1).max())
+        return Samples(prompt_tokens, prompt_mask, tokens[:, :length], mask[:, :length], stop_reasons)
+
+    @torch.no_grad()
+    def _generate(self, model: LanguageModel, tokens: Tensor, mask: Tensor, tick: StoppingCriteria) -> Tensor:
+        config = GenerationConfig(
+            do_sample=True,
+            temperature=self.config.temperature,
+            top_p=self.config.top_p,
+            top_k=0,  # the default of transformers is 50
+            max_new_tokens=self.config.max_new_tokens,
+            eos_token_id=model.stop_ids,
+            pad_token_id=model.tokenizer.pad_token_id,
+        )
+        with _generating(model, config):
+            output: Tensor = model.model.generate(
+                tokens.to(model.device),
+                attention_mask=mask.long().to(model.device),
+                generation_config=config,
+                stopping_criteria=StoppingCriteriaList([tick]),
+            )
+        return output[:, tokens.shape[1] :].cpu()
+
+
+class _Tick(StoppingCriteria):
+    """Never stops anything; tells the progress bar that one more token per row is there."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        self._advance = advance
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
+        self._advance(1)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+@contextmanager
+def _generating(model: LanguageModel, config: GenerationConfig) -> Iterator[None]:
+    """Eval mode, and the model's own generation defaults (penalties, top-k) out of the way: they would change what
+    is sampled behind the back of the configuration."""
+    own, training = model.model.generation_config, model.model.training
+    model.model.generation_config = config
+    model.model.eval()
+    try:
+        yield
+    finally:
+        model.model.generation_config = own
+        model.model.train(training)
+
+
+def _mask_after_stop(tokens: Tensor, stop_ids: list[int]) -> tuple[Tensor, Tensor]:
+    """Valid positions, and why each row ended.
+
+    Example:
+        >>> mask, reasons = _mask_after_stop(torch.tensor([[5, 1, 0], [5, 5, 5]]), stop_ids=[1])
+        >>> mask.int().tolist(), reasons.tolist()
+        ([[1, 1, 0], [1, 1, 1]], [0, 1])
+    """
+    stops = torch.isin(tokens, torch.tensor(stop_ids))
+    mask = stops.int().cumsum(1) - stops.int() == 0
+    reasons = torch.where(stops.any(1), int(StopReason.EOS), int(StopReason.LENGTH))
+    return mask, reasons

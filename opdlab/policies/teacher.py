@@ -1,0 +1,118 @@
+"""Teachers score the student's rollouts.
+
+Shapes: B rollouts, T response tokens, K support.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from opdlab.errors import UsageError, require
+from opdlab.policies.language_model import DType, LanguageModel
+from opdlab.progress import Progress, SilentProgress
+from opdlab.rollouts.batch import Rollouts, Targets
+from opdlab.scoring import topk_with_statistics
+
+
+@dataclass(frozen=True)
+class TeacherRequest:
+    """What an objective asks of the teacher, besides the log-probability of every sampled token.
+
+    Args:
+        top_k: size of the support whose ids and logits are wanted; 0 for none.
+        vocab_size: tokens that the student knows too: only these may enter the support. None for all.
+    """
+
+    top_k: int = 0
+    vocab_size: int | None = None
+
+
+class Teacher(ABC):
+    """Scores rollouts at their sampling temperature."""
+
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+
+    @abstractmethod
+    def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
+        """Return the targets of ``rollouts``, on the host, without gradient."""
+
+    def to(self, device: torch.device) -> None:
+        """Move whatever the teacher holds; nothing by default."""
+        del device
+
+
+class LocalTeacher(Teacher):
+    """A frozen language model in this process. It is never trained and never written to a checkpoint.
+
+    Args:
+        path: see :class:`LanguageModel`.
+        dtype: of the weights.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run Python code that comes with the model. Leave it off unless you trust its author.
+        batch_size: rollouts scored at a time.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        dtype: DType = "float32",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        batch_size: int = 32,
+    ) -> None:
+        require(batch_size >= 1, f"teacher.batch_size is {batch_size}, but must be at least 1")
+        self.model = LanguageModel(path, dtype, revision, trust_remote_code).requires_grad_(False).eval()
+        self.tokenizer = self.model.tokenizer
+        self.vocab_size = self.model.vocab_size
+        self._batch_size = batch_size
+
+    def to(self, device: torch.device) -> None:
+        """Move the weights."""
+        self.model.to(device)
+
+    @torch.no_grad()
+    def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
+        """See :meth:`Teacher.score`."""
+        shape, k = rollouts.tokens.shape, request.top_k
+        targets = Targets(
+            logprobs=torch.zeros(shape),
+            support_ids=torch.zeros(*shape, k, dtype=torch.int32) if k else None,
+            support_logits=torch.zeros(*shape, k) if k else None,
+            support_mass=torch.zeros(shape) if k else None,
+        )
+        with (progress or SilentProgress()).task("scoring (teacher)", len(rollouts)) as advance:
+            for rows, scored in self.model.score_in_chunks(rollouts, self._batch_size):
+                if targets.support_ids is None or targets.support_logits is None or targets.support_mass is None:
+                    statistics = scored.statistics()
+                else:
+                    top, statistics = topk_with_statistics(
+                        scored.hidden, scored.head, scored.tokens, k, request.vocab_size
+                    )
+                    targets.support_ids[rows] = scored.padded(top.ids.int()).cpu()
+                    targets.support_logits[rows] = scored.padded(top.logits).cpu()
+                    mass = (top.logits.logsumexp(-1) - statistics.log_normalizer).exp()
+                    targets.support_mass[rows] = scored.padded(mass).cpu()
+                targets.logprobs[rows] = scored.padded(statistics.logprobs).cpu()
+                advance(rows.stop - rows.start)
+        return targets
+
+
+def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Refuse a teacher whose token ids mean something else than the student's.
+
+    Raises:
+        UsageError: naming the first differing token. Differently padded embeddings of one tokenizer are fine.
+    """
+    ours = {index: token for token, index in student.get_vocab().items()}
+    theirs = {index: token for token, index in teacher.get_vocab().items()}
+    if ours == theirs:
+        return
+    first = min(index for index in ours.keys() | theirs.keys() if ours.get(index) != theirs.get(index))
+    raise UsageError(
+        f"model.teacher and model.student have different vocabularies: token {first} is {theirs.get(first)!r} to the "
+        f"teacher ({len(theirs)} tokens) and {ours.get(first)!r} to the student ({len(ours)} tokens); "
+        "choose a teacher with the student's tokenizer"
+    )

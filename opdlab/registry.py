@@ -1,0 +1,95 @@
+"""Names for plug-ins: a decorator to register a class, a lookup that suggests the nearest name."""
+
+import difflib
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+from opdlab.errors import UsageError
+
+T = TypeVar("T")
+C = TypeVar("C", bound=type)
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return ``; did you mean 'x'?`` for the nearest known name, or nothing.
+
+    Example:
+        >>> suggestion("blok64", ["block64", "span"])
+        "; did you mean 'block64'?"
+    """
+    nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{nearest[0]}'?" if nearest else ""
+
+
+class Registry(Generic[T]):
+    """Classes of one kind by name.
+
+    Args:
+        kind: what is registered, as messages name it: ``gate``.
+        base: the class that every entry must extend.
+        builtin: the module whose import registers the built-in entries. They register as a stranger's do, and
+            importing them only on the first lookup keeps this package free of any dependency on them.
+        entry_point_group: installed packages that declare this entry-point group are imported on the first lookup.
+    """
+
+    def __init__(self, kind: str, base: type[T], builtin: str, entry_point_group: str) -> None:
+        self.kind = kind
+        self._base = base
+        self._builtin = builtin
+        self._group = entry_point_group
+        self._classes: dict[str, type[T]] = {}
+        self._loaded = False
+
+    def register(self, name: str) -> Callable[[C], C]:
+        """Return a class decorator that registers the class as ``name``."""
+
+        def decorate(cls: C) -> C:
+            if not issubclass(cls, self._base):
+                raise UsageError(f"{self.kind} '{name}': {cls.__name__} must extend {self._base.__name__}")
+            known = self._classes.get(name)
+            # A notebook cell that is run again defines the class anew under the same qualified name: that replaces.
+            if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+                raise UsageError(
+                    f"{self.kind} '{name}' is registered already, by {known.__module__}.{known.__qualname__}: "
+                    "choose another name"
+                )
+            self._classes[name] = cls
+            return cls
+
+        return decorate
+
+    def names(self) -> list[str]:
+        """All registered names, sorted."""
+        self._load()
+        return sorted(self._classes)
+
+    def get(self, name: str) -> type[T]:
+        """Return the class registered as ``name``; raises :class:`UsageError` with the nearest name otherwise."""
+        self._load()
+        if name not in self._classes:
+            known = self.names()
+            raise UsageError(
+                f"unknown {self.kind} '{name}'{suggestion(name, known)} Registered: {', '.join(known)}"
+                if suggestion(name, known)
+                else f"unknown {self.kind} '{name}'; registered: {', '.join(known)}"
+            )
+        return self._classes[name]
+
+    def name_of(self, cls: type) -> str | None:
+        """The name under which ``cls`` is registered, or None."""
+        self._load()
+        return next((name for name, known in self._classes.items() if known is cls), None)
+
+    def build(self, name: str, **options: Any) -> T:
+        """Instantiate the class registered as ``name``."""
+        return self.get(name)(**options)
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True  # before the imports: they call back into this registry
+        import_module(self._builtin)
+        for entry in entry_points(group=self._group):
+            entry.load()

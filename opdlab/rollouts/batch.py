@@ -1,0 +1,158 @@
+"""What a rollout is: tokens, who sampled them, and what the teacher said of them.
+
+Shapes: B rollouts, P prompt tokens (padded on the left), T response tokens (from column 0, padded on the right),
+K support. Log-probabilities are in nats, at the sampling temperature.
+"""
+
+from dataclasses import dataclass, fields, replace
+from enum import IntEnum
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+R = TypeVar("R", bound="_Rows")
+
+
+class StopReason(IntEnum):
+    """Why a rollout ended."""
+
+    EOS = 0
+    """The policy sampled a stop token, which is the last valid token of the response."""
+    LENGTH = 1
+    """The response reached the allowed number of tokens: truncated."""
+
+
+class _Rows:
+    """Tensors that share their first dimension, cut and moved together."""
+
+    def map(self, function: Any) -> Self:
+        """Apply ``function`` to every tensor field."""
+        changed = {f.name: function(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}  # type: ignore[arg-type]
+        return replace(self, **changed)  # type: ignore[type-var]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """Move every tensor; Lightning calls this to bring a minibatch to the device."""
+        return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def rows(self, index: Tensor) -> Self:
+        """Select rows."""
+        return self.map(lambda tensor: tensor[index])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Only tensors and plain values, so that a checkpoint loads with ``weights_only=True``."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Self:
+        """The reverse of :meth:`state_dict`."""
+        return cls(**state)
+
+
+@dataclass(frozen=True)
+class Rollouts(_Rows):
+    """Sampled responses and the behavior policy's account of them. Immutable.
+
+    Args:
+        prompt_tokens: [B, P] long, padded on the left.
+        prompt_mask: [B, P] bool.
+        tokens: [B, T] long: the response, its stop token included.
+        mask: [B, T] bool: valid response positions.
+        behavior_logprobs: [B, T] float32, nats: under the policy that sampled; 0 where the mask is 0.
+        stop_reasons: [B] long, see :class:`StopReason`.
+        rollout_ids: [B] long, unique within a run.
+        prompt_ids: [B] long, the prompt's row in the prompt set.
+        sampled_at_step: [B] long, optimizer steps taken when the rollout was sampled.
+        temperature: at which it was sampled and is scored.
+    """
+
+    prompt_tokens: Tensor
+    prompt_mask: Tensor
+    tokens: Tensor
+    mask: Tensor
+    behavior_logprobs: Tensor
+    stop_reasons: Tensor
+    rollout_ids: Tensor
+    prompt_ids: Tensor
+    sampled_at_step: Tensor
+    temperature: float = 1.0
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def num_tokens(self) -> Tensor:
+        """Number of valid response tokens of each rollout, [B]."""
+        return self.mask.sum(1)
+
+
+@dataclass(frozen=True)
+class Targets(_Rows):
+    """What the teacher said of rollouts. Computed once per pool, never changed.
+
+    Args:
+        logprobs: [B, T] float32, nats: of the sampled tokens; 0 where the mask is 0.
+        support_ids: [B, T, K] int32: the teacher's likeliest tokens, or None where the objective asks for none.
+        support_logits: [B, T, K] float32: their logits at the sampling temperature, or None.
+        support_mass: [B, T] float32: the teacher's probability of the support, 0 to 1, or None.
+    """
+
+    logprobs: Tensor
+    support_ids: Tensor | None = None
+    support_logits: Tensor | None = None
+    support_mass: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """What a training step gets: some rows of an optimizer batch, and what is known of the whole batch.
+
+    Args:
+        rollouts: this micro-batch's rollouts.
+        targets: the teacher's targets for them.
+        num_tokens: valid response tokens in the optimizer batch: the denominator of ``token_mean``.
+        num_rollouts: rollouts with at least one valid token in the optimizer batch: that of ``sequence_mean``.
+        micro_batches: all micro-batches of the optimizer batch in order, this one included: what the gate normalises
+            over. Left on the host until they are needed.
+        position: which of ``micro_batches`` this one is.
+        pool_metrics: figures of the pool's sampling and scoring, by name.
+    """
+
+    rollouts: Rollouts
+    targets: Targets
+    num_tokens: int
+    num_rollouts: int
+    micro_batches: tuple[tuple[Rollouts, Targets], ...]
+    position: int
+    pool_metrics: dict[str, float]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Minibatch":
+        """Move this micro-batch; its siblings stay where they are."""
+        return replace(
+            self,
+            rollouts=self.rollouts.to(device, non_blocking=non_blocking),
+            targets=self.targets.to(device, non_blocking=non_blocking),
+        )
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
+
+
+def trimmed(rollouts: Rollouts, targets: Targets) -> tuple[Rollouts, Targets]:
+    """Drop the columns that are padding in every row: prompts on the left, responses on the right."""
+    skip = int(rollouts.prompt_mask.any(0).int().argmax()) if rollouts.prompt_mask.numel() else 0
+    used = rollouts.mask.any(0)
+    length = int(used.nonzero().max()) + 1 if bool(used.any()) else 1
+    cut = replace(
+        rollouts,
+        prompt_tokens=rollouts.prompt_tokens[:, skip:],
+        prompt_mask=rollouts.prompt_mask[:, skip:],
+        tokens=rollouts.tokens[:, :length],
+        mask=rollouts.mask[:, :length],
+        behavior_logprobs=rollouts.behavior_logprobs[:, :length],
+    )
+    return cut, targets.map(lambda tensor: tensor[:, :length])
+
+
+__all__ = ["Minibatch", "Rollouts", "StopReason", "Targets", "trimmed"]

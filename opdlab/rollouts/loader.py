@@ -1,0 +1,192 @@
+"""Rollout reuse: pools of rollouts, each sampled lazily, scored once, and trained on for several passes."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from opdlab.data.prompts import Prompt
+from opdlab.errors import require
+from opdlab.rollouts.batch import Minibatch, Rollouts, Targets, trimmed
+from opdlab.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Rollouts with their targets, on the host.
+
+    Args:
+        rollouts: all rollouts of the pool.
+        targets: the teacher's, computed once.
+        metrics: figures of the sampling and scoring, by name.
+    """
+
+    rollouts: Rollouts
+    targets: Targets
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Collect(Protocol):
+    """Samples and scores a pool: :meth:`opdlab.module.OPDModule.collect`."""
+
+    def __call__(self, prompts: Sequence[Prompt], *, seed: int, first_rollout_id: int) -> Pool:
+        """Return the rollouts of ``prompts``."""
+
+
+class RolloutLoader:
+    """Yields minibatches of rollouts; one epoch is one pass over the prompts.
+
+    Prompts are shuffled and cut into pools. A pool is collected when its first minibatch is asked for, and then
+    yielded for ``reuse_epochs`` passes of shuffled minibatches. Lightning does not fetch ahead from a loader that has
+    a length, so a pool is sampled after the previous step and all its callbacks, a refresh of the behavior policy
+    among them. Lightning also saves :meth:`state_dict` in its checkpoints.
+
+    Args:
+        prompts: what to sample from; this rank's share is taken by ``rank`` and ``world_size``.
+        collect: samples and scores a pool.
+        samples_per_prompt: rollouts that ``collect`` returns for each prompt.
+        prompts_per_pool: prompts in a pool, per rank.
+        batch_size: rollouts in an optimizer step, per rank.
+        micro_batches: equal parts that an optimizer batch is yielded in: Lightning's ``accumulate_grad_batches``.
+        reuse_epochs: passes over a pool.
+        seed: decides order and sampling.
+        rank: of this process.
+        world_size: number of processes.
+
+    Raises:
+        UsageError: sizes do not divide, or there are fewer prompts than a pool takes.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        collect: Collect,
+        *,
+        samples_per_prompt: int = 1,
+        prompts_per_pool: int = 32,
+        batch_size: int = 32,
+        micro_batches: int = 1,
+        reuse_epochs: int = 2,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._pool_size = prompts_per_pool * samples_per_prompt
+        _check_sizes(len(prompts) // world_size, prompts_per_pool, self._pool_size, batch_size, micro_batches)
+        require(reuse_epochs >= 1, f"data.reuse.epochs is {reuse_epochs}, but must be at least 1")
+        self._prompts = prompts
+        self._collect = collect
+        self._prompts_per_pool = prompts_per_pool
+        self._batch_size = batch_size
+        self._micro_batches = micro_batches
+        self._reuse_epochs = reuse_epochs
+        self._seed = seed
+        self._rank, self._world_size = rank, world_size
+        self._epoch = 0  # passes over the prompts that are finished
+        self._pool_index = 0  # pool within the epoch
+        self._cursor = 0  # minibatches of the pool that were yielded
+        self._pool: Pool | None = None
+
+    @property
+    def pools_per_epoch(self) -> int:
+        """Pools in one pass over the prompts; prompts that do not fill a pool wait for the next shuffle."""
+        return len(self._prompts) // self._world_size // self._prompts_per_pool
+
+    @property
+    def minibatches_per_pool(self) -> int:
+        """Minibatches that one pool yields over all its passes."""
+        return self._reuse_epochs * (self._pool_size // self._batch_size) * self._micro_batches
+
+    def __len__(self) -> int:
+        return self.pools_per_epoch * self.minibatches_per_pool
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        if self._pool_index == self.pools_per_epoch - 1 and self._cursor == self.minibatches_per_pool:
+            self._epoch, self._pool_index, self._cursor = self._epoch + 1, 0, 0
+        while self._pool_index < self.pools_per_epoch:
+            if self._pool is None or self._cursor == 0:
+                self._pool = self._next_pool()
+            yield from self._rest_of_pool(self._pool)
+            if self._pool_index == self.pools_per_epoch - 1:
+                return
+            self._pool_index, self._cursor = self._pool_index + 1, 0
+
+    def _next_pool(self) -> Pool:
+        generator = torch.Generator().manual_seed(derive_seed("prompts", self._seed, self._epoch))
+        order = torch.randperm(len(self._prompts), generator=generator)[self._rank :: self._world_size]
+        start = self._pool_index * self._prompts_per_pool
+        chosen = [self._prompts[i] for i in order[start : start + self._prompts_per_pool].tolist()]
+        number = (self._epoch * self.pools_per_epoch + self._pool_index) * self._world_size + self._rank
+        pool_seed = derive_seed("pool", self._seed, number)
+        return self._collect(chosen, seed=pool_seed, first_rollout_id=number * self._pool_size)
+
+    def _rest_of_pool(self, pool: Pool) -> Iterator[Minibatch]:
+        first = self._cursor // self._micro_batches
+        batches_per_pass = self._pool_size // self._batch_size
+        for batch in range(first, self._reuse_epochs * batches_per_pass):
+            reuse_epoch, number = divmod(batch, batches_per_pass)
+            order = self._row_order(reuse_epoch)[number * self._batch_size :][: self._batch_size]
+            for minibatch in self._optimizer_batch(pool, order)[self._cursor % self._micro_batches :]:
+                self._cursor += 1
+                yield Minibatch(*minibatch, pool_metrics=pool.metrics)
+
+    def _row_order(self, reuse_epoch: int) -> torch.Tensor:
+        seed = derive_seed("rows", self._seed, self._rank, self._epoch, self._pool_index, reuse_epoch)
+        return torch.randperm(self._pool_size, generator=torch.Generator().manual_seed(seed))
+
+    def _optimizer_batch(self, pool: Pool, rows: torch.Tensor) -> list[tuple[Any, ...]]:
+        num_tokens = pool.rollouts.num_tokens[rows]
+        total, non_empty = int(num_tokens.sum()), int((num_tokens > 0).sum())
+        parts = tuple(
+            trimmed(pool.rollouts.rows(part), pool.targets.rows(part)) for part in rows.chunk(self._micro_batches)
+        )
+        return [(*part, total, non_empty, parts, position) for position, part in enumerate(parts)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loader stands; the pool itself only while it is still in use. Tensors and plain values only."""
+        pool = self._pool if 0 < self._cursor < self.minibatches_per_pool else None
+        state: dict[str, Any] = {"epoch": self._epoch, "pool_index": self._pool_index, "cursor": self._cursor}
+        if pool is not None:
+            state["pool"] = {
+                "rollouts": pool.rollouts.state_dict(),
+                "targets": pool.targets.state_dict(),
+                "metrics": pool.metrics,
+            }
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken.
+
+        Raises:
+            UsageError: the pool of the state has another size than this loader's.
+        """
+        self._epoch, self._pool_index, self._cursor = state["epoch"], state["pool_index"], state["cursor"]
+        self._pool = None
+        if (pool := state.get("pool")) is not None:
+            rollouts = Rollouts.from_state_dict(pool["rollouts"])
+            require(
+                len(rollouts) == self._pool_size,
+                f"the checkpoint is in the middle of a pool of {len(rollouts)} rollouts, but the configuration asks "
+                f"for {self._pool_size}: resume with the configuration that the run was started with",
+            )
+            self._pool = Pool(rollouts, Targets.from_state_dict(pool["targets"]), pool["metrics"])
+
+
+def _check_sizes(num_prompts: int, prompts_per_pool: int, pool_size: int, batch_size: int, micro_batches: int) -> None:
+    for key, value in (("prompts_per_pool", prompts_per_pool), ("batch_size", batch_size)):
+        require(value >= 1, f"data.reuse.{key} is {value}, but must be at least 1")
+    require(
+        num_prompts >= prompts_per_pool,
+        f"data.reuse.prompts_per_pool is {prompts_per_pool}, but there are only {num_prompts} prompts: lower it",
+    )
+    require(
+        pool_size % batch_size == 0,
+        f"data.reuse.batch_size is {batch_size}, which does not divide a pool of {pool_size} rollouts "
+        "(prompts_per_pool * num_samples): choose one that does",
+    )
+    require(
+        batch_size % micro_batches == 0,
+        f"trainer.accumulate_grad_batches is {micro_batches}, which does not divide data.reuse.batch_size, which is "
+        f"{batch_size}: choose one that does",
+    )

@@ -1,0 +1,133 @@
+r"""Chains of modular arithmetic: small enough to distil in seconds, long enough for blocks and spans to mean something.
+
+A problem is a start number and eleven lettered operations, all modulo 100::
+
+    prompt    86 a+7 b*9 c-1 …\n
+    response  a+7: 86+7=93\nb*9: 93*9=37\n…\boxed{25}<eos>
+
+Echoing the operation (``a+7:``) before the arithmetic is what makes the task learnable for a tiny model.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+Split = Literal["sft", "train", "held_out"]
+
+NUM_OPERATIONS = 11
+MODULUS = 100
+_OPERATORS = "+-*"
+_LETTERS = "abcdefghijklmnop"
+_SPECIAL = ["<pad>", "<eos>", "<unk>"]
+# Sixteenths of the space of problems. A problem's text alone decides its split, so the three cannot overlap.
+_SPLIT_SIXTEENTHS: dict[Split, range] = {"held_out": range(0, 1), "train": range(1, 5), "sft": range(5, 16)}
+
+
+@dataclass(frozen=True)
+class ChainProblem:
+    r"""One chain of operations.
+
+    Args:
+        start: the first number, 0 to 99.
+        operations: pairs of an operator (``+``, ``-`` or ``*``) and a one-digit operand.
+
+    Example:
+        >>> problem = ChainProblem(86, (("+", 7), ("*", 9)))
+        >>> problem.prompt
+        '86 a+7 b*9\n'
+        >>> problem.trace()
+        'a+7: 86+7=93\nb*9: 93*9=37\n\\boxed{37}'
+    """
+
+    start: int
+    operations: tuple[tuple[str, int], ...]
+
+    @property
+    def prompt(self) -> str:
+        """The problem as the student reads it."""
+        steps = [f"{letter}{op}{n}" for letter, (op, n) in zip(_LETTERS, self.operations, strict=False)]
+        return f"{self.start} {' '.join(steps)}\n"
+
+    @property
+    def answer(self) -> str:
+        """The gold answer."""
+        value = self.start
+        for op, n in self.operations:
+            value = _apply(value, op, n)
+        return str(value)
+
+    @property
+    def split(self) -> Split:
+        """The split that the problem's text falls into."""
+        sixteenth = hashlib.sha256(self.prompt.encode()).digest()[0] % 16
+        return next(name for name, share in _SPLIT_SIXTEENTHS.items() if sixteenth in share)
+
+    def trace(self, error_rate: float = 0.0, rng: random.Random | None = None) -> str:
+        """Write the exact solution, or one in which a share of the results is random.
+
+        Args:
+            error_rate: probability, 0 to 1, that a result is replaced by a random number (later steps go on from it).
+            rng: source of the errors; needed when ``error_rate`` is above 0.
+        """
+        lines, value = [], self.start
+        for letter, (op, n) in zip(_LETTERS, self.operations, strict=False):
+            result = _apply(value, op, n)
+            if rng is not None and rng.random() < error_rate:
+                result = rng.randrange(MODULUS)
+            lines.append(f"{letter}{op}{n}: {value}{op}{n}={result}\n")
+            value = result
+        return "".join(lines) + f"\\boxed{{{value}}}"
+
+
+def _apply(value: int, operator: str, operand: int) -> int:
+    if operator == "+":
+        return (value + operand) % MODULUS
+    return (value - operand if operator == "-" else value * operand) % MODULUS
+
+
+def chain_problems(split: Split, seed: int) -> Iterator[ChainProblem]:
+    """Yield problems of one split without end, the same ones for the same seed.
+
+    Args:
+        split: ``sft`` (made the shipped models), ``train`` (prompts for distillation) or ``held_out`` (evaluation).
+        seed: picks the stream.
+
+    Example:
+        >>> first = next(chain_problems("held_out", seed=0))
+        >>> first.split, len(first.operations)
+        ('held_out', 11)
+    """
+    rng = random.Random(f"{split}-{seed}")
+    while True:
+        operations = tuple((rng.choice(_OPERATORS), rng.randrange(10)) for _ in range(NUM_OPERATIONS))
+        problem = ChainProblem(rng.randrange(MODULUS), operations)
+        if problem.split == split:
+            yield problem
+
+
+def chain_tokenizer() -> PreTrainedTokenizerFast:
+    r"""Build the 38-token tokenizer: single characters, and ``\boxed{`` as one token.
+
+    Example:
+        >>> tokenizer = chain_tokenizer()
+        >>> len(tokenizer), tokenizer.decode(tokenizer("a+7: 86\\boxed{25}")["input_ids"])
+        (38, 'a+7: 86\\boxed{25}')
+    """
+    characters = [*"0123456789", *_LETTERS, *_OPERATORS, ":", "=", " ", "\n", "}", "\\boxed{"]
+    vocab = {token: index for index, token in enumerate([*_SPECIAL, *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+        padding_side="left",
+    )

@@ -1,0 +1,35 @@
+"""The toy world as a source of problems."""
+
+import itertools
+
+from opdlab.data.prompts import Problem, ProblemSource
+from opdlab.errors import require
+from opdlab.tasks.toy.chain import Split, chain_problems
+from opdlab.tasks.verifier import BoxedVerifier
+
+
+class ChainProblems(ProblemSource):
+    """Chains of modular arithmetic; see :mod:`opdlab.tasks.toy.chain`.
+
+    Args:
+        num_problems: how many.
+        split: ``train`` or ``held_out``; disjoint by construction, and from what the shipped models were trained on.
+        seed: picks the stream of problems.
+    """
+
+    def __init__(self, num_problems: int = 2048, split: Split = "train", seed: int = 0) -> None:
+        super().__init__(verifier=BoxedVerifier(at_end=True))
+        require(num_problems >= 1, f"num_problems is {num_problems}, but must be at least 1")
+        self.num_problems = num_problems
+        self.split: Split = split
+        self.seed = seed
+
+    @property
+    def name(self) -> str:
+        """Names the split."""
+        return f"toy chains ({self.split})"
+
+    def problems(self) -> list[Problem]:
+        """See :meth:`ProblemSource.problems`."""
+        chains = itertools.islice(chain_problems(self.split, self.seed), self.num_problems)
+        return [Problem(f"{self.split}-{self.seed}-{i}", chain.prompt, chain.answer) for i, chain in enumerate(chains)]

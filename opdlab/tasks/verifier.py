@@ -1,0 +1,85 @@
+"""Verifiers decide whether a response answers a problem."""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_BOXED = "\\boxed{"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a verifier says of one response.
+
+    Args:
+        correct: whether the answer counts as right.
+        extracted: the answer that was found in the response, or None.
+        reason: why, in a word or two: ``equal``, ``different``, ``no answer``, ``time limit``, …
+    """
+
+    correct: bool
+    extracted: str | None
+    reason: str
+
+
+class Verifier(ABC):
+    """Compares responses with gold answers. Responses are untrusted text: never evaluate them in this process."""
+
+    @abstractmethod
+    def verify(self, responses: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
+        """Return one verdict per response, in order.
+
+        Args:
+            responses: decoded responses, special tokens left out.
+            golds: the gold answer of each response, same length.
+        """
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Return what stands in the last ``\boxed{…}`` of ``text``, braces balanced, or None.
+
+    Example:
+        >>> last_boxed(r"so \boxed{1} or rather \boxed{\frac{1}{2}}")
+        '\\frac{1}{2}'
+        >>> last_boxed(r"cut off at \boxed{12") is None
+        True
+    """
+    start = text.rfind(_BOXED)
+    if start < 0:
+        return None
+    depth = 1
+    for match in re.finditer(r"[{}]", text[start + len(_BOXED) :]):
+        depth += 1 if match.group() == "{" else -1
+        if depth == 0:
+            return text[start + len(_BOXED) :][: match.start()]
+    return None
+
+
+class BoxedVerifier(Verifier):
+    r"""Right when the text in the last ``\boxed{…}`` equals the gold answer, white space at the ends aside.
+
+    Args:
+        at_end: the box must also close the response, as it does in the toy world, where anything after it
+            means that the model failed to stop.
+
+    Example:
+        >>> BoxedVerifier().verify([r"so \boxed{25}", r"\boxed{24}", "25"], ["25", "25", "25"])[1]
+        Verdict(correct=False, extracted='24', reason='different')
+    """
+
+    def __init__(self, at_end: bool = False) -> None:
+        self.at_end = at_end
+
+    def verify(self, responses: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
+        """See :meth:`Verifier.verify`."""
+        return [self._verdict(response, gold) for response, gold in zip(responses, golds, strict=True)]
+
+    def _verdict(self, response: str, gold: str) -> Verdict:
+        answer = last_boxed(response)
+        if answer is None:
+            return Verdict(False, None, "no answer")
+        if self.at_end and not response.rstrip().endswith("{" + answer + "}"):
+            return Verdict(False, answer, "text after the answer")
+        equal = answer.strip() == gold.strip()
+        return Verdict(equal, answer, "equal" if equal else "different")

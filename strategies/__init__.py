@@ -1,0 +1,22 @@
+"""The built-in gates, one file per family. Copy one to write your own."""
+
+if __name__ != "opdlab.strategies":
+    raise ImportError(
+        f"this folder was imported as {__name__!r}; import opdlab.strategies (two imports of one file make two classes)"
+    )
+
+from opdlab.strategies.block import Block32Gate, Block64Gate, Block128Gate, BlockGate
+from opdlab.strategies.sequence import NoGate, SequenceGate
+from opdlab.strategies.span import SpanGate
+from opdlab.strategies.token import TokenGate
+
+__all__ = [
+    "Block32Gate",
+    "Block64Gate",
+    "Block128Gate",
+    "BlockGate",
+    "NoGate",
+    "SequenceGate",
+    "SpanGate",
+    "TokenGate",
+]

@@ -1,0 +1,44 @@
+"""One weight per response, and no gating at all."""
+
+import torch
+from torch import Tensor
+
+from opdlab.gating import GateInputs, GateStrategy, register_gate
+
+
+@register_gate("sequence")
+class SequenceGate(GateStrategy):
+    """A whole response is one segment: the coarsest gate.
+
+    The paper (arXiv 2606.24084) argues against it but did not run it.
+
+    Example:
+        >>> behavior, current = torch.zeros(2, 2), torch.tensor([[0.0, 0.0], [2.0, 0.0]])
+        >>> SequenceGate()(GateInputs(torch.zeros(2, 2).long(), torch.ones(2, 2), behavior, current)).weights
+        tensor([[1.4621, 1.4621],
+                [0.5379, 0.5379]])
+    """
+
+    def segment_ids(self, inputs: GateInputs) -> Tensor:
+        """The same label everywhere."""
+        return torch.zeros_like(inputs.tokens)
+
+
+@register_gate("none")
+class NoGate(SequenceGate):
+    """Every valid position has weight 1, whatever the drift. Drift is still reported, per response.
+
+    Example:
+        >>> behavior, current = torch.zeros(1, 2), torch.tensor([[9.0, 0.0]])
+        >>> NoGate()(GateInputs(torch.zeros(1, 2).long(), torch.ones(1, 2), behavior, current)).weights
+        tensor([[1., 1.]])
+    """
+
+    @property
+    def uniform(self) -> bool:
+        """Always: see :class:`GateStrategy`."""
+        return True
+
+    def drift_gate(self, inputs: GateInputs) -> Tensor:
+        """Ones."""
+        return torch.ones_like(inputs.drift)

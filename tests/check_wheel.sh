@@ -1,0 +1,24 @@
+#!/bin/sh
+# Build a wheel, unpack it outside the repository, and use it from there: usage check_wheel.sh PYTHON VENV_PYTHON
+set -eu
+venv_python=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+"$venv_python" -m build --wheel --outdir "$folder/dist" . >"$folder/log" 2>&1 || { cat "$folder/log"; exit 1; }
+"$venv_python" -m pip install --quiet --no-deps --target "$folder/site" "$folder"/dist/*.whl
+cd "$folder"
+# The editable install of the same package is found later on the path than PYTHONPATH.
+PYTHONPATH="$folder/site" "$venv_python" - <<'PY'
+import opdlab, opdlab.module, opdlab.cli
+from opdlab.cli_config import shipped_configs
+from opdlab.gating import gate_names
+from opdlab.policies import LanguageModel
+
+assert "site/opdlab" in opdlab.__file__.replace("\\", "/"), opdlab.__file__
+assert "quickstart" in shipped_configs(), shipped_configs()
+assert "block64" in gate_names()
+LanguageModel("package://opdlab.tasks.toy/models/teacher")
+print("wheel: imports, configurations, gates and toy models are there")
+PY
+PYTHONPATH="$folder/site" "$venv_python" -m opdlab.tasks.toy.make_models --help >/dev/null
+PYTHONPATH="$folder/site" "$venv_python" -c "from opdlab.cli import main; raise SystemExit(main(['gates']))"
