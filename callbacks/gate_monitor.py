@@ -68,4 +68,3 @@ def gate_histograms(gates: Gates, inputs: GateInputs, max_blocks: int) -> dict[s
     for segment in range(num_segments):
         histograms[f"gate/block/{segment:03d}"] = weights[ids == segment]
     return histograms
-

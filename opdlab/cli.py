@@ -3,6 +3,7 @@
 Everything a user can get wrong ends in one line on standard error and exit code 2.
 """
 
+import logging
 import os
 import sys
 import warnings
@@ -60,7 +61,7 @@ class OPDCLI(LightningCLI):
             seed_everything_default=0,
             save_config_callback=_SaveFitConfig,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={key: options for key in ("fit", "validate", "test")} | options,
+            parser_kwargs=dict.fromkeys(("fit", "validate", "test"), options) | options,
             trainer_defaults={"callbacks": [self.table, self.interrupt, LabProgressBar()], "max_epochs": -1},
         )
 
@@ -82,6 +83,18 @@ class OPDCLI(LightningCLI):
                 "checkpoint.auto_insert_metric_name": False,
             }
         )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, and say in one line what is wrong, with the nearest key."""
+        try:
+            super().parse_arguments(parser, args)
+        except ArgumentError as error:
+            defaults = self._subcommand_parsers["fit"].get_defaults()
+            raise UsageError(explain(error, defaults.keys(branches=True))) from error
+
+    def after_instantiate_classes(self) -> None:
+        """Find out now, not after the first evaluation, whether pools can be cut into batches."""
+        self.datamodule.check_reuse(self.model.sampling.num_samples, self.trainer.accumulate_grad_batches)
 
     # -- the run's folder ----------------------------------------------------------------------------------------
 
@@ -107,6 +120,15 @@ class OPDCLI(LightningCLI):
             }
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(folder / "checkpoints")
+
+    def fit(self, model: OPDModule, **kwargs: Any) -> None:
+        """Train. Lightning turns Ctrl-C into an exit of its own; ours says how to go on."""
+        try:
+            self.trainer.fit(model, **kwargs)
+        except SystemExit as error:
+            if self.interrupt.path is None:
+                raise
+            raise _Interrupted(f"stopped at step {self.trainer.global_step}, saved {self.interrupt.path}") from error
 
     # -- before and after ----------------------------------------------------------------------------------------
 
@@ -156,6 +178,10 @@ def _run(arguments: Sequence[str]) -> None:
     OPDCLI()
 
 
+class _Interrupted(Exception):
+    """Training was stopped by Ctrl-C and has saved a checkpoint; the message says where."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code.
 
@@ -170,15 +196,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, MisconfigurationException, ArgumentError) as error:
         print(f"opdlab: error: {explain(error)}", file=sys.stderr)
         return EXIT_USAGE
+    except _Interrupted as stop:
+        print(f"opdlab: {stop}; to go on, run the same command with --ckpt_path last", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except KeyboardInterrupt:
+        print("opdlab: stopped", file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
 
 
 def console() -> None:
     """Entry point of the ``opdlab`` command."""
     # Lightning warns that the behavior snapshot is in eval mode, which it is on purpose, and uses a name that torch
-    # has renamed; neither is the user's business.
+    # has renamed; neither is the user's business. Nor is its advertisement of a logger.
     warnings.filterwarnings("ignore", message=r"Found .* module\(s\) in eval mode")
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    advert = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    advert.addFilter(lambda record: "litlogger" not in record.getMessage())
     raise SystemExit(main())
 
 

@@ -1,7 +1,8 @@
 """How configurations are found and read: shipped names, registered plug-ins, and errors in one line."""
 
-import difflib
+import importlib
 import importlib.resources
+import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -115,7 +116,36 @@ def config_path(name: str) -> str:
     return str(shipped[key])
 
 
-def explain(error: BaseException) -> str:
-    """Say in one line what is wrong, with the nearest key where a key is unknown."""
+def explain(error: BaseException, keys: Iterable[str] = ()) -> str:
+    """Say in one line what is wrong with a configuration, with the nearest key where one is unknown.
+
+    Args:
+        error: what the parser raised.
+        keys: keys that exist.
+
+    Example:
+        >>> explain(ValueError("Subcommand 'fit' does not accept option 'model.gaet'"), ["model.gate", "data.train"])
+        "unknown key 'model.gaet'; did you mean 'model.gate'?"
+    """
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    text = re.sub(r'^Parser key "([^"]+)": ', r"\1: ", text)
+    if match := re.search(r"Problem with given class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text):
+        options = _options_of(match[1])
+        return f"unknown key '{match[2]}' of {match[1]}{suggestion(match[2], options)} Its keys: {', '.join(options)}"
+    if match := re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text):
+        known = sorted(keys)
+        return f"unknown key '{match[1]}'{suggestion(match[1], known)}" + ("" if suggestion(match[1], known) else _ASK)
+    if match := re.search(r"^(\S+): Does not validate .*? Subtypes: \[(.*?)\] Errors: .*Given value: (.*)$", text):
+        return f"{match[1]} is {match[3]}, but must be one of: {match[2].replace('typing.', '')}"
     return text
+
+
+_ASK = "; `opdlab fit --help` lists all keys"
+
+
+def _options_of(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    cls = getattr(importlib.import_module(module), name)
+    inits = [base.__init__ for base in cls.__mro__ if "__init__" in vars(base) and base is not object]
+    parameters = [p for init in inits for p in inspect.signature(init).parameters.values()]
+    return sorted({p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self"})

@@ -155,4 +155,3 @@ def decode_responses(model: LanguageModel, rollouts: Rollouts) -> list[str]:
     rows = zip(rollouts.tokens.tolist(), rollouts.num_tokens.tolist(), strict=True)
     texts: list[str] = model.tokenizer.batch_decode([r[:n] for r, n in rows], skip_special_tokens=True)
     return texts
-

@@ -10,7 +10,6 @@ Reference: Zheng & Jiang, "Blockwise Policy-Drift Gating for On-Policy Distillat
 Shapes: B rollouts, T response tokens. Log-probabilities are in nats.
 """
 
-from abc import ABC
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
@@ -103,7 +102,7 @@ class GateOptions(TypedDict, total=False):
     high: float
 
 
-class GateStrategy(ABC):
+class GateStrategy:
     """Base of all gates. Extend it with one method.
 
     Override :meth:`segment_ids` to group positions; drift, its reduction, ``exp(-tau * s)``, masking, detaching and
@@ -123,8 +122,8 @@ class GateStrategy(ABC):
     Example:
         >>> class HalvesGate(GateStrategy):
         ...     def segment_ids(self, inputs):
-        ...         columns = torch.arange(inputs.tokens.shape[1], device=inputs.tokens.device)
-        ...         return (2 * columns // inputs.tokens.shape[1]).expand_as(inputs.tokens)
+        ...         # Halves of the response, and not of the columns: padding must not move a weight.
+        ...         return 2 * inputs.mask.cumsum(1) > inputs.mask.sum(1, keepdim=True)
         >>> behavior = torch.zeros(1, 4)
         >>> current = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
         >>> gates = HalvesGate()(GateInputs(torch.zeros(1, 4).long(), torch.ones(1, 4), behavior, current))
@@ -143,9 +142,13 @@ class GateStrategy(ABC):
     ) -> None:
         _check_choice("statistic", statistic, get_args(Statistic))
         _check_choice("normalization", normalization, get_args(Normalization))
-        require(0 <= tau < float("inf"), f"gate.tau is {tau}, but must be finite and at least 0 (0 switches gating off)")
+        require(
+            0 <= tau < float("inf"), f"gate.tau is {tau}, but must be finite and at least 0 (0 switches gating off)"
+        )
         require(0 <= rho <= 1, f"gate.rho is {rho}, but must lie between 0 and 1")
-        require(0 <= low <= 1 <= high, f"gate.low is {low} and gate.high is {high}, but 0 <= low <= 1 <= high must hold")
+        require(
+            0 <= low <= 1 <= high, f"gate.low is {low} and gate.high is {high}, but 0 <= low <= 1 <= high must hold"
+        )
         self.tau = tau
         self.statistic = statistic
         self.normalization = normalization
@@ -229,7 +232,8 @@ class GateStrategy(ABC):
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     require(
-        value in choices, f"gate.{key} is '{value}', but must be one of {', '.join(choices)}{suggestion(value, choices)}"
+        value in choices,
+        f"gate.{key} is '{value}', but must be one of {', '.join(choices)}{suggestion(str(value), choices)}",
     )
 
 

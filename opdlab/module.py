@@ -17,8 +17,8 @@ from opdlab.data.prompts import Prompt
 from opdlab.diagnostics import StepRecord, merge_records, step_metrics, step_record
 from opdlab.errors import UsageError, require
 from opdlab.evaluation import EvaluationConfig, Evaluator, check_answers
-from opdlab.gating import GateInputs, Gates, GateStrategy, build_gate
-from opdlab.objectives import Objective, PositionLosses, Reduction, TeacherTopK, reduce_losses
+from opdlab.gating import GateInputs, Gates, GateStrategy
+from opdlab.objectives import Objective, PositionLosses, Reduction, reduce_losses
 from opdlab.policies import (
     BehaviorPolicy,
     LanguageModel,
@@ -73,7 +73,7 @@ class OPDModule(pl.LightningModule):
         student: the model to train.
         teacher: scores its rollouts.
         objective: what a position costs.
-        gate: a gate, or the name of a registered one.
+        gate: how much each position counts; ``build_gate`` makes one by name.
         sampling: how rollouts are sampled; log-probabilities are taken at its temperature.
         eval_sampling: how answers are sampled for evaluation.
         evaluation: see :class:`EvaluationConfig`.
@@ -90,13 +90,13 @@ class OPDModule(pl.LightningModule):
         self,
         student: LanguageModel,
         teacher: Teacher,
-        objective: Objective | None = None,
-        gate: GateStrategy | str = "block64",
+        objective: Objective,
+        gate: GateStrategy,
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
         eval_sampling: SamplingConfig = SamplingConfig(num_samples=8),  # noqa: B008 - frozen
         evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 - frozen
         reduction: Reduction = "token_mean",
-        behavior: BehaviorConfig = BehaviorConfig(),  # noqa: B008 - frozen
+        behavior: BehaviorConfig = BehaviorConfig(),
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -111,8 +111,8 @@ class OPDModule(pl.LightningModule):
         # Not a submodule: it is frozen, must not enter checkpoints, and is no business of the strategy's wrapping.
         self.__dict__["teacher"] = teacher
         self.behavior = BehaviorPolicy(student, sampling, behavior.dtype, behavior.score_batch_size)
-        self.objective = objective if objective is not None else TeacherTopK()
-        self.gate: GateStrategy = build_gate(gate) if isinstance(gate, str) else gate
+        self.objective = objective
+        self.gate = gate
         self.gate.setup(student.tokenizer)
         self.sampling = sampling
         self.reduction: Reduction = reduction
@@ -152,7 +152,10 @@ class OPDModule(pl.LightningModule):
         optimizer = self._optimizer([p for p in self.student.parameters() if p.requires_grad])
         if self._lr_scheduler is None:
             return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._lr_scheduler(optimizer), "interval": "step"}}
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._lr_scheduler(optimizer), "interval": "step"},
+        }
 
     def on_fit_start(self) -> None:
         """Bring the teacher to the device."""
@@ -291,7 +294,7 @@ class OPDModule(pl.LightningModule):
             path,
         )
         raise NonFiniteLossError(
-            f"train/loss is {float(loss)} at step {self.global_step} on rollouts {batch.rollouts.rollout_ids.tolist()}; "
+            f"train/loss is {float(loss.detach())} at step {self.global_step} on rollouts {batch.rollouts.rollout_ids.tolist()}; "
             f"the batch is in {path}: lower the learning rate, or look at the batch for infinite log-probabilities"
         )
 
@@ -391,10 +394,11 @@ def join_gate_inputs(parts: Sequence[GateInputs]) -> GateInputs:
 def split_gates(gates: Gates, parts: Sequence[GateInputs]) -> list[Gates]:
     """The reverse of :func:`join_gate_inputs`, for what the gate returned."""
     rows = [part.mask.shape[0] for part in parts]
-    pieces = zip(*(tensor.split(rows) for tensor in (gates.weights, gates.segment_ids, gates.segment_drift)), strict=True)
+    pieces = zip(
+        *(tensor.split(rows) for tensor in (gates.weights, gates.segment_ids, gates.segment_drift)), strict=True
+    )
     return [
-        Gates(*(tensor[:, : part.mask.shape[1]] for tensor in piece))
-        for piece, part in zip(pieces, parts, strict=True)
+        Gates(*(tensor[:, : part.mask.shape[1]] for tensor in piece)) for piece, part in zip(pieces, parts, strict=True)
     ]
 
 

@@ -9,11 +9,12 @@ Shapes: N positions, H hidden size, V vocabulary, K support. Log-probabilities a
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # Logits held at any one time, forward or backward: 16 Mi floats, 64 MB in float32.
 _MAX_CHUNK_LOGITS = 1 << 24
@@ -77,6 +78,12 @@ def _widen(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def _as_autocast(hidden: Tensor) -> Tensor:
+    """Follow autocast here, where it is seen: the backward pass runs outside it and must repeat the same logits."""
+    device = hidden.device.type
+    return hidden.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden
+
+
 def _chunks(num_rows: int, row_size: int) -> Iterator[slice]:
     step = max(1, _MAX_CHUNK_LOGITS // max(row_size, 1))
     for start in range(0, num_rows, step):
@@ -122,6 +129,7 @@ class _TokenStatistics(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
+        head = replace(head, weight=weight.to(hidden.dtype))  # once, not for every chunk
         logprobs, entropy, normalizer = (hidden.new_empty(hidden.shape[0], dtype=wide) for _ in range(3))
         for rows in _chunks(hidden.shape[0], weight.shape[0]):
             statistics = _chunk_statistics(head.logits(hidden[rows]), targets[rows])
@@ -132,9 +140,10 @@ class _TokenStatistics(torch.autograd.Function):
         return logprobs, entropy, normalizer
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, normalizer = ctx.saved_tensors
-        head = _head_of(ctx, weight, bias)
+        head = _head_of(ctx, weight.to(hidden.dtype), bias)
         sums = _HeadGradients(ctx, hidden, weight, bias)
         for rows in _chunks(hidden.shape[0], weight.shape[0]):
             logits = head.logits(hidden[rows])
@@ -143,7 +152,7 @@ class _TokenStatistics(torch.autograd.Function):
             gradient *= gradients[0][rows, None]
             gradient = head.transform_gradient(gradient, logits)
             if sums.hidden is not None:
-                sums.hidden[rows] = gradient.to(hidden.dtype) @ weight.to(hidden.dtype)
+                sums.hidden[rows] = gradient.to(hidden.dtype) @ head.weight
             if sums.weight is not None:
                 sums.weight.addmm_(gradient.T, hidden[rows].to(gradient.dtype))
             if sums.bias is not None:
@@ -153,9 +162,7 @@ class _TokenStatistics(torch.autograd.Function):
 
 class _SupportLogits(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, support: Tensor, head: Head
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, support: Tensor, head: Head) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logits = hidden.new_empty(support.shape, dtype=wide)
         for rows in _chunks(hidden.shape[0], support.shape[1] * weight.shape[1]):
@@ -167,6 +174,7 @@ class _SupportLogits(torch.autograd.Function):
         return logits
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, support, logits = ctx.saved_tensors
         head = _head_of(ctx, weight, bias)
@@ -196,6 +204,7 @@ def token_statistics(hidden: Tensor, head: Head, targets: Tensor) -> TokenStatis
     Returns:
         See :class:`TokenStatistics`; float32, or float64 for float64 inputs.
     """
+    hidden = _as_autocast(hidden)
     outputs: tuple[Tensor, Tensor, Tensor] = _TokenStatistics.apply(hidden, head.weight, head.bias, targets, head)
     return TokenStatistics(*outputs)
 
@@ -269,7 +278,7 @@ def support_logits(
 
 def support_logits_of(hidden: Tensor, head: Head, support: Tensor) -> Tensor:
     """:func:`support_logits` for a :class:`Head`."""
-    support = support.long()
+    hidden, support = _as_autocast(hidden), support.long()
     # Where the support is a good part of the vocabulary, one product with the whole head is cheaper than gathering
     # rows, and its logits are no larger than a few supports.
     if head.weight.shape[0] <= 8 * support.shape[-1]:

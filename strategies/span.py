@@ -68,6 +68,8 @@ class SpanGate(GateStrategy):
             raise UsageError("gate.newline_token_ids is not known yet: give it, or call gate.setup(tokenizer) first")
         mask = inputs.mask.bool()
         columns = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+        if not mask.numel():
+            return columns  # there is no maximum over no columns
         newlines = torch.tensor(self.newline_token_ids, dtype=torch.long, device=mask.device)
         closes = torch.isin(inputs.tokens, newlines) & mask
         start = self._span_starts(closes, (columns + 1).masked_fill(~mask, 0).amax(1, keepdim=True))

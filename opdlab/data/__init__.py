@@ -1,8 +1,9 @@
 """Problems, prompts and the data module that hands them out."""
 
-from opdlab.data.datamodule import EvaluationBatch, PromptDataModule, ReuseConfig
+from opdlab.data.datamodule import EvaluationBatch, PromptDataModule
 from opdlab.data.jsonl import JsonlProblems
 from opdlab.data.prompts import Problem, ProblemSource, Prompt, PromptSet, prompt_set
+from opdlab.data.reuse import ReuseConfig
 from opdlab.data.templates import ChatTemplate, RawTemplate, Template
 
 __all__ = [

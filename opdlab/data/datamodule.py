@@ -11,33 +11,13 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
 from opdlab.data.prompts import ProblemSource, Prompt, PromptSet, prompt_set
+from opdlab.data.reuse import ReuseConfig
 from opdlab.errors import require
 from opdlab.tasks.verifier import Verifier
 
 if TYPE_CHECKING:
     from opdlab.module import OPDModule
     from opdlab.rollouts.loader import RolloutLoader
-
-
-@dataclass(frozen=True)
-class ReuseConfig:
-    """How rollouts are pooled and reused. Sizes are per process.
-
-    Args:
-        prompts_per_pool: prompts sampled from at a time; a pool has this many times ``sampling.num_samples`` rollouts.
-        epochs: passes over a pool before the next is sampled.
-        batch_size: rollouts in an optimizer step; must divide the pool. ``trainer.accumulate_grad_batches`` cuts it
-            into as many micro-batches and leaves the step as it is.
-    """
-
-    prompts_per_pool: int = 32
-    epochs: int = 2
-    batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        for key in ("prompts_per_pool", "epochs", "batch_size"):
-            value = getattr(self, key)
-            require(value >= 1, f"data.reuse.{key} is {value}, but must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -111,6 +91,10 @@ class PromptDataModule(pl.LightningDataModule):
         self.seed = seed
         self.train_prompts: PromptSet | None = None
         self.benchmarks: dict[str, PromptSet] = {}
+
+    def check_reuse(self, samples_per_prompt: int, micro_batches: int) -> None:
+        """Refuse sizes of pools and batches that do not fit together; see :meth:`ReuseConfig.check`."""
+        self.reuse.check(samples_per_prompt, micro_batches)
 
     @property
     def train_verifier(self) -> Verifier | None:

@@ -1,11 +1,15 @@
 """Problems from a JSON Lines file."""
 
 import hashlib
+import json
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from opdlab.data.prompts import Problem, ProblemSource
 from opdlab.data.templates import Template
-from opdlab.errors import UsageError, require
+from opdlab.errors import require
 from opdlab.registry import suggestion
 from opdlab.tasks.verifier import Verifier
 
@@ -18,7 +22,7 @@ class JsonlProblems(ProblemSource):
         problem_field: field that holds the problem.
         answer_field: field that holds the gold answer; null where there is none.
         id_field: field that names a row; rows without it are named by a hash of the problem.
-        limit: use only the first so many rows.
+        limit: use only so many rows.
         offset: leave out so many rows first.
         template: turns a problem into a prompt; plain text by default.
         verifier: checks answers; null for none.
@@ -52,32 +56,42 @@ class JsonlProblems(ProblemSource):
 
     def problems(self) -> list[Problem]:
         """See :meth:`ProblemSource.problems`."""
-        rows = self._read()
+        require(self.path.is_file(), f"{self.path} does not exist: give the path of a JSON Lines file")
+        return [self._problem(number, row) for number, row in islice(self._read(), *self._rows)]
+
+    def _problem(self, number: int, row: dict[str, Any]) -> Problem:
         problem_field, answer_field, id_field = self._fields
         for field in (problem_field, answer_field):
-            if rows and field is not None and field not in rows[0]:
-                raise UsageError(
-                    f"{self.path} has no field '{field}'{suggestion(field, rows[0])} Its fields: {', '.join(rows[0])}"
-                )
-        return [
-            Problem(
-                str(row.get(id_field) or hashlib.sha256(str(row[problem_field]).encode()).hexdigest()[:12]),
-                str(row[problem_field]),
-                None if answer_field is None else str(row[answer_field]),
+            if field is None:
+                continue
+            require(
+                field in row,
+                f"{self.path}, line {number}, has no field '{field}'{suggestion(field, row) or ';'} "
+                f"its fields: {', '.join(row)}",
             )
-            for row in rows[slice(*self._rows)]
-        ]
+            require(row[field] is not None, f"{self.path}, line {number}: the field '{field}' is null; give it a value")
+        text, name = str(row[problem_field]), row.get(id_field)
+        return Problem(
+            hashlib.sha256(text.encode()).hexdigest()[:12] if name is None else str(name),
+            text,
+            None if answer_field is None else str(row[answer_field]),
+        )
 
-    def _read(self) -> list[dict[str, object]]:
-        require(self.path.is_file(), f"{self.path} does not exist: give the path of a JSON Lines file")
-        if self.path.stat().st_size == 0:
-            return []
-        import datasets  # here, because importing it takes longer than all else together
+    def _read(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield line numbers, from 1, and rows.
 
-        datasets.disable_progress_bars()
-        try:
-            table = datasets.Dataset.from_json(str(self.path), cache_dir=None)
-        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-            cause = error.__cause__ or error
-            raise UsageError(f"{self.path} is not JSON Lines: {str(cause).splitlines()[0]}") from error
-        return list(table)
+        Not with a table reader: those infer a type for each column, and an answer such as ``2020-01-01`` or ``7`` in
+        a column that also holds ``7.5`` would come back as another text.
+        """
+        with self.path.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line.strip())
+                except ValueError as error:  # broken JSON, or not UTF-8
+                    row, reason = None, str(error)
+                else:
+                    reason = "not an object"
+                require(isinstance(row, dict), f"{self.path}, line {number}, is not JSON Lines: {reason}")
+                yield number, row

@@ -90,16 +90,15 @@ def prompt_set(source: ProblemSource, tokenizer: PreTrainedTokenizerBase, max_pr
         max_prompt_tokens: a longer prompt is left out and counted; never cut, which would change the problem.
 
     Raises:
-        UsageError: the source is empty, or every prompt is too long.
+        UsageError: the source or a prompt is empty, or every prompt is too long.
     """
     problems = source.problems()
     require(bool(problems), f"{source.name} holds no problems: give a source with at least one")
     tokenized = source.template.tokenize([problem.text for problem in problems], tokenizer)
-    kept: Sequence[tuple[Problem, list[int]]] = [
-        (problem, tokens)
-        for problem, tokens in zip(problems, tokenized, strict=True)
-        if 0 < len(tokens) <= max_prompt_tokens
-    ]
+    pairs: Sequence[tuple[Problem, list[int]]] = list(zip(problems, tokenized, strict=True))
+    empty = next((problem.id for problem, tokens in pairs if not tokens), None)
+    require(empty is None, f"problem '{empty}' of {source.name} is an empty prompt: leave it out, or give a template")
+    kept = [(problem, tokens) for problem, tokens in pairs if len(tokens) <= max_prompt_tokens]
     if not kept:
         shortest = min(map(len, tokenized))
         raise UsageError(

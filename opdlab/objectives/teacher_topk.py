@@ -49,6 +49,4 @@ class TeacherTopK(Objective):
             statistics = replace(student, hidden=student.hidden.detach()).statistics()
             mass = (logits.logsumexp(-1) - statistics.log_normalizer).exp()
         metrics = {"teacher_support_mass": targets.support_mass, "student_support_mass": student.padded(mass)}
-        return PositionLosses(
-            losses, student.padded(statistics.logprobs), student.padded(statistics.entropy), metrics
-        )
+        return PositionLosses(losses, student.padded(statistics.logprobs), student.padded(statistics.entropy), metrics)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -79,7 +80,7 @@ class LanguageModel(nn.Module):
         self.stop_ids = _stop_ids(self.model, self.tokenizer, self.path)
         if self.tokenizer.pad_token_id is None:
             # Padding is always masked, so any token serves; reusing the stop token is the usual choice.
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+            self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.stop_ids[0])
         self.tokenizer.padding_side = "left"
         self._check_head()
 
@@ -157,7 +158,7 @@ class LanguageModel(nn.Module):
         own = self.model(input_ids=tokens, attention_mask=attention, use_cache=False).logits[0].float()
         ours = self.head().logits(self._hidden_states(tokens, attention)[0])
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-2
-        if not torch.allclose(own, ours, rtol=tolerance, atol=tolerance * float(own.abs().amax().clamp(min=1))):
+        if not torch.allclose(own, ours, rtol=tolerance, atol=tolerance * float(ours.abs().amax().clamp(min=1))):
             raise UsageError(
                 f"model '{self.path}' ({type(self.model).__name__}) changes its logits in a way that opdlab does not "
                 "know, so its log-probabilities would be wrong: choose another architecture"
@@ -169,16 +170,20 @@ def _load(path: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[PreTr
     try:
         config = AutoConfig.from_pretrained(source, **options)
         # Dropout would give student and snapshot different log-probabilities at equal weights.
-        for key in [key for key in vars(config) if "dropout" in key or key.endswith("_pdrop")]:
+        for key in [key for key in vars(config) if "drop" in key]:  # resid_pdrop, attention_dropout, layerdrop, …
             if isinstance(getattr(config, key), float):
                 setattr(config, key, 0.0)
         with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(source, config=config, dtype=dtype, **options)
+            model, report = AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=dtype, output_loading_info=True, **options
+            )
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = "check that the folder is complete" if Path(source).is_dir() else "check the name and the connection"
         raise UsageError(f"model '{path}' cannot be loaded: {hint} ({first_line})") from error
+    missing = sorted(report["missing_keys"])
+    require(not missing, f"model '{path}' is incomplete: it lacks {len(missing)} weights, among them {missing[:1]}")
     return model, tokenizer
 
 
@@ -201,6 +206,11 @@ def _resolve(path: str) -> str:
         require(
             (folder / "config.json").is_file(),
             f"model '{path}' is incomplete: config.json is missing; write the folder again with save_pretrained",
+        )
+        # Without them transformers makes up an empty tokenizer of the model's usual kind.
+        require(
+            any(file for pattern in ("*token*", "vocab*", "*.model") for file in folder.glob(pattern)),
+            f"model '{path}' is incomplete: the tokenizer's files are missing; save the tokenizer into the folder too",
         )
     return str(folder) if folder.is_dir() else path
 

@@ -145,7 +145,8 @@ class _Tick(StoppingCriteria):
 @contextmanager
 def _generating(model: LanguageModel, config: GenerationConfig) -> Iterator[None]:
     """Eval mode, and the model's own generation defaults (penalties, top-k) out of the way: they would change what
-    is sampled behind the back of the configuration."""
+    is sampled behind the back of the configuration.
+    """
     own, training = model.model.generation_config, model.model.training
     model.model.generation_config = config
     model.model.eval()

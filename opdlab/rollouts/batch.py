@@ -6,11 +6,10 @@ K support. Log-probabilities are in nats, at the sampling temperature.
 
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 R = TypeVar("R", bound="_Rows")
 

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from opdlab.data.prompts import Prompt
+from opdlab.data.reuse import ReuseConfig
 from opdlab.errors import require
 from opdlab.rollouts.batch import Minibatch, Rollouts, Targets, trimmed
 from opdlab.seeds import derive_seed
@@ -73,8 +74,13 @@ class RolloutLoader:
         world_size: int = 1,
     ) -> None:
         self._pool_size = prompts_per_pool * samples_per_prompt
-        _check_sizes(len(prompts) // world_size, prompts_per_pool, self._pool_size, batch_size, micro_batches)
-        require(reuse_epochs >= 1, f"data.reuse.epochs is {reuse_epochs}, but must be at least 1")
+        reuse = ReuseConfig(prompts_per_pool, reuse_epochs, batch_size)  # checks its values
+        reuse.check(samples_per_prompt, micro_batches)
+        require(
+            len(prompts) // world_size >= prompts_per_pool,
+            f"data.reuse.prompts_per_pool is {prompts_per_pool}, but there are only {len(prompts) // world_size} "
+            "prompts for each process: lower it",
+        )
         self._prompts = prompts
         self._collect = collect
         self._prompts_per_pool = prompts_per_pool
@@ -171,22 +177,3 @@ class RolloutLoader:
                 f"for {self._pool_size}: resume with the configuration that the run was started with",
             )
             self._pool = Pool(rollouts, Targets.from_state_dict(pool["targets"]), pool["metrics"])
-
-
-def _check_sizes(num_prompts: int, prompts_per_pool: int, pool_size: int, batch_size: int, micro_batches: int) -> None:
-    for key, value in (("prompts_per_pool", prompts_per_pool), ("batch_size", batch_size)):
-        require(value >= 1, f"data.reuse.{key} is {value}, but must be at least 1")
-    require(
-        num_prompts >= prompts_per_pool,
-        f"data.reuse.prompts_per_pool is {prompts_per_pool}, but there are only {num_prompts} prompts: lower it",
-    )
-    require(
-        pool_size % batch_size == 0,
-        f"data.reuse.batch_size is {batch_size}, which does not divide a pool of {pool_size} rollouts "
-        "(prompts_per_pool * num_samples): choose one that does",
-    )
-    require(
-        batch_size % micro_batches == 0,
-        f"trainer.accumulate_grad_batches is {micro_batches}, which does not divide data.reuse.batch_size, which is "
-        f"{batch_size}: choose one that does",
-    )

@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor
 from concurrent.futures import TimeoutError as WorkerTimeoutError
 from typing import Any
 
@@ -29,7 +30,8 @@ def _start_worker() -> None:
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it reminds us that its own limit is off
 
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT_BYTES, hard))
+    limit = _MEMORY_LIMIT_BYTES if hard == resource.RLIM_INFINITY else min(_MEMORY_LIMIT_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def _judge(answer: str, gold: str) -> tuple[bool, str | None, str]:
@@ -87,6 +89,8 @@ class MathVerifier(Verifier):
             return Verdict(False, None, "time limit")
         except (ProcessExpired, MemoryError):
             return Verdict(False, None, "worker died")
+        except BrokenExecutor:  # no worker can start: not the answer's fault, and it must not pass for a wrong one
+            raise
         except Exception as error:  # whatever a hostile answer makes math-verify raise is that answer's fault
             return Verdict(False, None, f"not understood ({type(error).__name__})")
 

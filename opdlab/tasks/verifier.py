@@ -79,7 +79,7 @@ class BoxedVerifier(Verifier):
         answer = last_boxed(response)
         if answer is None:
             return Verdict(False, None, "no answer")
-        if self.at_end and not response.rstrip().endswith("{" + answer + "}"):
+        if self.at_end and not response.rstrip().endswith(_BOXED + answer + "}"):
             return Verdict(False, answer, "text after the answer")
         equal = answer.strip() == gold.strip()
         return Verdict(equal, answer, "equal" if equal else "different")

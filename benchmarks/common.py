@@ -1,0 +1,171 @@
+"""What the benchmarks share: children in processes of their own, pairwise ratios, the machine, and the toy world.
+
+The toy world is loaded by file path, so that a child whose environment lacks opdlab can use it too.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+_TASKS = REPOSITORY / "opdlab" / "tasks"
+TOY_MODELS = _TASKS / "toy" / "models"
+
+
+# -- processes -------------------------------------------------------------------------------------------------------
+
+
+class ChildError(RuntimeError):
+    """A child ended with an error, or without an answer; the message ends with what it wrote."""
+
+
+def run_child(script: Path, arguments: Sequence[str], *, threads: int, python: str = sys.executable) -> dict[str, Any]:
+    """Run ``script`` in a process of its own and return the JSON object that is its last line of output.
+
+    Args:
+        script: the Python file.
+        arguments: its arguments.
+        threads: for torch and for the BLAS beneath it.
+        python: the interpreter.
+    """
+    inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *inherited]),
+    }
+    command = [python, str(script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        raise ChildError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
+    answer: dict[str, Any] = json.loads(lines[-1])
+    return answer
+
+
+def machine() -> dict[str, Any]:
+    """Say what this was measured on, and how busy it was beforehand."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        name = models[0] if models else name
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": name, "cores": cores, "system": platform.platform(), "load_average": os.getloadavg()[0]}
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of Python and of the packages that this interpreter has."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+# -- figures ---------------------------------------------------------------------------------------------------------
+
+
+def median(values: Iterable[float]) -> float:
+    """Return the median."""
+    return statistics.median(values)
+
+
+def pairwise_ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Return ``ours / theirs`` round by round: what slowed the machine down for a while slowed both."""
+    return [a / b for a, b in zip(ours, theirs, strict=True)]
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Return the median, with the smallest and the largest in brackets."""
+    if not values:
+        return "-"
+    return f"{median(values):.{digits}f} [{min(values):.{digits}f}, {max(values):.{digits}f}]"
+
+
+# -- the toy world ---------------------------------------------------------------------------------------------------
+
+
+def _load(name: str, path: Path) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(name, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+def toy_problems(split: str, count: int) -> list[tuple[str, str]]:
+    """Return prompts and answers: the first of the stream that the configurations use too."""
+    chains = _load("opdlab_benchmark_chain", _TASKS / "toy" / "chain.py").chain_problems(split, seed=0)
+    return [(chain.prompt, chain.answer) for chain, _ in zip(chains, range(count), strict=False)]
+
+
+class ToyEvaluation:
+    """pass@1 on held-out toy problems; leaves the global generators as they were.
+
+    Args:
+        num_problems: how many problems.
+        num_samples: answers to each.
+        max_new_tokens: longest answer.
+    """
+
+    def __init__(self, num_problems: int = 64, num_samples: int = 8, max_new_tokens: int = 176) -> None:
+        verifier = _load("opdlab_benchmark_verifier", _TASKS / "verifier.py").BoxedVerifier(at_end=True)
+        self._verifier = verifier
+        self._problems = toy_problems("held_out", num_problems)
+        self._num_samples, self._max_new_tokens = num_samples, max_new_tokens
+
+    def __call__(self, model: Any, tokenizer: Any, seed: int = 0) -> float:
+        """Sample and check answers.
+
+        Args:
+            model: a Hugging Face causal language model.
+            tokenizer: its tokenizer.
+            seed: decides what is sampled.
+        """
+        import torch
+        from transformers import GenerationConfig
+
+        prompts = [prompt for prompt, _ in self._problems for _ in range(self._num_samples)]
+        golds = [answer for _, answer in self._problems for _ in range(self._num_samples)]
+        config = GenerationConfig(
+            do_sample=True,
+            top_k=0,
+            max_new_tokens=self._max_new_tokens,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
+        training, own = model.training, model.generation_config
+        model.eval()
+        model.generation_config = config
+        python_state = random.getstate()
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(seed)
+                tokens = model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1] :]
+        finally:
+            model.train(training)
+            model.generation_config = own
+            random.setstate(python_state)
+        answers = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        verdicts = self._verifier.verify(answers, golds)
+        return sum(verdict.correct for verdict in verdicts) / len(verdicts)

@@ -1,0 +1,51 @@
+"""Sizes of pools and batches."""
+
+from dataclasses import dataclass
+
+from opdlab.errors import require
+
+
+@dataclass(frozen=True)
+class ReuseConfig:
+    """How rollouts are pooled and reused. Sizes are per process.
+
+    Args:
+        prompts_per_pool: prompts sampled from at a time; a pool has this many times ``sampling.num_samples`` rollouts.
+        epochs: passes over a pool before the next is sampled.
+        batch_size: rollouts in an optimizer step; must divide the pool. ``trainer.accumulate_grad_batches`` cuts it
+            into as many micro-batches and leaves the step as it is.
+    """
+
+    prompts_per_pool: int = 32
+    epochs: int = 2
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        for key in ("prompts_per_pool", "epochs", "batch_size"):
+            value = getattr(self, key)
+            require(value >= 1, f"data.reuse.{key} is {value}, but must be at least 1")
+
+    def check(self, samples_per_prompt: int, micro_batches: int) -> None:
+        """Refuse sizes that do not fit together.
+
+        Args:
+            samples_per_prompt: rollouts of each prompt.
+            micro_batches: parts that an optimizer batch is cut into.
+
+        Raises:
+            UsageError: a pool is not a whole number of batches, or a batch of micro-batches.
+
+        Example:
+            >>> ReuseConfig(prompts_per_pool=4, batch_size=8).check(samples_per_prompt=2, micro_batches=4)
+        """
+        pool_size = self.prompts_per_pool * samples_per_prompt
+        require(
+            pool_size % self.batch_size == 0,
+            f"data.reuse.batch_size is {self.batch_size}, which does not divide a pool of {pool_size} rollouts "
+            "(prompts_per_pool * num_samples): choose one that does",
+        )
+        require(
+            self.batch_size % micro_batches == 0,
+            f"trainer.accumulate_grad_batches is {micro_batches}, which does not divide data.reuse.batch_size, which "
+            f"is {self.batch_size}: choose one that does",
+        )

@@ -1,0 +1,369 @@
+"""A tester for gates: the laws that every gate obeys, built-in or a stranger's.
+
+:class:`GateTester` takes a function that builds a gate, and checks each law on a batch with full, short, holed,
+one-token and empty responses. A new gate adds one line to a test file.
+
+Shapes: B rollouts, T response tokens. Log-probabilities are in nats.
+"""
+
+import functools
+import pickle
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+from torch import Tensor
+
+from opdlab.gating import GateInputs, Gates, GateStrategy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Law = Callable[[], None]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_LAWS: list[str] = []
+
+
+def _law(check: Callable[["GateTester"], None]) -> Callable[["GateTester"], None]:
+    """Add a method to the laws, and make each of its failures name the law and the gate."""
+
+    @functools.wraps(check)
+    def checked(self: "GateTester") -> None:
+        try:
+            check(self)
+        except Exception as error:
+            seen = str(error) if isinstance(error, AssertionError) else f"raised {type(error).__name__}: {error}"
+            raise AssertionError(f"law '{check.__name__}' does not hold for {self.gate()!r}: {seen}") from error
+
+    _LAWS.append(check.__name__)
+    return checked
+
+
+class GateTester:
+    """Checks that a gate keeps what :class:`opdlab.gating.Gates` promises.
+
+    Call :meth:`run` for all laws, or parametrize a test over :meth:`laws`. There is nothing to subclass.
+
+    Args:
+        make_gate: builds the gate; called several times.
+        tokenizer: given to the gate's ``setup``, as before training; tokens are then drawn from its vocabulary.
+        zero_drift_is_uniform: whether drift 0 everywhere gives weight 1 everywhere. Set it to False for a gate whose
+            ``drift_gate`` looks at more than drift.
+        init_args: constructor arguments as a configuration file has them; None takes them from the attributes of
+            the same names.
+        num_tokens: T of the batch, at least 8. The default is more than one block of any built-in gate.
+        seed: of the random batch.
+
+    Example:
+        >>> from opdlab.strategies import Block64Gate
+        >>> tester = GateTester(lambda: Block64Gate(tau=2.0))
+        >>> tester.run()
+        >>> tester.unit_mean()  # a law of its own
+        >>> class RowCountGate(GateStrategy):  # gives a row more weight the more rows come after it
+        ...     def drift_gate(self, inputs):
+        ...         return torch.arange(len(inputs.mask), 0, -1).unsqueeze(1).expand(inputs.mask.shape)
+        >>> GateTester(RowCountGate, zero_drift_is_uniform=False).row_permutation_equivariance()
+        Traceback (most recent call last):
+        ...
+        AssertionError: law 'row_permutation_equivariance' does not hold for RowCountGate(...): weights at row 0, ...
+
+        In a test file::
+
+            @pytest.mark.parametrize(("name", "law"), GateTester(MyGate).laws())
+            def test_my_gate(name, law):
+                law()
+    """
+
+    def __init__(
+        self,
+        make_gate: Callable[[], GateStrategy],
+        *,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        zero_drift_is_uniform: bool = True,
+        init_args: Mapping[str, Any] | None = None,
+        num_tokens: int = 150,
+        seed: int = 0,
+    ) -> None:
+        self._make_gate = make_gate
+        self._tokenizer = tokenizer
+        self._zero_drift_is_uniform = zero_drift_is_uniform
+        self._init_args = init_args
+        self._num_tokens = num_tokens
+        self._seed = seed
+
+    def laws(self) -> list[tuple[str, Law]]:
+        """Return (name, law) for each law that applies; a law is called without arguments and raises if broken.
+
+        ``yaml_round_trip`` is left out for a class that no class path leads to (one defined inside a function, or in
+        a notebook).
+        """
+        skipped = set() if self._zero_drift_is_uniform else {"zero_drift_gives_ones"}
+        if _class_path(type(self._make_gate())) is None:
+            skipped.add("yaml_round_trip")
+        return [(name, getattr(self, name)) for name in _LAWS if name not in skipped]
+
+    def run(self) -> None:
+        """Check every law.
+
+        Raises:
+            AssertionError: a law is broken; the message says which, by which gate, and what was seen.
+        """
+        for _, law in self.laws():
+            law()
+
+    def gate(self) -> GateStrategy:
+        """Build a gate and set it up."""
+        return self._set_up(self._make_gate())
+
+    def inputs(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> GateInputs:
+        """Return the batch that the laws look at: [5, T], rows full, short, with holes, of one token, and empty."""
+        generator = torch.Generator().manual_seed(self._seed)
+        shape = (5, self._num_tokens)
+        mask = torch.ones(shape, dtype=torch.bool)
+        mask[1, self._num_tokens // 2 :] = False
+        mask[2] = torch.rand(self._num_tokens, generator=generator) < 0.5
+        mask[3, 1:] = False
+        mask[4] = False
+        behavior = -3 * torch.rand(shape, generator=generator)
+        drift = 0.5 * torch.randn(shape, generator=generator) + torch.tensor([0.0, 0.5, -0.5, 1.0, 0.0]).unsqueeze(1)
+        vocabulary = len(self._tokenizer) if self._tokenizer is not None else 32
+        values = {
+            "behavior_logprobs": behavior,
+            "current_logprobs": behavior + drift,
+            "teacher_logprobs": -3 * torch.rand(shape, generator=generator),
+            "position_losses": torch.randn(shape, generator=generator),
+        }
+        return GateInputs(
+            tokens=torch.randint(vocabulary, shape, generator=generator).to(device),
+            mask=mask.to(device),
+            **{name: value.to(device, dtype) for name, value in values.items()},
+        )
+
+    @_law
+    def unit_mean(self) -> None:
+        """Weights have mean 1 over valid positions, or are at most 1 with ``normalization="none"``, and at least 0."""
+        self._check_weights(self.inputs())
+
+    @_law
+    def no_gradient(self) -> None:
+        """Weights carry no gradient, whatever the inputs carry; segment ids are long."""
+        given = self.inputs()
+        inputs = replace(given, **{name: value.requires_grad_() for name, value in _floats(given).items()})
+        gates = self.gate()(inputs)
+        for name, value in _tensors(gates).items():
+            _check(not value.requires_grad, f"{name} requires grad")
+        _check(gates.segment_ids.dtype == torch.long, f"segment_ids are {gates.segment_ids.dtype}, not torch.int64")
+
+    @_law
+    def masked_positions_are_blank(self) -> None:
+        """Behind the mask, weight and drift are 0 and the segment id is -1."""
+        inputs = self.inputs()
+        gates = self.gate()(inputs)
+        for name, value in _tensors(gates).items():
+            _check(value.shape == inputs.mask.shape, f"{name} is {list(value.shape)} and not {list(inputs.mask.shape)}")
+            blank = torch.full_like(value, -1 if name == "segment_ids" else 0)
+            _check_equal(f"{name} behind the mask,", value.where(~inputs.mask, blank), blank)
+
+    @_law
+    def garbage_behind_the_mask_has_no_influence(self) -> None:
+        """NaN, infinities and unknown tokens behind the mask change no bit."""
+        inputs = self.inputs()
+        gate = self.gate()
+        expected = gate(inputs)
+        for garbage, token in ((torch.nan, 1), (torch.inf, -1), (-torch.inf, 2**40), (1e30, 0)):
+            floats = {name: value.where(inputs.mask, garbage) for name, value in _floats(inputs).items()}
+            soiled = replace(inputs, tokens=inputs.tokens.where(inputs.mask, token), **floats)
+            _check_gates(f"with {garbage} and token {token} behind the mask,", gate(soiled), expected)
+
+    @_law
+    def mask_dtype_has_no_influence(self) -> None:
+        """A mask of numbers means what a mask of booleans means."""
+        inputs = self.inputs()
+        gate = self.gate()
+        expected = gate(inputs)
+        for dtype in (torch.long, torch.float32):
+            _check_gates(f"mask as {dtype},", gate(replace(inputs, mask=inputs.mask.to(dtype))), expected)
+
+    @_law
+    def padding_invariance(self) -> None:
+        """More padding columns change nothing."""
+        inputs = self.inputs()
+        gate = self.gate()
+        expected = gate(inputs)
+        for num_columns in (1, 77):
+            pad = (0, num_columns)
+            values = {name: torch.nn.functional.pad(value, pad) for name, value in _tensors(inputs).items()}
+            padded = _tensors(gate(GateInputs(**values)))
+            seen = Gates(**{name: value[:, : self._num_tokens] for name, value in padded.items()})
+            _check_gates(f"with {num_columns} more columns of padding,", seen, expected, tolerance=1e-6)
+
+    @_law
+    def row_permutation_equivariance(self) -> None:
+        """A permutation of the rows permutes what is returned."""
+        inputs = self.inputs()
+        gate = self.gate()
+        order = torch.tensor([3, 0, 4, 2, 1])
+        permuted = gate(GateInputs(**{name: value[order] for name, value in _tensors(inputs).items()}))
+        expected = Gates(**{name: value[order] for name, value in _tensors(gate(inputs)).items()})
+        _check_gates("", permuted, expected, tolerance=1e-6)
+
+    @_law
+    def zero_drift_gives_ones(self) -> None:
+        """Where student and behavior policy agree, every valid weight is 1."""
+        inputs = self.inputs()
+        gates = self.gate()(replace(inputs, current_logprobs=inputs.behavior_logprobs))
+        _check_equal("weights at drift 0,", gates.weights, inputs.mask.float(), tolerance=1e-6)
+
+    @_law
+    def uniform_gates_give_ones(self) -> None:
+        """A gate that says it is ``uniform`` gives every valid position weight 1."""
+        inputs = self.inputs()
+        gate = self.gate()
+        if gate.uniform:
+            _check_equal("weights,", gate(inputs).weights, inputs.mask.float(), tolerance=1e-6)
+
+    @_law
+    def segments_are_numbered_from_zero(self) -> None:
+        """A row with n segments numbers them 0 to n-1."""
+        inputs = self.inputs()
+        for row, (ids, mask) in enumerate(zip(self.gate()(inputs).segment_ids, inputs.mask, strict=True)):
+            seen = ids[mask].unique().tolist()
+            _check(seen == list(range(len(seen))), f"the segment ids of row {row} are {seen}")
+
+    @_law
+    def segment_drift_is_the_mean(self) -> None:
+        """The drift of a segment is the signed mean over its positions."""
+        inputs = self.inputs()
+        gates = self.gate()(inputs)
+        expected = torch.zeros_like(inputs.drift)
+        for row, ids in enumerate(gates.segment_ids):
+            for index in ids[inputs.mask[row]].unique():
+                expected[row, ids == index] = inputs.drift[row, ids == index].mean()
+        _check_equal("segment_drift", gates.segment_drift, expected, tolerance=1e-5)
+
+    @_law
+    def inputs_are_not_modified(self) -> None:
+        """The inputs are left as they were."""
+        inputs = self.inputs()
+        before = {name: value.clone() for name, value in _tensors(inputs).items()}
+        self.gate()(inputs)
+        for name, value in _tensors(inputs).items():
+            _check_equal(f"{name} after the call,", value, before[name])
+
+    @_law
+    def pickling_round_trip(self) -> None:
+        """A gate that was pickled gives the same weights."""
+        gate = self.gate()
+        copy = pickle.loads(pickle.dumps(gate))
+        _check_gates("after pickling,", copy(self.inputs()), gate(self.inputs()))
+
+    @_law
+    def devices_and_dtypes(self) -> None:
+        """Weights are float32, on the inputs' device, and keep their mean, for inputs of every floating dtype."""
+        for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+            for dtype in _DTYPES:
+                self._check_weights(self.inputs(dtype, device), f"inputs {dtype} on {device}: ")
+
+    @_law
+    def extreme_inputs(self) -> None:
+        """Drifts of a million nats, one-token responses, no rows and fully masked batches leave weights finite."""
+        batch = self.inputs()
+        sign = torch.where(torch.arange(self._num_tokens) % 3 == 0, 1.0, -1.0).expand(batch.mask.shape)
+        alone = torch.zeros_like(sign).index_fill(1, torch.tensor([0]), 1.0)
+        for direction in (torch.ones_like(sign), -torch.ones_like(sign), sign, alone):
+            inputs = replace(batch, current_logprobs=batch.behavior_logprobs + 1e6 * direction)
+            first = GateInputs(**{name: value[:, :1] for name, value in _tensors(inputs).items()})
+            no_rows = GateInputs(**{name: value[:0] for name, value in _tensors(inputs).items()})
+            masked = replace(inputs, mask=torch.zeros_like(inputs.mask))
+            cases = {"": inputs, "T = 1, ": first, "no rows, ": no_rows, "all masked, ": masked}
+            for case, value in cases.items():
+                self._check_weights(value, f"{case}drifts up to 1e6 nats: ")
+
+    @_law
+    def yaml_round_trip(self) -> None:
+        """A gate written to YAML as ``class_path`` and ``init_args``, and read again, gives the same weights."""
+        gate = self._make_gate()
+        path = _class_path(type(gate))
+        _check(path is not None, f"no class path leads to {type(gate).__qualname__}")
+        text = yaml.safe_dump({"gate": {"class_path": path, "init_args": self._init_args_of(gate)}})
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_subclass_arguments(GateStrategy, "gate")
+        # jsonargparse 4.49 renamed it.
+        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+        copy = self._set_up(instantiate(parser.parse_string(text))["gate"])
+        _check(type(copy) is type(gate), f"{path} was read as a {type(copy).__qualname__}")
+        _check_gates(f"after a round trip through {text!r},", copy(self.inputs()), self.gate()(self.inputs()))
+
+    def _set_up(self, gate: GateStrategy) -> GateStrategy:
+        if self._tokenizer is not None:
+            gate.setup(self._tokenizer)
+        return gate
+
+    def _init_args_of(self, gate: GateStrategy) -> dict[str, Any]:
+        if self._init_args is not None:
+            return dict(self._init_args)
+        keys = ArgumentParser().add_class_arguments(type(gate), "gate", fail_untyped=False)
+        names = [key.removeprefix("gate.") for key in keys]
+        missing = [name for name in names if not hasattr(gate, name)]
+        _check(not missing, f"no attribute holds the argument {', '.join(missing)}: store it, or give init_args")
+        return {name: getattr(gate, name) for name in names}
+
+    def _check_weights(self, inputs: GateInputs, case: str = "") -> None:
+        """Check that weights are finite, at least 0, and have the mean that the gate's normalization promises."""
+        gate = self.gate()
+        gates = gate(inputs)
+        for name, value in _tensors(gates).items():
+            _check(value.device == inputs.mask.device, f"{case}{name} is on {value.device}")
+            _check(bool(value.isfinite().all()), f"{case}{name} holds {value[~value.isfinite()][:1].tolist()}")
+        _check(
+            gates.weights.dtype == torch.float32, f"{case}weights are {gates.weights.dtype} instead of torch.float32"
+        )
+        valid = gates.weights[inputs.mask].double()
+        if not len(valid):
+            return
+        _check(valid.min().item() >= 0, f"{case}the smallest weight is {valid.min().item()}")
+        if gate.normalization == "none":
+            _check(valid.max().item() <= 1 + 1e-6, f"{case}the largest weight is {valid.max().item()}, above 1")
+        else:
+            _check(abs(valid.mean().item() - 1) <= 1e-5, f"{case}the mean weight is {valid.mean().item()} instead of 1")
+
+
+def _class_path(cls: type) -> str | None:
+    """The path under which a configuration file finds a class, or None."""
+    module = sys.modules.get(cls.__module__)
+    found = cls.__module__ != "__main__" and getattr(module, cls.__qualname__, None) is cls
+    return f"{cls.__module__}.{cls.__qualname__}" if found else None
+
+
+def _tensors(value: GateInputs | Gates) -> dict[str, Tensor]:
+    return {f.name: tensor for f in fields(value) if (tensor := getattr(value, f.name)) is not None}
+
+
+def _floats(inputs: GateInputs) -> dict[str, Tensor]:
+    return {name: value for name, value in _tensors(inputs).items() if value.is_floating_point()}
+
+
+def _check(holds: bool, seen: str) -> None:
+    if not holds:
+        raise AssertionError(seen)
+
+
+def _check_gates(case: str, seen: Gates, expected: Gates, tolerance: float = 0.0) -> None:
+    for name, value in _tensors(seen).items():
+        what = f"{case} {name}".strip()
+        _check_equal(what, value, getattr(expected, name), 0.0 if name == "segment_ids" else tolerance)
+
+
+def _check_equal(what: str, seen: Tensor, expected: Tensor, tolerance: float = 0.0) -> None:
+    """Compare two [B, T], absolutely below 1 and relatively above; a NaN is never equal."""
+    _check(seen.shape == expected.shape, f"{what} shape {list(seen.shape)} instead of {list(expected.shape)}")
+    wrong = ~((seen.double() - expected.double()).abs() <= tolerance * expected.double().abs().clamp(min=1))
+    if wrong.any():
+        row, column = wrong.nonzero()[0].tolist()
+        values = f"{seen[row, column].item()} instead of {expected[row, column].item()}"
+        raise AssertionError(f"{what} at row {row}, column {column}: {values} ({int(wrong.sum())} positions differ)")

@@ -1,0 +1,23 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.toy_run import Run
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Lightning calls functions that jsonargparse has deprecated.
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Bit-for-bit comparisons hold on one thread; and two test processes share two cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Run]:
+    return lambda **options: Run(tmp_path, **options)

@@ -1,0 +1,344 @@
+"""Language models: their scores are those of the model's own forward, and what cannot work is refused."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from opdlab.errors import UsageError
+from opdlab.policies import LanguageModel
+from opdlab.rollouts.batch import Rollouts
+from opdlab.tasks.toy import chain_tokenizer
+
+IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+COMMON = {
+    **IDS,
+    "vocab_size": 38,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    # Large weights: logits of a random model are else so small that a wrong head would go unnoticed.
+    "initializer_range": 0.3,
+}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "qwen3": lambda: Qwen3Config(**COMMON, head_dim=8, tie_word_embeddings=True),
+    "llama": lambda: LlamaConfig(**COMMON),
+    "gemma2": lambda: Gemma2Config(**COMMON, head_dim=8, final_logit_softcapping=5.0),
+    "cohere": lambda: CohereConfig(**COMMON, logit_scale=0.0625),
+    "granite": lambda: GraniteConfig(**COMMON, logits_scaling=8.0),
+    "gpt2": lambda: GPT2Config(**IDS, vocab_size=38, n_embd=32, n_layer=2, n_head=4, n_positions=128),
+}
+
+
+def saved(folder: Path, config: Any, tokenizer: PreTrainedTokenizerFast | None = None) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    (tokenizer or chain_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be changed: see ``copied``."""
+    return saved(tmp_path_factory.mktemp("qwen3"), CONFIGS["qwen3"]())
+
+
+@pytest.fixture
+def copied(qwen3: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(qwen3, tmp_path / "model"))
+
+
+def refusal(path: Path | str) -> str:
+    with pytest.raises(UsageError) as caught:
+        LanguageModel(str(path))
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+PROMPT_LENGTHS, RESPONSE_LENGTHS = (5, 2, 9, 1), (7, 4, 1, 6)
+
+
+def rollouts(temperature: float = 0.7) -> Rollouts:
+    """Four rollouts of different lengths, prompts padded on the left and responses on the right."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(lengths: tuple[int, ...], left: bool) -> tuple[Tensor, Tensor]:
+        width = max(lengths)
+        columns = torch.arange(width).flip(0) if left else torch.arange(width)
+        mask = columns < torch.tensor(lengths)[:, None]
+        return torch.randint(3, 38, mask.shape, generator=generator).masked_fill(~mask, 0), mask
+
+    prompt_tokens, prompt_mask = rows(PROMPT_LENGTHS, left=True)
+    tokens, mask = rows(RESPONSE_LENGTHS, left=False)
+    zeros = torch.zeros(4, dtype=torch.long)
+    logprobs = torch.zeros(mask.shape)
+    return Rollouts(
+        *(prompt_tokens, prompt_mask, tokens, mask, logprobs), zeros, torch.arange(4), zeros, zeros, temperature
+    )
+
+
+@torch.no_grad()
+def own_logits(model: Any, batch: Rollouts, row: int) -> Tensor:
+    """The model's own logits for one response, [length, V], from an unpadded forward."""
+    prompt, response = batch.prompt_tokens[row][batch.prompt_mask[row]], batch.tokens[row][batch.mask[row]]
+    logits: Tensor = model(input_ids=torch.cat([prompt, response])[None]).logits[0].float()
+    return logits[len(prompt) - 1 : -1] / batch.temperature
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_scores_are_those_of_the_models_own_forward(kind: str, tmp_path: Path) -> None:
+    folder = saved(tmp_path, CONFIGS[kind]())
+    model = LanguageModel(str(folder))
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    batch = rollouts()
+    scored = model.score(batch)
+    statistics = scored.statistics()
+    logprobs, entropy = scored.padded(statistics.logprobs), scored.padded(statistics.entropy)
+    spread = 0.0
+    for row, length in enumerate(RESPONSE_LENGTHS):
+        log_p = own_logits(reference, batch, row).log_softmax(-1)
+        wanted = log_p.gather(1, batch.tokens[row, :length, None]).squeeze(1)
+        torch.testing.assert_close(logprobs[row, :length], wanted, rtol=0, atol=1e-4)
+        torch.testing.assert_close(entropy[row, :length], -(log_p.exp() * log_p).sum(-1), rtol=0, atol=1e-4)
+        spread = max(spread, float(log_p.std()))
+    assert spread > 0.05  # of a flat distribution every model's scores are alike
+    assert not logprobs[~batch.mask].any()
+    assert torch.equal(scored.mask, batch.mask)
+
+
+def test_head_of_each_architecture(tmp_path: Path) -> None:
+    def head(kind: str) -> tuple[float, float | None]:
+        result = LanguageModel(str(saved(tmp_path / kind, CONFIGS[kind]()))).head()
+        return result.scale, result.softcap
+
+    assert head("gemma2") == (1.0, 5.0)
+    assert head("cohere") == (0.0625, None)
+    assert head("granite") == (0.125, None)
+
+
+def test_scores_in_chunks_and_gradient(qwen3: Path) -> None:
+    model, batch = LanguageModel(str(qwen3)), rollouts()
+    whole = model.score(batch)
+    expected = whole.padded(whole.statistics().logprobs)
+    for rows, scored in model.score_in_chunks(batch, 3):
+        assert not scored.hidden.requires_grad
+        torch.testing.assert_close(
+            scored.padded(scored.statistics().logprobs), expected[rows].detach(), rtol=0, atol=1e-5
+        )
+    (weight,) = (p for name, p in model.named_parameters() if name.endswith("embed_tokens.weight"))
+    (ours,) = torch.autograd.grad(expected.sum(), weight)
+    total = torch.zeros(())
+    for row in range(4):
+        prompt, response = batch.prompt_tokens[row][batch.prompt_mask[row]], batch.tokens[row][batch.mask[row]]
+        logits = model.model(input_ids=torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+        total = total + (logits / 0.7).log_softmax(-1).gather(1, response[:, None]).sum()
+    (wanted,) = torch.autograd.grad(total, weight)
+    # Tied: the gradient through the embedding and the one through our head add up in one tensor.
+    torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_padding_changes_nothing(qwen3: Path) -> None:
+    model, batch = LanguageModel(str(qwen3)), rollouts()
+
+    def logprobs(batch: Rollouts) -> Tensor:
+        scored = model.score(batch)
+        return scored.padded(scored.statistics().logprobs).detach()
+
+    noise = torch.randint(3, 38, (4, 9), generator=torch.Generator().manual_seed(1))
+    other = Rollouts(
+        prompt_tokens=torch.where(batch.prompt_mask, batch.prompt_tokens, noise),
+        prompt_mask=batch.prompt_mask,
+        tokens=torch.where(batch.mask, batch.tokens, noise[:, :7]),
+        mask=batch.mask,
+        behavior_logprobs=batch.behavior_logprobs,
+        stop_reasons=batch.stop_reasons,
+        rollout_ids=batch.rollout_ids,
+        prompt_ids=batch.prompt_ids,
+        sampled_at_step=batch.sampled_at_step,
+        temperature=batch.temperature,
+    )
+    torch.testing.assert_close(logprobs(other), logprobs(batch), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_dtype(qwen3: Path, dtype: Any) -> None:
+    model, batch = LanguageModel(str(qwen3), dtype=dtype), rollouts()
+    assert model.model.dtype == getattr(torch, dtype)
+    statistics = model.score(batch).statistics()
+    assert statistics.logprobs.dtype == torch.float32
+    exact = LanguageModel(str(qwen3)).score(batch).statistics()
+    assert float((statistics.logprobs - exact.logprobs).detach().abs().mean()) < 0.1
+
+
+def test_save_and_load(qwen3: Path, tmp_path: Path) -> None:
+    model = LanguageModel(str(qwen3))
+    model.save(tmp_path / "again")
+    again = LanguageModel(str(tmp_path / "again"))
+    assert again.stop_ids == model.stop_ids
+    assert again.tokenizer.get_vocab() == model.tokenizer.get_vocab()
+    for ours, theirs in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["teacher", "student"])
+def test_shipped_models(name: str) -> None:
+    model = LanguageModel(f"package://opdlab.tasks.toy/models/{name}")
+    assert model.tokenizer.get_vocab() == chain_tokenizer().get_vocab()
+    assert model.stop_ids == [1]
+
+
+# -- what cannot work ------------------------------------------------------------------------------------------------
+
+
+def test_missing_folder(tmp_path: Path) -> None:
+    assert "does not exist" in refusal(tmp_path / "nothing")
+    assert "does not exist" in refusal("./no/such/folder")
+
+
+def test_missing_package_or_folder_in_it() -> None:
+    assert "no package 'opdlab_nowhere'" in refusal("package://opdlab_nowhere/models")
+    assert "holds no folder 'models/nobody'" in refusal("package://opdlab.tasks.toy/models/nobody")
+
+
+def _truncate(path: Path, share: float) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
+        (lambda folder: _truncate(folder / "config.json", 0.5), "check that the folder is complete"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "check that the folder is complete"),
+        (lambda folder: _truncate(folder / "model.safetensors", 0.6), "check that the folder is complete"),
+        (lambda folder: _truncate(folder / "model.safetensors", 0.01), "check that the folder is complete"),
+        (lambda folder: _truncate(folder / "model.safetensors", 0), "check that the folder is complete"),
+        (lambda folder: _truncate(folder / "tokenizer.json", 0.5), "check that the folder is complete"),
+        (lambda folder: [file.unlink() for file in folder.glob("tokenizer*")], "tokenizer's files are missing"),
+    ],
+)
+def test_half_written_folder(copied: Path, damage: Callable[[Path], object], words: str) -> None:
+    damage(copied)
+    assert words in refusal(copied)
+
+
+def test_missing_weights_are_not_made_up(copied: Path) -> None:
+    weights = load_file(copied / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
+    message = refusal(copied)
+    assert "is incomplete" in message
+    assert "model.layers.1.mlp.up_proj.weight" in message
+
+
+def test_no_stop_token(tmp_path: Path) -> None:
+    tokenizer = chain_tokenizer()
+    tokenizer.eos_token = None
+    folder = saved(tmp_path, Qwen3Config(**{**COMMON, "eos_token_id": None}, head_dim=8), tokenizer)
+    assert "no eos_token" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("configured", "expected"), [(1, [1]), (7, [1, 7]), ([7, 5], [1, 5, 7]), ([1, 9], [1, 9]), (None, [1])]
+)
+def test_stop_ids_are_the_union(copied: Path, configured: Any, expected: list[int]) -> None:
+    (copied / "generation_config.json").write_text(json.dumps({"eos_token_id": configured}))
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    assert LanguageModel(str(copied)).stop_ids == expected
+
+
+@pytest.mark.parametrize("eos", ["<eos>", None])
+def test_padding_without_a_pad_token(tmp_path: Path, eos: str | None) -> None:
+    tokenizer = chain_tokenizer()
+    tokenizer.pad_token, tokenizer.eos_token = None, eos
+    # The stop token stands in the tokenizer or only in the model's configuration.
+    model = LanguageModel(str(saved(tmp_path, Qwen3Config(**{**COMMON, "pad_token_id": None}, head_dim=8), tokenizer)))
+    assert model.stop_ids == [1]
+    assert model.tokenizer.pad_token_id == 1
+    assert model.tokenizer.padding_side == "left"
+
+
+TRANSFORMATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "scaled": lambda z: z * 1.1,
+    "shifted by token": lambda z: z + torch.arange(38) / 100,
+    "capped": lambda z: 3 * torch.tanh(z / 3),
+    "token masked out": lambda z: z.index_fill(-1, torch.tensor([37]), -torch.inf),
+    "token masked by the least float": lambda z: z.index_fill(-1, torch.tensor([37]), torch.finfo(z.dtype).min),
+    "not a number": lambda z: z * torch.nan,
+}
+
+
+@pytest.mark.parametrize("kind", TRANSFORMATIONS)
+def test_unknown_head_is_refused(kind: str, qwen3: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Qwen3ForCausalLM.forward
+
+    def transformed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        output.logits = TRANSFORMATIONS[kind](output.logits)
+        return output
+
+    monkeypatch.setattr(Qwen3ForCausalLM, "forward", transformed)
+    assert "changes its logits in a way that opdlab does not know" in refusal(qwen3)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(
+            **IDS,
+            vocab_size=38,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=128,
+            resid_pdrop=0.5,
+            embd_pdrop=0.5,
+            attn_pdrop=0.5,
+        ),
+        Qwen3Config(**COMMON, head_dim=8, attention_dropout=0.5),
+        OPTConfig(
+            **IDS,
+            vocab_size=38,
+            hidden_size=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            word_embed_proj_dim=32,
+            max_position_embeddings=128,
+            dropout=0.5,
+            attention_dropout=0.5,
+            layerdrop=0.5,
+        ),
+    ],
+    ids=lambda config: str(config.model_type),
+)
+def test_dropout_is_switched_off(config: Any, tmp_path: Path) -> None:
+    model = LanguageModel(str(saved(tmp_path, config))).train()
+    batch = rollouts()
+    first, second = (model.score(batch).statistics().logprobs.detach() for _ in range(2))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(model.eval().score(batch).statistics().logprobs.detach(), first, rtol=0, atol=1e-5)

@@ -1,0 +1,180 @@
+"""The local teacher: its targets are those of the model itself, and a foreign vocabulary is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from opdlab.errors import UsageError
+from opdlab.policies import LocalTeacher, TeacherRequest, check_same_vocabulary
+from opdlab.rollouts.batch import Rollouts, Targets
+from opdlab.tasks.toy import chain_tokenizer
+from opdlab.tasks.toy.make_models import toy_config
+
+
+def saved(folder: Path, num_rows: int = 38) -> Path:
+    """A random model whose embedding has ``num_rows`` rows; rows beyond the tokenizer's are the likeliest of all."""
+    tokenizer = chain_tokenizer()
+    config = toy_config(tokenizer, hidden_size=32)
+    config.initializer_range, config.tie_word_embeddings = 0.3, False
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Qwen3ForCausalLM(config)
+        if num_rows > len(tokenizer):
+            head = model.lm_head.weight.detach()
+            model.resize_token_embeddings(num_rows, mean_resizing=False)
+            with torch.no_grad():
+                model.lm_head.weight[:38] = head
+                model.lm_head.weight[38:] = 2 * head[: num_rows - 38]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("padded"), num_rows=48)
+
+
+@pytest.fixture
+def rollouts() -> Rollouts:
+    generator = torch.Generator().manual_seed(0)
+    prompt_mask = torch.arange(6).flip(0) < torch.tensor([[6], [2], [4], [1], [3]])
+    mask = torch.arange(7) < torch.tensor([[7], [5], [1], [3], [6]])
+    prompt_tokens, tokens = (
+        torch.randint(3, 38, m.shape, generator=generator).masked_fill(~m, 0) for m in (prompt_mask, mask)
+    )
+    zeros = torch.zeros(5, dtype=torch.long)
+    return Rollouts(
+        *(prompt_tokens, prompt_mask, tokens, mask, torch.zeros(5, 7)),
+        *(zeros, torch.arange(5), zeros, zeros),
+        temperature=0.7,
+    )
+
+
+@torch.no_grad()
+def own_logits(folder: Path, rollouts: Rollouts) -> Tensor:
+    """The model's own logits at the sampling temperature, [B, T, V]; 0 where the mask is 0."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    rows = torch.zeros(*rollouts.mask.shape, model.config.vocab_size)
+    for row in range(len(rollouts)):
+        prompt, response = (
+            tokens[row][mask[row]]
+            for tokens, mask in ((rollouts.prompt_tokens, rollouts.prompt_mask), (rollouts.tokens, rollouts.mask))
+        )
+        logits = model(input_ids=torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1]
+        rows[row, : len(response)] = logits / rollouts.temperature
+    return rows
+
+
+def check_targets(targets: Targets, logits: Tensor, rollouts: Rollouts, k: int, vocab_size: int) -> None:
+    assert targets.support_ids is not None
+    assert targets.support_logits is not None
+    assert targets.support_mass is not None
+    valid = rollouts.mask
+    log_q = logits[valid].log_softmax(-1)
+    wanted = logits[valid][:, :vocab_size].topk(k)
+    assert torch.equal(targets.support_ids[valid].long(), wanted.indices)
+    torch.testing.assert_close(targets.support_logits[valid], wanted.values, rtol=0, atol=1e-4)
+    mass = log_q.gather(1, wanted.indices).exp().sum(-1)
+    torch.testing.assert_close(targets.support_mass[valid], mass, rtol=0, atol=1e-4)
+    sampled = log_q.gather(1, rollouts.tokens[valid][:, None]).squeeze(1)
+    torch.testing.assert_close(targets.logprobs[valid], sampled, rtol=0, atol=1e-4)
+    for padded in (targets.logprobs, targets.support_ids, targets.support_logits, targets.support_mass):
+        assert not padded[~valid].any()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_targets_are_those_of_the_model(plain: Path, rollouts: Rollouts, batch_size: int) -> None:
+    teacher = LocalTeacher(str(plain), batch_size=batch_size)
+    check_targets(teacher.score(rollouts, TeacherRequest(top_k=5)), own_logits(plain, rollouts), rollouts, 5, 38)
+
+
+def test_only_what_was_asked_for(plain: Path, rollouts: Rollouts) -> None:
+    targets = LocalTeacher(str(plain)).score(rollouts, TeacherRequest())
+    assert targets.support_ids is None
+    assert targets.support_logits is None
+    assert targets.support_mass is None
+    with_support = LocalTeacher(str(plain)).score(rollouts, TeacherRequest(top_k=5))
+    torch.testing.assert_close(targets.logprobs, with_support.logprobs, rtol=0, atol=1e-6)
+
+
+def test_whole_vocabulary_as_support(plain: Path, rollouts: Rollouts) -> None:
+    targets = LocalTeacher(str(plain)).score(rollouts, TeacherRequest(top_k=38))
+    check_targets(targets, own_logits(plain, rollouts), rollouts, 38, 38)
+    assert targets.support_mass is not None
+    torch.testing.assert_close(targets.support_mass[rollouts.mask], torch.ones(22))
+
+
+def test_padded_embedding(padded: Path, rollouts: Rollouts) -> None:
+    teacher = LocalTeacher(str(padded))
+    assert teacher.vocab_size == 48
+    check_same_vocabulary(chain_tokenizer(), teacher.tokenizer)
+    logits = own_logits(padded, rollouts)
+    assert bool((logits[rollouts.mask].topk(5).indices >= 38).any())  # they would enter if they could
+    for k in (5, 38):
+        targets = teacher.score(rollouts, TeacherRequest(top_k=k, vocab_size=38))
+        check_targets(targets, logits, rollouts, k, 38)
+        assert targets.support_ids is not None
+        assert int(targets.support_ids.max()) < 38
+
+
+def test_frozen_and_without_gradient(plain: Path, rollouts: Rollouts) -> None:
+    teacher = LocalTeacher(str(plain))
+    assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
+    assert not teacher.model.training
+    assert not teacher.score(rollouts, TeacherRequest(top_k=2)).logprobs.requires_grad
+
+
+def test_bad_batch_size(plain: Path) -> None:
+    with pytest.raises(UsageError, match=r"teacher\.batch_size is 0"):
+        LocalTeacher(str(plain), batch_size=0)
+
+
+def with_tokens(*added: str) -> PreTrainedTokenizerFast:
+    """The toy tokenizer with some tokens added."""
+    tokenizer = chain_tokenizer()
+    tokenizer.add_tokens(list(added))
+    return tokenizer
+
+
+def swapped() -> PreTrainedTokenizerFast:
+    """The toy tokenizer with the ids of 4 and 5, and of 8 and 9, exchanged."""
+    tokenizer = chain_tokenizer()
+    text = tokenizer.backend_tokenizer.to_str()
+    for one, other in (("4", "5"), ("8", "9")):
+        first, second = (f'"{token}":{tokenizer.convert_tokens_to_ids(token)}' for token in (one, other))
+        assert first in text
+        text = text.replace(first, "#").replace(second, f'"{other}":{first.split(":")[1]}')
+        text = text.replace("#", f'"{one}":{second.split(":")[1]}')
+    return PreTrainedTokenizerFast(
+        tokenizer_object=type(tokenizer.backend_tokenizer).from_str(text),
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+    )
+
+
+def test_same_vocabulary() -> None:
+    check_same_vocabulary(chain_tokenizer(), chain_tokenizer())
+
+
+def test_tokens_of_other_meaning_are_refused() -> None:
+    with pytest.raises(UsageError) as caught:
+        check_same_vocabulary(chain_tokenizer(), swapped())
+    # "4" is token 7 and "5" token 8: the first of the four that differ.
+    assert "token 7 is '5' to the teacher (38 tokens) and '4' to the student (38 tokens)" in str(caught.value)
+
+
+def test_additional_tokens_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"token 38 is 'extra' to the teacher \(39 tokens\) and None to the student"):
+        check_same_vocabulary(chain_tokenizer(), with_tokens("extra"))
+    with pytest.raises(UsageError, match=r"token 38 is None to the teacher \(38 tokens\) and 'extra' to the student"):
+        check_same_vocabulary(with_tokens("extra"), chain_tokenizer())

@@ -1,0 +1,227 @@
+"""The command line as a user meets it, in this process."""
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from opdlab.cli import EXIT_INTERRUPTED, EXIT_USAGE, OPDCLI, main
+from opdlab.cli_config import expand_arguments, shipped_configs
+
+README = Path(__file__).parents[1] / "README.md"
+
+SMALL = """
+trainer: {max_steps: 2, val_check_interval: 100, enable_progress_bar: false, enable_model_summary: false}
+model:
+  sampling: {max_new_tokens: 12}
+  eval_sampling: {num_samples: 2, max_new_tokens: 12}
+  evaluation: {pass_at: [1, 2]}
+data:
+  train: {class_path: opdlab.tasks.toy.problems.ChainProblems, init_args: {num_problems: 8}}
+  benchmarks:
+    toy: {class_path: opdlab.tasks.toy.problems.ChainProblems, init_args: {num_problems: 2, split: held_out}}
+  reuse: {prompts_per_pool: 4, epochs: 2, batch_size: 4}
+checkpoint: {every_n_train_steps: 1}
+gate_monitor: {every_n_steps: 1}
+"""
+
+Opdlab = Callable[..., int]
+
+
+@pytest.fixture
+def opdlab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Opdlab:
+    """Run ``opdlab fit -c quickstart -c small …`` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["opdlab"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "small.yaml").write_text(SMALL)
+    return lambda *arguments, command="fit": main([command, "-c", "quickstart", "-c", "small.yaml", *arguments])
+
+
+def test_a_run_leaves_everything_in_its_folder(
+    opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert opdlab() == 0
+    output = capsys.readouterr().out
+    assert re.search(r"toy/pass@2 +│ \d\.\d{3} +│ \d\.\d{3} +│ \d\.\d{3}", output)
+    assert "tensorboard --logdir runs/quickstart" in output
+    run = tmp_path / "runs/quickstart/version_0"
+    assert (run / "config.yaml").is_file()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-2.ckpt"]
+    student = AutoModelForCausalLM.from_pretrained(run / "student")
+    saved = torch.load(run / "checkpoints/step-2.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(student.model.norm.weight, saved["student.model.model.norm.weight"])
+    assert len(AutoTokenizer.from_pretrained(run / "student")) == 38
+    events = EventAccumulator(str(run), size_guidance={"histograms": 0})
+    events.Reload()
+    scalars = set(events.Tags()["scalars"])
+    for name in documented_scalars():
+        assert name in scalars or name.startswith(("train/advantage", "train/clip_share")), name
+    assert "gate/block/000" in events.Tags()["histograms"]
+    assert {name for name in scalars if "/" in name} <= documented_scalars() | OTHER_SCALARS
+
+
+OTHER_SCALARS: set[str] = set()
+
+
+def documented_scalars() -> set[str]:
+    text = (README.parent / "docs/metrics.md").read_text()
+    names = {name for row in text.splitlines() if row.startswith("| `") for name in re.findall(r"`(\w+/[^`]+)`", row)}
+    expanded = set()
+    for name in names - {"val/<benchmark>/reverse_kl"}:
+        for k in "12" if "@k" in name else " ":
+            for prefix in ("val/toy", "val/mean", "teacher/toy", "teacher/mean"):
+                expanded.add(name.replace("val/<benchmark>", prefix).replace("@k", f"@{k}"))
+    return {name for name in expanded if not name.startswith("model")}
+
+
+def test_resume_goes_on_in_the_same_folder(opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert opdlab("--model.evaluation.teacher", "false") == 0
+    before = re.search(r"toy/length +│ ([\d.]+)", capsys.readouterr().out)
+    assert opdlab("--ckpt_path", "last", "--trainer.max_steps", "3", "--model.evaluation.teacher", "false") == 0
+    again = re.search(r"toy/length +│ ([\d.]+)", capsys.readouterr().out)
+    assert before is not None
+    assert again is not None
+    assert before[1] == again[1]  # the resumed run remembers where the first began
+    folders = sorted(path.name for path in (tmp_path / "runs/quickstart").iterdir())
+    assert folders == ["version_0"]
+    assert (tmp_path / "runs/quickstart/version_0/checkpoints/step-3.ckpt").is_file()
+    assert opdlab("--trainer.max_steps", "1", "--model.evaluation.teacher", "false") == 0
+    assert (tmp_path / "runs/quickstart/version_1").is_dir()
+    assert opdlab("--ckpt_path", "last", command="validate") == 0
+    assert "toy/pass@1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("objective", ["teacher_topk", "sampled_token"])
+@pytest.mark.parametrize("gate", ["none", "block64", "span"])
+def test_the_six_paper_variants_run_by_flags_alone(opdlab: Opdlab, objective: str, gate: str) -> None:
+    flags = ["--model.objective", objective, f"--model.gate={gate}", "--model.evaluation.teacher", "false"]
+    assert opdlab(*flags, "--trainer.max_steps", "1") == 0
+
+
+def test_a_gate_of_ones_own_as_the_readme_writes_it(opdlab: Opdlab, tmp_path: Path) -> None:
+    code = re.search(r"```python\n# my_gates\.py\n(.*?)```", README.read_text(), re.DOTALL)
+    assert code is not None
+    (tmp_path / "my_gates.py").write_text(code[1])
+    name = re.search(r"--model\.gate (my_gates\.\w+)", README.read_text())
+    assert name is not None
+    assert opdlab("--model.gate", name[1], "--model.gate.tau", "2.0") == 0
+    config = yaml.safe_load((tmp_path / "runs/quickstart/version_0/config.yaml").read_text())
+    assert config["model"]["gate"]["class_path"] == name[1]
+    assert config["model"]["gate"]["init_args"]["tau"] == 2.0
+
+
+def test_gates_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gates"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(re.match(r"block64 +Blocks of 64 tokens", line) for line in lines)
+    assert len(lines) >= 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--model.gate blok64", "unknown gate 'blok64'; did you mean 'block64'?"),
+        ("--model.objective teacher_topc", "unknown objective 'teacher_topc'; did you mean 'teacher_topk'?"),
+        ("--model.gate.tua 1", "unknown key 'tua' of opdlab.strategies.block.Block64Gate; did you mean 'tau'?"),
+        ("--modle.gate block64", "unknown key 'modle.gate'; did you mean 'model.gate'?"),
+        ("--data.reuse.epohcs 1", "unknown key 'data.reuse.epohcs'; did you mean 'data.reuse.epochs'?"),
+        ("-c quickstrat", "no configuration file 'quickstrat', and none of that name"),
+        ("-c unknown_key.yaml", "unknown key 'model.gaet'; did you mean 'model.gate'?"),
+        ("--model.gate.tau -1", "gate.tau is -1.0"),
+        ("--model.gate opdlab.strategies.BlockGate --model.gate.block_size 0", "gate.block_size is 0"),
+        ("--model.objective.k 1", "objective.k is 1"),
+        ("--model.objective.k 99", "objective.k is 99, but the vocabulary has only 38 tokens"),
+        ("--data.reuse.epochs 0", "data.reuse.epochs is 0"),
+        ("--data.reuse.batch_size 3", "data.reuse.batch_size is 3, which does not divide a pool of 8"),
+        ("--trainer.accumulate_grad_batches 3", "trainer.accumulate_grad_batches is 3"),
+        ("--data.reuse.prompts_per_pool 12", "prompts_per_pool is 12, but there are only 8 prompts"),
+        ("--behavior_refresh.every_n_steps 0", "behavior_refresh.every_n_steps is 0"),
+        ("--model.eval_sampling.num_samples 1", "pass_at has 2, but model.eval_sampling.num_samples is 1"),
+        ("--model.sampling.temperature 0", "sampling.temperature is 0"),
+        ("--model.reduction sum", "model.reduction"),
+        ("--model.student.path ./nowhere", "model './nowhere' does not exist"),
+        ("--model.student.path ./half", "model './half' cannot be loaded"),
+        ("--model.student.path ./other", "different vocabularies: token 3 is '0' to the teacher"),
+        ("--data.train.num_problems 0", "num_problems is 0"),
+        ("--data.max_prompt_tokens 3", "data.max_prompt_tokens is 3, but every prompt"),
+        ("--ckpt_path nowhere.ckpt", "ckpt_path 'nowhere.ckpt' does not exist"),
+        ("--ckpt_path last", "there is no checkpoint under runs/quickstart"),
+        ("--ckpt_path small.yaml", "cannot be read"),
+        ("--trainer.max_steps many", "trainer.max_steps"),
+        ("-c empty.yaml", "problems.jsonl holds no problems"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(
+    opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: str, words: str
+) -> None:
+    (tmp_path / "unknown_key.yaml").write_text("model:\n  gaet: block64\n")
+    (tmp_path / "problems.jsonl").touch()
+    source = {"class_path": "opdlab.data.JsonlProblems", "init_args": {"path": "problems.jsonl"}}
+    (tmp_path / "empty.yaml").write_text(yaml.dump({"data": {"train": source}}))
+    if "half" in arguments or "other" in arguments:
+        make_broken_students(tmp_path)
+    assert opdlab(*arguments.split()) == EXIT_USAGE
+    error = capsys.readouterr().err
+    reported = [line for line in error.splitlines() if line.startswith("opdlab: error:")]
+    assert len(reported) == 1
+    assert words in reported[0]
+    assert "Traceback" not in error
+    assert error.rstrip().endswith(reported[0].rstrip())
+
+
+def make_broken_students(folder: Path) -> None:
+    shipped = Path(__file__).parents[1] / "opdlab/tasks/toy/models/student"
+    for name in ("half", "other"):
+        (folder / name).mkdir()
+        for file in shipped.iterdir():
+            (folder / name / file.name).write_bytes(file.read_bytes())
+    weights = folder / "half/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    tokenizer = folder / "other/tokenizer.json"
+    tokenizer.write_text(re.sub(r'"0": (\d+)', '"zero": \\1', tokenizer.read_text(), count=1))
+
+
+@pytest.mark.parametrize("name", sorted(shipped_configs()))
+def test_every_shipped_configuration_parses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stack = ["quickstart"] if "/" in name or name == "harsh_reuse" else []
+    monkeypatch.setattr(sys, "argv", ["opdlab"])
+    arguments = expand_arguments(["fit", *(part for each in [*stack, name] for part in ("-c", each))])
+    parsed: list[object] = []
+
+    class ParseOnly(OPDCLI):
+        def instantiate_classes(self) -> None:
+            parsed.append(self.config)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["opdlab", *arguments])
+    with pytest.raises(KeyboardInterrupt):
+        ParseOnly()
+    assert len(parsed) == 1
+
+
+def test_ctrl_c_says_how_to_resume(
+    opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import signal
+
+    previous = signal.getsignal(signal.SIGINT)
+    (tmp_path / "presses.py").write_text(
+        "import signal\nfrom lightning.pytorch import Callback\n"
+        "class CtrlC(Callback):\n"
+        "    def on_train_batch_start(self, *_):\n"
+        "        signal.raise_signal(signal.SIGINT)\n"
+    )
+    try:
+        assert opdlab("--trainer.callbacks+=presses.CtrlC") == EXIT_INTERRUPTED
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    assert (tmp_path / "runs/quickstart/version_0/checkpoints/interrupted.ckpt").is_file()
+    assert "--ckpt_path last" in capsys.readouterr().err
+    assert opdlab("--ckpt_path", "last", "--model.evaluation.teacher", "false") == 0

@@ -1,0 +1,288 @@
+"""Laws of the training step, on real runs of the toy world."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from opdlab.data.prompts import prompt_set
+from opdlab.errors import UsageError
+from opdlab.evaluation import EvaluationConfig
+from opdlab.gating import GateInputs, build_gate
+from opdlab.module import NonFiniteLossError, OPDModule, join_gate_inputs, split_gates
+from opdlab.objectives import Objective, SampledTokenOPD, TeacherTopK
+from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig, TeacherRequest
+from opdlab.rollouts.batch import trimmed
+from opdlab.tasks.toy.problems import ChainProblems
+from tests.toy_run import STUDENT, TEACHER, Run
+
+MakeRun = Callable[..., Run]
+
+
+class Watch(Callback):
+    """Keeps batches, weights and snapshots as they were at every optimizer step."""
+
+    def __init__(self) -> None:
+        self.batches: list[Any] = []
+        self.snapshots: list[torch.Tensor] = []
+        self.students: list[torch.Tensor] = []
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, OPDModule)
+        self.batches.append(batch)
+        # Copied before BehaviorRefresh acts only if this callback stands before it; see the test.
+        self.snapshots.append(torch.cat([p.flatten() for p in pl_module.behavior.parameters()]).clone())
+        self.students.append(torch.cat([p.detach().flatten() for p in pl_module.student.parameters()]).clone())
+
+
+def test_behavior_changes_only_at_multiples_of_k(make_run: MakeRun) -> None:
+    watch = Watch()
+    run = make_run(refresh=3, callbacks=(watch,))
+    run.fit(7)
+    changed = [
+        step
+        for step, (old, new) in enumerate(zip(watch.snapshots, watch.snapshots[1:], strict=False), start=2)
+        if not torch.equal(old, new)
+    ]
+    assert changed == [3, 6]
+    torch.testing.assert_close(watch.snapshots[2], watch.students[2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("objective", [TeacherTopK(k=8), SampledTokenOPD()], ids=["lsm", "sampled"])
+def test_first_minibatch_after_a_refresh_and_a_fresh_pool_has_no_drift(make_run: MakeRun, objective: Objective) -> None:
+    run = make_run(objective=objective, refresh=4)  # a pool lasts four steps, so both coincide
+    run.fit(9)
+    steps = run.recorder.steps
+    for fresh in (1, 5, 9):
+        assert steps[fresh]["train/drift/max"] < 1e-5
+        assert steps[fresh]["gate/std"] < 1e-4
+        assert steps[fresh]["rollout/age"] == 0
+    for stale in (2, 3, 4, 6, 7, 8):
+        assert steps[stale]["train/drift/max"] > 1e-3
+    assert [steps[step]["rollout/age"] for step in (2, 3, 4)] == [1, 2, 3]
+    if isinstance(objective, SampledTokenOPD):
+        assert steps[1]["train/clip_share"] == 0
+
+
+def test_reused_rollouts_keep_their_targets_to_the_bit(make_run: MakeRun) -> None:
+    watch = Watch()
+    make_run(callbacks=(watch,)).fit(4)  # two passes over one pool
+    seen: dict[int, list[Any]] = {}
+    for batch in watch.batches:
+        for row, rollout_id in enumerate(batch.rollouts.rollout_ids.tolist()):
+            length = int(batch.rollouts.num_tokens[row])
+            seen.setdefault(rollout_id, []).append(
+                (
+                    batch.rollouts.tokens[row, :length],
+                    batch.rollouts.behavior_logprobs[row, :length],
+                    batch.targets.logprobs[row, :length],
+                    batch.targets.support_ids[row, :length],
+                    batch.targets.support_logits[row, :length],
+                )
+            )
+    assert len(seen) == 16
+    for first, second in seen.values():
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_gates_touch_neither_targets_nor_supports_nor_tokens(make_run: MakeRun) -> None:
+    pools = []
+    for gate in ("none", "token", "span"):
+        watch = Watch()
+        make_run(gate=gate, callbacks=(watch,), refresh=100).fit(2)  # one pass over the first pool
+        pools.append(watch.batches)
+    for gated in pools[1:]:
+        for plain, other in zip(pools[0], gated, strict=True):
+            for mine, theirs in ((plain.rollouts, other.rollouts), (plain.targets, other.targets)):
+                for name, value in mine.state_dict().items():
+                    same = torch.equal(value, getattr(theirs, name)) if torch.is_tensor(value) else True
+                    assert same, name
+
+
+@pytest.mark.parametrize("gate", ["block32", "none", "sequence"])
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_accumulation_equals_one_large_batch(make_run: MakeRun, gate: str, reduction: str) -> None:
+    whole, parts = (make_run(gate=gate, accumulate=n, reduction=reduction) for n in (1, 4))
+    whole.fit(6)
+    parts.fit(6)
+    torch.testing.assert_close(parts.recorder.losses, whole.recorder.losses, rtol=2e-4, atol=1e-6)
+    for name in ("gate/min", "gate/max", "gate/effective_sample_size", "train/drift/token_mean", "train/entropy"):
+        of_parts, of_whole = ([m[name] for m in run.recorder.steps.values()] for run in (parts, whole))
+        torch.testing.assert_close(of_parts, of_whole, rtol=2e-3, atol=1e-5)
+    for ours, theirs in zip(parts.module.student.parameters(), whole.module.student.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=2e-4)
+
+
+def test_gradients_of_accumulation_equal_those_of_one_batch(make_run: MakeRun) -> None:
+    gradients = []
+    for accumulate in (1, 4):
+        run = make_run(accumulate=accumulate, refresh=100)
+        kept: dict[str, torch.Tensor] = {}
+
+        class Keep(Callback):
+            def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: Any, optimizer: Any) -> None:
+                if trainer.global_step == 2:  # drifted by two steps
+                    kept.update({n: p.grad.clone() for n, p in pl_module.student.named_parameters()})  # noqa: B023
+
+        run.trainer_options["callbacks"].append(Keep())
+        run.trainer_options["gradient_clip_val"] = None
+        run.fit(3)
+        gradients.append(kept)
+    for name, whole in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], whole, rtol=5e-3, atol=2e-5, msg=name)
+
+
+def rollouts_of(module: OPDModule, num_prompts: int = 3) -> Any:
+    prompts = prompt_set(ChainProblems(num_prompts), module.student.tokenizer, 100).prompts
+    return module.behavior.sample([p.tokens for p in prompts], list(range(num_prompts)), seed=1)
+
+
+@pytest.mark.parametrize("objective", [TeacherTopK(k=8), SampledTokenOPD()], ids=["lsm", "sampled"])
+def test_student_equal_to_teacher_learns_nothing(make_run: MakeRun, objective: Objective) -> None:
+    run = make_run(objective=objective)
+    module = run.module
+    module.student.load_state_dict(module.teacher.model.state_dict())  # type: ignore[attr-defined]
+    module.behavior.refresh(module.student)
+    rollouts = rollouts_of(module)
+    targets = module.teacher.score(rollouts, objective.request)
+    positions = objective.position_losses(module.student.score(rollouts), rollouts, targets)
+    assert positions.losses.abs().max() < 1e-5
+    if "advantage" in positions.metrics:
+        assert positions.metrics["advantage"].abs().max() < 1e-5
+
+
+def test_full_support_equals_full_reverse_kl(make_run: MakeRun) -> None:
+    module = make_run().module
+    rollouts, vocab = rollouts_of(module), module.student.vocab_size
+    targets = module.teacher.score(rollouts, TeacherRequest(top_k=vocab))
+    positions = TeacherTopK(k=vocab).position_losses(module.student.score(rollouts), rollouts, targets)
+    sequence = torch.cat([rollouts.prompt_tokens, rollouts.tokens], 1)
+    attention = torch.cat([rollouts.prompt_mask, rollouts.mask], 1).long()
+    start = rollouts.prompt_tokens.shape[1] - 1
+    student, teacher = (
+        m.model(input_ids=sequence, attention_mask=attention, position_ids=(attention.cumsum(1) - 1).clamp(min=0))
+        .logits[:, start:-1]
+        .double()
+        .log_softmax(-1)
+        for m in (module.student, module.teacher.model)  # type: ignore[attr-defined]
+    )
+    full = (student.exp() * (student - teacher)).sum(-1)
+    torch.testing.assert_close(positions.losses[rollouts.mask].double(), full[rollouts.mask], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", [TeacherTopK(k=8), SampledTokenOPD()], ids=["lsm", "sampled"])
+def test_masked_positions_receive_exactly_zero_gradient(make_run: MakeRun, objective: Objective) -> None:
+    module = make_run(objective=objective).module
+    rollouts = rollouts_of(module)
+    # Mask the tail of each response, and put garbage there.
+    keep = torch.arange(rollouts.tokens.shape[1]) < 10
+    cut = replace(
+        rollouts,
+        mask=rollouts.mask & keep,
+        behavior_logprobs=rollouts.behavior_logprobs.masked_fill(~keep, torch.nan),
+    )
+    embeddings = []
+
+    def keep_embedding(layer: Any, inputs: Any, output: torch.Tensor) -> None:
+        output.retain_grad()
+        embeddings.append(output)
+
+    targets = module.teacher.score(cut, objective.request)
+    hook = module.student.model.get_input_embeddings().register_forward_hook(keep_embedding)
+    positions = objective.position_losses(module.student.score(cut), cut, targets)
+    hook.remove()
+    positions.losses[cut.mask].sum().backward()
+    start = cut.prompt_tokens.shape[1]
+    gradient = embeddings[0].grad
+    assert gradient is not None
+    assert gradient[:, start : start + 9].abs().sum() > 0
+    assert torch.equal(gradient[:, start + 9 :], torch.zeros_like(gradient[:, start + 9 :]))
+
+
+def test_only_the_student_is_trained_and_the_teacher_stays_out_of_checkpoints(make_run: MakeRun) -> None:
+    module = make_run().module
+    optimizer = module.configure_optimizers()
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in module.student.parameters()}
+    assert not any(p.requires_grad for p in module.behavior.parameters())
+    assert not any("teacher" in name for name in module.state_dict())
+
+
+class Exploding(TeacherTopK):
+    def position_losses(self, student: Any, rollouts: Any, targets: Any) -> Any:
+        positions = super().position_losses(student, rollouts, targets)
+        return replace(positions, losses=positions.losses * torch.inf)
+
+
+def test_a_non_finite_loss_stops_the_run_and_leaves_the_batch(make_run: MakeRun, tmp_path: Any) -> None:
+    with pytest.raises(NonFiniteLossError, match="at step 0 on rollouts \\[") as caught:
+        make_run(objective=Exploding(k=4)).fit(2)
+    saved = torch.load(tmp_path / "non_finite_loss_step_0.pt", weights_only=True)
+    assert str(tmp_path / "non_finite_loss_step_0.pt") in str(caught.value)
+    assert saved["rollouts"]["tokens"].shape[0] == 8
+
+
+def test_support_larger_than_the_vocabulary_is_refused() -> None:
+    with pytest.raises(UsageError, match="objective.k is 99, but the vocabulary has only 38"):
+        OPDModule(LanguageModel(STUDENT), LocalTeacher(TEACHER), TeacherTopK(k=99), build_gate("none"))
+
+
+def test_too_few_samples_for_pass_at_k_are_refused() -> None:
+    with pytest.raises(UsageError, match="pass_at has 8, but .*num_samples is 4"):
+        OPDModule(
+            LanguageModel(STUDENT),
+            LocalTeacher(TEACHER),
+            TeacherTopK(),
+            build_gate("none"),
+            eval_sampling=SamplingConfig(num_samples=4),
+            evaluation=EvaluationConfig(pass_at=(1, 8)),
+        )
+
+
+def test_joined_gate_inputs_split_back() -> None:
+    parts = []
+    for width in (3, 5):
+        values = torch.rand(2, width)
+        mask = torch.ones(2, width, dtype=torch.bool)
+        parts.append(GateInputs(torch.zeros(2, width).long(), mask, values * 0, -values, values, values))
+    joined = join_gate_inputs(parts)
+    assert joined.mask.shape == (4, 5)
+    gates = split_gates(build_gate("token")(joined), parts)
+    assert [g.weights.shape for g in gates] == [(2, 3), (2, 5)]
+    total = sum(float(g.weights.sum()) for g in gates)
+    assert total == pytest.approx(16, rel=1e-5)
+
+
+def test_trimming_drops_only_padding(make_run: MakeRun) -> None:
+    module = make_run().module
+    rollouts = rollouts_of(module)
+    targets = module.teacher.score(rollouts, TeacherRequest(top_k=2))
+    padded = replace(
+        rollouts,
+        **{
+            name: torch.nn.functional.pad(getattr(rollouts, name), (0, 5))
+            for name in ("tokens", "mask", "behavior_logprobs")
+        },
+    )
+    wide = targets.map(lambda t: torch.cat([t, t[:, :5] * 0], 1))
+    cut, cut_targets = trimmed(padded, wide)
+    torch.testing.assert_close(cut.tokens, rollouts.tokens)
+    torch.testing.assert_close(cut_targets.support_logits, targets.support_logits)
+
+
+def test_validation_logs_pass_at_k_and_their_mean(make_run: MakeRun) -> None:
+    run = make_run()
+    trainer = pl.Trainer(**{**run.trainer_options, "max_steps": 1, "limit_val_batches": 1.0})
+    (figures,) = trainer.validate(run.module, datamodule=run.data, verbose=False)
+    assert {"val/toy/pass@1", "val/toy/pass@2", "val/mean/pass@2", "val/toy/truncated"} <= set(figures)
+    assert figures["val/toy/pass@1"] == 0  # eight tokens do not make an answer
+    assert figures["val/toy/truncated"] == 1
+    with run.module.evaluating("teacher", run.module.teacher.model):  # type: ignore[attr-defined]
+        (teacher,) = trainer.validate(run.module, datamodule=run.data, verbose=False)
+    assert "teacher/toy/pass@1" in teacher

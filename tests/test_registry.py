@@ -1,0 +1,119 @@
+"""Registering plug-ins: names, duplicates, and gates of installed packages."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opdlab.errors import UsageError
+from opdlab.registry import Registry, suggestion
+
+
+class Plugin:
+    def __init__(self, size: int = 1) -> None:
+        self.size = size
+
+
+class First(Plugin):
+    pass
+
+
+class Second(Plugin):
+    pass
+
+
+@pytest.fixture
+def registry() -> Registry[Plugin]:
+    # `math` stands for a module without plug-ins.
+    return Registry("plugin", Plugin, "math", "opdlab.no_such_group")
+
+
+def redefined() -> type[Plugin]:
+    """A class of the same module and qualified name each time, as when a notebook cell is run again."""
+
+    class Cell(Plugin):
+        pass
+
+    return Cell
+
+
+def test_a_registered_class_is_built_with_options(registry: Registry[Plugin]) -> None:
+    assert registry.register("first")(First) is First
+    registry.register("also_first")(First)
+    assert registry.names() == ["also_first", "first"]
+    assert registry.get("first") is First
+    assert registry.build("first", size=3).size == 3
+
+
+def test_the_name_of_a_class(registry: Registry[Plugin]) -> None:
+    registry.register("first")(First)
+    assert registry.name_of(First) == "first"
+    assert registry.name_of(Second) is None
+
+
+def test_a_name_is_given_once(registry: Registry[Plugin]) -> None:
+    registry.register("mine")(First)
+    with pytest.raises(UsageError, match=r"plugin 'mine' is registered already, by .*\.First: choose another name"):
+        registry.register("mine")(Second)
+    assert registry.get("mine") is First
+
+
+def test_a_class_defined_anew_replaces_itself(registry: Registry[Plugin]) -> None:
+    old, new = redefined(), redefined()
+    assert old is not new
+    registry.register("cell")(old)
+    registry.register("cell")(old)
+    registry.register("cell")(new)
+    assert registry.get("cell") is new
+
+
+def test_a_class_of_another_kind_is_refused(registry: Registry[Plugin]) -> None:
+    with pytest.raises(UsageError, match="plugin 'mine': int must extend Plugin"):
+        registry.register("mine")(int)
+    assert registry.names() == []
+
+
+def test_an_unknown_name_is_answered_with_the_nearest(registry: Registry[Plugin]) -> None:
+    registry.register("first")(First)
+    registry.register("second")(Second)
+    with pytest.raises(UsageError, match=r"^unknown plugin 'frist'; did you mean 'first'\? Registered: first, second$"):
+        registry.get("frist")
+    with pytest.raises(UsageError, match=r"^unknown plugin 'zzz'; registered: first, second$"):
+        registry.build("zzz")
+
+
+def test_suggestion_is_silent_when_nothing_is_near() -> None:
+    assert suggestion("abc", []) == ""
+    assert suggestion("abc", ["xyz"]) == ""
+    assert suggestion("spam", ["span", "token"]) == "; did you mean 'span'?"
+
+
+PLUGIN = """
+from opdlab.gating import GateStrategy, register_gate
+
+@register_gate("stranger")
+class StrangerGate(GateStrategy):
+    def segment_ids(self, inputs):
+        return inputs.tokens
+"""
+
+
+def test_gates_of_installed_packages_are_found(tmp_path: Path) -> None:
+    (tmp_path / "stranger_gates.py").write_text(PLUGIN)
+    info = tmp_path / "stranger_gates-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger-gates\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[opdlab.gates]\nstranger = stranger_gates\n")
+    script = "from opdlab.gating import build_gate; print(build_gate('stranger', tau=2.0))"
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("StrangerGate(tau=2.0")

@@ -1,0 +1,96 @@
+"""A small run on the toy world, shared by the tests."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+
+from opdlab.callbacks import BehaviorRefresh
+from opdlab.data import PromptDataModule, ReuseConfig
+from opdlab.evaluation import EvaluationConfig
+from opdlab.gating import build_gate
+from opdlab.module import OPDModule
+from opdlab.objectives import Objective, TeacherTopK
+from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig
+from opdlab.tasks.toy.problems import ChainProblems
+
+STUDENT = "package://opdlab.tasks.toy/models/student"
+TEACHER = "package://opdlab.tasks.toy/models/teacher"
+
+
+class Recorder(Callback):
+    """Keeps what a training step logs, by optimizer step."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, dict[str, float]] = {}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if batch.position + 1 == len(batch.micro_batches):
+            self.steps[trainer.global_step] = {k: float(v) for k, v in trainer.logged_metrics.items()}
+
+    @property
+    def losses(self) -> list[float]:
+        return [metrics["train/loss"] for _, metrics in sorted(self.steps.items())]
+
+
+class Run:
+    """A small run on the toy world: 8 prompts x 2 samples a pool, 8 rollouts a step, 4 steps a pool."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        gate: str = "block32",
+        tau: float = 5.0,
+        objective: Objective | None = None,
+        lr: float = 1e-3,
+        accumulate: int = 1,
+        refresh: int = 3,
+        reduction: Any = "token_mean",
+        callbacks: tuple[Callback, ...] = (),
+        max_new_tokens: int = 40,
+        num_problems: int = 16,
+    ) -> None:
+        torch.manual_seed(0)
+        sampling = SamplingConfig(num_samples=2, max_new_tokens=max_new_tokens, batch_size=32)
+        self.module = OPDModule(
+            LanguageModel(STUDENT),
+            LocalTeacher(TEACHER),
+            objective or TeacherTopK(k=8),
+            build_gate(gate, tau=tau),
+            sampling=sampling,
+            eval_sampling=SamplingConfig(num_samples=2, max_new_tokens=8),
+            evaluation=EvaluationConfig(pass_at=(1, 2)),
+            reduction=reduction,
+            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr),
+        )
+        self.data = PromptDataModule(
+            ChainProblems(num_problems),
+            {"toy": ChainProblems(3, "held_out")},
+            ReuseConfig(prompts_per_pool=8, epochs=2, batch_size=8),
+        )
+        self.recorder = Recorder()
+        self.trainer_options: dict[str, Any] = {
+            "default_root_dir": folder,
+            "accelerator": "cpu",
+            "max_epochs": -1,
+            "accumulate_grad_batches": accumulate,
+            "gradient_clip_val": 1.0,
+            "log_every_n_steps": 1,
+            "limit_val_batches": 0,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "logger": CSVLogger(folder),
+            "callbacks": [BehaviorRefresh(every_n_steps=refresh), *callbacks, self.recorder],
+        }
+
+    def fit(self, max_steps: int, ckpt_path: Path | None = None, **options: Any) -> pl.Trainer:
+        trainer = pl.Trainer(**{**self.trainer_options, "max_steps": max_steps, **options})
+        trainer.fit(self.module, datamodule=self.data, ckpt_path=ckpt_path, weights_only=True)
+        return trainer
