@@ -1,0 +1,1 @@
+"""Shipped configurations; `opdlab fit -c quickstart` finds them by name."""

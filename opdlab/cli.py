@@ -4,7 +4,6 @@ Everything a user can get wrong ends in one line on standard error and exit code
 """
 
 import logging
-import os
 import sys
 import warnings
 from argparse import ArgumentError
@@ -12,10 +11,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from opdlab.callbacks import (
     BehaviorRefresh,
@@ -128,7 +127,9 @@ class OPDCLI(LightningCLI):
         except SystemExit as error:
             if self.interrupt.path is None:
                 raise
-            raise _Interrupted(f"stopped at step {self.trainer.global_step}, saved {self.interrupt.path}") from error
+            raise _InterruptedError(
+                f"stopped at step {self.trainer.global_step}, saved {self.interrupt.path}"
+            ) from error
 
     # -- before and after ----------------------------------------------------------------------------------------
 
@@ -178,7 +179,7 @@ def _run(arguments: Sequence[str]) -> None:
     OPDCLI()
 
 
-class _Interrupted(Exception):
+class _InterruptedError(Exception):
     """Training was stopped by Ctrl-C and has saved a checkpoint; the message says where."""
 
 
@@ -189,14 +190,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; those of the process by default.
     """
     # A gate of one's own in the current folder is found by class_path, as it is with `python -m`.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
     try:
         _run(sys.argv[1:] if arguments is None else arguments)
     except (UsageError, MisconfigurationException, ArgumentError) as error:
         print(f"opdlab: error: {explain(error)}", file=sys.stderr)
         return EXIT_USAGE
-    except _Interrupted as stop:
+    except _InterruptedError as stop:
         print(f"opdlab: {stop}; to go on, run the same command with --ckpt_path last", file=sys.stderr)
         return EXIT_INTERRUPTED
     except KeyboardInterrupt:

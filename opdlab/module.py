@@ -294,8 +294,9 @@ class OPDModule(pl.LightningModule):
             path,
         )
         raise NonFiniteLossError(
-            f"train/loss is {float(loss.detach())} at step {self.global_step} on rollouts {batch.rollouts.rollout_ids.tolist()}; "
-            f"the batch is in {path}: lower the learning rate, or look at the batch for infinite log-probabilities"
+            f"train/loss is {float(loss.detach())} at step {self.global_step} on rollouts "
+            f"{batch.rollouts.rollout_ids.tolist()}; the batch is in {path}: lower the learning rate, "
+            "or look at the batch for infinite log-probabilities"
         )
 
     # -- evaluating ----------------------------------------------------------------------------------------------
@@ -394,9 +395,8 @@ def join_gate_inputs(parts: Sequence[GateInputs]) -> GateInputs:
 def split_gates(gates: Gates, parts: Sequence[GateInputs]) -> list[Gates]:
     """The reverse of :func:`join_gate_inputs`, for what the gate returned."""
     rows = [part.mask.shape[0] for part in parts]
-    pieces = zip(
-        *(tensor.split(rows) for tensor in (gates.weights, gates.segment_ids, gates.segment_drift)), strict=True
-    )
+    fields = (gates.weights, gates.segment_ids, gates.segment_drift)
+    pieces = zip(*(tensor.split_with_sizes(rows) for tensor in fields), strict=True)
     return [
         Gates(*(tensor[:, : part.mask.shape[1]] for tensor in piece)) for piece, part in zip(pieces, parts, strict=True)
     ]

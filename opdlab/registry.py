@@ -48,7 +48,7 @@ class Registry(Generic[T]):
         def decorate(cls: C) -> C:
             if not issubclass(cls, self._base):
                 raise UsageError(f"{self.kind} '{name}': {cls.__name__} must extend {self._base.__name__}")
-            known = self._classes.get(name)
+            known: type | None = self._classes.get(name)
             # A notebook cell that is run again defines the class anew under the same qualified name: that replaces.
             if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise UsageError(
@@ -56,7 +56,7 @@ class Registry(Generic[T]):
                     "choose another name"
                 )
             self._classes[name] = cls
-            return cls
+            return cls  # type: ignore[return-value] # narrowed by issubclass, yet what was given
 
         return decorate
 

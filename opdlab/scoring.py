@@ -205,7 +205,9 @@ def token_statistics(hidden: Tensor, head: Head, targets: Tensor) -> TokenStatis
         See :class:`TokenStatistics`; float32, or float64 for float64 inputs.
     """
     hidden = _as_autocast(hidden)
-    outputs: tuple[Tensor, Tensor, Tensor] = _TokenStatistics.apply(hidden, head.weight, head.bias, targets, head)
+    outputs: tuple[Tensor, Tensor, Tensor] = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
+        hidden, head.weight, head.bias, targets, head
+    )
     return TokenStatistics(*outputs)
 
 
@@ -283,7 +285,7 @@ def support_logits_of(hidden: Tensor, head: Head, support: Tensor) -> Tensor:
     # rows, and its logits are no larger than a few supports.
     if head.weight.shape[0] <= 8 * support.shape[-1]:
         return head.logits(hidden).gather(1, support)
-    logits: Tensor = _SupportLogits.apply(hidden, head.weight, head.bias, support, head)
+    logits: Tensor = _SupportLogits.apply(hidden, head.weight, head.bias, support, head)  # type: ignore[no-untyped-call]
     return logits
 
 

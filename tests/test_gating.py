@@ -193,7 +193,7 @@ def gate_options(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("cls", [NoGate, SequenceGate, TokenGate])
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(inputs=batches(), options=gate_options())
 def test_gates_without_options_match_the_reference(
     cls: type[GateStrategy], inputs: GateInputs, options: dict[str, Any]
@@ -201,13 +201,13 @@ def test_gates_without_options_match_the_reference(
     assert_matches(cls(**options), SEGMENTATIONS[cls], inputs)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(inputs=batches(), options=gate_options(), size=st.integers(1, 9))
 def test_blocks_match_the_reference(inputs: GateInputs, options: dict[str, Any], size: int) -> None:
     assert_matches(BlockGate(size, **options), blocks_of(size), inputs)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(
     inputs=batches(prefixes=True),
     options=gate_options(),

@@ -125,7 +125,8 @@ class PromptDataModule(pl.LightningDataModule):
         """The rollout loader: it asks the module for a pool whenever it needs one."""
         from opdlab.rollouts.loader import RolloutLoader
 
-        assert self.trainer is not None and self.train_prompts is not None
+        assert self.trainer is not None
+        assert self.train_prompts is not None
         return RolloutLoader(
             self.train_prompts.prompts,
             self._module.collect,

@@ -41,7 +41,8 @@ class TeacherTopK(Objective):
 
     def position_losses(self, student: Scored, rollouts: Rollouts, targets: Targets) -> PositionLosses:
         """See :meth:`Objective.position_losses`."""
-        assert targets.support_ids is not None and targets.support_logits is not None
+        assert targets.support_ids is not None
+        assert targets.support_logits is not None
         assert targets.support_mass is not None
         logits = support_logits_of(student.hidden, student.head, targets.support_ids[student.mask])
         losses = student.padded(teacher_topk_loss(logits, targets.support_logits[student.mask]))

@@ -87,7 +87,8 @@ class LanguageModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def vocab_size(self) -> int:
@@ -173,7 +174,7 @@ def _load(path: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[PreTr
         for key in [key for key in vars(config) if "drop" in key]:  # resid_pdrop, attention_dropout, layerdrop, …
             if isinstance(getattr(config, key), float):
                 setattr(config, key, 0.0)
-        with _quiet():
+        with _Quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
                 source, config=config, dtype=dtype, output_loading_info=True, **options
             )
@@ -191,28 +192,28 @@ def _resolve(path: str) -> str:
     if path.startswith(_PACKAGE_SCHEME):
         package, _, folder = path.removeprefix(_PACKAGE_SCHEME).partition("/")
         try:
-            resolved = Path(str(importlib.resources.files(package))) / folder
+            shipped = Path(str(importlib.resources.files(package))) / folder
         except ModuleNotFoundError as error:
             raise UsageError(f"model '{path}': there is no package '{package}'") from error
-        require(resolved.is_dir(), f"model '{path}': package '{package}' holds no folder '{folder}'")
-        return str(resolved)
-    folder = Path(path).expanduser()
-    looks_local = folder.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1 or path.endswith("/")
+        require(shipped.is_dir(), f"model '{path}': package '{package}' holds no folder '{folder}'")
+        return str(shipped)
+    local = Path(path).expanduser()
+    looks_local = local.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1 or path.endswith("/")
     require(
-        folder.is_dir() or not looks_local,
+        local.is_dir() or not looks_local,
         f"model '{path}' does not exist: give a folder written by save_pretrained, or a hub id such as Qwen/Qwen3-0.6B",
     )
-    if folder.is_dir():
+    if local.is_dir():
         require(
-            (folder / "config.json").is_file(),
+            (local / "config.json").is_file(),
             f"model '{path}' is incomplete: config.json is missing; write the folder again with save_pretrained",
         )
         # Without them transformers makes up an empty tokenizer of the model's usual kind.
         require(
-            any(file for pattern in ("*token*", "vocab*", "*.model") for file in folder.glob(pattern)),
+            any(file for pattern in ("*token*", "vocab*", "*.model") for file in local.glob(pattern)),
             f"model '{path}' is incomplete: the tokenizer's files are missing; save the tokenizer into the folder too",
         )
-    return str(folder) if folder.is_dir() else path
+    return str(local) if local.is_dir() else path
 
 
 def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> list[int]:
@@ -223,7 +224,7 @@ def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: 
     return sorted(ids)
 
 
-class _quiet:
+class _Quiet:
     """Silence transformers' weight-loading bar: it would tear our own."""
 
     def __enter__(self) -> None:

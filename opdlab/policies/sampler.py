@@ -131,7 +131,7 @@ class Sampler:
         return output[:, tokens.shape[1] :].cpu()
 
 
-class _Tick(StoppingCriteria):
+class _Tick(StoppingCriteria):  # type: ignore[misc] # transformers is not typed
     """Never stops anything; tells the progress bar that one more token per row is there."""
 
     def __init__(self, advance: Callable[[int], None]) -> None:
@@ -144,8 +144,9 @@ class _Tick(StoppingCriteria):
 
 @contextmanager
 def _generating(model: LanguageModel, config: GenerationConfig) -> Iterator[None]:
-    """Eval mode, and the model's own generation defaults (penalties, top-k) out of the way: they would change what
-    is sampled behind the back of the configuration.
+    """Eval mode, and the model's own generation defaults out of the way.
+
+    Penalties or a top-k would change what is sampled behind the back of the configuration.
     """
     own, training = model.model.generation_config, model.model.training
     model.model.generation_config = config

@@ -135,19 +135,21 @@ class RolloutLoader:
             order = self._row_order(reuse_epoch)[number * self._batch_size :][: self._batch_size]
             for minibatch in self._optimizer_batch(pool, order)[self._cursor % self._micro_batches :]:
                 self._cursor += 1
-                yield Minibatch(*minibatch, pool_metrics=pool.metrics)
+                yield minibatch
 
     def _row_order(self, reuse_epoch: int) -> torch.Tensor:
         seed = derive_seed("rows", self._seed, self._rank, self._epoch, self._pool_index, reuse_epoch)
         return torch.randperm(self._pool_size, generator=torch.Generator().manual_seed(seed))
 
-    def _optimizer_batch(self, pool: Pool, rows: torch.Tensor) -> list[tuple[Any, ...]]:
+    def _optimizer_batch(self, pool: Pool, rows: torch.Tensor) -> list[Minibatch]:
         num_tokens = pool.rollouts.num_tokens[rows]
         total, non_empty = int(num_tokens.sum()), int((num_tokens > 0).sum())
         parts = tuple(
             trimmed(pool.rollouts.rows(part), pool.targets.rows(part)) for part in rows.chunk(self._micro_batches)
         )
-        return [(*part, total, non_empty, parts, position) for position, part in enumerate(parts)]
+        return [
+            Minibatch(*part, total, non_empty, parts, position, pool.metrics) for position, part in enumerate(parts)
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands; the pool itself only while it is still in use. Tensors and plain values only."""

@@ -21,16 +21,21 @@ PROMPTS = [[5, 9, 3], [7], [4, 4, 8, 12, 3]]
 CONFIG = SamplingConfig(num_samples=4, max_new_tokens=12)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    folder, tokenizer = tmp_path_factory.mktemp("model"), chain_tokenizer()
+def random_model(folder: Path, spread: float, vocab_size: int = 38) -> LanguageModel:
+    tokenizer = chain_tokenizer()
     config = toy_config(tokenizer, hidden_size=32)
-    config.initializer_range = 0.15  # likelier and less likely tokens, all of them possible
+    config.initializer_range, config.vocab_size = spread, vocab_size
     with torch.random.fork_rng():
         torch.manual_seed(3)
         Qwen3ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return LanguageModel(str(folder)).eval()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
+    # Likelier and less likely tokens, all of them possible.
+    return random_model(tmp_path_factory.mktemp("model"), spread=0.15)
 
 
 def sample(model: LanguageModel, seed: int = 0, prompts: list[list[int]] = PROMPTS, **options: Any) -> Samples:
@@ -186,6 +191,13 @@ def test_the_models_own_generation_defaults_are_ignored_and_kept(
     assert equal(sample(model), plain)
     assert model.model.generation_config is own
     assert own.to_dict() == before
+
+
+def test_no_token_is_too_unlikely(tmp_path: Path) -> None:
+    # Of 80 about equally likely tokens; transformers samples from the 50 likeliest unless told otherwise.
+    flat = random_model(tmp_path, spread=0.01, vocab_size=80)
+    samples = sample(flat, prompts=[[5]], num_samples=2000, max_new_tokens=1, batch_size=2000)
+    assert len(set(samples.tokens.flatten().tolist())) == 80
 
 
 @pytest.mark.parametrize("training", [True, False])
