@@ -168,4 +168,5 @@ class ToyEvaluation:
             random.setstate(python_state)
         answers = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         verdicts = self._verifier.verify(answers, golds)
-        return sum(verdict.correct for verdict in verdicts) / len(verdicts)
+        num_correct: int = sum(verdict.correct for verdict in verdicts)
+        return num_correct / len(verdicts)

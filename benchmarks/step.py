@@ -159,11 +159,10 @@ def train_opdlab(run: Run) -> dict[str, Any]:
     import torch
     from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
     from lightning.pytorch.loggers import TensorBoardLogger
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from opdlab.callbacks import BehaviorRefresh, GateMonitor
-    from opdlab.data import PromptDataModule
-    from opdlab.data.datamodule import ReuseConfig
+    from opdlab.data import PromptDataModule, ReuseConfig
     from opdlab.gating import build_gate
     from opdlab.module import OPDModule
     from opdlab.objectives import TeacherTopK
@@ -299,10 +298,10 @@ def train_bare(run: Run) -> dict[str, Any]:
     stop = False
     run.clock.start()
     tokenized = tokenizer(prompts)["input_ids"]
-    order = iter(())
+    order: Iterator[int] = iter(())
     while step < run.task.steps and not stop:
         started = time.perf_counter()
-        chosen = []
+        chosen: list[list[int]] = []
         for _ in range(PROMPTS_PER_POOL):
             if (index := next(order, None)) is None:
                 order = iter(torch.randperm(len(tokenized)).tolist())
@@ -317,7 +316,7 @@ def train_bare(run: Run) -> dict[str, Any]:
             valid = (stops.cumsum(1) - stops) == 0
             length, mask = response.shape[1], valid.float()
             attention = torch.cat([batch["attention_mask"], valid.long()], 1)
-            parts = torch.arange(len(tokens)).split(BATCH_SIZE)
+            parts = torch.split(torch.arange(len(tokens)), BATCH_SIZE)
             behavior = torch.cat(
                 [
                     sampled_logprobs(response_logits(student, tokens[rows], attention[rows], length), response[rows])
@@ -334,7 +333,7 @@ def train_bare(run: Run) -> dict[str, Any]:
         seconds["sample"] += sampled - started
         seconds["teacher"] += scored - sampled
         for _ in range(REUSE_EPOCHS):
-            for rows in torch.randperm(len(tokens)).split(BATCH_SIZE):
+            for rows in torch.split(torch.randperm(len(tokens)), BATCH_SIZE):
                 if step == run.task.steps or stop:
                     break
                 began = time.perf_counter()
@@ -568,7 +567,7 @@ def report(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(width=110)  # the same in a terminal, a log and a document
     if steps := results.get("step"):
         headings = (
             "s a step",

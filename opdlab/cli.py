@@ -61,7 +61,7 @@ class OPDCLI(LightningCLI):
             save_config_callback=_SaveFitConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs=dict.fromkeys(("fit", "validate", "test"), options) | options,
-            trainer_defaults={"callbacks": [self.table, self.interrupt, LabProgressBar()], "max_epochs": -1},
+            trainer_defaults={"callbacks": [self.table, self.interrupt], "max_epochs": -1},
         )
 
     @staticmethod
@@ -90,6 +90,13 @@ class OPDCLI(LightningCLI):
         except ArgumentError as error:
             defaults = self._subcommand_parsers["fit"].get_defaults()
             raise UsageError(explain(error, defaults.keys(branches=True))) from error
+        config = self.config[self.config.subcommand]
+        config.trainer.default_root_dir = str(config.trainer.default_root_dir or "runs")
+        if config.ckpt_path is not None:
+            # Now, because LightningCLI looks into the checkpoint next.
+            path = find_checkpoint(config.ckpt_path, Path(config.trainer.default_root_dir))
+            check_checkpoint(path)
+            config.ckpt_path = str(path)
 
     def after_instantiate_classes(self) -> None:
         """Find out now, not after the first evaluation, whether pools can be cut into batches."""
@@ -100,13 +107,11 @@ class OPDCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Settle where the run lives: ``ROOT/version_N`` holds its events, configuration, checkpoints and student."""
         config = self.config[self.subcommand]
-        root = Path(config.trainer.default_root_dir or "runs")
-        config.trainer.default_root_dir = str(root)
+        root = Path(config.trainer.default_root_dir)
         if config.weights_only is None:
             config.weights_only = True  # checkpoints hold only tensors and plain values
-        if config.ckpt_path is not None:
-            config.ckpt_path = str(find_checkpoint(config.ckpt_path, root))
-            check_checkpoint(Path(config.ckpt_path))
+        if config.trainer.enable_progress_bar is not False:
+            self.trainer_defaults["callbacks"].append(LabProgressBar())
         if self.subcommand != "fit":
             config.trainer.logger = False if config.trainer.logger is None else config.trainer.logger
             return
@@ -122,6 +127,8 @@ class OPDCLI(LightningCLI):
 
     def fit(self, model: OPDModule, **kwargs: Any) -> None:
         """Train. Lightning turns Ctrl-C into an exit of its own; ours says how to go on."""
+        if kwargs.get("ckpt_path"):  # a run goes on in its own folder on purpose
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         try:
             self.trainer.fit(model, **kwargs)
         except SystemExit as error:

@@ -22,6 +22,9 @@ from opdlab.registry import Registry, suggestion
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Beyond this tau * drift overflows float32, and long before it every drifted segment has weight 0.
+_MAX_TAU = 1e30
+
 Statistic = Literal["signed_mean", "abs_mean", "rms", "max"]
 Normalization = Literal["mean", "residual", "clipped", "none"]
 
@@ -143,7 +146,7 @@ class GateStrategy:
         _check_choice("statistic", statistic, get_args(Statistic))
         _check_choice("normalization", normalization, get_args(Normalization))
         require(
-            0 <= tau < float("inf"), f"gate.tau is {tau}, but must be finite and at least 0 (0 switches gating off)"
+            0 <= tau <= _MAX_TAU, f"gate.tau is {tau}, but must lie between 0 and {_MAX_TAU:g} (0 switches gating off)"
         )
         require(0 <= rho <= 1, f"gate.rho is {rho}, but must lie between 0 and 1")
         require(
@@ -207,7 +210,13 @@ class GateStrategy:
         )
 
     def _dense_segment_ids(self, inputs: GateInputs) -> Tensor:
-        return dense_ids(self.segment_ids(inputs), inputs.mask.bool())
+        labels = self.segment_ids(inputs)
+        require(
+            labels.shape == inputs.mask.shape and not labels.is_floating_point(),
+            f"{type(self).__name__}.segment_ids returned {labels.dtype} of shape {tuple(labels.shape)}, but must return "
+            f"integers of shape {tuple(inputs.mask.shape)}",
+        )
+        return dense_ids(labels, inputs.mask.bool())
 
     def _log_gate(self, inputs: GateInputs, segment_ids: Tensor) -> Tensor:
         return -self.tau * segment_statistic(inputs.drift, segment_ids, inputs.mask.bool(), self.statistic)

@@ -130,7 +130,8 @@ class OPDModule(pl.LightningModule):
     teacher: Teacher
 
     def _teacher_request(self) -> TeacherRequest:
-        shared = min(self.student.vocab_size, self.teacher.vocab_size)
+        # Rows that only pad the embedding to a round size are no tokens.
+        shared = min(self.student.vocab_size, self.teacher.vocab_size, len(self.student.tokenizer))
         k = self.objective.request.top_k
         require(k <= shared, f"objective.k is {k}, but the vocabulary has only {shared} tokens: lower it")
         return TeacherRequest(k, shared)
@@ -173,14 +174,16 @@ class OPDModule(pl.LightningModule):
             first_rollout_id: number of the pool's first rollout.
         """
         started = time.perf_counter()
-        rollouts = self.behavior.sample(
-            [prompt.tokens for prompt in prompts],
-            [prompt.index for prompt in prompts],
-            seed=seed,
-            first_rollout_id=first_rollout_id,
-            step=self.global_step,
-            progress=self.progress,
-        )
+        # In the trainer's precision, as the training step is: otherwise a fresh rollout would seem to have drifted.
+        with self.trainer.precision_plugin.forward_context():
+            rollouts = self.behavior.sample(
+                [prompt.tokens for prompt in prompts],
+                [prompt.index for prompt in prompts],
+                seed=seed,
+                first_rollout_id=first_rollout_id,
+                step=self.global_step,
+                progress=self.progress,
+            )
         sampled = time.perf_counter()  # results are on the host, so the device has finished
         targets = self.teacher.score(rollouts, self._request, self.progress)
         scored = time.perf_counter()

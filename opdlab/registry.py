@@ -90,6 +90,10 @@ class Registry(Generic[T]):
         if self._loaded:
             return
         self._loaded = True  # before the imports: they call back into this registry
-        import_module(self._builtin)
-        for entry in entry_points(group=self._group):
-            entry.load()
+        try:
+            import_module(self._builtin)
+            for entry in entry_points(group=self._group):
+                entry.load()
+        except BaseException:
+            self._loaded = False  # half a registry would answer "unknown" the next time
+            raise

@@ -134,7 +134,7 @@ def main() -> None:
     report("teacher")
     save("teacher")
     model.load_state_dict(halfway)
-    train(model, tokenizer, examples("sft", seed=1, error_rate=0.2), 24, 5e-4, horizon=24)
+    train(model, tokenizer, examples("sft", seed=1, error_rate=0.2), 22, 5e-4, horizon=22)
     report("student")
     save("student")
 
