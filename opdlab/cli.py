@@ -114,16 +114,17 @@ class OPDCLI(LightningCLI):
             self.trainer_defaults["callbacks"].append(LabProgressBar())
         if self.subcommand != "fit":
             config.trainer.logger = False if config.trainer.logger is None else config.trainer.logger
+            if config.ckpt_path is not None and config.checkpoint.dirpath is None:
+                config.checkpoint.dirpath = str(Path(config.ckpt_path).absolute().parent)
             return
         folder = run_folder_for(config.ckpt_path, root)
         if config.trainer.logger in (None, True):
-            # Absolute for Lightning's checks, yet shown to the user as given.
             config.trainer.logger = {
                 "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
                 "init_args": {"save_dir": str(root), "name": "", "version": folder.name},
             }
         if config.checkpoint.dirpath is None:
-            config.checkpoint.dirpath = str(folder / "checkpoints")
+            config.checkpoint.dirpath = str((folder / "checkpoints").absolute())
 
     def fit(self, model: OPDModule, **kwargs: Any) -> None:
         """Train. Lightning turns Ctrl-C into an exit of its own; ours says how to go on."""

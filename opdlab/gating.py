@@ -213,8 +213,8 @@ class GateStrategy:
         labels = self.segment_ids(inputs)
         require(
             labels.shape == inputs.mask.shape and not labels.is_floating_point(),
-            f"{type(self).__name__}.segment_ids returned {labels.dtype} of shape {tuple(labels.shape)}, but must return "
-            f"integers of shape {tuple(inputs.mask.shape)}",
+            f"{type(self).__name__}.segment_ids returned {labels.dtype} of shape {tuple(labels.shape)}, but must "
+            f"return integers of shape {tuple(inputs.mask.shape)}",
         )
         return dense_ids(labels, inputs.mask.bool())
 

@@ -44,7 +44,7 @@ PUBLIC = {
         *("Teacher", "TeacherRequest", "check_same_vocabulary"),
     ],
     "opdlab.data": [
-        *("ChatTemplate", "EvaluationBatch", "JsonlProblems", "Problem", "ProblemSource", "Prompt"),
+        *("ChatTemplate", "EvaluationBatch", "HubProblems", "JsonlProblems", "Problem", "ProblemSource", "Prompt"),
         *("PromptDataModule", "PromptSet", "RawTemplate", "ReuseConfig", "Template", "prompt_set"),
     ],
     "opdlab.module": ["OPDModule"],

@@ -110,12 +110,19 @@ class LanguageModel(nn.Module):
         Args:
             rollouts: on this model's device. Gradients flow unless switched off outside.
         """
-        tokens = torch.cat([rollouts.prompt_tokens, rollouts.tokens], dim=1)[:, :-1]
-        attention = torch.cat([rollouts.prompt_mask, rollouts.mask], dim=1)[:, :-1]
-        hidden = self._hidden_states(tokens, attention)[:, rollouts.prompt_tokens.shape[1] - 1 :]
+        # Every row is moved to column 0, so that padding follows it. Causal attention then needs no mask, which is
+        # faster, and lets torch take the kernels that accept none.
+        padding = (~rollouts.prompt_mask.bool()).sum(1)
+        tokens = torch.cat([rollouts.prompt_tokens, rollouts.tokens], dim=1)
+        last = tokens.shape[1] - 1
+        columns = torch.arange(last, device=tokens.device) + padding[:, None]
+        hidden = self._hidden_states(tokens.gather(1, columns.clamp(max=last)))
         # One mask look-up for the whole batch; the head then works on valid positions only.
         valid = rollouts.mask.bool()
-        return Scored(hidden[valid], self.head(rollouts.temperature), valid, rollouts.tokens[valid])
+        row, position = valid.nonzero(as_tuple=True)
+        before_response = rollouts.prompt_tokens.shape[1] - padding - 1
+        chosen = hidden[row, before_response[row] + position]
+        return Scored(chosen, self.head(rollouts.temperature), valid, rollouts.tokens[row, position])
 
     @torch.no_grad()
     def score_in_chunks(self, rollouts: Rollouts, batch_size: int) -> Iterator[tuple[slice, Scored]]:
@@ -138,12 +145,8 @@ class LanguageModel(nn.Module):
         layer: nn.Linear = self.model.get_output_embeddings()
         return layer
 
-    def _hidden_states(self, tokens: Tensor, attention: Tensor) -> Tensor:
-        positions = (attention.long().cumsum(1) - 1).clamp(min=0)
-        output = self.model.base_model(
-            input_ids=tokens, attention_mask=attention.long(), position_ids=positions, use_cache=False
-        )
-        hidden: Tensor = output.last_hidden_state
+    def _hidden_states(self, tokens: Tensor) -> Tensor:
+        hidden: Tensor = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         return hidden
 
     @torch.no_grad()
@@ -157,7 +160,7 @@ class LanguageModel(nn.Module):
         tokens = torch.arange(size, device=self.device).view(1, -1)
         attention = torch.ones_like(tokens)
         own = self.model(input_ids=tokens, attention_mask=attention, use_cache=False).logits[0].float()
-        ours = self.head().logits(self._hidden_states(tokens, attention)[0])
+        ours = self.head().logits(self._hidden_states(tokens)[0])
         tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-2
         if not torch.allclose(own, ours, rtol=tolerance, atol=tolerance * float(ours.abs().amax().clamp(min=1))):
             raise UsageError(

@@ -89,7 +89,7 @@ def test_limit_and_offset(file: Path, offset: int, limit: int | None) -> None:
 @pytest.mark.parametrize(("key", "value"), [("limit", 0), ("limit", -1), ("offset", -1)])
 def test_bad_limit_and_offset(file: Path, key: str, value: int) -> None:
     with pytest.raises(UsageError, match=f"{key} is {value}"):
-        JsonlProblems(str(file), **{key: value})  # type: ignore[arg-type]
+        JsonlProblems(str(file), **{key: value})
 
 
 @pytest.mark.parametrize("text", ["2020-01-01", "12:30", "007", "1e5", "true", "NaN", "∀ε\u2028>0", "\\frac{1}{2}"])

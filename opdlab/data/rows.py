@@ -1,0 +1,72 @@
+"""Rows of named fields as problems, wherever the rows come from."""
+
+import hashlib
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+from opdlab.data.prompts import Problem, ProblemSource
+from opdlab.data.templates import Template
+from opdlab.errors import require
+from opdlab.registry import suggestion
+from opdlab.tasks.verifier import Verifier
+
+
+class RowProblems(ProblemSource):
+    """Problems in rows of named fields.
+
+    Args:
+        problem_field: field that holds the problem.
+        answer_field: field that holds the gold answer; null where there is none.
+        id_field: field that names a row; rows without it are named by a hash of the problem.
+        limit: use only so many rows.
+        offset: leave out so many rows first.
+        template: turns a problem into a prompt; plain text by default.
+        verifier: checks answers; null for none.
+
+    Raises:
+        UsageError: a field is missing or null in a row, or a number is out of range.
+    """
+
+    def __init__(
+        self,
+        problem_field: str = "problem",
+        answer_field: str | None = "answer",
+        id_field: str = "id",
+        limit: int | None = None,
+        offset: int = 0,
+        template: Template | None = None,
+        verifier: Verifier | None = None,
+    ) -> None:
+        super().__init__(template, verifier)
+        require(limit is None or limit >= 1, f"limit is {limit}, but must be at least 1, or null for all rows")
+        require(offset >= 0, f"offset is {offset}, but must be at least 0")
+        self._fields = (problem_field, answer_field, id_field)
+        self._rows = (offset, None if limit is None else offset + limit)
+
+    @abstractmethod
+    def rows(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Yield the rows with their numbers as messages give them, reading no further than it is asked to."""
+
+    def problems(self) -> list[Problem]:
+        """See :meth:`ProblemSource.problems`."""
+        return [self._problem(number, row) for number, row in islice(self.rows(), *self._rows)]
+
+    def _problem(self, number: int, row: Mapping[str, Any]) -> Problem:
+        problem_field, answer_field, id_field = self._fields
+        for field in (problem_field, answer_field):
+            if field is None:
+                continue
+            require(
+                field in row,
+                f"{self.name}, line {number}, has no field '{field}'{suggestion(field, row) or ';'} "
+                f"its fields: {', '.join(row)}",
+            )
+            require(row[field] is not None, f"{self.name}, line {number}: the field '{field}' is null; give it a value")
+        text, name = str(row[problem_field]), row.get(id_field)
+        return Problem(
+            hashlib.sha256(text.encode()).hexdigest()[:12] if name is None else str(name),
+            text,
+            None if answer_field is None else str(row[answer_field]),
+        )
