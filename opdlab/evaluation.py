@@ -71,12 +71,14 @@ class BenchmarkMetrics(nn.Module):
         self.means["reverse_kl"].update(estimate)  # type: ignore[operator]
 
     def compute(self) -> dict[str, Tensor]:
-        """Figures by name, then start anew."""
+        """Figures by name."""
         metrics = [*self.pass_at.items(), *self.means.items()]
-        figures = {name: metric.compute() for name, metric in metrics if metric.update_called}  # type: ignore[operator]
-        for _, metric in metrics:
+        return {name: metric.compute() for name, metric in metrics if metric.update_called}  # type: ignore[operator]
+
+    def reset(self) -> None:
+        """Start anew."""
+        for metric in [*self.pass_at.values(), *self.means.values()]:
             metric.reset()  # type: ignore[operator]
-        return figures
 
 
 class Evaluator(nn.Module):
@@ -122,6 +124,11 @@ class Evaluator(nn.Module):
         for rows, scored in model.score_in_chunks(rollouts, batch_size):
             logprobs = scored.padded(scored.statistics().logprobs).cpu()
             self._of(batch).update_reverse_kl((logprobs - targets.logprobs[rows])[rollouts.mask[rows]].to(model.device))
+
+    def reset(self) -> None:
+        """Start anew. Call it where an evaluation begins: tensors made in inference mode stay bound to it."""
+        for metrics in self.metrics.values():
+            metrics.reset()  # type: ignore[operator]
 
     def compute(self) -> dict[str, Tensor]:
         """Figures as ``benchmark/name``, and ``mean/name``: their unweighted mean over the benchmarks."""

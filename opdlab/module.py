@@ -322,6 +322,10 @@ class OPDModule(pl.LightningModule):
             self.teacher.to(self.device)
             self.evaluator.measure_reverse_kl(model, self.teacher, batch, rollouts)
 
+    def on_validation_epoch_start(self) -> None:
+        """Count anew."""
+        self.evaluator.reset()
+
     def on_validation_epoch_end(self) -> None:
         """Log every benchmark's figures and their mean."""
         prefix = self._evaluated[0]
@@ -331,6 +335,10 @@ class OPDModule(pl.LightningModule):
     def test_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The same as :meth:`validation_step`."""
         self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_test_epoch_start(self) -> None:
+        """The same as :meth:`on_validation_epoch_start`."""
+        self.evaluator.reset()
 
     def on_test_epoch_end(self) -> None:
         """The same as :meth:`on_validation_epoch_end`."""

@@ -286,3 +286,14 @@ def test_validation_logs_pass_at_k_and_their_mean(make_run: MakeRun) -> None:
     with run.module.evaluating("teacher", run.module.teacher.model):  # type: ignore[attr-defined]
         (teacher,) = trainer.validate(run.module, datamodule=run.data, verbose=False)
     assert "teacher/toy/pass@1" in teacher
+
+
+def test_evaluations_before_and_within_training_count_anew(make_run: MakeRun) -> None:
+    # trainer.validate runs in inference mode, the validation within fit does not: states must not leak across.
+    run = make_run()
+    options = {"limit_val_batches": 1.0, "val_check_interval": 1, "check_val_every_n_epoch": None}
+    trainer = pl.Trainer(**{**run.trainer_options, **options, "max_steps": 2, "num_sanity_val_steps": 0})
+    trainer.validate(run.module, datamodule=run.data, verbose=False)
+    trainer.fit(run.module, datamodule=run.data)
+    metrics = run.module.evaluator.metrics["toy"]
+    assert metrics.pass_at["pass@1"].num_problems == 3  # type: ignore[index, union-attr]

@@ -34,10 +34,10 @@ class Collector:
             mask.long(),
             mask,
             values,
-            ids * 0,
+            zeros,
             ids,
             column,
-            ids * 0,
+            zeros,
         )
         return Pool(rollouts, Targets(values), {"rollout/length": 2.0})
 
