@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -55,7 +56,8 @@ CLIP_NORM = 1.0
 STEPS_PER_POOL = REUSE_EPOCHS * PROMPTS_PER_POOL * SAMPLES_PER_PROMPT // BATCH_SIZE
 
 PROGRAMS = ("opdlab", "bare", "trl")
-EVALUATE_EVERY = 10
+EVALUATE_EVERY = 5
+LOG_EVERY = 10  # steps; the default of TRL, whose log of figures is the only other one
 PACKAGES = ("torch", "lightning", "transformers", "trl", "accelerate")
 
 
@@ -216,7 +218,7 @@ def train_opdlab(run: Run) -> dict[str, Any]:
             devices=1,
             max_steps=run.task.steps,
             max_epochs=-1,
-            log_every_n_steps=1,
+            log_every_n_steps=LOG_EVERY,
             gradient_clip_val=CLIP_NORM,
             limit_val_batches=0,
             enable_checkpointing=False,
@@ -224,6 +226,9 @@ def train_opdlab(run: Run) -> dict[str, Any]:
             logger=logger,
             callbacks=[BehaviorRefresh(every_n_steps=STEPS_PER_POOL), GateMonitor(), observer],
         )
+        # Imports and the data set are made before the clock starts, as they are for TRL.
+        data.train_source.problems()
+        _ = logger.experiment
         started = time.perf_counter()
         run.clock.start()
         trainer.fit(module, data)
@@ -231,19 +236,18 @@ def train_opdlab(run: Run) -> dict[str, Any]:
         events = EventAccumulator(logger.log_dir, size_guidance={"scalars": 0})
         events.Reload()
         logged = {
-            part: sum(event.value for event in events.Scalars(f"time/{part}_seconds"))
+            part: statistics.mean([event.value for event in events.Scalars(f"time/{part}_seconds")] or [0.0])
             for part in ("sample", "teacher", "update")
         }
     steps = trainer.global_step
-    # A pool's figures are logged at each of its steps.
-    pools = -(-steps // STEPS_PER_POOL) / steps
+    num_pools = -(-steps // STEPS_PER_POOL)
     return run.result(
         steps=steps,
         trained_tokens=observer.trained_tokens,
         startup_seconds=observer.startup_seconds,
-        sample_seconds=logged["sample"] * pools,
-        teacher_seconds=logged["teacher"] * pools,
-        update_seconds=logged["update"],
+        sample_seconds=logged["sample"] * num_pools,
+        teacher_seconds=logged["teacher"] * num_pools,
+        update_seconds=logged["update"] * steps,
     )
 
 
@@ -398,7 +402,7 @@ def train_trl(run: Run) -> dict[str, Any]:
             bf16=False,
             gradient_checkpointing=False,
             dataloader_pin_memory=False,
-            logging_steps=min(10, run.task.steps),
+            logging_steps=min(LOG_EVERY, run.task.steps),
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,

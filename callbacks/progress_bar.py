@@ -26,6 +26,15 @@ class LabProgressBar(RichProgressBar):
         if isinstance(pl_module, OPDModule):
             pl_module.progress = self
 
+    def get_metrics(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """Leave out the run's number, of which Lightning shows the last four characters."""
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training"  # a pass over the prompts is no unit of interest, and the number of them has no bound
+
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
         """See :class:`opdlab.progress.Progress`."""

@@ -266,10 +266,16 @@ class OPDModule(pl.LightningModule):
             return
         whole = merge_records(self._window.records)
         self._window = _Window(None, [])
-        loss = whole.pop("loss").sum()
-        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/loss", whole.pop("loss").sum(), prog_bar=True)
+        if not self._logs_this_step:
+            return
         self.log_dict({**step_metrics(whole), **batch.pool_metrics})
         self.log("rollout/age", (self.global_step - batch.rollouts.sampled_at_step).float().mean())
+
+    @property
+    def _logs_this_step(self) -> bool:
+        """Whether the step under way is one that the logger is shown: on others, figures would be made for nobody."""
+        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
 
     def on_train_batch_start(self, batch: Minibatch, batch_idx: int) -> None:
         """Start the clock of the update; what passed since the last step's end was sampling and scoring."""

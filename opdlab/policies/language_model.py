@@ -138,7 +138,8 @@ class LanguageModel(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write model and tokenizer as a Hugging Face folder."""
-        self.model.save_pretrained(folder)
+        with _Quiet():
+            self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def _output_layer(self) -> nn.Linear:
@@ -228,7 +229,7 @@ def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: 
 
 
 class _Quiet:
-    """Silence transformers' weight-loading bar: it would tear our own."""
+    """Silence transformers' bars for loading and saving weights: they would tear our own."""
 
     def __enter__(self) -> None:
         self._enabled = transformers_logging.is_progress_bar_enabled()

@@ -23,6 +23,7 @@ class ChainProblems(ProblemSource):
         self.num_problems = num_problems
         self.split: Split = split
         self.seed = seed
+        self._problems: list[Problem] | None = None
 
     @property
     def name(self) -> str:
@@ -31,5 +32,8 @@ class ChainProblems(ProblemSource):
 
     def problems(self) -> list[Problem]:
         """See :meth:`ProblemSource.problems`."""
-        chains = itertools.islice(chain_problems(self.split, self.seed), self.num_problems)
-        return [Problem(f"{self.split}-{self.seed}-{i}", chain.prompt, chain.answer) for i, chain in enumerate(chains)]
+        if self._problems is None:
+            chains = itertools.islice(chain_problems(self.split, self.seed), self.num_problems)
+            name = f"{self.split}-{self.seed}"
+            self._problems = [Problem(f"{name}-{i}", chain.prompt, chain.answer) for i, chain in enumerate(chains)]
+        return self._problems
