@@ -18,5 +18,6 @@ def test_notebook_runs(path: Path, tmp_path: Path) -> None:
     NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
     ).execute()
-    text = "".join(output.get("text", "") for cell in code for output in cell.outputs)
+    outputs = [output for cell in code for output in cell.outputs]
+    text = "".join(output.get("text", "") + output.get("data", {}).get("text/plain", "") for output in outputs)
     assert "toy/pass@8" in text
