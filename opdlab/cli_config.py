@@ -137,6 +137,10 @@ def explain(error: BaseException, keys: Iterable[str] = ()) -> str:
         return f"unknown key '{match[1]}'{suggestion(match[1], known)}" + ("" if suggestion(match[1], known) else _ASK)
     if match := re.search(r"^(\S+): Does not validate .*? Subtypes: \[(.*?)\] Errors: .*Given value: (.*)$", text):
         return f"{match[1]} is {match[3]}, but must be one of: {match[2].replace('typing.', '')}"
+    if "arguments are required" in text:
+        return f"{text}; start from a shipped configuration, for example -c quickstart"
+    if "invalid choice" in text or 'expected "subcommand"' in text:
+        return f"{text}; or give `gates`, which lists the registered gates"
     return text
 
 

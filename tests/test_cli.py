@@ -155,6 +155,7 @@ def test_gates_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -
         ("--ckpt_path last", "there is no checkpoint under runs/quickstart"),
         ("--ckpt_path small.yaml", "cannot be read"),
         ("--trainer.max_steps many", "trainer.max_steps"),
+        ("-c unknown_gate.yaml", "unknown gate 'blok64'; did you mean 'block64'?"),
         ("-c empty.yaml", "problems.jsonl holds no problems"),
     ],
 )
@@ -162,6 +163,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
     opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: str, words: str
 ) -> None:
     (tmp_path / "unknown_key.yaml").write_text("model:\n  gaet: block64\n")
+    (tmp_path / "unknown_gate.yaml").write_text("model:\n  gate: blok64\n")
     (tmp_path / "problems.jsonl").touch()
     source = {"class_path": "opdlab.data.JsonlProblems", "init_args": {"path": "problems.jsonl"}}
     (tmp_path / "empty.yaml").write_text(yaml.dump({"data": {"train": source}}))
@@ -186,6 +188,13 @@ def make_broken_students(folder: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     tokenizer = folder / "other/tokenizer.json"
     tokenizer.write_text(re.sub(r'"0": (\d+)', '"zero": \\1', tokenizer.read_text(), count=1))
+
+
+def test_an_empty_command_says_where_to_start(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit"]) == EXIT_USAGE
+    assert "-c quickstart" in capsys.readouterr().err
+    assert main(["fti"]) == EXIT_USAGE
+    assert "'fit', 'validate', 'test'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", sorted(shipped_configs()))
