@@ -10,15 +10,16 @@ from typing import Any, get_args
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 
+from opdlab.accumulation import gate_inputs, join_gate_inputs, split_gates
 from opdlab.data.datamodule import EvaluationBatch, PromptDataModule
 from opdlab.data.prompts import Prompt
 from opdlab.diagnostics import StepRecord, merge_records, step_metrics, step_record
 from opdlab.errors import UsageError, require
 from opdlab.evaluation import EvaluationConfig, Evaluator, check_answers
 from opdlab.gating import GateInputs, Gates, GateStrategy
-from opdlab.objectives import Objective, PositionLosses, Reduction, reduce_losses
+from opdlab.objectives import Objective, Reduction, reduce_losses
 from opdlab.policies import (
     BehaviorPolicy,
     LanguageModel,
@@ -29,7 +30,7 @@ from opdlab.policies import (
 )
 from opdlab.policies.language_model import DType
 from opdlab.progress import Progress, SilentProgress
-from opdlab.rollouts import Minibatch, Pool, Rollouts, Targets
+from opdlab.rollouts import Minibatch, Pool
 from opdlab.rollouts.batch import StopReason
 
 _CHECKPOINT_KEY = "opdlab"
@@ -384,40 +385,6 @@ class OPDModule(pl.LightningModule):
         for name, gradient in self._restored_gradients.items():
             parameters[name].grad = gradient.to(parameters[name].device)
         self._restored_gradients = {}
-
-
-def gate_inputs(rollouts: Rollouts, targets: Targets, positions: PositionLosses) -> GateInputs:
-    """What a gate may look at, of a scored micro-batch."""
-    return GateInputs(
-        tokens=rollouts.tokens,
-        mask=rollouts.mask,
-        behavior_logprobs=rollouts.behavior_logprobs,
-        current_logprobs=positions.logprobs,
-        teacher_logprobs=targets.logprobs,
-        position_losses=positions.losses.detach(),
-    )
-
-
-def join_gate_inputs(parts: Sequence[GateInputs]) -> GateInputs:
-    """Stack micro-batches into one batch, padded on the right to the longest."""
-    width = max(part.mask.shape[1] for part in parts)
-
-    def joined(name: str) -> Tensor:
-        tensors = [getattr(part, name) for part in parts]
-        return torch.cat([nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
-
-    names = ("tokens", "mask", "behavior_logprobs", "current_logprobs", "teacher_logprobs", "position_losses")
-    return GateInputs(**{name: joined(name) for name in names})
-
-
-def split_gates(gates: Gates, parts: Sequence[GateInputs]) -> list[Gates]:
-    """The reverse of :func:`join_gate_inputs`, for what the gate returned."""
-    rows = [part.mask.shape[0] for part in parts]
-    fields = (gates.weights, gates.segment_ids, gates.segment_drift)
-    pieces = zip(*(tensor.split_with_sizes(rows) for tensor in fields), strict=True)
-    return [
-        Gates(*(tensor[:, : part.mask.shape[1]] for tensor in piece)) for piece, part in zip(pieces, parts, strict=True)
-    ]
 
 
 def _check_same_model(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:

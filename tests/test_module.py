@@ -9,11 +9,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from opdlab.accumulation import join_gate_inputs, split_gates
 from opdlab.data.prompts import prompt_set
 from opdlab.errors import UsageError
 from opdlab.evaluation import EvaluationConfig
 from opdlab.gating import GateInputs, build_gate
-from opdlab.module import NonFiniteLossError, OPDModule, join_gate_inputs, split_gates
+from opdlab.module import NonFiniteLossError, OPDModule
 from opdlab.objectives import Objective, SampledTokenOPD, TeacherTopK
 from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig, TeacherRequest
 from opdlab.rollouts.batch import trimmed
