@@ -23,7 +23,8 @@ class HFExport(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the folder, from one process."""
         assert isinstance(pl_module, OPDModule)
+        run_folder = trainer.log_dir or trainer.default_root_dir  # asks all processes, so outside the branch below
         if self.enabled and trainer.is_global_zero:
-            folder = Path(self.folder or Path(trainer.log_dir or trainer.default_root_dir) / "student")
+            folder = Path(self.folder or Path(run_folder) / "student")
             pl_module.student.save(folder)
             rank_zero_info(f"student written to {folder}")

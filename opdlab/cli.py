@@ -155,13 +155,16 @@ class OPDCLI(LightningCLI):
             if isinstance(teacher, LocalTeacher) and self.model.evaluator.config.teacher and not self.table.teacher:
                 with self.model.evaluating("teacher", teacher.model):
                     self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+        run_folder = self.trainer.log_dir  # asks all processes, so outside the branch below
+        if self.trainer.is_global_zero:
             self.table.print()
-        print(f"run folder: {self.trainer.log_dir}")
-        print(f"look closer: tensorboard --logdir {self.trainer.default_root_dir}")
+            print(f"run folder: {run_folder}")
+            print(f"look closer: tensorboard --logdir {self.trainer.default_root_dir}")
 
     def after_validate(self) -> None:
         """Print the table."""
-        self.table.print()
+        if self.trainer.is_global_zero:
+            self.table.print()
 
     @property
     def _has_benchmarks(self) -> bool:
