@@ -39,6 +39,8 @@ class EvaluationTable(pl.Callback):
     def table(self) -> Table:
         """The table, one row a figure."""
         columns = {"before": self.before, "after": self.after, "teacher": self.teacher}
+        if self.before == self.after:  # evaluated once, without training
+            columns = {"student": self.after, "teacher": self.teacher}
         shown = {name: figures for name, figures in columns.items() if figures}
         table = Table("figure", *shown)
         for key in self.after:

@@ -94,8 +94,12 @@ def test_resume_goes_on_in_the_same_folder(opdlab: Opdlab, tmp_path: Path, capsy
     assert (tmp_path / "runs/quickstart/version_0/checkpoints/step-3.ckpt").is_file()
     assert opdlab("--trainer.max_steps", "1", "--model.evaluation.teacher", "false") == 0
     assert (tmp_path / "runs/quickstart/version_1").is_dir()
+    capsys.readouterr()
     assert opdlab("--ckpt_path", "last", command="validate") == 0
-    assert "toy/pass@1" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "toy/pass@1" in output
+    assert "student" in output
+    assert "before" not in output
 
 
 @pytest.mark.parametrize("objective", ["teacher_topk", "sampled_token"])
