@@ -36,10 +36,10 @@ class EvaluationTable(pl.Callback):
         """See :meth:`state_dict`."""
         self.before, self.teacher = state_dict["before"], state_dict["teacher"]
 
-    def table(self) -> Table:
-        """The table, one row a figure."""
+    def table(self, trained: bool = True) -> Table:
+        """The table, one row a figure; without training there is one column for the student."""
         columns = {"before": self.before, "after": self.after, "teacher": self.teacher}
-        if self.before == self.after:  # evaluated once, without training
+        if not trained:
             columns = {"student": self.after, "teacher": self.teacher}
         shown = {name: figures for name, figures in columns.items() if figures}
         table = Table("figure", *shown)
@@ -47,10 +47,10 @@ class EvaluationTable(pl.Callback):
             table.add_row(key, *(f"{figures[key]:.3f}" if key in figures else "" for figures in shown.values()))
         return table
 
-    def print(self) -> None:
+    def print(self, trained: bool = True) -> None:
         """Print the table, if there was an evaluation."""
         if self.after:
-            Console().print(self.table())
+            Console().print(self.table(trained))
 
 
 def _figures(trainer: pl.Trainer, prefix: str) -> Figures:

@@ -164,7 +164,7 @@ class OPDCLI(LightningCLI):
     def after_validate(self) -> None:
         """Print the table."""
         if self.trainer.is_global_zero:
-            self.table.print()
+            self.table.print(trained=False)
 
     @property
     def _has_benchmarks(self) -> bool:
