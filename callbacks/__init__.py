@@ -9,7 +9,7 @@ from opdlab.callbacks.behavior_refresh import BehaviorRefresh
 from opdlab.callbacks.evaluation_table import EvaluationTable
 from opdlab.callbacks.gate_monitor import GateMonitor
 from opdlab.callbacks.hf_export import HFExport
-from opdlab.callbacks.interrupt import InterruptCheckpoint
+from opdlab.callbacks.stop_checkpoint import StopCheckpoint
 from opdlab.callbacks.progress_bar import LabProgressBar
 
 __all__ = [
@@ -17,6 +17,6 @@ __all__ = [
     "EvaluationTable",
     "GateMonitor",
     "HFExport",
-    "InterruptCheckpoint",
+    "StopCheckpoint",
     "LabProgressBar",
 ]

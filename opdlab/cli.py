@@ -21,7 +21,7 @@ from opdlab.callbacks import (
     EvaluationTable,
     GateMonitor,
     HFExport,
-    InterruptCheckpoint,
+    StopCheckpoint,
     LabProgressBar,
 )
 from opdlab.cli_config import CONFIG_MODE, expand_arguments, explain
@@ -52,7 +52,7 @@ class OPDCLI(LightningCLI):
 
     def __init__(self) -> None:
         self.table = EvaluationTable()
-        self.interrupt = InterruptCheckpoint()
+        self.stop = StopCheckpoint()
         options = {"parser_mode": CONFIG_MODE, "exit_on_error": False}
         super().__init__(
             OPDModule,
@@ -61,7 +61,7 @@ class OPDCLI(LightningCLI):
             save_config_callback=_SaveFitConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs=dict.fromkeys(("fit", "validate", "test"), options) | options,
-            trainer_defaults={"callbacks": [self.table, self.interrupt], "max_epochs": -1},
+            trainer_defaults={"callbacks": [self.table], "max_epochs": -1},
         )
 
     @staticmethod
@@ -100,6 +100,7 @@ class OPDCLI(LightningCLI):
 
     def after_instantiate_classes(self) -> None:
         """Find out now, not after the first evaluation, whether pools can be cut into batches."""
+        self.trainer.callbacks.append(self.stop)  # type: ignore[attr-defined] # last: it looks at what others saved
         self.datamodule.check_reuse(self.model.sampling.num_samples, self.trainer.accumulate_grad_batches)
 
     # -- the run's folder ----------------------------------------------------------------------------------------
@@ -133,10 +134,10 @@ class OPDCLI(LightningCLI):
         try:
             self.trainer.fit(model, **kwargs)
         except SystemExit as error:
-            if self.interrupt.path is None:
+            if self.stop.path is None:
                 raise
             raise _InterruptedError(
-                f"stopped at step {self.trainer.global_step}, saved {self.interrupt.path}"
+                f"stopped at step {self.trainer.global_step}, saved {self.stop.path}"
             ) from error
 
     # -- before and after ----------------------------------------------------------------------------------------

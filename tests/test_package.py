@@ -28,7 +28,7 @@ PUBLIC = {
         *("NoGate", "SequenceGate", "SpanGate", "TokenGate"),
     ],
     "opdlab.callbacks": [
-        *("BehaviorRefresh", "EvaluationTable", "GateMonitor", "HFExport", "InterruptCheckpoint", "LabProgressBar"),
+        *("BehaviorRefresh", "EvaluationTable", "GateMonitor", "HFExport", "StopCheckpoint", "LabProgressBar"),
     ],
     "opdlab.objectives": [
         *("Objective", "PositionLosses", "Reduction", "SampledTokenOPD", "TeacherTopK"),

@@ -8,9 +8,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from opdlab.callbacks import InterruptCheckpoint
+from opdlab.callbacks import StopCheckpoint
 from opdlab.cli_runs import check_checkpoint
 from opdlab.errors import UsageError
 from tests.toy_run import Run
@@ -80,7 +80,7 @@ class PressCtrlC(Callback):
 def test_ctrl_c_finishes_the_step_and_saves(make_run: MakeRun, tmp_path: Path, accumulate: int) -> None:
     whole = make_run(accumulate=accumulate)
     whole.fit(8)
-    interrupt = InterruptCheckpoint(str(tmp_path / "saved"))
+    interrupt = StopCheckpoint(str(tmp_path / "saved"))
     stopped = make_run(accumulate=accumulate)
     stopped.trainer_options["callbacks"] += [PressCtrlC(), interrupt]
     stopped.trainer_options["enable_checkpointing"] = True
@@ -95,6 +95,28 @@ def test_ctrl_c_finishes_the_step_and_saves(make_run: MakeRun, tmp_path: Path, a
     resumed.fit(8, ckpt_path=interrupt.path)
     done = 6 // accumulate
     assert resumed.recorder.losses == whole.recorder.losses[done:]
+
+
+@pytest.mark.parametrize("steps", [3, 4])  # inside a pool, and at its end
+def test_a_finished_run_can_be_made_longer(make_run: MakeRun, tmp_path: Path, steps: int) -> None:
+    whole = make_run()
+    whole.fit(8)
+    stop = StopCheckpoint(str(tmp_path / "saved"))
+    short = make_run(callbacks=(stop,))
+    short.trainer_options["enable_checkpointing"] = True
+    short.fit(steps)
+    assert stop.path == tmp_path / "saved" / "final.ckpt"
+    longer = make_run()
+    longer.fit(8, ckpt_path=stop.path)
+    assert longer.recorder.losses == whole.recorder.losses[steps:]
+
+
+def test_the_last_step_is_not_saved_twice(make_run: MakeRun, tmp_path: Path) -> None:
+    regular = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=2)
+    run = make_run(callbacks=(regular, StopCheckpoint(str(tmp_path / "saved"))))
+    run.trainer_options["enable_checkpointing"] = True
+    run.fit(4)
+    assert [path.name for path in (tmp_path / "saved").iterdir()] == [Path(regular.best_model_path).name]
 
 
 def test_a_checkpoint_of_another_model_is_refused(make_run: MakeRun, tmp_path: Path) -> None:

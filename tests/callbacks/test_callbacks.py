@@ -1,4 +1,4 @@
-"""Callbacks on real runs of the toy world; BehaviorRefresh and InterruptCheckpoint are in test_module, test_resume."""
+"""Callbacks on real runs of the toy world; BehaviorRefresh and StopCheckpoint are in test_module, test_resume."""
 
 from collections.abc import Callable
 from pathlib import Path
