@@ -145,7 +145,7 @@ def main() -> None:
     save("teacher")
     model.load_state_dict(base)
     report("base of the student")
-    train(model, tokenizer, examples("sft", seed=1, error_rate=0.2), 34, 5e-4, horizon=34)
+    train(model, tokenizer, examples("sft", seed=1, error_rate=0.2), 46, 5e-4, horizon=46)
     report("student")
     save("student")
 
