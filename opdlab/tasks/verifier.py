@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 _BOXED = "\\boxed{"
@@ -34,6 +34,14 @@ class Verifier(ABC):
             responses: decoded responses, special tokens left out.
             golds: the gold answer of each response, same length.
         """
+
+    def submit(self, responses: Sequence[str], golds: Sequence[str]) -> Callable[[], list[Verdict]]:
+        """Start on some responses and return at once; the function returned waits for their verdicts.
+
+        A verifier with workers of its own overrides this, so that answers are checked while others are sampled.
+        """
+        verdicts = self.verify(responses, golds)
+        return lambda: verdicts
 
 
 def last_boxed(text: str) -> str | None:
