@@ -1,7 +1,7 @@
 """Problems, and the prompts that they become."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -54,8 +54,11 @@ class ProblemSource(ABC):
         self.verifier = verifier
 
     @abstractmethod
-    def problems(self) -> list[Problem]:
-        """Read or make the problems, the same ones in the same order at each call."""
+    def problems(self) -> Iterable[Problem]:
+        """Read or make the problems, the same ones in the same order at each call.
+
+        What comes from a file is read while it is iterated over, and no further.
+        """
 
     @property
     @abstractmethod
@@ -92,7 +95,7 @@ def prompt_set(source: ProblemSource, tokenizer: PreTrainedTokenizerBase, max_pr
     Raises:
         UsageError: the source or a prompt is empty, or every prompt is too long.
     """
-    problems = source.problems()
+    problems = list(source.problems())
     require(bool(problems), f"{source.name} holds no problems: give a source with at least one")
     tokenized = source.template.tokenize([problem.text for problem in problems], tokenizer)
     pairs: Sequence[tuple[Problem, list[int]]] = list(zip(problems, tokenized, strict=True))

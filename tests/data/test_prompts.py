@@ -34,7 +34,7 @@ def write(folder: Path, *lines: str) -> Path:
 
 
 def read(path: Path, **options: Any) -> list[Problem]:
-    return JsonlProblems(str(path), **options).problems()
+    return list(JsonlProblems(str(path), **options).problems())
 
 
 def refusal(path: Path, **options: Any) -> str:
@@ -139,7 +139,7 @@ def test_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lines", [(), ("",), ("", "  ", "")])
 def test_file_without_rows(tmp_path: Path, lines: tuple[str, ...], tokenizer: PreTrainedTokenizerFast) -> None:
     source = JsonlProblems(str(write(tmp_path, *lines)))
-    assert source.problems() == []
+    assert list(source.problems()) == []
     with pytest.raises(UsageError, match=r"problems\.jsonl holds no problems"):
         prompt_set(source, tokenizer, 100)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from opdlab.data import HubProblems
+from opdlab.data import TableProblems
 from opdlab.errors import UsageError
 
 
@@ -22,18 +22,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_rows_become_problems(folder: Path) -> None:
-    source = HubProblems(str(folder), problem_field="question", answer_field="gold", offset=1, limit=2)
-    assert [(p.text, p.answer) for p in source.problems()] == [("1 + 1 = ?", "2"), ("2 + 1 = ?", "3")]
+    source = TableProblems(str(folder), problem_field="question", answer_field="gold", offset=1, limit=2)
+    assert [(p.text, p.answer) for p in list(source.problems())] == [("1 + 1 = ?", "2"), ("2 + 1 = ?", "3")]
     assert source.name.endswith("data (train)")
 
 
 def test_a_missing_field_names_those_that_exist(folder: Path) -> None:
     with pytest.raises(UsageError, match="has no field 'problem'; its fields: question, gold"):
-        HubProblems(str(folder)).problems()
+        list(TableProblems(str(folder)).problems())
 
 
 def test_a_missing_split_or_data_set_is_one_line(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be loaded"):
-        HubProblems(str(folder), split="nowhere").problems()
+        list(TableProblems(str(folder), split="nowhere").problems())
     with pytest.raises(UsageError, match="cannot be loaded"):
-        HubProblems(str(tmp_path / "nowhere")).problems()
+        list(TableProblems(str(tmp_path / "nowhere")).problems())

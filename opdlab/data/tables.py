@@ -1,0 +1,84 @@
+"""Problems from tables: a data set of the Hugging Face hub, or JSON, CSV and Parquet files."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opdlab.data.rows import RowProblems
+from opdlab.errors import UsageError
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
+
+
+class TableProblems(RowProblems):
+    """A data set by hub id, or local JSON, CSV or Parquet files, read with ``datasets``.
+
+    CSV values stay the text that they are: no ``007`` becomes 7, no ``NA`` null. JSON values get one type a column, so
+    that 1 beside 1.5 becomes 1.0: :class:`opdlab.data.JsonlProblems` reads JSON Lines as written.
+
+    Args:
+        path: hub id such as ``openai/gsm8k``, a ``.json``, ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file, or a
+            folder of them.
+        subset: configuration of the data set, where it has several.
+        split: of the data set; a single file is all there is, whatever its split is called.
+        revision: branch, tag or commit on the hub.
+        streaming: read a hub data set row by row over the network, and no further than ``limit``, instead of
+            downloading it first. Local files are always read so.
+        kwargs: see :class:`opdlab.data.rows.RowProblems`.
+
+    Raises:
+        UsageError: there is no such data set or split, or it cannot be reached or read.
+    """
+
+    row_name = "row"
+
+    def __init__(
+        self,
+        path: str,
+        subset: str | None = None,
+        split: str = "train",
+        revision: str | None = None,
+        streaming: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.path, self.subset, self.split, self.revision, self.streaming = path, subset, split, revision, streaming
+
+    @property
+    def name(self) -> str:
+        """Data set and split."""
+        return f"{self.path} ({self.split})"
+
+    def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield row numbers, from 1, and rows."""
+        import datasets  # here, because importing it takes longer than all else together
+
+        try:
+            yield from enumerate(self._table(), start=1)
+        # The hub's client raises OSError; pandas and pyarrow raise ValueError on files that they cannot read.
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UsageError(
+                f"data set '{self.path}' cannot be loaded: check its name, subset and split, and the connection; or "
+                f"download it and give the local file or folder as path ({first_line})"
+            ) from error
+
+    def _table(self) -> "IterableDataset":
+        import datasets
+
+        local = Path(self.path).expanduser()
+        arguments: dict[str, Any] = {"path": self.path, "revision": self.revision}
+        if local.is_file():
+            arguments = {"path": str(local.parent), "data_files": {self.split: local.name}}
+        elif local.is_dir():
+            arguments = {"path": str(local)}
+        arguments |= {"name": self.subset, "split": self.split, "streaming": self.streaming or local.exists()}
+        builder_arguments = {key: arguments[key] for key in arguments.keys() - {"split", "streaming"}}
+        if not hasattr(datasets.load_dataset_builder(**builder_arguments).config, "keep_default_na"):
+            return datasets.load_dataset(**arguments)
+        # CSV, whose reader guesses a type for each column unless it is told all of them.
+        header = datasets.load_dataset(**arguments | {"streaming": True})
+        columns = header.column_names or list(next(iter(header)))
+        text = datasets.Features({column: datasets.Value("string") for column in columns})
+        return datasets.load_dataset(**arguments, features=text, keep_default_na=False, na_filter=False)
