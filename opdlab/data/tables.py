@@ -88,7 +88,7 @@ class TableProblems(RowProblems):
 def _all_text(csv_config: Any) -> Any:
     """Make every column text: the CSV reader guesses the type of each column that it is not told."""
     import datasets
-    import pandas as pd  # comes with datasets
+    import pandas as pd  # type: ignore[import-untyped] # comes with datasets
 
     files = next(iter(csv_config.data_files.values()))
     return datasets.Features(
