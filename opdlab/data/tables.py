@@ -80,8 +80,8 @@ class TableProblems(RowProblems):
             where["path"] = str(self._local)
         how: dict[str, Any] = {"split": self.split, "streaming": self.streaming or self._local.exists()}
         config = datasets.load_dataset_builder(**where).config
-        if hasattr(config, "keep_default_na"):
-            how |= {"features": _all_text(config), "keep_default_na": False, "na_filter": False}
+        if hasattr(config, "na_filter"):
+            how |= {"features": _all_text(config), "na_filter": False}
         return datasets.load_dataset(**where, **how)  # type: ignore[no-any-return]
 
 

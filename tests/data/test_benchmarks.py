@@ -66,6 +66,16 @@ def test_a_folder_with_the_hubs_files_is_read_by_the_hubs_fields(tmp_path: Path,
     assert list(Benchmark(name, str(tmp_path)).problems()) == [expected]
 
 
+def test_a_folder_with_subsets_is_read_by_its_card(tmp_path: Path) -> None:
+    for subset, prompt in (("en", "no"), ("all", "yes")):
+        (tmp_path / subset).mkdir()
+        row = {"prompt": prompt, "solution": "34", "extra_info": {"index": "x"}}
+        (tmp_path / subset / "train-0.jsonl").write_text(json.dumps(row) + "\n")
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/train-*\n" for name in ("en", "all"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    assert [(p.text, p.answer) for p in DapoMath17k(str(tmp_path)).problems()] == [("yes", "34")]
+
+
 def test_defaults() -> None:
     benchmark, dapo = Benchmark("aime25"), DapoMath17k()
     assert isinstance(benchmark.template, RawTemplate)
