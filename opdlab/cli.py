@@ -24,7 +24,7 @@ from opdlab.callbacks import (
     LabProgressBar,
     StopCheckpoint,
 )
-from opdlab.cli_config import CONFIG_MODE, expand_arguments, explain
+from opdlab.cli_config import CONFIG_MODE, expand_arguments, explain, root_usage_error
 from opdlab.cli_runs import check_checkpoint, find_checkpoint, run_folder_for
 from opdlab.data import PromptDataModule
 from opdlab.errors import UsageError
@@ -97,6 +97,13 @@ class OPDCLI(LightningCLI):
             path = find_checkpoint(config.ckpt_path, Path(config.trainer.default_root_dir))
             check_checkpoint(path)
             config.ckpt_path = str(path)
+
+    def instantiate_classes(self) -> None:
+        """Say what a constructor refused, not that no type of a union accepts it, which is how jsonargparse puts it."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise root_usage_error(error) from error
 
     def after_instantiate_classes(self) -> None:
         """Find out now, not after the first evaluation, whether pools can be cut into batches."""

@@ -1,16 +1,21 @@
 """Problems, prompts and the data module that hands them out."""
 
+from opdlab.data.benchmarks import Benchmark, DapoMath17k
+from opdlab.data.cleaning import CleaningAccount, CleaningConfig
 from opdlab.data.datamodule import EvaluationBatch, PromptDataModule
-from opdlab.data.hub import HubProblems
 from opdlab.data.jsonl import JsonlProblems
 from opdlab.data.prompts import Problem, ProblemSource, Prompt, PromptSet, prompt_set
 from opdlab.data.reuse import ReuseConfig
+from opdlab.data.tables import TableProblems
 from opdlab.data.templates import ChatTemplate, RawTemplate, Template
 
 __all__ = [
+    "Benchmark",
     "ChatTemplate",
+    "CleaningAccount",
+    "CleaningConfig",
+    "DapoMath17k",
     "EvaluationBatch",
-    "HubProblems",
     "JsonlProblems",
     "Problem",
     "ProblemSource",
@@ -19,6 +24,7 @@ __all__ = [
     "PromptSet",
     "RawTemplate",
     "ReuseConfig",
+    "TableProblems",
     "Template",
     "prompt_set",
 ]

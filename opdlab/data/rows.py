@@ -29,6 +29,8 @@ class RowProblems(ProblemSource):
         UsageError: a field is missing or null in a row, or a number is out of range.
     """
 
+    row_name = "line"  # what messages call a row
+
     def __init__(
         self,
         problem_field: str = "problem",
@@ -49,9 +51,9 @@ class RowProblems(ProblemSource):
     def rows(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Yield the rows with their numbers as messages give them, reading no further than it is asked to."""
 
-    def problems(self) -> list[Problem]:
-        """See :meth:`ProblemSource.problems`."""
-        return [self._problem(number, row) for number, row in islice(self.rows(), *self._rows)]
+    def problems(self) -> Iterator[Problem]:
+        """Yield the problems, one row at a time."""
+        return (self._problem(number, row) for number, row in islice(self.rows(), *self._rows))
 
     def _problem(self, number: int, row: Mapping[str, Any]) -> Problem:
         problem_field, answer_field, id_field = self._fields
@@ -60,10 +62,13 @@ class RowProblems(ProblemSource):
                 continue
             require(
                 field in row,
-                f"{self.name}, line {number}, has no field '{field}'{suggestion(field, row) or ';'} "
+                f"{self.name}, {self.row_name} {number}, has no field '{field}'{suggestion(field, row) or ';'} "
                 f"its fields: {', '.join(row)}",
             )
-            require(row[field] is not None, f"{self.name}, line {number}: the field '{field}' is null; give it a value")
+            require(
+                row[field] is not None,
+                f"{self.name}, {self.row_name} {number}: the field '{field}' is null; give it a value",
+            )
         text, name = str(row[problem_field]), row.get(id_field)
         return Problem(
             hashlib.sha256(text.encode()).hexdigest()[:12] if name is None else str(name),

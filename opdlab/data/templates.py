@@ -7,6 +7,9 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlab.errors import UsageError
 
+REASONING_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+"""What mathematical problems are commonly put to a model with."""
+
 
 class Template(ABC):
     """Turns problems into prompts."""
@@ -22,7 +25,7 @@ class RawTemplate(Template):
     Args:
         prefix: stands before the problem.
         suffix: stands after it, for example
-            ``"\nPlease reason step by step, and put your final answer within \\boxed{}.\n"``.
+            ``"\nPlease reason step by step, and put your final answer within \\boxed{}."``.
 
     Example:
         >>> from opdlab.tasks.toy import chain_tokenizer

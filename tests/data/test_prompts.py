@@ -34,7 +34,7 @@ def write(folder: Path, *lines: str) -> Path:
 
 
 def read(path: Path, **options: Any) -> list[Problem]:
-    return JsonlProblems(str(path), **options).problems()
+    return list(JsonlProblems(str(path), **options).problems())
 
 
 def refusal(path: Path, **options: Any) -> str:
@@ -139,7 +139,7 @@ def test_missing_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lines", [(), ("",), ("", "  ", "")])
 def test_file_without_rows(tmp_path: Path, lines: tuple[str, ...], tokenizer: PreTrainedTokenizerFast) -> None:
     source = JsonlProblems(str(write(tmp_path, *lines)))
-    assert source.problems() == []
+    assert list(source.problems()) == []
     with pytest.raises(UsageError, match=r"problems\.jsonl holds no problems"):
         prompt_set(source, tokenizer, 100)
 
@@ -195,6 +195,18 @@ def test_prompt_set(tokenizer: PreTrainedTokenizerFast) -> None:
     assert [tokenizer.decode(prompt.tokens) for prompt in prompts.prompts] == ["1:", "12:", ":"]
     assert (len(prompts), prompts.num_too_long) == (3, 2)
     assert prompts.verifier is verifier
+
+
+def test_tokenizing_some_at_a_time_changes_nothing(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Listed(["1", "12345", "12", "123", "1", "12345", "7"])
+    at_once = prompt_set(source, tokenizer, max_prompt_tokens=3)
+    monkeypatch.setattr("opdlab.data.prompts._CHUNK", 2)
+    assert prompt_set(source, tokenizer, max_prompt_tokens=3) == at_once
+    assert (len(at_once), at_once.num_too_long) == (5, 2)
+    some = prompt_set(source, tokenizer, 3, problems=iter(source.problems()[2:4]))
+    assert [prompt.problem.text for prompt in some.prompts] == ["12", "123"]
 
 
 def test_a_prompt_of_exactly_the_allowed_length_is_kept(tokenizer: PreTrainedTokenizerFast) -> None:

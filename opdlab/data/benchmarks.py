@@ -1,0 +1,198 @@
+"""Named sets of mathematical problems: the benchmarks that papers report, and DAPO's training prompts."""
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from opdlab.data.jsonl import JsonlProblems
+from opdlab.data.prompts import Problem, ProblemSource
+from opdlab.data.rows import RowProblems
+from opdlab.data.tables import TableProblems
+from opdlab.data.templates import REASONING_SUFFIX, RawTemplate, Template
+from opdlab.errors import require
+from opdlab.registry import suggestion
+from opdlab.tasks.math_verifier import MathVerifier
+from opdlab.tasks.verifier import Verifier
+
+
+def _as_written(answer: str) -> str:
+    return answer.strip()
+
+
+def _integer(answer: str) -> str:
+    r"""``025``, ``27.0`` and ``336^\circ`` as ``25``, ``27`` and ``336``; anything else as it is."""
+    match = re.fullmatch(r"0*(\d+)(?:\.0+)?(?:\^\{?\\circ\}?)?", answer.strip())
+    return match[1] if match else answer.strip()
+
+
+def _after_hashes(answer: str) -> str:
+    """GSM8K's answer field is a solution that ends in ``#### 1,234``."""
+    return answer.rpartition("####")[2].replace(",", "").strip()
+
+
+@dataclass(frozen=True)
+class _Published:
+    """Where a set is on the hub, what its fields are called, and what is done to their text."""
+
+    hub_id: str
+    split: str
+    subset: str | None = None
+    problem_field: str = "problem"
+    answer_field: str = "answer"
+    id_field: str = "id"
+    answer: Callable[[str], str] = _as_written
+    prefix: str = ""  # cut off the problem
+    suffix: str = ""  # cut off the problem
+
+    def cleaned(self, problem: Problem) -> Problem:
+        text = problem.text.strip().removeprefix(self.prefix.strip()).removesuffix(self.suffix.strip()).strip()
+        return replace(problem, text=text, answer=None if problem.answer is None else self.answer(problem.answer))
+
+
+_BENCHMARKS = {
+    "aime24": _Published("HuggingFaceH4/aime_2024", "train", answer=_integer),
+    "aime25": _Published("math-ai/aime25", "test", answer=_integer),
+    "amc23": _Published("math-ai/amc23", "test", problem_field="question", answer=_integer),
+    "gsm8k": _Published("openai/gsm8k", "test", subset="main", problem_field="question", answer=_after_hashes),
+    "math500": _Published("HuggingFaceH4/MATH-500", "test", id_field="unique_id"),
+}
+_DAPO = _Published(
+    "open-r1/DAPO-Math-17k-Processed",
+    "train",
+    subset="all",
+    problem_field="prompt",
+    answer_field="solution",
+    # Of the original release; the processed sets have cut them off already, or not.
+    prefix="Solve the following math problem step by step. The last line of your response should be of the form "
+    "Answer: $Answer (without quotes) where $Answer is the answer to the problem.",
+    suffix='Remember to put your answer on its own line after "Answer:".',
+)
+
+# One set of worker processes for all presets that are not given a verifier of their own.
+_shared_verifier = functools.cache(MathVerifier)
+
+
+class _PublishedProblems(ProblemSource):
+    _published: _Published
+
+    def __init__(
+        self,
+        path: str | None = None,
+        revision: str | None = None,
+        template: Template | None = None,
+        verifier: Verifier | None = None,
+        limit: int | None = None,
+        offset: int = 0,
+    ) -> None:
+        super().__init__(template or RawTemplate(suffix=REASONING_SUFFIX), verifier or _shared_verifier())
+        require(
+            path is None or revision is None,
+            f"revision is '{revision}', but path is '{path}': a local copy has no revisions, so leave one of them out",
+        )
+        self._rows = self._source(path, revision, limit, offset)
+
+    def _source(self, path: str | None, revision: str | None, limit: int | None, offset: int) -> RowProblems:
+        known = self._published
+        if path is not None and not Path(path).expanduser().is_dir():
+            return JsonlProblems(path, limit=limit, offset=offset)
+        return TableProblems(
+            known.hub_id if path is None else path,
+            known.subset,
+            known.split,
+            revision,
+            problem_field=known.problem_field,
+            answer_field=known.answer_field,
+            id_field=known.id_field,
+            limit=limit,
+            offset=offset,
+        )
+
+    def problems(self) -> Iterator[Problem]:
+        """Yield the problems, cleaned of what the published set puts around them."""
+        return map(self._published.cleaned, self._rows.problems())
+
+    @property
+    def name(self) -> str:
+        """The file, or the data set and its split."""
+        return self._rows.name
+
+
+class Benchmark(_PublishedProblems):
+    r"""A benchmark by name.
+
+    ========= ======== ===================================== =========================================
+    name      problems hub id, split                         done to answers
+    ========= ======== ===================================== =========================================
+    aime24    30       ``HuggingFaceH4/aime_2024``, train    ``025`` becomes ``25``
+    aime25    30       ``math-ai/aime25``, test              ``336^\circ`` becomes ``336``
+    amc23     40       ``math-ai/amc23``, test               ``27.0`` becomes ``27``
+    gsm8k     1319     ``openai/gsm8k`` (main), test         what stands after ``####``, without commas
+    math500   500      ``HuggingFaceH4/MATH-500``, test
+    ========= ======== ===================================== =========================================
+
+    Args:
+        name: see the table.
+        path: read this instead of the hub: a JSON Lines file with the fields ``id``, ``problem`` and ``answer``, or a
+            folder with a copy of the hub's data set.
+        revision: branch, tag or commit on the hub.
+        template: turns a problem into a prompt; by default plain text, a new line and "Please reason step by step, and
+            put your final answer within \boxed{}."
+        verifier: checks answers; by default a :class:`opdlab.tasks.MathVerifier` that all presets share.
+        limit: use only so many problems.
+        offset: leave out so many problems first.
+
+    Raises:
+        UsageError: the name is unknown; reading raises it where the file or the hub cannot be read.
+
+    Example:
+        >>> Benchmark("aime24").name
+        'HuggingFaceH4/aime_2024 (train)'
+        >>> Benchmark("math50")
+        Traceback (most recent call last):
+        ...
+        opdlab.errors.UsageError: unknown benchmark 'math50'; did you mean 'math500'? Known: aime24, aime25, amc23, ...
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: str | None = None,
+        revision: str | None = None,
+        template: Template | None = None,
+        verifier: Verifier | None = None,
+        limit: int | None = None,
+        offset: int = 0,
+    ) -> None:
+        require(
+            name in _BENCHMARKS,
+            f"unknown benchmark '{name}'{suggestion(name, _BENCHMARKS) or ';'} Known: {', '.join(_BENCHMARKS)}",
+        )
+        self._published = _BENCHMARKS[name]
+        super().__init__(path, revision, template, verifier, limit, offset)
+
+
+class DapoMath17k(_PublishedProblems):
+    r"""The prompts of DAPO-Math-17k, in English and Chinese, with integer answers.
+
+    The released set repeats its 17,398 prompts a hundred times; the hub's processed copy
+    (``open-r1/DAPO-Math-17k-Processed``, subset ``all``) has each once. The instructions that DAPO puts around a
+    problem are cut off. Its overlap with benchmarks is left to :class:`opdlab.data.CleaningConfig`.
+
+    Args:
+        path: read this instead of the hub; see :class:`Benchmark`.
+        revision: branch, tag or commit on the hub.
+        template: turns a problem into a prompt; see :class:`Benchmark`.
+        verifier: checks answers; see :class:`Benchmark`.
+        limit: use only so many problems.
+        offset: leave out so many problems first.
+
+    Raises:
+        UsageError: reading raises it where the file or the hub cannot be read.
+
+    Reference:
+        Yu et al., "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", arXiv 2503.14476.
+    """
+
+    _published = _DAPO

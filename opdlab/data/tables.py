@@ -1,0 +1,96 @@
+"""Problems from tables: a data set of the Hugging Face hub, or JSON, CSV and Parquet files."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from opdlab.data.rows import RowProblems
+from opdlab.errors import UsageError
+
+
+class TableProblems(RowProblems):
+    """A data set by hub id, or local JSON, CSV or Parquet files, read with ``datasets``.
+
+    CSV values stay the text that they are: no ``007`` becomes 7, no ``NA`` null. JSON values get one type a column, so
+    that 1 beside 1.5 becomes 1.0: :class:`opdlab.data.JsonlProblems` reads JSON Lines as written.
+
+    Args:
+        path: hub id such as ``openai/gsm8k``, a ``.json``, ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file, or a
+            folder of them.
+        subset: configuration of the data set, where it has several.
+        split: of the data set; a single file is all there is, whatever its split is called.
+        revision: branch, tag or commit on the hub.
+        streaming: read a hub data set row by row over the network, and no further than ``limit``, instead of
+            downloading it first. Local files are always read so.
+        kwargs: see :class:`opdlab.data.rows.RowProblems`.
+
+    Raises:
+        UsageError: there is no such data set or split, or it cannot be reached or read.
+    """
+
+    row_name = "row"
+
+    def __init__(
+        self,
+        path: str,
+        subset: str | None = None,
+        split: str = "train",
+        revision: str | None = None,
+        streaming: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.path, self.subset, self.split, self.revision, self.streaming = path, subset, split, revision, streaming
+
+    @property
+    def name(self) -> str:
+        """Data set and split."""
+        return f"{self.path} ({self.split})"
+
+    def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield row numbers, from 1, and rows."""
+        import datasets  # here, because importing it takes longer than all else together
+
+        try:
+            yield from enumerate(self._table(), start=1)
+        except StopIteration:  # what the reader makes of an empty JSON file
+            return
+        # The hub's client raises OSError; pandas and pyarrow raise ValueError on files that they cannot read.
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            mend = (
+                f"check that it is a JSON, CSV or Parquet file, or a folder of them with the split '{self.split}'"
+                if self._local.exists()
+                else "check its name, subset and split, and the connection; or download it and give the local file or "
+                "folder as path"
+            )
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise UsageError(f"data set '{self.path}' cannot be loaded: {mend} ({reason})") from error
+
+    @property
+    def _local(self) -> Path:
+        return Path(self.path).expanduser()
+
+    def _table(self) -> Iterable[dict[str, Any]]:
+        import datasets
+
+        where: dict[str, Any] = {"path": self.path, "name": self.subset, "revision": self.revision}
+        if self._local.is_file():
+            where |= {"path": str(self._local.parent), "data_files": {self.split: self._local.name}}
+        elif self._local.is_dir():
+            where["path"] = str(self._local)
+        how: dict[str, Any] = {"split": self.split, "streaming": self.streaming or self._local.exists()}
+        config = datasets.load_dataset_builder(**where).config
+        if hasattr(config, "na_filter"):
+            how |= {"features": _all_text(config), "na_filter": False}
+        return datasets.load_dataset(**where, **how)  # type: ignore[no-any-return]
+
+
+def _all_text(csv_config: Any) -> Any:
+    """Make every column text: the CSV reader guesses the type of each column that it is not told."""
+    import datasets
+    import pandas as pd  # type: ignore[import-untyped] # comes with datasets
+
+    files = next(iter(csv_config.data_files.values()))
+    return datasets.Features(
+        dict.fromkeys(pd.read_csv(files[0], sep=csv_config.sep, nrows=0), datasets.Value("string"))
+    )
