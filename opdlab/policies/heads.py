@@ -5,7 +5,6 @@ Shapes: N positions, H hidden size, V vocabulary.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +63,8 @@ def check_head(model: PreTrainedModel, path: str, num_tokens: int) -> None:
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 5e-2
     for states, logits in ((hidden, own), enlarged):
         ours = head.logits(states)
-        if not torch.allclose(logits, ours, rtol=tolerance, atol=tolerance * float(ours.abs().amax().clamp(min=1))):
+        size = float(ours.abs().amax().nan_to_num(1.0).clamp(min=1))
+        if not torch.allclose(logits, ours, rtol=tolerance, atol=tolerance * size):
             raise UsageError(
                 f"model '{path}' ({type(model).__name__}) changes its logits in a way that opdlab does not "
                 "know, so its log-probabilities would be wrong: choose another architecture"
@@ -84,8 +84,8 @@ def _forward(model: PreTrainedModel, tokens: Tensor, factor: float) -> tuple[Ten
         logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
     finally:
         hook.remove()
-    if not seen:  # a model that goes around its output layer cannot be compared, and NaN is close to nothing
-        seen.append(torch.full((1, tokens.shape[1], output_layer(model).weight.shape[1]), torch.nan))
+    if not seen:  # a model that goes around its output layer cannot be compared; zeros do not give its logits
+        seen.append(torch.zeros(*tokens.shape, output_layer(model).weight.shape[1], device=tokens.device))
     return seen[-1][0], logits[0].float()
 
 
