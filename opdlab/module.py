@@ -102,6 +102,7 @@ class OPDModule(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
+        teacher.bind(student)
         check_same_vocabulary(student.tokenizer, teacher.tokenizer)
         evaluation.check(eval_sampling)
         require(

@@ -40,6 +40,7 @@ PUBLIC = {
     "opdlab.tasks": ["BoxedVerifier", "MathVerifier", "Verdict", "Verifier"],
     "opdlab.rollouts": ["Minibatch", "Pool", "RolloutLoader", "Rollouts", "StopReason", "Targets"],
     "opdlab.policies": [
+        *("AdapterConfig", "BaseTeacher"),
         *("BehaviorPolicy", "LanguageModel", "LocalTeacher", "Sampler", "Samples", "SamplingConfig", "Scored"),
         *("Teacher", "TeacherRequest", "check_same_vocabulary"),
     ],

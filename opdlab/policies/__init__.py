@@ -1,11 +1,14 @@
 """Language models in their roles: student, behavior snapshot, sampler, teacher."""
 
+from opdlab.policies.adapters import AdapterConfig
 from opdlab.policies.behavior import BehaviorPolicy
 from opdlab.policies.language_model import LanguageModel, Scored
 from opdlab.policies.sampler import Sampler, Samples, SamplingConfig
-from opdlab.policies.teacher import LocalTeacher, Teacher, TeacherRequest, check_same_vocabulary
+from opdlab.policies.teacher import BaseTeacher, LocalTeacher, Teacher, TeacherRequest, check_same_vocabulary
 
 __all__ = [
+    "AdapterConfig",
+    "BaseTeacher",
     "BehaviorPolicy",
     "LanguageModel",
     "LocalTeacher",

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlab.errors import UsageError, require
 from opdlab.policies.language_model import LanguageModel
-from opdlab.policies.loading import DType
+from opdlab.policies.loading import DType, Quantization
 from opdlab.progress import Progress, SilentProgress
 from opdlab.rollouts.batch import Rollouts, Targets
 from opdlab.scoring import topk_with_statistics
@@ -40,6 +40,10 @@ class Teacher(ABC):
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
         """Return the targets of ``rollouts``, on the host, without gradient."""
 
+    def bind(self, student: LanguageModel) -> None:
+        """Meet the student, before anything else is asked of the teacher; most teachers have no use for it."""
+        del student
+
     def to(self, device: torch.device) -> None:
         """Move whatever the teacher holds; nothing by default."""
         del device
@@ -54,6 +58,13 @@ class LocalTeacher(Teacher):
         revision: branch, tag or commit on the hub.
         trust_remote_code: run Python code that comes with the model. Leave it off unless you trust its author.
         batch_size: rollouts scored at a time.
+        attn_implementation: transformers' attention kernel.
+        gguf_file: name of a GGUF file in ``path``. Needs the extra ``gguf``.
+        quantization: keep the weights in ``4bit`` (NF4) or ``8bit`` and compute in ``dtype``. Needs the extra
+            ``bitsandbytes`` and a GPU.
+
+    Raises:
+        UsageError: see :class:`LanguageModel`; or ``batch_size`` is below 1.
     """
 
     def __init__(
@@ -63,11 +74,26 @@ class LocalTeacher(Teacher):
         revision: str | None = None,
         trust_remote_code: bool = False,
         batch_size: int = 32,
+        attn_implementation: str | None = None,
+        gguf_file: str | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
+        model = LanguageModel(
+            path,
+            dtype,
+            revision,
+            trust_remote_code,
+            attn_implementation,
+            gguf_file=gguf_file,
+            quantization=quantization,
+        )
+        self._hold(model.requires_grad_(False).eval(), batch_size)
+
+    def _hold(self, model: LanguageModel, batch_size: int) -> None:
         require(batch_size >= 1, f"teacher.batch_size is {batch_size}, but must be at least 1")
-        self.model = LanguageModel(path, dtype, revision, trust_remote_code).requires_grad_(False).eval()
-        self.tokenizer = self.model.tokenizer
-        self.vocab_size = self.model.vocab_size
+        self.model = model
+        self.tokenizer = model.tokenizer
+        self.vocab_size = model.vocab_size
         self._batch_size = batch_size
 
     def to(self, device: torch.device) -> None:
@@ -99,6 +125,30 @@ class LocalTeacher(Teacher):
                 targets.logprobs[rows] = scored.padded(statistics.logprobs).cpu()
                 advance(rows.stop - rows.start)
         return targets
+
+
+class BaseTeacher(LocalTeacher):
+    """The model that the student's adapter was put on, with the student's own frozen weights: no second copy.
+
+    Args:
+        batch_size: rollouts scored at a time.
+
+    Raises:
+        UsageError: when it is bound to a student without an adapter.
+    """
+
+    def __init__(self, batch_size: int = 32) -> None:
+        require(batch_size >= 1, f"teacher.batch_size is {batch_size}, but must be at least 1")
+        self._batch_size = batch_size
+
+    def bind(self, student: LanguageModel) -> None:
+        """Take the student's weights without the adapter."""
+        require(
+            student.has_adapter,
+            "model.teacher is a BaseTeacher, which scores with the weights below the student's adapter, but "
+            "model.student has none: give model.student.init_args.adapter, or take a LocalTeacher",
+        )
+        self._hold(student.without_adapter(), self._batch_size)
 
 
 def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
