@@ -29,7 +29,7 @@ from opdlab.policies.loading import (
     has_tokenizer,
     quiet_bars,
     resolve,
-    stop_ids_of,
+    stop_tokens_of,
 )
 from opdlab.rollouts.batch import Rollouts
 from opdlab.scoring import Head, TokenStatistics, token_statistics
@@ -112,7 +112,8 @@ class LanguageModel(nn.Module):
         self.frozen_keys = frozenset(name for name, parameter in named if not parameter.requires_grad)
         self.register_state_dict_post_hook(keep_adapter_only)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(put_back_frozen)  # type: ignore[no-untyped-call]
-        self.stop_ids = stop_ids_of(self.model, self.tokenizer, self.path)
+        self.stop_tokens = stop_tokens_of(self.model, self.tokenizer, self.path)
+        self.stop_ids = sorted(self.stop_tokens.ids)
         if self.tokenizer.pad_token_id is None:
             # Padding is always masked, so any token serves; reusing the stop token is the usual choice.
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.stop_ids[0])

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from opdlab.errors import UsageError, require
+from opdlab.errors import require
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.loading import DType, Quantization
+from opdlab.policies.tokenizers import StopTokens
 from opdlab.progress import Progress, SilentProgress
 from opdlab.rollouts.batch import Rollouts, Targets
 from opdlab.scoring import topk_with_statistics
@@ -35,6 +36,8 @@ class Teacher(ABC):
 
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
+    stop_tokens: StopTokens | None = None
+    """Where it ends its own answers, if it says so: a student that ends elsewhere is warned of."""
 
     @abstractmethod
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
@@ -94,6 +97,7 @@ class LocalTeacher(Teacher):
         self.model = model
         self.tokenizer = model.tokenizer
         self.vocab_size = model.vocab_size
+        self.stop_tokens = model.stop_tokens
         self._batch_size = batch_size
 
     def to(self, device: torch.device) -> None:
@@ -149,21 +153,3 @@ class BaseTeacher(LocalTeacher):
             "model.student has none: give model.student.init_args.adapter, or take a LocalTeacher",
         )
         self._hold(student.without_adapter(), self._batch_size)
-
-
-def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Refuse a teacher whose token ids mean something else than the student's.
-
-    Raises:
-        UsageError: naming the first differing token. Differently padded embeddings of one tokenizer are fine.
-    """
-    ours = {index: token for token, index in student.get_vocab().items()}
-    theirs = {index: token for token, index in teacher.get_vocab().items()}
-    if ours == theirs:
-        return
-    first = min(index for index in ours.keys() | theirs.keys() if ours.get(index) != theirs.get(index))
-    raise UsageError(
-        f"model.teacher and model.student have different vocabularies: token {first} is {theirs.get(first)!r} to the "
-        f"teacher ({len(theirs)} tokens) and {ours.get(first)!r} to the student ({len(ours)} tokens); "
-        "choose a teacher with the student's tokenizer"
-    )
