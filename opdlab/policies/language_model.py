@@ -102,7 +102,7 @@ class LanguageModel(nn.Module):
         quantization: Quantization | None = None,
     ) -> None:
         super().__init__()
-        self.path = str(path)
+        self.path, self.quantization = str(path), quantization
         source = ModelSource(
             self.path, dtype, revision, trust_remote_code, attn_implementation, gguf_file, quantization
         )
@@ -148,6 +148,11 @@ class LanguageModel(nn.Module):
 
     def snapshot(self) -> "LanguageModel":
         """Return a frozen copy in eval mode. Weights below an adapter are not copied but shared: they never change."""
+        require(
+            self.quantization is None,
+            f"model.student has quantization '{self.quantization}', but packed weights cannot be trained: leave it out; "
+            "the teacher may have it",
+        )
         return copy.deepcopy(self, self._shared()).requires_grad_(False).eval()
 
     def without_adapter(self, merge: bool = False) -> "LanguageModel":

@@ -207,7 +207,9 @@ def test_quantization_is_asked_of_transformers(plain: Path, quantization: Any, m
 
     monkeypatch.setattr(ModelSource, "_packages", lambda self: [])
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
-    LocalTeacher(str(plain), dtype="bfloat16", quantization=quantization)
+    teacher = LocalTeacher(str(plain), dtype="bfloat16", quantization=quantization)
+    with pytest.raises(UsageError, match=f"model.student has quantization '{quantization}', .* cannot be trained"):
+        teacher.model.snapshot()
     assert asked[0].load_in_4bit == (quantization == "4bit")
     assert asked[0].load_in_8bit == (quantization == "8bit")
     if quantization == "4bit":
