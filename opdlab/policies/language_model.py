@@ -150,8 +150,8 @@ class LanguageModel(nn.Module):
         """Return a frozen copy in eval mode. Weights below an adapter are not copied but shared: they never change."""
         require(
             self.quantization is None,
-            f"model.student has quantization '{self.quantization}', but packed weights cannot be trained: leave it out; "
-            "the teacher may have it",
+            f"model.student has quantization '{self.quantization}', but packed weights cannot be trained: leave it "
+            "out; the teacher may have it",
         )
         return copy.deepcopy(self, self._shared()).requires_grad_(False).eval()
 
