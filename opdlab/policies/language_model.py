@@ -1,23 +1,38 @@
 """A Hugging Face causal language model, and the one path by which its log-probabilities are taken."""
 
-import importlib.resources
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging as transformers_logging
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from opdlab.errors import UsageError, require
+from opdlab.errors import require
+from opdlab.policies.adapters import (
+    AdapterConfig,
+    attach_adapter,
+    has_adapter,
+    keep_adapter_only,
+    load_adapter,
+    put_back_frozen,
+    take_off_adapter,
+)
+from opdlab.policies.heads import check_head, head_of, output_layer
+from opdlab.policies.loading import (
+    DType,
+    ModelSource,
+    Quantization,
+    adapter_base,
+    has_tokenizer,
+    quiet_bars,
+    resolve,
+    stop_tokens_of,
+)
 from opdlab.rollouts.batch import Rollouts
 from opdlab.scoring import Head, TokenStatistics, token_statistics
-
-DType = Literal["float32", "bfloat16", "float16"]
-_PACKAGE_SCHEME = "package://"
 
 
 @dataclass(frozen=True)
@@ -51,14 +66,22 @@ class LanguageModel(nn.Module):
     """A causal language model with its tokenizer.
 
     Args:
-        path: a folder, a Hugging Face hub id, or ``package://some.package/folder`` for a model shipped in a package.
+        path: a folder, a Hugging Face hub id, or ``package://some.package/folder`` for a model shipped in a package. A
+            folder may also hold an adapter alone, as :meth:`save` writes it; its base is then loaded too.
         dtype: of the weights.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run Python code that comes with the model. Leave it off unless you trust its author.
+        attn_implementation: transformers' attention kernel: ``sdpa`` (its default), ``eager``, ``flash_attention_2``, …
+        gradient_checkpointing: compute each layer's activations again in the backward pass instead of keeping them:
+            less memory, about a third more time for a training step. Sampling is as before.
+        gguf_file: name of a GGUF file in ``path``, which is unpacked to ``dtype``. Needs the extra ``gguf``.
+        adapter: train a low-rank adapter on frozen weights. Needs the extra ``peft``.
+        quantization: keep the weights in ``4bit`` (NF4) or ``8bit``: for models that are not trained, on a GPU. Needs
+            the extra ``bitsandbytes``.
 
     Raises:
-        UsageError: the folder is missing or incomplete, the tokenizer has no stop token, or the model's head does
-            something that opdlab does not know.
+        UsageError: the folder is missing or incomplete, a package is missing, the tokenizer has no stop token, or the
+            model's head does something that opdlab does not know.
 
     Example:
         >>> model = LanguageModel("package://opdlab.tasks.toy/models/student")
@@ -72,17 +95,81 @@ class LanguageModel(nn.Module):
         dtype: DType = "float32",
         revision: str | None = None,
         trust_remote_code: bool = False,
+        attn_implementation: str | None = None,
+        gradient_checkpointing: bool = False,
+        gguf_file: str | None = None,
+        adapter: AdapterConfig | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
         super().__init__()
-        self.path = str(path)
-        options = {"revision": revision, "trust_remote_code": trust_remote_code}
-        self.model, self.tokenizer = _load(self.path, getattr(torch, dtype), options)
-        self.stop_ids = _stop_ids(self.model, self.tokenizer, self.path)
+        self.path, self.quantization = str(path), quantization
+        source = ModelSource(
+            self.path, dtype, revision, trust_remote_code, attn_implementation, gguf_file, quantization
+        )
+        self.model, self.tokenizer = self._load(source, adapter)
+        # Names of the weights that an adapter leaves as they are: shared by the snapshot, and in no checkpoint.
+        named = self.named_parameters(remove_duplicate=False) if self.has_adapter else ()
+        self.frozen_keys = frozenset(name for name, parameter in named if not parameter.requires_grad)
+        self.register_state_dict_post_hook(keep_adapter_only)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(put_back_frozen)  # type: ignore[no-untyped-call]
+        self.stop_tokens = stop_tokens_of(self.model, self.tokenizer, self.path)
+        self.stop_ids = sorted(self.stop_tokens.ids)
         if self.tokenizer.pad_token_id is None:
             # Padding is always masked, so any token serves; reusing the stop token is the usual choice.
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.stop_ids[0])
         self.tokenizer.padding_side = "left"
-        self._check_head()
+        check_head(self.model, self.path, len(self.tokenizer))
+        if gradient_checkpointing:
+            self._checkpoint_gradients()
+
+    def _load(
+        self, source: ModelSource, adapter: AdapterConfig | None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        base = adapter_base(self.path)
+        source = replace(source, path=base or self.path)
+        model, tokenizer = source.load()
+        resolved = resolve(source.path, with_config=False)
+        origin = str(Path(resolved).absolute()) if Path(resolved).is_dir() else resolved
+        if base is not None:
+            require(
+                adapter is None, f"model '{self.path}' is an adapter already: leave adapter out to train it further"
+            )
+            folder = Path(self.path).expanduser()
+            load_adapter(model, folder, origin)
+            tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer(folder) else tokenizer
+        elif adapter is not None:
+            attach_adapter(model, adapter, origin)
+        return model, tokenizer
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained, and the weights themselves are frozen."""
+        return has_adapter(self.model)
+
+    def snapshot(self) -> "LanguageModel":
+        """Return a frozen copy in eval mode. Weights below an adapter are not copied but shared: they never change."""
+        require(
+            self.quantization is None,
+            f"model.student has quantization '{self.quantization}', but packed weights cannot be trained: leave it "
+            "out; the teacher may have it",
+        )
+        return copy.deepcopy(self, self._shared()).requires_grad_(False).eval()
+
+    def without_adapter(self, merge: bool = False) -> "LanguageModel":
+        """Return a frozen model without the adapter, in eval mode.
+
+        Args:
+            merge: add the adapter to a copy of the weights; otherwise it is dropped, and the weights are shared.
+        """
+        plain = copy.deepcopy(self, {} if merge else self._shared())
+        take_off_adapter(plain.model, merge)
+        plain.frozen_keys = frozenset()
+        return plain.requires_grad_(False).eval()
+
+    def _shared(self) -> dict[int, Any]:
+        """What ``deepcopy`` is told it has copied already."""
+        named = self.named_parameters(remove_duplicate=False)
+        return {id(parameter): parameter for name, parameter in named if name in self.frozen_keys}
 
     @property
     def device(self) -> torch.device:
@@ -93,16 +180,11 @@ class LanguageModel(nn.Module):
     @property
     def vocab_size(self) -> int:
         """Rows of the head, padding rows included."""
-        return int(self._output_layer().weight.shape[0])
+        return int(output_layer(self.model).weight.shape[0])
 
     def head(self, temperature: float = 1.0) -> Head:
         """The model's head, with the scale and soft cap that its architecture applies."""
-        config = self.model.config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0)
-        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        softcap = getattr(config, "final_logit_softcapping", None)
-        layer = self._output_layer()
-        return Head(layer.weight, getattr(layer, "bias", None), scale, softcap, temperature)
+        return head_of(self.model, temperature)
 
     def score(self, rollouts: Rollouts) -> Scored:
         """Run the model over prompts and responses and return what scores the responses.
@@ -136,105 +218,33 @@ class LanguageModel(nn.Module):
             chunk = rollouts.rows(torch.arange(rows.start, rows.stop)).to(self.device)
             yield rows, self.score(chunk)
 
-    def save(self, folder: Path) -> None:
-        """Write model and tokenizer as a Hugging Face folder."""
-        with _Quiet():
-            self.model.save_pretrained(folder)
+    def save(self, folder: Path, merge: bool = False) -> None:
+        """Write model and tokenizer as a Hugging Face folder.
+
+        Args:
+            folder: where to.
+            merge: an adapter is written alone, in peft's format with the path of its base; merged, the folder holds
+                the whole model. Without an adapter it always does.
+        """
+        model = self.without_adapter(merge=True).model if merge and self.has_adapter else self.model
+        with quiet_bars():
+            model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
-    def _output_layer(self) -> nn.Linear:
-        layer: nn.Linear = self.model.get_output_embeddings()
-        return layer
+    def _checkpoint_gradients(self) -> None:
+        require(
+            self.model.supports_gradient_checkpointing,
+            f"model '{self.path}' ({type(self.model).__name__}) has no gradient checkpointing in transformers: "
+            "set gradient_checkpointing to false",
+        )
+        # Renamed in transformers 5.
+        enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+        self.model.disable_input_require_grads()  # a hook that only reentrant checkpointing needs
+        # transformers loads in eval mode, in which nothing is checkpointed, and Lightning leaves modes as they are.
+        # Dropout is off, so train mode changes nothing else.
+        self.model.train()
 
     def _hidden_states(self, tokens: Tensor) -> Tensor:
         hidden: Tensor = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         return hidden
-
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        """Compare our head with the model's own on a few tokens: heads that we do not know must not go unnoticed."""
-        require(
-            self.model.get_output_embeddings() is not None,
-            f"model '{self.path}' has no output layer: give a causal language model",
-        )
-        size = min(8, len(self.tokenizer))
-        tokens = torch.arange(size, device=self.device).view(1, -1)
-        attention = torch.ones_like(tokens)
-        own = self.model(input_ids=tokens, attention_mask=attention, use_cache=False).logits[0].float()
-        ours = self.head().logits(self._hidden_states(tokens)[0])
-        tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-2
-        if not torch.allclose(own, ours, rtol=tolerance, atol=tolerance * float(ours.abs().amax().clamp(min=1))):
-            raise UsageError(
-                f"model '{self.path}' ({type(self.model).__name__}) changes its logits in a way that opdlab does not "
-                "know, so its log-probabilities would be wrong: choose another architecture"
-            )
-
-
-def _load(path: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    source = _resolve(path)
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-        # Dropout would give student and snapshot different log-probabilities at equal weights.
-        for key in [key for key in vars(config) if "drop" in key]:  # resid_pdrop, attention_dropout, layerdrop, …
-            if isinstance(getattr(config, key), float):
-                setattr(config, key, 0.0)
-        with _Quiet():
-            model, report = AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=dtype, output_loading_info=True, **options
-            )
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = "check that the folder is complete" if Path(source).is_dir() else "check the name and the connection"
-        raise UsageError(f"model '{path}' cannot be loaded: {hint} ({first_line})") from error
-    missing = sorted(report["missing_keys"])
-    require(not missing, f"model '{path}' is incomplete: it lacks {len(missing)} weights, among them {missing[:1]}")
-    return model, tokenizer
-
-
-def _resolve(path: str) -> str:
-    if path.startswith(_PACKAGE_SCHEME):
-        package, _, folder = path.removeprefix(_PACKAGE_SCHEME).partition("/")
-        try:
-            shipped = Path(str(importlib.resources.files(package))) / folder
-        except ModuleNotFoundError as error:
-            raise UsageError(f"model '{path}': there is no package '{package}'") from error
-        require(shipped.is_dir(), f"model '{path}': package '{package}' holds no folder '{folder}'")
-        return str(shipped)
-    local = Path(path).expanduser()
-    looks_local = local.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1 or path.endswith("/")
-    require(
-        local.is_dir() or not looks_local,
-        f"model '{path}' does not exist: give a folder written by save_pretrained, or a hub id such as Qwen/Qwen3-0.6B",
-    )
-    if local.is_dir():
-        require(
-            (local / "config.json").is_file(),
-            f"model '{path}' is incomplete: config.json is missing; write the folder again with save_pretrained",
-        )
-        # Without them transformers makes up an empty tokenizer of the model's usual kind.
-        require(
-            any(file for pattern in ("*token*", "vocab*", "*.model") for file in local.glob(pattern)),
-            f"model '{path}' is incomplete: the tokenizer's files are missing; save the tokenizer into the folder too",
-        )
-    return str(local) if local.is_dir() else path
-
-
-def _stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> list[int]:
-    """Union of the tokenizer's and the generation config's stop tokens: base and instruct models differ in one."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    ids = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])} - {None}
-    require(bool(ids), f"model '{path}': its tokenizer has no eos_token, so no response could ever end; set one")
-    return sorted(ids)
-
-
-class _Quiet:
-    """Silence transformers' bars for loading and saving weights: they would tear our own."""
-
-    def __enter__(self) -> None:
-        self._enabled = transformers_logging.is_progress_bar_enabled()
-        transformers_logging.disable_progress_bar()
-
-    def __exit__(self, *_: object) -> None:
-        if self._enabled:
-            transformers_logging.enable_progress_bar()
