@@ -124,7 +124,8 @@ class OPDCLI(LightningCLI):
             if evaluation.samples is None:
                 evaluation.samples = samples_folder_for(config.model.student.init_args.path, config.ckpt_path, root)
             if not evaluation.reverse_kl:
-                config.model.teacher = None  # so that its weights are not even read
+                # So that the teacher's weights are not even read.
+                config.model.teacher = {"class_path": "opdlab.evaluation.NoTeacher"}
             return
         folder = run_folder_for(config.ckpt_path, root)
         if evaluation.samples is not None:

@@ -15,7 +15,7 @@ from opdlab.data.datamodule import EvaluationBatch, PromptDataModule
 from opdlab.data.prompts import Prompt
 from opdlab.diagnostics import StepRecord, merge_records, step_metrics, step_record
 from opdlab.errors import UsageError, require
-from opdlab.evaluation import EvaluationConfig, EvaluationModule, Evaluator, submit_answers
+from opdlab.evaluation import EvaluationConfig, EvaluationModule, Evaluator, NoTeacher, submit_answers
 from opdlab.evaluation.evaluator import decode_responses
 from opdlab.gating import GateInputs, Gates, GateStrategy
 from opdlab.objectives import Objective, Reduction, reduce_losses
@@ -70,7 +70,7 @@ class OPDModule(EvaluationModule):
 
     Args:
         student: the model to train.
-        teacher: scores its rollouts; None only where nothing is trained and no reverse KL is measured.
+        teacher: scores its rollouts; :class:`opdlab.evaluation.NoTeacher` where it is only evaluated.
         objective: what a position costs.
         gate: how much each position counts; ``build_gate`` makes one by name.
         sampling: how rollouts are sampled; log-probabilities are taken at its temperature.
@@ -88,7 +88,7 @@ class OPDModule(EvaluationModule):
     def __init__(
         self,
         student: LanguageModel,
-        teacher: Teacher | None,
+        teacher: Teacher,
         objective: Objective,
         gate: GateStrategy,
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
@@ -101,9 +101,10 @@ class OPDModule(EvaluationModule):
     ) -> None:
         super().__init__()
         evaluation.check(eval_sampling)
+        absent = isinstance(teacher, NoTeacher)
         require(
-            teacher is not None or not evaluation.reverse_kl,
-            "model.evaluation.reverse_kl is true, but model.teacher is null: give a teacher",
+            not absent or not evaluation.reverse_kl,
+            "model.evaluation.reverse_kl is true, but model.teacher is NoTeacher: give a teacher",
         )
         require(
             reduction in get_args(Reduction),
@@ -120,7 +121,7 @@ class OPDModule(EvaluationModule):
         self.reduction: Reduction = reduction
         self.evaluator = Evaluator(evaluation, eval_sampling, [])
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self._request = self._teacher_request(teacher) if teacher is not None else TeacherRequest()
+        self._request = TeacherRequest() if absent else self._teacher_request(teacher)
         self._window = _Window(None, [])
         self._restored_gradients: dict[str, Tensor] = {}
         self._update_started = 0.0
@@ -139,7 +140,8 @@ class OPDModule(EvaluationModule):
     def setup(self, stage: str) -> None:
         """See :class:`EvaluationModule`; training needs a teacher besides."""
         super().setup(stage)
-        require(stage != "fit" or self.teacher is not None, "model.teacher is null, but training needs one")
+        absent = isinstance(self.teacher, NoTeacher)
+        require(stage != "fit" or not absent, "model.teacher is NoTeacher, but training needs a teacher: give one")
 
     def configure_optimizers(self) -> Any:
         """The optimizer sees the student's trainable parameters only."""

@@ -3,7 +3,7 @@
 from opdlab.evaluation.config import EvaluationConfig
 from opdlab.evaluation.evaluator import Evaluator, submit_answers
 from opdlab.evaluation.figures import BenchmarkMetrics
-from opdlab.evaluation.module import EvaluationModule
+from opdlab.evaluation.module import EvaluationModule, NoTeacher
 from opdlab.evaluation.samples import Sample, SampleFolder
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "EvaluationConfig",
     "EvaluationModule",
     "Evaluator",
+    "NoTeacher",
     "Sample",
     "SampleFolder",
     "submit_answers",

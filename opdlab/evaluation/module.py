@@ -10,12 +10,22 @@ import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
 from opdlab.data.datamodule import EvaluationBatch, PromptDataModule
+from opdlab.errors import UsageError
 from opdlab.evaluation.evaluator import Evaluator
 from opdlab.evaluation.samples import SampleFolder
 from opdlab.evaluation.settings import evaluation_settings, versions
 from opdlab.policies.language_model import LanguageModel
-from opdlab.policies.teacher import LocalTeacher, Teacher
+from opdlab.policies.teacher import LocalTeacher, Teacher, TeacherRequest
 from opdlab.progress import Progress, SilentProgress
+from opdlab.rollouts.batch import Rollouts, Targets
+
+
+class NoTeacher(Teacher):
+    """Stands where a teacher is not needed, so that none is loaded: a model that is evaluated and not trained."""
+
+    def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
+        """Refuse."""
+        raise UsageError("model.teacher is NoTeacher, which scores nothing: give a teacher")
 
 
 @dataclass(frozen=True)
