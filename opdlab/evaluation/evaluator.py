@@ -53,9 +53,7 @@ class Evaluator(nn.Module):
 
         Called where an evaluation begins: tensors made in inference mode stay bound to it.
         """
-        self._pending = None
-        if self.folder is not None:
-            self.folder.close()
+        self.close()
         self.folder = folder
         for metrics in self.metrics.values():
             metrics.reset()  # type: ignore[operator]
@@ -105,6 +103,12 @@ class Evaluator(nn.Module):
         if self.folder is not None:
             self.folder.write(samples)
         self._count(samples)
+
+    def close(self) -> None:
+        """Let go of the files; what is still out is dropped."""
+        self._pending = None
+        if self.folder is not None:
+            self.folder.close()
 
     def compute(self) -> dict[str, Tensor]:
         """Figures as ``benchmark/name``, and ``mean/name``: their unweighted mean over the benchmarks."""

@@ -86,7 +86,7 @@ class EvaluationModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Count anew."""
-        self.evaluator.start()  # lets go of an earlier evaluation's files
+        self.evaluator.close()  # an earlier evaluation that failed may hold the same files
         self.evaluator.start(self._sample_folder())
 
     def on_validation_epoch_end(self) -> None:
@@ -95,7 +95,7 @@ class EvaluationModule(pl.LightningModule):
         figures = self.evaluator.compute()
         self.log_dict({f"{self._evaluated.name}/{key}": value for key, value in figures.items()}, sync_dist=True)
         if (folder := self.evaluator.folder) is not None:
-            folder.close()
+            self.evaluator.close()
             values = {key: float(value) for key, value in figures.items()}
             folder.write_results({"figures": values, "settings": folder.settings, "versions": versions()})
 
