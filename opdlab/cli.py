@@ -122,7 +122,8 @@ class OPDCLI(LightningCLI):
             if config.ckpt_path is not None and config.checkpoint.dirpath is None:
                 config.checkpoint.dirpath = str(Path(config.ckpt_path).absolute().parent)
             if evaluation.samples is None:
-                evaluation.samples = samples_folder_for(config.model.student.init_args.path, config.ckpt_path, root)
+                student = config.get("model.student.init_args.path") or "student"
+                evaluation.samples = samples_folder_for(student, config.ckpt_path, root)
             if not evaluation.reverse_kl:
                 # So that the teacher's weights are not even read.
                 config.model.teacher = {"class_path": "opdlab.evaluation.NoTeacher"}

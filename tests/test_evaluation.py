@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,6 +88,9 @@ def test_killed_and_started_again_it_ends_the_same(
 ) -> None:
     assert opdlab(SAMPLES, "whole") == 0
     whole_table = capsys.readouterr().out.split("samples and")[0]
+    shown = re.findall(r"│ (\w+)/(\S+) +│ [\d.]+ ± [\d.]+", whole_table)
+    rows = ["pass@1", "pass@2", "pass@4", "maj@4", "truncated", "length"]
+    assert shown == [(name, row) for name in ("one", "two", "mean") for row in rows]
     num_batches = len(batches)
     assert num_batches == 6 + 2
 

@@ -70,7 +70,9 @@ def _describe(verifier: Verifier | None) -> str | None:
     if verifier is None:
         return None
     options = {name: value for name, value in vars(verifier).items() if name[0] != "_" and name not in _SPEED_OPTIONS}
-    return f"{type(verifier).__module__}.{type(verifier).__qualname__} {json.dumps(options, default=str)}"
+    # An object's own text may hold its address, which differs from run to run.
+    text = json.dumps(options, default=lambda value: type(value).__qualname__)
+    return f"{type(verifier).__module__}.{type(verifier).__qualname__} {text}"
 
 
 def evaluation_settings(
