@@ -44,7 +44,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder to write teacher/ and student/ into")
     parser.add_argument("--measure", type=Path, metavar="JSONL", help="problems to compare choices of layers on")
     parser.add_argument(
-        "--remove", type=int, default=10, choices=range(1, 11), metavar="N", help="layers left out, 1 to 10 (default 10)"
+        "--remove",
+        type=int,
+        default=10,
+        choices=range(1, 11),
+        metavar="N",
+        help="layers left out, 1 to 10 (default 10)",
     )
     options = parser.parse_args(arguments)
     removed = LEAST_INFLUENCE[: options.remove]

@@ -1,18 +1,28 @@
 """The table at the end of a run: before, after, teacher."""
 
+from fnmatch import fnmatch
 from typing import Any
 
 import lightning.pytorch as pl
 from rich.console import Console
 from rich.table import Table
 
+from opdlab.evaluation.figures import ERROR_SUFFIX, MEAN
+
 Figures = dict[str, float]
+# What one wants to see at a glance. avg@n is pass@1, and the rest is in the log and in results.json.
+_SHOWN = ("pass@*", "maj@*", "truncated", "length", "reverse_kl")
 
 
 class EvaluationTable(pl.Callback):
-    """Remembers the first and the last evaluation of the student, and the teacher's, through resumes too."""
+    """Remembers the first and the last evaluation of the student, and the teacher's, through resumes too.
 
-    def __init__(self) -> None:
+    Args:
+        shown: patterns, as of file names, of the figures that get a row for each benchmark.
+    """
+
+    def __init__(self, shown: tuple[str, ...] = _SHOWN) -> None:
+        self.shown = shown
         self.before: Figures = {}
         self.after: Figures = {}
         self.after_step: int | None = None
@@ -28,6 +38,10 @@ class EvaluationTable(pl.Callback):
             self.before = self.before or student
             self.after, self.after_step = student, trainer.global_step
 
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """See :meth:`on_validation_end`."""
+        self.on_validation_end(trainer, pl_module)
+
     def state_dict(self) -> dict[str, Any]:
         """Kept in checkpoints, so that a resumed run still knows where it began."""
         return {"before": self.before, "teacher": self.teacher}
@@ -37,14 +51,15 @@ class EvaluationTable(pl.Callback):
         self.before, self.teacher = state_dict["before"], state_dict["teacher"]
 
     def table(self, trained: bool = True) -> Table:
-        """The table, one row a figure; without training there is one column for the student."""
+        """The table, one row a figure, ± its standard error; without training there is one column for the student."""
         columns = {"before": self.before, "after": self.after, "teacher": self.teacher}
         if not trained:
             columns = {"student": self.after, "teacher": self.teacher}
         shown = {name: figures for name, figures in columns.items() if figures}
         table = Table("figure", *shown)
         for key in self.after:
-            table.add_row(key, *(f"{figures[key]:.3f}" if key in figures else "" for figures in shown.values()))
+            if any(fnmatch(key.partition("/")[2], pattern) for pattern in self.shown) and not _is_error(key):
+                table.add_row(key, *(_cell(figures, key) for figures in shown.values()))
         return table
 
     def print(self, trained: bool = True) -> None:
@@ -53,12 +68,24 @@ class EvaluationTable(pl.Callback):
             Console().print(self.table(trained))
 
 
+def _is_error(key: str) -> bool:
+    return key.endswith(ERROR_SUFFIX)
+
+
+def _cell(figures: Figures, key: str) -> str:
+    if key not in figures:
+        return ""
+    decimals = 1 if key.endswith("/length") else 3
+    error = figures.get(key + ERROR_SUFFIX)
+    return f"{figures[key]:.{decimals}f}" + ("" if error is None else f" ± {error:.{decimals}f}")
+
+
 def _figures(trainer: pl.Trainer, prefix: str) -> Figures:
     metrics = trainer.callback_metrics
     # With a single benchmark the mean over benchmarks says the same again.
-    benchmarks = {key.split("/")[1] for key in metrics if key.startswith(prefix)} - {"mean"}
+    benchmarks = {key.split("/")[1] for key in metrics if key.startswith(prefix)} - {MEAN}
     return {
         key.removeprefix(prefix): float(value)
         for key, value in metrics.items()
-        if key.startswith(prefix) and not (len(benchmarks) == 1 and key.startswith(f"{prefix}mean/"))
+        if key.startswith(prefix) and not (len(benchmarks) == 1 and key.startswith(f"{prefix}{MEAN}/"))
     }

@@ -15,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.trainer.states import TrainerStatus
 
 from opdlab.callbacks import (
     BehaviorRefresh,
@@ -25,12 +26,13 @@ from opdlab.callbacks import (
     StopCheckpoint,
 )
 from opdlab.cli_config import CONFIG_MODE, expand_arguments, explain, root_usage_error
-from opdlab.cli_runs import check_checkpoint, find_checkpoint, run_folder_for
+from opdlab.cli_runs import check_checkpoint, find_checkpoint, run_folder_for, samples_folder_for
 from opdlab.data import PromptDataModule
 from opdlab.errors import UsageError
+from opdlab.evaluation.samples import RESULTS
 from opdlab.gating import gate_registry
 from opdlab.module import OPDModule
-from opdlab.policies import LocalTeacher
+from opdlab.policies import LanguageModel, LocalTeacher
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -66,8 +68,9 @@ class OPDCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Predicting makes no sense here: samples are written by validation."""
-        return {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+        """Predicting makes no sense here: samples are written by validation, which prints our table."""
+        names = {name: skip for name, skip in LightningCLI.subcommands().items() if name != "predict"}
+        return {name: skip if name == "fit" else skip | {"verbose"} for name, skip in names.items()}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Each callback has its own section of the configuration."""
@@ -120,12 +123,21 @@ class OPDCLI(LightningCLI):
             config.weights_only = True  # checkpoints hold only tensors and plain values
         if config.trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(LabProgressBar())
+        evaluation = config.model.evaluation
         if self.subcommand != "fit":
             config.trainer.logger = False if config.trainer.logger is None else config.trainer.logger
             if config.ckpt_path is not None and config.checkpoint.dirpath is None:
                 config.checkpoint.dirpath = str(Path(config.ckpt_path).absolute().parent)
+            if evaluation.samples is None:
+                student = config.get("model.student.init_args.path") or "student"
+                evaluation.samples = samples_folder_for(student, config.ckpt_path, root)
+            if not evaluation.reverse_kl:
+                # So that the teacher's weights are not even read.
+                config.model.teacher = {"class_path": "opdlab.evaluation.NoTeacher"}
             return
         folder = run_folder_for(config.ckpt_path, root)
+        if evaluation.samples is not None:
+            evaluation.samples = str(Path(evaluation.samples) / folder.name)
         if config.trainer.logger in (None, True):
             config.trainer.logger = {
                 "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
@@ -143,34 +155,54 @@ class OPDCLI(LightningCLI):
         except SystemExit as error:
             if self.stop.path is None:
                 raise
-            raise _InterruptedError(f"stopped at step {self.trainer.global_step}, saved {self.stop.path}") from error
+            stopped = f"stopped at step {self.trainer.global_step}, saved {self.stop.path}"
+            raise _InterruptedError(stopped, " with --ckpt_path last") from error
 
     # -- before and after ----------------------------------------------------------------------------------------
 
     def before_fit(self) -> None:
         """Evaluate the untrained student, unless the run goes on from a checkpoint, which remembers."""
         if self.config.fit.ckpt_path is None and self._has_benchmarks:
-            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+            self._evaluate("val", self.model.student)
 
     def after_fit(self) -> None:
         """Evaluate the trained student and the teacher, print the table, and say how to look closer."""
         if self._has_benchmarks:
             if self.table.after_step != self.trainer.global_step:
-                self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+                self._evaluate("val", self.model.student)
             teacher = self.model.teacher
             if isinstance(teacher, LocalTeacher) and self.model.evaluator.config.teacher and not self.table.teacher:
-                with self.model.evaluating("teacher", teacher.model):
-                    self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+                self._evaluate("teacher", teacher.model)
         run_folder = self.trainer.log_dir  # asks all processes, so outside the branch below
         if self.trainer.is_global_zero:
             self.table.print()
             print(f"run folder: {run_folder}")
             print(f"look closer: tensorboard --logdir {self.trainer.default_root_dir}")
 
+    def _evaluate(self, name: str, model: LanguageModel) -> None:
+        with self.model.evaluating(name, model, f"{name}-step-{self.trainer.global_step}"):
+            self.trainer.validate(self.model, datamodule=self.datamodule, verbose=False)
+
+    def validate(self, model: OPDModule, **kwargs: Any) -> None:
+        """Evaluate. After Ctrl-C as after a kill, the same command goes on."""
+        try:
+            getattr(self.trainer, str(self.subcommand))(model, verbose=False, **kwargs)
+        except SystemExit as error:
+            folder = model.evaluator.folder
+            if self.trainer.state.status != TrainerStatus.INTERRUPTED or folder is None:
+                raise
+            raise _InterruptedError(f"stopped, the samples so far are in {folder.path}", "") from error
+
+    test = validate
+
     def after_validate(self) -> None:
-        """Print the table."""
+        """Print the table, and say where the samples are."""
         if self.trainer.is_global_zero:
             self.table.print(trained=False)
+            if (folder := self.model.evaluator.folder) is not None:
+                print(f"samples and {RESULTS}: {folder.path}")
+
+    after_test = after_validate
 
     @property
     def _has_benchmarks(self) -> bool:
@@ -197,7 +229,7 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 class _InterruptedError(Exception):
-    """Training was stopped by Ctrl-C and has saved a checkpoint; the message says where."""
+    """Ctrl-C stopped something that can go on; the arguments say what was kept, and what the command then needs."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -215,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"opdlab: error: {explain(error)}", file=sys.stderr)
         return EXIT_USAGE
     except _InterruptedError as stop:
-        print(f"opdlab: {stop}; to go on, run the same command with --ckpt_path last", file=sys.stderr)
+        print("opdlab: {}; to go on, run the same command{}".format(*stop.args), file=sys.stderr)
         return EXIT_INTERRUPTED
     except KeyboardInterrupt:
         print("opdlab: stopped", file=sys.stderr)

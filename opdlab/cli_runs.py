@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from opdlab.errors import UsageError, require
+from opdlab.evaluation.samples import SETTINGS_PLACEHOLDER
 
 
 def find_checkpoint(path: str, root: Path) -> Path:
@@ -47,3 +48,19 @@ def run_folder_for(ckpt_path: str | None, root: Path) -> Path:
             return root / folder.name
     numbers = [int(path.name.removeprefix("version_")) for path in root.glob("version_*") if path.name[8:].isdigit()]
     return root / f"version_{max(numbers, default=-1) + 1}"
+
+
+def samples_folder_for(student: str, ckpt_path: str | None, root: Path) -> str:
+    """Where an evaluation's samples go: a folder named after the model, and after the settings, once they are known.
+
+    Example:
+        >>> samples_folder_for("Qwen/Qwen3-1.7B-Base", None, Path("runs"))
+        'runs/evaluations/Qwen3-1.7B-Base-{settings}'
+        >>> samples_folder_for("Qwen/Qwen3-1.7B-Base", "runs/version_0/checkpoints/step-40.ckpt", Path("runs"))
+        'runs/evaluations/version_0-step-40-{settings}'
+    """
+    name = Path(student).name or "model"
+    if ckpt_path is not None:
+        checkpoint = Path(ckpt_path).resolve()
+        name = f"{checkpoint.parent.parent.name}-{checkpoint.stem}"
+    return str(root / "evaluations" / f"{name}-{SETTINGS_PLACEHOLDER}")

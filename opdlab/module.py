@@ -1,13 +1,11 @@
 """The LightningModule: owns student, behavior snapshot, teacher, objective and gate, and takes the training step."""
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
@@ -17,7 +15,8 @@ from opdlab.data.datamodule import EvaluationBatch, PromptDataModule
 from opdlab.data.prompts import Prompt
 from opdlab.diagnostics import StepRecord, merge_records, step_metrics, step_record
 from opdlab.errors import UsageError, require
-from opdlab.evaluation import EvaluationConfig, Evaluator, check_answers
+from opdlab.evaluation import EvaluationConfig, EvaluationModule, Evaluator, NoTeacher, submit_answers
+from opdlab.evaluation.evaluator import decode_responses
 from opdlab.gating import GateInputs, Gates, GateStrategy
 from opdlab.objectives import Objective, Reduction, reduce_losses
 from opdlab.policies import (
@@ -31,7 +30,6 @@ from opdlab.policies import (
     warn_of_stop_tokens,
 )
 from opdlab.policies.loading import DType
-from opdlab.progress import Progress, SilentProgress
 from opdlab.rollouts import Minibatch, Pool
 from opdlab.rollouts.batch import StopReason
 from opdlab.rollouts.masking import mask_first_occurrences
@@ -70,12 +68,12 @@ class _Window:
     records: list[StepRecord]
 
 
-class OPDModule(pl.LightningModule):
+class OPDModule(EvaluationModule):
     """On-policy distillation of a student from a frozen teacher on gated, reused rollouts.
 
     Args:
         student: the model to train.
-        teacher: scores its rollouts.
+        teacher: scores its rollouts; :class:`opdlab.evaluation.NoTeacher` where it is only evaluated.
         objective: what a position costs.
         gate: how much each position counts; ``build_gate`` makes one by name.
         sampling: how rollouts are sampled; log-probabilities are taken at its temperature.
@@ -109,10 +107,12 @@ class OPDModule(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
-        teacher.bind(student)
-        check_same_vocabulary(student.tokenizer, teacher.tokenizer)
-        warn_of_stop_tokens(student.tokenizer, student.stop_tokens, teacher.stop_tokens)
         evaluation.check(eval_sampling)
+        absent = isinstance(teacher, NoTeacher)
+        require(
+            not absent or not evaluation.reverse_kl,
+            "model.evaluation.reverse_kl is true, but model.teacher is NoTeacher: give a teacher",
+        )
         require(
             reduction in get_args(Reduction),
             f"model.reduction is '{reduction}', but must be one of {', '.join(get_args(Reduction))}",
@@ -128,21 +128,19 @@ class OPDModule(pl.LightningModule):
         self._masked_first = single_token_ids(student.tokenizer, mask_first, "model.mask_first")
         self.reduction: Reduction = reduction
         self.evaluator = Evaluator(evaluation, eval_sampling, [])
-        self.progress: Progress = SilentProgress()
-        self._eval_sampling = eval_sampling
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self._request = self._teacher_request()
+        self._request = TeacherRequest() if absent else self._teacher_request(teacher)
         self._window = _Window(None, [])
-        self._evaluated: tuple[str, LanguageModel | None] = ("val", None)
         self._restored_gradients: dict[str, Tensor] = {}
         self._update_started = 0.0
         self._step_ended: float | None = None
 
-    teacher: Teacher
-
-    def _teacher_request(self) -> TeacherRequest:
+    def _teacher_request(self, teacher: Teacher) -> TeacherRequest:
+        teacher.bind(self.student)
+        check_same_vocabulary(self.student.tokenizer, teacher.tokenizer)
+        warn_of_stop_tokens(self.student.tokenizer, self.student.stop_tokens, teacher.stop_tokens)
         # Rows that only pad the embedding to a round size are no tokens.
-        shared = min(self.student.vocab_size, self.teacher.vocab_size, len(self.student.tokenizer))
+        shared = min(self.student.vocab_size, teacher.vocab_size, len(self.student.tokenizer))
         k = self.objective.request.top_k
         require(k <= shared, f"objective.k is {k}, but the vocabulary has only {shared} tokens: lower it")
         return TeacherRequest(k, shared)
@@ -150,14 +148,10 @@ class OPDModule(pl.LightningModule):
     # -- setting up ----------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Make the metrics of the data module's benchmarks."""
-        names = self._data.benchmarks if isinstance(self._data, PromptDataModule) else []
-        if list(self.evaluator.metrics) != list(names):
-            self.evaluator = Evaluator(self.evaluator.config, self._eval_sampling, names).to(self.device)
-
-    @property
-    def _data(self) -> object:
-        return getattr(self.trainer, "datamodule", None)
+        """See :class:`EvaluationModule`; training needs a teacher besides."""
+        super().setup(stage)
+        absent = isinstance(self.teacher, NoTeacher)
+        require(stage != "fit" or not absent, "model.teacher is NoTeacher, but training needs a teacher: give one")
 
     def configure_optimizers(self) -> Any:
         """The optimizer sees the student's trainable parameters only."""
@@ -197,19 +191,22 @@ class OPDModule(pl.LightningModule):
             )
         sampled = time.perf_counter()  # results are on the host, so the device has finished
         counted = mask_first_occurrences(rollouts, self._masked_first)  # lengths and answers are of all tokens
+        verifier = self._data.train_verifier if isinstance(self._data, PromptDataModule) else None
+        texts = decode_responses(self.student, rollouts) if verifier is not None else []
+        # Checked while the teacher scores.
+        verdicts = submit_answers(texts, rollouts, EvaluationBatch("train", prompts, verifier))
+        scoring = time.perf_counter()
         targets = self.teacher.score(counted, self._request, self.progress)
         scored = time.perf_counter()
         metrics = {
             "rollout/length": float(rollouts.num_tokens.float().mean()),
             "rollout/truncated_share": float((rollouts.stop_reasons == StopReason.LENGTH).float().mean()),
             "time/sample_seconds": sampled - started,
-            "time/teacher_seconds": scored - sampled,
+            "time/teacher_seconds": scored - scoring,
             "rollout/sampled_tokens_per_second": float(rollouts.mask.sum()) / max(sampled - started, 1e-9),
         }
-        verifier = self._data.train_verifier if isinstance(self._data, PromptDataModule) else None
-        if verifier is not None:
-            correct = check_answers(self.student, rollouts, EvaluationBatch("train", prompts, verifier))
-            metrics["rollout/accuracy"] = float(correct.float().mean())
+        if verdicts is not None:
+            metrics["rollout/accuracy"] = sum(verdict.correct for verdict in verdicts()) / len(rollouts)
         return Pool(counted, targets, metrics)
 
     # -- training ------------------------------------------------------------------------------------------------
@@ -320,48 +317,6 @@ class OPDModule(pl.LightningModule):
             f"{batch.rollouts.rollout_ids.tolist()}; the batch is in {path}: lower the learning rate, "
             "or look at the batch for infinite log-probabilities"
         )
-
-    # -- evaluating ----------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def evaluating(self, name: str, model: LanguageModel) -> Iterator[None]:
-        """Evaluate ``model`` instead of the student, logging under ``name`` instead of ``val``."""
-        before, self._evaluated = self._evaluated, (name, model.to(self.device))
-        try:
-            yield
-        finally:
-            self._evaluated = before
-
-    def validation_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Sample and check answers to a batch of problems."""
-        model = self._evaluated[1] or self.student
-        seed_parts = (batch_idx, self.trainer.global_rank)
-        rollouts = self.evaluator.evaluate(model, batch, seed_parts, self.progress)
-        if self.evaluator.config.reverse_kl:
-            self.teacher.to(self.device)
-            self.evaluator.measure_reverse_kl(model, self.teacher, batch, rollouts)
-
-    def on_validation_epoch_start(self) -> None:
-        """Count anew."""
-        self.evaluator.reset()
-
-    def on_validation_epoch_end(self) -> None:
-        """Log every benchmark's figures and their mean."""
-        prefix = self._evaluated[0]
-        figures = {f"{prefix}/{key}": value for key, value in self.evaluator.compute().items()}
-        self.log_dict(figures, sync_dist=True)
-
-    def test_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The same as :meth:`validation_step`."""
-        self.validation_step(batch, batch_idx, dataloader_idx)
-
-    def on_test_epoch_start(self) -> None:
-        """The same as :meth:`on_validation_epoch_start`."""
-        self.evaluator.reset()
-
-    def on_test_epoch_end(self) -> None:
-        """The same as :meth:`on_validation_epoch_end`."""
-        self.on_validation_epoch_end()
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ PUBLIC = {
     ],
     "opdlab.objectives.functional": ["sampled_token_loss", "teacher_topk_loss"],
     "opdlab.scoring": ["support_logits", "token_logprobs"],
-    "opdlab.metrics": ["PassAtK"],
+    "opdlab.metrics": ["MajorityVote", "PassAtK", "ProblemMean"],
     "opdlab.tasks": ["BoxedVerifier", "MathVerifier", "Verdict", "Verifier"],
     "opdlab.rollouts": ["Minibatch", "Pool", "RolloutLoader", "Rollouts", "StopReason", "Targets"],
     "opdlab.policies": [

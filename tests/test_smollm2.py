@@ -56,5 +56,7 @@ def test_two_steps_on_a_real_model(pair: Path, tmp_path: Path, monkeypatch: pyte
     assert all(0 < value < 20 for value in reverse_kl)
     # A snapshot of a real model scores like its student: rounding of 117M parameters, nothing more.
     assert events.Scalars("train/drift/max")[0].value < 1e-4
-    weights = torch.load(next((tmp_path / "runs/smollm2_sixth/version_0/checkpoints").glob("*.ckpt")), weights_only=True)
+    weights = torch.load(
+        next((tmp_path / "runs/smollm2_sixth/version_0/checkpoints").glob("*.ckpt")), weights_only=True
+    )
     assert weights["global_step"] == 2

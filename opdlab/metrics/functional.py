@@ -1,4 +1,11 @@
-"""Estimates as pure functions of counts."""
+"""Estimates as pure functions of counts and sums.
+
+Shapes: P problems, n samples of each. A problem's samples are not independent, so every standard error here takes the
+problem as the unit.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -28,3 +35,119 @@ def pass_at_k(num_correct: Tensor, num_samples: int, k: int) -> Tensor:
     i = torch.arange(k, dtype=torch.float64, device=num_correct.device)
     wrong = (num_samples - num_correct.double()).unsqueeze(-1)
     return 1 - ((wrong - i).clamp(min=0) / (num_samples - i)).prod(-1)
+
+
+def majority_vote(answers: Sequence[Sequence[str | None]], correct: Tensor) -> Tensor:
+    """Probability that the most frequent answer to a problem is correct, per problem.
+
+    Samples vote for the answer extracted from them, white space at the ends aside; a sample without one does not vote.
+    Among tied answers one is drawn at random, and the expectation over that draw is returned, so that the order of the
+    samples has no influence. Where the verifier judged equal answers differently, an answer is right as often as its
+    votes were.
+
+    Args:
+        answers: P rows of n answers, None where none was extracted.
+        correct: [P, n] bool.
+
+    Returns:
+        [P] float64, 0 to 1; 0 where nobody votes.
+
+    Example:
+        >>> correct = torch.tensor([[True, True, False, False], [True, False, False, False]])
+        >>> majority_vote([["4", "4", "5", None], ["1", "2", None, None]], correct)
+        tensor([1.0000, 0.5000], dtype=torch.float64)
+
+    Reference:
+        Wang et al., "Self-Consistency Improves Chain of Thought Reasoning in Language Models", arXiv 2203.11171.
+    """
+    rows = zip(answers, correct.tolist(), strict=True)
+    return torch.tensor([_expected_winner(row, flags) for row, flags in rows], dtype=torch.float64)
+
+
+def _expected_winner(answers: Sequence[str | None], correct: Sequence[bool]) -> float:
+    votes: dict[str, list[bool]] = defaultdict(list)
+    for answer, is_correct in zip(answers, correct, strict=True):
+        if answer is not None:
+            votes[answer.strip()].append(is_correct)
+    most = max(map(len, votes.values()), default=0)
+    tied = [flags for flags in votes.values() if len(flags) == most]
+    # Integers until the last division, so that no rounding depends on the order.
+    return sum(map(sum, tied)) / (most * len(tied)) if tied else 0.0
+
+
+def moments(totals: Tensor, weights: Tensor) -> Tensor:
+    """What :func:`weighted_mean` and :func:`standard_error` need to know of some problems; moments add up.
+
+    Args:
+        totals: [P], sum of the quantity over each problem's units.
+        weights: [P], number of these units: tokens, or 1 where the problem itself is the unit.
+
+    Returns:
+        [5] float64: sums over problems of total, weight, total², total x weight, weight².
+
+    Example:
+        >>> moments(torch.tensor([1.0, 3.0]), torch.ones(2)).tolist()
+        [4.0, 2.0, 10.0, 4.0, 2.0]
+    """
+    s, t = totals.double(), weights.double()
+    return torch.stack([s, t, s * s, s * t, t * t]).sum(1)
+
+
+def weighted_mean(sums: Tensor) -> Tensor:
+    """Mean of a quantity over all units: the sum of totals over the sum of weights.
+
+    Args:
+        sums: [5], see :func:`moments`.
+
+    Returns:
+        Scalar float64.
+
+    Example:
+        >>> float(weighted_mean(moments(torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0]))))
+        2.0
+    """
+    return sums[0] / sums[1]
+
+
+def standard_error(sums: Tensor, num_problems: Tensor) -> Tensor:
+    """Standard error of :func:`weighted_mean`, clustered by problem.
+
+    ``sqrt(P / (P - 1) * sum((s_i - R t_i)²)) / sum(t_i)`` with total ``s_i``, weight ``t_i`` and mean ``R``. With equal
+    weights that is ``sqrt(var / P)``, the variance over problems with denominator P - 1.
+
+    Args:
+        sums: [5], see :func:`moments`.
+        num_problems: scalar, P.
+
+    Returns:
+        Scalar float64; NaN for fewer than two problems.
+
+    Example:
+        >>> values = torch.tensor([0.0, 1.0, 1.0, 0.5])
+        >>> standard_error(moments(values, torch.ones(4)), torch.tensor(4)), values.std() / 4**0.5
+        (tensor(0.2394, dtype=torch.float64), tensor(0.2394))
+
+    Reference:
+        Miller, "Adding Error Bars to Evals", arXiv 2411.00640; for unequal weights the ratio estimator in Cochran,
+        "Sampling Techniques", chapter 6.
+    """
+    mean = weighted_mean(sums)
+    squares = (sums[2] - 2 * mean * sums[3] + mean**2 * sums[4]).clamp(min=0)
+    error = (squares * num_problems / (num_problems - 1).clamp(min=1)).sqrt() / sums[1]
+    return torch.where(num_problems > 1, error, torch.nan)
+
+
+def standard_error_of_mean(errors: Tensor) -> Tensor:
+    """Standard error of the unweighted mean of independent figures: ``sqrt(sum(se²)) / B``.
+
+    Args:
+        errors: [B], their standard errors.
+
+    Returns:
+        Scalar.
+
+    Example:
+        >>> standard_error_of_mean(torch.tensor([0.3, 0.4]))
+        tensor(0.2500)
+    """
+    return errors.square().sum().sqrt() / len(errors)

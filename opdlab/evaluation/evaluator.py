@@ -1,0 +1,208 @@
+"""Sampling answers to problems, having them checked while the next ones are sampled, and counting."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from opdlab.data.datamodule import EvaluationBatch
+from opdlab.evaluation.config import EvaluationConfig
+from opdlab.evaluation.figures import MEAN, BenchmarkMetrics, over_benchmarks
+from opdlab.evaluation.samples import Sample, SampleFolder
+from opdlab.policies.language_model import LanguageModel
+from opdlab.policies.sampler import Sampler, SamplingConfig
+from opdlab.policies.teacher import Teacher, TeacherRequest
+from opdlab.progress import Progress
+from opdlab.rollouts.batch import Rollouts, StopReason
+from opdlab.seeds import derive_seed
+from opdlab.tasks.verifier import Verdict
+
+Verdicts = Callable[[], list[Verdict]]
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """Samples whose answers are being checked."""
+
+    samples: list[Sample]
+    verdicts: Verdicts | None
+
+
+class Evaluator(nn.Module):
+    """Samples and checks answers, benchmark by benchmark.
+
+    A batch is checked while the next one is sampled, and is counted and written to disk in the order of the batches.
+
+    Args:
+        config: see :class:`EvaluationConfig`.
+        sampling: how answers are sampled.
+        benchmarks: names of the benchmarks.
+    """
+
+    def __init__(self, config: EvaluationConfig, sampling: SamplingConfig, benchmarks: Iterable[str]) -> None:
+        super().__init__()
+        self.config = config
+        self.sampler = Sampler(sampling)
+        self.metrics = nn.ModuleDict({name: BenchmarkMetrics(config, sampling.num_samples) for name in benchmarks})
+        self.folder: SampleFolder | None = None
+        self._pending: _Pending | None = None
+
+    def start(self, folder: SampleFolder | None = None) -> None:
+        """Count anew, keeping samples in ``folder``.
+
+        Called where an evaluation begins: tensors made in inference mode stay bound to it.
+        """
+        self.close()
+        self.folder = folder
+        for metrics in self.metrics.values():
+            metrics.reset()  # type: ignore[operator]
+
+    def evaluate(
+        self,
+        model: LanguageModel,
+        batch: EvaluationBatch,
+        seed_parts: tuple[int | str, ...],
+        progress: Progress,
+        teacher: Teacher | None = None,
+    ) -> None:
+        """Sample answers to a batch of problems and have them checked, or take up what an earlier evaluation left.
+
+        Args:
+            model: is sampled from.
+            batch: problems.
+            seed_parts: where in the evaluation the batch stands; its samples depend on nothing else.
+            progress: where to show a bar.
+            teacher: to which the reverse KL is measured; None measures none.
+        """
+        if self._take_up(batch):
+            return
+        try:
+            seed = derive_seed("evaluation", self.config.seed, batch.benchmark, *seed_parts)
+            rollouts = self._sample(model, batch, seed, progress)
+            texts = decode_responses(model, rollouts)
+            verdicts = submit_answers(texts, rollouts, batch)
+            reverse_kl = _reverse_kl(model, teacher, rollouts) if teacher is not None else None
+        except BaseException:
+            self.finish()  # the former batch is sampled and perhaps checked: keep it, whatever happened to this one
+            raise
+        self.finish()
+        self._pending = _Pending(_samples(batch, rollouts, texts, seed, reverse_kl), verdicts)
+
+    def finish(self) -> None:
+        """Wait for the verdicts that are still out, and count and write their batch."""
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        samples = pending.samples
+        if pending.verdicts is not None:
+            samples = [
+                replace(sample, extracted=verdict.extracted, correct=verdict.correct, reason=verdict.reason)
+                for sample, verdict in zip(samples, pending.verdicts(), strict=True)
+            ]
+        if self.folder is not None:
+            self.folder.write(samples)
+        self._count(samples)
+
+    def close(self) -> None:
+        """Let go of the files; what is still out is dropped."""
+        self._pending = None
+        if self.folder is not None:
+            self.folder.close()
+
+    def compute(self) -> dict[str, Tensor]:
+        """Figures as ``benchmark/name``, and ``mean/name``: their unweighted mean over the benchmarks."""
+        figures = {name: metrics.compute() for name, metrics in self.metrics.items()}  # type: ignore[operator]
+        rows = {**figures, MEAN: over_benchmarks(figures)}
+        return {f"{name}/{key}": value for name, row in rows.items() for key, value in row.items()}
+
+    def _take_up(self, batch: EvaluationBatch) -> bool:
+        if self.folder is None:
+            return False
+        keys = [(prompt.problem.id, i) for prompt in batch.prompts for i in range(self.sampler.config.num_samples)]
+        samples = self.folder.take(batch.benchmark, keys)
+        if samples is None:
+            return False
+        self.finish()  # another benchmark's last batch may be out
+        self._count(samples)
+        return True
+
+    def _count(self, samples: list[Sample]) -> None:
+        metrics = self.metrics[samples[0].benchmark]
+        assert isinstance(metrics, BenchmarkMetrics)
+        metrics.update(samples)
+
+    def _sample(self, model: LanguageModel, batch: EvaluationBatch, seed: int, progress: Progress) -> Rollouts:
+        samples = self.sampler.sample(model, [prompt.tokens for prompt in batch.prompts], seed, progress)
+        return Rollouts(
+            *samples[:4],
+            behavior_logprobs=torch.zeros(samples.tokens.shape),
+            stop_reasons=samples.stop_reasons,
+            rollout_ids=torch.arange(len(samples.tokens)),
+            prompt_ids=torch.tensor([p.index for p in batch.prompts]).repeat_interleave(
+                self.sampler.config.num_samples
+            ),
+            sampled_at_step=torch.zeros(len(samples.tokens), dtype=torch.long),
+            temperature=self.sampler.config.temperature,
+        )
+
+
+def _samples(
+    batch: EvaluationBatch, rollouts: Rollouts, texts: list[str], seed: int, reverse_kl: list[float] | None
+) -> list[Sample]:
+    num_samples = len(rollouts) // len(batch.prompts)
+    reasons, tokens = rollouts.stop_reasons.tolist(), rollouts.num_tokens.tolist()
+    problems = [prompt.problem for prompt in batch.prompts for _ in range(num_samples)]
+    return [
+        Sample(
+            benchmark=batch.benchmark,
+            id=problem.id,
+            sample=row % num_samples,
+            problem=problem.text,
+            gold=problem.answer,
+            response=texts[row],
+            extracted=None,
+            correct=None,
+            reason=None,
+            stop_reason=StopReason(reasons[row]).name.lower(),
+            tokens=tokens[row],
+            seed=seed,
+            reverse_kl=None if reverse_kl is None else reverse_kl[row],
+        )
+        for row, problem in enumerate(problems)
+    ]
+
+
+def _reverse_kl(model: LanguageModel, teacher: Teacher, rollouts: Rollouts, batch_size: int = 16) -> list[float]:
+    """Mean of ``logpi - logq`` over the tokens of each fresh rollout, nats."""
+    targets = teacher.score(rollouts, TeacherRequest())
+    means: list[float] = []
+    for rows, scored in model.score_in_chunks(rollouts, batch_size):
+        logprobs = scored.padded(scored.statistics().logprobs).cpu()
+        gaps = ((logprobs - targets.logprobs[rows]) * rollouts.mask[rows]).double().sum(1)
+        means += (gaps / rollouts.num_tokens[rows]).tolist()
+    return means
+
+
+def submit_answers(texts: list[str], rollouts: Rollouts, batch: EvaluationBatch) -> Verdicts | None:
+    """Have responses checked, without waiting.
+
+    Args:
+        texts: of the rollouts, see :func:`decode_responses`.
+        rollouts: B of them, on prompts of the batch.
+        batch: gold answers and verifier.
+
+    Returns:
+        A function that waits for the B verdicts; None where there is no verifier.
+    """
+    if batch.verifier is None:
+        return None
+    by_index = {prompt.index: prompt.problem.answer or "" for prompt in batch.prompts}
+    return batch.verifier.submit(texts, [by_index[index] for index in rollouts.prompt_ids.tolist()])
+
+
+def decode_responses(model: LanguageModel, rollouts: Rollouts) -> list[str]:
+    """Text of each response, without special tokens."""
+    rows = zip(rollouts.tokens.tolist(), rollouts.num_tokens.tolist(), strict=True)
+    texts: list[str] = model.tokenizer.batch_decode([r[:n] for r, n in rows], skip_special_tokens=True)
+    return texts

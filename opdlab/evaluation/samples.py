@@ -1,0 +1,224 @@
+"""Samples on disk: one JSON line each, written as they come and taken up again after a kill."""
+
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from opdlab.errors import UsageError, require
+from opdlab.evaluation.settings import difference, digest
+
+SETTINGS, RESULTS = "settings.json", "results.json"
+SETTINGS_PLACEHOLDER = "{settings}"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An answer and what became of it: a line of the file.
+
+    Args:
+        benchmark: name.
+        id: the problem's.
+        sample: number of the sample among those to the problem, from 0.
+        problem: its text, before the template.
+        gold: its gold answer.
+        response: decoded, special tokens left out.
+        extracted: the answer found in the response, if any.
+        correct: the verdict; None where there is no verifier.
+        reason: why, as :class:`opdlab.tasks.Verdict` has it.
+        stop_reason: ``eos`` or ``length``.
+        tokens: length of the response, its stop token included.
+        seed: of the batch that the sample was drawn in.
+        reverse_kl: nats per token of this response, where it was measured.
+    """
+
+    benchmark: str
+    id: str
+    sample: int
+    problem: str
+    gold: str | None
+    response: str
+    extracted: str | None
+    correct: bool | None
+    reason: str | None
+    stop_reason: str
+    tokens: int
+    seed: int
+    reverse_kl: float | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What it is a sample of."""
+        return self.id, self.sample
+
+    def line(self) -> bytes:
+        """The sample as a line of JSON."""
+        # A lone surrogate, which UTF-8 cannot hold, becomes the escape that JSON has for it.
+        return json.dumps(asdict(self), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+
+    @classmethod
+    def parse(cls, line: bytes) -> "Sample | None":
+        """The reverse of :meth:`line`; None for a line that was not written to its end."""
+        if not line.endswith(b"\n"):
+            return None
+        try:
+            return cls(**json.loads(line))
+        except (ValueError, TypeError):
+            return None
+
+
+class _SampleFile:
+    """Lines in the order of the batches: first those of an earlier evaluation are read, then new ones are added."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+        self._reading = True
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise UsageError(
+                f"model.evaluation.samples: another evaluation is writing {path}: wait for it, or give another folder"
+            ) from error
+        self.num_taken_up = 0
+
+    def take(self, keys: Sequence[tuple[str, int]]) -> list[Sample] | None:
+        if not self._reading:
+            return None
+        start = self._file.tell()
+        samples = [sample for _ in keys if (sample := Sample.parse(self._file.readline()))]
+        if [sample.key for sample in samples] == list(keys):
+            self.num_taken_up += 1
+            return samples
+        # Here the earlier evaluation was stopped. A batch is sampled as a whole, so what is there of it goes.
+        self._reading = False
+        self._file.seek(start)
+        self._file.truncate()
+        self.report()
+        return None
+
+    def write(self, samples: Sequence[Sample]) -> None:
+        self._file.write(b"".join(sample.line() for sample in samples))
+        self._file.flush()
+
+    def report(self) -> None:
+        if self.num_taken_up:
+            rank_zero_info(f"{self.num_taken_up} batches taken up from {self.path}")
+
+    def close(self) -> None:
+        if self._reading:  # otherwise it was said when the reading ended
+            self.report()
+        self._file.close()
+
+
+class SampleFolder:
+    """The samples of one evaluation, with the settings that they were sampled under.
+
+    ``settings.json``, ``<benchmark>-<process>.jsonl``, and at the end ``results.json``.
+
+    Args:
+        folder: where; ``{settings}`` in it is replaced by a digest of what is compared.
+        settings: ``compared``: whatever the samples depend on, by the key that the user knows; ``about``: the rest.
+        rank: this process.
+        replace: throw samples of other settings away instead of refusing them.
+        barrier: waits for all processes.
+
+    Raises:
+        UsageError: the folder cannot be written, is in use, or holds samples of other settings.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        settings: dict[str, Any],
+        *,
+        rank: int = 0,
+        replace: bool = False,
+        barrier: Callable[[], None] = lambda: None,
+    ) -> None:
+        compared = settings["compared"]
+        self.path = Path(str(folder).replace(SETTINGS_PLACEHOLDER, digest(compared)[:8]))
+        self.settings = settings
+        self._rank = rank
+        self._files: dict[str, _SampleFile] = {}
+        with self._explained():
+            self.path.mkdir(parents=True, exist_ok=True)
+            differs = self._difference(compared)
+        require(
+            replace or differs is None,
+            f"model.evaluation.samples is '{self.path}', which holds samples of other settings: {differs}; "
+            "give another folder",
+        )
+        barrier()  # everyone has looked before anything changes
+        if rank == 0:
+            with self._explained():
+                if differs is not None:
+                    for file in [*self.path.glob("*.jsonl"), self.path / RESULTS]:
+                        file.unlink(missing_ok=True)
+                if differs is not None or not (self.path / SETTINGS).exists():
+                    self._write_json(SETTINGS, settings)
+        barrier()
+
+    def take(self, benchmark: str, keys: Sequence[tuple[str, int]]) -> list[Sample] | None:
+        """The next batch of the benchmark, if an earlier evaluation left it whole.
+
+        Args:
+            benchmark: name.
+            keys: (problem id, number of the sample) of every sample in the batch, in order.
+        """
+        with self._explained():
+            return self._file(benchmark).take(keys)
+
+    def write(self, samples: Sequence[Sample]) -> None:
+        """Add a batch, all of one benchmark. It is the system's when this returns, and survives a kill."""
+        with self._explained():
+            self._file(samples[0].benchmark).write(samples)
+
+    def write_results(self, results: dict[str, Any]) -> None:
+        """Write ``results.json``, from the first process."""
+        if self._rank == 0:
+            with self._explained():
+                self._write_json(RESULTS, results)
+
+    def close(self) -> None:
+        """Let go of the files."""
+        for file in self._files.values():
+            file.close()
+        self._files = {}
+
+    def _file(self, benchmark: str) -> _SampleFile:
+        if benchmark not in self._files:
+            self._files[benchmark] = _SampleFile(self.path / f"{benchmark}-{self._rank}.jsonl")
+        return self._files[benchmark]
+
+    def _difference(self, compared: dict[str, Any]) -> str | None:
+        path = self.path / SETTINGS
+        if not path.exists():
+            stray = next(iter(sorted(self.path.glob("*.jsonl"))), None)
+            return f"it has {stray.name} but no {SETTINGS}" if stray else None
+        try:
+            return difference(json.loads(path.read_text())["compared"], compared)
+        except (ValueError, KeyError, TypeError):
+            return f"its {SETTINGS} cannot be read"
+
+    def _write_json(self, name: str, content: dict[str, Any]) -> None:
+        part = self.path / f"{name}.part"
+        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        part.replace(self.path / name)  # at once, so that no half of it is ever read
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UsageError(
+                f"model.evaluation.samples is '{self.path}', which cannot be written ({error.strerror or error}): "
+                "give another folder"
+            ) from error

@@ -1,0 +1,39 @@
+"""maj@n as a torchmetrics metric."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from opdlab.metrics.functional import majority_vote
+from opdlab.metrics.problem_mean import ProblemMean
+
+
+class MajorityVote(ProblemMean):
+    """Share of problems whose most frequent answer is right, synchronised across processes.
+
+    How votes are counted and ties broken is in :func:`opdlab.metrics.functional.majority_vote`.
+
+    Example:
+        >>> import torch
+        >>> metric = MajorityVote()
+        >>> correct = torch.tensor([[True, True, False], [True, False, False]])
+        >>> metric.update([["4", "4", "5"], ["1", "2", None]], correct)
+        >>> metric.compute()
+        tensor(0.7500)
+
+    Reference:
+        Wang et al., "Self-Consistency Improves Chain of Thought Reasoning in Language Models", arXiv 2203.11171.
+    """
+
+    higher_is_better = True
+
+    def update(  # type: ignore[override] # as torchmetrics' own subclasses do
+        self, answers: Sequence[Sequence[str | None]], correct: Tensor
+    ) -> None:
+        """Count some problems.
+
+        Args:
+            answers: P rows of n answers, None where none was extracted.
+            correct: [P, n] bool.
+        """
+        super().update(majority_vote(answers, correct))
