@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 _BOXED = "\\boxed{"
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)  # with what a backslash escapes: \{ is a brace on paper, not in TeX
+_DEPTHS = {"{": 1, "}": -1}
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,12 @@ def last_boxed(text: str) -> str | None:
     start = text.rfind(_BOXED)
     if start < 0:
         return None
-    depth = 1
-    for match in re.finditer(r"[{}]", text[start + len(_BOXED) :]):
-        depth += 1 if match.group() == "{" else -1
+    # From the last box on, each character is looked at once, however many braces a hostile text has.
+    depth, first = 1, start + len(_BOXED)
+    for match in _BRACES.finditer(text, first):
+        depth += _DEPTHS.get(match.group(), 0)
         if depth == 0:
-            return text[start + len(_BOXED) :][: match.start()]
+            return text[first : match.start()]
     return None
 
 
