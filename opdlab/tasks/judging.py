@@ -9,7 +9,6 @@ This module is imported in those processes and must stay light: no torch.
 
 import functools
 import gc
-import hashlib
 import json
 import logging
 import mmap
@@ -23,8 +22,8 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from opdlab.tasks.quantities import Quantity, parse_quantity, same_quantity, tidy
+from opdlab.tasks.verifier import bounded_form
 
-_MAX_EXTRACTED = 200
 # A child that has grown by more than this is replaced: SymPy's caches keep what it has seen.
 _MAX_GROWTH = 256 << 20
 
@@ -140,14 +139,14 @@ def canonical(text: str, quantity: Quantity | None, gold: Quantity | None = None
     """
     if quantity is not None:
         dropped = gold is None or gold.unit in (None, quantity.unit)
-        return _bounded(str(quantity.value if dropped else quantity))
+        return bounded_form(str(quantity.value if dropped else quantity))
     words = _plain_text(text)
     if re.fullmatch(r"[a-zA-Z][a-zA-Z ]+", words):
-        return _bounded(words.lower())
+        return bounded_form(words.lower())
     if _NUMBERS_SIDE_BY_SIDE.fullmatch(words):
-        return _bounded(words)
+        return bounded_form(words)
     found = _boxed(tidy(text))
-    return _bounded(_evaluated(found[0]) if found and not isinstance(found[0], str) else words)
+    return bounded_form(_evaluated(found[0]) if found and not isinstance(found[0], str) else words)
 
 
 def _evaluated(expression: Any) -> str:
@@ -178,15 +177,6 @@ def _is_small_polynomial(expression: Any) -> bool:
     return len(list(sympy.preorder_traversal(expression))) < 60 and all(
         power.exp.is_Rational and abs(power.exp) <= 8 for power in powers
     )
-
-
-def _bounded(text: str) -> str:
-    """Keep long texts apart by a hash of what is cut off; no lone surrogates, which no file can hold."""
-    text = text.encode("utf-8", "backslashreplace").decode()
-    if len(text) <= _MAX_EXTRACTED:
-        return text
-    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return f"{text[: _MAX_EXTRACTED - 20]}...#{digest}"
 
 
 # -- the process -----------------------------------------------------------------------------------------------------

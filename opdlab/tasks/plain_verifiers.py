@@ -7,9 +7,8 @@ from fractions import Fraction
 
 from opdlab.errors import UsageError, require
 from opdlab.tasks.quantities import parse_number, tidy
-from opdlab.tasks.verifier import Verdict, Verifier, last_boxed
+from opdlab.tasks.verifier import Verdict, Verifier, bounded_form, last_boxed
 
-_MAX_EXTRACTED = 200
 # Without a box the answer is looked for at the end; an answer that is further away than this is none.
 _TAIL_CHARACTERS = 2000
 
@@ -17,7 +16,7 @@ _TAIL_CHARACTERS = 2000
 class ExactMatchVerifier(Verifier):
     r"""Right when the answer has the same text as the gold one.
 
-    ``extracted`` is the text as it is compared, at most 200 characters of it.
+    ``extracted`` is the text as it is compared.
 
     Args:
         boxed: the answer is what stands in the last ``\boxed{…}``; else it is the whole response.
@@ -45,7 +44,7 @@ class ExactMatchVerifier(Verifier):
             return Verdict(False, None, "no answer")
         answer = self._normalised(answer)
         equal = answer == self._normalised(gold)
-        return Verdict(equal, answer[:_MAX_EXTRACTED], "equal" if equal else "different")
+        return Verdict(equal, bounded_form(answer), "equal" if equal else "different")
 
     def _normalised(self, text: str) -> str:
         text = " ".join(text.split()) if self.collapse_whitespace else text
@@ -99,10 +98,10 @@ class NumericVerifier(Verifier):
             return Verdict(False, None, "no answer")
         found = _number(token)
         if found is None:
-            return Verdict(False, token[:_MAX_EXTRACTED], "number out of range")
+            return Verdict(False, bounded_form(token), "number out of range")
         tolerance = max(Fraction(self.absolute_tolerance), Fraction(self.relative_tolerance) * abs(wanted))
         equal = abs(found - wanted) <= tolerance
-        return Verdict(equal, str(found)[:_MAX_EXTRACTED], "equal" if equal else "different")
+        return Verdict(equal, bounded_form(str(found)), "equal" if equal else "different")
 
 
 # Possessive quantifiers: no text makes this look at a character more than a few times.

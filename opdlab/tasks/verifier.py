@@ -1,10 +1,12 @@
 """Verifiers decide whether a response answers a problem."""
 
+import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+_MAX_EXTRACTED = 200
 _BOXED = "\\boxed{"
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)  # with what a backslash escapes: \{ is a brace on paper, not in TeX
 _DEPTHS = {"{": 1, "}": -1}
@@ -16,7 +18,8 @@ class Verdict:
 
     Args:
         correct: whether the answer counts as right.
-        extracted: the answer that was found in the response, or None.
+        extracted: the answer that was found in the response, or None. Verifiers give answers that they take for equal
+            the same text as far as they can, so that a majority vote can count them; at most 200 characters.
         reason: why, in a word or two: ``equal``, ``different``, ``no answer``, ``time limit``, …
     """
 
@@ -67,6 +70,22 @@ def last_boxed(text: str) -> str | None:
     return None
 
 
+def bounded_form(text: str) -> str:
+    """Return ``text``, or where it is long its beginning and a hash of it all, so that different texts stay apart.
+
+    Lone surrogates, which no file can hold, are escaped.
+
+    Example:
+        >>> bounded_form("12"), len(bounded_form("7" * 10_000))
+        ('12', 200)
+    """
+    text = text.encode("utf-8", "backslashreplace").decode()
+    if len(text) <= _MAX_EXTRACTED:
+        return text
+    ending = "...#" + hashlib.sha256(text.encode()).hexdigest()[:16]
+    return text[: _MAX_EXTRACTED - len(ending)] + ending
+
+
 class BoxedVerifier(Verifier):
     r"""Right when the text in the last ``\boxed{…}`` equals the gold answer, white space at the ends aside.
 
@@ -91,6 +110,6 @@ class BoxedVerifier(Verifier):
         if answer is None:
             return Verdict(False, None, "no answer")
         if self.at_end and not response.rstrip().endswith(_BOXED + answer + "}"):
-            return Verdict(False, answer, "text after the answer")
+            return Verdict(False, bounded_form(answer.strip()), "text after the answer")
         equal = answer.strip() == gold.strip()
-        return Verdict(equal, answer, "equal" if equal else "different")
+        return Verdict(equal, bounded_form(answer.strip()), "equal" if equal else "different")

@@ -148,6 +148,12 @@ def test_equal_answers_have_one_form(
     assert [verdict.extracted for verdict in verdicts] == [extracted] * len(answers)
 
 
+def test_gold_answers_equal_themselves_also_where_texts_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opdlab.tasks.judging._same_text", lambda answer, gold: False)
+    golds = _golds("math500")[::5]
+    assert [gold for gold in golds if not judge(gold, gold, boxed=True).correct] == []
+
+
 def test_long_forms_are_cut_but_kept_apart() -> None:
     a, b = (canonical(rf"\text{{x{'1' * 300}{tail}}}", None) for tail in "ab")
     assert a != b
@@ -408,15 +414,19 @@ def test_bad_options_are_refused(options: dict[str, float], message: str) -> Non
 # -- real golds ------------------------------------------------------------------------------------------------------
 
 
+def _golds(name: str) -> list[str]:
+    path = DATA / f"{name}.jsonl"
+    if not path.exists():
+        pytest.skip(f"{path} is not there: the evaluation sets are not shipped")
+    return [json.loads(line)["answer"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 @pytest.mark.parametrize(
     ("name", "step"),
     [("aime24", 1), ("aime25", 1), ("amc23", 1), ("math500", 1), ("gsm8k_test", 1), ("dapo_math_17k", 17)],
 )
 def test_every_gold_answer_is_its_own_equal(name: str, step: int, verifier: MathVerifier) -> None:
-    path = DATA / f"{name}.jsonl"
-    if not path.exists():
-        pytest.skip(f"{path} is not there: the evaluation sets are not shipped")
-    golds = [json.loads(line)["answer"] for line in path.read_text().splitlines()][::step]
+    golds = _golds(name)[::step]
     verdicts = verifier.verify([f"so the answer is $\\boxed{{{gold}}}$." for gold in golds], golds)
     assert [(g, v) for g, v in zip(golds, verdicts, strict=True) if not v.correct] == []
     shifted = verifier.verify([f"\\boxed{{{gold}}}" for gold in golds[1:] + golds[:1]], golds)
