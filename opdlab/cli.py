@@ -136,9 +136,7 @@ class OPDCLI(LightningCLI):
         except SystemExit as error:
             if self.stop.path is None:
                 raise
-            raise _InterruptedError(
-                f"stopped at step {self.trainer.global_step}, saved {self.stop.path}"
-            ) from error
+            raise _InterruptedError(f"stopped at step {self.trainer.global_step}, saved {self.stop.path}") from error
 
     # -- before and after ----------------------------------------------------------------------------------------
 
