@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=10,
         choices=range(1, 11),
         metavar="N",
-        help="layers left out, 1 to 10 (default 10)",
+        help="layers left out, 1 to 10",
     )
     options = parser.parse_args(arguments)
     removed = LEAST_INFLUENCE[: options.remove]

@@ -37,7 +37,9 @@ PUBLIC = {
     "opdlab.objectives.functional": ["sampled_token_loss", "teacher_topk_loss"],
     "opdlab.scoring": ["support_logits", "token_logprobs"],
     "opdlab.metrics": ["MajorityVote", "PassAtK", "ProblemMean"],
-    "opdlab.tasks": ["BoxedVerifier", "MathVerifier", "Verdict", "Verifier"],
+    "opdlab.tasks": [
+        *("BoxedVerifier", "ExactMatchVerifier", "MathVerifier", "NumericVerifier", "Verdict", "Verifier"),
+    ],
     "opdlab.rollouts": ["Minibatch", "Pool", "RolloutLoader", "Rollouts", "StopReason", "Targets"],
     "opdlab.policies": [
         *("AdapterConfig", "BaseTeacher", "StopTokens", "single_token_ids", "warn_of_stop_tokens"),

@@ -1,11 +1,15 @@
 """Verifiers decide whether a response answers a problem."""
 
+import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+_MAX_EXTRACTED = 200
 _BOXED = "\\boxed{"
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)  # with what a backslash escapes: \{ is a brace on paper, not in TeX
+_DEPTHS = {"{": 1, "}": -1}
 
 
 @dataclass(frozen=True)
@@ -14,7 +18,8 @@ class Verdict:
 
     Args:
         correct: whether the answer counts as right.
-        extracted: the answer that was found in the response, or None.
+        extracted: the answer that was found in the response, or None. Verifiers give answers that they take for equal
+            the same text as far as they can, so that a majority vote can count them; at most 200 characters.
         reason: why, in a word or two: ``equal``, ``different``, ``no answer``, ``time limit``, …
     """
 
@@ -56,12 +61,29 @@ def last_boxed(text: str) -> str | None:
     start = text.rfind(_BOXED)
     if start < 0:
         return None
-    depth = 1
-    for match in re.finditer(r"[{}]", text[start + len(_BOXED) :]):
-        depth += 1 if match.group() == "{" else -1
+    # From the last box on, each character is looked at once, however many braces a hostile text has.
+    depth, first = 1, start + len(_BOXED)
+    for match in _BRACES.finditer(text, first):
+        depth += _DEPTHS.get(match.group(), 0)
         if depth == 0:
-            return text[start + len(_BOXED) :][: match.start()]
+            return text[first : match.start()]
     return None
+
+
+def bounded_form(text: str) -> str:
+    """Return ``text``, or where it is long its beginning and a hash of it all, so that different texts stay apart.
+
+    Lone surrogates, which no file can hold, are escaped.
+
+    Example:
+        >>> bounded_form("12"), len(bounded_form("7" * 10_000))
+        ('12', 200)
+    """
+    text = text.encode("utf-8", "backslashreplace").decode()
+    if len(text) <= _MAX_EXTRACTED:
+        return text
+    ending = "...#" + hashlib.sha256(text.encode()).hexdigest()[:16]
+    return text[: _MAX_EXTRACTED - len(ending)] + ending
 
 
 class BoxedVerifier(Verifier):
@@ -88,6 +110,6 @@ class BoxedVerifier(Verifier):
         if answer is None:
             return Verdict(False, None, "no answer")
         if self.at_end and not response.rstrip().endswith(_BOXED + answer + "}"):
-            return Verdict(False, answer, "text after the answer")
+            return Verdict(False, bounded_form(answer.strip()), "text after the answer")
         equal = answer.strip() == gold.strip()
-        return Verdict(equal, answer, "equal" if equal else "different")
+        return Verdict(equal, bounded_form(answer.strip()), "equal" if equal else "different")

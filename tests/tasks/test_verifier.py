@@ -1,18 +1,17 @@
-"""Verifiers: what counts as right, and that no answer can hang or kill the run."""
+"""Where an answer is found, and verifiers that compare text and numbers in this process."""
 
-import pickle
-import resource
+import json
 import time
-from collections.abc import Iterator
+from fractions import Fraction
 
 import pytest
+from jsonargparse import ArgumentParser
 
+import opdlab.tasks
 from opdlab.errors import UsageError
-from opdlab.tasks import BoxedVerifier, MathVerifier, Verdict
-from opdlab.tasks.math_verifier import _start_worker
+from opdlab.tasks import BoxedVerifier, ExactMatchVerifier, NumericVerifier, Verdict, Verifier
+from opdlab.tasks.hostile import HOSTILE_ANSWERS
 from opdlab.tasks.verifier import last_boxed
-
-TIME_LIMIT = 2.0
 
 
 @pytest.mark.parametrize(
@@ -33,6 +32,12 @@ TIME_LIMIT = 2.0
         ("}{", None),
         ("x" * 200_000, None),
         ("{" * 200_000, None),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{ 1 \right.}", r"\left\{ 1 \right."),
+        (r"\boxed{a \\}", r"a \\"),
+        ("\\boxed{" * 25_000, None),
+        ("\\boxed{" * 25_000 + "1}", "1"),
+        ("\\boxed{" + "\\" * 200_000 + "}", "\\" * 200_000),
         ("\\boxed{" + "{" * 100_000 + "}" * 100_000 + "}", "{" * 100_000 + "}" * 100_000),
     ],
 )
@@ -70,142 +75,110 @@ def test_verifiers_want_as_many_golds_as_responses() -> None:
         BoxedVerifier().verify(["1", "2"], ["1"])
 
 
-@pytest.fixture(scope="module")
-def verifier() -> Iterator[MathVerifier]:
-    """One for all, so that each test also shows that those before it left the workers in health."""
-    verifier = MathVerifier(num_workers=2, time_limit=TIME_LIMIT)
-    assert verifier.verify([r"\boxed{1}"], ["1"])[0].correct  # the workers' start is on nobody's clock
-    yield verifier
-    assert verifier.verify([r"\boxed{1}", r"\boxed{2}"] * 4, ["1"] * 8) == _verdicts("1", "2") * 4
-
-
-def _verdicts(*answers: str) -> list[Verdict]:
-    return [Verdict(answer == "1", answer, "equal" if answer == "1" else "different") for answer in answers]
-
-
-RIGHT = [
-    (r"thus \boxed{\frac{2}{4}}", "0.5"),
-    (r"\boxed{\dfrac12}", r"\frac{1}{2}"),
-    (r"\boxed{1,000}", "1000"),
-    (r"\boxed{2^{10}}", "1024"),
-    (r"\boxed{\sqrt{8}}", r"2\sqrt{2}"),
-    (r"\boxed{x^2+2x+1}", "(x+1)^2"),
-    (r"\boxed{(1,2)}", "(1, 2)"),
-    (r"\boxed{\{3, 1, 2\}}", r"\{1,2,3\}"),
-    (r"no, \boxed{3}, rather \boxed{4}", "4"),
-    ("The final answer is $72$.", "72"),
-]
-WRONG = [
-    (r"\boxed{7}", "8"),
-    (r"\boxed{-7}", "7"),
-    (r"\boxed{0.33}", r"\frac{1}{3}"),
-    (r"\boxed{(2,1)}", "(1,2)"),
-    (r"no, \boxed{4}, rather \boxed{3}", "4"),
-    (r"\boxed{}", "1"),
-    ("", "1"),
-    ("I do not know.", "1"),
-]
-
-
-def test_right_and_equivalent_answers(verifier: MathVerifier) -> None:
-    verdicts = verifier.verify(*zip(*RIGHT, strict=True))
-    assert [case for case, verdict in zip(RIGHT, verdicts, strict=True) if not verdict.correct] == []
-
-
-def test_wrong_answers(verifier: MathVerifier) -> None:
-    verdicts = verifier.verify(*zip(*WRONG, strict=True))
-    assert [case for case, verdict in zip(WRONG, verdicts, strict=True) if verdict.correct] == []
-    assert verdicts[-1].reason == "no answer"
-
-
-HOSTILE = {
-    "tower": r"\boxed{10^{10^{10}}}",
-    "taller tower": r"\boxed{9^{9^{9^{9^{9}}}}}",
-    "factorials": r"\boxed{" + "(" * 6 + "9" + ")!" * 6 + "}",
-    "parentheses": r"\boxed{" + "(" * 2000 + "1" + ")" * 2000 + "}",
-    "open parentheses": r"\boxed{" + "(" * 2000 + "1}",
-    "no box": "2+" * 100_000,
-    "long number": r"\boxed{" + "7" * 200_000 + "}",
-    "fractions": r"\boxed{" + r"\frac{1}{" * 300 + "2" + "}" * 300 + "}",
-    "null bytes": "\\boxed{\x00\x00}",
-    "surrogate": "\\boxed{\ud800}",
-    "code": r"\boxed{__import__('os')._exit(1)}",
-}
-
-
-def test_hostile_answers_end_and_harm_nobody(verifier: MathVerifier) -> None:
-    responses = [text for hostile in HOSTILE.values() for text in (hostile, r"\boxed{1}")]
-    started = time.monotonic()
+@pytest.mark.parametrize("verifier", [BoxedVerifier(), ExactMatchVerifier(), NumericVerifier()])
+def test_extraction_is_quick_on_hostile_text(verifier: Verifier) -> None:
+    responses = [text * (1_000_000 // len(text)) for text in HOSTILE_ANSWERS.values() if len(text) < 1_000_000]
+    started = time.process_time()
     verdicts = verifier.verify(responses, ["1"] * len(responses))
-    elapsed = time.monotonic() - started
-    # Two workers; a second and a half for starting another after each kill.
-    assert elapsed < len(HOSTILE) / 2 * (TIME_LIMIT + 1.5) + 5
-    assert [name for name, verdict in zip(HOSTILE, verdicts[::2], strict=True) if verdict.correct] == []
-    assert verdicts[1::2] == _verdicts("1") * len(HOSTILE)  # the honest ones between them, in their places
-
-
-def test_time_limit_is_kept(verifier: MathVerifier) -> None:
-    started = time.monotonic()
-    verdict = verifier.verify([HOSTILE["taller tower"]], ["1"])[0]
-    assert verdict == Verdict(False, None, "time limit")
-    assert time.monotonic() - started < TIME_LIMIT + 4
-
-
-def test_hostile_gold_is_no_different(verifier: MathVerifier) -> None:
-    verdicts = verifier.verify([r"\boxed{1}", r"\boxed{1}"], [r"9^{9^{9^{9^{9}}}}", "1"])
-    assert [verdict.correct for verdict in verdicts] == [False, True]
-
-
-def test_order_is_kept(verifier: MathVerifier) -> None:
-    golds = [str(i) for i in range(24)]
-    responses = [rf"\boxed{{{i if i % 3 else i + 1}}}" for i in range(24)]
-    verdicts = verifier.verify(responses, golds)
-    assert [verdict.correct for verdict in verdicts] == [bool(i % 3) for i in range(24)]
-    assert [verdict.extracted for verdict in verdicts] == [str(i if i % 3 else i + 1) for i in range(24)]
-
-
-def test_pickles_without_its_workers(verifier: MathVerifier) -> None:
-    copy = pickle.loads(pickle.dumps(verifier))
-    assert (copy.num_workers, copy.time_limit) == (2, TIME_LIMIT)
-    assert copy._pool is None
-    assert verifier._pool is not None
-
-
-def test_nothing_to_verify(verifier: MathVerifier) -> None:
-    assert verifier.verify([], []) == []
+    assert time.process_time() - started < 0.1 * len(responses)  # 1 MB each; quadratic would be minutes
+    assert max(len(verdict.extracted or "") for verdict in verdicts) <= 200
+    "".join(verdict.extracted or "" for verdict in verdicts).encode()  # can be written to a file
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "response", "gold", "correct"),
     [
-        ({"num_workers": 0}, "num_workers is 0, but must be at least 1"),
-        ({"time_limit": 0.0}, "time_limit is 0.0, but must be above 0"),
-        ({"time_limit": -1.0}, "time_limit is -1.0"),
+        ({}, r"so \boxed{ north \n east }", "north east", True),
+        ({}, r"so \boxed{North}", "north", False),
+        ({"ignore_case": True}, r"so \boxed{NORTH}", "north", True),
+        ({"collapse_whitespace": False}, r"\boxed{north }", "north", False),
+        ({}, "north", "north", False),
+        ({"boxed": False}, " north\n", "north", True),
+        ({"boxed": False}, "so north", "north", False),
+        ({}, r"\boxed{1.0}", "1", False),
     ],
 )
-def test_bad_options_are_refused(options: dict[str, float], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        MathVerifier(**options)  # type: ignore[arg-type]
-
-
-def test_workers_that_cannot_start_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opdlab.tasks.math_verifier._start_worker", _refuse_to_start)
-    with pytest.raises(RuntimeError):
-        MathVerifier(num_workers=1).verify([r"\boxed{1}"], ["1"])
-
-
-def _refuse_to_start() -> None:
-    raise OSError("no")
+def test_exact_match(options: dict[str, bool], response: str, gold: str, correct: bool) -> None:
+    assert ExactMatchVerifier(**options).verify([response.replace(r"\n", "\n")], [gold])[0].correct is correct
 
 
 @pytest.mark.parametrize(
-    ("hard", "expected"), [(1 << 30, 1 << 30), (1 << 40, 4 << 30), (resource.RLIM_INFINITY, 4 << 30)]
+    ("response", "gold", "extracted"),
+    [
+        ("it takes 3 days, so 12 in all", "12", "12"),
+        ("so \\boxed{x = -3.50} and 7 more", "-7/2", "-7/2"),
+        (r"\boxed{\frac{3}{4}}", "0.75", "3/4"),
+        (r"\boxed{\dfrac{-3}{4}}", "-0.75", "-3/4"),
+        ("it costs $1,250.", "1250", "1250"),
+        ("5-3", "3", "3"),
+        ("1.5e3 m", "$1500$", "1500"),
+        ("from 1, 2 to 3.", "3", "3"),
+        ("that is .5", "1/2", "1/2"),
+    ],
 )
-def test_workers_memory_is_bounded_within_the_systems_limit(
-    hard: int, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    limits: list[object] = []
-    monkeypatch.setattr(resource, "getrlimit", lambda kind: (hard, hard))
-    monkeypatch.setattr(resource, "setrlimit", lambda kind, limit: limits.append((kind, limit)))
-    _start_worker()
-    assert limits == [(resource.RLIMIT_AS, (expected, hard))]
+def test_last_number(response: str, gold: str, extracted: str) -> None:
+    assert NumericVerifier().verify([response], [gold])[0] == Verdict(True, extracted, "equal")
+
+
+@pytest.mark.parametrize(
+    ("response", "reason"),
+    [
+        ("no number", "no answer"),
+        ("", "no answer"),
+        (r"12 \boxed{none}", "no answer"),
+        ("1e999999999", "number out of range"),
+        ("-1e-999999999", "number out of range"),
+        ("7" * 100_000, "number out of range"),
+        ("1/0", "number out of range"),
+        ("12.5", "different"),
+        ("\u0661\u0662 \u00b2", "no answer"),  # digits elsewhere, not here
+    ],
+)
+def test_numbers_that_are_wrong(response: str, reason: str) -> None:
+    verdict = NumericVerifier().verify([response], ["12"])[0]
+    assert (verdict.correct, verdict.reason) == (False, reason)
+
+
+def test_tolerances_are_inclusive_and_the_larger_counts() -> None:
+    for verifier, largest in (
+        (NumericVerifier(absolute_tolerance=0.5), Fraction(1, 2)),
+        (NumericVerifier(relative_tolerance=0.125), 25),
+        (NumericVerifier(relative_tolerance=0.125, absolute_tolerance=2), 25),
+        (NumericVerifier(relative_tolerance=0.125, absolute_tolerance=32), 32),
+    ):
+        responses = [str(float(200 + sign * largest * scale)) for sign in (1, -1) for scale in (1, 1.01)]
+        assert [v.correct for v in verifier.verify(responses, ["200"] * 4)] == [True, False, True, False]
+
+
+def test_a_gold_answer_must_be_a_number() -> None:
+    with pytest.raises(UsageError, match="'east' is not a number .* use opdlab.tasks.MathVerifier"):
+        NumericVerifier().verify(["1"], ["east"])
+
+
+@pytest.mark.parametrize("key", ["relative_tolerance", "absolute_tolerance"])
+@pytest.mark.parametrize("value", [-0.1, float("nan"), float("inf")])
+def test_bad_tolerances_are_refused(key: str, value: float) -> None:
+    with pytest.raises(UsageError, match=rf"verifier.{key} is {value}, but must be at least 0"):
+        NumericVerifier(**{key: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("BoxedVerifier", {"at_end": True}),
+        ("ExactMatchVerifier", {"boxed": False, "ignore_case": True}),
+        ("NumericVerifier", {"relative_tolerance": 0.5}),
+        ("MathVerifier", {"num_workers": 3, "time_limit": 2.0, "memory_limit": 2048}),
+    ],
+)
+def test_verifiers_can_be_given_in_yaml(name: str, options: dict[str, object]) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--verifier", type=Verifier)
+    given = json.dumps({"class_path": f"opdlab.tasks.{name}", "init_args": options})
+    verifier = parser.instantiate_classes(parser.parse_args(["--verifier", given])).verifier
+    assert type(verifier) is getattr(opdlab.tasks, name)
+    assert {key: getattr(verifier, key) for key in options} == options
+
+
+def test_submit_waits_for_nothing_by_default() -> None:
+    assert ExactMatchVerifier().submit([r"\boxed{1}"], ["1"])() == [Verdict(True, "1", "equal")]

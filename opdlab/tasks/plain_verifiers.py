@@ -1,0 +1,128 @@
+r"""Verifiers for answers that are plain text or plain numbers: quick, exact, in this process."""
+
+import math
+import re
+from collections.abc import Sequence
+from fractions import Fraction
+
+from opdlab.errors import UsageError, require
+from opdlab.tasks.quantities import parse_number, tidy
+from opdlab.tasks.verifier import Verdict, Verifier, bounded_form, last_boxed
+
+# Without a box the answer is looked for at the end; an answer that is further away than this is none.
+_TAIL_CHARACTERS = 2000
+
+
+class ExactMatchVerifier(Verifier):
+    r"""Right when the answer has the same text as the gold one.
+
+    ``extracted`` is the text as it is compared.
+
+    Args:
+        boxed: the answer is what stands in the last ``\boxed{…}``; else it is the whole response.
+        collapse_whitespace: any run of white space counts as one space, and none at the ends.
+        ignore_case: ``East`` is ``east``.
+
+    Example:
+        >>> verifier = ExactMatchVerifier(ignore_case=True)
+        >>> [verdict.correct for verdict in verifier.verify([r"\boxed{North  East}", "north east"], ["north east"] * 2)]
+        [True, False]
+    """
+
+    def __init__(self, boxed: bool = True, collapse_whitespace: bool = True, ignore_case: bool = False) -> None:
+        self.boxed = boxed
+        self.collapse_whitespace = collapse_whitespace
+        self.ignore_case = ignore_case
+
+    def verify(self, responses: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
+        """See :meth:`Verifier.verify`."""
+        return [self._verdict(response, gold) for response, gold in zip(responses, golds, strict=True)]
+
+    def _verdict(self, response: str, gold: str) -> Verdict:
+        answer = last_boxed(response) if self.boxed else response
+        if answer is None:
+            return Verdict(False, None, "no answer")
+        answer = self._normalised(answer)
+        equal = answer == self._normalised(gold)
+        return Verdict(equal, bounded_form(answer), "equal" if equal else "different")
+
+    def _normalised(self, text: str) -> str:
+        text = " ".join(text.split()) if self.collapse_whitespace else text
+        return text.casefold() if self.ignore_case else text
+
+
+class NumericVerifier(Verifier):
+    r"""Right when the last number of the answer is the gold one, within a tolerance.
+
+    The last number of the last ``\boxed{…}`` counts, or without a box the last number of the response. Numbers are
+    integers, decimals, fractions (``3/4``, ``\frac{3}{4}``), thousands with commas, and ``1.2e5``; they are compared
+    as exact fractions, and ``extracted`` is that fraction. Units and words are not looked at:
+    :class:`~opdlab.tasks.MathVerifier` is the stricter judge.
+
+    Args:
+        relative_tolerance: as a share of the gold value, at least 0.
+        absolute_tolerance: at least 0; the larger of the two tolerances counts.
+
+    Raises:
+        UsageError: a tolerance is out of range, or, when verifying, a gold answer is not a number.
+
+    Example:
+        >>> NumericVerifier().verify(["3 dozen make 36.0 eggs"], ["36"])[0]
+        Verdict(correct=True, extracted='36', reason='equal')
+        >>> NumericVerifier(relative_tolerance=0.01).verify([r"\boxed{3.14}"], ["3.1416"])[0].correct
+        True
+    """
+
+    def __init__(self, relative_tolerance: float = 0.0, absolute_tolerance: float = 0.0) -> None:
+        for key, value in (("relative_tolerance", relative_tolerance), ("absolute_tolerance", absolute_tolerance)):
+            require(
+                value >= 0 and math.isfinite(value),
+                f"verifier.{key} is {value}, but must be at least 0 and finite: use 0 for exact equality",
+            )
+        self.relative_tolerance = relative_tolerance
+        self.absolute_tolerance = absolute_tolerance
+
+    def verify(self, responses: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
+        """See :meth:`Verifier.verify`."""
+        return [self._verdict(response, gold) for response, gold in zip(responses, golds, strict=True)]
+
+    def _verdict(self, response: str, gold: str) -> Verdict:
+        wanted = _number(tidy(gold).lstrip("$"))
+        if wanted is None:
+            raise UsageError(
+                f"the gold answer {gold[:80]!r} is not a number that NumericVerifier can read: correct it, or use "
+                "opdlab.tasks.MathVerifier or ExactMatchVerifier"
+            )
+        token = _last_number(response)
+        if token is None:
+            return Verdict(False, None, "no answer")
+        found = _number(token)
+        if found is None:
+            return Verdict(False, bounded_form(token), "number out of range")
+        tolerance = max(Fraction(self.absolute_tolerance), Fraction(self.relative_tolerance) * abs(wanted))
+        equal = abs(found - wanted) <= tolerance
+        return Verdict(equal, bounded_form(str(found)), "equal" if equal else "different")
+
+
+# Possessive quantifiers: no text makes this look at a character more than a few times.
+_DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)"
+_LAST_NUMBER = re.compile(
+    r"(?:(?<![0-9a-zA-Z)}])[+-])?"
+    rf"(?:\\frac\s*+\{{-?[0-9]++\}}\s*+\{{[0-9]++\}}|[0-9]++/[0-9]++|{_DIGITS}?\.[0-9]++(?:[eE][+-]?[0-9]++)?"
+    rf"|{_DIGITS}(?:[eE][+-]?[0-9]++)?)"
+)
+
+
+def _last_number(response: str) -> str | None:
+    boxed = last_boxed(response)
+    text = response if boxed is None else boxed
+    token = None
+    for match in _LAST_NUMBER.finditer(tidy(text[-_TAIL_CHARACTERS:])):
+        token = match.group()
+    return token
+
+
+def _number(token: str) -> Fraction | None:
+    sign, unsigned = (-1, token[1:]) if token.startswith("-") else (1, token.removeprefix("+"))
+    value = parse_number(unsigned)
+    return None if value is None else sign * value

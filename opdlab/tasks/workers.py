@@ -1,0 +1,173 @@
+"""Processes that judge answers, from the parent's side: one thread feeds one process, one answer at a time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future
+from contextlib import suppress
+from multiprocessing import Pipe
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from opdlab.tasks.judging import Judgement
+
+# Not multiprocessing: it would run the main script again in each process, which imports torch. Its path is ours,
+# since the package may be importable only by what this process did to sys.path.
+_PROGRAM = (
+    "import json, sys; fd, path, *limits = json.loads(sys.argv[1]); sys.path[:] = path; "
+    "from multiprocessing.connection import Connection; from opdlab.tasks.judging import serve; "
+    "serve(Connection(fd), *limits)"
+)
+_START_LIMIT = 300.0  # seconds; a cold file system on a busy cluster is slow
+# The kernel ends an answer at its limit; this is for a process that was stopped or lost.
+_GRACE = 5.0
+
+
+class WorkerStartError(RuntimeError):
+    """No process can be started: never an answer's fault."""
+
+
+class WorkerPool:
+    """Judges answers in processes that are killed when an answer takes too long.
+
+    Args:
+        num_workers: processes; each starts with the first answer that it gets.
+        time_limit: seconds for one answer, neither a process's start nor the wait for a free one included.
+        memory_limit: MiB of address space for each process.
+    """
+
+    def __init__(self, num_workers: int, time_limit: float, memory_limit: int) -> None:
+        self.owner = os.getpid()
+        self._limits = time_limit, memory_limit
+        self._tasks: SimpleQueue[tuple[Future[Judgement], bytes] | None] = SimpleQueue()
+        self._lock = threading.RLock()  # the garbage collector may call stop() anywhere
+        self._stopped = False
+        self._broken: WorkerStartError | None = None
+        self._workers: set[_Worker] = set()
+        # Daemons: an interpreter that ends must not wait for answers that nobody will look at.
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(num_workers)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, answer: str, gold: str, boxed: bool) -> "Future[Judgement]":
+        """Queue an answer; the future raises :class:`WorkerStartError` where no process can be started."""
+        future: Future[Judgement] = Future()
+        self._tasks.put((future, json.dumps([answer, gold, boxed]).encode()))
+        return future
+
+    def stop(self) -> None:
+        """End all processes, whatever they are at."""
+        if os.getpid() != self.owner:
+            return  # a fork of the parent that ends must not take the parent's processes along
+        with self._lock:
+            self._stopped = True
+            for worker in list(self._workers):
+                worker.kill()
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout=_GRACE)
+
+    def _run(self) -> None:
+        worker: _Worker | None = None
+        while (task := self._tasks.get()) is not None:
+            future, request = task
+            for reason in (None, "worker died"):
+                try:
+                    worker = worker or self._start()
+                    future.set_result(worker.judge(request))
+                except WorkerStartError as error:
+                    future.set_exception(error)
+                except TimeoutError:
+                    self._end(worker)
+                    worker = None
+                    future.set_result(Judgement(False, None, "time limit"))
+                except (EOFError, OSError):
+                    # The process itself died, not the fork of it that judges: hardly the answer's fault, so once more.
+                    self._end(worker)
+                    worker = None
+                    if reason is None:
+                        continue
+                    future.set_result(Judgement(False, None, reason))
+                break
+        self._end(worker)
+
+    def _start(self) -> "_Worker":
+        if self._broken is not None:
+            raise self._broken
+        with self._lock:
+            if self._stopped:
+                raise WorkerStartError("the verifier was stopped")
+            try:
+                worker = _Worker(*self._limits)
+            except OSError as error:
+                raise WorkerStartError(f"no process can be started to judge answers: {error}") from error
+            self._workers.add(worker)
+        try:
+            worker.wait_until_ready()
+        except WorkerStartError as error:
+            self._end(worker)
+            self._broken = error  # the next would fail in the same way, at the same cost
+            raise
+        return worker
+
+    def _end(self, worker: "_Worker | None") -> None:
+        if worker is not None:
+            with self._lock:
+                self._workers.discard(worker)
+            worker.kill()
+            worker.close()
+
+
+class _Worker:
+    """A process group: the process that was started and the fork of it that judges."""
+
+    def __init__(self, time_limit: float, memory_limit: int) -> None:
+        self._patience = time_limit + _GRACE
+        self._channel, theirs = Pipe()
+        here = str(Path.cwd())
+        argument = json.dumps([theirs.fileno(), [path or here for path in sys.path], time_limit, memory_limit])
+        self._process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", _PROGRAM, argument],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=[theirs.fileno()],
+            process_group=0,  # to be killed with its forks; and Ctrl-C is the parent's business
+            env={**os.environ, "PYTHONHASHSEED": "0"},  # canonical forms are the same in every process
+        )
+        theirs.close()
+
+    def wait_until_ready(self) -> None:
+        try:
+            if self._channel.poll(_START_LIMIT) and self._channel.recv_bytes() == b"ready":
+                return
+        except (EOFError, OSError):
+            pass
+        self.kill()
+        assert self._process.stderr is not None
+        lines = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+        raise WorkerStartError(f"no process can be started to judge answers: {lines[-1] if lines else 'it was killed'}")
+
+    def judge(self, request: bytes) -> Judgement:
+        self._channel.send_bytes(request)
+        if not self._channel.poll(self._patience):
+            raise TimeoutError
+        answer: list[Any] = json.loads(self._channel.recv_bytes())
+        return Judgement(*answer)
+
+    def kill(self) -> None:
+        if self._process.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+    def close(self) -> None:
+        self._channel.close()
+        if self._process.stderr is not None:
+            self._process.stderr.close()
