@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from opdlab.errors import UsageError, require
+from opdlab.policies.heads import check_head, head_of, output_layer
 from opdlab.rollouts.batch import Rollouts
 from opdlab.scoring import Head, TokenStatistics, token_statistics
 
@@ -82,7 +83,7 @@ class LanguageModel(nn.Module):
             # Padding is always masked, so any token serves; reusing the stop token is the usual choice.
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.stop_ids[0])
         self.tokenizer.padding_side = "left"
-        self._check_head()
+        check_head(self.model, self.path, len(self.tokenizer))
 
     @property
     def device(self) -> torch.device:
@@ -93,16 +94,11 @@ class LanguageModel(nn.Module):
     @property
     def vocab_size(self) -> int:
         """Rows of the head, padding rows included."""
-        return int(self._output_layer().weight.shape[0])
+        return int(output_layer(self.model).weight.shape[0])
 
     def head(self, temperature: float = 1.0) -> Head:
         """The model's head, with the scale and soft cap that its architecture applies."""
-        config = self.model.config.get_text_config()
-        scale = float(getattr(config, "logit_scale", None) or 1.0)
-        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-        softcap = getattr(config, "final_logit_softcapping", None)
-        layer = self._output_layer()
-        return Head(layer.weight, getattr(layer, "bias", None), scale, softcap, temperature)
+        return head_of(self.model, temperature)
 
     def score(self, rollouts: Rollouts) -> Scored:
         """Run the model over prompts and responses and return what scores the responses.
@@ -142,32 +138,9 @@ class LanguageModel(nn.Module):
             self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
-    def _output_layer(self) -> nn.Linear:
-        layer: nn.Linear = self.model.get_output_embeddings()
-        return layer
-
     def _hidden_states(self, tokens: Tensor) -> Tensor:
         hidden: Tensor = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         return hidden
-
-    @torch.no_grad()
-    def _check_head(self) -> None:
-        """Compare our head with the model's own on a few tokens: heads that we do not know must not go unnoticed."""
-        require(
-            self.model.get_output_embeddings() is not None,
-            f"model '{self.path}' has no output layer: give a causal language model",
-        )
-        size = min(8, len(self.tokenizer))
-        tokens = torch.arange(size, device=self.device).view(1, -1)
-        attention = torch.ones_like(tokens)
-        own = self.model(input_ids=tokens, attention_mask=attention, use_cache=False).logits[0].float()
-        ours = self.head().logits(self._hidden_states(tokens)[0])
-        tolerance = 1e-3 if self.model.dtype == torch.float32 else 5e-2
-        if not torch.allclose(own, ours, rtol=tolerance, atol=tolerance * float(ours.abs().amax().clamp(min=1))):
-            raise UsageError(
-                f"model '{self.path}' ({type(self.model).__name__}) changes its logits in a way that opdlab does not "
-                "know, so its log-probabilities would be wrong: choose another architecture"
-            )
 
 
 def _load(path: str, dtype: torch.dtype, options: dict[str, Any]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

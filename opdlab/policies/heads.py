@@ -1,0 +1,103 @@
+"""How an architecture turns hidden states into logits, and the comparison by which an unknown way is noticed.
+
+Shapes: N positions, H hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from opdlab.errors import UsageError, require
+from opdlab.scoring import Head
+
+# The logits that the comparison goes up to. A soft cap far above what a model puts out is the identity on its logits
+# until training makes them grow; caps in use are 15 to 50.
+_LARGE_LOGIT = 1000.0
+# float16 ends at 65504.
+_LARGE_STATE = 1e4
+
+
+def output_layer(model: PreTrainedModel) -> nn.Linear:
+    """The layer that holds the head's weight and bias."""
+    layer: nn.Linear = model.get_output_embeddings()
+    return layer
+
+
+def head_of(model: PreTrainedModel, temperature: float = 1.0) -> Head:
+    """The model's head, with the scale and soft cap that its architecture applies."""
+    config = model.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    layer = output_layer(model)
+    return Head(layer.weight, getattr(layer, "bias", None), scale, softcap, temperature)
+
+
+@torch.no_grad()
+def check_head(model: PreTrainedModel, path: str, num_tokens: int) -> None:
+    """Compare our head with the model's own on a few tokens, on its hidden states as they are and much enlarged.
+
+    Args:
+        model: in eval mode.
+        path: named in the message.
+        num_tokens: size of the vocabulary that the tokenizer knows.
+
+    Raises:
+        UsageError: the logits differ: the architecture does something to them that :class:`Head` does not know.
+    """
+    require(
+        isinstance(getattr(model.get_output_embeddings(), "weight", None), Tensor),
+        f"model '{path}' has no output layer: give a causal language model",
+    )
+    head = head_of(model)
+    tokens = torch.arange(min(8, num_tokens), device=head.weight.device).view(1, -1)
+    with _attention_of_any_device(model):
+        hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
+        _, own = _forward(model, tokens, 1.0)
+        largest = float((hidden @ head.weight.T).abs().amax()) * abs(head.scale)
+        factor = min(_LARGE_LOGIT / max(largest, 1e-3), _LARGE_STATE / max(float(hidden.abs().amax()), 1e-3))
+        enlarged = _forward(model, tokens, factor)
+    tolerance = 1e-3 if head.weight.dtype == torch.float32 else 5e-2
+    for states, logits in ((hidden, own), enlarged):
+        ours = head.logits(states)
+        size = float(ours.abs().amax().nan_to_num(1.0).clamp(min=1))
+        if not torch.allclose(logits, ours, rtol=tolerance, atol=tolerance * size):
+            raise UsageError(
+                f"model '{path}' ({type(model).__name__}) changes its logits in a way that opdlab does not "
+                "know, so its log-probabilities would be wrong: choose another architecture"
+            )
+
+
+def _forward(model: PreTrainedModel, tokens: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """What enters the output layer, times ``factor``, [N, H], and what the model makes of it, [N, V]."""
+    seen: list[Tensor] = []
+
+    def enlarge(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        seen.append(inputs[0] * factor)
+        return (seen[-1],)
+
+    hook = output_layer(model).register_forward_pre_hook(enlarge)
+    try:
+        logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
+    finally:
+        hook.remove()
+    if not seen:  # a model that goes around its output layer cannot be compared; zeros do not give its logits
+        seen.append(torch.zeros(*tokens.shape, output_layer(model).weight.shape[1], device=tokens.device))
+    return seen[-1][0], logits[0].float()
+
+
+@contextmanager
+def _attention_of_any_device(model: PreTrainedModel) -> Iterator[None]:
+    """Models are loaded on the host, where kernels for accelerators do not run; the head is the same with all."""
+    own = model.config._attn_implementation
+    if own in (None, "eager", "sdpa") or model.device.type != "cpu":
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(own)
