@@ -9,8 +9,8 @@ from opdlab.callbacks.behavior_refresh import BehaviorRefresh
 from opdlab.callbacks.evaluation_table import EvaluationTable
 from opdlab.callbacks.gate_monitor import GateMonitor
 from opdlab.callbacks.hf_export import HFExport
-from opdlab.callbacks.stop_checkpoint import StopCheckpoint
 from opdlab.callbacks.progress_bar import LabProgressBar
+from opdlab.callbacks.stop_checkpoint import StopCheckpoint
 
 __all__ = [
     "BehaviorRefresh",

@@ -21,8 +21,8 @@ from opdlab.callbacks import (
     EvaluationTable,
     GateMonitor,
     HFExport,
-    StopCheckpoint,
     LabProgressBar,
+    StopCheckpoint,
 )
 from opdlab.cli_config import CONFIG_MODE, expand_arguments, explain
 from opdlab.cli_runs import check_checkpoint, find_checkpoint, run_folder_for
@@ -136,9 +136,7 @@ class OPDCLI(LightningCLI):
         except SystemExit as error:
             if self.stop.path is None:
                 raise
-            raise _InterruptedError(
-                f"stopped at step {self.trainer.global_step}, saved {self.stop.path}"
-            ) from error
+            raise _InterruptedError(f"stopped at step {self.trainer.global_step}, saved {self.stop.path}") from error
 
     # -- before and after ----------------------------------------------------------------------------------------
 
