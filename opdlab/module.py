@@ -28,7 +28,7 @@ from opdlab.policies import (
     TeacherRequest,
     check_same_vocabulary,
 )
-from opdlab.policies.language_model import DType
+from opdlab.policies.loading import DType
 from opdlab.progress import Progress, SilentProgress
 from opdlab.rollouts import Minibatch, Pool
 from opdlab.rollouts.batch import StopReason

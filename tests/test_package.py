@@ -44,9 +44,9 @@ PUBLIC = {
         *("Teacher", "TeacherRequest", "check_same_vocabulary"),
     ],
     "opdlab.data": [
-        *("Benchmark", "ChatTemplate", "DapoMath17k", "EvaluationBatch", "JsonlProblems", "Problem", "ProblemSource"),
-        *("Prompt", "PromptDataModule", "PromptSet", "RawTemplate", "ReuseConfig", "TableProblems", "Template"),
-        "prompt_set",
+        *("Benchmark", "ChatTemplate", "CleaningAccount", "CleaningConfig", "DapoMath17k", "EvaluationBatch"),
+        *("JsonlProblems", "Problem", "ProblemSource", "Prompt", "PromptDataModule", "PromptSet", "RawTemplate"),
+        *("ReuseConfig", "TableProblems", "Template", "prompt_set"),
     ],
     "opdlab.module": ["OPDModule"],
     "opdlab.testing": ["GateTester"],

@@ -1,6 +1,7 @@
 """Problems, prompts and the data module that hands them out."""
 
 from opdlab.data.benchmarks import Benchmark, DapoMath17k
+from opdlab.data.cleaning import CleaningAccount, CleaningConfig
 from opdlab.data.datamodule import EvaluationBatch, PromptDataModule
 from opdlab.data.jsonl import JsonlProblems
 from opdlab.data.prompts import Problem, ProblemSource, Prompt, PromptSet, prompt_set
@@ -11,6 +12,8 @@ from opdlab.data.templates import ChatTemplate, RawTemplate, Template
 __all__ = [
     "Benchmark",
     "ChatTemplate",
+    "CleaningAccount",
+    "CleaningConfig",
     "DapoMath17k",
     "EvaluationBatch",
     "JsonlProblems",

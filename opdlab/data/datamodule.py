@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
@@ -10,6 +10,7 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
 
+from opdlab.data.cleaning import CleaningAccount, CleaningConfig, clean
 from opdlab.data.prompts import ProblemSource, Prompt, PromptSet, prompt_set
 from opdlab.data.reuse import ReuseConfig
 from opdlab.errors import require
@@ -61,6 +62,7 @@ class PromptDataModule(pl.LightningDataModule):
         train: problems to sample rollouts for.
         benchmarks: problems to evaluate on, by the name under which their figures are logged.
         reuse: see :class:`ReuseConfig`.
+        clean: what is left out of the training problems; see :class:`CleaningConfig`.
         max_prompt_tokens: longer prompts are left out and counted.
         eval_batch_size: problems evaluated at a time.
         seed: decides the order of prompts and what is sampled.
@@ -71,6 +73,7 @@ class PromptDataModule(pl.LightningDataModule):
         train: ProblemSource,
         benchmarks: dict[str, ProblemSource] | None = None,
         reuse: ReuseConfig = ReuseConfig(),  # noqa: B008 - frozen
+        clean: CleaningConfig = CleaningConfig(),  # noqa: B008 - frozen
         max_prompt_tokens: int = 2048,
         eval_batch_size: int = 64,
         seed: int = 0,
@@ -86,10 +89,12 @@ class PromptDataModule(pl.LightningDataModule):
         self.train_source = train
         self.benchmark_sources: Mapping[str, ProblemSource] = benchmarks or {}
         self.reuse = reuse
+        self.clean = clean
         self.max_prompt_tokens = max_prompt_tokens
         self.eval_batch_size = eval_batch_size
         self.seed = seed
         self.train_prompts: PromptSet | None = None
+        self.cleaning_account: CleaningAccount | None = None
         self.benchmarks: dict[str, PromptSet] = {}
 
     def check_reuse(self, samples_per_prompt: int, micro_batches: int) -> None:
@@ -102,17 +107,27 @@ class PromptDataModule(pl.LightningDataModule):
         return self.train_source.verifier
 
     def setup(self, stage: str) -> None:
-        """Tokenize what the stage needs, once."""
-        if stage == "fit" and self.train_prompts is None:
-            self.train_prompts = self._tokenized("train", self.train_source)
+        """Tokenize what the stage needs, once: benchmarks first, since training problems are compared with them."""
         for name, source in self.benchmark_sources.items():
             if name not in self.benchmarks:
-                self.benchmarks[name] = self._tokenized(name, source)
+                prompts = prompt_set(source, self._module.student.tokenizer, self.max_prompt_tokens)
+                dropped = f", {prompts.num_too_long} dropped as too long" if prompts.num_too_long else ""
+                rank_zero_info(f"{name}: {len(prompts)} prompts from {source.name}{dropped}")
+                self.benchmarks[name] = prompts
+        if stage == "fit" and self.train_prompts is None:
+            self.train_prompts = self._cleaned_prompts(self.train_source)
 
-    def _tokenized(self, name: str, source: ProblemSource) -> PromptSet:
-        prompts = prompt_set(source, self._module.student.tokenizer, self.max_prompt_tokens)
-        dropped = f", {prompts.num_too_long} dropped as too long" if prompts.num_too_long else ""
-        rank_zero_info(f"{name}: {len(prompts)} prompts from {source.name}{dropped}")
+    def _cleaned_prompts(self, source: ProblemSource) -> PromptSet:
+        texts = {name: [p.problem.text for p in prompts.prompts] for name, prompts in self.benchmarks.items()}
+        problems, account = clean(source.problems(), self.clean, texts)
+        require(
+            bool(problems) or account.read == 0,
+            f"data.clean leaves nothing of {source.name} ({account}): give other training problems, or switch a step "
+            "off, for example data.clean.decontaminate",
+        )
+        prompts = prompt_set(source, self._module.student.tokenizer, self.max_prompt_tokens, problems)
+        self.cleaning_account = replace(account, too_long=prompts.num_too_long)
+        rank_zero_info(f"train: problems from {source.name}: {self.cleaning_account}")
         return prompts
 
     @property

@@ -1,14 +1,17 @@
 """Problems, and the prompts that they become."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
 from opdlab.data.templates import RawTemplate, Template
 from opdlab.errors import UsageError, require
 from opdlab.tasks.verifier import Verifier
+
+_CHUNK = 1024  # problems tokenized at a time
 
 
 @dataclass(frozen=True)
@@ -84,29 +87,41 @@ class PromptSet:
         return len(self.prompts)
 
 
-def prompt_set(source: ProblemSource, tokenizer: PreTrainedTokenizerBase, max_prompt_tokens: int) -> PromptSet:
-    """Tokenize a source.
+def prompt_set(
+    source: ProblemSource,
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    problems: Iterable[Problem] | None = None,
+) -> PromptSet:
+    """Tokenize a source, some problems at a time; those that are left out are not kept in memory.
 
     Args:
         source: where the problems come from.
         tokenizer: the student's.
         max_prompt_tokens: a longer prompt is left out and counted; never cut, which would change the problem.
+        problems: those of the source that are used; all by default.
 
     Raises:
         UsageError: the source or a prompt is empty, or every prompt is too long.
     """
-    problems = list(source.problems())
-    require(bool(problems), f"{source.name} holds no problems: give a source with at least one")
-    tokenized = source.template.tokenize([problem.text for problem in problems], tokenizer)
-    pairs: Sequence[tuple[Problem, list[int]]] = list(zip(problems, tokenized, strict=True))
-    empty = next((problem.id for problem, tokens in pairs if not tokens), None)
-    require(empty is None, f"problem '{empty}' of {source.name} is an empty prompt: leave it out, or give a template")
-    kept = [(problem, tokens) for problem, tokens in pairs if len(tokens) <= max_prompt_tokens]
-    if not kept:
-        shortest = min(map(len, tokenized))
+    remaining = iter(source.problems() if problems is None else problems)
+    prompts: list[Prompt] = []
+    too_long: list[int] = []  # lengths
+    while chunk := list(islice(remaining, _CHUNK)):
+        tokenized = source.template.tokenize([problem.text for problem in chunk], tokenizer)
+        for problem, tokens in zip(chunk, tokenized, strict=True):
+            if not tokens:
+                raise UsageError(
+                    f"problem '{problem.id}' of {source.name} is an empty prompt: leave it out, or give a template"
+                )
+            if len(tokens) > max_prompt_tokens:
+                too_long.append(len(tokens))
+            else:
+                prompts.append(Prompt(len(prompts), problem, tuple(tokens)))
+    require(bool(prompts or too_long), f"{source.name} holds no problems: give a source with at least one")
+    if not prompts:
         raise UsageError(
             f"data.max_prompt_tokens is {max_prompt_tokens}, but every prompt of {source.name} is longer (the shortest "
-            f"has {shortest} tokens): raise it"
+            f"has {min(too_long)} tokens): raise it"
         )
-    prompts = tuple(Prompt(index, problem, tuple(tokens)) for index, (problem, tokens) in enumerate(kept))
-    return PromptSet(prompts, len(problems) - len(kept), source.verifier)
+    return PromptSet(tuple(prompts), len(too_long), source.verifier)

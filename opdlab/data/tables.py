@@ -1,14 +1,11 @@
 """Problems from tables: a data set of the Hugging Face hub, or JSON, CSV and Parquet files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opdlab.data.rows import RowProblems
 from opdlab.errors import UsageError
-
-if TYPE_CHECKING:
-    from datasets import IterableDataset
 
 
 class TableProblems(RowProblems):
@@ -56,29 +53,37 @@ class TableProblems(RowProblems):
 
         try:
             yield from enumerate(self._table(), start=1)
+        except StopIteration:  # what the reader makes of an empty JSON file
+            return
         # The hub's client raises OSError; pandas and pyarrow raise ValueError on files that they cannot read.
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UsageError(
-                f"data set '{self.path}' cannot be loaded: check its name, subset and split, and the connection; or "
-                f"download it and give the local file or folder as path ({first_line})"
-            ) from error
+            mend = (
+                f"check that it is a JSON, CSV or Parquet file, or a folder of them with the split '{self.split}'"
+                if self._local.exists()
+                else "check its name, subset and split, and the connection; or download it and give the local file or "
+                "folder as path"
+            )
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise UsageError(f"data set '{self.path}' cannot be loaded: {mend} ({reason})") from error
 
-    def _table(self) -> "IterableDataset":
+    @property
+    def _local(self) -> Path:
+        return Path(self.path).expanduser()
+
+    def _table(self) -> Iterable[dict[str, Any]]:
         import datasets
 
-        local = Path(self.path).expanduser()
-        arguments: dict[str, Any] = {"path": self.path, "revision": self.revision}
-        if local.is_file():
-            arguments = {"path": str(local.parent), "data_files": {self.split: local.name}}
-        elif local.is_dir():
-            arguments = {"path": str(local)}
-        arguments |= {"name": self.subset, "split": self.split, "streaming": self.streaming or local.exists()}
-        builder_arguments = {key: arguments[key] for key in arguments.keys() - {"split", "streaming"}}
-        if not hasattr(datasets.load_dataset_builder(**builder_arguments).config, "keep_default_na"):
-            return datasets.load_dataset(**arguments)
+        where: dict[str, Any] = {"path": self.path, "name": self.subset, "revision": self.revision}
+        if self._local.is_file():
+            where |= {"path": str(self._local.parent), "data_files": {self.split: self._local.name}}
+        elif self._local.is_dir():
+            where["path"] = str(self._local)
+        how = {"split": self.split, "streaming": self.streaming or self._local.exists()}
+        if not hasattr(datasets.load_dataset_builder(**where).config, "keep_default_na"):
+            table: Iterable[dict[str, Any]] = datasets.load_dataset(**where, **how)
+            return table
         # CSV, whose reader guesses a type for each column unless it is told all of them.
-        header = datasets.load_dataset(**arguments | {"streaming": True})
-        columns = header.column_names or list(next(iter(header)))
-        text = datasets.Features({column: datasets.Value("string") for column in columns})
-        return datasets.load_dataset(**arguments, features=text, keep_default_na=False, na_filter=False)
+        first_row: dict[str, Any] = next(iter(datasets.load_dataset(**where, split=self.split, streaming=True)), {})
+        text = datasets.Features(dict.fromkeys(first_row, datasets.Value("string")))
+        table = datasets.load_dataset(**where, **how, features=text, keep_default_na=False, na_filter=False)
+        return table

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from opdlab.policies.language_model import DType, LanguageModel
+from opdlab.policies.language_model import LanguageModel
+from opdlab.policies.loading import DType
 from opdlab.policies.sampler import Sampler, SamplingConfig
 from opdlab.progress import Progress, SilentProgress
 from opdlab.rollouts.batch import Rollouts

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from opdlab.errors import UsageError, require
-from opdlab.policies.language_model import DType, LanguageModel
+from opdlab.policies.language_model import LanguageModel
+from opdlab.policies.loading import DType
 from opdlab.progress import Progress, SilentProgress
 from opdlab.rollouts.batch import Rollouts, Targets
 from opdlab.scoring import topk_with_statistics

@@ -1,0 +1,206 @@
+"""Reading models and tokenizers from folders, the hub, GGUF files and adapter folders; what cannot work is refused."""
+
+import importlib.resources
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from opdlab.errors import UsageError, require
+
+DType = Literal["float32", "bfloat16", "float16"]
+Quantization = Literal["4bit", "8bit"]
+_PACKAGE_SCHEME = "package://"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from, and how it is read; see :class:`opdlab.policies.LanguageModel` for the fields."""
+
+    path: str
+    dtype: DType = "float32"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    attn_implementation: str | None = None
+    gguf_file: str | None = None
+    quantization: Quantization | None = None
+
+    def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Read model and tokenizer, without dropout.
+
+        Raises:
+            UsageError: something is missing, incomplete or not installed.
+        """
+        for package, extra in self._packages():
+            require(
+                importlib.util.find_spec(package) is not None,
+                f"model '{self.path}' needs the package {package}, which is not installed: "
+                f"pip install 'opdlab[{extra}]'",
+            )
+        source = resolve(self.path, with_config=self.gguf_file is None)
+        options = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        options |= {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        with self._explained(source):
+            config = AutoConfig.from_pretrained(source, **options)
+            # Dropout would give student and snapshot different log-probabilities at equal weights.
+            for key in [key for key in vars(config) if "drop" in key]:  # resid_pdrop, attention_dropout, layerdrop, …
+                if isinstance(getattr(config, key), float):
+                    setattr(config, key, 0.0)
+            with quiet_bars():
+                model, report = AutoModelForCausalLM.from_pretrained(
+                    source, config=config, output_loading_info=True, **self._model_options(), **options
+                )
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        missing = sorted(report["missing_keys"])
+        require(
+            not missing, f"model '{self.path}' is incomplete: it lacks {len(missing)} weights, among them {missing[:1]}"
+        )
+        if self.gguf_file:
+            unmark_quantized(model)
+        return model, tokenizer
+
+    def _packages(self) -> list[tuple[str, str]]:
+        needed = []
+        if self.gguf_file:  # transformers reads GGUF with the help of accelerate
+            needed += [("gguf", "gguf"), ("accelerate", "gguf")]
+        if self.quantization:
+            needed += [("bitsandbytes", "bitsandbytes"), ("accelerate", "bitsandbytes")]
+        return needed
+
+    def _model_options(self) -> dict[str, Any]:
+        dtype = getattr(torch, self.dtype)
+        options: dict[str, Any] = {"dtype": dtype}
+        if self.attn_implementation:
+            options["attn_implementation"] = self.attn_implementation
+        if self.quantization == "4bit":
+            # The compute type of the products; NF4 is QLoRA's (arXiv 2305.14314).
+            options["quantization_config"] = transformers.BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+            )
+        elif self.quantization == "8bit":
+            options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
+        elif self.gguf_file and hasattr(transformers, "GgufConfig"):
+            # Newer versions would leave the weights packed where they have a kernel for it: neither trained nor saved.
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        return options
+
+    @contextmanager
+    def _explained(self, source: str) -> Iterator[None]:
+        """Turn what transformers raises into one line."""
+        try:
+            yield
+        except Exception as error:  # the parsers of damaged files raise all kinds, tokenizers' a bare Exception
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            of_attention = isinstance(error, ImportError) or "attn_implementation" in first_line
+            if self.attn_implementation and of_attention:
+                raise UsageError(
+                    f"model '{self.path}': attn_implementation '{self.attn_implementation}' cannot be used: "
+                    f"{first_line}; leave it out for the default"
+                ) from error
+            hint = "check that the folder is complete" if Path(source).is_dir() else "check the name and the connection"
+            raise UsageError(f"model '{self.path}' cannot be loaded: {hint} ({first_line})") from error
+
+
+def resolve(path: str, with_config: bool = True) -> str:
+    """Turn a path into a folder on this machine, or leave it as a hub id.
+
+    Args:
+        path: a folder, a hub id, or ``package://some.package/folder``.
+        with_config: whether a folder must hold a configuration and a tokenizer; a GGUF file holds both itself.
+
+    Raises:
+        UsageError: the folder is missing or incomplete.
+    """
+    if path.startswith(_PACKAGE_SCHEME):
+        package, _, folder = path.removeprefix(_PACKAGE_SCHEME).partition("/")
+        try:
+            shipped = Path(str(importlib.resources.files(package))) / folder
+        except ModuleNotFoundError as error:
+            raise UsageError(f"model '{path}': there is no package '{package}'") from error
+        require(shipped.is_dir(), f"model '{path}': package '{package}' holds no folder '{folder}'")
+        return str(shipped)
+    local = Path(path).expanduser()
+    looks_local = local.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1 or path.endswith("/")
+    require(
+        local.is_dir() or not looks_local,
+        f"model '{path}' does not exist: give a folder written by save_pretrained, or a hub id such as Qwen/Qwen3-0.6B",
+    )
+    if not local.is_dir():
+        return path
+    if with_config:
+        require(
+            (local / "config.json").is_file(),
+            f"model '{path}' is incomplete: config.json is missing; write the folder again with save_pretrained",
+        )
+        # Without them transformers makes up an empty tokenizer of the model's usual kind.
+        require(
+            has_tokenizer(local),
+            f"model '{path}' is incomplete: the tokenizer's files are missing; save the tokenizer into the folder too",
+        )
+    return str(local)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer's files."""
+    return any(file for pattern in ("*token*", "vocab*", "*.model") for file in folder.glob(pattern))
+
+
+def adapter_base(path: str) -> str | None:
+    """The base model's path where ``path`` is a folder that holds an adapter alone, else None.
+
+    Raises:
+        UsageError: the adapter does not say what its base is.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
+        return None
+    try:
+        base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise UsageError(f"model '{path}' cannot be loaded: {ADAPTER_CONFIG} is not what peft writes") from error
+    require(bool(base), f"model '{path}' is an adapter, but base_model_name_or_path in {ADAPTER_CONFIG} is empty")
+    return str(base)
+
+
+def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> list[int]:
+    """Union of the tokenizer's and the generation config's stop tokens: base and instruct models differ in one."""
+    ids = {tokenizer.eos_token_id, *configured_stop_ids(model)} - {None}
+    require(bool(ids), f"model '{path}': its tokenizer has no eos_token, so no response could ever end; set one")
+    return sorted(ids)
+
+
+def configured_stop_ids(model: PreTrainedModel) -> list[int]:
+    """The generation config's stop tokens; may be none."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    ids = configured if isinstance(configured, list) else [configured]
+    return [index for index in ids if index is not None]
+
+
+def unmark_quantized(model: PreTrainedModel) -> None:
+    """Take off the marks of quantization, with which ``save_pretrained`` refuses weights that are plain by now."""
+    model.hf_quantizer = None
+    model.is_quantized = False
+    for holder, name in ((model, "quantization_method"), (model.config, "quantization_config")):
+        if hasattr(holder, name):
+            delattr(holder, name)
+
+
+@contextmanager
+def quiet_bars() -> Iterator[None]:
+    """Silence transformers' bars for loading and saving weights: they would tear our own."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()
