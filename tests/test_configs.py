@@ -58,8 +58,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=len(alphabet) - 1,
     )
     Qwen3ForCausalLM(config).save_pretrained(folder / "model")
-    rows = [{"id": str(n), "problem": f"What is {n} + 1?", "answer": str(n + 1)} for n in range(8)]
-    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("train", "held_out"):  # with a text of its own each: a training prompt that is held out is dropped
+        rows = [{"id": str(n), "problem": f"{name}: what is {n} + 1?", "answer": str(n + 1)} for n in range(4)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -67,10 +68,10 @@ def change(section: Namespace, **values: Any) -> None:
     section.update(dict_to_namespace(values))
 
 
-def sources(config: Any) -> Iterator[Any]:
-    yield config.data.train.init_args
+def sources(config: Any) -> Iterator[tuple[str, Any]]:
+    yield "train", config.data.train.init_args
     for source in (config.data.benchmarks or {}).values():
-        yield source.init_args
+        yield "held_out", source.init_args
 
 
 def shrink(config: Any, folder: Path) -> None:
@@ -93,10 +94,11 @@ def shrink(config: Any, folder: Path) -> None:
         change(sampling, num_samples=2, max_new_tokens=6)
     config.model.evaluation.pass_at = [1, 2]
     change(config.data.reuse, prompts_per_pool=2, batch_size=2)
+    config.data.max_prompt_tokens = 256  # in the tiny tokenizers a character is a token
     config.behavior_refresh.every_n_steps = 4
-    for options in sources(config):
+    for name, options in sources(config):
         if "path" in options:
-            change(options, path=str(folder / "problems.jsonl"), offset=0, limit=4)
+            change(options, path=str(folder / f"{name}.jsonl"), offset=0, limit=None)
         else:
             options.num_problems = 4
         if "verifier" in options:
