@@ -1,4 +1,4 @@
-"""The command line: ``opdlab fit | validate | test`` (a LightningCLI) and ``opdlab gates``.
+"""The command line: ``opdlab fit | validate | test`` (a LightningCLI), ``opdlab gates`` and ``opdlab estimate``.
 
 Everything a user can get wrong ends in one line on standard error and exit code 2.
 """
@@ -25,6 +25,7 @@ from opdlab.callbacks import (
     StopCheckpoint,
 )
 from opdlab.cli_config import CONFIG_MODE, expand_arguments, explain
+from opdlab.cli_estimate import print_estimate, refuse_oversized
 from opdlab.cli_runs import check_checkpoint, find_checkpoint, run_folder_for
 from opdlab.data import PromptDataModule
 from opdlab.errors import UsageError
@@ -75,6 +76,9 @@ class OPDCLI(LightningCLI):
         parser.add_lightning_class_args(GateMonitor, "gate_monitor")
         parser.add_lightning_class_args(HFExport, "export")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_argument(
+            "--check_memory", type=bool, default=True, help="Refuse models whose weights alone exceed the device."
+        )
         parser.set_defaults(
             {
                 "checkpoint.every_n_train_steps": 50,
@@ -97,6 +101,12 @@ class OPDCLI(LightningCLI):
             path = find_checkpoint(config.ckpt_path, Path(config.trainer.default_root_dir))
             check_checkpoint(path)
             config.ckpt_path = str(path)
+
+    def instantiate_classes(self) -> None:
+        """Build everything, but first see whether the models' weights can fit."""
+        if self.subcommand == "fit" and self.config.fit.check_memory:
+            refuse_oversized(self.config.fit)
+        super().instantiate_classes()
 
     def after_instantiate_classes(self) -> None:
         """Find out now, not after the first evaluation, whether pools can be cut into batches."""
@@ -170,6 +180,19 @@ class OPDCLI(LightningCLI):
         return bool(self.datamodule.benchmark_sources)
 
 
+class _EstimateCLI(OPDCLI):
+    """Parses what ``fit`` takes, prints the estimate, and builds nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        print_estimate(self.config.fit)
+
+    def instantiate_classes(self) -> None:
+        """Nothing: models would be loaded."""
+
+    def after_instantiate_classes(self) -> None:
+        self.subcommand = None  # nothing is run
+
+
 def list_gates() -> None:
     """Print every registered gate with the first line of its documentation."""
     registry = gate_registry()
@@ -183,10 +206,12 @@ def _run(arguments: Sequence[str]) -> None:
     if list(arguments[:1]) == ["gates"]:
         list_gates()
         return
-    program = sys.argv[0]
+    program, cli = sys.argv[0], OPDCLI
+    if list(arguments[:1]) == ["estimate"]:
+        cli, arguments = _EstimateCLI, ["fit", *arguments[1:]]
     # LightningCLI reads sys.argv; handing it arguments instead makes it warn.
     sys.argv = [program, *expand_arguments(arguments)]
-    OPDCLI()
+    cli()
 
 
 class _InterruptedError(Exception):

@@ -197,7 +197,9 @@ def explain(error: BaseException, keys: Iterable[str] = ()) -> str:
     if "arguments are required" in text:
         return f"{text}; start from a shipped configuration, for example -c quickstart"
     if "invalid choice" in text or 'expected "subcommand"' in text:
-        return f"{text}; or give `gates`, which lists the registered gates"
+        return (
+            f"{text}; or give `gates`, which lists the registered gates, or `estimate`, which tells the memory of a run"
+        )
     return text
 
 
