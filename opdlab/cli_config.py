@@ -198,7 +198,7 @@ def explain(error: BaseException, keys: Iterable[str] = ()) -> str:
         return f"{text}; start from a shipped configuration, for example -c quickstart"
     if "invalid choice" in text or 'expected "subcommand"' in text:
         return (
-            f"{text}; or give `gates`, which lists the registered gates, or `estimate`, which tells the memory of a run"
+            f"{text}; or give `gates`, which lists the registered gates, or `estimate`"
         )
     return text
 
