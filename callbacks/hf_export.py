@@ -29,6 +29,7 @@ class HFExport(pl.Callback):
     Args:
         folder: where to; ``student`` in the run's folder by default.
         enabled: whether to write at all.
+        merge: write the whole model where the student has an adapter, instead of the adapter alone.
         push_to_hub: hub id of a repository to upload the folder to, for example ``me/my-student``; it is made, for you
             alone to see, where there is none. Needs ``hf auth login``. Where the upload fails there is a warning, and
             the folder is safe. The configuration goes along: look at it first.
@@ -37,9 +38,12 @@ class HFExport(pl.Callback):
         UsageError: ``push_to_hub`` is no hub id.
     """
 
-    def __init__(self, folder: str | None = None, enabled: bool = True, push_to_hub: str | None = None) -> None:
+    def __init__(
+        self, folder: str | None = None, enabled: bool = True, merge: bool = False, push_to_hub: str | None = None
+    ) -> None:
         self.folder = folder
         self.enabled = enabled
+        self.merge = merge
         self.push_to_hub = push_to_hub
         self._written: tuple[Path, TrainingRecord] | None = None
         error = None if push_to_hub is None else hub_id_error(push_to_hub)
@@ -52,7 +56,7 @@ class HFExport(pl.Callback):
         if not self.enabled or not trainer.is_global_zero:
             return
         folder = Path(self.folder or Path(run_folder) / "student")
-        pl_module.student.save(folder)
+        pl_module.student.save(folder, merge=self.merge)
         generation_config(pl_module.student, pl_module.evaluator.sampler.config).save_pretrained(folder)
         config = Path(run_folder) / "config.yaml"
         if config.is_file():

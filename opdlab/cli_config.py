@@ -197,9 +197,7 @@ def explain(error: BaseException, keys: Iterable[str] = ()) -> str:
     if "arguments are required" in text:
         return f"{text}; start from a shipped configuration, for example -c quickstart"
     if "invalid choice" in text or 'expected "subcommand"' in text:
-        return (
-            f"{text}; or give `gates`, which lists the registered gates, or `estimate`"
-        )
+        return f"{text}; or give `gates`, which lists the registered gates, or `estimate`"
     return text
 
 

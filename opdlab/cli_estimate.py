@@ -178,17 +178,21 @@ def _length(config: Any) -> int:
 
 def _resident(result: Estimate, config: Any, student: ModelSize, teacher: ModelSize | None) -> list[str]:
     """Parts that live throughout. Gradients do, too: Lightning clears them only when the next ones are due."""
-    parts, width, optimizer = result.parts, student.widths.weights, config.model.optimizer
+    parts, width, optimizer = result.parts, student.trained_width, config.model.optimizer
     each = optimizer_bytes_per_parameter({"class_path": optimizer.class_path, "init_args": _options(optimizer)}, width)
-    snapshot = config.model.behavior.dtype
-    snapshot_width = getattr(torch, snapshot).itemsize if snapshot else student.packed or width
-    parts["student weights"] = (student.bytes, f"{student.parameters:,} x {student.packed or width} bytes")
-    parts["gradients"] = (student.parameters * width, f"{width} bytes each")
-    parts["optimizer state"] = (
-        int(student.parameters * each),
-        f"{optimizer.class_path.rpartition('.')[2]}: {each:.3g} bytes each",
+    name = optimizer.class_path.rpartition(".")[2]
+    parts["student weights"] = (
+        student.bytes,
+        f"{student.parameters:,} x {student.packed or student.widths.weights} bytes",
     )
-    parts["behavior snapshot"] = (int(student.parameters * snapshot_width), f"{snapshot_width} bytes each")
+    parts["gradients"] = (student.trainable * width, f"{student.trainable:,} x {width} bytes")
+    parts["optimizer state"] = (int(student.trainable * each), f"{name}: {each:.3g} bytes each")
+    snapshot = config.model.behavior.dtype
+    if student.has_adapter:  # the weights below it are shared
+        parts["behavior snapshot"] = (student.trainable * width, "the adapter alone")
+    else:
+        snapshot_width = getattr(torch, snapshot).itemsize if snapshot else student.widths.weights
+        parts["behavior snapshot"] = (student.parameters * snapshot_width, f"{snapshot_width} bytes each")
     if teacher is not None:
         remark = f"{teacher.parameters:,} x {teacher.packed or teacher.widths.weights} bytes"
         parts["teacher weights"] = (teacher.bytes, remark)
@@ -239,7 +243,7 @@ def _update(result: Estimate, config: Any, student: ModelSize, resident: list[st
             activation_bytes(student.shape, tokens, student.widths, checkpointing=checkpointing),
             f"{tokens:,} tokens, gradient checkpointing {'on' if checkpointing else 'off'}",
         ),
-        "head": (head_bytes(student.shape, tokens, training=True), "logits in chunks; its gradient in float32"),
+        "head": (head_bytes(student.shape, tokens, training=not student.has_adapter), "logits in chunks; its gradient"),
     }
     if student.widths.autocast:  # which keeps a narrow copy of what it multiplies with
         width = student.widths.compute

@@ -7,8 +7,10 @@ Letters: B rollouts of a micro-batch, T tokens of prompt and response, H hidden 
 V vocabulary, N = B * T.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +19,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from opdlab.errors import UsageError
-from opdlab.policies.loading import adapter_base, resolve
+from opdlab.policies.adapters import AdapterConfig, attach_adapter
+from opdlab.policies.loading import ADAPTER_CONFIG, adapter_base, resolve
 from opdlab.scoring import _MAX_CHUNK_LOGITS
 
 FLOAT = 4  # bytes of a float32
@@ -207,9 +210,21 @@ class ModelSize:
     packed: float | None = None
 
     @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained on frozen weights."""
+        return self.trainable < self.parameters
+
+    @property
+    def trained_width(self) -> int:
+        """Bytes of a trainable parameter: adapters are kept in float32 at least."""
+        return max(self.widths.weights, FLOAT) if self.has_adapter else self.widths.weights
+
+    @property
     def bytes(self) -> int:
         """Of the weights."""
-        return int(self.parameters * (self.packed or self.widths.weights))
+        frozen = self.parameters - self.trainable if self.has_adapter else self.parameters
+        adapter = self.trainable * self.trained_width if self.has_adapter else 0
+        return int(frozen * (self.packed or self.widths.weights)) + adapter
 
 
 _PACKED = {"4bit": 0.5, "8bit": 1.0}
@@ -231,7 +246,9 @@ def model_size(options: Mapping[str, Any], precision: str | int | None) -> Model
     """
     path = str(options["path"])
     if (base := adapter_base(path)) is not None:
-        return model_size({**options, "path": base}, precision)
+        saved = json.loads((Path(path).expanduser() / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        same = {"r": saved["r"], "target_modules": saved["target_modules"], "use_dora": saved.get("use_dora", False)}
+        return model_size({**options, "path": base, "adapter": same}, precision)
     more = {key: options[key] for key in ("revision", "trust_remote_code") if options.get(key)}
     source = resolve(path, with_config=False)  # config.json is enough, and AutoConfig says if it is missing
     gguf = {"gguf_file": options["gguf_file"]} if options.get("gguf_file") else {}
@@ -240,6 +257,10 @@ def model_size(options: Mapping[str, Any], precision: str | int | None) -> Model
         with torch.device("meta"):
             code = {"trust_remote_code": True} if options.get("trust_remote_code") else {}
             model = AutoModelForCausalLM.from_config(config, **code)
+            if options.get("adapter"):
+                attach_adapter(model, AdapterConfig(**options["adapter"]), path)
+    except UsageError:
+        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
@@ -248,5 +269,6 @@ def model_size(options: Mapping[str, Any], precision: str | int | None) -> Model
             f"({first_line})"
         ) from error
     count = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     packed = _PACKED.get(str(options.get("quantization")))
-    return ModelSize(path, count, count, Shape.of(model), widths_of(options["dtype"], precision), packed)
+    return ModelSize(path, count, trainable, Shape.of(model), widths_of(options["dtype"], precision), packed)

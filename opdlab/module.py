@@ -27,11 +27,14 @@ from opdlab.policies import (
     Teacher,
     TeacherRequest,
     check_same_vocabulary,
+    single_token_ids,
+    warn_of_stop_tokens,
 )
 from opdlab.policies.loading import DType
 from opdlab.progress import Progress, SilentProgress
 from opdlab.rollouts import Minibatch, Pool
 from opdlab.rollouts.batch import StopReason
+from opdlab.rollouts.masking import mask_first_occurrences
 
 _CHECKPOINT_KEY = "opdlab"
 
@@ -80,11 +83,14 @@ class OPDModule(pl.LightningModule):
         evaluation: see :class:`EvaluationConfig`.
         reduction: ``token_mean`` over the optimizer batch's tokens, or ``sequence_mean``.
         behavior: see :class:`BehaviorConfig`.
+        mask_first: tokens whose first occurrence in each response is left out of the loss, such as ``<think>``; each
+            must be a single token.
         optimizer: takes the student's trainable parameters.
         lr_scheduler: stepped after every optimizer step; none by default.
 
     Raises:
-        UsageError: vocabularies differ, K is larger than the vocabulary, or an option is out of range.
+        UsageError: vocabularies differ, ``mask_first`` has what is no single token, K is larger than the vocabulary,
+            or an option is out of range.
     """
 
     def __init__(
@@ -98,11 +104,14 @@ class OPDModule(pl.LightningModule):
         evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 - frozen
         reduction: Reduction = "token_mean",
         behavior: BehaviorConfig = BehaviorConfig(),
+        mask_first: Sequence[str] = (),
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
+        teacher.bind(student)
         check_same_vocabulary(student.tokenizer, teacher.tokenizer)
+        warn_of_stop_tokens(student.tokenizer, student.stop_tokens, teacher.stop_tokens)
         evaluation.check(eval_sampling)
         require(
             reduction in get_args(Reduction),
@@ -116,6 +125,7 @@ class OPDModule(pl.LightningModule):
         self.gate = gate
         self.gate.setup(student.tokenizer)
         self.sampling = sampling
+        self._masked_first = single_token_ids(student.tokenizer, mask_first, "model.mask_first")
         self.reduction: Reduction = reduction
         self.evaluator = Evaluator(evaluation, eval_sampling, [])
         self.progress: Progress = SilentProgress()
@@ -186,7 +196,8 @@ class OPDModule(pl.LightningModule):
                 progress=self.progress,
             )
         sampled = time.perf_counter()  # results are on the host, so the device has finished
-        targets = self.teacher.score(rollouts, self._request, self.progress)
+        counted = mask_first_occurrences(rollouts, self._masked_first)  # lengths and answers are of all tokens
+        targets = self.teacher.score(counted, self._request, self.progress)
         scored = time.perf_counter()
         metrics = {
             "rollout/length": float(rollouts.num_tokens.float().mean()),
@@ -199,7 +210,7 @@ class OPDModule(pl.LightningModule):
         if verifier is not None:
             correct = check_answers(self.student, rollouts, EvaluationBatch("train", prompts, verifier))
             metrics["rollout/accuracy"] = float(correct.float().mean())
-        return Pool(rollouts, targets, metrics)
+        return Pool(counted, targets, metrics)
 
     # -- training ------------------------------------------------------------------------------------------------
 

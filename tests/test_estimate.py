@@ -23,6 +23,7 @@ from opdlab.estimate import (
     optimizer_bytes_per_parameter,
     widths_of,
 )
+from opdlab.policies.adapters import AdapterConfig, attach_adapter
 from opdlab.scoring import Head, token_statistics
 
 SHAPES = [  # hidden, intermediate, layers, heads, kv heads, head dim
@@ -113,6 +114,16 @@ def test_weights_gradients_and_cache_are_exact(shape: tuple[int, ...], tied: boo
     cached = sum(t.nbytes for layer in output.past_key_values.layers for t in (layer.keys, layer.values))
     one_layer = cached // size.shape.layers  # copied while it grows
     assert kv_cache_bytes(size.shape, 2 * 30, size.widths) == cached + one_layer
+
+
+def test_an_adapter_is_counted_as_peft_makes_it(tmp_path: Path) -> None:
+    tiny(SHAPES[0]).config.save_pretrained(tmp_path)
+    model = tiny(SHAPES[0]).bfloat16()
+    attach_adapter(model, AdapterConfig(r=4), "base")
+    size = model_size({"path": str(tmp_path), "dtype": "bfloat16", "adapter": {"r": 4}}, None)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert size.trainable * size.trained_width == sum(parameter.nbytes for parameter in trained)
+    assert size.bytes == sum(parameter.nbytes for parameter in model.parameters())
 
 
 def test_the_cache_is_wide_under_autocast() -> None:

@@ -40,6 +40,7 @@ PUBLIC = {
     "opdlab.tasks": ["BoxedVerifier", "MathVerifier", "Verdict", "Verifier"],
     "opdlab.rollouts": ["Minibatch", "Pool", "RolloutLoader", "Rollouts", "StopReason", "Targets"],
     "opdlab.policies": [
+        *("AdapterConfig", "BaseTeacher", "StopTokens", "single_token_ids", "warn_of_stop_tokens"),
         *("BehaviorPolicy", "LanguageModel", "LocalTeacher", "Sampler", "Samples", "SamplingConfig", "Scored"),
         *("Teacher", "TeacherRequest", "check_same_vocabulary"),
     ],

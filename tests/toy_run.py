@@ -14,7 +14,7 @@ from opdlab.evaluation import EvaluationConfig
 from opdlab.gating import build_gate
 from opdlab.module import OPDModule
 from opdlab.objectives import Objective, TeacherTopK
-from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig
+from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig, Teacher
 from opdlab.tasks.toy.problems import ChainProblems
 
 STUDENT = "package://opdlab.tasks.toy/models/student"
@@ -55,12 +55,15 @@ class Run:
         callbacks: tuple[Callback, ...] = (),
         max_new_tokens: int = 40,
         num_problems: int = 16,
+        student: LanguageModel | None = None,
+        teacher: Teacher | None = None,
+        **options: Any,
     ) -> None:
         torch.manual_seed(0)
         sampling = SamplingConfig(num_samples=2, max_new_tokens=max_new_tokens, batch_size=32)
         self.module = OPDModule(
-            LanguageModel(STUDENT),
-            LocalTeacher(TEACHER),
+            student or LanguageModel(STUDENT),
+            teacher or LocalTeacher(TEACHER),
             objective or TeacherTopK(k=8),
             build_gate(gate, tau=tau),
             sampling=sampling,
@@ -68,6 +71,7 @@ class Run:
             evaluation=EvaluationConfig(pass_at=(1, 2)),
             reduction=reduction,
             optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr),
+            **options,
         )
         self.data = PromptDataModule(
             ChainProblems(num_problems),

@@ -1,11 +1,15 @@
 """Language models in their roles: student, behavior snapshot, sampler, teacher."""
 
+from opdlab.policies.adapters import AdapterConfig
 from opdlab.policies.behavior import BehaviorPolicy
 from opdlab.policies.language_model import LanguageModel, Scored
 from opdlab.policies.sampler import Sampler, Samples, SamplingConfig
-from opdlab.policies.teacher import LocalTeacher, Teacher, TeacherRequest, check_same_vocabulary
+from opdlab.policies.teacher import BaseTeacher, LocalTeacher, Teacher, TeacherRequest
+from opdlab.policies.tokenizers import StopTokens, check_same_vocabulary, single_token_ids, warn_of_stop_tokens
 
 __all__ = [
+    "AdapterConfig",
+    "BaseTeacher",
     "BehaviorPolicy",
     "LanguageModel",
     "LocalTeacher",
@@ -13,7 +17,10 @@ __all__ = [
     "Samples",
     "SamplingConfig",
     "Scored",
+    "StopTokens",
     "Teacher",
     "TeacherRequest",
     "check_same_vocabulary",
+    "single_token_ids",
+    "warn_of_stop_tokens",
 ]

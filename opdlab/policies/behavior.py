@@ -1,11 +1,11 @@
 """The behavior policy: a frozen copy of the student, which samples the rollouts."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from opdlab.errors import require
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.loading import DType
 from opdlab.policies.sampler import Sampler, SamplingConfig
@@ -17,11 +17,15 @@ class BehaviorPolicy(nn.Module):
     """A snapshot of the student that samples rollouts and scores them by the student's own scoring path.
 
     Args:
-        student: copied at once; the copy never takes a gradient.
+        student: copied at once; the copy never takes a gradient. Of a student with an adapter only the adapter is
+            copied, and the weights below it are shared.
         sampling: how rollouts are sampled.
         dtype: of the copy; None keeps the student's. A narrower one saves memory and makes the drift of a fresh
-            rollout its rounding error instead of 0.
+            rollout its rounding error instead of 0. Not with an adapter.
         score_batch_size: rollouts scored at a time.
+
+    Raises:
+        UsageError: ``dtype`` is given for a student with an adapter.
     """
 
     def __init__(
@@ -32,8 +36,13 @@ class BehaviorPolicy(nn.Module):
         score_batch_size: int = 32,
     ) -> None:
         super().__init__()
-        self.policy = copy.deepcopy(student).requires_grad_(False).eval()
+        self.policy = student.snapshot()
         if dtype is not None:
+            require(
+                not student.has_adapter,
+                f"model.behavior.dtype is '{dtype}', but a student with an adapter shares its weights with the "
+                "snapshot: leave it null",
+            )
             self.policy.to(getattr(torch, dtype))
         self.sampler = Sampler(sampling)
         self._score_batch_size = score_batch_size
@@ -43,7 +52,8 @@ class BehaviorPolicy(nn.Module):
         """Take the student's weights."""
         for tensors in ("parameters", "buffers"):  # tied weights stand once in parameters(), in the same order for both
             for own, other in zip(getattr(self.policy, tensors)(), getattr(student, tensors)(), strict=True):
-                own.copy_(other)
+                if own is not other:  # below an adapter they are shared
+                    own.copy_(other)
 
     def sample(
         self,

@@ -1,15 +1,36 @@
 """A Hugging Face causal language model, and the one path by which its log-probabilities are taken."""
 
+import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlab.errors import require
+from opdlab.policies.adapters import (
+    AdapterConfig,
+    attach_adapter,
+    has_adapter,
+    keep_adapter_only,
+    load_adapter,
+    put_back_frozen,
+    take_off_adapter,
+)
 from opdlab.policies.heads import check_head, head_of, output_layer
-from opdlab.policies.loading import DType, ModelSource, Quantization, quiet_bars, stop_ids_of
+from opdlab.policies.loading import (
+    DType,
+    ModelSource,
+    Quantization,
+    adapter_base,
+    has_tokenizer,
+    quiet_bars,
+    resolve,
+    stop_tokens_of,
+)
 from opdlab.rollouts.batch import Rollouts
 from opdlab.scoring import Head, TokenStatistics, token_statistics
 
@@ -45,7 +66,8 @@ class LanguageModel(nn.Module):
     """A causal language model with its tokenizer.
 
     Args:
-        path: a folder, a Hugging Face hub id, or ``package://some.package/folder`` for a model shipped in a package.
+        path: a folder, a Hugging Face hub id, or ``package://some.package/folder`` for a model shipped in a package. A
+            folder may also hold an adapter alone, as :meth:`save` writes it; its base is then loaded too.
         dtype: of the weights.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run Python code that comes with the model. Leave it off unless you trust its author.
@@ -53,6 +75,9 @@ class LanguageModel(nn.Module):
         gradient_checkpointing: compute each layer's activations again in the backward pass instead of keeping them:
             less memory, about a third more time for a training step. Sampling is as before.
         gguf_file: name of a GGUF file in ``path``, which is unpacked to ``dtype``. Needs the extra ``gguf``.
+        adapter: train a low-rank adapter on frozen weights. Needs the extra ``peft``.
+        quantization: keep the weights in ``4bit`` (NF4) or ``8bit``: for models that are not trained, on a GPU. Needs
+            the extra ``bitsandbytes``.
 
     Raises:
         UsageError: the folder is missing or incomplete, a package is missing, the tokenizer has no stop token, or the
@@ -73,15 +98,22 @@ class LanguageModel(nn.Module):
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,
         gguf_file: str | None = None,
+        adapter: AdapterConfig | None = None,
         quantization: Quantization | None = None,
     ) -> None:
         super().__init__()
-        self.path = str(path)
+        self.path, self.quantization = str(path), quantization
         source = ModelSource(
             self.path, dtype, revision, trust_remote_code, attn_implementation, gguf_file, quantization
         )
-        self.model, self.tokenizer = source.load()
-        self.stop_ids = stop_ids_of(self.model, self.tokenizer, self.path)
+        self.model, self.tokenizer = self._load(source, adapter)
+        # Names of the weights that an adapter leaves as they are: shared by the snapshot, and in no checkpoint.
+        named = self.named_parameters(remove_duplicate=False) if self.has_adapter else ()
+        self.frozen_keys = frozenset(name for name, parameter in named if not parameter.requires_grad)
+        self.register_state_dict_post_hook(keep_adapter_only)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(put_back_frozen)  # type: ignore[no-untyped-call]
+        self.stop_tokens = stop_tokens_of(self.model, self.tokenizer, self.path)
+        self.stop_ids = sorted(self.stop_tokens.ids)
         if self.tokenizer.pad_token_id is None:
             # Padding is always masked, so any token serves; reusing the stop token is the usual choice.
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.stop_ids[0])
@@ -89,6 +121,55 @@ class LanguageModel(nn.Module):
         check_head(self.model, self.path, len(self.tokenizer))
         if gradient_checkpointing:
             self._checkpoint_gradients()
+
+    def _load(
+        self, source: ModelSource, adapter: AdapterConfig | None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        base = adapter_base(self.path)
+        source = replace(source, path=base or self.path)
+        model, tokenizer = source.load()
+        resolved = resolve(source.path, with_config=False)
+        origin = str(Path(resolved).absolute()) if Path(resolved).is_dir() else resolved
+        if base is not None:
+            require(
+                adapter is None, f"model '{self.path}' is an adapter already: leave adapter out to train it further"
+            )
+            folder = Path(self.path).expanduser()
+            load_adapter(model, folder, origin)
+            tokenizer = AutoTokenizer.from_pretrained(folder) if has_tokenizer(folder) else tokenizer
+        elif adapter is not None:
+            attach_adapter(model, adapter, origin)
+        return model, tokenizer
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained, and the weights themselves are frozen."""
+        return has_adapter(self.model)
+
+    def snapshot(self) -> "LanguageModel":
+        """Return a frozen copy in eval mode. Weights below an adapter are not copied but shared: they never change."""
+        require(
+            self.quantization is None,
+            f"model.student has quantization '{self.quantization}', but packed weights cannot be trained: leave it "
+            "out; the teacher may have it",
+        )
+        return copy.deepcopy(self, self._shared()).requires_grad_(False).eval()
+
+    def without_adapter(self, merge: bool = False) -> "LanguageModel":
+        """Return a frozen model without the adapter, in eval mode.
+
+        Args:
+            merge: add the adapter to a copy of the weights; otherwise it is dropped, and the weights are shared.
+        """
+        plain = copy.deepcopy(self, {} if merge else self._shared())
+        take_off_adapter(plain.model, merge)
+        plain.frozen_keys = frozenset()
+        return plain.requires_grad_(False).eval()
+
+    def _shared(self) -> dict[int, Any]:
+        """What ``deepcopy`` is told it has copied already."""
+        named = self.named_parameters(remove_duplicate=False)
+        return {id(parameter): parameter for name, parameter in named if name in self.frozen_keys}
 
     @property
     def device(self) -> torch.device:
@@ -137,10 +218,17 @@ class LanguageModel(nn.Module):
             chunk = rollouts.rows(torch.arange(rows.start, rows.stop)).to(self.device)
             yield rows, self.score(chunk)
 
-    def save(self, folder: Path) -> None:
-        """Write model and tokenizer as a Hugging Face folder."""
+    def save(self, folder: Path, merge: bool = False) -> None:
+        """Write model and tokenizer as a Hugging Face folder.
+
+        Args:
+            folder: where to.
+            merge: an adapter is written alone, in peft's format with the path of its base; merged, the folder holds
+                the whole model. Without an adapter it always does.
+        """
+        model = self.without_adapter(merge=True).model if merge and self.has_adapter else self.model
         with quiet_bars():
-            self.model.save_pretrained(folder)
+            model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def _checkpoint_gradients(self) -> None:

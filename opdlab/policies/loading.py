@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import transformers
@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from opdlab.errors import UsageError, require
+from opdlab.policies.tokenizers import StopTokens
 
 DType = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["4bit", "8bit"]
@@ -40,6 +41,10 @@ class ModelSource:
         Raises:
             UsageError: something is missing, incomplete or not installed.
         """
+        require(
+            self.quantization in (None, *get_args(Quantization)),
+            f"quantization is '{self.quantization}', but must be one of {', '.join(get_args(Quantization))}",
+        )
         for package, extra in self._packages():
             require(
                 importlib.util.find_spec(package) is not None,
@@ -171,18 +176,17 @@ def adapter_base(path: str) -> str | None:
     return str(base)
 
 
-def stop_ids_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> list[int]:
-    """Union of the tokenizer's and the generation config's stop tokens: base and instruct models differ in one."""
-    ids = {tokenizer.eos_token_id, *configured_stop_ids(model)} - {None}
-    require(bool(ids), f"model '{path}': its tokenizer has no eos_token, so no response could ever end; set one")
-    return sorted(ids)
+def stop_tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> StopTokens:
+    """The tokenizer's and the generation config's stop tokens: base and instruct models differ in one.
 
-
-def configured_stop_ids(model: PreTrainedModel) -> list[int]:
-    """The generation config's stop tokens; may be none."""
+    Raises:
+        UsageError: there are none.
+    """
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
-    return [index for index in ids if index is not None]
+    stops = StopTokens(frozenset({tokenizer.eos_token_id} - {None}), frozenset(ids) - {None})
+    require(bool(stops.ids), f"model '{path}': its tokenizer has no eos_token, so no response could ever end; set one")
+    return stops
 
 
 def unmark_quantized(model: PreTrainedModel) -> None:

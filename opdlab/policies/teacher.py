@@ -9,9 +9,10 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from opdlab.errors import UsageError, require
+from opdlab.errors import require
 from opdlab.policies.language_model import LanguageModel
-from opdlab.policies.loading import DType
+from opdlab.policies.loading import DType, Quantization
+from opdlab.policies.tokenizers import StopTokens
 from opdlab.progress import Progress, SilentProgress
 from opdlab.rollouts.batch import Rollouts, Targets
 from opdlab.scoring import topk_with_statistics
@@ -35,10 +36,16 @@ class Teacher(ABC):
 
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
+    stop_tokens: StopTokens | None = None
+    """Where it ends its own answers, if it says so: a student that ends elsewhere is warned of."""
 
     @abstractmethod
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
         """Return the targets of ``rollouts``, on the host, without gradient."""
+
+    def bind(self, student: LanguageModel) -> None:
+        """Meet the student, before anything else is asked of the teacher; most teachers have no use for it."""
+        del student
 
     def to(self, device: torch.device) -> None:
         """Move whatever the teacher holds; nothing by default."""
@@ -54,6 +61,13 @@ class LocalTeacher(Teacher):
         revision: branch, tag or commit on the hub.
         trust_remote_code: run Python code that comes with the model. Leave it off unless you trust its author.
         batch_size: rollouts scored at a time.
+        attn_implementation: transformers' attention kernel.
+        gguf_file: name of a GGUF file in ``path``. Needs the extra ``gguf``.
+        quantization: keep the weights in ``4bit`` (NF4) or ``8bit`` and compute in ``dtype``. Needs the extra
+            ``bitsandbytes`` and a GPU.
+
+    Raises:
+        UsageError: see :class:`LanguageModel`; or ``batch_size`` is below 1.
     """
 
     def __init__(
@@ -63,11 +77,27 @@ class LocalTeacher(Teacher):
         revision: str | None = None,
         trust_remote_code: bool = False,
         batch_size: int = 32,
+        attn_implementation: str | None = None,
+        gguf_file: str | None = None,
+        quantization: Quantization | None = None,
     ) -> None:
+        model = LanguageModel(
+            path,
+            dtype,
+            revision,
+            trust_remote_code,
+            attn_implementation,
+            gguf_file=gguf_file,
+            quantization=quantization,
+        )
+        self._hold(model.requires_grad_(False).eval(), batch_size)
+
+    def _hold(self, model: LanguageModel, batch_size: int) -> None:
         require(batch_size >= 1, f"teacher.batch_size is {batch_size}, but must be at least 1")
-        self.model = LanguageModel(path, dtype, revision, trust_remote_code).requires_grad_(False).eval()
-        self.tokenizer = self.model.tokenizer
-        self.vocab_size = self.model.vocab_size
+        self.model = model
+        self.tokenizer = model.tokenizer
+        self.vocab_size = model.vocab_size
+        self.stop_tokens = model.stop_tokens
         self._batch_size = batch_size
 
     def to(self, device: torch.device) -> None:
@@ -101,19 +131,25 @@ class LocalTeacher(Teacher):
         return targets
 
 
-def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Refuse a teacher whose token ids mean something else than the student's.
+class BaseTeacher(LocalTeacher):
+    """The model that the student's adapter was put on, with the student's own frozen weights: no second copy.
+
+    Args:
+        batch_size: rollouts scored at a time.
 
     Raises:
-        UsageError: naming the first differing token. Differently padded embeddings of one tokenizer are fine.
+        UsageError: when it is bound to a student without an adapter.
     """
-    ours = {index: token for token, index in student.get_vocab().items()}
-    theirs = {index: token for token, index in teacher.get_vocab().items()}
-    if ours == theirs:
-        return
-    first = min(index for index in ours.keys() | theirs.keys() if ours.get(index) != theirs.get(index))
-    raise UsageError(
-        f"model.teacher and model.student have different vocabularies: token {first} is {theirs.get(first)!r} to the "
-        f"teacher ({len(theirs)} tokens) and {ours.get(first)!r} to the student ({len(ours)} tokens); "
-        "choose a teacher with the student's tokenizer"
-    )
+
+    def __init__(self, batch_size: int = 32) -> None:
+        require(batch_size >= 1, f"teacher.batch_size is {batch_size}, but must be at least 1")
+        self._batch_size = batch_size
+
+    def bind(self, student: LanguageModel) -> None:
+        """Take the student's weights without the adapter."""
+        require(
+            student.has_adapter,
+            "model.teacher is a BaseTeacher, which scores with the weights below the student's adapter, but "
+            "model.student has none: give model.student.init_args.adapter, or take a LocalTeacher",
+        )
+        self._hold(student.without_adapter(), self._batch_size)

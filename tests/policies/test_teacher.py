@@ -1,6 +1,8 @@
 """The local teacher: its targets are those of the model itself, and a foreign vocabulary is refused."""
 
+import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3For
 
 from opdlab.errors import UsageError
 from opdlab.policies import LocalTeacher, TeacherRequest, check_same_vocabulary
+from opdlab.policies.loading import ModelSource
 from opdlab.rollouts.batch import Rollouts, Targets
 from opdlab.tasks.toy import chain_tokenizer
 from opdlab.tasks.toy.make_models import toy_config
@@ -178,3 +181,48 @@ def test_additional_tokens_are_refused() -> None:
         check_same_vocabulary(chain_tokenizer(), with_tokens("extra"))
     with pytest.raises(UsageError, match=r"token 38 is None to the teacher \(38 tokens\) and 'extra' to the student"):
         check_same_vocabulary(with_tokens("extra"), chain_tokenizer())
+
+
+# -- quantization ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_quantization_needs_its_package(plain: Path, quantization: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else found(name, *rest)
+    )
+    with pytest.raises(UsageError, match=r"needs the package bitsandbytes, .* pip install 'opdlab\[bitsandbytes\]'"):
+        LocalTeacher(str(plain), quantization=quantization)
+
+
+@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
+def test_quantization_is_asked_of_transformers(plain: Path, quantization: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    original = AutoModelForCausalLM.from_pretrained
+
+    def from_pretrained(*args: Any, quantization_config: Any, **options: Any) -> Any:
+        asked.append(quantization_config)
+        return original(*args, **options)
+
+    monkeypatch.setattr(ModelSource, "_packages", lambda self: [])
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    teacher = LocalTeacher(str(plain), dtype="bfloat16", quantization=quantization)
+    with pytest.raises(UsageError, match=f"model.student has quantization '{quantization}', .* cannot be trained"):
+        teacher.model.snapshot()
+    assert asked[0].load_in_4bit == (quantization == "4bit")
+    assert asked[0].load_in_8bit == (quantization == "8bit")
+    if quantization == "4bit":
+        assert (asked[0].bnb_4bit_quant_type, asked[0].bnb_4bit_compute_dtype) == ("nf4", torch.bfloat16)
+
+
+def test_unknown_quantization(plain: Path) -> None:
+    with pytest.raises(UsageError, match="quantization is '2bit', but must be one of 4bit, 8bit"):
+        LocalTeacher(str(plain), quantization="2bit")  # type: ignore[arg-type]
+
+
+def test_attention_and_gguf_reach_the_model(plain: Path, tmp_path: Path) -> None:
+    teacher = LocalTeacher(str(plain), attn_implementation="eager")
+    assert teacher.model.model.config._attn_implementation == "eager"
+    with pytest.raises(UsageError, match="cannot be loaded"):
+        LocalTeacher(str(tmp_path), gguf_file="nothing.gguf")

@@ -1,0 +1,213 @@
+"""LoRA and DoRA adapters (arXiv 2106.09685, 2402.09353), by way of peft: attached, loaded, taken off, merged.
+
+Adapters are injected into the model's layers, so that the model stays of its own class and is scored and sampled as
+any other.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from opdlab.errors import UsageError, require
+from opdlab.registry import suggestion
+from opdlab.seeds import derive_seed, seeded
+
+_NAME = "default"
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """A low-rank adapter that is trained instead of the weights, which stay frozen.
+
+    Args:
+        r: rank of the update, at least 1.
+        alpha: the update is scaled by ``alpha / r``.
+        dropout: must be 0, because the student and the snapshot that it is compared with would drop different values.
+        target_modules: names of the layers to adapt, such as ``[q_proj, v_proj]``; ``all-linear`` takes every linear
+            layer but the output layer.
+        use_dora: split the weights into magnitude and direction and train the magnitude too.
+        seed: of the adapter's random start.
+
+    Raises:
+        UsageError: a value is out of range.
+
+    Example:
+        >>> AdapterConfig(r=8).alpha
+        32
+    """
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    use_dora: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.r >= 1, f"adapter.r is {self.r}, but must be at least 1")
+        require(self.alpha > 0, f"adapter.alpha is {self.alpha}, but must be above 0")
+        require(
+            self.dropout == 0,
+            f"adapter.dropout is {self.dropout}, but must be 0: with dropout the student's log-probabilities would "
+            "differ from the snapshot's at equal weights",
+        )
+        named = self.target_modules == "all-linear" or (isinstance(self.target_modules, list) and self.target_modules)
+        require(
+            bool(named),
+            f"adapter.target_modules is {self.target_modules!r}, but must be 'all-linear' or a list of layer names",
+        )
+
+
+def require_peft(why: str) -> None:
+    """Refuse to go on without peft."""
+    require(
+        importlib.util.find_spec("peft") is not None,
+        f"{why} needs the package peft, which is not installed: pip install 'opdlab[peft]'",
+    )
+
+
+def attach_adapter(model: PreTrainedModel, config: AdapterConfig, base: str) -> None:
+    """Freeze the weights and put a new adapter on them, which changes nothing yet.
+
+    Args:
+        model: changed in place.
+        config: the adapter.
+        base: where the weights came from, for whoever loads the adapter.
+
+    Raises:
+        UsageError: peft is missing, or a target is no layer that can be adapted.
+    """
+    require_peft("model.student.adapter")
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
+    _check_targets(model, config.target_modules)
+    lora = LoraConfig(
+        r=config.r,
+        lora_alpha=config.alpha,
+        lora_dropout=0.0,
+        target_modules=config.target_modules,
+        use_dora=config.use_dora,
+        task_type="CAUSAL_LM",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's transposed weights
+    )
+    with seeded(derive_seed("adapter", config.seed), model.device):
+        model.add_adapter(lora, _NAME)
+    lora.base_model_name_or_path = base
+    cast_adapter_dtype(model, _NAME)  # small updates would be lost in a narrow type
+
+
+def load_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
+    """Freeze the weights and put the adapter of a folder on them, ready to be trained further.
+
+    Raises:
+        UsageError: peft is missing, or the adapter is none of LoRA's, is incomplete, or does not fit the model.
+    """
+    require_peft(f"model '{folder}'")
+    from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
+    def refuse(reason: str) -> None:
+        raise UsageError(f"model '{folder}' cannot be loaded: {reason}")
+
+    try:
+        config = PeftConfig.from_pretrained(folder)
+        if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
+            refuse(f"it is an adapter of type {config.peft_type}, and only LoRA and DoRA are known")
+        if config.modules_to_save:
+            refuse(f"its adapter replaces whole layers ({', '.join(config.modules_to_save)}); merge it first with peft")
+        config.lora_dropout = 0.0
+        config.inference_mode = False
+        weights = load_peft_weights(str(folder), device="cpu")
+        # Not model.load_adapter of transformers, which misses the magnitudes of DoRA.
+        model.add_adapter(config, _NAME)
+        report = set_peft_model_state_dict(model, weights, _NAME)
+    except UsageError:
+        raise
+    except Exception as error:  # peft, safetensors and json each have their own
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"model '{folder}' cannot be loaded: is the adapter of this base? ({first_line})") from error
+    strays = sorted({*(key for key in report.missing_keys if "lora_" in key), *report.unexpected_keys})
+    config.base_model_name_or_path = base
+    if strays:
+        refuse(f"the adapter does not fit its base '{base}': {strays[0]} is in one of them only")
+    cast_adapter_dtype(model, _NAME)
+
+
+def take_off_adapter(model: PreTrainedModel, merge: bool) -> None:
+    """Give a model its plain layers back, in place.
+
+    Args:
+        model: has an adapter.
+        merge: add the adapter to the weights first, instead of dropping it.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            if merge:
+                module.merge()
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.get_base_layer())
+    model._hf_peft_config_loaded = False
+    del model.peft_config
+
+
+def has_adapter(model: PreTrainedModel) -> bool:
+    """Whether a model has an adapter on."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
+def _check_targets(model: PreTrainedModel, targets: list[str] | str) -> None:
+    if isinstance(targets, str):
+        return
+    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    ends = (model.get_output_embeddings(), model.get_input_embeddings())
+    fixed = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    known = sorted({name.rpartition(".")[2] for name in linear} - {name.rpartition(".")[2] for name in fixed})
+    for target in targets:
+        require(
+            not any(_matches(name, target) for name in fixed),
+            f"adapter.target_modules has '{target}', but embedding and output layer are not adapted: take some of "
+            f"{', '.join(known)}",
+        )
+        require(
+            any(_matches(name, target) for name in linear),
+            f"adapter.target_modules has '{target}', but the model has no linear layer of that name"
+            f"{suggestion(target, known)} It has: {', '.join(known)}",
+        )
+
+
+def _matches(name: str, target: str) -> bool:
+    """Peft's rule for a list of targets."""
+    return name == target or name.endswith(f".{target}")
+
+
+def keep_adapter_only(module: Any, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """State-dict hook: the frozen weights below an adapter are in no checkpoint."""
+    for key in module.frozen_keys:
+        state_dict.pop(prefix + key, None)
+
+
+def put_back_frozen(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """State-dict hook for loading: what :func:`keep_adapter_only` left out stays as it is."""
+    own = dict(module.named_parameters(remove_duplicate=False))
+    for key in module.frozen_keys:
+        state_dict.setdefault(prefix + key, own[key].detach())
+
+
+__all__ = [
+    "AdapterConfig",
+    "attach_adapter",
+    "has_adapter",
+    "keep_adapter_only",
+    "load_adapter",
+    "put_back_frozen",
+    "require_peft",
+    "take_off_adapter",
+]

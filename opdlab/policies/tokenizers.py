@@ -1,0 +1,109 @@
+"""What must hold between tokenizers: one vocabulary, one end of an answer, tokens named by their text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lightning.pytorch.utilities import rank_zero_warn
+from transformers import PreTrainedTokenizerBase
+
+from opdlab.errors import UsageError, require
+
+
+@dataclass(frozen=True)
+class StopTokens:
+    """The tokens that end an answer, by who says so.
+
+    Args:
+        of_tokenizer: the tokenizer's ``eos_token``.
+        configured: those of the model's generation config; may be empty.
+    """
+
+    of_tokenizer: frozenset[int]
+    configured: frozenset[int]
+
+    @property
+    def ids(self) -> frozenset[int]:
+        """All of them: sampling stops at each."""
+        return self.of_tokenizer | self.configured
+
+
+def warn_of_stop_tokens(
+    tokenizer: PreTrainedTokenizerBase, student: StopTokens, teacher: StopTokens | None = None
+) -> None:
+    """Warn, once and by name, where it is not agreed which tokens end an answer.
+
+    A teacher that wants to end an answer with a token at which the student does not stop teaches it to go on after the
+    end, and lengths explode. Base and instruct versions of one model often differ so.
+
+    Args:
+        tokenizer: the student's, for the tokens' texts.
+        student: where sampling stops.
+        teacher: where the teacher ends, if known.
+    """
+
+    def texts(ids: frozenset[int]) -> str:
+        return " and ".join(repr(str(tokenizer.convert_ids_to_tokens(index))) for index in sorted(ids))
+
+    findings = []
+    if teacher is not None and teacher.ids != student.ids:
+        findings.append(f"the student's answers end with {texts(student.ids)}, the teacher's with {texts(teacher.ids)}")
+    for name, stops in (("student", student), ("teacher", teacher)):
+        if stops is not None and stops.configured and not stops.of_tokenizer <= stops.configured:
+            findings.append(
+                f"the {name}'s tokenizer ends with {texts(stops.of_tokenizer)}, its generation config with "
+                f"{texts(stops.configured)}"
+            )
+    if findings:
+        rank_zero_warn(
+            f"Models disagree on the end of an answer: {'; '.join(findings)}. Answers may run on to max_new_tokens; "
+            "set eos_token_id in generation_config.json of the one that is wrong"
+        )
+
+
+def single_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], key: str) -> list[int]:
+    """Ids of tokens given by their text.
+
+    Args:
+        tokenizer: the vocabulary.
+        texts: each a token of the vocabulary, or text that is encoded as one token.
+        key: of the configuration, for the message.
+
+    Raises:
+        UsageError: a text is more than one token; the message names the tokens that it would split into.
+
+    Example:
+        >>> from opdlab.tasks.toy import chain_tokenizer
+        >>> single_token_ids(chain_tokenizer(), ["<eos>"], "model.mask_first")
+        [1]
+    """
+    vocabulary = tokenizer.get_vocab()
+    ids: list[int] = []
+    for text in texts:
+        pieces = [vocabulary[text]] if text in vocabulary else tokenizer.encode(text, add_special_tokens=False)
+        unknown = tokenizer.unk_token_id in pieces and text != tokenizer.unk_token
+        names = ", ".join(repr(token) for token in tokenizer.convert_ids_to_tokens(pieces))
+        require(
+            len(pieces) == 1 and not unknown,
+            f"{key} has {text!r}, which is no single token of the student's vocabulary: it would split into "
+            f"{names or 'nothing'}; give single tokens",
+        )
+        ids += pieces
+    return ids
+
+
+def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Refuse a teacher whose token ids mean something else than the student's.
+
+    Raises:
+        UsageError: naming the first differing token. Differently padded embeddings of one tokenizer are fine.
+    """
+    ours = {index: token for token, index in student.get_vocab().items()}
+    theirs = {index: token for token, index in teacher.get_vocab().items()}
+    if ours == theirs:
+        return
+    first = min(index for index in ours.keys() | theirs.keys() if ours.get(index) != theirs.get(index))
+    raise UsageError(
+        f"model.teacher and model.student have different vocabularies: token {first} is {theirs.get(first)!r} to the "
+        f"teacher ({len(theirs)} tokens) and {ours.get(first)!r} to the student ({len(ours)} tokens); "
+        "choose a teacher with the student's tokenizer"
+    )
