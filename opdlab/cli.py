@@ -24,7 +24,7 @@ from opdlab.callbacks import (
     LabProgressBar,
     StopCheckpoint,
 )
-from opdlab.cli_config import CONFIG_MODE, expand_arguments, explain
+from opdlab.cli_config import CONFIG_MODE, expand_arguments, explain, root_usage_error
 from opdlab.cli_estimate import print_estimate, refuse_oversized
 from opdlab.cli_runs import check_checkpoint, find_checkpoint, run_folder_for
 from opdlab.data import PromptDataModule
@@ -103,10 +103,16 @@ class OPDCLI(LightningCLI):
             config.ckpt_path = str(path)
 
     def instantiate_classes(self) -> None:
-        """Build everything, but first see whether the models' weights can fit."""
+        """Build everything, but first see whether the models' weights can fit.
+
+        Say what a constructor refused, not that no type of a union accepts it, which is how jsonargparse puts it.
+        """
         if self.subcommand == "fit" and self.config.fit.check_memory:
             refuse_oversized(self.config.fit)
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            raise root_usage_error(error) from error
 
     def after_instantiate_classes(self) -> None:
         """Find out now, not after the first evaluation, whether pools can be cut into batches."""

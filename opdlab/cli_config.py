@@ -201,6 +201,14 @@ def explain(error: BaseException, keys: Iterable[str] = ()) -> str:
     return text
 
 
+def root_usage_error(error: BaseException) -> BaseException:
+    """Return the :class:`UsageError` that ``error`` was raised from, or ``error`` where there is none."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UsageError):
+        cause = cause.__cause__
+    return cause or error
+
+
 _ASK = "; `opdlab fit --help` lists all keys"
 
 

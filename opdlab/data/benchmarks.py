@@ -138,7 +138,7 @@ class Benchmark(_PublishedProblems):
             folder with a copy of the hub's data set.
         revision: branch, tag or commit on the hub.
         template: turns a problem into a prompt; by default plain text, a new line and "Please reason step by step, and
-            put your final answer within \\boxed{}."
+            put your final answer within \boxed{}."
         verifier: checks answers; by default a :class:`opdlab.tasks.MathVerifier` that all presets share.
         limit: use only so many problems.
         offset: leave out so many problems first.

@@ -78,12 +78,19 @@ class TableProblems(RowProblems):
             where |= {"path": str(self._local.parent), "data_files": {self.split: self._local.name}}
         elif self._local.is_dir():
             where["path"] = str(self._local)
-        how = {"split": self.split, "streaming": self.streaming or self._local.exists()}
-        if not hasattr(datasets.load_dataset_builder(**where).config, "keep_default_na"):
-            table: Iterable[dict[str, Any]] = datasets.load_dataset(**where, **how)
-            return table
-        # CSV, whose reader guesses a type for each column unless it is told all of them.
-        first_row: dict[str, Any] = next(iter(datasets.load_dataset(**where, split=self.split, streaming=True)), {})
-        text = datasets.Features(dict.fromkeys(first_row, datasets.Value("string")))
-        table = datasets.load_dataset(**where, **how, features=text, keep_default_na=False, na_filter=False)
-        return table
+        how: dict[str, Any] = {"split": self.split, "streaming": self.streaming or self._local.exists()}
+        config = datasets.load_dataset_builder(**where).config
+        if hasattr(config, "na_filter"):
+            how |= {"features": _all_text(config), "na_filter": False}
+        return datasets.load_dataset(**where, **how)  # type: ignore[no-any-return]
+
+
+def _all_text(csv_config: Any) -> Any:
+    """Make every column text: the CSV reader guesses the type of each column that it is not told."""
+    import datasets
+    import pandas as pd  # type: ignore[import-untyped] # comes with datasets
+
+    files = next(iter(csv_config.data_files.values()))
+    return datasets.Features(
+        dict.fromkeys(pd.read_csv(files[0], sep=csv_config.sep, nrows=0), datasets.Value("string"))
+    )

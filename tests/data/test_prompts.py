@@ -197,6 +197,18 @@ def test_prompt_set(tokenizer: PreTrainedTokenizerFast) -> None:
     assert prompts.verifier is verifier
 
 
+def test_tokenizing_some_at_a_time_changes_nothing(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Listed(["1", "12345", "12", "123", "1", "12345", "7"])
+    at_once = prompt_set(source, tokenizer, max_prompt_tokens=3)
+    monkeypatch.setattr("opdlab.data.prompts._CHUNK", 2)
+    assert prompt_set(source, tokenizer, max_prompt_tokens=3) == at_once
+    assert (len(at_once), at_once.num_too_long) == (5, 2)
+    some = prompt_set(source, tokenizer, 3, problems=iter(source.problems()[2:4]))
+    assert [prompt.problem.text for prompt in some.prompts] == ["12", "123"]
+
+
 def test_a_prompt_of_exactly_the_allowed_length_is_kept(tokenizer: PreTrainedTokenizerFast) -> None:
     assert prompt_set(Listed(["123"]), tokenizer, 3).num_too_long == 0
     assert prompt_set(Listed(["123", "1"]), tokenizer, 2).num_too_long == 1
