@@ -1,32 +1,156 @@
 """The trained student as a Hugging Face folder."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
+from huggingface_hub import HfApi
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from transformers import GenerationConfig
 
+from opdlab.callbacks.evaluation_table import EvaluationTable
+from opdlab.data import PromptDataModule
+from opdlab.errors import require
+from opdlab.model_card import TrainingRecord, describe, hub_id_error, model_card
 from opdlab.module import OPDModule
+from opdlab.policies import LanguageModel, SamplingConfig
+
+CONFIG_NAME = "opdlab.yaml"
 
 
 class HFExport(pl.Callback):
     """Writes the student with ``save_pretrained`` when training ends, for ``AutoModelForCausalLM`` to load.
 
+    The folder also holds a generation config, so that ``generate`` samples as the evaluation did; a model card; and
+    the run's configuration as ``opdlab.yaml`` where the command line wrote one. An evaluation after training, such as
+    the one that ends ``opdlab fit``, adds its figures to the card.
+
     Args:
         folder: where to; ``student`` in the run's folder by default.
         enabled: whether to write at all.
         merge: write the whole model where the student has an adapter, instead of the adapter alone.
+        push_to_hub: hub id of a repository to upload the folder to, for example ``me/my-student``; it is made, for you
+            alone to see, where there is none. Needs ``hf auth login``. Where the upload fails there is a warning, and
+            the folder is safe. The configuration goes along: look at it first.
+
+    Raises:
+        UsageError: ``push_to_hub`` is no hub id.
     """
 
-    def __init__(self, folder: str | None = None, enabled: bool = True, merge: bool = False) -> None:
+    def __init__(
+        self, folder: str | None = None, enabled: bool = True, merge: bool = False, push_to_hub: str | None = None
+    ) -> None:
         self.folder = folder
         self.enabled = enabled
         self.merge = merge
+        self.push_to_hub = push_to_hub
+        self._written: tuple[Path, TrainingRecord] | None = None
+        error = None if push_to_hub is None else hub_id_error(push_to_hub)
+        require(error is None, f"export.push_to_hub is '{push_to_hub}', which is no hub id such as me/student: {error}")
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the folder, from one process."""
         assert isinstance(pl_module, OPDModule)
         run_folder = trainer.log_dir or trainer.default_root_dir  # asks all processes, so outside the branch below
-        if self.enabled and trainer.is_global_zero:
-            folder = Path(self.folder or Path(run_folder) / "student")
-            pl_module.student.save(folder, self.merge)
-            rank_zero_info(f"student written to {folder}")
+        if not self.enabled or not trainer.is_global_zero:
+            return
+        folder = Path(self.folder or Path(run_folder) / "student")
+        pl_module.student.save(folder, merge=self.merge)
+        generation_config(pl_module.student, pl_module.evaluator.sampler.config).save_pretrained(folder)
+        config = Path(run_folder) / "config.yaml"
+        if config.is_file():
+            shutil.copyfile(config, folder / CONFIG_NAME)
+        record = training_record(trainer, pl_module, CONFIG_NAME if config.is_file() else None)
+        self._written = (folder, record)
+        self._write_card(trainer, folder, record)
+        rank_zero_info(f"student written to {folder}")
+        if self.push_to_hub is not None:
+            self._push(folder)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Add the figures of an evaluation after training. Here, because by now all callbacks have seen them."""
+        if stage != "validate" or self._written is None:
+            return
+        folder, record = self._written
+        self._write_card(trainer, folder, record)
+        if self.push_to_hub is not None:
+            self._push(folder, "README.md")
+
+    def _write_card(self, trainer: pl.Trainer, folder: Path, record: TrainingRecord) -> None:
+        name = self.push_to_hub or folder.resolve().name
+        card = model_card(name, replace(record, results=_results(trainer)))
+        (folder / "README.md").write_text(card.content, encoding="utf-8")
+
+    def _push(self, folder: Path, *files: str) -> None:
+        assert self.push_to_hub is not None
+        try:
+            hub = HfApi()
+            hub.create_repo(self.push_to_hub, private=True, exist_ok=True)
+            hub.upload_folder(
+                repo_id=self.push_to_hub,
+                folder_path=folder,
+                allow_patterns=list(files) or None,
+                commit_message="Upload what opdlab distilled",
+            )
+        except Exception as error:  # whatever it is: training is over, and must not seem to have failed
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            rank_zero_warn(
+                f"export.push_to_hub '{self.push_to_hub}' failed, but {folder} is complete; to try again: "
+                f"hf upload {self.push_to_hub} {folder} ({reason})"
+            )
+
+
+def generation_config(model: LanguageModel, sampling: SamplingConfig) -> GenerationConfig:
+    """What makes ``generate`` sample as opdlab does: the same stop tokens, temperature and top-p, and nothing else.
+
+    Args:
+        model: its stop and padding tokens are used.
+        sampling: how answers are sampled.
+    """
+    return GenerationConfig(
+        do_sample=True,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=0,  # the default of transformers is 50
+        max_new_tokens=sampling.max_new_tokens,
+        eos_token_id=model.stop_ids,
+        pad_token_id=model.tokenizer.pad_token_id,
+    )
+
+
+def training_record(trainer: pl.Trainer, module: OPDModule, config: str | None) -> TrainingRecord:
+    """What the card tells of a run that has just ended.
+
+    Args:
+        trainer: of the run.
+        module: what it trained.
+        config: name of the configuration file beside the card, or None.
+    """
+    data = getattr(trainer, "datamodule", None)
+    teacher = getattr(module.teacher, "model", None)
+    settings = {
+        "objective": describe(module.objective),
+        "gate": describe(module.gate),
+        "reduction": module.reduction,
+        "optimizer steps": str(trainer.global_step),
+        "optimizer": ", ".join(f"{type(each).__name__}(lr={each.defaults.get('lr')})" for each in trainer.optimizers),
+        "precision": str(trainer.precision),
+        "rollouts": describe(module.sampling),
+        "answers": describe(module.evaluator.sampler.config),
+    }
+    return TrainingRecord(
+        student=module.student.path,
+        teacher=teacher.path if isinstance(teacher, LanguageModel) else type(module.teacher).__name__,
+        data=data.train_source.name if isinstance(data, PromptDataModule) else "unknown",
+        settings=settings | ({"reuse": describe(data.reuse)} if isinstance(data, PromptDataModule) else {}),
+        config=config,
+    )
+
+
+def _results(trainer: pl.Trainer) -> dict[str, dict[str, float]]:
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by Lightning's connector
+    table = next((callback for callback in callbacks if isinstance(callback, EvaluationTable)), EvaluationTable())
+    after = table.after if table.after_step == trainer.global_step else {}  # not of a step before the last
+    columns = {"before": table.before, "after": after, "teacher": table.teacher}
+    return {name: figures for name, figures in columns.items() if figures}

@@ -1,4 +1,4 @@
-"""The command line: ``opdlab fit | validate | test`` (a LightningCLI) and ``opdlab gates``.
+"""The command line: ``opdlab fit | validate | test`` (a LightningCLI), ``opdlab gates`` and ``opdlab estimate``.
 
 Everything a user can get wrong ends in one line on standard error and exit code 2.
 """
@@ -26,6 +26,7 @@ from opdlab.callbacks import (
     StopCheckpoint,
 )
 from opdlab.cli_config import CONFIG_MODE, expand_arguments, explain, root_usage_error
+from opdlab.cli_estimate import print_estimate, refuse_oversized
 from opdlab.cli_runs import check_checkpoint, find_checkpoint, run_folder_for, samples_folder_for
 from opdlab.data import PromptDataModule
 from opdlab.errors import UsageError
@@ -78,6 +79,9 @@ class OPDCLI(LightningCLI):
         parser.add_lightning_class_args(GateMonitor, "gate_monitor")
         parser.add_lightning_class_args(HFExport, "export")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_argument(
+            "--check_memory", type=bool, default=True, help="Refuse models whose weights alone exceed the device."
+        )
         parser.set_defaults(
             {
                 "checkpoint.every_n_train_steps": 50,
@@ -102,7 +106,12 @@ class OPDCLI(LightningCLI):
             config.ckpt_path = str(path)
 
     def instantiate_classes(self) -> None:
-        """Say what a constructor refused, not that no type of a union accepts it, which is how jsonargparse puts it."""
+        """Build everything, but first see whether the models' weights can fit.
+
+        Say what a constructor refused, not that no type of a union accepts it, which is how jsonargparse puts it.
+        """
+        if self.subcommand == "fit" and self.config.fit.check_memory:
+            refuse_oversized(self.config.fit)
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -209,6 +218,19 @@ class OPDCLI(LightningCLI):
         return bool(self.datamodule.benchmark_sources)
 
 
+class _EstimateCLI(OPDCLI):
+    """Parses what ``fit`` takes, prints the estimate, and builds nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        print_estimate(self.config.fit)
+
+    def instantiate_classes(self) -> None:
+        """Nothing: models would be loaded."""
+
+    def after_instantiate_classes(self) -> None:
+        self.subcommand = None  # nothing is run
+
+
 def list_gates() -> None:
     """Print every registered gate with the first line of its documentation."""
     registry = gate_registry()
@@ -222,10 +244,12 @@ def _run(arguments: Sequence[str]) -> None:
     if list(arguments[:1]) == ["gates"]:
         list_gates()
         return
-    program = sys.argv[0]
+    program, cli = sys.argv[0], OPDCLI
+    if list(arguments[:1]) == ["estimate"]:
+        cli, arguments = _EstimateCLI, ["fit", *arguments[1:]]
     # LightningCLI reads sys.argv; handing it arguments instead makes it warn.
     sys.argv = [program, *expand_arguments(arguments)]
-    OPDCLI()
+    cli()
 
 
 class _InterruptedError(Exception):

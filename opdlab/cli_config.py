@@ -3,6 +3,7 @@
 import importlib
 import importlib.resources
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import yaml
 from jsonargparse import set_loader
 
-from opdlab.errors import UsageError
+from opdlab.errors import UsageError, require
 from opdlab.gating import gate_registry
 from opdlab.objectives.base import objective_registry
 from opdlab.registry import Registry, suggestion
@@ -22,12 +23,15 @@ _REGISTRIES: dict[str, Callable[[], Registry[Any]]] = {
     "model.objective": objective_registry,
 }
 _CONFIG_FLAGS = ("-c", "--config")
+# In a configuration file: the configuration, or list of them, that it builds on.
+_EXTENDS = "extends"
 
 
 def _load_yaml(text: str) -> Any:
     """Load YAML, and put class paths where registered names stand."""
     loaded = yaml.safe_load(text)
     if isinstance(loaded, dict):
+        loaded.pop(_EXTENDS, None)  # obeyed before the parser sees the file, and no option of its own
         for key in _REGISTRIES:
             _expand_in(loaded, key)
     return loaded
@@ -73,6 +77,9 @@ def class_path_of(key: str, name: str) -> str:
 def expand_arguments(arguments: Sequence[str]) -> list[str]:
     """Put paths where names of shipped configurations stand, and class paths where registered names do.
 
+    A configuration that ``extends`` others becomes several ``-c``, those that it builds on first. What was read
+    already is not read again as the base of another: it would undo what came in between.
+
     Raises:
         UsageError: no such configuration, gate or objective.
     """
@@ -80,15 +87,65 @@ def expand_arguments(arguments: Sequence[str]) -> list[str]:
     for argument in arguments:
         flag, equals, value = argument.partition("=")
         if expanded and expanded[-1] in _CONFIG_FLAGS:
-            argument = config_path(argument)
-        elif flag in _CONFIG_FLAGS and equals:
-            argument = f"{flag}={config_path(value)}"
-        elif (key := flag.removeprefix("--")) in _REGISTRIES and equals:
+            flag, value = expanded.pop(), argument
+        if flag in _CONFIG_FLAGS and value:
+            *bases, path = config_chain(config_path(value))
+            for each in [*(base for base in bases if base not in expanded), path]:
+                expanded += [flag, each]
+            continue
+        if (key := flag.removeprefix("--")) in _REGISTRIES and equals:
             argument = f"{flag}={class_path_of(key, value)}"
         elif expanded and (key := expanded[-1].removeprefix("--")) in _REGISTRIES:
             argument = class_path_of(key, argument)
         expanded.append(argument)
     return expanded
+
+
+def config_chain(path: str, extended_by: tuple[str, ...] = ()) -> list[str]:
+    """Return the files that a configuration consists of, in the order in which they are read.
+
+    The key ``extends`` names one configuration or a list of them: a file next to this one, with or without
+    ``.yaml``, or a shipped configuration. Their keys are read first, so that this file's own win.
+
+    Args:
+        path: an existing file.
+        extended_by: the files that led here.
+
+    Returns:
+        The files it builds on, each once, and ``path`` last.
+
+    Raises:
+        UsageError: one is missing, or extends itself, be it by way of others.
+
+    Example:
+        >>> [Path(file).name for file in config_chain(config_path("quickstart"))]
+        ['quickstart.yaml']
+    """
+    trail = (*extended_by, path)
+    require(path not in extended_by, f"{trail[0]}: extends leads in a circle: {' -> '.join(trail)}; take one out")
+    try:
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, OSError, UnicodeDecodeError):
+        return [path]  # the parser says what is wrong with it
+    names = loaded.get(_EXTENDS, []) if isinstance(loaded, dict) else []
+    names = [names] if isinstance(names, str) else names
+    require(
+        isinstance(names, list) and all(isinstance(name, str) for name in names),
+        f"{path}: {_EXTENDS} is {names}, but must be the name of a configuration or a list of names",
+    )
+    bases = [file for name in names for file in config_chain(_extended_path(name, path), trail)]
+    return [*dict.fromkeys(bases), path]
+
+
+def _extended_path(name: str, path: str) -> str:
+    folder = Path(path).parent
+    for beside in (folder / name, folder / f"{name}.yaml"):
+        if beside.is_file():
+            return os.path.normpath(beside)  # pathlib keeps `..`, and one file would have two names
+    try:
+        return config_path(name)
+    except UsageError as error:
+        raise UsageError(f"{path}: {_EXTENDS} is '{name}', which is not in {folder} either: {error}") from error
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -140,7 +197,7 @@ def explain(error: BaseException, keys: Iterable[str] = ()) -> str:
     if "arguments are required" in text:
         return f"{text}; start from a shipped configuration, for example -c quickstart"
     if "invalid choice" in text or 'expected "subcommand"' in text:
-        return f"{text}; or give `gates`, which lists the registered gates"
+        return f"{text}; or give `gates`, which lists the registered gates, or `estimate`"
     return text
 
 

@@ -1,0 +1,262 @@
+"""``opdlab estimate``: the parts of a run's memory, phase by phase, and whether they fit the device."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import instantiate_class
+from rich.console import Console
+from rich.table import Table
+
+from opdlab.errors import UsageError, require
+from opdlab.estimate import (
+    FLOAT,
+    ModelSize,
+    activation_bytes,
+    head_bytes,
+    inference_bytes,
+    kv_cache_bytes,
+    model_size,
+    optimizer_bytes_per_parameter,
+)
+
+_GIB = 1 << 30
+_CASTS = "weights cast by autocast"
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Memory of a device, bytes.
+
+    Args:
+        name: of the device.
+        total: what it has.
+        free: what nobody uses.
+    """
+
+    name: str
+    total: int
+    free: int
+
+
+@dataclass
+class Estimate:
+    """Bytes by part, and which parts are alive in which phase; phases do not overlap.
+
+    Args:
+        parts: bytes of each part, and a remark.
+        phases: names of the parts that are alive, by phase.
+        host: parts that live in the host's memory, whatever the device.
+    """
+
+    parts: dict[str, tuple[int, str]] = field(default_factory=dict)
+    phases: dict[str, list[str]] = field(default_factory=dict)
+    host: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def peak(self, phase: str) -> int:
+        """Bytes alive in a phase."""
+        return sum(self.parts[name][0] for name in self.phases[phase])
+
+    def table(self) -> Table:
+        """The parts, then the phases."""
+        table = Table("part", "GiB", "of", title="memory by part")
+        for name, (size, remark) in self.parts.items():
+            table.add_row(name, _gib(size), remark)
+        for name, (size, remark) in self.host.items():
+            table.add_row(f"{name}, on the host", _gib(size), remark)
+        table.add_section()
+        throughout = set.intersection(*map(set, self.phases.values()))
+        for phase, parts in self.phases.items():
+            more = [name for name in parts if name not in throughout]
+            table.add_row(f"peak of {phase}", _gib(self.peak(phase)), " + ".join(["what is always there", *more]))
+        return table
+
+    def verdict(self, device: DeviceMemory) -> str:
+        """Whether the largest peak fits, and if not, what is the largest part of it."""
+        phase = max(self.phases, key=self.peak)
+        peak = self.peak(phase)
+        line = f"{device.name} has {_gib(device.free)} GiB free of {_gib(device.total)}: "
+        if peak <= device.free:
+            return line + f"the largest peak, {_gib(peak)} GiB in {phase}, fits"
+        largest = max(self.phases[phase], key=lambda name: self.parts[name][0])
+        return line + f"the peak of {phase}, {_gib(peak)} GiB, does not fit; its largest part is {largest}"
+
+
+def estimate(config: Any) -> Estimate:
+    """Estimate a run from the parsed configuration of ``opdlab fit``; a process of it, where there are several.
+
+    Raises:
+        UsageError: a model's configuration cannot be read.
+    """
+    models = dict(_models(config))
+    student, teacher = models["student"], models.get("teacher")
+    result = Estimate()
+    resident = _resident(result, config, student, teacher)
+    _sampling(result, config, student, resident)
+    _scoring(result, config, models, resident)
+    _update(result, config, student, resident)
+    if config.data.benchmarks:
+        _evaluation(result, config, models, resident)
+    _pool(result, config)
+    return result
+
+
+def print_estimate(config: Any) -> None:
+    """Print the table, and how it compares with the device that ``opdlab fit`` would take."""
+    result = estimate(config)
+    Console().print(result.table())
+    print("left out: the device's own context, fragmentation, short-lived results; model parallelism is not looked at")
+    device = device_memory(config.trainer.accelerator)
+    if device is not None:
+        print(result.verdict(device))
+
+
+def refuse_oversized(config: Any) -> None:
+    """Refuse a run whose weights cannot be on the device; where anything is in doubt, let it try.
+
+    Raises:
+        UsageError: a model's weights alone are larger than the device's memory.
+    """
+    device = device_memory(config.trainer.accelerator)
+    if device is None or not str(config.trainer.strategy).startswith(("auto", "ddp", "single_device")):
+        return
+    try:
+        models = dict(_models(config))
+    except UsageError as error:
+        if isinstance(error.__cause__, OSError):
+            raise  # loading would wait for the hub once more, and fail all the same
+        return
+    for role, model in models.items():
+        require(
+            model.bytes <= device.total,
+            f"model.{role} '{model.path}' has {_gib(model.bytes)} GiB of weights, and {device.name} has only "
+            f"{_gib(device.total)} GiB: choose a smaller model or a narrower dtype; `opdlab estimate` shows all parts, "
+            "and --check_memory false tries anyway",
+        )
+
+
+def device_memory(accelerator: str) -> DeviceMemory | None:
+    """Memory of the device that ``trainer.accelerator`` stands for; None where that cannot be told."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        return DeviceMemory(torch.cuda.get_device_name(), total, free)
+    if accelerator not in ("auto", "cpu") or torch.backends.mps.is_available():
+        return None
+    meminfo = Path("/proc/meminfo")  # of Linux
+    figures = dict(re.findall(r"^(\w+): +(\d+) kB$", meminfo.read_text(), re.MULTILINE)) if meminfo.is_file() else {}
+    if not {"MemTotal", "MemAvailable"} <= figures.keys():
+        return None
+    return DeviceMemory("this machine", int(figures["MemTotal"]) << 10, int(figures["MemAvailable"]) << 10)
+
+
+def _gib(size: int) -> str:
+    return f"{size / _GIB:.2f}" if size >= _GIB / 100 else f"{size / _GIB:.5f}"
+
+
+def _options(plugin: Any) -> dict[str, Any]:
+    options: dict[str, Any] = plugin.init_args.as_dict() if plugin.get("init_args") else {}
+    return options
+
+
+def _models(config: Any) -> Iterator[tuple[str, ModelSize]]:
+    yield "student", model_size(_options(config.model.student), config.trainer.precision)
+    teacher = _options(config.model.teacher)
+    if "path" in teacher and "dtype" in teacher:  # else it is elsewhere; the trainer casts it nowhere
+        yield "teacher", model_size(teacher, None)
+
+
+def _pool_size(config: Any) -> int:
+    return int(config.data.reuse.prompts_per_pool * config.model.sampling.num_samples)
+
+
+def _length(config: Any) -> int:
+    return int(config.data.max_prompt_tokens + config.model.sampling.max_new_tokens)
+
+
+def _resident(result: Estimate, config: Any, student: ModelSize, teacher: ModelSize | None) -> list[str]:
+    """Parts that live throughout. Gradients do, too: Lightning clears them only when the next ones are due."""
+    parts, width, optimizer = result.parts, student.trained_width, config.model.optimizer
+    each = optimizer_bytes_per_parameter({"class_path": optimizer.class_path, "init_args": _options(optimizer)}, width)
+    name = optimizer.class_path.rpartition(".")[2]
+    parts["student weights"] = (
+        student.bytes,
+        f"{student.parameters:,} x {student.packed or student.widths.weights} bytes",
+    )
+    parts["gradients"] = (student.trainable * width, f"{student.trainable:,} x {width} bytes")
+    parts["optimizer state"] = (int(student.trainable * each), f"{name}: {each:.3g} bytes each")
+    snapshot = config.model.behavior.dtype
+    if student.has_adapter:  # the weights below it are shared
+        parts["behavior snapshot"] = (student.trainable * width, "the adapter alone")
+    else:
+        snapshot_width = getattr(torch, snapshot).itemsize if snapshot else student.widths.weights
+        parts["behavior snapshot"] = (student.parameters * snapshot_width, f"{snapshot_width} bytes each")
+    if teacher is not None:
+        remark = f"{teacher.parameters:,} x {teacher.packed or teacher.widths.weights} bytes"
+        parts["teacher weights"] = (teacher.bytes, remark)
+    return list(parts)
+
+
+def _cache(model: ModelSize, config: Any, sampling: Any, wanted: int) -> tuple[int, str]:
+    batch, length = min(sampling.batch_size, wanted), config.data.max_prompt_tokens + sampling.max_new_tokens
+    # Top-p sorts: logits, those sorted, their places (8 bytes), probabilities and their running sum.
+    logits = batch * model.shape.vocab * (4 * FLOAT + 8)
+    cache = kv_cache_bytes(model.shape, batch * length, model.widths)
+    return cache + logits, f"{batch} responses x {length:,} tokens"
+
+
+def _sampling(result: Estimate, config: Any, student: ModelSize, resident: list[str]) -> None:
+    result.parts["KV cache"] = _cache(student, config, config.model.sampling, _pool_size(config))
+    result.phases["sampling"] = [*resident, "KV cache"]
+
+
+def _evaluation(result: Estimate, config: Any, models: dict[str, ModelSize], resident: list[str]) -> None:
+    sampling = config.model.eval_sampling
+    evaluated = [models["student"], *([models["teacher"]] if "teacher" in models else [])]
+    wanted = config.data.eval_batch_size * sampling.num_samples
+    caches = [_cache(model, config, sampling, wanted) for model in evaluated[: 1 + config.model.evaluation.teacher]]
+    result.parts["KV cache of evaluation"] = max(caches)
+    casts = [_CASTS] if _CASTS in result.parts else []  # autocast makes them for whatever could be trained
+    result.phases["evaluation"] = [*resident, "KV cache of evaluation", *casts]
+
+
+def _scoring(result: Estimate, config: Any, models: dict[str, ModelSize], resident: list[str]) -> None:
+    sizes = {
+        "student": config.model.behavior.score_batch_size,
+        "teacher": _options(config.model.teacher).get("batch_size"),
+    }
+    for role, model in models.items():
+        phase = {"student": "behavior scoring", "teacher": "teacher scoring"}[role]
+        tokens = min(sizes[role] or 1, _pool_size(config)) * _length(config)
+        size = inference_bytes(model.shape, tokens, model.widths) + head_bytes(model.shape, tokens, training=False)
+        result.parts[f"forward pass of {phase}"] = (size, f"{tokens:,} tokens")
+        result.phases[phase] = [*resident, f"forward pass of {phase}"]
+
+
+def _update(result: Estimate, config: Any, student: ModelSize, resident: list[str]) -> None:
+    tokens = -(-config.data.reuse.batch_size // config.trainer.accumulate_grad_batches) * _length(config)
+    checkpointing = bool(_options(config.model.student).get("gradient_checkpointing"))
+    more = {
+        "activations": (
+            activation_bytes(student.shape, tokens, student.widths, checkpointing=checkpointing),
+            f"{tokens:,} tokens, gradient checkpointing {'on' if checkpointing else 'off'}",
+        ),
+        "head": (head_bytes(student.shape, tokens, training=not student.has_adapter), "logits in chunks; its gradient"),
+    }
+    if student.widths.autocast:  # which keeps a narrow copy of what it multiplies with
+        width = student.widths.compute
+        more[_CASTS] = (student.parameters * width, f"{width} bytes each")
+    result.parts |= more
+    result.phases["update"] = [*resident, *more]
+
+
+def _pool(result: Estimate, config: Any) -> None:
+    rollouts, length = _pool_size(config), config.model.sampling.max_new_tokens
+    init = {"class_path": config.model.objective.class_path, "init_args": _options(config.model.objective)}
+    k = instantiate_class((), init).request.top_k
+    # Tokens (8) and mask (1); log-probabilities of snapshot and teacher, mass; ids and logits of the support.
+    per_token = 8 + 1 + 3 * FLOAT + k * (4 + FLOAT)
+    size = rollouts * (length * per_token + config.data.max_prompt_tokens * (8 + 1))
+    result.host["pool"] = (size, f"{rollouts} rollouts x {length:,} tokens x {per_token} bytes, top {k}")

@@ -1,0 +1,274 @@
+"""How much memory a run will need, from its configuration alone: no weights are read.
+
+Models are built on the meta device, from their config.json, and counted. What is left out: the device's own context
+(about half a GiB with CUDA), fragmentation, a few floats per position, and short-lived results of single operations.
+
+Letters: B rollouts of a micro-batch, T tokens of prompt and response, H hidden size, I intermediate size, L layers,
+V vocabulary, N = B * T.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import instantiate_class
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from opdlab.errors import UsageError
+from opdlab.policies.adapters import AdapterConfig, attach_adapter
+from opdlab.policies.loading import ADAPTER_CONFIG, adapter_base, resolve
+from opdlab.scoring import _MAX_CHUNK_LOGITS
+
+FLOAT = 4  # bytes of a float32
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's sizes, as its config.json gives them; see :func:`activation_bytes` for the architecture assumed.
+
+    Args:
+        hidden: H.
+        intermediate: I; of a mixture, what the experts of one token have together.
+        layers: L.
+        heads: attention heads.
+        kv_heads: heads of keys and values.
+        head_dim: size of a head.
+        vocab: V, rows of the head.
+        qk_norm: whether queries and keys are normalised, as Qwen3's are.
+    """
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    qk_norm: bool
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Shape":
+        """Read the sizes off a transformers model, on whatever device."""
+        config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        intermediate = getattr(config, "intermediate_size", None) or 4 * hidden  # GPT-2's is null for 4 H
+        if experts := getattr(config, "num_experts_per_tok", None):
+            intermediate = experts * (getattr(config, "moe_intermediate_size", None) or intermediate)
+        return cls(
+            hidden=hidden,
+            intermediate=intermediate,
+            layers=config.num_hidden_layers,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or hidden // heads,
+            vocab=config.vocab_size,
+            qk_norm=any(name.endswith("q_norm") for name, _ in model.named_modules()),
+        )
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bytes of a number.
+
+    Args:
+        weights: of the weights, and of what flows from layer to layer.
+        compute: of the results of matrix products; narrower than ``weights`` under autocast.
+    """
+
+    weights: int
+    compute: int
+
+    @property
+    def autocast(self) -> bool:
+        """Whether matrix products are narrower than the weights."""
+        return self.compute < self.weights
+
+
+def widths_of(dtype: str, precision: str | int | None) -> Widths:
+    """Widths of a model whose weights are loaded as ``dtype``, under ``trainer.precision``.
+
+    Example:
+        >>> widths_of("float32", "bf16-mixed"), widths_of("float32", "bf16-true"), widths_of("bfloat16", None)
+        (Widths(weights=4, compute=2), Widths(weights=2, compute=2), Widths(weights=2, compute=2))
+    """
+    own, name = getattr(torch, dtype).itemsize, str(precision or "")
+    if name.endswith("mixed"):
+        return Widths(own, 2)
+    if name.endswith("-true") and not name.startswith("32"):
+        own = 8 if name.startswith("64") else 2  # Lightning casts the module
+    return Widths(own, own)
+
+
+def activation_bytes(shape: Shape, tokens: int, widths: Widths, *, checkpointing: bool = False) -> int:
+    """What autograd keeps of one forward pass through the layers, the head aside.
+
+    Counted operation by operation for a pre-norm decoder with rotary positions, grouped-query attention by a fused
+    kernel (``sdpa`` or flash, so no T x T matrix) and a gated MLP, as transformers writes Llama, Qwen and their kin;
+    with s bytes a weight, w bytes a product, Q = heads * head_dim and K = kv_heads * head_dim, per token and layer:
+
+    - two RMSNorms: input in float32, the inverse root and the normalised input, ``2 (4 H + 4 + s H)``;
+    - what the linear layers behind them read: ``2 w H``, under autocast a cast copy for each of five, ``5 w H``;
+    - norms of queries and keys, where there are any: ``(4 + w) (Q + K) + 4 (heads + kv_heads)``;
+    - attention: queries, keys, values, output and the softmax's log-normalizer, ``2 w Q + 2 w K + 4 heads``;
+    - the MLP: gate before and after its activation, the up projection and their product, ``4 w I``.
+
+    Korthikanti et al. (arXiv 2205.05198) count a GPT layer in the same way. With checkpointing a layer leaves its
+    input, ``s H``, and one layer at a time is whole again in the backward pass.
+
+    Args:
+        shape: the model's.
+        tokens: N, padding included.
+        widths: see :class:`Widths`.
+        checkpointing: whether layers are computed again in the backward pass.
+
+    Example:
+        >>> shape = Shape(64, 192, 2, 4, 2, 16, 100, qk_norm=True)
+        >>> activation_bytes(shape, tokens=100, widths=Widths(4, 4)) // 100
+        12900
+    """
+    s, w = widths.weights, widths.compute
+    queries, keys = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    norm = (FLOAT + s) * shape.hidden + FLOAT
+    layer = 2 * norm + (5 if widths.autocast else 2) * w * shape.hidden
+    if shape.qk_norm:
+        layer += (FLOAT + w) * (queries + keys) + FLOAT * (shape.heads + shape.kv_heads)
+    layer += 2 * w * (queries + keys) + FLOAT * shape.heads
+    layer += 4 * w * shape.intermediate
+    kept = shape.layers * s * shape.hidden + layer if checkpointing else shape.layers * layer
+    return tokens * (kept + norm)
+
+
+def inference_bytes(shape: Shape, tokens: int, widths: Widths) -> int:
+    """What a forward pass without gradient holds at its widest.
+
+    That is in the MLP: its input before and after the norm, and I three times, ``(2 s + w) H + 3 w I`` per token.
+    """
+    hidden = (2 * widths.weights + widths.compute) * shape.hidden
+    return tokens * (hidden + 3 * widths.compute * shape.intermediate)
+
+
+def kv_cache_bytes(shape: Shape, tokens: int, widths: Widths) -> int:
+    """Keys and values of ``tokens``, sliding windows aside; a layer's are copied when they grow, hence L + 1.
+
+    In the weights' width under autocast too: rotary positions widen the keys, and transformers' cache the values.
+    """
+    return (shape.layers + 1) * tokens * shape.kv_heads * shape.head_dim * 2 * widths.weights
+
+
+def head_bytes(shape: Shape, tokens: int, *, training: bool) -> int:
+    """The head's working memory.
+
+    ``opdlab.scoring`` holds chunks of at most 2^24 logits: three copies of a chunk at a time, in training a fourth,
+    and there the gradient of the head in float32, which is summed before it is rounded.
+    """
+    chunk = FLOAT * min(_MAX_CHUNK_LOGITS, tokens * shape.vocab)
+    return 4 * chunk + FLOAT * shape.vocab * shape.hidden if training else 3 * chunk
+
+
+def optimizer_bytes_per_parameter(optimizer: Mapping[str, Any], width: int) -> float:
+    """Bytes of state that an optimizer keeps for each parameter: measured, on one step of 256 x 256 parameters.
+
+    Args:
+        optimizer: ``class_path`` and ``init_args``.
+        width: bytes of a parameter.
+
+    Example:
+        >>> optimizer_bytes_per_parameter({"class_path": "torch.optim.AdamW"}, 4)
+        8.0
+    """
+    dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[width]
+    parameter = nn.Parameter(torch.zeros(256, 256, dtype=dtype))
+    parameter.grad = torch.zeros_like(parameter)
+    stepped = instantiate_class(([parameter],), dict(optimizer))
+    stepped.step()
+    state = [v for v in stepped.state[parameter].values() if isinstance(v, torch.Tensor) and v.numel() > 1]
+    return sum(tensor.nbytes for tensor in state) / parameter.numel()
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """A model that was counted.
+
+    Args:
+        path: as configured.
+        parameters: number of all; tied ones count once.
+        trainable: number of those that are trained.
+        shape: sizes of its layers.
+        widths: bytes of a number.
+        packed: bytes of a parameter where quantization packs them, else None.
+    """
+
+    path: str
+    parameters: int
+    trainable: int
+    shape: Shape
+    widths: Widths
+    packed: float | None = None
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is trained on frozen weights."""
+        return self.trainable < self.parameters
+
+    @property
+    def trained_width(self) -> int:
+        """Bytes of a trainable parameter: adapters are kept in float32 at least."""
+        return max(self.widths.weights, FLOAT) if self.has_adapter else self.widths.weights
+
+    @property
+    def bytes(self) -> int:
+        """Of the weights."""
+        frozen = self.parameters - self.trainable if self.has_adapter else self.parameters
+        adapter = self.trainable * self.trained_width if self.has_adapter else 0
+        return int(frozen * (self.packed or self.widths.weights)) + adapter
+
+
+_PACKED = {"4bit": 0.5, "8bit": 1.0}
+
+
+def model_size(options: Mapping[str, Any], precision: str | int | None) -> ModelSize:
+    """Count a model without reading its weights.
+
+    Args:
+        options: ``init_args`` of a :class:`opdlab.policies.LanguageModel` or :class:`opdlab.policies.LocalTeacher`.
+        precision: ``trainer.precision``, where the trainer casts the model; None where it does not.
+
+    Raises:
+        UsageError: its configuration cannot be read.
+
+    Example:
+        >>> model_size({"path": "package://opdlab.tasks.toy/models/student", "dtype": "float32"}, None).parameters
+        280704
+    """
+    path = str(options["path"])
+    if (base := adapter_base(path)) is not None:
+        saved = json.loads((Path(path).expanduser() / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        same = {"r": saved["r"], "target_modules": saved["target_modules"], "use_dora": saved.get("use_dora", False)}
+        return model_size({**options, "path": base, "adapter": same}, precision)
+    more = {key: options[key] for key in ("revision", "trust_remote_code") if options.get(key)}
+    source = resolve(path, with_config=False)  # config.json is enough, and AutoConfig says if it is missing
+    gguf = {"gguf_file": options["gguf_file"]} if options.get("gguf_file") else {}
+    try:
+        config = AutoConfig.from_pretrained(source, **more, **gguf)
+        with torch.device("meta"):
+            code = {"trust_remote_code": True} if options.get("trust_remote_code") else {}
+            model = AutoModelForCausalLM.from_config(config, **code)
+            if options.get("adapter"):
+                attach_adapter(model, AdapterConfig(**options["adapter"]), path)
+    except UsageError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(
+            f"the configuration of model '{path}' cannot be read: check the name, the connection and, for a gated "
+            "model, `hf auth login`; or give a local folder, of which `opdlab estimate` needs config.json alone "
+            f"({first_line})"
+        ) from error
+    count = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    packed = _PACKED.get(str(options.get("quantization")))
+    return ModelSize(path, count, trainable, Shape.of(model), widths_of(options["dtype"], precision), packed)

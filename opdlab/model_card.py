@@ -1,0 +1,135 @@
+"""A model card for a distilled student: what it was made from, how, and what came out."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # documented, yet not in its __all__
+
+from opdlab import __version__
+
+_MAX_TEXT = 300  # characters of anything that others wrote
+
+
+@dataclass(frozen=True)
+class TrainingRecord:
+    """What a card tells of a run.
+
+    Args:
+        student: path or hub id of what training started from.
+        teacher: path or hub id, or the class of a teacher that has none.
+        data: name of the training prompts' source.
+        settings: what the run was made of: objective, gate, steps, …, by the name that the card gives it.
+        results: columns of figures, for example ``before`` and ``after``.
+        config: name of the configuration file in the same folder, or None.
+    """
+
+    student: str
+    teacher: str
+    data: str
+    settings: Mapping[str, str]
+    results: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    config: str | None = None
+
+
+def describe(part: object) -> str:
+    """A plug-in's class and its options, as far as they are plain values.
+
+    Example:
+        >>> from opdlab.objectives import TeacherTopK
+        >>> describe(TeacherTopK(k=8))
+        'TeacherTopK(k=8)'
+    """
+    plain = (str, int, float, type(None))
+    options = {k: v for k, v in vars(part).items() if not k.startswith("_") and isinstance(v, plain)}
+    options.pop("training", None)  # of torch modules
+    return f"{type(part).__name__}({', '.join(f'{key}={value!r}' for key, value in options.items())})"
+
+
+def escaped(text: str) -> str:
+    r"""Text as Markdown shows it literally, on one line: no markup, links, HTML or table borders get through.
+
+    Any ASCII punctuation may be escaped with a backslash (CommonMark 0.31, 2.4).
+
+    Example:
+        >>> print(escaped("a|b\n<script>*x*"))
+        a\|b \<script\>\*x\*
+    """
+    line = " ".join(text.split())
+    if len(line) > _MAX_TEXT:
+        line = line[:_MAX_TEXT] + "…"
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$@:])", r"\\\1", line)
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether ``path`` can only be a hub id: it is well formed, and no folder of that name is here.
+
+    Example:
+        >>> is_hub_id("Qwen/Qwen3-4B"), is_hub_id("package://opdlab.tasks.toy/models/student"), is_hub_id(".")
+        (True, False, False)
+    """
+    return hub_id_error(path) is None and path.count("/") == 1 and not Path(path).exists()
+
+
+def hub_id_error(name: str) -> str | None:
+    """What keeps ``name`` from being a hub id, or None.
+
+    Example:
+        >>> hub_id_error("me/student")
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        return str(error)
+    return None
+
+
+def model_card(name: str, record: TrainingRecord) -> ModelCard:
+    """Write the card; nothing is looked up on the network.
+
+    Args:
+        name: of the model.
+        record: what to tell.
+
+    Example:
+        >>> record = TrainingRecord("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B", "prompts.jsonl", {"gate": "NoGate()"})
+        >>> model_card("mine", record).data.base_model
+        'Qwen/Qwen3-0.6B'
+    """
+    metadata = ModelCardData(
+        base_model=record.student if is_hub_id(record.student) else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["opdlab", "on-policy-distillation", "distillation"],
+    )
+    rows = {"student": record.student, "teacher": record.teacher, "training prompts": record.data, **record.settings}
+    parts = [
+        f"---\n{metadata.to_yaml()}\n---\n",
+        f"# {escaped(name)}\n",
+        "A language model distilled on-policy: it sampled its own answers, and a frozen teacher scored each of their "
+        f"tokens. Made with opdlab {__version__}.\n",
+        "## Training\n",
+        _table(["", ""], [[key, escaped(value)] for key, value in rows.items()]),
+    ]
+    if record.config is not None:
+        parts += [f"To repeat it: `opdlab fit -c {record.config}`, with the file of that name in this folder.\n"]
+    if record.results:
+        parts += ["## Results\n", _results(record.results)]
+    return ModelCard("\n".join(parts))
+
+
+def _results(results: Mapping[str, Mapping[str, float]]) -> str:
+    figures = dict.fromkeys(name for column in results.values() for name in column)
+    rows = [
+        [escaped(name), *(f"{column[name]:.3f}" if name in column else "" for column in results.values())]
+        for name in figures
+    ]
+    return _table(["figure", *map(escaped, results)], rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

@@ -1,0 +1,242 @@
+"""Every shipped configuration runs: with tiny models, local problems and short responses, but its own everything else.
+
+The files are found, not listed, so that a new one is covered by being there. A piece that is no whole configuration is
+stacked on the quickstart, as its users would.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from jsonargparse import Namespace, dict_to_namespace
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from opdlab.cli import EXIT_USAGE, OPDCLI, main
+from opdlab.cli_config import config_chain, expand_arguments
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+NAMES = sorted(file.relative_to(CONFIGS).with_suffix("").as_posix() for file in CONFIGS.rglob("*.yaml"))
+PAPER = [name for name in NAMES if name.startswith("paper/") and name != "paper/base"]
+NO_PROCESSES = dict_to_namespace({"class_path": "opdlab.tasks.BoxedVerifier", "init_args": {}})
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+def stack(name: str) -> list[str]:
+    """What to hand to -c: the configuration, on the quickstart where it lacks what every run needs."""
+    keys: set[str] = set()
+    for file in config_chain(str(CONFIGS / f"{name}.yaml")):
+        keys |= set(yaml.safe_load(Path(file).read_text()).get("model", {}))
+    return [name] if {"student", "teacher", "objective", "gate"} <= keys else ["quickstart", name]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Qwen3 with a tokenizer of single bytes, and problems."""
+    folder = tmp_path_factory.mktemp("configs")
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>"]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", chat_template=CHAT_TEMPLATE)
+    fast.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(alphabet),
+        hidden_size=16,
+        num_hidden_layers=2,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=True,
+        eos_token_id=len(alphabet) - 1,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder / "model")
+    for name in ("train", "held_out"):  # with a text of its own each: a training prompt that is held out is dropped
+        rows = [{"id": str(n), "problem": f"{name}: what is {n} + 1?", "answer": str(n + 1)} for n in range(4)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def change(section: Namespace, **values: Any) -> None:
+    section.update(dict_to_namespace(values))
+
+
+def sources(config: Any) -> Iterator[tuple[str, Any]]:
+    yield "train", config.data.train.init_args
+    for source in (config.data.benchmarks or {}).values():
+        yield "held_out", source.init_args
+
+
+def shrink(config: Any, folder: Path) -> None:
+    """Tiny models, local problems, short responses, two optimizer steps."""
+    change(
+        config.trainer,
+        accelerator="cpu",
+        max_steps=2,
+        max_time=None,
+        accumulate_grad_batches=min(config.trainer.accumulate_grad_batches, 2),
+        val_check_interval=1000,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir="run",
+    )
+    for model in (config.model.student, config.model.teacher):
+        if not model.init_args.path.startswith("package://"):
+            model.init_args.path = str(folder / "model")
+    for sampling in (config.model.sampling, config.model.eval_sampling):
+        change(sampling, num_samples=2, max_new_tokens=6)
+    config.model.evaluation.pass_at = [1, 2]
+    change(config.data.reuse, prompts_per_pool=2, batch_size=2)
+    config.data.max_prompt_tokens = 256  # in the tiny tokenizers a character is a token
+    config.behavior_refresh.every_n_steps = 4
+    for name, options in sources(config):
+        if "path" in options:
+            change(options, path=str(folder / f"{name}.jsonl"), offset=0, limit=None)
+        else:
+            options.num_problems = 4
+        if "verifier" in options:
+            options.verifier = NO_PROCESSES.clone()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs(
+    name: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class SmallCLI(OPDCLI):
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            super().parse_arguments(parser, args)
+            shrink(self.config.fit, folder)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["opdlab"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr("opdlab.cli.OPDCLI", SmallCLI)
+    assert main(["fit", *(part for each in stack(name) for part in ("-c", each))]) == 0
+    output = capsys.readouterr().out
+    assert "pass@1" in output
+    assert "after" in output
+    saved = yaml.safe_load((tmp_path / "run/version_0/config.yaml").read_text())
+    assert "extends" not in saved
+    assert (tmp_path / "run/version_0/student/model.safetensors").is_file()
+
+
+def parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The configuration that the command line makes of ``arguments``."""
+    found: list[Any] = []
+
+    class ParseOnly(OPDCLI):
+        def instantiate_classes(self) -> None:
+            found.append(self.config.fit)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", ["opdlab", *expand_arguments(["fit", *arguments])])
+    with pytest.raises(KeyboardInterrupt):
+        ParseOnly()
+    return found[0]
+
+
+PAPER_GATES = {"": "NoGate", "block64": "Block64Gate", "newline": "SpanGate"}
+PAPER_OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "opd": ("SampledTokenOPD", {"reference": "behavior", "clip": 0.2, "dual_clip": 3.0, "advantage_clamp": None}),
+    "lsm": ("TeacherTopK", {"k": 32}),
+}
+
+
+def test_paper_configurations_are_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(PAPER) == 6
+    rest = []
+    for name in PAPER:
+        config = parsed(["-c", name], monkeypatch)
+        check_paper_hyperparameters(config)
+        objective, _, gate = name.removeprefix("paper/").partition("-")
+        cls, settings = PAPER_OBJECTIVES[objective]
+        assert config.model.objective.class_path.rpartition(".")[2] == cls
+        assert config.model.objective.init_args.as_dict() == settings
+        assert config.model.gate.class_path.rpartition(".")[2] == PAPER_GATES[gate]
+        options = config.model.gate.init_args
+        assert (options.tau, options.statistic, options.normalization) == (1.0, "signed_mean", "mean")
+        assert config.trainer.default_root_dir == f"runs/{name}"
+        del config.config, config.model.gate, config.model.objective
+        del config.trainer.default_root_dir, config.trainer.logger, config.checkpoint.dirpath
+        rest.append(config)
+    assert all(config == rest[0] for config in rest)  # they differ in nothing else
+
+
+def check_paper_hyperparameters(config: Any) -> None:
+    for sampling in (config.model.sampling, config.model.eval_sampling):
+        figures = (sampling.num_samples, sampling.temperature, sampling.top_p, sampling.max_new_tokens)
+        assert figures == (8, 1.0, 0.9, 16384)
+    assert config.model.optimizer.init_args.lr == 2e-6
+    assert config.data.max_prompt_tokens == 2048
+    assert set(config.data.benchmarks) == {"math500", "aime24", "aime25", "amc23"}
+    reuse = config.data.reuse
+    steps_per_pool = reuse.epochs * reuse.prompts_per_pool * config.model.sampling.num_samples // reuse.batch_size
+    assert (reuse.prompts_per_pool, reuse.epochs) == (4, 2)
+    assert config.behavior_refresh.every_n_steps == steps_per_pool
+    assert config.trainer.max_steps == 200 * steps_per_pool
+    assert reuse.batch_size == config.trainer.accumulate_grad_batches  # micro-batches of one rollout
+
+
+# -- extends ----------------------------------------------------------------------------------------------------------
+
+
+def write(folder: Path, **texts: str) -> None:
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").parent.mkdir(exist_ok=True)
+        (folder / f"{name}.yaml").write_text(text)
+
+
+def test_a_configuration_wins_over_what_it_extends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(
+        tmp_path,
+        bottom="extends: quickstart\ntrainer: {max_steps: 1, log_every_n_steps: 7}",
+        middle="extends: [bottom.yaml, gates/token]\ntrainer: {max_steps: 2}",
+        top="extends: middle\nmodel: {gate: {init_args: {tau: 3}}}",
+    )
+    config = parsed(["-c", str(tmp_path / "top.yaml"), "--data.reuse.epochs", "9"], monkeypatch)
+    assert (config.trainer.max_steps, config.trainer.log_every_n_steps, config.data.reuse.epochs) == (2, 7, 9)
+    assert config.model.gate.class_path.endswith("TokenGate")
+    assert config.model.gate.init_args.tau == 3
+    assert "extends" not in config
+
+
+def test_what_was_read_is_not_read_again_as_a_base(tmp_path: Path) -> None:
+    write(tmp_path, base="{}", one="extends: base", two="extends: [base, one]")
+    base, one, two = (str(tmp_path / f"{name}.yaml") for name in ("base", "one", "two"))
+    assert expand_arguments(["fit", "-c", two]) == ["fit", "-c", base, "-c", one, "-c", two]
+    assert expand_arguments(["-c", one, f"--config={two}"]) == ["-c", base, "-c", one, "--config", two]
+    assert expand_arguments(["-c", base, "-c", one, "-c", base]) == ["-c", base, "-c", one, "-c", base]  # as told
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("extends: bad", "extends leads in a circle"),
+        ("extends: [quickstart, detour]", "extends leads in a circle"),
+        ("extends: quickstrat", "extends is 'quickstrat', which is not in"),
+        ("extends: quickstrat", "did you mean 'quickstart'?"),
+        ("extends: {quickstart: 1}", "must be the name of a configuration or a list of names"),
+        ("extends: [1]", "must be the name of a configuration or a list of names"),
+        ("extends: quickstart\nmodel: {gaet: none}", "unknown key 'model.gaet'"),
+    ],
+)
+def test_a_bad_base_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, words: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["opdlab"])
+    write(tmp_path, bad=text, detour="extends: ./bad")
+    assert main(["fit", "-c", str(tmp_path / "bad.yaml")]) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.splitlines()) == 1

@@ -1,0 +1,279 @@
+"""The estimate against what is measured: real tiny models, real optimizers, and what autograd really keeps."""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed._tools.mem_tracker import MemTracker
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+
+from opdlab.cli import EXIT_USAGE, main
+from opdlab.cli_estimate import DeviceMemory, Estimate
+from opdlab.estimate import (
+    Shape,
+    Widths,
+    activation_bytes,
+    head_bytes,
+    kv_cache_bytes,
+    model_size,
+    optimizer_bytes_per_parameter,
+    widths_of,
+)
+from opdlab.policies.adapters import AdapterConfig, attach_adapter
+from opdlab.scoring import Head, token_statistics
+
+SHAPES = [  # hidden, intermediate, layers, heads, kv heads, head dim
+    (64, 192, 2, 4, 2, 16),
+    (96, 256, 3, 6, 6, 16),
+    (48, 384, 5, 2, 1, 32),
+    (128, 128, 1, 8, 2, 8),
+]
+VOCAB = 131
+
+
+def tiny(shape: tuple[int, ...], **options: Any) -> PreTrainedModel:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    sizes = dict(zip((*names, "head_dim"), shape, strict=True))
+    config = Qwen3Config(vocab_size=VOCAB, attn_implementation="sdpa", **sizes, **options)
+    return Qwen3ForCausalLM(config).train()
+
+
+def saved_bytes(model: PreTrainedModel, batch: int, length: int, autocast: bool = False) -> int:
+    """Bytes that autograd keeps of a forward pass: each storage once, parameters and their cast copies aside."""
+    ignored = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    shapes = {frozenset(parameter.shape) for parameter in model.parameters() if parameter.ndim == 2}
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        cast = tensor.ndim == 2 and frozenset(tensor.shape) in shapes
+        if not cast and tensor.untyped_storage().data_ptr() not in ignored:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    context = torch.autocast("cpu", torch.bfloat16) if autocast else contextlib.nullcontext()
+    tokens = torch.randint(0, VOCAB, (batch, length))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), context:
+        model.base_model(input_ids=tokens, use_cache=False)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("dtype", "autocast"), [("float32", False), ("bfloat16", False), ("float32", True)])
+def test_activations_are_what_autograd_keeps(shape: tuple[int, ...], dtype: str, autocast: bool) -> None:
+    model = tiny(shape).to(getattr(torch, dtype))
+    batch, length = 3, 67
+    measured = saved_bytes(model, batch, length, autocast)
+    widths = widths_of(dtype, "bf16-mixed" if autocast else None)
+    assert activation_bytes(Shape.of(model), batch * length, widths) == pytest.approx(measured, rel=0.05)
+
+
+def test_a_model_without_norms_of_queries_and_keys() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, num_key_value_heads=2, **sizes)).train()
+    assert not Shape.of(model).qk_norm
+    assert activation_bytes(Shape.of(model), 100, Widths(4, 4)) == pytest.approx(saved_bytes(model, 2, 50), rel=0.05)
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_checkpointed_activations_at_their_peak(shape: tuple[int, ...]) -> None:
+    model = tiny(shape)
+    # Renamed in transformers 5.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    tokens = torch.randint(0, VOCAB, (4, 150))
+    tracker = MemTracker()
+    tracker.track_external(model)
+    with tracker:
+        model.base_model(input_ids=tokens, use_cache=False).last_hidden_state.square().mean().backward()
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    named = {str(kind).rpartition(".")[2]: size for kind, size in peak.items()}
+    # What a layer computes again is made in the backward pass, where the tracker calls everything temporary: its
+    # results, and the gradients that travel back, which the estimate leaves out.
+    measured = named["ACT"] + named["TEMP"]
+    estimated = activation_bytes(Shape.of(model), tokens.numel(), Widths(4, 4), checkpointing=True)
+    assert estimated == pytest.approx(measured, rel=0.2)
+    assert estimated < activation_bytes(Shape.of(model), tokens.numel(), Widths(4, 4))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_gradients_and_cache_are_exact(shape: tuple[int, ...], tied: bool, dtype: str, tmp_path: Path) -> None:
+    model = tiny(shape, tie_word_embeddings=tied).to(getattr(torch, dtype))
+    model.config.save_pretrained(tmp_path)  # config.json alone: there are no weights to be read
+    size = model_size({"path": str(tmp_path), "dtype": dtype}, None)
+    assert size.bytes == sum(parameter.nbytes for parameter in model.parameters())
+    output = model(input_ids=torch.randint(0, VOCAB, (2, 30)), use_cache=True)
+    output.logits.float().sum().backward()
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    assert gradients == size.parameters * size.widths.weights
+    cached = sum(t.nbytes for layer in output.past_key_values.layers for t in (layer.keys, layer.values))
+    one_layer = cached // size.shape.layers  # copied while it grows
+    assert kv_cache_bytes(size.shape, 2 * 30, size.widths) == cached + one_layer
+
+
+def test_an_adapter_is_counted_as_peft_makes_it(tmp_path: Path) -> None:
+    tiny(SHAPES[0]).config.save_pretrained(tmp_path)
+    model = tiny(SHAPES[0]).bfloat16()
+    attach_adapter(model, AdapterConfig(r=4), "base")
+    size = model_size({"path": str(tmp_path), "dtype": "bfloat16", "adapter": {"r": 4}}, None)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert size.trainable * size.trained_width == sum(parameter.nbytes for parameter in trained)
+    assert size.bytes == sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_the_cache_is_wide_under_autocast() -> None:
+    model = tiny(SHAPES[0])
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        cache = model(input_ids=torch.randint(0, VOCAB, (2, 30)), use_cache=True).past_key_values
+    cached = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    estimated = kv_cache_bytes(Shape.of(model), 60, widths_of("float32", "bf16-mixed"))
+    assert estimated == cached + cached // len(cache.layers)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("torch.optim.AdamW", {"lr": 1e-3}),
+        ("torch.optim.AdamW", {"amsgrad": True}),
+        ("torch.optim.SGD", {"lr": 0.1}),
+        ("torch.optim.SGD", {"lr": 0.1, "momentum": 0.9}),
+        ("torch.optim.RMSprop", {}),
+        ("torch.optim.Adafactor", {}),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_optimizer_state(name: str, options: dict[str, Any], dtype: str) -> None:
+    model = tiny((256, 256, 2, 4, 2, 64)).to(getattr(torch, dtype))
+    optimizer = getattr(torch.optim, name.rpartition(".")[2])(model.parameters(), **options)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    states = [v for state in optimizer.state.values() for v in state.values() if isinstance(v, Tensor) and v.ndim]
+    measured = sum(tensor.nbytes for tensor in states)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    width = getattr(torch, dtype).itemsize
+    estimated = count * optimizer_bytes_per_parameter({"class_path": name, "init_args": options}, width)
+    # To the byte, but for Adafactor, whose rows and columns depend on each matrix.
+    assert estimated == pytest.approx(measured, rel=0, abs=0.02 * count if name.endswith("Adafactor") else 0)
+
+
+def test_the_heads_working_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opdlab.scoring._MAX_CHUNK_LOGITS", 200 * VOCAB)
+    monkeypatch.setattr("opdlab.estimate._MAX_CHUNK_LOGITS", 200 * VOCAB)
+    hidden = torch.randn(1000, 32, requires_grad=True)
+    weight = torch.randn(VOCAB, 32, requires_grad=True)
+    targets = torch.randint(0, VOCAB, (1000,))
+    tracker = MemTracker()
+    tracker.track_external(hidden, weight, targets)
+    with tracker:
+        token_statistics(hidden, Head(weight), targets).logprobs.sum().backward()  # type: ignore[no-untyped-call]
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    before = hidden.nbytes + weight.nbytes + targets.nbytes
+    per_position = 1000 * (32 * 4 + 4 * 4)  # the gradient of hidden, and the statistics: left out of the estimate
+    shape = Shape(32, 1, 1, 1, 1, 1, VOCAB, False)
+    assert head_bytes(shape, 1000, training=True) == pytest.approx(peak["Total"] - before - per_position, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "expected"),
+    [
+        ("float32", None, (4, 4)),
+        ("float32", "32-true", (4, 4)),
+        ("float32", "bf16-mixed", (4, 2)),
+        ("bfloat16", "bf16-mixed", (2, 2)),
+        ("float32", "bf16-true", (2, 2)),
+        ("bfloat16", "32-true", (2, 2)),
+        ("float16", "64-true", (8, 8)),
+    ],
+)
+def test_widths(dtype: str, precision: str | None, expected: tuple[int, int]) -> None:
+    assert widths_of(dtype, precision) == Widths(*expected)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def opdlab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["opdlab"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *arguments: main(list(arguments))
+
+
+def paper_models(folder: Path) -> list[str]:
+    """Folders with the published sizes of Qwen3-1.7B-Base and Qwen3-4B, and no weights."""
+    same = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True}
+    student = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}
+    teacher = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
+    flags = []
+    for role, sizes in (("student", student), ("teacher", teacher)):
+        Qwen3Config(**same, **sizes).save_pretrained(folder / role)
+        flags += [f"--model.{role}.path", str(folder / role)]
+    return flags
+
+
+def figure(output: str, part: str) -> float:
+    line = next(line for line in output.splitlines() if line.startswith(f"│ {part} "))
+    return float(line.split("│")[2])
+
+
+def test_the_papers_run_as_its_readme_has_it(opdlab: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = paper_models(tmp_path)
+    assert opdlab("estimate", "-c", "paper/lsm-block64", *flags) == 0
+    output = capsys.readouterr().out
+    readme = (Path(__file__).parents[1] / "configs/paper/README.md").read_text()
+    for phase in ("sampling", "behavior scoring", "teacher scoring", "update", "evaluation"):
+        assert f"| {phase} | {figure(output, f'peak of {phase}'):.1f} |" in readme
+    assert "1,720,574,976 x 4 bytes" in output  # the published number of parameters
+    assert opdlab("estimate", "-c", "paper/lsm-block64", *flags, "--model.student.gradient_checkpointing", "false") == 0
+    assert figure(capsys.readouterr().out, "activations") > 5 * figure(output, "activations")
+    assert not list(tmp_path.glob("runs"))  # nothing is built, nothing is left behind
+
+
+def test_the_quickstart_fits_and_overrides_work(opdlab: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert opdlab("estimate", "-c", "quickstart", "--model.optimizer", "torch.optim.SGD") == 0
+    output = capsys.readouterr().out
+    assert figure(output, "optimizer state") == 0
+    assert "fits" in output
+    assert opdlab("estimate", "-c", "quickstart", "--model.gaet", "span") == EXIT_USAGE
+
+
+def test_the_verdict_names_phase_and_part() -> None:
+    parts = {"weights": (2 << 30, ""), "cache": (5 << 30, "")}
+    estimate = Estimate(parts, {"update": ["weights"], "sampling": ["weights", "cache"]})
+    line = estimate.verdict(DeviceMemory("card", 8 << 30, 6 << 30))
+    assert line.startswith("card has 6.00 GiB free of 8.00: the peak of sampling, 7.00 GiB, does not fit")
+    assert line.endswith("cache")
+    assert "7.00 GiB in sampling, fits" in estimate.verdict(DeviceMemory("card", 8 << 30, 7 << 30))
+
+
+def test_fit_refuses_weights_that_cannot_fit(
+    opdlab: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = DeviceMemory("card", 6 << 30, 1)  # 6.41 GiB of weights; what others use now does not count
+    monkeypatch.setattr("opdlab.cli_estimate.device_memory", lambda accelerator: memory)
+    flags = paper_models(tmp_path)
+    assert opdlab("fit", "-c", "paper/lsm", *flags) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert "has 6.41 GiB of weights, and card has only 6.00 GiB" in error
+    for doubt in (["--check_memory", "false"], ["--trainer.strategy", "fsdp"], ["--model.student.path", "/nowhere"]):
+        assert opdlab("fit", "-c", "paper/lsm", *flags, *doubt) == EXIT_USAGE
+        assert "GiB" not in capsys.readouterr().err  # refused by what comes next: there are no weights to load
+
+
+def test_an_unreachable_model_is_one_line_with_the_way_out(
+    opdlab: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert opdlab("estimate", "-c", "quickstart", "--model.student.path", "some-org/gated-model") == EXIT_USAGE
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(lines) == 1
+    assert "'some-org/gated-model' cannot be read" in lines[0]
+    assert "local folder" in lines[0]
