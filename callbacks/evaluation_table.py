@@ -50,16 +50,28 @@ class EvaluationTable(pl.Callback):
         """See :meth:`state_dict`."""
         self.before, self.teacher = state_dict["before"], state_dict["teacher"]
 
-    def table(self, trained: bool = True) -> Table:
-        """The table, one row a figure, ± its standard error; without training there is one column for the student."""
+    def cells(self, trained: bool = True) -> dict[str, dict[str, str]]:
+        """What the table shows, by column and figure: each ± its standard error.
+
+        Args:
+            trained: without training there is one column for the student.
+        """
         columns = {"before": self.before, "after": self.after, "teacher": self.teacher}
         if not trained:
             columns = {"student": self.after, "teacher": self.teacher}
-        shown = {name: figures for name, figures in columns.items() if figures}
-        table = Table("figure", *shown)
-        for key in self.after:
-            if any(fnmatch(key.partition("/")[2], pattern) for pattern in self.shown) and not _is_error(key):
-                table.add_row(key, *(_cell(figures, key) for figures in shown.values()))
+        keys = [
+            key
+            for key in self.after
+            if any(fnmatch(key.partition("/")[2], pattern) for pattern in self.shown) and not _is_error(key)
+        ]
+        return {name: {key: _cell(figures, key) for key in keys} for name, figures in columns.items() if figures}
+
+    def table(self, trained: bool = True) -> Table:
+        """The table, one row a figure; see :meth:`cells`."""
+        columns = self.cells(trained)
+        table = Table("figure", *columns)
+        for key in next(iter(columns.values()), {}):
+            table.add_row(key, *(column[key] for column in columns.values()))
         return table
 
     def print(self, trained: bool = True) -> None:

@@ -148,9 +148,10 @@ def training_record(trainer: pl.Trainer, module: OPDModule, config: str | None) 
     )
 
 
-def _results(trainer: pl.Trainer) -> dict[str, dict[str, float]]:
+def _results(trainer: pl.Trainer) -> dict[str, dict[str, str]]:
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by Lightning's connector
     table = next((callback for callback in callbacks if isinstance(callback, EvaluationTable)), EvaluationTable())
-    after = table.after if table.after_step == trainer.global_step else {}  # not of a step before the last
-    columns = {"before": table.before, "after": after, "teacher": table.teacher}
-    return {name: figures for name, figures in columns.items() if figures}
+    columns = table.cells()
+    if table.after_step != trainer.global_step:
+        columns.pop("after", None)  # of a step before the last
+    return columns

@@ -23,7 +23,7 @@ class TrainingRecord:
         teacher: path or hub id, or the class of a teacher that has none.
         data: name of the training prompts' source.
         settings: what the run was made of: objective, gate, steps, …, by the name that the card gives it.
-        results: columns of figures, for example ``before`` and ``after``.
+        results: columns of figures as they are shown, for example ``before`` and ``after``.
         config: name of the configuration file in the same folder, or None.
     """
 
@@ -31,7 +31,7 @@ class TrainingRecord:
     teacher: str
     data: str
     settings: Mapping[str, str]
-    results: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    results: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     config: str | None = None
 
 
@@ -121,12 +121,9 @@ def model_card(name: str, record: TrainingRecord) -> ModelCard:
     return ModelCard("\n".join(parts))
 
 
-def _results(results: Mapping[str, Mapping[str, float]]) -> str:
+def _results(results: Mapping[str, Mapping[str, str]]) -> str:
     figures = dict.fromkeys(name for column in results.values() for name in column)
-    rows = [
-        [escaped(name), *(f"{column[name]:.3f}" if name in column else "" for column in results.values())]
-        for name in figures
-    ]
+    rows = [[escaped(name), *(escaped(column.get(name, "")) for column in results.values())] for name in figures]
     return _table(["figure", *map(escaped, results)], rows)
 
 

@@ -75,11 +75,12 @@ def test_a_run_leaves_a_card_with_its_figures(tmp_path: Path, monkeypatch: pytes
     assert "library_name: transformers\n" in card.content
     assert "base_model" not in card.content  # a folder of this package is no id of the hub
     text = card.text
+    assert "\\_se" not in text  # errors stand beside their figures
     assert re.search(r"\| gate \| SpanGate.*tau=2\.5.*\|", text)
     assert re.search(r"\| objective \| TeacherTopK\\\(k=32\\\) \|", text)
     assert "| optimizer steps | 1 |" in text
     assert re.search(r"\| figure \| before \| after \| teacher \|", text)
-    assert re.search(r"\| toy/pass\\@8 \| \d\.\d{3} \| \d\.\d{3} \| \d\.\d{3} \|", text)
+    assert re.search(r"\| toy/pass\\@8 (\| \d\.\d{3} ± \d\.\d{3} ){3}\|", text)
     assert json.loads((folder / "generation_config.json").read_text())["max_new_tokens"] == 8
     run_config = (folder.parent / "config.yaml").read_text()
     assert (folder / "opdlab.yaml").read_text() == run_config
@@ -88,7 +89,7 @@ def test_a_run_leaves_a_card_with_its_figures(tmp_path: Path, monkeypatch: pytes
 
 def test_the_card_shows_untrusted_text_literally() -> None:
     hostile = "x](http://evil) <img src=x onerror=1>\n---\nlicense: mit\n| `a` | **b**"
-    record = TrainingRecord(hostile, hostile, hostile, {"gate": hostile}, {"before": {hostile: 0.5}})
+    record = TrainingRecord(hostile, hostile, hostile, {"gate": hostile}, {"before": {hostile: hostile}})
     card = model_card(hostile, record)
     header = yaml.safe_load(card.content.split("---")[1])
     assert header.keys() == {"library_name", "pipeline_tag", "tags"}
