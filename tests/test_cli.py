@@ -203,24 +203,6 @@ def test_an_empty_command_says_where_to_start(capsys: pytest.CaptureFixture[str]
     assert "'fit', 'validate', 'test'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", sorted(shipped_configs()))
-def test_every_shipped_configuration_parses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    stack = ["quickstart"] if "/" in name or name == "harsh_reuse" else []
-    monkeypatch.setattr(sys, "argv", ["opdlab"])
-    arguments = expand_arguments(["fit", *(part for each in [*stack, name] for part in ("-c", each))])
-    parsed: list[object] = []
-
-    class ParseOnly(OPDCLI):
-        def instantiate_classes(self) -> None:
-            parsed.append(self.config)
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys, "argv", ["opdlab", *arguments])
-    with pytest.raises(KeyboardInterrupt):
-        ParseOnly()
-    assert len(parsed) == 1
-
-
 def test_ctrl_c_says_how_to_resume(
     opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
