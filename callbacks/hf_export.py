@@ -49,6 +49,12 @@ class HFExport(pl.Callback):
         error = None if push_to_hub is None else hub_id_error(push_to_hub)
         require(error is None, f"export.push_to_hub is '{push_to_hub}', which is no hub id such as me/student: {error}")
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find out before training whether the folder can be written to."""
+        assert isinstance(pl_module, OPDModule)
+        if self.enabled and self.folder is not None:
+            pl_module.student.check_not_origin(Path(self.folder))
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the folder, from one process."""
         assert isinstance(pl_module, OPDModule)

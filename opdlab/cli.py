@@ -31,6 +31,7 @@ from opdlab.cli_runs import check_checkpoint, find_checkpoint, run_folder_for, s
 from opdlab.data import PromptDataModule
 from opdlab.errors import UsageError
 from opdlab.evaluation.samples import RESULTS
+from opdlab.evaluation.settings import digest
 from opdlab.gating import gate_registry
 from opdlab.module import OPDModule
 from opdlab.policies import LanguageModel, LocalTeacher
@@ -145,8 +146,15 @@ class OPDCLI(LightningCLI):
                 config.model.teacher = {"class_path": "opdlab.evaluation.NoTeacher"}
             return
         folder = run_folder_for(config.ckpt_path, root)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"trainer.default_root_dir is '{root}', but it cannot be made ({error.strerror}): give another folder"
+            ) from error
         if evaluation.samples is not None:
-            evaluation.samples = str(Path(evaluation.samples) / folder.name)
+            # Runs of another root have the same numbers.
+            evaluation.samples = str(Path(evaluation.samples) / f"{folder.name}-{digest(str(folder.resolve()))[:8]}")
         if config.trainer.logger in (None, True):
             config.trainer.logger = {
                 "class_path": "lightning.pytorch.loggers.TensorBoardLogger",

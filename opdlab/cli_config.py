@@ -168,7 +168,7 @@ def config_path(name: str) -> str:
     if key not in shipped:
         raise UsageError(
             f"there is no configuration file '{name}', and none of that name comes with opdlab"
-            f"{suggestion(key, shipped)} Shipped: {', '.join(shipped)}"
+            f"{suggestion(key, shipped) or ';'} shipped: {', '.join(shipped)}"
         )
     return str(shipped[key])
 
@@ -187,8 +187,10 @@ def explain(error: BaseException, keys: Iterable[str] = ()) -> str:
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     text = re.sub(r'^Parser key "([^"]+)": ', r"\1: ", text)
     if match := re.search(r"Problem with given class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text):
-        options = _options_of(match[1])
-        return f"unknown key '{match[2]}' of {match[1]}{suggestion(match[2], options)} Its keys: {', '.join(options)}"
+        # Block64Gate knows block_size, but has fixed it.
+        options = [option for option in _options_of(match[1]) if option != match[2]]
+        hint = suggestion(match[2], options) or ";"
+        return f"unknown key '{match[2]}' of {match[1]}{hint} its keys: {', '.join(options)}"
     if match := re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text):
         known = sorted(keys)
         return f"unknown key '{match[1]}'{suggestion(match[1], known)}" + ("" if suggestion(match[1], known) else _ASK)

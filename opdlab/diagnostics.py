@@ -49,6 +49,8 @@ def step_metrics(record: StepRecord) -> dict[str, Tensor]:
         0.8
     """
     drift, weight = record["drift"].abs(), record["weight"]
+    if not drift.numel():  # every token of the batch is left out of the loss
+        return {}
     means = {name: value for name, value in record.items() if name not in ("drift", "segment_drift", "weight")}
     return {
         "train/drift/token_mean": drift.mean(),

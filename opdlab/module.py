@@ -149,6 +149,11 @@ class OPDModule(EvaluationModule):
 
     def setup(self, stage: str) -> None:
         """See :class:`EvaluationModule`; training needs a teacher besides."""
+        require(
+            not str(self.trainer.precision).endswith("-true") or self.trainer.precision == "32-true",
+            f"trainer.precision is {self.trainer.precision}, which would round what is counted in evaluations too: "
+            "use bf16-mixed, or give the models' dtype",
+        )
         super().setup(stage)
         absent = isinstance(self.teacher, NoTeacher)
         require(stage != "fit" or not absent, "model.teacher is NoTeacher, but training needs a teacher: give one")

@@ -205,11 +205,16 @@ def test_training_keeps_samples_only_when_asked(opdlab: Callable[..., int], tmp_
     assert not list(tmp_path.rglob("*.jsonl"))
     assert main([*fit, SAMPLES, "kept"]) == 0
     names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("kept/*/*"))
-    assert names == [f"kept/version_1/{name}" for name in ("teacher-step-1", "val-step-0", "val-step-1")]
+    assert [re.sub("-[0-9a-f]{8}/", "/", name) for name in names] == [
+        f"kept/version_1/{name}" for name in ("teacher-step-1", "val-step-0", "val-step-1")
+    ]
     settings = [json.loads((tmp_path / name / "settings.json").read_text())["compared"] for name in names]
     weights = [each["model.student (its weights)"] for each in settings]
     assert len(set(weights)) == 3
     assert weights[0] == fingerprint(LanguageModel(TEACHER))
+    # A run of another root with the same number leaves them alone.
+    assert main([*fit, SAMPLES, "kept", "--trainer.default_root_dir", "elsewhere/runs"]) == 0
+    assert len(list(tmp_path.glob("kept/*/*"))) == 6
 
 
 def test_reverse_kl_is_read_back(opdlab: Callable[..., int], tmp_path: Path, batches: list[int]) -> None:

@@ -35,7 +35,7 @@ class JsonlProblems(RowProblems):
         Not with a table reader: those infer a type for each column, and an answer such as ``2020-01-01`` or ``7`` in
         a column that also holds ``7.5`` would come back as another text.
         """
-        require(self.path.is_file(), f"{self.path} does not exist: give the path of a JSON Lines file")
+        require(self.path.is_file(), f"{self.path} does not exist or is a folder: give the path of a JSON Lines file")
         with self.path.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 if not line.strip():

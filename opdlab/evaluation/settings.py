@@ -51,7 +51,10 @@ def fingerprint(model: LanguageModel) -> str:
         False
     """
     config = {key: value for key, value in model.model.config.to_dict().items() if key not in _ORIGIN_KEYS}
-    total = hashlib.blake2b(digest([config, model.stop_ids]).encode(), digest_size=_DIGEST_BYTES)
+    # An adapter's factor is neither a weight nor in the model's configuration.
+    scaling = [(name, getattr(layer, "scaling", None)) for name, layer in model.model.named_modules()]
+    factors = [(name, value) for name, value in scaling if isinstance(value, dict)]
+    total = hashlib.blake2b(digest([config, model.stop_ids, factors]).encode(), digest_size=_DIGEST_BYTES)
     # Tied weights stand once in named_parameters().
     for name, tensor in sorted([*model.model.named_parameters(), *model.model.named_buffers()]):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

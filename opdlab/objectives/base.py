@@ -77,8 +77,8 @@ def reduce_losses(
     """
     weighted = (weights * losses).masked_fill(~mask, 0.0)
     if reduction == "token_mean":
-        return weighted.sum() / num_tokens
-    return (weighted.sum(1) / mask.sum(1).clamp(min=1)).sum() / num_rollouts
+        return weighted.sum() / max(num_tokens, 1)
+    return (weighted.sum(1) / mask.sum(1).clamp(min=1)).sum() / max(num_rollouts, 1)
 
 
 _REGISTRY: Registry[Objective] = Registry("objective", Objective, "opdlab.objectives", "opdlab.objectives")  # type: ignore[type-abstract]

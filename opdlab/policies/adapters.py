@@ -179,7 +179,7 @@ def _check_targets(model: PreTrainedModel, targets: list[str] | str) -> None:
         require(
             any(_matches(name, target) for name in linear),
             f"adapter.target_modules has '{target}', but the model has no linear layer of that name"
-            f"{suggestion(target, known)} It has: {', '.join(known)}",
+            f"{suggestion(target, known) or ';'} it has: {', '.join(known)}",
         )
 
 

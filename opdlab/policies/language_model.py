@@ -225,11 +225,28 @@ class LanguageModel(nn.Module):
             folder: where to.
             merge: an adapter is written alone, in peft's format with the path of its base; merged, the folder holds
                 the whole model. Without an adapter it always does.
+
+        Raises:
+            UsageError: the folder is the one that the weights were loaded from.
         """
+        self.check_not_origin(folder)
+        # What was saved there before would be loaded in place of this, or on top of it.
+        alone = self.has_adapter and not merge
+        for pattern in (*(("config.json",) if alone else ("adapter_*",)), "model*.safetensors*", "generation_config.json"):
+            for stale in Path(folder).glob(pattern):
+                stale.unlink()
         model = self.without_adapter(merge=True).model if merge and self.has_adapter else self.model
         with quiet_bars():
             model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+
+    def check_not_origin(self, folder: Path) -> None:
+        """Refuse to save into a folder that the weights were loaded from, see :meth:`save`."""
+        origins = [path for path in (self.path, adapter_base(self.path)) if path is not None]
+        require(
+            all(Path(folder).resolve() != Path(path).expanduser().resolve() for path in origins),
+            f"export.folder is '{folder}', where the student's weights come from: give another folder",
+        )
 
     def _checkpoint_gradients(self) -> None:
         require(

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from opdlab.errors import UsageError
+from opdlab.evaluation.settings import fingerprint
 from opdlab.module import BehaviorConfig
 from opdlab.policies import AdapterConfig, BaseTeacher, BehaviorPolicy, LanguageModel, SamplingConfig, TeacherRequest
 from tests.policies.tiny_models import CONFIGS, rollouts, save_random
@@ -254,3 +255,21 @@ def test_what_needs_or_refuses_an_adapter(make_run: MakeRun) -> None:
         BaseTeacher(batch_size=0)
     with pytest.raises(UsageError, match=r"model\.behavior\.dtype is 'bfloat16'"):
         make_run(student=LanguageModel(STUDENT, adapter=SMALL), behavior=BehaviorConfig(dtype="bfloat16"))
+
+
+def test_a_folder_holds_what_was_saved_last(tmp_path: Path) -> None:
+    adapted = trained(LanguageModel(STUDENT, adapter=AdapterConfig(r=2)))
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    expected = adapted.model(tokens).logits
+    for merge in (False, True, False, True):
+        adapted.save(tmp_path / "out", merge=merge)
+        again = LanguageModel(str(tmp_path / "out"))
+        assert again.has_adapter is not merge
+        torch.testing.assert_close(again.model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UsageError, match="where the student's weights come from"):
+        again.save(tmp_path / "out")
+
+
+def test_the_factor_of_an_adapter_is_part_of_a_model() -> None:
+    prints = {fingerprint(LanguageModel(STUDENT, adapter=AdapterConfig(r=2, alpha=alpha))) for alpha in (8, 8, 64)}
+    assert len(prints) == 2

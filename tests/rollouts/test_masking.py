@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from opdlab.diagnostics import step_metrics
 from opdlab.errors import UsageError
+from opdlab.objectives import reduce_losses
 from opdlab.rollouts import Rollouts
 from opdlab.rollouts.masking import mask_first_occurrences
 from tests.policies.tiny_models import rollouts
@@ -69,3 +71,13 @@ def test_resume_with_holes(make_run: MakeRun, tmp_path: Path) -> None:
 def test_what_is_no_token_is_refused(make_run: MakeRun) -> None:
     with pytest.raises(UsageError, match="model.mask_first has '12', which is no single token"):
         make_run(mask_first=["12"])
+
+
+def test_a_batch_without_any_position_left_is_worth_nothing() -> None:
+    empty = torch.zeros(2, 3, dtype=torch.bool)
+    losses = torch.ones(2, 3, requires_grad=True)
+    for reduction in ("token_mean", "sequence_mean"):
+        loss = reduce_losses(losses, torch.zeros(2, 3), empty, reduction=reduction, num_tokens=0, num_rollouts=0)
+        assert loss.detach() == 0
+    nothing = torch.zeros(0)
+    assert step_metrics({"drift": nothing, "segment_drift": nothing, "weight": nothing, "entropy": nothing}) == {}
