@@ -25,13 +25,20 @@ _REGISTRIES: dict[str, Callable[[], Registry[Any]]] = {
 _CONFIG_FLAGS = ("-c", "--config")
 # In a configuration file: the configuration, or list of them, that it builds on.
 _EXTENDS = "extends"
+# Texts of the files whose `extends` was obeyed: all that the parser hands to a loader is the text.
+_OBEYED: set[str] = set()
 
 
 def _load_yaml(text: str) -> Any:
     """Load YAML, and put class paths where registered names stand."""
     loaded = yaml.safe_load(text)
     if isinstance(loaded, dict):
-        loaded.pop(_EXTENDS, None)  # obeyed before the parser sees the file, and no option of its own
+        if (extended := loaded.pop(_EXTENDS, None)) is not None:  # no option of its own
+            require(
+                text in _OBEYED,
+                f"{_EXTENDS} is {extended}, but is obeyed only in files given to -c or --config on the command line: "
+                "write out what is wanted here, or give the file with -c",
+            )
         for key in _REGISTRIES:
             _expand_in(loaded, key)
     return loaded
@@ -84,21 +91,35 @@ def expand_arguments(arguments: Sequence[str]) -> list[str]:
         UsageError: no such configuration, gate or objective.
     """
     expanded: list[str] = []
+    read: set[str] = set()
     for argument in arguments:
-        flag, equals, value = argument.partition("=")
+        flag, equals, value = _config_flag(argument)
         if expanded and expanded[-1] in _CONFIG_FLAGS:
             flag, value = expanded.pop(), argument
         if flag in _CONFIG_FLAGS and value:
             *bases, path = config_chain(config_path(value))
-            for each in [*(base for base in bases if base not in expanded), path]:
+            for each in [*(base for base in bases if os.path.realpath(base) not in read), path]:
                 expanded += [flag, each]
+                read.add(os.path.realpath(each))
             continue
+        if flag in _CONFIG_FLAGS and not equals:
+            argument = flag
         if (key := flag.removeprefix("--")) in _REGISTRIES and equals:
             argument = f"{flag}={class_path_of(key, value)}"
         elif expanded and (key := expanded[-1].removeprefix("--")) in _REGISTRIES:
             argument = class_path_of(key, argument)
         expanded.append(argument)
     return expanded
+
+
+def _config_flag(argument: str) -> tuple[str, str, str]:
+    """Split an argument at its ``=``, and undo what argparse allows for -c: ``-cFILE`` and ``--conf FILE``."""
+    if argument.startswith("-c") and argument[2:]:
+        return "-c", "=", argument[2:].removeprefix("=")
+    flag, equals, value = argument.partition("=")
+    if flag.startswith("--co") and "--config".startswith(flag):
+        flag = "--config"
+    return flag, equals, value
 
 
 def config_chain(path: str, extended_by: tuple[str, ...] = ()) -> list[str]:
@@ -122,9 +143,11 @@ def config_chain(path: str, extended_by: tuple[str, ...] = ()) -> list[str]:
         ['quickstart.yaml']
     """
     trail = (*extended_by, path)
-    require(path not in extended_by, f"{trail[0]}: extends leads in a circle: {' -> '.join(trail)}; take one out")
+    circle = os.path.realpath(path) in map(os.path.realpath, extended_by)
+    require(not circle, f"{trail[0]}: extends leads in a circle: {' -> '.join(trail)}; take one out")
     try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        text = Path(path).read_text()  # in the encoding of the locale, as the parser reads it
+        loaded = yaml.safe_load(text)
     except (yaml.YAMLError, OSError, UnicodeDecodeError):
         return [path]  # the parser says what is wrong with it
     names = loaded.get(_EXTENDS, []) if isinstance(loaded, dict) else []
@@ -134,7 +157,11 @@ def config_chain(path: str, extended_by: tuple[str, ...] = ()) -> list[str]:
         f"{path}: {_EXTENDS} is {names}, but must be the name of a configuration or a list of names",
     )
     bases = [file for name in names for file in config_chain(_extended_path(name, path), trail)]
-    return [*dict.fromkeys(bases), path]
+    _OBEYED.add(text)
+    first: dict[str, str] = {}
+    for base in bases:
+        first.setdefault(os.path.realpath(base), base)  # one file may have two names
+    return [*first.values(), path]
 
 
 def _extended_path(name: str, path: str) -> str:

@@ -176,6 +176,9 @@ def optimizer_bytes_per_parameter(optimizer: Mapping[str, Any], width: int) -> f
         optimizer: ``class_path`` and ``init_args``.
         width: bytes of a parameter.
 
+    Raises:
+        UsageError: it takes no such step, for example because it needs a closure, as ``torch.optim.LBFGS`` does.
+
     Example:
         >>> optimizer_bytes_per_parameter({"class_path": "torch.optim.AdamW"}, 4)
         8.0
@@ -183,8 +186,16 @@ def optimizer_bytes_per_parameter(optimizer: Mapping[str, Any], width: int) -> f
     dtype = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}[width]
     parameter = nn.Parameter(torch.zeros(256, 256, dtype=dtype))
     parameter.grad = torch.zeros_like(parameter)
-    stepped = instantiate_class(([parameter],), dict(optimizer))
-    stepped.step()
+    try:
+        stepped = instantiate_class(([parameter],), dict(optimizer))
+        stepped.step()
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(
+            f"model.optimizer is {optimizer['class_path']}, whose state cannot be measured, since a step without "
+            f"closure on {dtype} parameters on the CPU fails ({reason}): estimate with another optimizer, for example "
+            "torch.optim.AdamW"
+        ) from error
     state = [v for v in stepped.state[parameter].values() if isinstance(v, torch.Tensor) and v.numel() > 1]
     return sum(tensor.nbytes for tensor in state) / parameter.numel()
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from opdlab.cli import EXIT_USAGE, OPDCLI, main
 from opdlab.cli_config import config_chain, expand_arguments
+from opdlab.errors import UsageError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = sorted(file.relative_to(CONFIGS).with_suffix("").as_posix() for file in CONFIGS.rglob("*.yaml"))
@@ -239,4 +240,39 @@ def test_a_bad_base_is_one_clear_line(
     assert main(["fit", "-c", str(tmp_path / "bad.yaml")]) == EXIT_USAGE
     error = capsys.readouterr().err
     assert words in error
+    assert len(error.splitlines()) == 1
+
+
+def test_one_file_under_two_names_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, base="{}", one="extends: base", two=f"extends: [./base, one, {tmp_path}/base.yaml]")
+    (tmp_path / "link.yaml").symlink_to(tmp_path / "base.yaml")
+    write(tmp_path, three="extends: [link, base]", circle="extends: round", round=f"extends: {tmp_path}/circle.yaml")
+    assert expand_arguments(["-c", "./base.yaml", "-c", "one.yaml"]) == ["-c", "./base.yaml", "-c", "one.yaml"]
+    assert expand_arguments(["-c", str(tmp_path / "base.yaml"), "-c", "two.yaml"])[2:] == [
+        *("-c", "one.yaml"),
+        *("-c", "two.yaml"),
+    ]
+    assert expand_arguments(["-c", "three.yaml"]) == ["-c", "link.yaml", "-c", "three.yaml"]
+    with pytest.raises(UsageError, match="extends leads in a circle"):
+        expand_arguments(["-c", "circle.yaml"])
+
+
+@pytest.mark.parametrize("flag", ["-c{}", "-c={}", "--config={}", "--conf={}", "--conf {}", "-c {}"])
+def test_extends_is_obeyed_however_the_flag_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    write(tmp_path, base="extends: quickstart\ntrainer: {max_steps: 7}", top="extends: base")
+    assert parsed(flag.format(tmp_path / "top.yaml").split(), monkeypatch).trainer.max_steps == 7
+
+
+@pytest.mark.parametrize("arguments", [["--model"], ["--model.objective"], ["--trainer"]])
+def test_extends_elsewhere_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["opdlab"])
+    write(tmp_path, part="extends: quickstart\nclass_path: TeacherTopK")
+    assert main(["fit", "-c", "quickstart", *arguments, str(tmp_path / "part.yaml")]) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert "obeyed only in files given to -c" in error
     assert len(error.splitlines()) == 1

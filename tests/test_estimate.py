@@ -277,3 +277,11 @@ def test_an_unreachable_model_is_one_line_with_the_way_out(
     assert len(lines) == 1
     assert "'some-org/gated-model' cannot be read" in lines[0]
     assert "local folder" in lines[0]
+
+
+def test_an_optimizer_that_cannot_be_measured_is_one_line(opdlab: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert opdlab("estimate", "-c", "quickstart", "--model.optimizer", "torch.optim.LBFGS") == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert "model.optimizer is torch.optim.LBFGS, whose state cannot be measured" in error
+    assert "closure" in error
+    assert len([line for line in error.splitlines() if "error" in line]) == 1

@@ -166,9 +166,15 @@ class PromptDataModule(pl.LightningDataModule):
     def _evaluation_loaders(self) -> Iterator[DataLoader[Prompt]]:
         assert self.trainer is not None
         for name, prompts in self.benchmarks.items():
+            world_size = self.trainer.world_size
+            require(
+                len(prompts) >= world_size,
+                f"data.benchmarks.{name} has {len(prompts)} problems for {world_size} processes: give fewer "
+                "trainer.devices or leave it out",
+            )
             problems = _Problems(prompts.prompts)
             # Never repeats a problem to fill up ranks, which would bias pass@k.
-            sampler = UnrepeatedDistributedSampler(problems, shuffle=False) if self.trainer.world_size > 1 else None
+            sampler = UnrepeatedDistributedSampler(problems, shuffle=False) if world_size > 1 else None
             yield DataLoader(
                 problems,
                 batch_size=self.eval_batch_size,

@@ -1,11 +1,22 @@
 """Problems from tables: a data set of the Hugging Face hub, or JSON, CSV and Parquet files."""
 
+import csv
+import glob
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from opdlab.data.rows import RowProblems
-from opdlab.errors import UsageError
+from opdlab.errors import UsageError, require
+
+# Builders of datasets by the ending of a file, which it knows in lower case alone.
+_BUILDERS: dict[str, dict[str, str]] = {
+    ".csv": {"path": "csv"},
+    ".tsv": {"path": "csv", "sep": "\t"},
+    ".json": {"path": "json"},
+    ".jsonl": {"path": "json"},
+    ".parquet": {"path": "parquet"},
+}
 
 
 class TableProblems(RowProblems):
@@ -25,7 +36,8 @@ class TableProblems(RowProblems):
         kwargs: see :class:`opdlab.data.rows.RowProblems`.
 
     Raises:
-        UsageError: there is no such data set or split, or it cannot be reached or read.
+        UsageError: there is no such data set or split, it cannot be reached or read, or the first row of a local CSV
+            file has more or fewer fields than its header.
     """
 
     row_name = "row"
@@ -55,6 +67,8 @@ class TableProblems(RowProblems):
             yield from enumerate(self._table(), start=1)
         except StopIteration:  # what the reader makes of an empty JSON file
             return
+        except UsageError:
+            raise
         # The hub's client raises OSError; pandas and pyarrow raise ValueError on files that they cannot read.
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             mend = (
@@ -75,14 +89,45 @@ class TableProblems(RowProblems):
 
         where: dict[str, Any] = {"path": self.path, "name": self.subset, "revision": self.revision}
         if self._local.is_file():
-            where |= {"path": str(self._local.parent), "data_files": {self.split: self._local.name}}
+            file = self._local.absolute()
+            builder = _BUILDERS.get(file.suffix.lower(), {"path": str(file.parent)})
+            where |= {**builder, "data_files": {self.split: glob.escape(str(file))}}
         elif self._local.is_dir():
             where["path"] = str(self._local)
         how: dict[str, Any] = {"split": self.split, "streaming": self.streaming or self._local.exists()}
         config = datasets.load_dataset_builder(**where).config
         if hasattr(config, "na_filter"):
             how |= {"features": _all_text(config), "na_filter": False}
+            if self._local.exists():
+                for file in (file for files in config.data_files.values() for file in files):
+                    _check_first_row(file, config.sep)
         return datasets.load_dataset(**where, **how)  # type: ignore[no-any-return]
+
+
+def _check_first_row(file: str, sep: str) -> None:
+    """Refuse a first row longer than the header, by which pandas shifts all columns, or shorter, which it fills up.
+
+    Rows further down that are longer are an error of pandas'.
+    """
+    import fsspec  # type: ignore[import-untyped] # comes with datasets
+
+    with fsspec.open(file, "rt", compression="infer", encoding="utf-8-sig", newline="") as text:
+        reader = csv.reader(text, delimiter=sep)
+        counts: list[int] = []
+        try:
+            while len(counts) < 2:
+                line = reader.line_num + 1
+                row = next(reader)
+                if len(row) > 1 or "".join(row).strip():  # pandas skips blank lines
+                    counts.append(len(row))
+        except (StopIteration, csv.Error):  # no rows, or a value too long for this reader: pandas reads either
+            return
+    header, first = counts
+    require(
+        header == first,
+        f'{file}, line {line}, has {first} fields, but the header has {header}: put quotes (") around texts that hold '
+        f"the separator '{sep}', and give every row a value for each column",
+    )
 
 
 def _all_text(csv_config: Any) -> Any:

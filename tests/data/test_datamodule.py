@@ -121,3 +121,13 @@ def test_the_shipped_pieces_stack(
     assert data["train"]["class_path"] == "opdlab.data.DapoMath17k"
     assert CleaningConfig(**data["clean"]) == CleaningConfig()  # the file says what the defaults are
     assert data["max_prompt_tokens"] == 2048
+
+
+def test_fewer_problems_than_processes(tmp_path: Path) -> None:
+    data = make(tmp_path, "1 a+1")
+    data.setup("validate")
+    data.trainer.world_size = 3  # type: ignore[union-attr,misc]
+    with pytest.raises(UsageError, match=r"data.benchmarks.held_out has 2 problems for 3 processes: give fewer"):
+        data.val_dataloader()
+    data.trainer.world_size = 1  # type: ignore[union-attr,misc]
+    assert len(data.val_dataloader()) == 1

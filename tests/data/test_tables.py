@@ -152,3 +152,39 @@ def test_a_hub_out_of_reach_names_the_local_way(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
     with pytest.raises(UsageError, match=r"give the local file or folder as path \(Couldn't reach .*Error\)\)$"):
         list(TableProblems("openai/gsm8k").problems())
+
+
+@pytest.mark.parametrize("as_folder", [False, True])
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("problem,answer\nWhat is 1+1?,2,\n", "train.csv, line 2, has 3 fields, but the header has 2: put quotes"),
+        ("problem,answer\n\nx\ny,2\n", "train.csv, line 3, has 1 fields, but the header has 2"),
+        ('problem,answer\n"a\nb",1,2\n', "train.csv, line 2, has 3 fields"),
+    ],
+)
+def test_a_first_row_unlike_the_header(tmp_path: Path, text: str, words: str, as_folder: bool) -> None:
+    file = tmp_path / "rows" / "train.csv"
+    file.parent.mkdir()
+    file.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        read(file.parent if as_folder else file)
+    assert words in str(caught.value)
+    assert "cannot be loaded" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["\ufeffproblem,answer\na,1\n", "problem,answer\n  \na,1\n", "problem,answer\r\na,1"])
+def test_harmless_oddities_of_csv(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rows.csv").write_text(text, encoding="utf-8", newline="")
+    assert [(p.text, p.answer) for p in read(tmp_path / "rows.csv")] == [("a", "1")]
+
+
+@pytest.mark.parametrize("name", ["train[1].csv", "x[1]/a*.csv", "UP.CSV", "UP.Tsv", "UP.JSONL", "UP.JSON"])
+def test_any_file_name(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "rows" / name
+    file.parent.mkdir(parents=True)
+    sep = "\t" if name.endswith("Tsv") else ","
+    (file.parent / "train1.csv").write_text("problem,answer\nwrong,1\n")
+    json_text = json.dumps({"problem": "a", "answer": "007"}) + "\n"
+    file.write_text(json_text if "JSON" in name else f"problem{sep}answer\na{sep}007\n")
+    assert [(p.text, p.answer) for p in read(file)] == [("a", "007")]
