@@ -146,12 +146,6 @@ class OPDCLI(LightningCLI):
                 config.model.teacher = {"class_path": "opdlab.evaluation.NoTeacher"}
             return
         folder = run_folder_for(config.ckpt_path, root)
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"trainer.default_root_dir is '{root}', but it cannot be made ({error.strerror}): give another folder"
-            ) from error
         if evaluation.samples is not None:
             # Runs of another root have the same numbers.
             evaluation.samples = str(Path(evaluation.samples) / f"{folder.name}-{digest(str(folder.resolve()))[:8]}")
@@ -179,6 +173,9 @@ class OPDCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Evaluate the untrained student, unless the run goes on from a checkpoint, which remembers."""
+        # Whatever is wrong with the training problems is said before that, which may take long.
+        self.datamodule.prepare(self.model.student.tokenizer, training=True)
+        self.datamodule.reuse.check_prompts(len(self.datamodule.train_prompts or ()), self.trainer.world_size)
         if self.config.fit.ckpt_path is None and self._has_benchmarks:
             self._evaluate("val", self.model.student)
 

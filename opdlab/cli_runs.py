@@ -41,11 +41,21 @@ def check_checkpoint(path: Path) -> None:
 
 
 def run_folder_for(ckpt_path: str | None, root: Path) -> Path:
-    """The folder of a run: a new ``version_N``, or that of the checkpoint which it resumes."""
+    """The folder of a run: a new ``version_N``, or that of the checkpoint which it resumes.
+
+    Raises:
+        UsageError: ``root`` cannot be made.
+    """
     if ckpt_path is not None:
         folder = Path(ckpt_path).resolve().parent.parent
         if folder.parent == root.resolve() and re.fullmatch(r"version_\d+", folder.name):
             return root / folder.name
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"trainer.default_root_dir is '{root}', but it cannot be made ({error.strerror}): give another folder"
+        ) from error
     numbers = [int(path.name.removeprefix("version_")) for path in root.glob("version_*") if path.name[8:].isdigit()]
     return root / f"version_{max(numbers, default=-1) + 1}"
 

@@ -11,8 +11,8 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opdlab.cli import EXIT_INTERRUPTED, EXIT_USAGE, OPDCLI, main
-from opdlab.cli_config import expand_arguments, shipped_configs
+from opdlab.cli import EXIT_INTERRUPTED, EXIT_USAGE, main
+from opdlab.policies import Sampler
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -185,6 +185,17 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
     assert words in reported[0]
     assert "Traceback" not in error
     assert error.rstrip().endswith(reported[0].rstrip())
+
+
+def test_training_problems_are_read_before_anything_takes_long(
+    opdlab: Opdlab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Sampler, "sample", None)  # whoever samples fails with a traceback
+    (tmp_path / "problems.jsonl").write_text('{"problem": "1 + 1", "answer": "2"\n')
+    source = {"class_path": "opdlab.data.JsonlProblems", "init_args": {"path": "problems.jsonl"}}
+    (tmp_path / "broken.yaml").write_text(yaml.dump({"data": {"train": source}}))
+    assert opdlab("-c", "broken.yaml") == EXIT_USAGE
+    assert opdlab("--data.reuse.prompts_per_pool", "12") == EXIT_USAGE
 
 
 def make_broken_students(folder: Path) -> None:

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset
+from transformers import PreTrainedTokenizerBase
 
 from opdlab.data.cleaning import CleaningAccount, CleaningConfig, clean
 from opdlab.data.prompts import ProblemSource, Prompt, PromptSet, prompt_set
@@ -107,17 +108,29 @@ class PromptDataModule(pl.LightningDataModule):
         return self.train_source.verifier
 
     def setup(self, stage: str) -> None:
-        """Tokenize what the stage needs, once: benchmarks first, since training problems are compared with them."""
+        """Tokenize what the stage needs."""
+        self.prepare(self._module.student.tokenizer, training=stage == "fit")
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase, training: bool) -> None:
+        """Read and tokenize, once: benchmarks first, since training problems are compared with them.
+
+        Args:
+            tokenizer: the student's.
+            training: whether training problems are needed too.
+
+        Raises:
+            UsageError: a source cannot be read, or nothing of it is left.
+        """
         for name, source in self.benchmark_sources.items():
             if name not in self.benchmarks:
-                prompts = prompt_set(source, self._module.student.tokenizer, self.max_prompt_tokens)
+                prompts = prompt_set(source, tokenizer, self.max_prompt_tokens)
                 dropped = f", {prompts.num_too_long} dropped as too long" if prompts.num_too_long else ""
                 rank_zero_info(f"{name}: {len(prompts)} prompts from {source.name}{dropped}")
                 self.benchmarks[name] = prompts
-        if stage == "fit" and self.train_prompts is None:
-            self.train_prompts = self._cleaned_prompts(self.train_source)
+        if training and self.train_prompts is None:
+            self.train_prompts = self._cleaned_prompts(self.train_source, tokenizer)
 
-    def _cleaned_prompts(self, source: ProblemSource) -> PromptSet:
+    def _cleaned_prompts(self, source: ProblemSource, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
         texts = {name: [p.problem.text for p in prompts.prompts] for name, prompts in self.benchmarks.items()}
         problems, account = clean(source.problems(), self.clean, texts)
         require(
@@ -125,7 +138,7 @@ class PromptDataModule(pl.LightningDataModule):
             f"data.clean leaves nothing of {source.name} ({account}): give other training problems, or switch a step "
             "off, for example data.clean.decontaminate",
         )
-        prompts = prompt_set(source, self._module.student.tokenizer, self.max_prompt_tokens, problems)
+        prompts = prompt_set(source, tokenizer, self.max_prompt_tokens, problems)
         self.cleaning_account = replace(account, too_long=prompts.num_too_long)
         rank_zero_info(f"train: problems from {source.name}: {self.cleaning_account}")
         return prompts

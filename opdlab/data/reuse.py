@@ -25,6 +25,20 @@ class ReuseConfig:
             value = getattr(self, key)
             require(value >= 1, f"data.reuse.{key} is {value}, but must be at least 1")
 
+    def check_prompts(self, num_prompts: int, world_size: int = 1) -> None:
+        """Refuse fewer prompts than a pool takes.
+
+        Args:
+            num_prompts: prompts to train on.
+            world_size: processes that share them.
+        """
+        each = num_prompts // world_size
+        require(
+            each >= self.prompts_per_pool,
+            f"data.reuse.prompts_per_pool is {self.prompts_per_pool}, but there are only {each} prompts"
+            f"{' for each process' if world_size > 1 else ''}: lower it",
+        )
+
     def check(self, samples_per_prompt: int, micro_batches: int) -> None:
         """Refuse sizes that do not fit together.
 

@@ -231,8 +231,8 @@ class LanguageModel(nn.Module):
         """
         self.check_not_origin(folder)
         # What was saved there before would be loaded in place of this, or on top of it.
-        alone = self.has_adapter and not merge
-        for pattern in (*(("config.json",) if alone else ("adapter_*",)), "model*.safetensors*", "generation_config.json"):
+        other_kind = "config.json" if self.has_adapter and not merge else "adapter_*"
+        for pattern in (other_kind, "model*.safetensors*", "generation_config.json"):
             for stale in Path(folder).glob(pattern):
                 stale.unlink()
         model = self.without_adapter(merge=True).model if merge and self.has_adapter else self.model

@@ -76,11 +76,7 @@ class RolloutLoader:
         self._pool_size = prompts_per_pool * samples_per_prompt
         reuse = ReuseConfig(prompts_per_pool, reuse_epochs, batch_size)  # checks its values
         reuse.check(samples_per_prompt, micro_batches)
-        require(
-            len(prompts) // world_size >= prompts_per_pool,
-            f"data.reuse.prompts_per_pool is {prompts_per_pool}, but there are only {len(prompts) // world_size} "
-            "prompts for each process: lower it",
-        )
+        reuse.check_prompts(len(prompts), world_size)
         self._prompts = prompts
         self._collect = collect
         self._prompts_per_pool = prompts_per_pool
