@@ -21,7 +21,18 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from opdlab.tasks.quantities import Quantity, parse_quantity, same_quantity, tidy
+from opdlab.tasks.notation import (
+    NUMBERS_SIDE_BY_SIDE,
+    chain,
+    differ,
+    plain_text,
+    same_text,
+    time_of_day,
+    with_base,
+    without_lead_in,
+    words_differ,
+)
+from opdlab.tasks.quantities import Quantity, parse_quantity, same_quantity, tidy, without_assignment
 from opdlab.tasks.verifier import bounded_form
 
 # A child that has grown by more than this is replaced: SymPy's caches keep what it has seen.
@@ -46,8 +57,8 @@ def judge(answer: str, gold: str, boxed: bool, decided: Callable[[bool], None] |
     r"""Compare an answer with the gold one. Runs for as long as it likes: call it only where it can be killed.
 
     Where both are plain numbers, :func:`~opdlab.tasks.quantities.same_quantity` decides; otherwise math-verify does, on
-    the text as it stands and then without punctuation and spacing. Two vetoes keep math-verify from calling
-    different things equal: numbers side by side (it reads ``2 3/4`` as 5/4), and sets against tuples or intervals.
+    the text as it stands and then without punctuation and spacing. Vetoes keep math-verify from calling different
+    things equal: :func:`~opdlab.tasks.notation.differ`, and a side of ``a=b=c`` that is another number than the gold.
 
     Args:
         answer: what stands in the box, or the end of a response without a box.
@@ -63,23 +74,26 @@ def judge(answer: str, gold: str, boxed: bool, decided: Callable[[bool], None] |
         answer = str(found[-1])
     if not answer.strip():
         return Judgement(False, None, "no answer")
-    if "=" not in gold and answer.count("=") == 1:
-        answer = _ASSIGNMENT.sub("", answer)
+    answer = without_lead_in(answer)
+    if "=" not in gold:
+        answer = without_assignment(answer)
     quantities = parse_quantity(gold), parse_quantity(answer)
     equal = _equal(answer, gold, *quantities, found)
     if decided is not None:
         decided(equal)
     if equal:
-        return Judgement(True, canonical(gold, quantities[0]), "equal")
-    return Judgement(False, canonical(answer, quantities[1], quantities[0]), "different")
+        return Judgement(True, _form(gold, quantities[0]), "equal")
+    if None in quantities and words_differ(answer, gold):  # the canonical form knows no apples
+        return Judgement(False, bounded_form(plain_text(answer)), "different")
+    return Judgement(False, _form(answer, quantities[1], quantities[0]), "different")
 
 
 def _equal(answer: str, gold: str, wanted: Quantity | None, quantity: Quantity | None, found: Any) -> bool:
     if wanted is not None and quantity is not None:
         return same_quantity(wanted, quantity)
-    if _same_text(answer, gold):
+    if same_text(answer, gold):
         return True
-    if _NUMBERS_SIDE_BY_SIDE.fullmatch(tidy(answer)) or {_brackets(answer), _brackets(gold)} == {"round", "set"}:
+    if differ(answer, gold) or not _chain_holds(answer, gold):
         return False
     if _verify(_boxed(gold), found or _boxed(answer)):
         return True
@@ -96,38 +110,67 @@ def _parse(text: str) -> list[Any]:
 
 
 def _boxed(text: str) -> list[Any]:
+    text = _NUMBER_BEFORE_PARENTHESIS.sub(r"\1 \\cdot ", text)
     return _parse(f"\\boxed{{{text}}}")
 
 
 def _verify(gold: list[Any], found: list[Any]) -> bool:
     from math_verify import verify
 
-    return bool(gold) and bool(found) and bool(verify(gold, found, timeout_seconds=None))
+    if not gold or not found:
+        return False
+    if verify(gold, found, timeout_seconds=None):
+        return True
+    # It compares an interval with a gold inequality, but not an inequality with a gold interval.
+    return _is_interval(gold[0]) and _is_inequality(found[0]) and bool(verify(found, gold, timeout_seconds=None))
 
 
-_ASSIGNMENT = re.compile(r"^\s*[a-zA-Z]\s*=\s*")
-_NUMBERS_SIDE_BY_SIDE = re.compile(r"[+-]?[0-9.]++(?: ++[0-9.]++)++(?: *+/ *+[0-9]++)?")
-_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)(?![a-zA-Z])|[{}]")
+def _is_interval(expression: Any) -> bool:
+    import sympy
+
+    return isinstance(expression, sympy.Interval | sympy.Union)
 
 
-def _same_text(answer: str, gold: str) -> bool:
-    plain = _plain_text(gold)
-    return bool(plain) and _plain_text(answer) == plain
+def _is_inequality(expression: Any) -> bool:
+    import sympy
+
+    inequality = sympy.core.relational._Inequality
+    parts = expression.args if isinstance(expression, sympy.And | sympy.Or) else [expression]
+    return all(isinstance(part, inequality) for part in parts)
 
 
-def _plain_text(text: str) -> str:
-    r"""``\text{ Evelyn }.`` and ``Evelyn`` are one; what has other commands, digits or operators keeps them."""
-    return " ".join(_TEXT.sub(" ", tidy(text)).split())
+def _chain_holds(answer: str, gold: str) -> bool:
+    """Whether each number in ``a=b=c`` equals the gold answer; true for all that is no chain of equations."""
+    sides = chain(answer)
+    gold = without_assignment(gold)
+    if "=" in gold or len(sides) < 2:
+        return True
+    numbers = [side for side in sides if _is_number(side)]
+    if len(sides) == 2 and len(numbers) < 2:
+        return True
+    return all(_equal(side, gold, parse_quantity(gold), parse_quantity(side), None) for side in numbers)
 
 
-def _brackets(text: str) -> str | None:
-    text = tidy(text)
-    if text.startswith("\\{") and text.endswith("\\}"):
-        return "set"
-    return "round" if text[:1] in ("(", "[") and text[-1:] in (")", "]") else None
+def _is_number(text: str) -> bool:
+    if parse_quantity(text) is not None:
+        return True
+    found = _boxed(text)
+    return bool(found) and getattr(found[0], "free_symbols", None) == set()
+
+
+# latex2sympy reads a number before a number in parentheses as a mixed number: 2(3) as 5.
+_NUMBER_BEFORE_PARENTHESIS = re.compile(r"(?<![\w^.])([0-9]+(?:\.[0-9]+)?)\s*(?=(?:\\left\s*)?\()")
 
 
 # -- the canonical form ----------------------------------------------------------------------------------------------
+
+
+def _form(text: str, quantity: Quantity | None, gold: Quantity | None = None) -> str:
+    """The canonical form, or where it cannot be made, as that of a number with too many digits, the text."""
+    try:
+        return canonical(text, quantity, gold)
+    except Exception:  # of SymPy, whatever it is: equality is decided already
+        return bounded_form(tidy(text))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -140,11 +183,12 @@ def canonical(text: str, quantity: Quantity | None, gold: Quantity | None = None
     if quantity is not None:
         dropped = gold is None or gold.unit in (None, quantity.unit)
         return bounded_form(str(quantity.value if dropped else quantity))
-    words = _plain_text(text)
+    words = plain_text(text)
     if re.fullmatch(r"[a-zA-Z][a-zA-Z ]+", words):
         return bounded_form(words.lower())
-    if _NUMBERS_SIDE_BY_SIDE.fullmatch(words):
-        return bounded_form(words)
+    notation = with_base(text) or time_of_day(text)
+    if notation or NUMBERS_SIDE_BY_SIDE.fullmatch(words):
+        return bounded_form(notation or words)
     found = _boxed(tidy(text))
     return bounded_form(_evaluated(found[0]) if found and not isinstance(found[0], str) else words)
 
@@ -263,9 +307,11 @@ def _judge_safely(request: bytes, state: mmap.mmap) -> bytes:
         answer, gold, boxed = json.loads(request)
         judgement = judge(answer, gold, boxed, decided)
     except MemoryError:
-        judgement = Judgement(state[0] == _EQUAL, None, "memory limit")
+        judgement = Judgement(False, None, "memory limit")
     except Exception as error:  # whatever a hostile answer makes math-verify raise is that answer's fault
-        judgement = Judgement(state[0] == _EQUAL, None, f"not understood ({type(error).__name__})")
+        judgement = Judgement(False, None, f"not understood ({type(error).__name__})")
+    if judgement.reason not in ("equal", "different") and state[0] in (_EQUAL, _DIFFERENT):
+        judgement = _of_the_killed(state[0], 0)
     return json.dumps(judgement).encode()
 
 

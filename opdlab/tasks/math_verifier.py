@@ -2,12 +2,14 @@
 
 import math
 import os
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from opdlab.errors import require
-from opdlab.tasks.verifier import Verdict, Verifier, last_boxed
+from opdlab.tasks.quantities import tidy
+from opdlab.tasks.verifier import Verdict, Verifier, bounded_form, last_boxed
 from opdlab.tasks.workers import WorkerPool
 
 # Without a box the answer is looked for at the end of the response; more text only costs time.
@@ -15,6 +17,8 @@ _TAIL_CHARACTERS = 400
 # No answer to a problem is as long; parsing it would only cost time.
 _MAX_CHARACTERS = 5000
 _MIN_MEMORY = 512
+# One for all, since a verifier must pickle.
+_STARTING = threading.Lock()
 
 
 class MathVerifier(Verifier):
@@ -24,8 +28,8 @@ class MathVerifier(Verifier):
     response. Plain numbers, with units or without, are compared exactly (:mod:`opdlab.tasks.quantities` says what is
     read how), everything else by math-verify. A right answer's ``extracted`` is the canonical form of the gold answer
     and a wrong one's its own, as far as SymPy finds it: ``\frac{2}{4}`` and ``0.5`` are both ``1/2``, so that equal
-    answers can be counted as one. Since only right answers are compared with the gold one, wrong ones may split into
-    more forms than they should.
+    answers can be counted as one; where no form is found in time, it is the text. Since only right answers are compared
+    with the gold one, wrong ones may split into more forms than they should.
 
     Answers are untrusted and never looked at in this process. What takes longer than the limit, or more memory, is
     wrong; its process is replaced. Processes start with the first answers and end with the verifier.
@@ -76,20 +80,32 @@ class MathVerifier(Verifier):
         def wait() -> list[Verdict]:
             assert self._pool is not None  # keeps the verifier, and so its processes, until then
             return [
-                Verdict(*futures[key].result()) if key in futures else Verdict(False, None, "too long") for key in keys
+                _with_form(
+                    Verdict(*futures[key].result()) if key in futures else Verdict(False, None, "too long"), *key
+                )
+                for key in keys
             ]
 
         return wait
 
     def _started_pool(self) -> WorkerPool:
-        # A forked process has its parent's pool, but not the threads that feed it.
-        if self._pool is None or self._pool.owner != os.getpid():
-            self._pool = WorkerPool(self.num_workers, self.time_limit, self.memory_limit)
-            weakref.finalize(self, self._pool.stop)
-        return self._pool
+        with _STARTING:
+            # A forked process has its parent's pool, but not the threads that feed it.
+            if self._pool is None or self._pool.owner != os.getpid():
+                self._pool = WorkerPool(self.num_workers, self.time_limit, self.memory_limit)
+                weakref.finalize(self, self._pool.stop)
+            return self._pool
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None}
+
+
+def _with_form(verdict: Verdict, answer: str, boxed: bool, gold: str) -> Verdict:
+    """Give an answer whose form could not be found its text, so that it has its vote all the same."""
+    if verdict.extracted is not None or verdict.reason == "no answer" or not (verdict.correct or boxed):
+        return verdict
+    text = bounded_form(tidy(gold if verdict.correct else answer))
+    return Verdict(verdict.correct, text or None, verdict.reason)
 
 
 def _answer(response: str) -> tuple[str, bool]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from opdlab.errors import UsageError, require
-from opdlab.tasks.quantities import parse_number, tidy
+from opdlab.tasks.quantities import parse_number, parse_quantity, tidy, without_assignment
 from opdlab.tasks.verifier import Verdict, Verifier, bounded_form, last_boxed
 
 # Without a box the answer is looked for at the end; an answer that is further away than this is none.
@@ -54,9 +54,10 @@ class ExactMatchVerifier(Verifier):
 class NumericVerifier(Verifier):
     r"""Right when the last number of the answer is the gold one, within a tolerance.
 
-    The last number of the last ``\boxed{…}`` counts, or without a box the last number of the response. Numbers are
-    integers, decimals, fractions (``3/4``, ``\frac{3}{4}``), thousands with commas, and ``1.2e5``; they are compared
-    as exact fractions, and ``extracted`` is that fraction. Units and words are not looked at:
+    What stands in the last ``\boxed{…}`` is read whole by :func:`~opdlab.tasks.quantities.parse_quantity`, as is the
+    gold answer; where that finds no plain number, or without a box, the last number counts. Such numbers are integers,
+    decimals, fractions (``3/4``, ``\frac{3}{4}``), thousands with commas, and ``1.2e5``. They are compared as exact
+    fractions, and ``extracted`` is that fraction. Units and words are not looked at, and 50 % is 50:
     :class:`~opdlab.tasks.MathVerifier` is the stricter judge.
 
     Args:
@@ -87,18 +88,21 @@ class NumericVerifier(Verifier):
         return [self._verdict(response, gold) for response, gold in zip(responses, golds, strict=True)]
 
     def _verdict(self, response: str, gold: str) -> Verdict:
-        wanted = _number(tidy(gold).lstrip("$"))
+        wanted = _plain_number(gold)
         if wanted is None:
             raise UsageError(
                 f"the gold answer {gold[:80]!r} is not a number that NumericVerifier can read: correct it, or use "
                 "opdlab.tasks.MathVerifier or ExactMatchVerifier"
             )
-        token = _last_number(response)
-        if token is None:
-            return Verdict(False, None, "no answer")
-        found = _number(token)
+        boxed = last_boxed(response)
+        found = None if boxed is None else _plain_number(boxed)
         if found is None:
-            return Verdict(False, bounded_form(token), "number out of range")
+            token = _last_number(response if boxed is None else boxed)
+            if token is None:
+                return Verdict(False, None, "no answer")
+            found = _number(token)
+            if found is None:
+                return Verdict(False, bounded_form(token), "number out of range")
         tolerance = max(Fraction(self.absolute_tolerance), Fraction(self.relative_tolerance) * abs(wanted))
         equal = abs(found - wanted) <= tolerance
         return Verdict(equal, bounded_form(str(found)), "equal" if equal else "different")
@@ -107,15 +111,18 @@ class NumericVerifier(Verifier):
 # Possessive quantifiers: no text makes this look at a character more than a few times.
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)"
 _LAST_NUMBER = re.compile(
-    r"(?:(?<![0-9a-zA-Z)}])[+-])?"
+    r"(?:(?<![0-9a-zA-Z)}])[+\-\u2013])?"
     rf"(?:\\frac\s*+\{{-?[0-9]++\}}\s*+\{{[0-9]++\}}|[0-9]++/[0-9]++|{_DIGITS}?\.[0-9]++(?:[eE][+-]?[0-9]++)?"
     rf"|{_DIGITS}(?:[eE][+-]?[0-9]++)?)"
 )
 
 
-def _last_number(response: str) -> str | None:
-    boxed = last_boxed(response)
-    text = response if boxed is None else boxed
+def _plain_number(text: str) -> Fraction | None:
+    quantity = parse_quantity(without_assignment(tidy(text[-_TAIL_CHARACTERS:])))
+    return None if quantity is None else quantity.value
+
+
+def _last_number(text: str) -> str | None:
     token = None
     for match in _LAST_NUMBER.finditer(tidy(text[-_TAIL_CHARACTERS:])):
         token = match.group()
@@ -123,6 +130,6 @@ def _last_number(response: str) -> str | None:
 
 
 def _number(token: str) -> Fraction | None:
-    sign, unsigned = (-1, token[1:]) if token.startswith("-") else (1, token.removeprefix("+"))
+    sign, unsigned = (-1, token[1:]) if token.startswith(("-", "\u2013")) else (1, token.removeprefix("+"))
     value = parse_number(unsigned)
     return None if value is None else sign * value

@@ -62,7 +62,7 @@ def parse_quantity(text: str) -> Quantity | None:
     factor, unit = suffix
     if currency:
         unit = _UNITS[currency.lstrip("\\")]
-    sign = -1 if "-" in (before, after) else 1
+    sign = 1 if {before, after} <= {"", "+"} else -1
     return Quantity(sign * factor * value, unit, places if factor == 1 else None)
 
 
@@ -89,7 +89,7 @@ def same_quantity(gold: Quantity, answer: Quantity) -> bool:
 
 
 def tidy(text: str) -> str:
-    r"""Take off what carries no meaning: dollars around it, spacing commands, punctuation at the end.
+    r"""Take off what carries no meaning: dollars around it, spacing commands, punctuation and line breaks at the end.
 
     Example:
         >>> tidy(r"$\dfrac{1}{2}\,.$"), tidy(r"\left(1,~2\right).")
@@ -100,7 +100,35 @@ def tidy(text: str) -> str:
         if len(text) > len(opening + closing) and text.startswith(opening) and text.endswith(closing):
             text = text[len(opening) : -len(closing)]
     text = _EMPTY_COMMANDS.sub("", text)
-    return _FRAC.sub(r"\\frac", text).strip().rstrip(".,;:").rstrip()
+    return _without_ending(_FRAC.sub(r"\\frac", text).strip())
+
+
+def without_assignment(text: str) -> str:
+    """Take off the ``x =`` before a value.
+
+    Example:
+        >>> without_assignment("x = 5"), without_assignment("2x = 5")
+        ('5', '2x = 5')
+    """
+    return _ASSIGNMENT.sub("", text) if text.count("=") == 1 else text
+
+
+def known_unit(words: str) -> str | None:
+    """The canonical name of a unit.
+
+    Example:
+        >>> known_unit("square feet"), known_unit("apples")
+        ('foot^2', None)
+    """
+    return _unit(words)
+
+
+def _without_ending(text: str) -> str:
+    """Without punctuation and line breaks at the end; each character is looked at once."""
+    end = len(text)
+    while end and (text[end - 1] in ".,;: " or text.endswith("\\\\", 0, end)):
+        end -= 1 if text[end - 1] in ".,;: " else 2
+    return text[:end]
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -198,12 +226,13 @@ def _without_percent(quantity: Quantity) -> Quantity:
     return Quantity(quantity.value / 100, None, None if quantity.places is None else quantity.places + 2)
 
 
-_SPACES = re.compile(r"\\[,;: ]|\\q?quad|~|\s")
+_SPACES = re.compile(r"(?<!\\)\\[,;: ]|\\q?quad|~|\s")
 _EMPTY_COMMANDS = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])")
 _FRAC = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
 _TEXT_COMMANDS = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mbox|rm)(?![a-zA-Z])")
 
-_PREFIX = re.compile(r"([+-]?) *(\\?\$|\u20ac|\u00a3|) *([+-]?) *")
+_ASSIGNMENT = re.compile(r"^\s*[a-zA-Z]\s*=\s*")
+_PREFIX = re.compile(r"([+\-\u2013]?) *(\\?\$|\u20ac|\u00a3|) *([+\-\u2013]?) *")
 _BRACED = r"(?:\{ *(-?[0-9]+) *\}|([0-9]))"
 _LATEX_FRACTION = re.compile(rf"(?:([0-9]+) *)?\\frac *{_BRACED} *{_BRACED}")
 _SLASHED_FRACTION = re.compile(r"(?:([0-9]+) +)?([0-9]+) */ *([0-9]+)")

@@ -54,9 +54,13 @@ class WorkerPool:
             thread.start()
 
     def submit(self, answer: str, gold: str, boxed: bool) -> "Future[Judgement]":
-        """Queue an answer; the future raises :class:`WorkerStartError` where no process can be started."""
+        """Queue an answer; the future raises :class:`WorkerStartError` where no process can be started, or any more."""
         future: Future[Judgement] = Future()
-        self._tasks.put((future, json.dumps([answer, gold, boxed]).encode()))
+        with self._lock:  # what is queued before the threads' end is looked at
+            if self._stopped:
+                future.set_exception(WorkerStartError("the verifier was stopped"))
+            else:
+                self._tasks.put((future, json.dumps([answer, gold, boxed]).encode()))
         return future
 
     def stop(self) -> None:

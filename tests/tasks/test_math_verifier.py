@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from opdlab.errors import UsageError
 from opdlab.tasks import MathVerifier, Verdict
 from opdlab.tasks.hostile import HOSTILE_ANSWERS
 from opdlab.tasks.judging import Judgement, _judge_safely, _of_the_killed, canonical, judge
-from opdlab.tasks.workers import WorkerStartError
+from opdlab.tasks.workers import WorkerPool, WorkerStartError
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -79,6 +80,22 @@ RIGHT = [
     (r"\boxed{50%}", "0.5"),
     (r"\boxed{12.}", "12"),
     (r"\boxed{\$5}", "5"),
+    (r"\boxed{2516_{8}}", "2516_8"),
+    (r"\boxed{3:45\text{ p.m.}}", "3:45 pm"),
+    (r"\boxed{10\text{ apple}}", r"10\text{ apples}"),
+    (r"\boxed{10}", r"10\text{ apples}"),
+    (r"\boxed{x=10=10}", "10"),
+    (r"\boxed{1+1=2}", "2"),
+    (r"\boxed{10\\}", "10"),
+    (r"\boxed{\text{The answer is }12}", "12"),
+    (r"\boxed{The answer is 12}", "12"),
+    (r"\boxed{\text{true}}", "True"),
+    (r"\boxed{[-2,7]}", r"-2\le x\le 7"),
+    (r"\boxed{-2\le x\le 7}", "[-2,7]"),
+    (r"\boxed{(-\infty,2)}", "x<2"),
+    (r"\boxed{x<2}", r"(-\infty,2)"),
+    (r"\boxed{2(3)}", "6"),
+    (r"\boxed{2\left(3\right)}", "6"),
 ]
 # What must not pass for the gold answer, near as it looks; some of it does in math-verify.
 WRONG = [
@@ -115,6 +132,21 @@ WRONG = [
     (r"\boxed{y=5}", "x=5"),
     (r"\boxed{west}", r"\text{east}"),
     (r"no, \boxed{4}, rather \boxed{3}", "4"),
+    (r"\boxed{2516_9}", "2516_8"),
+    (r"\boxed{2516}", "2516_8"),
+    (r"\boxed{1011}", "1011_2"),
+    (r"\boxed{3:45 am}", "3:45 pm"),
+    (r"\boxed{3:45}", "3:45 pm"),
+    (r"\boxed{10\text{ oranges}}", r"10\text{ apples}"),
+    (r"\boxed{11=10}", "10"),
+    (r"\boxed{x=11=10}", "10"),
+    (r"\boxed{x=11=10}", "x=10"),
+    (r"\boxed{2+2=5}", "5"),
+    (r"\boxed{The answer is 13}", "12"),
+    (r"\boxed{-2\le x< 7}", "[-2,7]"),
+    (r"\boxed{x<3}", r"(-\infty,2)"),
+    (r"\boxed{x\le 2}", r"(-\infty,2)"),
+    (r"\boxed{2(3)}", "5"),
     (r"\boxed{}", "1"),
     ("", "1"),
     ("I do not know.", "1"),
@@ -156,7 +188,7 @@ def test_equal_answers_have_one_form(
 
 
 def test_gold_answers_equal_themselves_also_where_texts_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opdlab.tasks.judging._same_text", lambda answer, gold: False)
+    monkeypatch.setattr("opdlab.tasks.judging.same_text", lambda answer, gold: False)
     golds = _golds("math500")[::5]
     assert [gold for gold in golds if not judge(gold, gold, boxed=True).correct] == []
 
@@ -185,7 +217,7 @@ def test_each_answer_has_its_own_clock(strict: MathVerifier) -> None:
     towers = [TOWER.replace("{9}", f"{{{n}}}") for n in range(10, 22)]
     started = time.monotonic()
     verdicts = strict.verify(towers, ["1"] * 12)
-    assert verdicts == [Verdict(False, None, "time limit")] * 12
+    assert verdicts == [Verdict(False, tower[7:-1], "time limit") for tower in towers]
     assert 2 * TIME_LIMIT <= time.monotonic() - started < 2 * TIME_LIMIT + 4  # processes are replaced at once
 
 
@@ -201,7 +233,50 @@ def test_hostile_gold_is_no_different(strict: MathVerifier) -> None:
 
 def test_verdict_stands_where_only_the_canonical_form_takes_too_long(strict: MathVerifier) -> None:
     tower = "9^{9^{9^{9^{9}}}}"
-    assert strict.verify([rf"\boxed{{{tower}}}"], [tower]) == [Verdict(True, None, "equal")]
+    assert strict.verify([rf"\boxed{{{tower}}}"], [tower]) == [Verdict(True, tower, "equal")]
+
+
+@pytest.mark.parametrize("gold", ["2016!", "2^{20000}", "9^{9^9}"])
+def test_a_form_that_cannot_be_written_is_the_text(gold: str, strict: MathVerifier) -> None:
+    """Right answers have one form and a vote; so have wrong ones, also those that take too long."""
+    answers = [rf"\boxed{{{gold}}}", rf"\boxed{{ {gold}. }}", r"\boxed{3}", TOWER]
+    right = Verdict(True, gold, "equal")
+    verdicts = strict.verify(answers, [gold] * 4)
+    assert verdicts[:2] == [right, right]
+    assert [(v.correct, v.extracted) for v in verdicts[2:]] == [(False, "3"), (False, TOWER[7:-1])]
+
+
+def test_wrong_answers_never_have_the_form_of_the_gold_one(verifier: MathVerifier) -> None:
+    golds = [r"10\text{ apples}", "3:45 pm", "2516_8"]
+    wrong = [r"\boxed{10\text{ oranges}}", r"\boxed{3:45 am}", r"\boxed{2516_9}"]
+    verdicts = verifier.verify([*wrong, *(rf"\boxed{{{gold}}}" for gold in golds)], golds * 2)
+    assert [verdict.extracted for verdict in verdicts] == ["10 oranges", "3:45am", "2516_9", "10", "3:45pm", "2516_8"]
+
+
+def test_a_pool_that_was_stopped_says_so() -> None:
+    pool = WorkerPool(num_workers=1, time_limit=1.0, memory_limit=1024)
+    pool.stop()
+    with pytest.raises(WorkerStartError, match="the verifier was stopped"):
+        pool.submit("1", "1", True).result(timeout=5)
+
+
+def test_two_threads_first_answers_start_one_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools: list[object] = []
+
+    class Slow(WorkerPool):
+        def __init__(self, *args: Any) -> None:
+            pools.append(self)
+            time.sleep(0.2)
+            super().__init__(*args)
+
+    monkeypatch.setattr("opdlab.tasks.math_verifier.WorkerPool", Slow)
+    verifier = MathVerifier(num_workers=1)
+    threads = [threading.Thread(target=verifier.submit, args=([], [])) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(pools) == 1
 
 
 def test_order_is_kept(verifier: MathVerifier) -> None:
@@ -219,8 +294,8 @@ def test_submit_returns_at_once_and_repeated_answers_are_judged_once(strict: Mat
     other = strict.submit([r"\boxed{1}"], ["1"])
     assert time.monotonic() - started < TIME_LIMIT
     assert other() == _verdicts("1")
-    assert wait() == [Verdict(False, None, "time limit")] * 60
-    assert wait() == [Verdict(False, None, "time limit")] * 60  # may be asked again
+    assert wait() == [Verdict(False, tower[7:-1], "time limit")] * 60
+    assert wait() == [Verdict(False, tower[7:-1], "time limit")] * 60  # may be asked again
     assert time.monotonic() - started < TIME_LIMIT + 5  # six workers would take ten seconds for all
 
 
@@ -244,7 +319,7 @@ def test_a_stopped_process_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verifier.verify([r"\boxed{1}"], ["1"]) == _verdicts("1")
     process = _children(os.getpid(), "opdlab.tasks.judging")[-1]
     os.kill(_children(process)[0], signal.SIGSTOP)
-    assert verifier.verify([r"\boxed{1}"], ["1"]) == [Verdict(False, None, "time limit")]
+    assert verifier.verify([r"\boxed{1}"], ["1"]) == [Verdict(False, "1", "time limit")]
     assert verifier.verify([r"\boxed{1}"], ["1"]) == _verdicts("1")
 
 

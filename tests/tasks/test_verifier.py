@@ -114,6 +114,18 @@ def test_exact_match(options: dict[str, bool], response: str, gold: str, correct
         ("1.5e3 m", "$1500$", "1500"),
         ("from 1, 2 to 3.", "3", "3"),
         ("that is .5", "1/2", "1/2"),
+        (r"\boxed{\frac12}", "0.5", "1/2"),
+        (r"\boxed{1\frac{1}{2}}", "1.5", "3/2"),
+        (r"\boxed{1 1/2}", "1.5", "3/2"),
+        (r"\boxed{1{,}000}", "1000", "1000"),
+        (r"\boxed{1\,000}", "1000", "1000"),
+        (r"\boxed{1.5\times 10^3}", "1500", "1500"),
+        ("\\boxed{\u20135}", "-5", "-5"),
+        ("it is \u20135", "-5", "-5"),
+        (r"\boxed{- 2}", "-2", "-2"),
+        (r"\boxed{5 cm^2}", "5", "5"),
+        *((r"\boxed{5}", gold, "5") for gold in (r"\$5", "5 cm", "x=5", "$x = 5$", r"\frac{10}{2}")),
+        ("50", r"50\%", "50"),
     ],
 )
 def test_last_number(response: str, gold: str, extracted: str) -> None:
