@@ -324,6 +324,7 @@ def test_a_stopped_process_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _children(parent: int, command: str = "") -> list[int]:
+    """Processes of ``parent`` in the order of their start; their numbers begin anew at some point."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -332,8 +333,8 @@ def _children(parent: int, command: str = "") -> list[int]:
         except OSError:
             continue  # it has just ended
         if int(fields[1]) == parent and fields[0] != "Z" and command in line:
-            found.append(int(folder.name))
-    return sorted(found)
+            found.append((int(fields[19]), int(folder.name)))
+    return [process for _, process in sorted(found)]
 
 
 def test_memory_is_bounded() -> None:
@@ -449,9 +450,10 @@ def _wait_until(condition: Callable[[], bool]) -> None:
 
 
 def test_processes_end_with_the_verifier() -> None:
+    before = set(_children(os.getpid()))  # of other tests' verifiers
     verifier = MathVerifier(num_workers=1)
     verifier.verify([r"\boxed{1}"], ["1"])
-    process = _children(os.getpid(), "opdlab.tasks.judging")[-1]
+    (process,) = set(_children(os.getpid(), "opdlab.tasks.judging")) - before
     threads = threading.active_count()
     del verifier
     assert not _is_alive(process)
