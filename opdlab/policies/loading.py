@@ -111,7 +111,11 @@ class ModelSource:
                     f"model '{self.path}': attn_implementation '{self.attn_implementation}' cannot be used: "
                     f"{first_line}; leave it out for the default"
                 ) from error
-            hint = "check that the folder is complete" if Path(source).is_dir() else "check the name and the connection"
+            hint = (
+                "check that the folder is complete"
+                if Path(source).is_dir()
+                else "check the name and the connection, or give a folder written by save_pretrained"
+            )
             raise UsageError(f"model '{self.path}' cannot be loaded: {hint} ({first_line})") from error
 
 
