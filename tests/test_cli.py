@@ -188,14 +188,16 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
 
 
 def test_training_problems_are_read_before_anything_takes_long(
-    opdlab: Opdlab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    opdlab: Opdlab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Sampler, "sample", None)  # whoever samples fails with a traceback
     (tmp_path / "problems.jsonl").write_text('{"problem": "1 + 1", "answer": "2"\n')
     source = {"class_path": "opdlab.data.JsonlProblems", "init_args": {"path": "problems.jsonl"}}
     (tmp_path / "broken.yaml").write_text(yaml.dump({"data": {"train": source}}))
     assert opdlab("-c", "broken.yaml") == EXIT_USAGE
+    assert "there are only 1 prompts" in capsys.readouterr().err
     assert opdlab("--data.reuse.prompts_per_pool", "12") == EXIT_USAGE
+    assert "there are only 8 prompts" in capsys.readouterr().err
 
 
 def make_broken_students(folder: Path) -> None:

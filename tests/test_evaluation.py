@@ -213,6 +213,7 @@ def test_training_keeps_samples_only_when_asked(opdlab: Callable[..., int], tmp_
     assert len(set(weights)) == 3
     assert weights[0] == fingerprint(LanguageModel(TEACHER))
     # A run of another root with the same number leaves them alone.
+    (tmp_path / "elsewhere/runs/version_0").mkdir(parents=True)
     assert main([*fit, SAMPLES, "kept", "--trainer.default_root_dir", "elsewhere/runs"]) == 0
     assert len(list(tmp_path.glob("kept/*/*"))) == 6
 
