@@ -191,7 +191,7 @@ def test_training_problems_are_read_before_anything_takes_long(
     opdlab: Opdlab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Sampler, "sample", None)  # whoever samples fails with a traceback
-    (tmp_path / "problems.jsonl").write_text('{"problem": "1 + 1", "answer": "2"\n')
+    (tmp_path / "problems.jsonl").write_text('{"problem": "1 + 1", "answer": "2"}')
     source = {"class_path": "opdlab.data.JsonlProblems", "init_args": {"path": "problems.jsonl"}}
     (tmp_path / "broken.yaml").write_text(yaml.dump({"data": {"train": source}}))
     assert opdlab("-c", "broken.yaml") == EXIT_USAGE
