@@ -35,7 +35,7 @@ class BehaviorRefresh(pl.Callback):
         assert isinstance(pl_module, OPDModule)
         self._last_step = trainer.global_step
         if trainer.global_step == 0:
-            pl_module.behavior.refresh(pl_module.student)
+            pl_module.behavior.refresh(pl_module.student, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -45,4 +45,4 @@ class BehaviorRefresh(pl.Callback):
         stepped = trainer.global_step != self._last_step
         self._last_step = trainer.global_step
         if stepped and trainer.global_step % self.every_n_steps == 0:
-            pl_module.behavior.refresh(pl_module.student)
+            pl_module.behavior.refresh(pl_module.student, trainer.global_step)

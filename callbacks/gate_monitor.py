@@ -1,17 +1,19 @@
 """Histograms of gates and drift for TensorBoard."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from opdlab.callbacks.step_callback import StepCallback
+from opdlab.diagnostics import StepTrace
 from opdlab.errors import require
 from opdlab.gating import GateInputs, Gates
 
 
-class GateMonitor(pl.Callback):
+class GateMonitor(StepCallback):
     """Writes a histogram of the weights in each segment (block, span, …) by its place in the response.
 
     ``gate/block/000`` holds the weights of every rollout's first segment, ``001`` of the second, and so on;
@@ -27,28 +29,17 @@ class GateMonitor(pl.Callback):
     """
 
     def __init__(self, every_n_steps: int = 10, max_blocks: int = 64) -> None:
-        require(every_n_steps >= 1, f"gate_monitor.every_n_steps is {every_n_steps}, but must be at least 1")
+        super().__init__(every_n_steps, "gate_monitor")
         require(max_blocks >= 1, f"gate_monitor.max_blocks is {max_blocks}, but must be at least 1")
-        self.every_n_steps = every_n_steps
         self.max_blocks = max_blocks
-        self._last_step = 0
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Count from where the run goes on."""
-        self._last_step = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Write the histograms where the optimizer has just taken an n-th step."""
-        step = trainer.global_step
-        stepped, self._last_step = step != self._last_step, step
-        if not stepped or step % self.every_n_steps:
-            return
+    def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, traces: Sequence[StepTrace]) -> None:
+        """Write the histograms."""
+        trace = traces[-1]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                for name, values in gate_histograms(outputs["gates"], outputs["gate_inputs"], self.max_blocks).items():
-                    logger.experiment.add_histogram(name, values, step)
+                for name, values in gate_histograms(trace.gates, trace.inputs, self.max_blocks).items():
+                    logger.experiment.add_histogram(name, values, trainer.global_step)
 
 
 def gate_histograms(gates: Gates, inputs: GateInputs, max_blocks: int) -> dict[str, Tensor]:

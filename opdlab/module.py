@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,12 +13,12 @@ from torch import Tensor
 from opdlab.accumulation import gate_inputs, join_gate_inputs, split_gates
 from opdlab.data.datamodule import EvaluationBatch, PromptDataModule
 from opdlab.data.prompts import Prompt
-from opdlab.diagnostics import StepRecord, merge_records, step_metrics, step_record
+from opdlab.diagnostics import StepRecord, StepTrace, hidden_gradient_norms, merge_records, step_metrics, step_record
 from opdlab.errors import UsageError, require
 from opdlab.evaluation import EvaluationConfig, EvaluationModule, Evaluator, NoTeacher, submit_answers
 from opdlab.evaluation.evaluator import decode_responses
 from opdlab.gating import GateInputs, Gates, GateStrategy
-from opdlab.objectives import Objective, Reduction, reduce_losses
+from opdlab.objectives import Objective, Reduction, loss_shares, reduce_losses
 from opdlab.policies import (
     BehaviorPolicy,
     LanguageModel,
@@ -131,6 +131,7 @@ class OPDModule(EvaluationModule):
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._request = TeacherRequest() if absent else self._teacher_request(teacher)
         self._window = _Window(None, [])
+        self.trace_gradients = False  # callbacks that want `StepTrace.gradient_norms` of the coming step set it
         self._restored_gradients: dict[str, Tensor] = {}
         self._update_started = 0.0
         self._step_ended: float | None = None
@@ -211,26 +212,23 @@ class OPDModule(EvaluationModule):
             "rollout/sampled_tokens_per_second": float(rollouts.mask.sum()) / max(sampled - started, 1e-9),
         }
         if verdicts is not None:
-            metrics["rollout/accuracy"] = sum(verdict.correct for verdict in verdicts()) / len(rollouts)
+            correct = torch.tensor([verdict.correct for verdict in verdicts()], dtype=torch.int8)
+            metrics["rollout/accuracy"] = float(correct.float().mean())
+            counted = replace(counted, correct=correct)
         return Pool(counted, targets, metrics)
 
     # -- training ------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Minibatch, batch_idx: int) -> dict[str, Any]:
-        """One micro-batch: score, weigh, reduce. Returns the loss, and what callbacks look at."""
+        """One micro-batch: score, weigh, reduce. Returns the loss, and a :class:`StepTrace` for callbacks."""
         rollouts, targets = batch.rollouts, batch.targets
-        positions = self.objective.position_losses(self.student.score(rollouts), rollouts, targets)
+        scored = self.student.score(rollouts)
+        positions = self.objective.position_losses(scored, rollouts, targets)
         inputs = gate_inputs(rollouts, targets, positions)
         gates = self._gates(batch, inputs)
         num_tokens, num_rollouts = self._denominators(batch)
-        loss = reduce_losses(
-            positions.losses,
-            gates.weights,
-            rollouts.mask,
-            reduction=self.reduction,
-            num_tokens=num_tokens,
-            num_rollouts=num_rollouts,
-        )
+        shares = loss_shares(rollouts.mask, reduction=self.reduction, num_tokens=num_tokens, num_rollouts=num_rollouts)
+        loss = reduce_losses(positions.losses, gates.weights, shares)
         self._refuse_non_finite(loss, batch)
         gap = targets.logprobs - positions.logprobs
         record = step_record(inputs, gates, entropy=positions.entropy, teacher_gap=gap, **positions.metrics)
@@ -238,7 +236,19 @@ class OPDModule(EvaluationModule):
         # Lightning divides by the number of micro-batches and averages over processes, but the denominator already
         # covers them all.
         scale = len(batch.micro_batches) * self.trainer.world_size
-        return {"loss": loss * scale, "gates": gates, "gate_inputs": inputs}
+        trace = StepTrace(
+            rollouts=rollouts,
+            reuse_epoch=batch.reuse_epoch,
+            step=self.global_step,
+            inputs=inputs,
+            gates=gates,
+            loss_shares=shares,
+            values={"entropy": positions.entropy, **positions.metrics},
+            gradient_norms=hidden_gradient_norms(self.objective, scored, rollouts, targets)
+            if self.trace_gradients
+            else None,
+        )
+        return {"loss": loss * scale, "trace": trace}
 
     def _gates(self, batch: Minibatch, inputs: GateInputs) -> Gates:
         """Weights of a micro-batch, normalised over its whole optimizer batch.

@@ -32,7 +32,7 @@ PUBLIC = {
     ],
     "opdlab.objectives": [
         *("Objective", "PositionLosses", "Reduction", "SampledTokenOPD", "TeacherTopK"),
-        *("reduce_losses", "register_objective"),
+        *("loss_shares", "reduce_losses", "register_objective"),
     ],
     "opdlab.objectives.functional": ["sampled_token_loss", "teacher_topk_loss"],
     "opdlab.scoring": ["support_logits", "token_logprobs"],

@@ -143,6 +143,7 @@ class Evaluator(nn.Module):
                 self.sampler.config.num_samples
             ),
             sampled_at_step=torch.zeros(len(samples.tokens), dtype=torch.long),
+            snapshot_step=torch.zeros(len(samples.tokens), dtype=torch.long),
             temperature=self.sampler.config.temperature,
         )
 

@@ -1,6 +1,6 @@
 """Objectives: what a position of a rollout costs. The maths is in :mod:`opdlab.objectives.functional`."""
 
-from opdlab.objectives.base import Objective, PositionLosses, Reduction, reduce_losses, register_objective
+from opdlab.objectives.base import Objective, PositionLosses, Reduction, loss_shares, reduce_losses, register_objective
 from opdlab.objectives.sampled_token import SampledTokenOPD
 from opdlab.objectives.teacher_topk import TeacherTopK
 
@@ -10,6 +10,7 @@ __all__ = [
     "Reduction",
     "SampledTokenOPD",
     "TeacherTopK",
+    "loss_shares",
     "reduce_losses",
     "register_objective",
 ]

@@ -47,38 +47,54 @@ class Objective(ABC):
         """Return the loss of every position; everything on the student's device."""
 
 
-def reduce_losses(
-    losses: Tensor, weights: Tensor, mask: Tensor, *, reduction: Reduction, num_tokens: float, num_rollouts: float
-) -> Tensor:
-    """Reduce gated position losses to the micro-batch's share of the optimizer batch's loss.
+def loss_shares(mask: Tensor, *, reduction: Reduction, num_tokens: float, num_rollouts: float) -> Tensor:
+    """What each position's loss is multiplied by, besides its weight, in the loss of an optimizer batch.
 
-    ``token_mean``: ``sum(m * w * l) / num_tokens``. ``sequence_mean``: the mean over rollouts of
-    ``sum(m * w * l) / sum(m)``; the paper's code base, run with micro-batches of one rollout, does in effect this.
+    ``token_mean``: ``1 / num_tokens``. ``sequence_mean``: 1 over the length of its rollout and over ``num_rollouts``;
+    the paper's code base, run with micro-batches of one rollout, does in effect this.
+
+    Args:
+        mask: [B, T] bool, of a micro-batch.
+        reduction: see above.
+        num_tokens: valid positions in the whole optimizer batch.
+        num_rollouts: rollouts with a valid position in the whole optimizer batch.
+
+    Returns:
+        [B, T] float32, 0 where the mask is 0; summed over the micro-batches it is 1.
+
+    Example:
+        >>> import torch
+        >>> mask = torch.tensor([[True, True], [True, False]])
+        >>> loss_shares(mask, reduction="token_mean", num_tokens=4, num_rollouts=2)
+        tensor([[0.2500, 0.2500],
+                [0.2500, 0.0000]])
+        >>> loss_shares(mask, reduction="sequence_mean", num_tokens=4, num_rollouts=2)
+        tensor([[0.2500, 0.2500],
+                [0.5000, 0.0000]])
+    """
+    if reduction == "token_mean":
+        return mask.float() / max(num_tokens, 1)
+    return mask / (mask.sum(1, keepdim=True).clamp(min=1) * max(num_rollouts, 1))
+
+
+def reduce_losses(losses: Tensor, weights: Tensor, shares: Tensor) -> Tensor:
+    """Reduce gated position losses to the micro-batch's part of the optimizer batch's loss: ``sum(w * l * share)``.
 
     Args:
         losses: [B, T].
         weights: [B, T], the gate's.
-        mask: [B, T] bool.
-        reduction: see above.
-        num_tokens: valid positions in the whole optimizer batch.
-        num_rollouts: rollouts with a valid position in the whole optimizer batch.
+        shares: [B, T], see :func:`loss_shares`; where it is 0, whatever the loss is has no influence.
 
     Returns:
         A scalar; summed over the micro-batches it is the optimizer batch's loss.
 
     Example:
         >>> import torch
-        >>> losses, mask = torch.tensor([[1.0, 1.0], [4.0, 9.0]]), torch.tensor([[True, True], [True, False]])
-        >>> ones = torch.ones(2, 2)
-        >>> reduce_losses(losses, ones, mask, reduction="token_mean", num_tokens=3, num_rollouts=2)
+        >>> shares = torch.tensor([[0.5, 0.5], [0.0, 0.0]])
+        >>> reduce_losses(torch.tensor([[1.0, 3.0], [torch.nan, 0.0]]), torch.ones(2, 2), shares)
         tensor(2.)
-        >>> reduce_losses(losses, ones, mask, reduction="sequence_mean", num_tokens=3, num_rollouts=2)
-        tensor(2.5000)
     """
-    weighted = (weights * losses).masked_fill(~mask, 0.0)
-    if reduction == "token_mean":
-        return weighted.sum() / max(num_tokens, 1)
-    return (weighted.sum(1) / mask.sum(1).clamp(min=1)).sum() / max(num_rollouts, 1)
+    return (weights * losses * shares).masked_fill(shares == 0, 0.0).sum()
 
 
 _REGISTRY: Registry[Objective] = Registry("objective", Objective, "opdlab.objectives", "opdlab.objectives")  # type: ignore[type-abstract]

@@ -45,11 +45,19 @@ class BehaviorPolicy(nn.Module):
             )
             self.policy.to(getattr(torch, dtype))
         self.sampler = Sampler(sampling)
+        self.register_buffer("step", torch.zeros((), dtype=torch.long))
+        self.step: Tensor
         self._score_batch_size = score_batch_size
 
     @torch.no_grad()
-    def refresh(self, student: LanguageModel) -> None:
-        """Take the student's weights."""
+    def refresh(self, student: LanguageModel, step: int = 0) -> None:
+        """Take the student's weights.
+
+        Args:
+            student: whose.
+            step: optimizer steps that it has taken.
+        """
+        self.step.fill_(step)
         for tensors in ("parameters", "buffers"):  # tied weights stand once in parameters(), in the same order for both
             for own, other in zip(getattr(self.policy, tensors)(), getattr(student, tensors)(), strict=True):
                 if own is not other:  # below an adapter they are shared
@@ -87,6 +95,7 @@ class BehaviorPolicy(nn.Module):
             rollout_ids=torch.arange(first_rollout_id, first_rollout_id + num_rollouts),
             prompt_ids=torch.tensor(prompt_ids).repeat_interleave(self.sampler.config.num_samples),
             sampled_at_step=torch.full((num_rollouts,), step),
+            snapshot_step=torch.full((num_rollouts,), int(self.step)),
             temperature=self.sampler.config.temperature,
         )
         self._score(rollouts, into=rollouts.behavior_logprobs, progress=progress or SilentProgress())

@@ -63,7 +63,10 @@ class Rollouts(_Rows):
         rollout_ids: [B] long, unique within a run.
         prompt_ids: [B] long, the prompt's row in the prompt set.
         sampled_at_step: [B] long, optimizer steps taken when the rollout was sampled.
+        snapshot_step: [B] long, optimizer steps taken when the snapshot that sampled it took the student's weights.
         temperature: at which it was sampled and is scored.
+        correct: [B] int8: 1 where the verifier accepts the answer, 0 where it does not, -1 where none was asked; or
+            None where the training problems have no verifier.
     """
 
     prompt_tokens: Tensor
@@ -75,7 +78,9 @@ class Rollouts(_Rows):
     rollout_ids: Tensor
     prompt_ids: Tensor
     sampled_at_step: Tensor
+    snapshot_step: Tensor
     temperature: float = 1.0
+    correct: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -115,6 +120,7 @@ class Minibatch:
         micro_batches: all micro-batches of the optimizer batch in order, this one included: what the gate normalises
             over. Left on the host until they are needed.
         position: which of ``micro_batches`` this one is.
+        reuse_epoch: passes over the pool before this one.
         pool_metrics: figures of the pool's sampling and scoring, by name.
     """
 
@@ -124,6 +130,7 @@ class Minibatch:
     num_rollouts: int
     micro_batches: tuple[tuple[Rollouts, Targets], ...]
     position: int
+    reuse_epoch: int
     pool_metrics: dict[str, float]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Minibatch":

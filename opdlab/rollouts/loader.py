@@ -129,7 +129,7 @@ class RolloutLoader:
         for batch in range(first, self._reuse_epochs * batches_per_pass):
             reuse_epoch, number = divmod(batch, batches_per_pass)
             order = self._row_order(reuse_epoch)[number * self._batch_size :][: self._batch_size]
-            for minibatch in self._optimizer_batch(pool, order)[self._cursor % self._micro_batches :]:
+            for minibatch in self._optimizer_batch(pool, order, reuse_epoch)[self._cursor % self._micro_batches :]:
                 self._cursor += 1
                 yield minibatch
 
@@ -137,14 +137,15 @@ class RolloutLoader:
         seed = derive_seed("rows", self._seed, self._rank, self._epoch, self._pool_index, reuse_epoch)
         return torch.randperm(self._pool_size, generator=torch.Generator().manual_seed(seed))
 
-    def _optimizer_batch(self, pool: Pool, rows: torch.Tensor) -> list[Minibatch]:
+    def _optimizer_batch(self, pool: Pool, rows: torch.Tensor, reuse_epoch: int) -> list[Minibatch]:
         num_tokens = pool.rollouts.num_tokens[rows]
         total, non_empty = int(num_tokens.sum()), int((num_tokens > 0).sum())
         parts = tuple(
             trimmed(pool.rollouts.rows(part), pool.targets.rows(part)) for part in rows.chunk(self._micro_batches)
         )
         return [
-            Minibatch(*part, total, non_empty, parts, position, pool.metrics) for position, part in enumerate(parts)
+            Minibatch(*part, total, non_empty, parts, position, reuse_epoch, pool.metrics)
+            for position, part in enumerate(parts)
         ]
 
     def state_dict(self) -> dict[str, Any]:

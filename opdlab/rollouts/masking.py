@@ -19,7 +19,7 @@ def mask_first_occurrences(rollouts: Rollouts, token_ids: Sequence[int]) -> Roll
 
     Example:
         >>> mask, zeros = torch.ones(1, 5, dtype=torch.bool), torch.zeros(1, dtype=torch.long)
-        >>> rollouts = Rollouts(*2 * (torch.tensor([[7, 3, 7, 3, 1]]), mask), mask.float(), zeros, zeros, zeros, zeros)
+        >>> rollouts = Rollouts(*2 * (torch.tensor([[7, 3, 7, 3, 1]]), mask), mask.float(), *5 * (zeros,))
         >>> mask_first_occurrences(rollouts, [3, 1]).mask.int().tolist()
         [[1, 0, 1, 1, 0]]
     """

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 from opdlab.errors import UsageError
-from opdlab.objectives import SampledTokenOPD, TeacherTopK, reduce_losses
+from opdlab.objectives import SampledTokenOPD, TeacherTopK, loss_shares, reduce_losses
 from opdlab.objectives.functional import clip_binds, sampled_token_loss, teacher_topk_loss
 from opdlab.policies.language_model import Scored
 from opdlab.rollouts.batch import Rollouts, Targets
@@ -237,6 +237,7 @@ def scored_batch(vocab_size: int = 40) -> tuple[Scored, Rollouts, Targets, Tenso
         rollout_ids=torch.arange(2),
         prompt_ids=torch.arange(2),
         sampled_at_step=torch.zeros(2, dtype=torch.long),
+        snapshot_step=torch.zeros(2, dtype=torch.long),
         temperature=temperature,
     )
     top = teacher.topk(4)
@@ -289,7 +290,8 @@ MASK = torch.arange(5) < LENGTHS[:, None]
 def reduced(rows: slice, reduction: Literal["token_mean", "sequence_mean"]) -> Tensor:
     losses, weights = random_logits(6, 5), random_logits(6, 5, seed=1).exp()
     losses[~MASK] = torch.nan  # what stands in padding must not matter
-    return reduce_losses(losses[rows], weights[rows], MASK[rows], reduction=reduction, num_tokens=15, num_rollouts=5)
+    shares = loss_shares(MASK[rows], reduction=reduction, num_tokens=15, num_rollouts=5)
+    return reduce_losses(losses[rows], weights[rows], shares)
 
 
 def test_reductions_against_loops() -> None:
@@ -310,4 +312,5 @@ def test_micro_batches_sum_to_the_whole(reduction: Literal["token_mean", "sequen
 def test_unit_losses_reduce_to_one() -> None:
     ones = torch.ones(6, 5)
     for reduction in ("token_mean", "sequence_mean"):
-        assert reduce_losses(ones, ones, MASK, reduction=reduction, num_tokens=15, num_rollouts=5).item() == 1.0
+        shares = loss_shares(MASK, reduction=reduction, num_tokens=15, num_rollouts=5)
+        assert reduce_losses(ones, ones, shares).item() == pytest.approx(1.0)

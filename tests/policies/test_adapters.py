@@ -143,7 +143,7 @@ def test_resume_is_bit_for_bit_from_a_small_checkpoint(
     whole.trainer_options["callbacks"].append(SaveAt(path, micro_batch))
     whole.fit(6)
     checkpoint = torch.load(path, weights_only=True)
-    assert all("lora_" in name for name in checkpoint["state_dict"])
+    assert all("lora_" in name for name in checkpoint["state_dict"].keys() - {"behavior.step"})
     resumed = run()
     for module in (resumed.module.student, resumed.module.behavior):
         for name, parameter in module.named_parameters():

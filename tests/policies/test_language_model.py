@@ -76,6 +76,7 @@ def test_padding_changes_nothing(qwen3: Path) -> None:
         rollout_ids=batch.rollout_ids,
         prompt_ids=batch.prompt_ids,
         sampled_at_step=batch.sampled_at_step,
+        snapshot_step=batch.snapshot_step,
         temperature=batch.temperature,
     )
     torch.testing.assert_close(logprobs(other), logprobs(batch), rtol=0, atol=1e-5)

@@ -57,7 +57,7 @@ def rollouts() -> Rollouts:
     zeros = torch.zeros(5, dtype=torch.long)
     return Rollouts(
         *(prompt_tokens, prompt_mask, tokens, mask, torch.zeros(5, 7)),
-        *(zeros, torch.arange(5), zeros, zeros),
+        *(zeros, torch.arange(5), zeros, zeros, zeros),
         temperature=0.7,
     )
 

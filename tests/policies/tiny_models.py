@@ -89,5 +89,5 @@ def rollouts(temperature: float = 0.7) -> Rollouts:
     zeros = torch.zeros(4, dtype=torch.long)
     logprobs = torch.zeros(mask.shape)
     return Rollouts(
-        *(prompt_tokens, prompt_mask, tokens, mask, logprobs), zeros, torch.arange(4), zeros, zeros, temperature
+        *(prompt_tokens, prompt_mask, tokens, mask, logprobs), zeros, torch.arange(4), *3 * (zeros,), temperature
     )

@@ -37,7 +37,7 @@ class Collector:
             zeros,
             ids,
             column,
-            zeros,
+            *(zeros, zeros),
         )
         return Pool(rollouts, Targets(values), {"rollout/length": 2.0})
 

@@ -9,7 +9,7 @@ import torch
 
 from opdlab.diagnostics import step_metrics
 from opdlab.errors import UsageError
-from opdlab.objectives import reduce_losses
+from opdlab.objectives import loss_shares, reduce_losses
 from opdlab.rollouts import Rollouts
 from opdlab.rollouts.masking import mask_first_occurrences
 from tests.policies.tiny_models import rollouts
@@ -77,7 +77,8 @@ def test_a_batch_without_any_position_left_is_worth_nothing() -> None:
     empty = torch.zeros(2, 3, dtype=torch.bool)
     losses = torch.ones(2, 3, requires_grad=True)
     for reduction in ("token_mean", "sequence_mean"):
-        loss = reduce_losses(losses, torch.zeros(2, 3), empty, reduction=reduction, num_tokens=0, num_rollouts=0)
+        shares = loss_shares(empty, reduction=reduction, num_tokens=0, num_rollouts=0)
+        loss = reduce_losses(losses, torch.zeros(2, 3), shares)
         assert loss.detach() == 0
     nothing = torch.zeros(0)
     assert step_metrics({"drift": nothing, "segment_drift": nothing, "weight": nothing, "entropy": nothing}) == {}

@@ -1,0 +1,61 @@
+"""Base of callbacks that look at whole optimizer steps."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+
+from opdlab.diagnostics import StepTrace
+from opdlab.errors import require
+
+
+class StepCallback(pl.Callback):
+    """Gathers the traces of an optimizer step's micro-batches and hands them over when the step is taken.
+
+    Override :meth:`on_step`. It is called after optimizer step n, 2n, …; a step that a resumed run takes up in the
+    middle of its accumulation window has the traces of the micro-batches after the resume only.
+
+    Args:
+        every_n_steps: n, at least 1.
+        section: of the configuration, for messages.
+
+    Raises:
+        UsageError: n is below 1.
+    """
+
+    def __init__(self, every_n_steps: int, section: str) -> None:
+        require(every_n_steps >= 1, f"{section}.every_n_steps is {every_n_steps}, but must be at least 1")
+        self.every_n_steps = every_n_steps
+        self._traces: list[StepTrace] = []
+
+    def looks_at(self, trainer: pl.Trainer) -> bool:
+        """Whether the optimizer step under way is one of those that are looked at."""
+        return (trainer.global_step + 1) % self.every_n_steps == 0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Forget the last step."""
+        if batch.position == 0:
+            self._traces = []
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the trace; hand over all of them at the step's last micro-batch."""
+        step = outputs["trace"].step  # before the optimizer moved on, if it did
+        if (step + 1) % self.every_n_steps == 0:
+            self._traces.append(outputs["trace"])
+            if batch.position + 1 == len(batch.micro_batches):
+                traces, self._traces = self._traces, []
+                self.on_step(trainer, pl_module, traces)
+
+    def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, traces: Sequence[StepTrace]) -> None:
+        """Look at a step that has just been taken.
+
+        Args:
+            trainer: ``global_step`` counts the step.
+            pl_module: the module.
+            traces: of the step's micro-batches, in order.
+        """
+        raise NotImplementedError
