@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from opdlab.errors import UsageError
 from opdlab.policies.adapters import AdapterConfig, attach_adapter
 from opdlab.policies.loading import ADAPTER_CONFIG, adapter_base, resolve
-from opdlab.scoring import _MAX_CHUNK_LOGITS
+from opdlab.scoring.head import MAX_TILE_LOGITS
 
 FLOAT = 4  # bytes of a float32
 
@@ -165,7 +165,7 @@ def head_bytes(shape: Shape, tokens: int, *, training: bool) -> int:
     ``opdlab.scoring`` holds chunks of at most 2^24 logits: three copies of a chunk at a time, in training a fourth,
     and there the gradient of the head in float32, which is summed before it is rounded.
     """
-    chunk = FLOAT * min(_MAX_CHUNK_LOGITS, tokens * shape.vocab)
+    chunk = FLOAT * min(MAX_TILE_LOGITS, tokens * shape.vocab)
     return 4 * chunk + FLOAT * shape.vocab * shape.hidden if training else 3 * chunk
 
 

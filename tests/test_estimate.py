@@ -163,8 +163,8 @@ def test_optimizer_state(name: str, options: dict[str, Any], dtype: str) -> None
 
 
 def test_the_heads_working_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opdlab.scoring._MAX_CHUNK_LOGITS", 200 * VOCAB)
-    monkeypatch.setattr("opdlab.estimate._MAX_CHUNK_LOGITS", 200 * VOCAB)
+    monkeypatch.setattr("opdlab.scoring.head.MAX_TILE_LOGITS", 200 * VOCAB)
+    monkeypatch.setattr("opdlab.estimate.MAX_TILE_LOGITS", 200 * VOCAB)
     hidden = torch.randn(1000, 32, requires_grad=True)
     weight = torch.randn(VOCAB, 32, requires_grad=True)
     targets = torch.randint(0, VOCAB, (1000,))

@@ -11,17 +11,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-import opdlab.scoring
+import opdlab.scoring.gradients
+import opdlab.scoring.head
 from opdlab.scoring import (
     Head,
     support_logits,
-    support_logits_of,
+    support_statistics,
     token_logprobs,
     token_statistics,
     topk_with_statistics,
 )
 
-N, H, V, K = 13, 7, 61, 4  # V is more than 8 K: the path that gathers rows of the head
+N, H, V, K = 13, 7, 61, 4
 
 HEADS: list[dict[str, Any]] = [
     {},
@@ -34,9 +35,13 @@ HEADS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(params=[1, 3 * V, 1 << 24], ids=["one row a chunk", "three rows a chunk", "one chunk"])
-def _chunk_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opdlab.scoring, "_MAX_CHUNK_LOGITS", request.param)
+@pytest.fixture(params=[(1, 1), (5, 40), (13, 14 * 13), (4096, 1 << 24)], ids=["logits", "5 x 8", "13 x 14", "whole"])
+def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of one logit each; of some rows and columns with rests; of all rows and some columns; of everything."""
+    rows, logits = request.param
+    monkeypatch.setattr(opdlab.scoring.head, "_MAX_TILE_ROWS", rows)
+    monkeypatch.setattr(opdlab.scoring.head, "MAX_TILE_LOGITS", logits)
+    monkeypatch.setattr(opdlab.scoring.gradients, "MAX_PIECE", logits)
 
 
 def inputs(bias: bool, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -69,7 +74,7 @@ def leaves(*tensors: Tensor | None) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None]
 
 
-@pytest.mark.usefixtures("_chunk_size")
+@pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("head", HEADS, ids=str)
 def test_token_logprobs_and_gradients(head: dict[str, Any], bias: bool) -> None:
@@ -87,8 +92,8 @@ def test_token_logprobs_and_gradients(head: dict[str, Any], bias: bool) -> None:
     )
 
 
-@pytest.mark.usefixtures("_chunk_size")
-@pytest.mark.parametrize("k", [K, 20], ids=["rows gathered", "whole head"])
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize("k", [K, 2 * V])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("head", HEADS, ids=str)
 def test_support_logits_and_gradients(head: dict[str, Any], bias: bool, k: int) -> None:
@@ -109,7 +114,7 @@ def test_support_logits_and_gradients(head: dict[str, Any], bias: bool, k: int) 
 
 @pytest.mark.parametrize("function", [token_logprobs, support_logits])
 def test_gradcheck(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opdlab.scoring, "_MAX_CHUNK_LOGITS", 2 * V)
+    monkeypatch.setattr(opdlab.scoring.head, "MAX_TILE_LOGITS", 2 * V)
     hidden, weight, bias = inputs(bias=True)
     assert bias is not None
     index = draw(N, 3) if function is support_logits else draw(N)
@@ -146,7 +151,7 @@ def test_half_precision_gives_float32(dtype: torch.dtype) -> None:
 
 def test_weight_gradient_is_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     # 512 equal contributions, one a chunk: bfloat16 sums stop growing at 256 times the increment.
-    monkeypatch.setattr(opdlab.scoring, "_MAX_CHUNK_LOGITS", 1)
+    monkeypatch.setattr(opdlab.scoring.head, "MAX_TILE_LOGITS", 1)
     hidden = torch.ones(512, 1, dtype=torch.bfloat16)
     weight = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
     token_logprobs(hidden, weight, torch.zeros(512, dtype=torch.long)).sum().backward()
@@ -190,7 +195,8 @@ class _LargestTensor(TorchDispatchMode):
 
 @pytest.fixture
 def _wide_vocabulary(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(opdlab.scoring, "_MAX_CHUNK_LOGITS", 8 * 4096)
+    monkeypatch.setattr(opdlab.scoring.head, "MAX_TILE_LOGITS", 8 * 4096)
+    monkeypatch.setattr(opdlab.scoring.gradients, "MAX_PIECE", 8 * 4096)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
@@ -207,15 +213,19 @@ def _forward_and_backward(kind: str) -> int:
             token_logprobs(hidden, weight, targets).sum().backward()
         elif kind == "support":
             support_logits(hidden, weight, support).sum().backward()
+        elif kind == "support and statistics":
+            support_statistics(hidden, Head(weight), targets, support)[0].sum().backward()
+        elif kind == "frozen head":
+            token_logprobs(hidden, weight.detach(), targets).sum().backward()
         else:
             topk_with_statistics(hidden, Head(weight), targets, 32)
     return int(largest.numel)
 
 
 @pytest.mark.usefixtures("_wide_vocabulary")
-@pytest.mark.parametrize("kind", ["logprobs", "support", "topk"])
+@pytest.mark.parametrize("kind", ["logprobs", "frozen head", "support", "support and statistics", "topk"])
 def test_never_holds_all_logits(kind: str) -> None:
-    # The largest that may be: a chunk of 8 rows. The weight and its gradient hold 6 * 4096.
+    # The largest that may be: a tile. The weight and its gradient hold 6 * 4096.
     assert _forward_and_backward(kind) <= 8 * 4096
 
 
@@ -224,21 +234,20 @@ def test_memory_probe_sees_all_logits() -> None:
     assert _forward_and_backward("plain") == 512 * 4096
 
 
-@pytest.mark.parametrize("k", [K, 20], ids=["rows gathered", "whole head"])
-def test_frozen_tensors_get_no_gradient(k: int) -> None:
+def test_frozen_tensors_get_no_gradient() -> None:
     hidden, weight, bias = inputs(bias=True)
     assert bias is not None
     weight.requires_grad_(False)
     bias.requires_grad_(False)
     (token_logprobs(hidden, weight, draw(N), bias=bias).sum()).backward()
-    support_logits(hidden, weight, draw(N, k), bias=bias).sum().backward()
+    support_logits(hidden, weight, draw(N, K), bias=bias).sum().backward()
     assert hidden.grad is not None
     assert weight.grad is None
     assert bias.grad is None
     weight.requires_grad_()
     detached = hidden.detach()
     token_logprobs(detached, weight, draw(N)).sum().backward()
-    support_logits(detached, weight, draw(N, k)).sum().backward()
+    support_logits(detached, weight, draw(N, K)).sum().backward()
     assert weight.grad is not None
     assert detached.grad is None
 
@@ -250,7 +259,7 @@ def test_second_derivatives_are_refused() -> None:
         gradient.square().sum().backward()
 
 
-@pytest.mark.usefixtures("_chunk_size")
+@pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize("vocab_size", [None, 40])
 def test_topk_with_statistics(vocab_size: int | None) -> None:
     hidden, weight, bias = inputs(bias=True)
@@ -268,7 +277,7 @@ def test_topk_with_statistics(vocab_size: int | None) -> None:
     assert not top.logits.requires_grad
 
 
-@pytest.mark.usefixtures("_chunk_size")
+@pytest.mark.usefixtures("_tiles")
 def test_statistics_match_categorical() -> None:
     hidden, weight, bias = inputs(bias=True)
     targets = draw(N)
@@ -323,6 +332,89 @@ def test_no_positions() -> None:
 
 def test_weight_of_another_dtype() -> None:
     hidden, weight, _ = inputs(bias=False)
-    ours = support_logits_of(hidden.float(), Head(weight), draw(N, 20))
+    ours = support_logits(hidden.float(), weight, draw(N, 20))
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours.double(), (hidden @ weight.T).gather(1, draw(N, 20)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_support_with_statistics(head: dict[str, Any], bias: bool) -> None:
+    hidden, weight, offset = inputs(bias)
+    targets, support = draw(N), draw(N, K)
+    logits, statistics = support_statistics(hidden, Head(weight, offset, **head), targets, support)
+    whole = plain_logits(hidden, weight, offset, **head)
+    torch.testing.assert_close(logits, whole.gather(1, support), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(statistics.logprobs, whole.log_softmax(-1)[torch.arange(N), targets])
+    torch.testing.assert_close(statistics.entropy, torch.distributions.Categorical(logits=whole).entropy())
+    torch.testing.assert_close(statistics.log_normalizer, whole.logsumexp(-1))
+    torch.testing.assert_close(statistics.max_logit, whole.amax(-1))
+    assert not any(tensor.requires_grad for tensor in statistics)
+    cotangent = torch.linspace(-2, 3, N * K, dtype=torch.float64).view(N, K)
+    variables = leaves(hidden, weight, offset)
+    torch.testing.assert_close(
+        torch.autograd.grad(logits, variables, cotangent),
+        torch.autograd.grad(whole.gather(1, support), variables, cotangent),
+        rtol=1e-9,
+        atol=1e-9,
+    )
+
+
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_hidden_gradient_of_a_frozen_head(head: dict[str, Any]) -> None:
+    hidden, weight, bias = inputs(bias=True)
+    assert bias is not None
+    targets, cotangent = draw(N), torch.linspace(-2, 3, N, dtype=torch.float64)
+    ours = token_logprobs(hidden, weight.detach(), targets, bias=bias.detach(), **head)
+    plain = plain_logits(hidden, weight, bias, **head).log_softmax(-1)[torch.arange(N), targets]
+    torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, hidden, cotangent),
+        torch.autograd.grad(plain, hidden, cotangent),
+        rtol=1e-9,
+        atol=1e-9,
+    )
+
+
+def test_a_frozen_heads_logits_are_made_once() -> None:
+    hidden, weight, _ = inputs(bias=False)
+    products = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal products
+            products += func is torch.ops.aten.mm.default
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        token_logprobs(hidden, weight.detach(), draw(N)).sum().backward()
+    assert products == 2  # the logits, and their probabilities times the head
+
+
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize("kind", ["logprobs", "support"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradient_accumulated_in_place(kind: str, dtype: torch.dtype) -> None:
+    hidden, weight, _ = inputs(bias=False, dtype=dtype)
+    targets, support = draw(N), draw(N, K)
+
+    def loss(head: Head) -> Tensor:
+        if kind == "logprobs":
+            return token_statistics(hidden, head, targets).logprobs.sum()
+        return support_statistics(hidden, head, targets, support)[0].sum()
+
+    expected = torch.autograd.grad(loss(Head(weight)), [hidden, weight])
+    weight.grad = torch.full_like(weight, 3.0)
+    buffer = weight.grad
+    for _ in range(2):
+        loss(Head(weight, accumulate_grad=True)).backward()
+    assert weight.grad is buffer
+    tolerance = {"rtol": 0.02, "atol": 0.05} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(weight.grad, 3 + 2 * expected[1], **tolerance)
+    assert hidden.grad is not None
+    torch.testing.assert_close(hidden.grad, 2 * expected[0])
+    weight.grad = None
+    loss(Head(weight, accumulate_grad=True)).backward()
+    torch.testing.assert_close(weight.grad, expected[1], **tolerance)

@@ -1,16 +1,12 @@
 """Teacher-TopK / LSM: reverse KL on the teacher's likeliest tokens."""
 
-from dataclasses import replace
-
-import torch
-
 from opdlab.errors import require
 from opdlab.objectives.base import Objective, PositionLosses, register_objective
 from opdlab.objectives.functional import teacher_topk_loss
 from opdlab.policies.language_model import Scored
 from opdlab.policies.teacher import TeacherRequest
 from opdlab.rollouts.batch import Rollouts, Targets
-from opdlab.scoring import support_logits_of
+from opdlab.scoring import support_statistics
 
 
 @register_objective("teacher_topk")
@@ -44,10 +40,16 @@ class TeacherTopK(Objective):
         assert targets.support_ids is not None
         assert targets.support_logits is not None
         assert targets.support_mass is not None
-        logits = support_logits_of(student.hidden, student.head, targets.support_ids[student.mask])
+        logits, statistics = support_statistics(
+            student.hidden, student.head, student.tokens, targets.support_ids[student.mask]
+        )
         losses = student.padded(teacher_topk_loss(logits, targets.support_logits[student.mask]))
-        with torch.no_grad():
-            statistics = replace(student, hidden=student.hidden.detach()).statistics()
-            mass = (logits.logsumexp(-1) - statistics.log_normalizer).exp()
-        metrics = {"teacher_support_mass": targets.support_mass, "student_support_mass": student.padded(mass)}
+        support = logits.detach()
+        mass = (support.logsumexp(-1) - statistics.log_normalizer).exp()
+        agreement = (support[:, 0] >= statistics.max_logit).float()  # the teacher's likeliest token stands first
+        metrics = {
+            "teacher_support_mass": targets.support_mass,
+            "student_support_mass": student.padded(mass),
+            "top1_agreement": student.padded(agreement),
+        }
         return PositionLosses(losses, student.padded(statistics.logprobs), student.padded(statistics.entropy), metrics)

@@ -1,0 +1,151 @@
+"""Log-probability and entropy of sampled tokens.
+
+Shapes: N positions, H hidden size, V vocabulary. Log-probabilities and entropies are in nats.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from opdlab.scoring.gradients import HeadGradients
+from opdlab.scoring.head import Head, autocast_at_the_door, product, tiles, wide_dtype
+from opdlab.scoring.normalizer import OnlineSoftmax
+
+
+class TokenStatistics(NamedTuple):
+    """What one pass over the head yields for each position. Each [N], float32, nats.
+
+    Args:
+        logprobs: log-probability of the target token; carries a gradient from :func:`token_statistics`.
+        entropy: entropy of the next-token distribution.
+        log_normalizer: log-sum-exp of the logits: a logit minus this is its log-probability.
+        max_logit: the largest logit: a token whose logit reaches it is the likeliest.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor
+    log_normalizer: Tensor
+    max_logit: Tensor
+
+
+def token_statistics(hidden: Tensor, head: Head, targets: Tensor) -> TokenStatistics:
+    """Log-probability of the targets, entropy and log-normalizer, without ever holding [N, V].
+
+    The backward pass computes each tile of logits again. Where only the hidden states take a gradient, their gradient
+    ``slope * (weight[y] - E[weight])`` is summed in the forward pass, and nothing is computed twice.
+
+    Args:
+        hidden: [N, H]; differentiable.
+        head: its weight and bias are differentiable.
+        targets: [N] long.
+
+    Returns:
+        See :class:`TokenStatistics`; float32, or float64 for float64 inputs.
+    """
+    head = head.gathered()
+    trained = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
+    ahead = torch.is_grad_enabled() and hidden.requires_grad and not trained
+    with autocast_at_the_door(hidden) as states:
+        outputs: tuple[Tensor, ...] = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
+            states, head.weight, head.bias, targets, head, ahead
+        )
+    return TokenStatistics(*outputs)
+
+
+class _TokenStatistics(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, ahead: bool
+    ) -> tuple[Tensor, ...]:
+        softmax, target_logits = _sums(hidden, head, targets, hidden.shape[1] if ahead else 0)
+        normalizer = softmax.log_normalizer
+        ctx.head, ctx.ahead = head, ahead
+        if ahead:
+            ctx.save_for_backward(_hidden_gradient(head, softmax, targets, target_logits).to(hidden.dtype))
+        else:
+            ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
+        others = (softmax.entropy, normalizer, softmax.max_logit)
+        ctx.mark_non_differentiable(*others)
+        return target_logits - normalizer, *others
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        upstream, *saved = gradients[0], *ctx.saved_tensors
+        if ctx.ahead:
+            return (upstream[:, None] * saved[0]).to(saved[0].dtype), *[None] * 5
+        hidden, weight, _, targets, normalizer = saved
+        sums = HeadGradients(ctx, ctx.head, hidden)
+        for rows, columns in tiles(hidden.shape[0], weight.shape[0]):
+            logits = ctx.head.tile(hidden[rows], columns)
+            slope = ctx.head.slope(logits)
+            gradient = logits.sub_(normalizer[rows, None]).exp_().mul_(-upstream[rows, None])
+            inside, place = places(targets[rows, None], columns)
+            gradient.scatter_add_(1, place, (upstream[rows, None] * inside).to(gradient.dtype))
+            sums.add_tile(rows, columns, gradient.mul_(slope))
+        return *sums.returned(), None, None, None
+
+
+def places(ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Whether ids [N, K] are among some columns, and where among them (anywhere if they are not)."""
+    inside = (ids >= columns.start) & (ids < columns.stop)
+    return inside, (ids - columns.start).clamp_(0, columns.stop - columns.start - 1)
+
+
+def _sums(hidden: Tensor, head: Head, targets: Tensor, hidden_size: int) -> tuple[OnlineSoftmax, Tensor]:
+    """Sums over the vocabulary, with the head's rows if ``hidden_size`` is theirs; and the targets' logits [N]."""
+    like = hidden.new_empty(0, dtype=wide_dtype(hidden))
+    softmax = OnlineSoftmax(hidden.shape[0], like, hidden_size)
+    target_logits = like.new_zeros(hidden.shape[0], 1)
+    for rows, columns in tiles(hidden.shape[0], head.weight.shape[0]):
+        logits = head.tile(hidden[rows], columns)
+        inside, place = places(targets[rows, None], columns)
+        target_logits[rows] = torch.where(inside, logits.gather(1, place), target_logits[rows])
+        slope = head.slope(logits) if hidden_size else 1.0
+        exponentials = softmax.add(rows, logits)
+        if hidden_size:
+            weighted = exponentials.mul_(slope).to(hidden.dtype)
+            softmax.add_rows(rows, product(weighted, head.weight[columns].to(hidden.dtype)))
+    return softmax, target_logits.view(-1)
+
+
+def _hidden_gradient(head: Head, softmax: OnlineSoftmax, targets: Tensor, target_logits: Tensor) -> Tensor:
+    slope = head.slope(target_logits)
+    own = head.weight[targets].to(target_logits.dtype)
+    return own * (slope if isinstance(slope, float) else slope[:, None]) - softmax.expected_rows
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Log-probability of each target token, without ever holding [N, V].
+
+    Args:
+        hidden: [N, H]; differentiable.
+        weight: [V, H]; differentiable.
+        targets: [N] long.
+        bias: [V]; differentiable.
+        temperature: sampling temperature, above 0.
+        softcap: bound of the logits' soft cap, or None.
+        scale: factor on the logits.
+
+    Returns:
+        [N] float32 (float64 for float64 inputs), nats.
+
+    Example:
+        >>> hidden, weight = torch.randn(5, 8), torch.randn(11, 8)
+        >>> targets = torch.tensor([0, 1, 2, 3, 4])
+        >>> plain = (hidden @ weight.T / 0.7).log_softmax(-1)[torch.arange(5), targets]
+        >>> torch.allclose(token_logprobs(hidden, weight, targets, temperature=0.7), plain, atol=1e-5)
+        True
+    """
+    return token_statistics(hidden, Head(weight, bias, scale, softcap, temperature), targets).logprobs

@@ -1,0 +1,131 @@
+"""Logits of a few chosen tokens per position.
+
+Shapes: N positions, H hidden size, V vocabulary, K support.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from opdlab.scoring.gradients import HeadGradients, pieces
+from opdlab.scoring.head import Head, autocast_at_the_door, tiles, wide_dtype
+from opdlab.scoring.normalizer import OnlineSoftmax
+from opdlab.scoring.statistics import TokenStatistics, places
+
+
+def support_statistics(hidden: Tensor, head: Head, targets: Tensor, support: Tensor) -> tuple[Tensor, TokenStatistics]:
+    """Logits of K chosen tokens per position and, without a gradient, what ``token_statistics`` yields: in one pass.
+
+    The backward pass works on the K rows of the head that each position has chosen, and on no other.
+
+    Args:
+        hidden: [N, H]; differentiable.
+        head: its weight and bias are differentiable.
+        targets: [N] long.
+        support: [N, K] integers, token ids.
+
+    Returns:
+        The logits [N, K], and the statistics; float32, or float64 for float64 inputs.
+    """
+    head = head.gathered()
+    with autocast_at_the_door(hidden) as states:
+        logits, *statistics = _SupportLogits.apply(  # type: ignore[no-untyped-call]
+            states, head.weight, head.bias, support.long(), head, targets
+        )
+    return logits, TokenStatistics(*statistics)
+
+
+def support_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    support: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """Logits of K chosen tokens per position: K rows of the head are read per position, forward and backward.
+
+    Args:
+        hidden: [N, H]; differentiable.
+        weight: [V, H]; differentiable.
+        support: [N, K] integers, token ids.
+        bias: [V]; differentiable.
+        temperature: sampling temperature, above 0.
+        softcap: bound of the logits' soft cap, or None.
+        scale: factor on the logits.
+
+    Returns:
+        [N, K] float32 (float64 for float64 inputs).
+
+    Example:
+        >>> hidden, weight = torch.randn(5, 8), torch.randn(11, 8)
+        >>> support = torch.tensor([[0, 3]]).expand(5, 2)
+        >>> torch.allclose(support_logits(hidden, weight, support), (hidden @ weight.T)[:, [0, 3]], atol=1e-5)
+        True
+    """
+    head = Head(weight, bias, scale, softcap, temperature).gathered()
+    with autocast_at_the_door(hidden) as states:
+        logits: Tensor = _SupportLogits.apply(  # type: ignore[no-untyped-call]
+            states, head.weight, head.bias, support.long(), head, None
+        )[0]
+    return logits
+
+
+class _SupportLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        support: Tensor,
+        head: Head,
+        targets: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        others: tuple[Tensor, ...] = ()
+        if targets is None:
+            logits = _gathered_logits(hidden, head, support)
+        else:
+            logits, others = _whole_pass(hidden, head, support, targets)
+        ctx.save_for_backward(hidden, weight, bias, support, logits)
+        ctx.head = head
+        ctx.mark_non_differentiable(*others)
+        return logits, *others
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, _, _, support, logits = ctx.saved_tensors
+        sums = HeadGradients(ctx, ctx.head, hidden)
+        sums.add_support(support, gradients[0] * ctx.head.slope(logits))
+        return *sums.returned(), None, None, None
+
+
+def _whole_pass(
+    hidden: Tensor, head: Head, support: Tensor, targets: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    like = hidden.new_empty(0, dtype=wide_dtype(hidden))
+    softmax = OnlineSoftmax(hidden.shape[0], like)
+    ids = torch.cat([support, targets[:, None]], dim=1)
+    chosen = like.new_zeros(ids.shape)
+    for rows, columns in tiles(hidden.shape[0], head.weight.shape[0]):
+        logits = head.tile(hidden[rows], columns)
+        inside, place = places(ids[rows], columns)
+        chosen[rows] = torch.where(inside, logits.gather(1, place), chosen[rows])
+        softmax.add(rows, logits)
+    normalizer = softmax.log_normalizer
+    return chosen[:, :-1].contiguous(), (chosen[:, -1] - normalizer, softmax.entropy, normalizer, softmax.max_logit)
+
+
+def _gathered_logits(hidden: Tensor, head: Head, support: Tensor) -> Tensor:
+    raw = hidden.new_empty(support.shape, dtype=wide_dtype(hidden))
+    for rows in pieces(len(hidden), support.shape[1] * hidden.shape[1]):
+        chosen = head.weight[support[rows]].to(raw.dtype)
+        raw[rows] = torch.bmm(chosen, hidden[rows, :, None].to(raw.dtype)).squeeze(-1)
+    if head.bias is not None:
+        raw += head.bias[support]
+    return head.transform_(raw)
