@@ -162,11 +162,11 @@ def kv_cache_bytes(shape: Shape, tokens: int, widths: Widths) -> int:
 def head_bytes(shape: Shape, tokens: int, *, training: bool) -> int:
     """The head's working memory.
 
-    ``opdlab.scoring`` holds chunks of at most 2^24 logits: three copies of a chunk at a time, in training a fourth,
-    and there the gradient of the head in float32, which is summed before it is rounded.
+    ``opdlab.scoring`` holds tiles of at most 2^24 logits: forward a tile and its exponentials; backward a tile, and
+    two tensors as large as the hidden states, in which their gradient is summed; in training also the head's gradient.
     """
-    chunk = FLOAT * min(MAX_TILE_LOGITS, tokens * shape.vocab)
-    return 4 * chunk + FLOAT * shape.vocab * shape.hidden if training else 3 * chunk
+    tile, hidden = FLOAT * min(MAX_TILE_LOGITS, tokens * shape.vocab), FLOAT * tokens * shape.hidden
+    return max(2 * tile, tile + 2 * hidden) + FLOAT * shape.vocab * shape.hidden if training else 2 * tile
 
 
 def optimizer_bytes_per_parameter(optimizer: Mapping[str, Any], width: int) -> float:

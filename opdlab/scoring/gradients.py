@@ -85,7 +85,7 @@ class HeadGradients:
         if into.dtype == gradient.dtype:
             used, place, rows = None, support, into
         else:
-            used, place = support.unique(return_inverse=True)
+            used, place = torch.unique(support, return_inverse=True)
             rows = gradient.new_zeros(len(used), into.shape[1])
         for piece in pieces(len(hidden), support.shape[1] * hidden.shape[1]):
             outer = gradient[piece, :, None] * hidden[piece, None].to(gradient.dtype)

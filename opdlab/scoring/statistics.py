@@ -73,7 +73,7 @@ class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        upstream, *saved = gradients[0], *ctx.saved_tensors
+        upstream, saved = gradients[0], ctx.saved_tensors
         if ctx.ahead:
             return (upstream[:, None] * saved[0]).to(saved[0].dtype), *[None] * 5
         hidden, weight, _, targets, normalizer = saved
