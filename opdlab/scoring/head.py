@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 # Logits held at any one time: 16 Mi floats, 64 MB in float32. A second tensor of that size holds their exponentials.
 MAX_TILE_LOGITS = 1 << 24
+_WIDE_PRODUCTS = torch.__version__ >= "2.8"  # torch.mm(…, out_dtype=…)
 # Rows of a tile. With as many, a product with the head is bound by arithmetic and not by reading the head's weights.
 _MAX_TILE_ROWS = 4096
 
@@ -103,7 +104,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     """``a @ b`` in float32 or wider: sums of products that were rounded to half precision would bias training."""
     if a.dtype not in (torch.bfloat16, torch.float16):
         return a @ b
-    if a.is_cuda:
+    if a.is_cuda and _WIDE_PRODUCTS:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
