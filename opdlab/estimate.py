@@ -162,7 +162,7 @@ def kv_cache_bytes(shape: Shape, tokens: int, widths: Widths) -> int:
 def head_bytes(shape: Shape, tokens: int, *, training: bool) -> int:
     """The head's working memory.
 
-    ``opdlab.scoring`` holds tiles of at most 2^24 logits: forward a tile and its exponentials; backward a tile, and
+    ``opdlab.scoring`` holds tiles of at most 2^23 logits: forward a tile and its exponentials; backward a tile, and
     two tensors as large as the hidden states, in which their gradient is summed; in training also the head's gradient.
     """
     tile, hidden = FLOAT * min(MAX_TILE_LOGITS, tokens * shape.vocab), FLOAT * tokens * shape.hidden

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from opdlab.accumulation import gate_inputs, join_gate_inputs, split_gates
@@ -158,6 +159,8 @@ class OPDModule(EvaluationModule):
         super().setup(stage)
         absent = isinstance(self.teacher, NoTeacher)
         require(stage != "fit" or not absent, "model.teacher is NoTeacher, but training needs a teacher: give one")
+        # Other strategies hook into gradients to reduce or shard them.
+        self.student.accumulate_head_grad = isinstance(self.trainer.strategy, SingleDeviceStrategy)
 
     def configure_optimizers(self) -> Any:
         """The optimizer sees the student's trainable parameters only."""

@@ -110,6 +110,8 @@ class LanguageModel(nn.Module):
         # Names of the weights that an adapter leaves as they are: shared by the snapshot, and in no checkpoint.
         named = self.named_parameters(remove_duplicate=False) if self.has_adapter else ()
         self.frozen_keys = frozenset(name for name, parameter in named if not parameter.requires_grad)
+        self.accumulate_head_grad = False
+        """See :class:`opdlab.scoring.Head`; for whoever knows that nothing hooks into the head's gradient."""
         self.register_state_dict_post_hook(keep_adapter_only)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(put_back_frozen)  # type: ignore[no-untyped-call]
         self.stop_tokens = stop_tokens_of(self.model, self.tokenizer, self.path)
@@ -204,7 +206,8 @@ class LanguageModel(nn.Module):
         row, position = valid.nonzero(as_tuple=True)
         before_response = rollouts.prompt_tokens.shape[1] - padding - 1
         chosen = hidden[row, before_response[row] + position]
-        return Scored(chosen, self.head(rollouts.temperature), valid, rollouts.tokens[row, position])
+        head = replace(self.head(rollouts.temperature), accumulate_grad=self.accumulate_head_grad)
+        return Scored(chosen, head, valid, rollouts.tokens[row, position])
 
     @torch.no_grad()
     def score_in_chunks(self, rollouts: Rollouts, batch_size: int) -> Iterator[tuple[slice, Scored]]:

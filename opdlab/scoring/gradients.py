@@ -42,7 +42,7 @@ class HeadGradients:
 
     def _weight_buffer(self) -> Tensor:
         weight = self._head.weight
-        if not self._head.accumulate_grad:
+        if not self._head.accumulates:
             return torch.zeros_like(weight)
         if weight.grad is None:
             weight.grad = torch.zeros_like(weight)
@@ -98,6 +98,6 @@ class HeadGradients:
         head = self._head
         return (
             None if self._hidden is None else self._hidden.to(self._hidden_states.dtype),
-            None if head.accumulate_grad else self._weight,
+            None if head.accumulates else self._weight,
             None if self._bias is None or head.bias is None else self._bias.to(head.bias.dtype),
         )

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-# Logits held at any one time: 16 Mi floats, 64 MB in float32. A second tensor of that size holds their exponentials.
-MAX_TILE_LOGITS = 1 << 24
+# Logits held at any one time: 8 Mi floats, 32 MB in float32. A second tensor of that size holds their exponentials.
+MAX_TILE_LOGITS = 1 << 23
 _WIDE_PRODUCTS = torch.__version__ >= "2.8"  # torch.mm(…, out_dtype=…)
 # Rows of a tile. With as many, a product with the head is bound by arithmetic and not by reading the head's weights.
 _MAX_TILE_ROWS = 4096
@@ -42,6 +42,11 @@ class Head:
     softcap: float | None = None
     temperature: float = 1.0
     accumulate_grad: bool = False
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether the backward pass adds to ``weight.grad`` by itself."""
+        return self.accumulate_grad and self.weight.is_leaf and self.weight.requires_grad
 
     def gathered(self) -> "Head":
         """The same with the whole weight, where it is sharded over processes (a DTensor); differentiable."""
