@@ -239,11 +239,13 @@ def read_gates(tensors: Mapping[str, Tensor]) -> GateFigures:
     """Make figures of what :func:`gate_tensors` returned, on the host."""
     weights = tensors["weights"]
     blocks = weights[:-1]
+    # Edges span all rows, also that of the segments beyond.
+    by_place = read_histograms(weights, WEIGHT_BINS)[:-1]
     drawn = {
         "gate/weights": read_histograms(merged_rows(weights), WEIGHT_BINS)[0],
         "gate/token_drift": read_histograms(tensors["token_drift"], DRIFT_BINS)[0],
         "gate/segment_drift": read_histograms(tensors["segment_drift"], DRIFT_BINS)[0],
-        **{f"gate/block/{n:03d}": found for n, found in enumerate(read_histograms(blocks, WEIGHT_BINS))},
+        **{f"gate/block/{n:03d}": found for n, found in enumerate(by_place)},
     }
     scalars = dict(zip(_SCALARS, tensors["scalars"].tolist(), strict=True))
     return GateFigures(

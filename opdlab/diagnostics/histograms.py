@@ -114,7 +114,7 @@ def read_histograms(table: Tensor, binning: Binning) -> list[Histogram | None]:
     """Histograms of a table that is on the host; None for a row without values.
 
     Args:
-        table: [R, 4 + K], see :func:`bin_rows`.
+        table: [R, 4 + K], see :func:`bin_rows`: all of its rows, between which the edges are shared.
         binning: that it was made with.
 
     Example:

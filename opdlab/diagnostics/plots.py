@@ -23,6 +23,9 @@ _DPI = 110
 _GREY = "0.85"  # where there is nothing to show
 # A range of weights below this is shown as nearly white: else rounding would be painted in strong colours.
 _LEAST_RANGE = 0.01
+# Colours of drift go from the greatest down to this part of it, and what is less looks the same.
+_DRIFT_RANGE = 1000.0
+_LEAST_DRIFT = 1e-5  # nats: below is rounding
 
 
 def _figure() -> "Figure":
@@ -51,7 +54,7 @@ def block_heat_map(steps: Sequence[int], values: Tensor, quantity: Literal["weig
         steps: S optimizer steps, ascending, at least one.
         values: [segments, S]: mean weights, or mean absolute drifts in nats; NaN (grey) where no rollout has the
             segment.
-        quantity: which of them. Weights get diverging colours around 1, drift a scale from 0.
+        quantity: which of them. Weights get diverging colours around 1, drift a logarithmic scale.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -62,11 +65,11 @@ def block_heat_map(steps: Sequence[int], values: Tensor, quantity: Literal["weig
     rows = np.arange(shown.shape[0] + 1) - 0.5
     mesh = axes.pcolormesh(_edges(steps), rows, np.ma.masked_invalid(shown), norm=norm, cmap=colours, rasterized=True)
     axes.set_facecolor(_GREY)
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
     _label(axes, "optimizer step", "segment of the response")
     _title(axes, "Mean weight of each segment" if quantity == "weight" else "Mean drift of each segment")
-    bar = figure.colorbar(mesh, ax=axes)
+    bar = figure.colorbar(mesh, ax=axes, extend="neither" if quantity == "weight" else "min")
     bar.set_label(label, fontsize=12)
     bar.ax.tick_params(labelsize=11)
     return figure
@@ -90,7 +93,7 @@ def by_age(figures: AgeFigures) -> "Figure":
     lower.axhline(1, color="0.5", linewidth=1, linestyle="--")
     lower.fill_between(ages, mean - std, mean + std, alpha=0.3, color="tab:blue", linewidth=0, label="± 1 std")
     lower.plot(ages, mean, marker="o", markersize=4, color="tab:blue", label="mean")
-    lower.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    lower.xaxis.set_major_locator(MaxNLocator(10, integer=True, steps=[1, 2, 5, 10]))
     _label(lower, "optimizer steps since the snapshot's refresh", "weight")
     lower.legend(fontsize=10, loc="upper left", ncols=2, frameon=False)
     for axes in (upper, lower):
@@ -113,10 +116,12 @@ def _weight_scale(values: NDArray[np.float64]) -> tuple["Normalize", str, str]:
 
 
 def _drift_scale(values: NDArray[np.float64]) -> tuple["Normalize", str, str]:
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import LogNorm
 
     finite = values[np.isfinite(values)]
-    return Normalize(0.0, max(float(finite.max(initial=0.0)), 1e-6)), "viridis", "mean |drift|, nats"
+    # Drift falls by orders of magnitude in a run, and after a refresh it is 0.
+    greatest = max(float(finite.max(initial=0.0)), _LEAST_DRIFT)
+    return LogNorm(greatest / _DRIFT_RANGE, greatest, clip=True), "viridis", "mean |drift|, nats (logarithmic)"
 
 
 def _edges(steps: Sequence[int]) -> NDArray[np.float64]:
