@@ -25,6 +25,7 @@ from opdlab.viewer import (
     write_page,
 )
 
+_SHOWN = 200  # characters of a gate's options, which may list tokens
 _VERDICTS = {None: "unchecked", True: "correct", False: "wrong"}
 
 
@@ -75,8 +76,12 @@ class SampleLogger(StepCallback):
             if isinstance(logger, TensorBoardLogger):
                 for place, pair in enumerate(zip(rollouts, texts, strict=True)):
                     logger.experiment.add_text(f"rollouts/{place}", rollout_markdown(*pair), trainer.global_step)
-        facts = {"gate": repr(pl_module.gate), "objective": type(pl_module.objective).__name__}
-        page = render_page(trainer.global_step, rollouts, texts, {name: visible(text) for name, text in facts.items()})
+        gate = visible(repr(pl_module.gate))
+        facts = {
+            "gate": gate if len(gate) <= _SHOWN else f"{gate[:_SHOWN]}…",
+            "objective": type(pl_module.objective).__name__,
+        }
+        page = render_page(trainer.global_step, rollouts, texts, facts)
         try:
             write_page(self.folder, trainer.global_step, page)
         except OSError as error:

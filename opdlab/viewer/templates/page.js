@@ -7,7 +7,8 @@ const byId = (id) => document.getElementById(id);
 
 // ---------------------------------------------------------------------------------------------------- columns
 
-const bytes = (text) => Uint8Array.from(atob(text), (char) => char.charCodeAt(0)).buffer; // little-endian, as all browsers are
+// Little-endian, as all machines with a browser are.
+const bytes = (text) => Uint8Array.from(atob(text), (char) => char.charCodeAt(0)).buffer;
 const floats = (text) => new Float32Array(bytes(text));
 const integers = (text) => new Int32Array(bytes(text));
 
@@ -49,7 +50,8 @@ function element(tag, className, text) {
 }
 
 const PLAIN = /^[!-~]+$/;
-const HIDDEN = /[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Zl}\p{Zp}]/u; // control, format (bidi too), lone surrogate, private, line separators
+// Control, format (bidi too), lone surrogate, private, line separators.
+const HIDDEN = /[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Zl}\p{Zp}]/u;
 const PARTS = /[ \t\n]|[\p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Zl}\p{Zp}]|[^ \p{Cc}\p{Cf}\p{Cs}\p{Co}\p{Zl}\p{Zp}]+/gu;
 const MARKS = { " ": "s", "\t": "tab", "\n": "n" };
 const codePoint = (char) => "U+" + char.codePointAt(0).toString(16).toUpperCase().padStart(4, "0");
@@ -68,15 +70,14 @@ function fill(parent, text) {
 }
 
 /** Text for the panel and for screen readers, where whitespace has to be said. */
-const said = (text) =>
-  text === "" ? "piece of a character" : text.replace(new RegExp(HIDDEN, "gu"), (c) => (c === "\n" ? "↵" : c === "\t" ? "⇥" : `⟨${codePoint(c)}⟩`));
+const sayChar = (char) => ({ "\n": "↵", "\t": "⇥" })[char] || `⟨${codePoint(char)}⟩`;
+const said = (text) => text.replace(new RegExp(HIDDEN, "gu"), sayChar) || "piece of a character";
 
-function number(value) {
-  if (Number.isNaN(value)) return "NaN";
-  if (!Number.isFinite(value)) return value > 0 ? "∞" : "−∞";
+function number(value, digits = 5) {
+  if (!Number.isFinite(value)) return String(value).replace("-", "−").replace("Infinity", "∞");
   const size = Math.abs(value);
-  const text = size !== 0 && (size < 1e-3 || size >= 1e5) ? value.toExponential(3) : String(Number(value.toPrecision(5)));
-  return text.replace("-", "−");
+  const far = size !== 0 && (size < 1e-3 || size >= 1e5);
+  return String(far ? value.toExponential(digits - 2) : Number(value.toPrecision(digits))).replaceAll("-", "−");
 }
 
 const withUnit = (value, quantity) => number(value) + (quantity.unit ? " " + quantity.unit : "");
@@ -109,32 +110,31 @@ function makeCard(rollout, index) {
   title.id = `rollout-${index}`;
   card.setAttribute("aria-labelledby", title.id);
   top.append(title);
-  const verdict = { true: ["✓ correct", "correct"], false: ["✗ wrong", "wrong"], null: ["unchecked", ""] }[String(rollout.correct)];
-  fact(top, "answer", ...verdict);
-  fact(top, "mean |drift| ranks", `${rollout.rank + 1} of ${rollout.num_ranked}`);
+  const verdicts = { true: ["✓ correct", "correct"], false: ["✗ wrong", "wrong"], null: ["unchecked", ""] };
+  fact(top, "answer", ...verdicts[rollout.correct]);
+  fact(top, "drift rank", `${rollout.rank + 1} of ${rollout.num_ranked}`);
   fact(top, "stopped by", rollout.stop);
   fact(top, "age", `${rollout.age} steps`);
   fact(top, "reuse epoch", String(rollout.reuse_epoch));
   fact(top, "length", `${rollout.texts.length} tokens`);
   card.append(top);
   textBlock(card, "prompt", rollout.prompt, rollout.prompt.length < 1500);
-  if (rollout.gold !== null) textBlock(card, "gold answer", rollout.gold, true);
+  const { gold } = rollout;
+  if (gold !== null && gold.length < 100 && PLAIN.test(gold)) fact(top, "gold answer", gold);
+  else if (gold !== null) textBlock(card, "gold answer", gold, true);
   const strip = element("canvas", "strip");
-  strip.setAttribute("aria-hidden", "true");
-  strip.title = "the quantity along the response; click to go there";
+  Object.assign(strip, { ariaHidden: "true", title: "the quantity along the response; click to go there" });
   const tokens = element("div", "tokens");
-  tokens.setAttribute("role", "listbox");
-  tokens.setAttribute("aria-label", `response of rollout ${rollout.id}, token by token`);
-  tokens.setAttribute("translate", "no");
+  const label = `response of rollout ${rollout.id}, token by token`;
+  Object.assign(tokens, { role: "listbox", ariaLabel: label, translate: false });
   card.append(strip, tokens);
   byId("rollouts").append(card);
   const made = { rollout, strip, tokens, spans: [], current: 0, ...unpack(rollout) };
-  cards.push(made);
   strip.addEventListener("click", (event) => {
     const share = event.offsetX / strip.clientWidth;
     focusToken(made, Math.min(Math.floor(share * rollout.texts.length), rollout.texts.length - 1));
   });
-  return made;
+  cards.push(made);
 }
 
 /** Make the spans of a response, a block for each line. */
@@ -143,14 +143,11 @@ function buildTokens(card) {
   const special = new Set(rollout.special);
   const numbered = integers(rollout.runs).length * 8 < rollout.texts.length; // short segments are not numbered
   const fragment = document.createDocumentFragment();
-  const blank = element("span");
-  blank.tabIndex = -1;
-  blank.setAttribute("role", "option");
+  const blank = Object.assign(element("span"), { tabIndex: -1, role: "option" });
   let line = null;
   rollout.texts.forEach((text, index) => {
     if (!line) {
-      line = element("div", "line");
-      line.setAttribute("role", "presentation");
+      line = Object.assign(element("div", "line"), { role: "presentation" });
       fragment.append(line);
     }
     const span = blank.cloneNode(false);
@@ -184,7 +181,10 @@ function level(value, { low, neutral, high }) {
   return Math.sign(away) * Math.min(LEVELS, Math.round((LEVELS * Math.abs(away)) / reach));
 }
 
-const levelClass = (shade) => (Number.isNaN(shade) ? " strange" : shade === 0 ? "" : ` l${Math.abs(shade)}${shade < 0 ? " below" : ""}`);
+function levelClass(shade) {
+  if (Number.isNaN(shade)) return " strange";
+  return shade === 0 ? "" : ` l${Math.abs(shade)}${shade < 0 ? " below" : ""}`;
+}
 
 function paint(card) {
   const values = card.values[chosen.name];
@@ -201,10 +201,12 @@ function drawStrip(card) {
   const width = (strip.width = strip.clientWidth * devicePixelRatio);
   const height = (strip.height = strip.clientHeight * devicePixelRatio);
   const context = strip.getContext("2d");
-  const style = getComputedStyle(document.documentElement);
-  const middle = chosen.low < chosen.neutral ? (chosen.high > chosen.neutral ? height / 2 : 0) : height;
-  const room = chosen.low < chosen.neutral && chosen.high > chosen.neutral ? height / 2 : height;
-  const shades = { true: resolved("--below", style), false: resolved("--above", style) };
+  const [down, up] = [chosen.low < chosen.neutral, chosen.high > chosen.neutral];
+  const room = down && up ? height / 2 : height;
+  const middle = up ? room : 0; // where the neutral value lies; bars go up and down from there
+  const shades = { true: resolved("--bar-below"), false: resolved("--bar-above") };
+  context.fillStyle = resolved("--line");
+  context.fillRect(0, Math.min(middle, height - 1), width, 1);
   const farthest = new Map();
   values.forEach((value, index) => {
     const column = Math.floor((index * width) / values.length);
@@ -233,11 +235,11 @@ function showScale() {
   const boxes = element("i");
   for (let shade = low < neutral ? -LEVELS : 0; shade <= (high > neutral ? LEVELS : 0); shade += 2)
     boxes.append(element("b", "t" + levelClass(shade), "a"));
-  const ends = [low < neutral ? (below ? "≤ " : "") + number(low) : number(neutral), (above ? "≥ " : "") + number(high)];
-  if (low === high) scale.append(boxes, `all ${below || above ? "finite values " : ""}${withUnit(neutral, chosen)}`);
-  else if (low < neutral && neutral < high) scale.append(ends[0], boxes, `${ends[1]} ${chosen.unit}`, element("span", "meaning", `white: ${number(neutral)}`));
+  const ends = [(below ? "≤ " : "") + number(low, 3), (above ? "≥ " : "") + number(high, 3)];
+  if (low === high) scale.append(boxes, `${below || above ? "all finite values" : "all"} ${withUnit(neutral, chosen)}`);
   else scale.append(ends[0], boxes, `${ends[1]} ${chosen.unit}`);
-  scale.setAttribute("aria-label", `colours of ${chosen.label} from ${ends[0]} to ${ends[1]} ${chosen.unit}, none at ${number(neutral)}`);
+  if (low < neutral && neutral < high) scale.append(element("span", "meaning", `uncoloured: ${number(neutral)}`));
+  scale.ariaLabel = `colours of ${chosen.label} from ${ends[0]} to ${ends[1]} ${chosen.unit}, none at ${number(neutral)}`;
   byId("meaning").textContent = chosen.meaning;
 }
 
@@ -261,15 +263,8 @@ function showDetails(card, index) {
     row.title = quantity.meaning;
     table.append(row);
   }
-  byId("details").replaceChildren(element("h2", "", `“${text}”`), element("p", "", `${place} · id ${card.ids[index]}`), table);
-}
-
-function showHint() {
-  const hint = element("p");
-  hint.append("Point at a token, or reach one with ", element("kbd", "", "Tab"), " and go on with ", element("kbd", "", "←"), " ", element("kbd", "", "→"),
-    ". Segments: ", element("kbd", "", "↑"), " ", element("kbd", "", "↓"), ". Strongest colours: ", element("kbd", "", "E"), " and ",
-    element("kbd", "", "Shift E"), ". Ends: ", element("kbd", "", "Home"), " ", element("kbd", "", "End"), ".");
-  byId("details").replaceChildren(hint);
+  const where = element("p", "", `${place} · id ${card.ids[index]}`);
+  byId("details").replaceChildren(element("h2", "", `“${text}”`), where, table);
 }
 
 function focusToken(card, index) {
@@ -291,17 +286,17 @@ function seek(card, from, step, wanted) {
 function target(card, index, event) {
   const begins = (at) => at === 0 || card.segments[at] !== card.segments[at - 1];
   const strongest = (at) => card.segments[at] >= 0 && Math.abs(level(card.values[chosen.name][at], chosen)) === LEVELS;
-  switch (event.key) {
-    case "ArrowLeft": return index - 1;
-    case "ArrowRight": return index + 1;
-    case "ArrowUp": return seek(card, index, -1, begins);
-    case "ArrowDown": return seek(card, index, 1, begins);
-    case "Home": return 0;
-    case "End": return card.spans.length - 1;
-    case "e": return seek(card, index, 1, strongest);
-    case "E": return seek(card, index, -1, strongest);
-    default: return null;
-  }
+  const moves = {
+    ArrowLeft: () => index - 1,
+    ArrowRight: () => index + 1,
+    ArrowUp: () => seek(card, index, -1, begins),
+    ArrowDown: () => seek(card, index, 1, begins),
+    Home: () => 0,
+    End: () => card.spans.length - 1,
+    e: () => seek(card, index, 1, strongest),
+    E: () => seek(card, index, -1, strongest),
+  };
+  return moves[event.key]?.();
 }
 
 function listen() {
@@ -325,16 +320,16 @@ function listen() {
     if (!found) return;
     showDetails(...found);
     const { values, masked, place: where, text } = describe(...found);
-    const first = values.find(([quantity]) => quantity === chosen);
-    const spoken = masked ? [] : [first, ...values.filter((value) => value !== first)].map(([quantity, value]) => `${quantity.label} ${withUnit(value, quantity)}`);
-    event.target.setAttribute("aria-label", text === " " ? "space" : text);
+    values.sort(([one], [other]) => (other === chosen) - (one === chosen)); // the chosen quantity is said first
+    const spoken = masked ? [] : values.map(([quantity, value]) => `${quantity.label} ${withUnit(value, quantity)}`);
+    event.target.ariaLabel = text === " " ? "space" : text;
     byId("live").textContent = [where, ...spoken].join(", ");
   });
   main.addEventListener("keydown", (event) => {
     const found = place(event);
     if (!found || event.ctrlKey || event.metaKey || event.altKey) return;
     const next = target(...found, event);
-    if (next === null) return;
+    if (next === undefined) return;
     event.preventDefault();
     focusToken(found[0], next);
   });
@@ -361,10 +356,11 @@ function setTheme(theme) {
   cards.forEach(drawStrip);
 }
 
-function remembered(key, value) {
-  try { // a browser may keep no storage for files
-    if (value !== undefined) localStorage.setItem(key, value);
-    return localStorage.getItem(key);
+/** Read or write what is kept between pages; a browser may keep nothing for files. */
+function remembered(value) {
+  try {
+    if (value) localStorage.setItem("opdlab-theme", value);
+    return localStorage.getItem("opdlab-theme");
   } catch { return null; }
 }
 
@@ -380,18 +376,16 @@ function start() {
   });
   const themes = ["auto", "light", "dark"];
   byId("theme").addEventListener("click", () => {
-    const next = themes[(themes.indexOf(document.documentElement.dataset.theme) + 1) % themes.length];
-    remembered("opdlab-theme", next);
-    setTheme(next);
+    setTheme(themes[(themes.indexOf(document.documentElement.dataset.theme) + 1) % themes.length]);
+    remembered(document.documentElement.dataset.theme);
   });
-  const theme = remembered("opdlab-theme");
-  setTheme(themes.includes(theme) ? theme : "auto");
+  setTheme(themes.find((theme) => theme === remembered()) || "auto");
   data.rollouts.forEach(makeCard);
   choose(decodeURIComponent(location.hash.slice(1)));
-  showHint();
   listen();
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => cards.forEach(drawStrip));
-  addEventListener("resize", () => cards.forEach(drawStrip));
+  const redraw = () => cards.forEach(drawStrip);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  addEventListener("resize", redraw);
   // The first card at once, the others as the browser finds time, so that a page of long responses answers soon.
   const waiting = [...cards];
   const build = () => {
