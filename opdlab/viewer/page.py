@@ -121,8 +121,12 @@ def _link(folder: Path, steps: Sequence[int], index: int) -> None:
 
 def _replace(path: Path, content: bytes) -> None:
     part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content)
-    part.replace(path)
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 # -- what the script of the page unpacks ----------------------------------------------------------------------------
