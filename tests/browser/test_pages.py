@@ -238,6 +238,23 @@ def test_long_responses_are_shown_in_full_and_soon(visit: Visit, tmp_path: Path)
     assert page.evaluate("document.activeElement.place[1]") == 16_000
 
 
+def test_the_strip_does_not_lose_a_single_strong_token(visit: Visit, tmp_path: Path) -> None:
+    rollout = shown(8000, block=64)
+    rollout.values["drift"] = torch.zeros(8000)
+    rollout.values["drift"][[2000, 6000]] = torch.tensor([1.0, -1.0])
+    page = ready(visit(write_page(tmp_path, 1, render_page(1, [rollout], [plain_text(["x"] * 8000)]))))
+    script = """(strip, share) => [0.25, 0.75].map((height) => [...strip.getContext("2d")
+        .getImageData(Math.floor(share * strip.width), height * strip.height, 1, 1).data])"""
+    upper, lower = page.locator(".strip").evaluate(script, 0.25)
+    assert upper[3] == 255  # a bar upwards,
+    assert lower[3] == 0
+    upper, lower = page.locator(".strip").evaluate(script, 0.75)
+    assert upper[3] == 0
+    assert lower[3] == 255  # and one downwards
+    page.locator(".strip").click(position={"x": page.locator(".strip").evaluate("e => e.clientWidth / 4"), "y": 5})
+    assert abs(int(page.evaluate("document.activeElement.place[1]")) - 2000) < 20
+
+
 def test_printing_is_light_and_shows_every_line(visit: Visit, page_file: Path) -> None:
     page = ready(visit(page_file, color_scheme="dark"))
     dark = colors(page)
