@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
-from example import Example, load
+from example import NAMES, ROW, TAU, Example, load
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
@@ -19,9 +19,6 @@ from torch import Tensor
 from opdlab.gating import GateInputs, GateStrategy, build_gate
 
 FOLDER = Path(__file__).parents[1] / "pictures"
-NAMES = ("none", "token", "sequence", "block32", "block64", "block128", "span")
-ROW = 4  # of the eight rollouts, the one that is shown
-TAU = 5.0  # per nat
 COLUMNS = 32  # tokens to a line
 # Colour scales: drift in nats, cut off where single tokens would hide the rest; weights around their mean of one.
 DRIFT = ScalarMappable(Normalize(-1.0, 1.0), "RdBu_r")

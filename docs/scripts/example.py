@@ -1,7 +1,7 @@
 """The example of the gate pages: eight rollouts of the toy student at the end of a pool that was reused harshly.
 
-``python docs/scripts/example.py`` samples them anew, from the shipped toy models and a seed, in half a minute, and writes
-``docs/example_rollouts.json``; :func:`load` reads that file, so that pictures and tables need no training.
+``python docs/scripts/example.py`` samples them anew, from the shipped toy models and a seed, in half a minute, and
+writes ``docs/example_rollouts.json``; :func:`load` reads that file, so that pictures and tables need no training.
 """
 
 import json
@@ -23,6 +23,11 @@ from opdlab.tasks.toy.problems import ChainProblems
 
 FILE = Path(__file__).parents[1] / "example_rollouts.json"
 NUM_ROLLOUTS = 8
+# What the pages show of it.
+NAMES = ("none", "token", "sequence", "block32", "block64", "block128", "span")
+ROW = 4  # of the rollouts
+TAU = 5.0  # per nat
+# How it is made.
 STEPS = 16  # one pool of 64 x 4 rollouts, passed over twice in batches of 32
 SEED = 0
 
@@ -77,7 +82,7 @@ class _LastStep(pl.Callback):
 
 
 def record() -> dict[str, Any]:
-    """Train as `-c quickstart -c harsh_reuse` does, and tell of the last step's first rollouts."""
+    """Train on a pool as harshly as `-c harsh_reuse` does, and tell of the last step's first rollouts."""
     torch.set_num_threads(1)
     pl.seed_everything(SEED)
     student = LanguageModel("package://opdlab.tasks.toy/models/student")

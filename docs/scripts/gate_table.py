@@ -1,7 +1,6 @@
 """Prints the table of ``docs/gates/index.md``: what each gate makes of the example's eight rollouts."""
 
-from draw_gates import NAMES, ROW, TAU
-from example import Example, load
+from example import NAMES, ROW, TAU, Example, load
 from torch import Tensor
 
 from opdlab.diagnostics import step_metrics, step_record

@@ -1,16 +1,18 @@
 r"""What MkDocs does for us besides: files of the repository as pages, sections of them inside pages, links, formulas.
 
 - **Pages from elsewhere.** ``PAGES`` are files of the repository that are pages of the site too, each notebook is one.
-- **Includes.** A line ``<!-- include: README.md#evaluate -->`` is replaced by that section, without its heading, so that a
-  fact is written once. ``#*`` takes the text before the first heading of the second level.
-- **Links** of all these are relative to the file that they stand in, so that they work in the repository as well. Here they
-  are made to point at pages; a link to what is no page (a source file, say) becomes its label.
+- **Includes.** A line ``<!-- include: README.md#evaluate -->`` is replaced by that section, without its heading, so
+  that a fact is written once.
+- **Links** of all these are relative to the file that they stand in, so that they work in the repository as well. Here
+  they are made to point at pages; a link to what is no page (a source file, say) becomes its label.
+- **Nothing from elsewhere.** A page that would fetch a script, style, font or picture from the network is a warning.
 - **Formulas**, ``\( … \)`` and ``\[ … \]``, become MathML when the site is built, which browsers draw by themselves.
 """
 
 import html
 import json
-import os.path
+import logging
+import posixpath
 import re
 from pathlib import Path
 
@@ -33,6 +35,15 @@ _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s]+)\)")
 _FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`+[^`]*`+")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
+# What loads something as soon as a page is opened; links do not. The theme fetches the script that draws Mermaid.
+_FETCHES = {
+    ".html": re.compile(
+        r"""<(?:script|img|iframe|source|object|embed|video|audio)\b[^>]*\b(?:src|data)=["']?(?:https?:)?//[^>]*>"""
+        r"""|<link\b(?![^>]*rel=["']?canonical)[^>]*href=["']?(?:https?:)?//[^>]*>|class=["']?mermaid"""
+    ),
+    ".css": re.compile(r"""(?:url\(|@import)\s*["']?(?:https?:)?//[^)]*"""),
+}
+_log = logging.getLogger("mkdocs.hooks.opdlab")
 
 
 def notebooks() -> dict[str, str]:
@@ -82,6 +93,14 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
     return _FORMULA.sub(_mathml, content)
 
 
+def on_post_build(config: MkDocsConfig) -> None:
+    """Warn of what a page would fetch from elsewhere when it is opened: with --strict the build fails."""
+    for file in sorted(Path(config.site_dir).rglob("*")):
+        pattern = _FETCHES.get(file.suffix)
+        for match in pattern.finditer(file.read_text(encoding="utf-8")) if pattern else ():
+            _log.warning("%s fetches something from elsewhere: %s", file.relative_to(config.site_dir), match[0])
+
+
 def _mathml(match: re.Match[str]) -> str:
     tag, formula = match.groups()
     latex = html.unescape(formula).strip()[2:-2]  # without \\( and \\)
@@ -107,7 +126,7 @@ def section(name: str, anchor: str) -> str:
 
     Args:
         name: of the file.
-        anchor: the heading, lower case and with hyphens, or ``*`` for what stands before all of the second level.
+        anchor: the heading as it stands in links, lower case and with hyphens.
 
     Raises:
         ValueError: there is no such heading.
@@ -120,8 +139,8 @@ def section(name: str, anchor: str) -> str:
         if not any(start < match.start() < end for start, end in fences)
     ]
     for index, (_, end, level, found) in enumerate(headings):
-        if found == anchor or (anchor == "*" and level == 1):
-            later = (start for start, _, other, _ in headings[index + 1 :] if other <= max(level, 2))
+        if found == anchor:
+            later = (start for start, _, other, _ in headings[index + 1 :] if other <= level)
             return text[end : next(later, len(text))].strip()
     raise ValueError(f"{name} has no heading #{anchor}; it has {', '.join(found for *_, found in headings)}")
 
@@ -158,7 +177,7 @@ def _turned(match: re.Match[str], source: str, page: str) -> str:
     path, _, anchor = link.partition("#")
     if not path or re.match(r"[a-z]+:", path):
         return match[0]
-    target = os.path.normpath(os.path.join(os.path.dirname(source), path))
+    target = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
     if (ROOT / target / "README.md").is_file():
         target = f"{target}/README.md"
     if not (ROOT / target).exists():
@@ -166,7 +185,7 @@ def _turned(match: re.Match[str], source: str, page: str) -> str:
     shown, anchor = _page_of(target, anchor)
     if shown is None:
         return label
-    relative = os.path.relpath(shown, os.path.dirname(page) or ".")
+    relative = posixpath.relpath(shown, posixpath.dirname(page) or ".")
     return f"{bang}[{label}]({relative}{'#' if anchor else ''}{anchor})"
 
 
