@@ -23,6 +23,7 @@ from opdlab.callbacks import (
     GateMonitor,
     HFExport,
     LabProgressBar,
+    SampleLogger,
     StopCheckpoint,
 )
 from opdlab.cli_config import CONFIG_MODE, expand_arguments, explain, root_usage_error
@@ -78,6 +79,7 @@ class OPDCLI(LightningCLI):
         """Each callback has its own section of the configuration."""
         parser.add_lightning_class_args(BehaviorRefresh, "behavior_refresh")
         parser.add_lightning_class_args(GateMonitor, "gate_monitor")
+        parser.add_lightning_class_args(SampleLogger, "sample_logger")
         parser.add_lightning_class_args(HFExport, "export")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_argument(

@@ -29,6 +29,7 @@ PUBLIC = {
     ],
     "opdlab.callbacks": [
         *("BehaviorRefresh", "EvaluationTable", "GateMonitor", "HFExport", "StopCheckpoint", "LabProgressBar"),
+        "SampleLogger",
     ],
     "opdlab.objectives": [
         *("Objective", "PositionLosses", "Reduction", "SampledTokenOPD", "TeacherTopK"),
