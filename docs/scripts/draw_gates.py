@@ -3,7 +3,7 @@
 ``python docs/scripts/draw_gates.py``. Needs matplotlib; trains nothing.
 """
 
-from pathlib import Path
+import pathlib
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -13,16 +13,18 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import PathPatch, Rectangle
+from matplotlib.path import Path
 from torch import Tensor
 
 from opdlab.gating import GateInputs, GateStrategy, build_gate
 
-FOLDER = Path(__file__).parents[1] / "pictures"
+FOLDER = pathlib.Path(__file__).parents[1] / "pictures"
 COLUMNS = 32  # tokens to a line
 # Colour scales: drift in nats, cut off where single tokens would hide the rest; weights around their mean of one.
 DRIFT = ScalarMappable(Normalize(-1.0, 1.0), "RdBu_r")
 WEIGHT = ScalarMappable(Normalize(0.0, 2.0), "PRGn")
+Segment = tuple[tuple[int, int], tuple[int, int]]
 SHOWN = {"\n": "↵", "<eos>": "eos", "\\boxed{": "\\box{"}
 
 
@@ -92,22 +94,33 @@ def draw_tokens(
         size = 9 if len(shown) == 1 else 10 / len(shown) + 2
         place = {"ha": "center", "va": "center", "family": "monospace", "fontsize": size}
         axes.text(column + 0.5, line + 0.5, shown, color="white" if dark else "black", **place)
-    for start, end in runs(ids[: len(texts)].tolist()):
-        line, column = divmod(start, COLUMNS)
-        axes.add_patch(Rectangle((column, line), end - start, 1, fill=False, edgecolor="black", linewidth=border))
+    edges = Path.make_compound_path(*map(Path, borders(ids[: len(texts)].tolist())))
+    axes.add_patch(PathPatch(edges, fill=False, edgecolor="black", linewidth=border))
     axes.set(xlim=(-0.1, COLUMNS + 0.1), ylim=((len(texts) - 1) // COLUMNS + 1.1, -0.1))
     axes.set_axis_off()
 
 
-def runs(ids: list[int]) -> list[tuple[int, int]]:
-    """Start and end of each stretch of one segment, cut where a line ends.
+def borders(ids: list[int]) -> list[Segment]:
+    """Edges of cells on whose other side there is another segment; one that goes on in the next line stays open there.
 
     Example:
-        >>> runs([0, 0, 1] + [2] * 40)
-        [(0, 2), (2, 3), (3, 32), (32, 43)]
+        >>> borders([0, 0])
+        [((0, 0), (0, 1)), ((0, 0), (1, 0)), ((0, 1), (1, 1)), ((2, 0), (2, 1)), ((1, 0), (2, 0)), ((1, 1), (2, 1))]
     """
-    cuts = [i for i in range(1, len(ids)) if ids[i] != ids[i - 1] or i % COLUMNS == 0]
-    return list(zip([0, *cuts], [*cuts, len(ids)], strict=True))
+    found: dict[Segment, None] = {}  # each edge once, though two cells share it
+    for index, segment in enumerate(ids):
+        y, x = divmod(index, COLUMNS)
+        edges = {
+            -1: ((x, y), (x, y + 1)),
+            1: ((x + 1, y), (x + 1, y + 1)),
+            -COLUMNS: ((x, y), (x + 1, y)),
+            COLUMNS: ((x, y + 1), (x + 1, y + 1)),
+        }
+        for step, edge in edges.items():
+            other = index + step
+            if not 0 <= other < len(ids) or ids[other] != segment:
+                found[edge] = None
+    return list(found)
 
 
 def side_by_side(example: Example) -> Figure:
