@@ -23,9 +23,7 @@ from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
-    unset_fake_temporarily,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from opdlab.accumulation import join_gate_inputs
 from opdlab.callbacks import GateMonitor, gate_monitor
@@ -330,30 +328,15 @@ def test_bad_options_are_refused() -> None:
 # -- what it asks of the device --------------------------------------------------------------------------------------
 
 
-class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts copies from the accelerator to the host."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func in (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default):
-            source = args[0] if func is torch.ops.aten._to_copy.default else args[1]
-            self.count += source.device.type == "cuda" and result.device.type == "cpu"
-        return result
-
-
-def on_fake_cuda(trace: StepTrace) -> StepTrace:
-    def moved(tensor: Any) -> Any:
-        return torch.empty_like(tensor, device="cuda") if isinstance(tensor, Tensor) else tensor
+def without_values(trace: StepTrace, mode: FakeTensorMode) -> StepTrace:
+    def fake(tensor: Any) -> Any:
+        return mode.from_tensor(tensor) if isinstance(tensor, Tensor) else tensor
 
     def fields(value: Any) -> dict[str, Any]:
-        return {f.name: moved(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: fake(getattr(value, f.name)) for f in dataclasses.fields(value)}
 
     parts: dict[str, Any] = {
-        "rollouts": trace.rollouts.map(moved),
+        "rollouts": trace.rollouts.map(fake),
         "inputs": dataclasses.replace(trace.inputs, **fields(trace.inputs)),
         "gates": dataclasses.replace(trace.gates, **fields(trace.gates)),
     }
@@ -363,45 +346,54 @@ def on_fake_cuda(trace: StepTrace) -> StepTrace:
 def test_one_copy_at_a_monitored_step_and_none_at_others(
     make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a pretended accelerator, whose tensors have no values: whatever waits for one raises an error there."""
-    monitor = GateMonitor(every_n_steps=3)
+    """On tensors that have no values, as those of an accelerator have none yet: whoever reads one gets an error.
+
+    The only values are those that ``to_host`` hands out, and within it copies are counted.
+    """
     run, kept = fit(make_run, tmp_path, 3, GateMonitor(every_n_steps=1), accumulate=2)
-    traces = [trace for parts in kept.steps.values() for trace in parts]
+    copies, num_copies, copy = [], 0, Tensor.cpu
+
+    def counted(tensor: Tensor) -> Tensor:
+        nonlocal num_copies
+        num_copies += 1
+        return copy(tensor)
 
     def with_values(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        fake = to_host(tensors)
-        with unset_fake_temporarily():
-            return {name: torch.ones(tensor.shape, dtype=torch.float64) for name, tensor in fake.items()}
+        found = to_host(tensors)
+        return {name: torch.ones(tensor.shape, dtype=torch.float64) for name, tensor in found.items()}
 
+    monkeypatch.setattr(Tensor, "cpu", counted)
     monkeypatch.setattr(gate_monitor, "to_host", with_values)
-    copies: list[int] = []
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for trace in map(on_fake_cuda, traces):
-            assert trace.gates.weights.device.type == "cuda"
-            position = len(copies) % 2
-            trainer: Any = SimpleNamespace(
-                is_global_zero=True, loggers=[DummyLogger()], global_step=trace.step + position
-            )
-            batch = SimpleNamespace(position=position, micro_batches=(1, 2))
-            with Copies() as counted:
-                monitor.on_train_batch_end(trainer, run.module, {"trace": trace}, batch, 0)
-            copies.append(counted.count)
+    monitor = GateMonitor(every_n_steps=3)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # for constants
+    monitor._recent_ages = mode.from_tensor(monitor._recent_ages)
+    for trace in [trace for parts in kept.steps.values() for trace in parts]:
+        position = len(copies) % 2
+        step = trace.step + position
+        trainer: Any = SimpleNamespace(is_global_zero=True, loggers=[DummyLogger()], global_step=step)
+        batch = SimpleNamespace(position=position, micro_batches=(1, 2))
+        before = num_copies
+        monitor.on_train_batch_end(trainer, run.module, {"trace": without_values(trace, mode)}, batch, 0)
+        copies.append(num_copies - before)
+
     assert copies == [0, 0, 0, 0, 0, 1]
-    assert monitor.state_dict()["history"]["steps"] == [3]
+    assert monitor._history.steps == [3]
 
 
-def test_the_counter_counts() -> None:
+def test_tensors_without_values_notice_who_reads_them() -> None:
     with FakeTensorMode():
-        tensor = torch.ones(3, device="cuda")
-        with Copies() as counted:
-            tensor.cpu()
-            tensor.double()
-            torch.zeros(3).copy_(tensor)
-        assert counted.count == 2
-        with Copies(), pytest.raises(DataDependentOutputException):
-            tensor.sum().item()
-        with Copies(), pytest.raises(DynamicOutputShapeException):
-            torch.bincount(tensor.long())
+        tensor = torch.ones(3)
+        for reading in (
+            lambda: tensor.sum().item(),
+            lambda: tensor.tolist(),
+            lambda: bool(tensor.any()),
+            lambda: tensor[tensor > 0],
+            lambda: tensor.nonzero(),
+            lambda: torch.bincount(tensor.long()),
+            lambda: tensor.numpy(),
+        ):
+            with pytest.raises((DataDependentOutputException, DynamicOutputShapeException, RuntimeError)):
+                reading()
 
 
 def test_means_of_the_heat_map_are_those_of_the_blocks(make_run: MakeRun, tmp_path: Path) -> None:
