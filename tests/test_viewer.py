@@ -284,6 +284,7 @@ def test_a_page_that_cannot_be_finished_leaves_the_earlier_one(tmp_path: Path, m
     with pytest.raises(OSError, match="No space"):
         write_page(tmp_path, 10, page("second"))
     assert page_data(path)["rollouts"][0]["texts"] == ["first"]
+    assert list(tmp_path.glob("*.part")) == []
 
 
 # -- text -----------------------------------------------------------------------------------------------------------

@@ -121,8 +121,12 @@ def _link(folder: Path, steps: Sequence[int], index: int) -> None:
 
 def _replace(path: Path, content: bytes) -> None:
     part = path.with_name(f"{path.name}.part")
-    part.write_bytes(content)
-    part.replace(path)
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
 
 
 # -- what the script of the page unpacks ----------------------------------------------------------------------------
@@ -142,8 +146,8 @@ def _packed(rollout: ShownRollout, text: RolloutText) -> dict[str, Any]:
         "id": rollout.rollout_id,
         "rank": rollout.rank,
         "num_ranked": rollout.num_ranked,
+        "mean_drift": f"{rollout.mean_drift:.3g} nats",
         "prompt": text.prompt,
-        "problem": text.problem and text.problem.id,
         "gold": text.problem and text.problem.answer,
         "correct": rollout.correct,
         "stop": rollout.stop_reason.name.lower(),

@@ -123,7 +123,7 @@ def _columns(trace: StepTrace) -> dict[str, Tensor]:
 def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Stack micro-batches, padded to the longest of them."""
     joined = {}
-    for name in parts[0]:
+    for name in (name for name in parts[0] if all(name in part for part in parts)):
         tensors = [part[name] for part in parts]
         width = max(tensor.shape[-1] for tensor in tensors)
         if tensors[0].dim() == 2:

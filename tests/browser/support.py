@@ -1,4 +1,4 @@
-"""A browser that is installed already, and a TensorBoard of one's own: for tests, and for scripts that take pictures."""
+"""A browser that is installed already, and a TensorBoard of one's own: for tests, and scripts that take pictures."""
 
 import json
 import re

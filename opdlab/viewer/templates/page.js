@@ -112,7 +112,7 @@ function makeCard(rollout, index) {
   top.append(title);
   const verdicts = { true: ["✓ correct", "correct"], false: ["✗ wrong", "wrong"], null: ["unchecked", ""] };
   fact(top, "answer", ...verdicts[rollout.correct]);
-  fact(top, "drift rank", `${rollout.rank + 1} of ${rollout.num_ranked}`);
+  fact(top, "mean |drift|", `${rollout.mean_drift}, rank ${rollout.rank + 1} of ${rollout.num_ranked}`);
   fact(top, "stopped by", rollout.stop);
   fact(top, "age", `${rollout.age} steps`);
   fact(top, "reuse epoch", String(rollout.reuse_epoch));
