@@ -118,7 +118,7 @@ def test_the_table_of_gates_has_the_examples_figures(monkeypatch: pytest.MonkeyP
     monkeypatch.syspath_prepend(DOCS / "scripts")
     script = runpy.run_path(str(DOCS / "scripts/gate_table.py"))
     lines = script["table"](script["load"]())
-    monkeypatch.delitem(sys.modules, "example")
+    del sys.modules["example"]
     assert "\n".join(lines) in (DOCS / "gates/index.md").read_text()
 
 
@@ -132,21 +132,23 @@ def test_every_logged_figure_of_a_step_is_explained() -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty current folder; what code registers is forgotten."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(gate_registry(), "_classes", dict(gate_registry()._classes))
-    return tmp_path
+    yield tmp_path
+    for name in [name for name in sys.modules if (tmp_path / f"{name}.py").is_file()]:
+        del sys.modules[name]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
-def test_python_code_runs(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_code_runs(page: Path, folder: Path) -> None:
     for number, code in enumerate(blocks(page, "python")):
-        file = folder / f"block_{number}.py"  # a file, so that a gate's tester finds the class by its path
-        file.write_text(code)
-        module = importlib.import_module(file.stem)
-        monkeypatch.delitem(sys.modules, module.__name__)
+        # A file, so that a gate's tester finds the class by its path.
+        (folder / f"{page.stem}_block_{number}.py").write_text(code)
+        importlib.invalidate_caches()
+        importlib.import_module(f"{page.stem}_block_{number}")
 
 
 def commands(page: Path) -> Iterator[str]:
@@ -183,9 +185,7 @@ def write_files(page: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in TEXTS if any(commands(page))], ids=name_of)
-def test_command_lines_parse(
-    page: Path, folder: Path, parser: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_lines_parse(page: Path, folder: Path, parser: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for each in (page, ROOT / "README.md"):  # the guide goes on with the files of the sections that it includes
         write_files(each, folder)
     for command in commands(page):
@@ -203,5 +203,3 @@ def test_command_lines_parse(
         else:
             status = 0
         assert status == 0, command
-    for module in [name for name in sys.modules if (folder / f"{name}.py").is_file()]:
-        monkeypatch.delitem(sys.modules, module)
