@@ -41,8 +41,9 @@ $(VENV)/.docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	touch $@
 
+# Not --quiet, which hides warnings from --strict too.
 docs: $(VENV)/.docs ## the documentation, into site/; open site/index.html
-	$(DOCS) build --strict --quiet
+	$(DOCS) build --strict
 
 docs-serve: $(VENV)/.docs ## the documentation while you write it, at http://127.0.0.1:8000
 	$(DOCS) serve
