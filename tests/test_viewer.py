@@ -1,10 +1,12 @@
 """Pages of rollouts: what is chosen, what is written, and that text stays text. In a browser: tests/browser."""
 
+import codecs
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -86,6 +88,27 @@ def test_texts_join_to_the_decoded_response(name: str) -> None:
     assert texts[-1].strip() == tokenizer.eos_token
 
 
+def token_bytes(name: str, token: str) -> bytes:
+    """What a token of the two byte-wise vocabularies stands for."""
+    if name == "byte_fallback":
+        return bytes.fromhex(token[3:5]) if token.startswith("<0x") else token.replace("▁", " ").encode()
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2 writes these as they are, others from 256
+    others = [byte for byte in range(256) if byte not in printable]
+    alphabet = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    return token.encode() if token == "<eos>" else bytes(alphabet[char] for char in token)
+
+
+@pytest.mark.parametrize("name", ["byte_level", "byte_fallback"])
+def test_each_text_is_what_its_bytes_complete(name: str) -> None:
+    tokenizer = TOKENIZERS[name]
+    ids = tokenizer(SAMPLE * 20)["input_ids"]
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    expected = [decoder.decode(token_bytes(name, token)) for token in tokenizer.convert_ids_to_tokens(ids)]
+    if name == "byte_fallback":
+        expected[0] = expected[0].removeprefix(" ")  # which its decoder strips
+    assert token_texts(tokenizer, ids) == expected
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from(sorted(TOKENIZERS)), st.lists(st.integers(0, 9999), max_size=150))
 def test_texts_join_whatever_was_sampled(name: str, numbers: list[int]) -> None:
@@ -118,13 +141,14 @@ def test_a_long_run_of_broken_bytes_is_exact_too() -> None:
 # -- the choice -----------------------------------------------------------------------------------------------------
 
 
-def trace(drifts: list[float], length: int, first_id: int, lengths: list[int] | None = None) -> StepTrace:
-    """A micro-batch in which rollout i has drift ``drifts[i]`` at each of its positions."""
+def trace(drifts: list[Any], length: int, first_id: int, lengths: list[int] | None = None) -> StepTrace:
+    """A micro-batch in which rollout i has drift ``drifts[i]`` at each of its positions, or that of a list."""
     rows = len(drifts)
     counts = torch.tensor(lengths or [length] * rows)
     mask = torch.arange(length) < counts[:, None]
     behavior = torch.full((rows, length), -1.0)
-    current = torch.where(mask, behavior + torch.tensor(drifts)[:, None], behavior)
+    drift = torch.stack([torch.tensor(value).expand(length) for value in drifts])
+    current = torch.where(mask, behavior + drift, behavior)
     inputs = GateInputs(torch.arange(length).expand(rows, -1), mask, behavior, current, behavior - 1, behavior.abs())
     ids = torch.arange(first_id, first_id + rows)
     prompts = torch.arange(4).expand(rows, -1)
@@ -146,8 +170,12 @@ def trace(drifts: list[float], length: int, first_id: int, lengths: list[int] | 
 
 
 def test_chosen_are_spread_over_the_ranks_of_drift() -> None:
-    traces = [trace([0.1, -0.5, 0.0], 6, 100), trace([0.3, 9.0, -0.2, 0.05], 9, 103, lengths=[9, 0, 4, 9])]
-    by_rank = [101, 103, 105, 100, 106, 102]  # 104 has no token
+    cancelling = [0.2, -0.2] * 3
+    traces = [
+        trace([9.0, -0.5, cancelling, 0.0], 6, 99, lengths=[0, 6, 6, 6]),
+        trace([0.3, -0.1, 0.05], 9, 103, lengths=[9, 4, 9]),
+    ]
+    by_rank = [100, 103, 101, 104, 105, 102]  # 99 has no token
     for number, ranks in {1: [0], 2: [0, 5], 3: [0, 2, 5], 6: [*range(6)], 20: [*range(6)]}.items():
         chosen = choose_rollouts(traces, number)
         assert [rollout.rollout_id for rollout in chosen] == [by_rank[rank] for rank in ranks]

@@ -1,6 +1,7 @@
 """The text that each token of a response contributes."""
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 from transformers import PreTrainedTokenizerBase
 
@@ -45,15 +46,12 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, sequences: Sequence[Sequence[in
 def _chunk_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], start: int) -> list[str]:
     """Texts of the tokens from ``start``, by decoding them with growing windows."""
     first, end = max(start - _CONTEXT, 0), min(start + _CHUNK, len(ids))
-    growing = [ids[first:stop] for stop in range(start, end + 1)]
+    # From the first token of the context on: in the middle of a character, a decoder may take back what it had made of
+    # the bytes before, and what was reached earlier counts.
+    growing = [ids[first:stop] for stop in range(first, end + 1)]
     *prefixes, window = _decoded(tokenizer, [*growing, ids[first : end + _CONTEXT]])
-    lengths = [_common(prefix, window) for prefix in prefixes]
-    texts = []
-    reached = lengths[0]
-    for length in lengths[1:]:
-        texts.append(window[reached : max(reached, length)])
-        reached = max(reached, length)
-    return texts
+    reached = list(accumulate((_common(prefix, window) for prefix in prefixes), max))
+    return [window[one:other] for one, other in pairwise(reached[start - first :])]
 
 
 def _common(one: str, other: str) -> int:
