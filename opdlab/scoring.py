@@ -63,7 +63,7 @@ class Head:
 class TokenStatistics(NamedTuple):
     """What one pass over the head yields for each position. Each [N], float32, nats.
 
-    Args:
+    Attributes:
         logprobs: log-probability of the target token; the only field that carries a gradient.
         entropy: entropy of the next-token distribution.
         log_normalizer: log-sum-exp of the logits: a logit minus this is its log-probability.
@@ -292,7 +292,7 @@ def support_logits_of(hidden: Tensor, head: Head, support: Tensor) -> Tensor:
 class TopK(NamedTuple):
     """A distribution's K likeliest tokens. Each [N, K].
 
-    Args:
+    Attributes:
         ids: token ids, long, likeliest first.
         logits: their logits, float32.
     """
