@@ -140,6 +140,32 @@ def test_the_bar_counts_optimizer_steps_and_goes_on_after_a_resume(tmp_path: Pat
     assert " 5/5 " in resumed.frames.at[5][0]
 
 
+class Passes(pl.Callback):
+    """Keeps where the bar stands, and when it was started, at the beginning of each pass over the prompts."""
+
+    def __init__(self, bar: LabProgressBar) -> None:
+        self.bar = bar
+        self.seen: list[tuple[float, float | None]] = []
+
+    def on_train_epoch_start(self, *args: Any) -> None:
+        self.seen.append((self.bar.train_progress_bar.completed, self.bar.train_progress_bar.start_time))
+
+
+def test_the_bar_goes_on_from_pass_to_pass_over_the_prompts(tmp_path: Path) -> None:
+    first = Terminal(tmp_path)  # 16 problems, 8 a pool, 4 steps a pool: 8 steps a pass
+    passes = Passes(first.bar)
+    first.run.trainer_options["callbacks"].append(passes)
+    trainer = first.fit(16)
+    assert [steps for steps, _ in passes.seen] == [0, 8]
+    assert len({started for _, started in passes.seen}) == 1
+    trainer.save_checkpoint(tmp_path / "after_two_passes.ckpt")
+    resumed = Terminal(tmp_path)
+    passes = Passes(resumed.bar)
+    resumed.run.trainer_options["callbacks"].append(passes)
+    resumed.fit(17, ckpt_path=tmp_path / "after_two_passes.ckpt")
+    assert [steps for steps, _ in passes.seen] == [16]
+
+
 def test_evaluations_on_the_way_keep_the_line(tmp_path: Path) -> None:
     terminal = Terminal(tmp_path)
     terminal.fit(3, limit_val_batches=1.0, val_check_interval=2, check_val_every_n_epoch=None, num_sanity_val_steps=0)
