@@ -53,7 +53,6 @@ def log_hyperparameters(
             experiment.value[0].metadata.plugin_data.content = create_summary_metadata(declared).plugin_data.content
             for summary in (experiment, start):  # no end: whether the run succeeds is not known yet
                 logger.experiment._get_file_writer().add_summary(summary)
-            logger.experiment.flush()
         else:
             logger.log_hyperparams(values)
 
