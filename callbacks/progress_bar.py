@@ -115,7 +115,8 @@ class LabProgressBar(RichProgressBar):
         """Renew the line; what stands beside the bar is what others logged with ``prog_bar``."""
         metrics = super().get_metrics(trainer, pl_module)  # Lightning has brought them to the host
         self._figures |= {name: float(value) for name, value in metrics.items() if name in _FIGURES}  # type: ignore[arg-type]
-        if trainer.global_step != self._fetched_at and trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined] # set by Lightning's logger connector
+        if trainer.global_step != self._fetched_at and every > 0 and trainer.global_step % every == 0:
             self._fetched_at = trainer.global_step
             self._figures |= _fetch(trainer.callback_metrics, [name for name in _FIGURES if name not in metrics])
         self._line.items = summary_items(self._figures)

@@ -124,6 +124,12 @@ def test_between_logged_steps_the_last_figures_stand(tmp_path: Path) -> None:
     assert len({figures_in(line)[0] for line in lines.values()}) == 5  # the loss moves on
 
 
+def test_without_logging_the_loss_is_left(tmp_path: Path) -> None:
+    terminal = Terminal(tmp_path)
+    terminal.fit(2, log_every_n_steps=0)
+    assert re.fullmatch(r"loss \S+ *", terminal.frames.at[2][-1])
+
+
 def test_the_bar_counts_optimizer_steps_and_goes_on_after_a_resume(tmp_path: Path) -> None:
     first = Terminal(tmp_path, accumulate=2)
     trainer = first.fit(3)
