@@ -88,14 +88,11 @@ class LabProgressBar(RichProgressBar):
 
     Args:
         refresh_rate: batches between updates; 0 shows nothing.
-        leave: leave a finished bar standing.
         console_kwargs: for the :class:`rich.console.Console`.
     """
 
-    def __init__(
-        self, refresh_rate: int = 1, leave: bool = False, console_kwargs: dict[str, Any] | None = None
-    ) -> None:
-        super().__init__(refresh_rate=refresh_rate, leave=leave, console_kwargs=console_kwargs)
+    def __init__(self, refresh_rate: int = 1, console_kwargs: dict[str, Any] | None = None) -> None:
+        super().__init__(refresh_rate=refresh_rate, console_kwargs=console_kwargs)
         self._line = SummaryLine()
         self._figures: dict[str, float] = {}
         self._fetched_at = -1
@@ -143,20 +140,22 @@ class LabProgressBar(RichProgressBar):
         """Optimizer steps of the whole run: the number of batches left in a pass over the prompts says little."""
         return self.trainer.max_steps if self.trainer.max_steps > 0 else self.trainer.estimated_stepping_batches
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the bar at the first pass over the prompts, and let it go on at the others."""
-        if self.is_enabled and self.train_progress_bar_id is None:
-            super().on_train_epoch_start(trainer, pl_module)
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Show the bar before the first pool is sampled, where a resumed run goes on."""
+        super().on_train_start(trainer, pl_module)
+        if self.is_enabled:
+            # Unseen until it stands where it should.
+            self.train_progress_bar_id = self._add_task(self.total_train_batches, self.train_description, visible=False)
             self._update(self.train_progress_bar_id, trainer.global_step)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let the bar go on: a pass over the prompts is no unit of interest, and their number has no bound."""
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Move the bar on; the batch's number would be that within a pass over the prompts."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
-
-    def _get_train_description(self, current_epoch: int) -> str:
-        return "Training"  # a pass over the prompts is no unit of interest, and the number of them has no bound
 
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[Callable[[int], None]]:

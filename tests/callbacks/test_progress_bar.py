@@ -35,7 +35,11 @@ class Frames(pl.Callback):
     def __init__(self, bar: LabProgressBar, width: int) -> None:
         self.bar, self.width = bar, width
         self.at: dict[int, list[str]] = {}
+        self.at_start: list[str] = []
         self.evaluating: list[list[str]] = []
+
+    def on_train_start(self, *args: Any) -> None:
+        self.at_start = self.screen()
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         self.at[trainer.global_step] = self.screen()
@@ -142,6 +146,8 @@ def test_the_bar_counts_optimizer_steps_and_goes_on_after_a_resume(tmp_path: Pat
     trainer.save_checkpoint(tmp_path / "stopped.ckpt")
     resumed = Terminal(tmp_path, accumulate=2)
     resumed.fit(5, ckpt_path=tmp_path / "stopped.ckpt")
+    assert " 3/5 " in resumed.frames.at_start[0]  # in the midst of a pass over the prompts
+    assert " 0/5 " not in resumed.output.getvalue()  # not for a moment
     assert " 4/5 " in resumed.frames.at[4][0]
     assert " 5/5 " in resumed.frames.at[5][0]
 
