@@ -28,6 +28,7 @@ from opdlab.callbacks import (
 )
 from opdlab.cli_config import CONFIG_MODE, expand_arguments, explain, root_usage_error
 from opdlab.cli_estimate import print_estimate, refuse_oversized
+from opdlab.cli_hparams import log_hyperparameters
 from opdlab.cli_runs import check_checkpoint, find_checkpoint, run_folder_for, samples_folder_for
 from opdlab.data import PromptDataModule
 from opdlab.errors import UsageError
@@ -178,6 +179,7 @@ class OPDCLI(LightningCLI):
         # Whatever is wrong with the training problems is said before that, which may take long.
         self.datamodule.prepare(self.model.student.tokenizer, training=True)
         self.datamodule.reuse.check_prompts(len(self.datamodule.train_prompts or ()), self.trainer.world_size)
+        log_hyperparameters(self.trainer, self.model, self.config.fit.as_dict(), self.datamodule.benchmark_sources)
         if self.config.fit.ckpt_path is None and self._has_benchmarks:
             self._evaluate("val", self.model.student)
 
