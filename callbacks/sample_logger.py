@@ -15,6 +15,7 @@ from opdlab.diagnostics import StepTrace
 from opdlab.errors import require
 from opdlab.module import OPDModule
 from opdlab.viewer import (
+    INDEX,
     RolloutText,
     ShownRollout,
     choose_rollouts,
@@ -57,6 +58,11 @@ class SampleLogger(StepCallback):
         self.folder = Path()
         """Where pages are written, once training has started."""
         self._warned = False
+
+    @property
+    def index(self) -> Path:
+        """The page that lists the others."""
+        return self.folder / INDEX
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the run's folder, about which Lightning asks all processes."""

@@ -196,6 +196,9 @@ class OPDCLI(LightningCLI):
             self.table.print()
             print(f"run folder: {run_folder}")
             print(f"look closer: tensorboard --logdir {self.trainer.default_root_dir}")
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, SampleLogger) and callback.index.exists():
+                    print(f"read the rollouts: {callback.index}")
 
     def _evaluate(self, name: str, model: LanguageModel) -> None:
         with self.model.evaluating(name, model, f"{name}-step-{self.trainer.global_step}"):

@@ -54,7 +54,7 @@ PUBLIC = {
     ],
     "opdlab.module": ["OPDModule"],
     "opdlab.viewer": [
-        *("ColorScale", "Quantity", "RolloutText", "ShownRollout", "choose_rollouts", "color_scale"),
+        *("INDEX", "ColorScale", "Quantity", "RolloutText", "ShownRollout", "choose_rollouts", "color_scale"),
         *("markdown_literal", "page_name", "quantities", "render_index", "render_page", "token_texts", "visible"),
         "write_page",
     ],

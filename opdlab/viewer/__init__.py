@@ -1,12 +1,13 @@
 """Rollouts as pages to look at: which tokens drifted, how the gate weighed them, what the teacher thought."""
 
-from opdlab.viewer.page import RolloutText, page_name, render_index, render_page, write_page
+from opdlab.viewer.page import INDEX, RolloutText, page_name, render_index, render_page, write_page
 from opdlab.viewer.quantities import ColorScale, Quantity, color_scale, quantities
 from opdlab.viewer.rollouts import ShownRollout, choose_rollouts
 from opdlab.viewer.text import markdown_literal, visible
 from opdlab.viewer.tokens import token_texts
 
 __all__ = [
+    "INDEX",
     "ColorScale",
     "Quantity",
     "RolloutText",

@@ -18,6 +18,7 @@ from opdlab.data.prompts import Problem
 from opdlab.viewer.quantities import color_scale, quantities
 from opdlab.viewer.rollouts import ShownRollout
 
+INDEX = "index.html"
 _PAGE = re.compile(r"step-(\d{6,})\.html")
 _LINKS = re.compile(rb"<!--steps-->.*\n")  # in the head, before any text of a model
 _DIFFERENCES = {"drift": ("student_logprob", "behavior_logprob"), "teacher_gap": ("teacher_logprob", "student_logprob")}
@@ -101,7 +102,7 @@ def write_page(folder: Path, step: int, page: str) -> Path:
     place = steps.index(step)
     for index in range(max(place - 1, 0), min(place + 2, len(steps))):
         _link(folder, steps, index)
-    _replace(folder / "index.html", render_index(steps, folder.absolute().parent.name).encode("utf-8", "replace"))
+    _replace(folder / INDEX, render_index(steps, folder.absolute().parent.name).encode("utf-8", "replace"))
     return folder / page_name(step)
 
 
