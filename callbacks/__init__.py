@@ -10,6 +10,7 @@ from opdlab.callbacks.evaluation_table import EvaluationTable
 from opdlab.callbacks.gate_monitor import GateMonitor
 from opdlab.callbacks.hf_export import HFExport
 from opdlab.callbacks.progress_bar import LabProgressBar
+from opdlab.callbacks.sample_logger import SampleLogger
 from opdlab.callbacks.stop_checkpoint import StopCheckpoint
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "EvaluationTable",
     "GateMonitor",
     "HFExport",
+    "SampleLogger",
     "StopCheckpoint",
     "LabProgressBar",
 ]

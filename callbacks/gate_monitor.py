@@ -1,28 +1,48 @@
-"""Histograms of gates and drift for TensorBoard."""
+"""What the gate does and to which rollouts, in numbers, histograms and pictures."""
 
+import time
 from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor
 
 from opdlab.callbacks.step_callback import StepCallback
+from opdlab.callbacks.tensorboard import write_histograms, write_images, write_layout, writers
 from opdlab.diagnostics import StepTrace
+from opdlab.diagnostics.ages import add_to_age_table, age_scalars, new_age_table, read_ages
+from opdlab.diagnostics.gates import gate_tensors, read_gates, step_positions, to_host
+from opdlab.diagnostics.history import BlockHistory
 from opdlab.errors import require
-from opdlab.gating import GateInputs, Gates
+from opdlab.module import OPDModule
+
+# Drawing may take this share of the run's time, and is not repeated before the run is so much longer than at the last
+# time: a picture shows the whole run, so that the next would hardly differ, and each stays in the event file.
+_DRAWING_SHARE = 0.005
+_DRAWING_GROWTH = 1.05
+# Seconds that the first drawing is expected to take, the import of matplotlib included.
+_FIRST_DRAWING = 1.0
 
 
 class GateMonitor(StepCallback):
-    """Writes a histogram of the weights in each segment (block, span, …) by its place in the response.
+    """Shows what the gate does, after every n-th optimizer step. ``docs/metrics.md`` explains each name.
 
-    ``gate/block/000`` holds the weights of every rollout's first segment, ``001`` of the second, and so on;
-    ``gate/weights`` all weights; ``gate/token_drift`` and ``gate/segment_drift`` the signed drift, nats. With
-    accumulation they show the last micro-batch of the step.
+    - Histograms: of the weights in each segment (block, span, …) by its place in the response, ``gate/block/000``,
+      ``001``, …; of all weights and drifts: ``gate/weights``, ``gate/token_drift``, ``gate/segment_drift``.
+    - Scalars: what the gate makes of the step's loss and gradient (``gate/loss_ratio``, ``gate/gradient_cosine``, …),
+      what its weights go with (``gate/correlation/…``), and, of all steps since the last that was shown, drift and
+      weights by the age of the rollouts (``age/…``, ``reuse_epoch/…``).
+    - Pictures of the whole run: ``gate/heat_map/weight``, ``gate/heat_map/drift``, ``gate/by_age``. They are drawn at
+      the end of training, and before that as often as drawing takes less than 0.5% of the run's time, for the first
+      time after about three minutes; the clock decides when they are drawn, not what they show.
+    - A page of TensorBoard ("Custom scalars") with all that belongs together.
+
+    Figures are of the whole optimizer batch, whatever micro-batches it comes in. Between those steps only sums by age
+    are kept, on the device; at such a step everything comes to the host in one copy. Loggers other than TensorBoard's
+    get the scalars. With several processes, the first one's share of the batch is shown.
 
     Args:
-        every_n_steps: optimizer steps between histograms, at least 1.
-        max_blocks: segments beyond so many are left out of the histograms by place.
+        every_n_steps: n, at least 1.
+        max_blocks: segments beyond so many are left out of what is shown by place.
 
     Raises:
         UsageError: a value is below 1.
@@ -32,30 +52,118 @@ class GateMonitor(StepCallback):
         super().__init__(every_n_steps, "gate_monitor")
         require(max_blocks >= 1, f"gate_monitor.max_blocks is {max_blocks}, but must be at least 1")
         self.max_blocks = max_blocks
+        self._forget()
+
+    def _forget(self) -> None:
+        self._history = BlockHistory(self.max_blocks)
+        self._ages = new_age_table()  # of all steps up to the last that was shown, on the host
+        self._recent_ages = new_age_table()  # of the steps since then, on the device
+        self._started = time.perf_counter()
+        self._drawing_seconds, self._next_drawing, self._drawn_at = 0.0, _FIRST_DRAWING, 0.0
+
+    # -- when ----------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Begin anew with a new run; a checkpoint's state comes after this."""
+        if trainer.global_step == 0:
+            self._forget()
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock, and set up TensorBoard's page."""
+        self._started = time.perf_counter()
+        if trainer.is_global_zero:
+            for writer in writers(trainer.loggers):
+                write_layout(writer)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Ask for the gradients' norms of a step that will be shown.
+
+        On every process: under a strategy that shards the head they are a collective operation.
+        """
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        assert isinstance(pl_module, OPDModule)
+        pl_module.trace_gradients |= self.looks_at(trainer) and bool(trainer.loggers)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """See :meth:`StepCallback.on_train_batch_end`."""
+        assert isinstance(pl_module, OPDModule)
+        pl_module.trace_gradients = False
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_trace(self, trainer: pl.Trainer, trace: StepTrace) -> None:
+        """Sum up by age."""
+        if trainer.is_global_zero and trainer.loggers:
+            self._recent_ages = self._recent_ages.to(trace.gates.weights.device)  # moves once
+            add_to_age_table(self._recent_ages, trace)
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, traces: Sequence[StepTrace]) -> None:
-        """Write the histograms."""
-        trace = traces[-1]
+        """Show the step."""
+        if not trainer.is_global_zero or not trainer.loggers:
+            return
+        tensors = gate_tensors(step_positions(traces), self.max_blocks)
+        found = to_host({**tensors, "ages": self._recent_ages})
+        figures, recent = read_gates(found), found["ages"]
+        self._recent_ages.zero_()
+        self._ages += recent
+        self._history.add(trainer.global_step, figures.block_weights, figures.block_drift)
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                for name, values in gate_histograms(trace.gates, trace.inputs, self.max_blocks).items():
-                    logger.experiment.add_histogram(name, values, trainer.global_step)
+            logger.log_metrics({**figures.scalars, **age_scalars(recent)}, step=trainer.global_step)
+        for writer in writers(trainer.loggers):
+            write_histograms(writer, figures.histograms, trainer.global_step)
+        if self._may_draw():
+            self._draw(trainer)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the whole run."""
+        if trainer.is_global_zero:
+            self._draw(trainer)
 
-def gate_histograms(gates: Gates, inputs: GateInputs, max_blocks: int) -> dict[str, Tensor]:
-    """Values to draw, by the name under which they are drawn; each [N], on the host.
+    # -- pictures ------------------------------------------------------------------------------------------------
 
-    Args:
-        gates: what the gate returned.
-        inputs: what it saw.
-        max_blocks: segments with a higher number are left out of ``gate/block/…``.
-    """
-    mask = inputs.mask.bool()
-    # One copy to the host for everything.
-    tensors = (gates.segment_ids, gates.weights, inputs.drift, gates.segment_drift)
-    ids, weights, drift, segment_drift = torch.stack([tensor[mask].float() for tensor in tensors]).cpu()
-    histograms = {"gate/weights": weights, "gate/token_drift": drift, "gate/segment_drift": segment_drift}
-    num_segments = min(int(ids.max()) + 1, max_blocks) if ids.numel() else 0
-    for segment in range(num_segments):
-        histograms[f"gate/block/{segment:03d}"] = weights[ids == segment]
-    return histograms
+    def _may_draw(self) -> bool:
+        elapsed = time.perf_counter() - self._started
+        affordable = self._drawing_seconds + self._next_drawing < _DRAWING_SHARE * elapsed
+        return affordable and elapsed > _DRAWING_GROWTH * self._drawn_at
+
+    def _draw(self, trainer: pl.Trainer) -> None:
+        targets = writers(trainer.loggers)
+        if not targets:
+            return
+        began = time.perf_counter()
+        images = self._pictures()
+        for writer in targets:
+            write_images(writer, images, trainer.global_step)
+        ended = time.perf_counter()
+        self._next_drawing = ended - began
+        self._drawing_seconds += ended - began
+        self._drawn_at = ended - self._started
+
+    def _pictures(self) -> dict[str, Any]:
+        # Not at the top: matplotlib takes a third of a second, which a short run would feel.
+        from opdlab.diagnostics.plots import block_heat_map, by_age, render
+
+        figures = {}
+        if self._history.steps:
+            weights, drift = self._history.values
+            figures["gate/heat_map/weight"] = block_heat_map(self._history.steps, weights, "weight")
+            figures["gate/heat_map/drift"] = block_heat_map(self._history.steps, drift, "drift")
+        ages, _ = read_ages(self._ages + self._recent_ages.cpu())
+        if ages.ages:
+            figures["gate/by_age"] = by_age(ages)
+        return {tag: render(figure) for tag, figure in figures.items()}
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values: what the pictures are drawn from, and the sums since the last step shown."""
+        ages, recent = self._ages.clone(), self._recent_ages.cpu().clone()
+        return {"history": self._history.state_dict(), "ages": ages, "recent_ages": recent}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with a run's pictures."""
+        self._history.load_state_dict(state_dict["history"])
+        self._ages, self._recent_ages = (state_dict[name].cpu().clone() for name in ("ages", "recent_ages"))

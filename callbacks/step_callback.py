@@ -13,7 +13,8 @@ class StepCallback(pl.Callback):
     """Gathers the traces of an optimizer step's micro-batches and hands them over when the step is taken.
 
     Override :meth:`on_step`. It is called after optimizer step n, 2n, …; a step that a resumed run takes up in the
-    middle of its accumulation window has the traces of the micro-batches after the resume only.
+    middle of its accumulation window has the traces of the micro-batches after the resume only. What has to see every
+    step overrides :meth:`on_trace` as well.
 
     Args:
         every_n_steps: n, at least 1.
@@ -43,12 +44,21 @@ class StepCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the trace; hand over all of them at the step's last micro-batch."""
-        step = outputs["trace"].step  # before the optimizer moved on, if it did
-        if (step + 1) % self.every_n_steps == 0:
-            self._traces.append(outputs["trace"])
+        trace: StepTrace = outputs["trace"]
+        self.on_trace(trainer, trace)
+        if (trace.step + 1) % self.every_n_steps == 0:  # of before the optimizer moved on, if it did
+            self._traces.append(trace)
             if batch.position + 1 == len(batch.micro_batches):
                 traces, self._traces = self._traces, []
                 self.on_step(trainer, pl_module, traces)
+
+    def on_trace(self, trainer: pl.Trainer, trace: StepTrace) -> None:
+        """Look at one micro-batch, at every step: this must be cheap and must not wait for the device.
+
+        Args:
+            trainer: the trainer.
+            trace: of the micro-batch.
+        """
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, traces: Sequence[StepTrace]) -> None:
         """Look at a step that has just been taken.

@@ -23,10 +23,12 @@ from opdlab.callbacks import (
     GateMonitor,
     HFExport,
     LabProgressBar,
+    SampleLogger,
     StopCheckpoint,
 )
 from opdlab.cli_config import CONFIG_MODE, expand_arguments, explain, root_usage_error
 from opdlab.cli_estimate import print_estimate, refuse_oversized
+from opdlab.cli_hparams import log_hyperparameters
 from opdlab.cli_runs import check_checkpoint, find_checkpoint, run_folder_for, samples_folder_for
 from opdlab.data import PromptDataModule
 from opdlab.errors import UsageError
@@ -78,6 +80,7 @@ class OPDCLI(LightningCLI):
         """Each callback has its own section of the configuration."""
         parser.add_lightning_class_args(BehaviorRefresh, "behavior_refresh")
         parser.add_lightning_class_args(GateMonitor, "gate_monitor")
+        parser.add_lightning_class_args(SampleLogger, "sample_logger")
         parser.add_lightning_class_args(HFExport, "export")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_argument(
@@ -176,6 +179,7 @@ class OPDCLI(LightningCLI):
         # Whatever is wrong with the training problems is said before that, which may take long.
         self.datamodule.prepare(self.model.student.tokenizer, training=True)
         self.datamodule.reuse.check_prompts(len(self.datamodule.train_prompts or ()), self.trainer.world_size)
+        log_hyperparameters(self.trainer, self.model, self.config.fit.as_dict(), self.datamodule.benchmark_sources)
         if self.config.fit.ckpt_path is None and self._has_benchmarks:
             self._evaluate("val", self.model.student)
 
@@ -192,6 +196,9 @@ class OPDCLI(LightningCLI):
             self.table.print()
             print(f"run folder: {run_folder}")
             print(f"look closer: tensorboard --logdir {self.trainer.default_root_dir}")
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, SampleLogger) and callback.index.exists():
+                    print(f"read the rollouts: {callback.index}")
 
     def _evaluate(self, name: str, model: LanguageModel) -> None:
         with self.model.evaluating(name, model, f"{name}-step-{self.trainer.global_step}"):

@@ -85,7 +85,7 @@ class Gates:
 class GateOptions(TypedDict, total=False):
     """Options that every gate takes.
 
-    Args:
+    Attributes:
         tau: how hard drift bites, per nat: a segment with statistic s gets ``exp(-tau * s)``. 0 switches gating off.
         statistic: how a segment's drifts reduce to s: ``signed_mean`` is the absolute value of their mean (the
             paper; opposite drifts cancel), ``abs_mean``, ``rms`` and ``max`` (of the absolute drift) do not cancel.
@@ -327,6 +327,7 @@ def gate_registry() -> Registry[GateStrategy]:
 
 
 register_gate = _REGISTRY.register
+"""Class decorator that registers a gate under a name; see :meth:`opdlab.registry.Registry.register`."""
 
 
 def gate_names() -> list[str]:

@@ -303,7 +303,7 @@ class OPDModule(EvaluationModule):
     def _logs_this_step(self) -> bool:
         """Whether the step under way is one that the logger is shown: on others, figures would be made for nobody."""
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by Lightning's logger connector
-        return (self.global_step + 1) % every == 0
+        return every > 0 and (self.global_step + 1) % every == 0
 
     def on_train_batch_start(self, batch: Minibatch, batch_idx: int) -> None:
         """Start the clock of the update; what passed since the last step's end was sampling and scoring."""

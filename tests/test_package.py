@@ -28,7 +28,8 @@ PUBLIC = {
         *("NoGate", "SequenceGate", "SpanGate", "TokenGate"),
     ],
     "opdlab.callbacks": [
-        *("BehaviorRefresh", "EvaluationTable", "GateMonitor", "HFExport", "StopCheckpoint", "LabProgressBar"),
+        *("BehaviorRefresh", "EvaluationTable", "GateMonitor", "HFExport", "SampleLogger"),
+        *("StopCheckpoint", "LabProgressBar"),
     ],
     "opdlab.objectives": [
         *("Objective", "PositionLosses", "Reduction", "SampledTokenOPD", "TeacherTopK"),
@@ -52,6 +53,11 @@ PUBLIC = {
         *("ReuseConfig", "TableProblems", "Template", "prompt_set"),
     ],
     "opdlab.module": ["OPDModule"],
+    "opdlab.viewer": [
+        *("INDEX", "ColorScale", "Quantity", "RolloutText", "ShownRollout", "choose_rollouts", "color_scale"),
+        *("markdown_literal", "page_name", "quantities", "render_index", "render_page", "token_texts", "visible"),
+        "write_page",
+    ],
     "opdlab.testing": ["GateTester"],
 }
 
@@ -68,6 +74,13 @@ def test_every_package_is_listed_for_the_wheel() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = {"opdlab", *(m.name for m in pkgutil.walk_packages(opdlab.__path__, "opdlab.") if m.ispkg)}
     assert set(listed) == found
+
+
+def test_files_that_are_no_code_are_listed_for_the_wheel() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    templates = ROOT / "opdlab" / "viewer"
+    listed = {path for pattern in setuptools["package-data"]["opdlab.viewer"] for path in templates.glob(pattern)}
+    assert {path for path in templates.rglob("*") if path.suffix in (".html", ".css", ".js")} == listed != set()
 
 
 def test_folders_cannot_be_imported_under_a_second_name() -> None:

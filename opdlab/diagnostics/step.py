@@ -59,6 +59,7 @@ def step_metrics(record: StepRecord) -> dict[str, Tensor]:
         "train/drift/share_above_0.1": (drift > DRIFTED).float().mean(),
         "gate/min": weight.amin(),
         "gate/max": weight.amax(),
+        "gate/mean": weight.mean(),
         "gate/std": weight.std(correction=0),
         "gate/effective_sample_size": weight.sum().square() / (weight.numel() * weight.square().sum()),
         "gate/share_below_0.5": (weight < 0.5).float().mean(),

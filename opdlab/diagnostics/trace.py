@@ -58,13 +58,14 @@ def hidden_gradient_norms(objective: Objective, scored: Scored, rollouts: Rollou
         targets: the teacher's.
 
     Returns:
-        [B, T] float32, nats per unit of hidden state; 0 where the mask is 0.
+        [B, T] float32 (float64 for a float64 model), nats per unit of hidden state; 0 where the mask is 0.
     """
     head = scored.head
     bias = None if head.bias is None else head.bias.detach()
     hidden = scored.hidden.detach().requires_grad_()
     probe = replace(scored, hidden=hidden, head=replace(head, weight=head.weight.detach(), bias=bias))
     with torch.enable_grad():
-        losses = objective.position_losses(probe, rollouts, targets).losses
-    (gradient,) = torch.autograd.grad(losses.sum(), hidden)
-    return scored.padded(torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float32))
+        total = objective.position_losses(probe, rollouts, targets).losses.sum()
+    (gradient,) = torch.autograd.grad(total, hidden)
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    return scored.padded(torch.linalg.vector_norm(gradient, dim=-1, dtype=wide))

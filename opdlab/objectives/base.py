@@ -106,3 +106,4 @@ def objective_registry() -> Registry[Objective]:
 
 
 register_objective = _REGISTRY.register
+"""Class decorator that registers an objective under a name; see :meth:`opdlab.registry.Registry.register`."""

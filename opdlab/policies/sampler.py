@@ -52,7 +52,7 @@ class SamplingConfig:
 class Samples(NamedTuple):
     """Responses, on the host.
 
-    Args:
+    Attributes:
         prompt_tokens: [B, P] long, padded on the left; each prompt stands there once per response.
         prompt_mask: [B, P] bool.
         tokens: [B, T] long, padded on the right.

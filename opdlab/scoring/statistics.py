@@ -17,7 +17,7 @@ from opdlab.scoring.normalizer import OnlineSoftmax
 class TokenStatistics(NamedTuple):
     """What one pass over the head yields for each position. Each [N], float32, nats.
 
-    Args:
+    Attributes:
         logprobs: log-probability of the target token; carries a gradient from :func:`token_statistics`.
         entropy: entropy of the next-token distribution.
         log_normalizer: log-sum-exp of the logits: a logit minus this is its log-probability.

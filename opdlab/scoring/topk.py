@@ -16,7 +16,7 @@ from opdlab.scoring.statistics import TokenStatistics, places
 class TopK(NamedTuple):
     """A distribution's K likeliest tokens. Each [N, K].
 
-    Args:
+    Attributes:
         ids: token ids, long, likeliest first.
         logits: their logits, float32.
     """

@@ -1,0 +1,184 @@
+"""What ``GateMonitor`` costs with each gate, as a share of a training step on the toy pair.
+
+The quickstart is trained with each gate in a process of its own, and the clock of that very run says where time went:
+
+- **hooks**: the callback's own, at every step: sums by age, and at every tenth step figures, histograms and scalars;
+- **norms**: ``hidden_gradient_norms``, which the training step computes at every tenth step because the callback asks;
+- **step**: from the end of one optimizer step to the end of the next, sampling and the teacher's scoring included, and
+  all callbacks; evaluations and checkpoints are off.
+
+Numerator and denominator are of the same steps of the same run, so what slows the machine slows both. The share is the
+sum of the former over the sum of the latter. The first ten steps are left out: in them modules are imported and
+allocators grow. The pictures at the end of training are drawn once, not at a step, and are given in seconds.
+
+``OMP_NUM_THREADS=1 python benchmarks/gates.py --json gates.json`` ends with 1 where a share is above ``--limit``.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import REPOSITORY, machine, run_child, versions
+
+GATES = ("none", "token", "sequence", "block32", "block64", "block128", "span")
+WARM_UP = 10  # steps
+EVERY = 10  # steps
+PACKAGES = ("torch", "lightning", "tensorboard", "matplotlib")
+
+
+class Stopwatch:
+    """Adds up the time of calls by name, while it is on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.on = False
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, timed."""
+
+        def timed(*arguments: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                if self.on:
+                    self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+        return timed
+
+
+def child(gate: str, steps: int) -> None:
+    """Train with one gate, and print what was measured as one line of JSON."""
+    sys.path.insert(0, str(REPOSITORY))
+    import torch
+    from lightning.pytorch import Callback, Trainer, seed_everything
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    import opdlab.module
+    from opdlab.callbacks import BehaviorRefresh, GateMonitor
+    from opdlab.data import PromptDataModule, ReuseConfig
+    from opdlab.gating import build_gate
+    from opdlab.module import OPDModule
+    from opdlab.objectives import TeacherTopK
+    from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig
+    from opdlab.tasks.toy.problems import ChainProblems
+
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    seed_everything(0, verbose=False)
+    watch = Stopwatch()
+
+    class Clock(Callback):
+        """Times the steps: put on last, it sees the end of all other callbacks."""
+
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == WARM_UP:
+                watch.on, self.began = True, time.perf_counter()
+            if trainer.global_step == steps:
+                watch.on = False
+                watch.seconds["steps"] = time.perf_counter() - self.began
+
+    monitor = GateMonitor(every_n_steps=EVERY)
+    drawing = monitor.on_train_end
+    for hook in ("on_train_batch_start", "on_train_batch_end"):
+        setattr(monitor, hook, watch.around("hooks", getattr(monitor, hook)))
+    opdlab.module.hidden_gradient_norms = watch.around("norms", opdlab.module.hidden_gradient_norms)
+    toy = "package://opdlab.tasks.toy/models"
+    module = OPDModule(  # as in configs/quickstart.yaml
+        LanguageModel(f"{toy}/student"),
+        LocalTeacher(f"{toy}/teacher"),
+        TeacherTopK(32),
+        build_gate(gate, tau=1.0),
+        SamplingConfig(num_samples=2, max_new_tokens=176, batch_size=64),
+        optimizer=lambda p: torch.optim.AdamW(p, lr=2e-4, betas=(0.9, 0.95), weight_decay=0.01),
+        lr_scheduler=lambda o: torch.optim.lr_scheduler.LinearLR(o, start_factor=0.1, total_iters=10),
+    )
+    data = PromptDataModule(ChainProblems(2048), reuse=ReuseConfig(32, 4, 32), max_prompt_tokens=64)
+
+    def draw(*arguments: Any) -> None:
+        began = time.perf_counter()
+        drawing(*arguments)
+        watch.seconds["pictures"] = time.perf_counter() - began
+
+    monitor.on_train_end = draw  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_steps=steps,
+            max_epochs=-1,
+            log_every_n_steps=1,
+            gradient_clip_val=1.0,
+            limit_val_batches=0,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            logger=TensorBoardLogger(folder),
+            callbacks=[BehaviorRefresh(every_n_steps=8), monitor, Clock()],
+        )
+        trainer.fit(module, data)
+    print(json.dumps({"gate": gate, **watch.seconds, "versions": versions(*PACKAGES)}))
+
+
+def measure(gates: list[str], steps: int, threads: int) -> list[dict[str, Any]]:
+    """One run for each gate."""
+    rows = []
+    for gate in gates:
+        row = run_child(Path(__file__), ["--child", gate, "--steps", str(steps)], threads=threads)
+        row["share"] = (row["hooks"] + row["norms"]) / row["steps"]
+        print(f"{gate}: {row['share']:.2%}", file=sys.stderr)
+        rows.append(row)
+    return rows
+
+
+def report(rows: list[dict[str, Any]], steps: int) -> None:
+    """Print a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    counted = steps - WARM_UP
+    table = Table(
+        *("gate", "ms a step", "hooks, ms a step", "norms, ms a step", "share of the step", "pictures at the end, s"),
+        title=f"GateMonitor(every_n_steps={EVERY}), {counted} steps after {WARM_UP}",
+    )
+    for row in rows:
+        parts = [f"{1000 * row[name] / counted:.2f}" for name in ("steps", "hooks", "norms")]
+        table.add_row(row["gate"], *parts, f"{row['share']:.2%}", f"{row['pictures']:.2f}")
+    Console(width=110).print(table)
+
+
+def main() -> int:
+    """Measure, print, write; 1 where it costs more than it may."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=50, help="optimizer steps of a run (default: %(default)s)")
+    parser.add_argument("--gates", nargs="+", choices=GATES, default=list(GATES), help="all by default")
+    parser.add_argument("--threads", type=int, default=1, help="of each run (default: %(default)s)")
+    parser.add_argument("--limit", type=float, default=0.01, help="largest share (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument("--child", choices=GATES, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.steps <= WARM_UP:
+        parser.error(f"--steps is {given.steps}, but must be above {WARM_UP}, which are left out")
+    if given.child:
+        child(given.child, given.steps)
+        return 0
+    before = machine()
+    rows = measure(given.gates, given.steps, given.threads)
+    report(rows, given.steps)
+    if given.json:
+        found = [row.pop("versions") for row in rows]  # the same in each
+        options = {"steps": given.steps, "warm_up": WARM_UP, "every_n_steps": EVERY, "threads": given.threads}
+        result = {"machine": before, "versions": found[0], "options": options, "gates": rows}
+        given.json.write_text(json.dumps(result, indent=1) + "\n")
+    return int(any(row["share"] > given.limit for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

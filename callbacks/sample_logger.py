@@ -1,0 +1,140 @@
+"""A few rollouts of a training step, to read: text for TensorBoard, and a page that colours their tokens."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_warn
+from transformers import PreTrainedTokenizerBase
+
+from opdlab.callbacks.step_callback import StepCallback
+from opdlab.data.datamodule import PromptDataModule
+from opdlab.data.prompts import Problem
+from opdlab.diagnostics import StepTrace
+from opdlab.errors import require
+from opdlab.module import OPDModule
+from opdlab.viewer import (
+    INDEX,
+    RolloutText,
+    ShownRollout,
+    choose_rollouts,
+    markdown_literal,
+    render_page,
+    token_texts,
+    visible,
+    write_page,
+)
+
+_SHOWN = 200  # characters of a gate's options, which may list tokens
+_VERDICTS = {None: "unchecked", True: "correct", False: "wrong"}
+
+
+class SampleLogger(StepCallback):
+    """Writes some rollouts of every n-th optimizer step as text to TensorBoard and as a page with coloured tokens.
+
+    The rollouts are those at evenly spaced ranks of mean absolute drift, from the most drifted to the least, see
+    :func:`opdlab.viewer.choose_rollouts`; the step has used them, and nothing is sampled or scored anew. TensorBoard
+    has them as ``rollouts/0``, ``rollouts/1``, …; the page is ``rollouts/step-000200.html`` in the run's folder, or in
+    ``default_root_dir`` where there is no logger, beside an ``index.html``. Only the first process writes, of its own
+    rollouts. A page that cannot be written is warned of, once; training goes on.
+
+    Args:
+        every_n_steps: optimizer steps between pages, at least 1.
+        num_rollouts: rollouts on a page, at least 1.
+
+    Raises:
+        UsageError: a value is below 1.
+
+    Example:
+        >>> SampleLogger(every_n_steps=50).num_rollouts
+        4
+    """
+
+    def __init__(self, every_n_steps: int = 100, num_rollouts: int = 4) -> None:
+        super().__init__(every_n_steps, "sample_logger")
+        require(num_rollouts >= 1, f"sample_logger.num_rollouts is {num_rollouts}, but must be at least 1")
+        self.num_rollouts = num_rollouts
+        self.folder = Path()
+        """Where pages are written, once training has started."""
+        self._warned = False
+
+    @property
+    def index(self) -> Path:
+        """The page that lists the others."""
+        return self.folder / INDEX
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the run's folder, about which Lightning asks all processes."""
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "rollouts"
+
+    def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, traces: Sequence[StepTrace]) -> None:
+        """Write text and page."""
+        if not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, OPDModule)
+        rollouts = choose_rollouts(traces, self.num_rollouts)
+        if not rollouts:  # every token of the step is left out of the loss
+            return
+        problems = _problems(trainer)
+        texts = [_text(pl_module.student.tokenizer, rollout, problems) for rollout in rollouts]
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                for place, pair in enumerate(zip(rollouts, texts, strict=True)):
+                    logger.experiment.add_text(f"rollouts/{place}", rollout_markdown(*pair), trainer.global_step)
+        gate = visible(repr(pl_module.gate))
+        facts = {
+            "gate": gate if len(gate) <= _SHOWN else f"{gate[:_SHOWN]}…",
+            "objective": type(pl_module.objective).__name__,
+        }
+        page = render_page(trainer.global_step, rollouts, texts, facts)
+        try:
+            write_page(self.folder, trainer.global_step, page)
+        except OSError as error:
+            if not self._warned:
+                rank_zero_warn(
+                    f"{self.folder} cannot be written ({error.strerror or error}): pages of rollouts are left out "
+                    "until it can be; training goes on"
+                )
+            self._warned = True
+
+
+def _problems(trainer: pl.Trainer) -> Sequence[Problem]:
+    data = trainer.datamodule  # type: ignore[attr-defined] # set by Lightning's data connector
+    if not isinstance(data, PromptDataModule) or data.train_prompts is None:
+        return ()
+    return [prompt.problem for prompt in data.train_prompts.prompts]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, rollout: ShownRollout, problems: Sequence[Problem]) -> RolloutText:
+    special = set(tokenizer.all_special_ids)
+    tokens = rollout.tokens.tolist()
+    return RolloutText(
+        prompt=tokenizer.decode(rollout.prompt_tokens.tolist(), clean_up_tokenization_spaces=False),
+        tokens=token_texts(tokenizer, tokens),
+        special=[token in special for token in tokens],
+        problem=problems[rollout.prompt_id] if rollout.prompt_id < len(problems) else None,
+    )
+
+
+def rollout_markdown(rollout: ShownRollout, text: RolloutText) -> str:
+    """What TensorBoard shows of a rollout: all text of models and data in code blocks, which hold no markup.
+
+    Args:
+        rollout: its figures.
+        text: what it says.
+    """
+    facts = {
+        "answer": _VERDICTS[rollout.correct],
+        "stopped by": rollout.stop_reason.name.lower(),
+        "age": f"{rollout.age} steps",
+        "reuse epoch": str(rollout.reuse_epoch),
+        "length": f"{len(rollout.tokens)} tokens",
+        "mean abs(drift)": f"{rollout.mean_drift:.4g} nats, {rollout.rank + 1} of {rollout.num_ranked}",
+        "rollout": str(rollout.rollout_id),
+    }
+    blocks = {"prompt": text.prompt, "response": "".join(text.tokens)}
+    if text.problem is not None and text.problem.answer is not None:
+        blocks["gold answer"] = text.problem.answer
+    head = " · ".join(f"{name}: **{value}**" for name, value in facts.items())
+    return "\n\n".join([head, *(f"**{name}**\n\n{markdown_literal(block)}" for name, block in blocks.items())])

@@ -1,0 +1,105 @@
+"""Takes the pictures of "See the gates" in Chromium: of TensorBoard and of the pages of rollouts.
+
+``python docs/scripts/screenshots.py [RUN]``. RUN is the folder of the run that the guide tells of; without it, that run
+is made first, in a temporary folder, which takes about a minute. Needs the extra ``browser``, an installed Chromium,
+and Pillow, which matplotlib brings along.
+"""
+
+import argparse
+import io
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import chdir
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Browser, Page
+
+from opdlab.cli import main as opdlab
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs/pictures"
+RUN = ["fit", "-c", "quickstart", "-c", "harsh_reuse", "--model.gate.tau", "5", "--gate_monitor.every_n_steps", "2"]
+WAIT = 30_000  # milliseconds for a page to be drawn
+_LIMIT = 200_000  # bytes of a picture
+
+
+def main() -> None:
+    """Make the run where none is given, and take all pictures."""
+    sys.path.insert(0, str(ROOT))
+    from tests.browser.support import open_browser, serve_tensorboard
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", nargs="?", type=Path, help="folder of a run, such as runs/quickstart/version_0")
+    arguments = parser.parse_args()
+    FOLDER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        run = (arguments.run or make_run(Path(folder))).resolve()
+        with open_browser() as browser, chdir(run.parents[1]):  # TensorBoard shows the path that it is given
+            take_rollouts(browser, run)
+            with serve_tensorboard(Path(run.parent.name)) as address:
+                take_tensorboard(browser, address)
+
+
+def make_run(folder: Path) -> Path:
+    """The run that the guide tells of."""
+    if opdlab([*RUN, "--trainer.default_root_dir", str(folder / "harsh")]) != 0:
+        raise SystemExit("the run failed")
+    return folder / "harsh/version_0"
+
+
+def take_tensorboard(browser: Browser, address: str) -> None:
+    """The weights by place in the response, and the pictures of the whole run."""
+    for name, place, drawn in (
+        ("tensorboard-histograms", "histograms&tagFilter=gate/block", "vz-histogram-timeseries .histogram"),
+        ("tensorboard-images", "images&tagFilter=gate/(heat_map|by_age)", "tf-image-loader img"),
+    ):
+        take(browser, f"{address}?darkMode=false#{place}", name, _waiting_for(drawn))
+
+
+def _waiting_for(selector: str) -> Callable[[Page], None]:
+    return lambda page: page.locator(selector).first.wait_for(timeout=WAIT)
+
+
+def take_rollouts(browser: Browser, run: Path) -> None:
+    """The first page of rollouts, where the student learns fastest, coloured by drift and by weight."""
+    address = min((run / "rollouts").glob("step-*.html")).as_uri()
+    for quantity in ("drift", "weight"):
+        take(browser, address, f"viewer-{quantity}", _colored_by(quantity))
+
+
+def _colored_by(quantity: str) -> Callable[[Page], None]:
+    def choose(page: Page) -> None:
+        page.wait_for_selector("#quantity option", state="attached", timeout=WAIT)
+        page.select_option("#quantity", value=quantity)
+
+    return choose
+
+
+def take(browser: Browser, address: str, name: str, prepare: Callable[[Page], None]) -> None:
+    """Open a page, prepare it, and write what is seen of it.
+
+    Args:
+        browser: to open it in.
+        address: of the page.
+        name: of the picture.
+        prepare: waits until the page is drawn, and clicks what is to be clicked.
+    """
+    page = browser.new_page(viewport={"width": 1280, "height": 820}, color_scheme="light")
+    page.goto(address)
+    prepare(page)
+    page.wait_for_timeout(1500)  # animations
+    write(page.screenshot(), FOLDER / f"{name}.png")
+    page.close()
+
+
+def write(picture: bytes, file: Path) -> None:
+    """Write a PNG with 128 colours, which is a third of the bytes and looks the same."""
+    Image.open(io.BytesIO(picture)).convert("RGB").quantize(128).save(file, optimize=True)
+    if (size := file.stat().st_size) > _LIMIT:
+        raise SystemExit(f"{file} has {size} bytes, more than {_LIMIT}: show less")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,256 @@
+"""What a gate does to an optimizer step, as pure functions of the step's traces.
+
+What runs on the device and what runs on the host are apart: :func:`gate_tensors` queues work and waits for nothing,
+:func:`to_host` is the one copy, :func:`read_gates` makes plain numbers of it.
+
+Shapes: B rollouts, T response tokens, M positions of all micro-batches of a step, valid or not. Drift is in nats.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opdlab.diagnostics.histograms import (
+    Binning,
+    Histogram,
+    bin_rows,
+    merged_rows,
+    read_histograms,
+    row_counts,
+    row_means,
+)
+from opdlab.diagnostics.trace import StepTrace
+
+WEIGHT_BINS = Binning(centre=1.0, scale=0.01)
+DRIFT_BINS = Binning(centre=0.0, scale=0.001)
+
+# Weights are float32 numbers around 1: with less spread than this, relative to their size, only rounding varies.
+_ROUNDING = 1e-6
+# Where position losses cancel to less than this share of their absolute values, a ratio of losses is noise.
+_CANCELLED = 0.01
+
+
+@dataclass(frozen=True)
+class StepPositions:
+    """The positions of a step, all micro-batches one after the other. Tensors are [M] float64, 0 where not valid.
+
+    Args:
+        valid: bool.
+        segment_ids: long; -1 where not valid.
+        weights: the gate's.
+        drift: of the token, nats.
+        segment_drift: of its segment, nats.
+        teacher_gap: logq - logpi, nats; NaN where the teacher's log-probabilities are not known.
+        losses: of the position, nats.
+        shares: what the loss is multiplied by besides the weight; see :class:`StepTrace`.
+        gradient_norms: see :class:`StepTrace`; NaN where they were not asked for.
+    """
+
+    valid: Tensor
+    segment_ids: Tensor
+    weights: Tensor
+    drift: Tensor
+    segment_drift: Tensor
+    teacher_gap: Tensor
+    losses: Tensor
+    shares: Tensor
+    gradient_norms: Tensor
+
+
+def step_positions(traces: Sequence[StepTrace]) -> StepPositions:
+    """Gather a step's positions on the device."""
+    flat = [torch.stack([column.double() for column in _columns(trace)]).flatten(1) for trace in traces]
+    valid = torch.cat([trace.inputs.mask.bool().flatten() for trace in traces])
+    ids, *columns = torch.cat(flat, 1).where(valid, 0.0).unbind()
+    return StepPositions(valid, ids.long().where(valid, -1), *columns)
+
+
+def _columns(trace: StepTrace) -> list[Tensor]:
+    inputs, gates = trace.inputs, trace.gates
+    unknown = torch.full_like(gates.weights, torch.nan)
+    teacher, losses, norms = inputs.teacher_logprobs, inputs.position_losses, trace.gradient_norms
+    return [
+        gates.segment_ids,
+        gates.weights,
+        inputs.drift,
+        gates.segment_drift,
+        unknown if teacher is None else teacher - inputs.current_logprobs,
+        unknown if losses is None else losses,
+        trace.loss_shares,
+        unknown if norms is None else norms,
+    ]
+
+
+def correlation(x: Tensor, y: Tensor, valid: Tensor) -> Tensor:
+    """Pearson's correlation over valid positions; NaN where x or y does not vary beyond the rounding of float32.
+
+    Args:
+        x: [M] float64.
+        y: [M] float64.
+        valid: [M] bool.
+
+    Returns:
+        A scalar between -1 and 1.
+
+    Example:
+        >>> x, valid = torch.tensor([1.0, 2.0, 3.0, 9.0]).double(), torch.tensor([True, True, True, False])
+        >>> correlation(x, -2 * x, valid), correlation(torch.ones(4).double(), x, valid)
+        (tensor(-1.0000, dtype=torch.float64), tensor(nan, dtype=torch.float64))
+    """
+    both = torch.stack([x, y]).where(valid, 0.0)
+    num = valid.sum()
+    # The mean is taken off before squaring: the spread of weights is small beside their mean of 1.
+    centred = (both - both.sum(1, keepdim=True) / num).where(valid, 0.0)
+    squares = centred.square().sum(1)
+    varies = (squares > _ROUNDING**2 * both.square().sum(1)).all()
+    pearson = centred.prod(0).sum() / squares[0].sqrt() / squares[1].sqrt()
+    return pearson.clamp(-1, 1).where(varies, torch.nan)
+
+
+def gradient_effect(weights: Tensor, shares: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    """Angle and length of the gated gradient against the ungated one, at the student's last hidden states.
+
+    The optimizer batch's loss is ``L = sum_n c_n w_n l_n``, and without the gate ``sum_n c_n l_n``, with the shares c
+    and detached weights w. Position n's loss depends on the last hidden state h_n of that position alone, so the
+    gradient of L with respect to all hidden states is made of the pieces ``dL/dh_n = c_n w_n dl_n/dh_n``, one for each
+    position, and the pieces of different positions are orthogonal. With ``g_n = |dl_n/dh_n|``
+
+    - inner product of gated and ungated gradient: ``sum c^2 w g^2``;
+    - squared lengths: ``sum c^2 w^2 g^2`` gated, ``sum c^2 g^2`` ungated;
+    - ``cosine = sum c^2 w g^2 / sqrt(sum c^2 w^2 g^2 * sum c^2 g^2)``;
+    - ``ratio = sqrt(sum c^2 w^2 g^2 / sum c^2 g^2)``.
+
+    No gradient of the gated loss is needed, nor a second backward pass. Weights are never negative, so the cosine is
+    between 0 and 1. It is that of the gradients which flow into the network below the head, not that of the parameters'
+    gradients, in which positions mix.
+
+    Args:
+        weights: w, [M] float64, 0 where not valid.
+        shares: c, [M] float64; a common factor has no influence.
+        norms: g, [M] float64, nats per unit of hidden state.
+
+    Returns:
+        Cosine and ratio, scalars; NaN where a gradient is zero.
+
+    Example:
+        >>> ones = torch.ones(2).double()
+        >>> cosine, ratio = gradient_effect(torch.tensor([2.0, 0.0]).double(), ones, ones)
+        >>> round(cosine.item(), 4), round(ratio.item(), 4)
+        (0.7071, 1.4142)
+    """
+    # c is 1e-6 for a batch of a million tokens and g of a trained position 1e-4: squares want float64, and a common
+    # scale keeps them there whatever the model's.
+    ungated = shares * norms
+    ungated = ungated / ungated.amax()
+    gated = weights * ungated
+    product, gated_square, square = (gated * ungated).sum(), gated.square().sum(), ungated.square().sum()
+    defined = gated_square > 0
+    ratio = (gated_square / square).sqrt()
+    cosine = (product / gated_square.sqrt() / square.sqrt()).clamp(max=1)
+    return cosine.where(defined, torch.nan), ratio.where(defined, torch.nan)
+
+
+def loss_effect(weights: Tensor, shares: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss without the gate, ``sum c l``, and what the gate makes of it: ``sum c w l / sum c l``.
+
+    Args:
+        weights: w, [M] float64.
+        shares: c, [M] float64.
+        losses: l, [M] float64, nats.
+
+    Returns:
+        Ungated loss and ratio, scalars. The ratio is NaN where losses of either sign (sampled-token) cancel to less
+        than 1% of ``sum c |l|``: there it says nothing.
+    """
+    ungated, absolute = (shares * losses).sum(), (shares * losses).abs().sum()
+    ratio = (shares * weights * losses).sum() / ungated
+    return ungated, ratio.where(ungated.abs() > _CANCELLED * absolute, torch.nan)
+
+
+_SCALARS = (
+    "gate/ungated_loss",
+    "gate/loss_ratio",
+    "gate/gradient_cosine",
+    "gate/gradient_norm_ratio",
+    "gate/correlation/teacher_gap",
+    "gate/correlation/position_loss",
+)
+
+
+@torch.no_grad()
+def gate_tensors(positions: StepPositions, max_blocks: int) -> dict[str, Tensor]:
+    """All figures of a step, still on the device; nothing here waits for it.
+
+    Args:
+        positions: of the step.
+        max_blocks: segments beyond so many are counted together.
+
+    Returns:
+        Tensors by name, for :func:`to_host` and :func:`read_gates`.
+    """
+    p = positions
+    # Row `max_blocks` takes the segments beyond, the one after it what is not valid.
+    block = p.segment_ids.clamp(max=max_blocks).where(p.valid, max_blocks + 1)
+    everywhere = (~p.valid).long()
+    drift = p.weights.new_zeros(max_blocks + 2).index_add_(0, block, p.drift.abs())
+    scalars = (
+        *loss_effect(p.weights, p.shares, p.losses),
+        *gradient_effect(p.weights, p.shares, p.gradient_norms),
+        correlation(p.weights, p.teacher_gap, p.valid),
+        correlation(p.weights, p.losses, p.valid),
+    )
+    return {
+        "weights": bin_rows(p.weights, block, max_blocks + 1, WEIGHT_BINS),
+        "token_drift": bin_rows(p.drift, everywhere, 1, DRIFT_BINS),
+        "segment_drift": bin_rows(p.segment_drift, everywhere, 1, DRIFT_BINS),
+        "block_drift": drift[:-1],
+        "scalars": torch.stack(scalars),
+    }
+
+
+def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Bring float64 tensors to the host in one copy."""
+    flat = torch.cat([tensor.flatten() for tensor in tensors.values()]).cpu()
+    parts = flat.split_with_sizes([tensor.numel() for tensor in tensors.values()])
+    return {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
+
+
+@dataclass(frozen=True)
+class GateFigures:
+    """A step's figures on the host.
+
+    Args:
+        scalars: by tag; what is not defined is left out.
+        histograms: by tag; without those that would be empty.
+        block_weights: [max_blocks], mean weight of each segment; NaN where no rollout has it.
+        block_drift: [max_blocks], mean absolute drift of each segment's tokens, nats; NaN likewise.
+    """
+
+    scalars: dict[str, float]
+    histograms: dict[str, Histogram]
+    block_weights: Tensor
+    block_drift: Tensor
+
+
+def read_gates(tensors: Mapping[str, Tensor]) -> GateFigures:
+    """Make figures of what :func:`gate_tensors` returned, on the host."""
+    weights = tensors["weights"]
+    blocks = weights[:-1]
+    # Edges span all rows, also that of the segments beyond.
+    by_place = read_histograms(weights, WEIGHT_BINS)[:-1]
+    drawn = {
+        "gate/weights": read_histograms(merged_rows(weights), WEIGHT_BINS)[0],
+        "gate/token_drift": read_histograms(tensors["token_drift"], DRIFT_BINS)[0],
+        "gate/segment_drift": read_histograms(tensors["segment_drift"], DRIFT_BINS)[0],
+        **{f"gate/block/{n:03d}": found for n, found in enumerate(by_place)},
+    }
+    scalars = dict(zip(_SCALARS, tensors["scalars"].tolist(), strict=True))
+    return GateFigures(
+        scalars={name: value for name, value in scalars.items() if not math.isnan(value)},
+        histograms={name: histogram for name, histogram in drawn.items() if histogram is not None},
+        block_weights=row_means(blocks),
+        block_drift=tensors["block_drift"][:-1] / row_counts(blocks),
+    )

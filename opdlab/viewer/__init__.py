@@ -1,0 +1,25 @@
+"""Rollouts as pages to look at: which tokens drifted, how the gate weighed them, what the teacher thought."""
+
+from opdlab.viewer.page import INDEX, RolloutText, page_name, render_index, render_page, write_page
+from opdlab.viewer.quantities import ColorScale, Quantity, color_scale, quantities
+from opdlab.viewer.rollouts import ShownRollout, choose_rollouts
+from opdlab.viewer.text import markdown_literal, visible
+from opdlab.viewer.tokens import token_texts
+
+__all__ = [
+    "INDEX",
+    "ColorScale",
+    "Quantity",
+    "RolloutText",
+    "ShownRollout",
+    "choose_rollouts",
+    "color_scale",
+    "markdown_literal",
+    "page_name",
+    "quantities",
+    "render_index",
+    "render_page",
+    "token_texts",
+    "visible",
+    "write_page",
+]

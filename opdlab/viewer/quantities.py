@@ -1,0 +1,111 @@
+"""What tokens can be coloured by: names, units, and the range of the colours."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Share of the values that the colours cover: a single token with a drift of 20 nats must not wash out the rest.
+COVERED = 0.99
+_NOISE = 1e-3  # share of the scale
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """A quantity of positions.
+
+    Args:
+        name: as in :class:`opdlab.viewer.ShownRollout`.
+        label: what the page calls it.
+        unit: what it is measured in; empty for pure numbers.
+        meaning: one line.
+        neutral: the value without colour; None: 0 where there are both signs, or the end that is nearer to 0.
+    """
+
+    name: str
+    label: str
+    unit: str = ""
+    meaning: str = ""
+    neutral: float | None = 0.0
+
+
+_KNOWN = (
+    Quantity("drift", "drift", "nats", "student's log-probability less that of the behavior snapshot that sampled"),
+    Quantity("segment_drift", "segment drift", "nats", "mean drift of the position's segment, as the gate sees it"),
+    Quantity("weight", "weight", "", "what the gate multiplies the position's loss with", 1.0),
+    Quantity("advantage", "advantage", "nats", "teacher's log-probability less the reference policy's"),
+    Quantity("position_loss", "position loss", "nats", "the objective's loss before the gate"),
+    Quantity("teacher_gap", "teacher gap", "nats", "teacher's log-probability less the student's"),
+    Quantity("teacher_logprob", "teacher log-probability", "nats", "of the sampled token"),
+    Quantity("student_logprob", "student log-probability", "nats", "of the sampled token, when the step was taken"),
+    Quantity("behavior_logprob", "behavior log-probability", "nats", "of the sampled token, when it was sampled"),
+    Quantity("entropy", "entropy", "nats", "of the student's next-token distribution"),
+    Quantity("clip_share", "clipped", "", "1 where the PPO clip binds"),
+    Quantity("teacher_support_mass", "teacher's support mass", "", "teacher's probability of its top K tokens", 1.0),
+    Quantity("student_support_mass", "student's support mass", "", "student's probability of the same tokens", 1.0),
+    Quantity("gradient_norm", "gradient norm", "nats per unit", "of the position's loss at the last hidden state"),
+)
+
+
+def quantities(names: Sequence[str]) -> list[Quantity]:
+    """The quantities of these names: those that are known in their order, then others under their own name.
+
+    Example:
+        >>> [quantity.label for quantity in quantities(["my_value", "entropy", "drift"])]
+        ['drift', 'entropy', 'my value']
+    """
+    known = [quantity for quantity in _KNOWN if quantity.name in names]
+    others = sorted(set(names) - {quantity.name for quantity in known})
+    return known + [Quantity(name, name.replace("_", " "), neutral=None) for name in others]
+
+
+@dataclass(frozen=True)
+class ColorScale:
+    """From the value without colour to those with the fullest, below and above it.
+
+    Args:
+        low: values here and below have the fullest colour of the lower side; ``neutral`` where nothing lies below.
+        neutral: the value without colour.
+        high: as ``low``, above.
+        below: whether values lie below ``low``.
+        above: whether values lie above ``high``.
+    """
+
+    low: float
+    neutral: float
+    high: float
+    below: bool
+    above: bool
+
+
+def color_scale(values: Tensor, neutral: float | None) -> ColorScale:
+    """A scale that covers most values, the same on both sides of the neutral one if there are values on both.
+
+    Args:
+        values: [N] float32, of the positions that count; what is not finite has no say.
+        neutral: see :class:`Quantity`.
+
+    Example:
+        >>> scale = color_scale(torch.tensor([-0.1, *(0.001 * i for i in range(200)), 20.0]), 0.0)
+        >>> round(scale.low, 3), scale.neutral, round(scale.high, 3), scale.below, scale.above
+        (-0.198, 0.0, 0.198, False, True)
+    """
+    finite = values[values.isfinite()].double()
+    if not finite.numel():
+        finite = torch.zeros(1, dtype=torch.float64)
+    middle = _nearest_to_zero(finite) if neutral is None else neutral
+    distance = (finite - middle).abs()
+    reach = float(distance.kthvalue(math.ceil(COVERED * finite.numel())).values) or float(distance.max())
+    # A loss of -1e-9 or a probability of 1.0000001 is rounding, and makes no second side.
+    slack = _NOISE * reach
+    low = middle - reach if finite.min() < middle - slack else middle
+    high = middle + reach if finite.max() > middle + slack else middle
+    below, above = bool((values < low - slack).any()), bool((values > high + slack).any())
+    return ColorScale(low, middle, high, below, above)
+
+
+def _nearest_to_zero(values: Tensor) -> float:
+    low, high = float(values.min()), float(values.max())
+    return 0.0 if low <= 0 <= high else low if low > 0 else high

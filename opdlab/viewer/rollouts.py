@@ -1,0 +1,159 @@
+"""Which rollouts of a step are shown, and what is known of each of their positions.
+
+Shapes: B rollouts, P prompt tokens, T response tokens. Log-probabilities are in nats.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from opdlab.diagnostics import StepTrace
+from opdlab.rollouts import StopReason
+
+_PADDING = -1  # no token id
+
+
+@dataclass(frozen=True)
+class ShownRollout:
+    """A rollout of a training step, on the host.
+
+    Args:
+        rank: its place among the step's rollouts by mean absolute drift, 0 being the largest.
+        num_ranked: how many rollouts were ranked.
+        rollout_id: unique within the run.
+        prompt_id: the prompt's row in the prompt set.
+        prompt_tokens: [P] int32, padding left out.
+        tokens: [T] int32: up to the last position that counts in the loss.
+        mask: [T] bool: whether it counts in the loss.
+        segment_ids: [T] int32, the gate's; -1 where the mask is 0.
+        values: [T] float32 each, by the name of the quantity; see :mod:`opdlab.viewer.quantities`.
+        stop_reason: why it ended.
+        correct: the verdict, None where there is none.
+        age: optimizer steps since the snapshot that sampled it took the student's weights.
+        reuse_epoch: passes over its pool before this one.
+    """
+
+    rank: int
+    num_ranked: int
+    rollout_id: int
+    prompt_id: int
+    prompt_tokens: Tensor
+    tokens: Tensor
+    mask: Tensor
+    segment_ids: Tensor
+    values: dict[str, Tensor]
+    stop_reason: StopReason
+    correct: bool | None
+    age: int
+    reuse_epoch: int
+
+    @property
+    def mean_drift(self) -> float:
+        """Mean of the absolute drift over the positions that count, nats."""
+        return float(self.values["drift"][self.mask].abs().mean())
+
+
+def choose_rollouts(traces: Sequence[StepTrace], num_rollouts: int) -> list[ShownRollout]:
+    """Take rollouts of a step that differ in drift, from the most drifted to the least.
+
+    The step's rollouts that have a token in the loss are ranked by the mean of the absolute drift over those tokens,
+    the earlier rollout first among equals. Shown are ``num_rollouts`` evenly spaced ranks from the first to the last,
+    all where there are fewer: with 3 the largest, the median and the smallest, with 1 the largest. Nothing is drawn at
+    random and nothing scored anew. The choice is made on the device, and there is one copy to the host.
+
+    Args:
+        traces: of the step's micro-batches.
+        num_rollouts: how many, at least 1.
+
+    Returns:
+        At most ``num_rollouts``, in the order of their ranks.
+    """
+    columns = _joined([_columns(trace) for trace in traces])
+    counts = columns["mask"].sum(1)
+    mean = columns["value/drift"].abs().sum(1) / counts.clamp(min=1)
+    order = mean.masked_fill(counts == 0, -1.0).argsort(descending=True, stable=True)  # those without a token last
+    num_ranked = (counts > 0).sum()
+    ranks = _spaced(num_ranked, min(num_rollouts, len(order)))
+    chosen = {name: tensor[order[ranks]] for name, tensor in columns.items()}
+    host = _to_host({**chosen, "rank": ranks, "num_ranked": num_ranked.expand(len(ranks))})
+    rows = [{name: tensor[row] for name, tensor in host.items()} for row in range(len(ranks))]
+    distinct = {int(row["rank"]): row for row in rows if row["num_ranked"]}  # a rank is repeated where there are fewer
+    return [_shown(row) for row in distinct.values()]
+
+
+def _spaced(total: Tensor, number: int) -> Tensor:
+    """``number`` ranks from 0 to ``total - 1``, which stays on the device."""
+    share = torch.linspace(0, 1, number, device=total.device)
+    return (share * (total - 1).clamp(min=0)).round().long()
+
+
+def _columns(trace: StepTrace) -> dict[str, Tensor]:
+    """What is shown, of all rollouts of a micro-batch: [B], [B, P] and [B, T]."""
+    rollouts, inputs = trace.rollouts, trace.inputs
+    values = {
+        **trace.values,
+        "drift": inputs.drift,
+        "segment_drift": trace.gates.segment_drift,
+        "weight": trace.gates.weights,
+        "position_loss": inputs.position_losses,
+        "behavior_logprob": inputs.behavior_logprobs,
+        "student_logprob": inputs.current_logprobs,
+        "teacher_logprob": inputs.teacher_logprobs,
+        "gradient_norm": trace.gradient_norms,
+    }
+    if inputs.teacher_logprobs is not None:
+        values["teacher_gap"] = inputs.teacher_logprobs - inputs.current_logprobs
+    return {
+        **{f"value/{name}": value.detach().float() for name, value in values.items() if value is not None},
+        "prompt_tokens": rollouts.prompt_tokens.masked_fill(~rollouts.prompt_mask, _PADDING),
+        "tokens": rollouts.tokens,
+        "mask": rollouts.mask.long(),
+        "segment_ids": trace.gates.segment_ids,
+        "rollout_id": rollouts.rollout_ids,
+        "prompt_id": rollouts.prompt_ids,
+        "stop_reason": rollouts.stop_reasons,
+        "correct": torch.full_like(rollouts.prompt_ids, -1) if rollouts.correct is None else rollouts.correct.long(),
+        "age": trace.age,
+        "reuse_epoch": torch.full_like(rollouts.prompt_ids, trace.reuse_epoch),
+    }
+
+
+def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack micro-batches, padded to the longest of them."""
+    joined = {}
+    for name in (name for name in parts[0] if all(name in part for part in parts)):
+        tensors = [part[name] for part in parts]
+        width = max(tensor.shape[-1] for tensor in tensors)
+        if tensors[0].dim() == 2:
+            padding = _PADDING if name == "prompt_tokens" else 0
+            tensors = [nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=padding) for tensor in tensors]
+        joined[name] = torch.cat(tensors)
+    return joined
+
+
+def _to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copy long and float32 tensors in one piece, bit by bit; ids are below 2^31."""
+    words = [t.view(torch.int32) if t.is_floating_point() else t.to(torch.int32) for t in tensors.values()]
+    flat = torch.cat([word.flatten() for word in words]).cpu()
+    pieces = torch.split(flat, [word.numel() for word in words])
+    return {
+        name: piece.view(torch.float32).view(tensor.shape) if tensor.is_floating_point() else piece.view(tensor.shape)
+        for (name, tensor), piece in zip(tensors.items(), pieces, strict=True)
+    }
+
+
+def _shown(row: dict[str, Tensor]) -> ShownRollout:
+    length = int(row["mask"].nonzero().max()) + 1
+    verdict = int(row["correct"])
+    return ShownRollout(
+        **{name: int(row[name]) for name in ("rank", "num_ranked", "rollout_id", "prompt_id", "age", "reuse_epoch")},
+        prompt_tokens=row["prompt_tokens"][row["prompt_tokens"] != _PADDING],
+        tokens=row["tokens"][:length],
+        mask=row["mask"][:length].bool(),
+        segment_ids=row["segment_ids"][:length],
+        values={name.removeprefix("value/"): row[name][:length] for name in row if name.startswith("value/")},
+        stop_reason=StopReason(int(row["stop_reason"])),
+        correct=None if verdict < 0 else bool(verdict),
+    )

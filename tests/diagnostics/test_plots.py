@@ -1,0 +1,85 @@
+"""Pictures: what is in them, and that making them leaves matplotlib as it was."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.collections import QuadMesh
+from matplotlib.figure import Figure
+
+from opdlab.diagnostics.ages import AgeFigures
+from opdlab.diagnostics.plots import block_heat_map, by_age, render
+
+
+def mesh_of(figure: Figure) -> QuadMesh:
+    (mesh,) = [child for child in figure.axes[0].get_children() if isinstance(child, QuadMesh)]
+    return mesh
+
+
+def test_heat_map_has_a_column_for_each_step() -> None:
+    values = torch.tensor([[1.0, 0.5, 1.25], [1.0, torch.nan, 0.75], [torch.nan] * 3])
+    figure = block_heat_map([10, 20, 40], values, "weight")
+    mesh = mesh_of(figure)
+    drawn = mesh.get_array()
+    assert drawn is not None
+    np.testing.assert_array_equal(np.ma.filled(drawn, np.nan), values[:2])  # without segments that no rollout has
+    corners = np.asarray(mesh.get_coordinates())
+    assert corners[0, :, 0].tolist() == [5, 15, 30, 50]
+    assert corners[:, 0, 1].tolist() == [-0.5, 0.5, 1.5]
+    # Equal distances from a weight of 1 have equally strong colours, and 1 the palest.
+    low, middle, high = mesh.to_rgba(np.array([0.5, 1.0, 1.5]))[:, :3]
+    assert middle.min() > 0.9
+    assert low[2] > low[0]  # blue
+    assert high[0] > high[2]  # red
+    texts = [figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel(), figure.axes[1].get_ylabel()]
+    assert texts[:2] == ["optimizer step", "segment of the response"]
+    assert "weight" in texts[2]
+
+
+def test_heat_map_of_drift_has_its_unit_and_takes_zeros() -> None:
+    figure = block_heat_map([10], torch.tensor([[0.0], [0.2]]), "drift")
+    assert "nats" in figure.axes[1].get_ylabel()
+    assert mesh_of(figure).norm.vmax == pytest.approx(0.2)
+    assert render(figure).ndim == 3
+    render(block_heat_map([10], torch.zeros(1, 1), "drift"))
+    render(block_heat_map([10], torch.full((1, 1), torch.nan), "drift"))
+
+
+def test_by_age_shows_drift_and_spread() -> None:
+    figure = by_age(AgeFigures([0, 1, 4], [10, 10, 10], [0.0, 0.1, 0.3], [1.0, 1.0, 0.9], [0.0, 0.1, 0.2]))
+    upper, lower = figure.axes
+    assert upper.lines[0].get_xydata().tolist() == [[0, 0], [1, 0.1], [4, 0.3]]  # type: ignore[union-attr]
+    band = lower.collections[0].get_paths()[0].vertices
+    assert (np.max(band[:, 1]), np.min(band[:, 1])) == pytest.approx((1.1, 0.7))  # type: ignore[index]
+    assert "nats" in upper.get_ylabel()
+    assert "refresh" in lower.get_xlabel()
+
+
+def test_a_figure_becomes_pixels() -> None:
+    image = render(by_age(AgeFigures([3], [10], [0.1], [1.0], [0.1])))
+    assert image.dtype == np.uint8
+    assert image.shape[2] == 3
+    assert image.min() < 100 < 255 == image.max()
+    assert max(image.shape) <= 800
+
+
+def test_matplotlib_is_imported_late_and_without_pyplot() -> None:
+    # Who imports it is what counts: torchmetrics does as well.
+    code = """
+import builtins
+ours, imported = builtins.__import__, []
+def watching(name, namespace=None, *rest, **options):
+    if name.startswith("matplotlib") and str((namespace or {}).get("__name__")).startswith("opdlab"):
+        imported.append(name)
+    return ours(name, namespace, *rest, **options)
+builtins.__import__ = watching
+import opdlab.callbacks, opdlab.cli, torch
+from opdlab.diagnostics import plots
+assert imported == [], imported
+plots.render(plots.block_heat_map([1], torch.ones(1, 1), "weight"))
+assert "matplotlib.figure" in imported
+assert "matplotlib.pyplot" not in imported
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,205 @@
+"""What the documentation says is so: pages, options, command lines, code, figures. Building it is `make docs`."""
+
+import contextlib
+import importlib
+import inspect
+import re
+import runpy
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from opdlab.cli import OPDCLI, main
+from opdlab.cli_config import expand_arguments
+from opdlab.diagnostics import step_metrics
+from opdlab.gating import GateStrategy, gate_names, gate_registry
+from opdlab.objectives.base import objective_registry
+from tests.test_package import PUBLIC
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+TEXTS = [*PAGES, *(ROOT / name for name in ("README.md", "configs/README.md", "configs/paper/README.md"))]
+GATES = [name for name in gate_names() if gate_registry().get(name).__module__.startswith("opdlab.strategies.")]
+OBJECTIVES = objective_registry().names()
+
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INCLUDE = re.compile(r"^<!-- include: (\S+)#(\S+) -->$", re.MULTILINE)
+
+
+def name_of(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    return [text for language, text in FENCE.findall(page.read_text()) if language in languages]
+
+
+def section(text: str, heading: str) -> str:
+    found = re.search(rf"^(#+) {re.escape(heading)}$(.*?)(?=^#{{1,2}} |\Z)", text, re.MULTILINE | re.DOTALL)
+    assert found, f"no heading {heading}"
+    return found[2]
+
+
+# -- the site ---------------------------------------------------------------------------------------------------------
+
+
+def entries(nav: Any) -> Iterator[str]:
+    if isinstance(nav, str):
+        yield nav
+    for value in nav.values() if isinstance(nav, dict) else nav if isinstance(nav, list) else ():
+        yield from entries(value)
+
+
+def test_every_page_is_in_the_navigation_once_and_there_is_no_other() -> None:
+    hooks = (DOCS / "scripts/hooks.py").read_text()
+    from_elsewhere = dict(re.findall(r'^    "(\S+\.md)": "(\S+\.md)",$', hooks, re.MULTILINE))
+    assert all((ROOT / source).is_file() for source in from_elsewhere)
+    pages = {page.relative_to(DOCS).as_posix() for page in PAGES} | set(from_elsewhere.values())
+    assert sorted(entries(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])) == sorted(pages)
+
+
+def test_includes_lead_to_a_heading() -> None:
+    for page in PAGES:
+        for name, anchor in INCLUDE.findall(page.read_text()):
+            headings = re.findall(r"^#+ (.*)$", (ROOT / name).read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in headings], page
+
+
+def test_every_public_module_has_its_api_page() -> None:
+    documented = [
+        module for page in DOCS.glob("api/*.md") for module in re.findall(r"^::: (\S+)$", page.read_text(), re.M)
+    ]
+    assert set(PUBLIC) <= set(documented)
+    assert len(documented) == len(set(documented))
+    for module in documented:
+        importlib.import_module(module)
+
+
+# -- gates and objectives ---------------------------------------------------------------------------------------------
+
+
+def documented_options(text: str) -> dict[str, str]:
+    """Names and defaults in the tables of a page."""
+    included = "".join(section((ROOT / file).read_text(), "Every gate's options") for file, _ in INCLUDE.findall(text))
+    rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", text + included, re.MULTILINE)
+    return {name: re.split(r"(?<!\\)\|", rest)[1].strip() for name, rest in rows}
+
+
+def options(*classes: type) -> dict[str, str]:
+    """Names and defaults in the signatures, as YAML writes them."""
+    parameters = [p for cls in classes for p in inspect.signature(cls).parameters.values()]
+    return {p.name: "null" if p.default is None else str(p.default) for p in parameters if p.default is not p.empty}
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_every_gate_has_a_page_with_its_picture_and_options(gate: str) -> None:
+    text = (DOCS / f"gates/{gate}.md").read_text()
+    assert text.startswith(f"# {gate}\n")
+    assert f"../pictures/gate-{gate}.svg" in text
+    assert (DOCS / f"pictures/gate-{gate}.svg").is_file()
+    assert "https://arxiv.org/abs/2606.24084" in text
+    assert documented_options(text) == options(gate_registry().get(gate), GateStrategy)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_has_a_section_with_its_options(objective: str) -> None:
+    text = section((DOCS / "objectives.md").read_text(), objective)
+    assert documented_options(text) == options(objective_registry().get(objective))
+
+
+def test_the_table_of_gates_has_the_examples_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DOCS / "scripts")
+    script = runpy.run_path(str(DOCS / "scripts/gate_table.py"))
+    lines = script["table"](script["load"]())
+    del sys.modules["example"]
+    assert "\n".join(lines) in (DOCS / "gates/index.md").read_text()
+
+
+def test_every_logged_figure_of_a_step_is_explained() -> None:
+    record = {name: torch.ones(2) for name in ("drift", "segment_drift", "weight", "entropy", "teacher_gap")}
+    text = (DOCS / "metrics.md").read_text()
+    assert [name for name in step_metrics(record) if f"`{name}`" not in text] == []
+
+
+# -- code and command lines -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty current folder; what code registers is forgotten."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(gate_registry(), "_classes", dict(gate_registry()._classes))
+    yield tmp_path
+    for name in [name for name in sys.modules if (tmp_path / f"{name}.py").is_file()]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
+def test_python_code_runs(page: Path, folder: Path) -> None:
+    for number, code in enumerate(blocks(page, "python")):
+        # A file, so that a gate's tester finds the class by its path.
+        (folder / f"{page.stem}_block_{number}.py").write_text(code)
+        importlib.invalidate_caches()
+        importlib.import_module(f"{page.stem}_block_{number}")
+
+
+def commands(page: Path) -> Iterator[str]:
+    """Command lines in blocks and in the text, those with placeholders left out."""
+    text = page.read_text()
+    lines = "\n".join(blocks(page, "sh", "bash")).replace("\\\n", " ").splitlines()
+    for line in [*lines, *re.findall(r"`(opdlab [^`\n]*)`", FENCE.sub("", text))]:
+        found = re.match(r"(?:\w+=\S+ )*(opdlab (?:gates|\w+ .*))", line)
+        if found and not re.search(r"…|\||NAME|FILE|: error:", found[1]):
+            yield found[1]
+
+
+@pytest.fixture(scope="module")
+def parser() -> Any:
+    """The command line's parser, built once."""
+    found: list[Any] = []
+
+    class ParserOnly(OPDCLI):
+        def parse_arguments(self, parser: Any, args: Any) -> None:
+            found.append(parser)
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(sys, "argv", ["opdlab", "fit"])
+        ParserOnly()
+    return found[0]
+
+
+def write_files(page: Path, folder: Path) -> None:
+    """Blocks that begin with a file's name are that file."""
+    for code in blocks(page, "python", "yaml"):
+        if found := re.match(r"# (\w+\.(?:py|yaml))\b", code):
+            (folder / found[1]).write_text(code)
+
+
+@pytest.mark.parametrize("page", [page for page in TEXTS if any(commands(page))], ids=name_of)
+def test_command_lines_parse(page: Path, folder: Path, parser: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    for each in (page, ROOT / "README.md"):  # the guide goes on with the files of the sections that it includes
+        write_files(each, folder)
+    for command in commands(page):
+        _, subcommand, *arguments = shlex.split(command, comments=True)
+        if subcommand == "gates":
+            assert main(["gates"]) == 0
+            continue
+        subcommand = {"estimate": "fit"}.get(subcommand, subcommand)
+        try:
+            parser.parse_args(expand_arguments([subcommand, *arguments]))
+        except SystemExit as stop:  # --print_config, --…help
+            status = stop.code or 0
+        except Exception as error:
+            raise AssertionError(f"{name_of(page)}: {command}: {error}") from error
+        else:
+            status = 0
+        assert status == 0, command
