@@ -3,11 +3,13 @@
 # mypy: disable-error-code="no-untyped-call"
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -418,3 +420,32 @@ def test_gradient_accumulated_in_place(kind: str, dtype: torch.dtype) -> None:
     weight.grad = None
     loss(Head(weight, accumulate_grad=True)).backward()
     torch.testing.assert_close(weight.grad, expected[1], rtol=rtol, atol=atol)
+
+
+@pytest.fixture
+def _process_group(tmp_path: Path) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_sharded_head() -> None:
+    hidden, weight, bias = inputs(bias=True)
+    assert bias is not None
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    shards = [distribute_tensor(tensor.detach(), mesh, [Shard(0)]).requires_grad_() for tensor in (weight, bias)]
+    targets, support = draw(N), draw(N, K)
+
+    def loss(head: Head) -> Tensor:
+        logits, statistics = support_statistics(hidden, head, targets, support)
+        return logits.sum() + token_statistics(hidden, head, targets).logprobs.sum() + statistics.entropy.sum()
+
+    sharded = loss(Head(shards[0], shards[1], accumulate_grad=True))
+    torch.testing.assert_close(sharded, loss(Head(weight, bias)))
+    gradients = torch.autograd.grad(sharded, [hidden, *shards])
+    expected = torch.autograd.grad(loss(Head(weight, bias)), [hidden, weight, bias])
+    torch.testing.assert_close(gradients[0], expected[0])
+    for gradient, wanted in zip(gradients[1:], expected[1:], strict=True):
+        assert isinstance(gradient, DTensor)
+        torch.testing.assert_close(gradient.full_tensor(), wanted)

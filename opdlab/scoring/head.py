@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 # Logits held at any one time: 8 Mi floats, 32 MB in float32. A second tensor of that size holds their exponentials.
 MAX_TILE_LOGITS = 1 << 23
@@ -50,10 +49,8 @@ class Head:
 
     def gathered(self) -> "Head":
         """The same with the whole weight, where it is sharded over processes (a DTensor); differentiable."""
-        if not isinstance(self.weight, DTensor):
-            return self
-        bias = self.bias.full_tensor() if isinstance(self.bias, DTensor) else self.bias
-        return replace(self, weight=self.weight.full_tensor(), bias=bias, accumulate_grad=False)
+        weight, bias = whole(self.weight), None if self.bias is None else whole(self.bias)
+        return self if weight is self.weight else replace(self, weight=weight, bias=bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[N, H] -> [N, V], float32 or wider, differentiable. For pieces of a batch only: this is the large tensor."""
@@ -83,6 +80,12 @@ class Head:
         if self.softcap is None:
             return factor
         return (logits * (self.temperature / self.softcap)).square_().neg_().add_(1.0).mul_(factor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A DTensor's whole tensor. Asked of the tensor, since not every build of torch has the class."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
