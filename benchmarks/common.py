@@ -55,6 +55,40 @@ def run_child(script: Path, arguments: Sequence[str], *, threads: int, python: s
     return answer
 
 
+class PeakMemory:
+    """Bytes that this process holds at most beyond what it holds now; of an accelerator if one is given.
+
+    Of the process it is the resident set, which Linux counts.
+
+    Args:
+        device: a CUDA device, or None.
+    """
+
+    def __init__(self, device: Any = None) -> None:
+        self._device = device
+        if device is None:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            self._before = _resident("VmRSS")
+        else:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(device)
+            self._before = float(torch.cuda.memory_allocated(device))
+
+    def extra_bytes(self) -> float:
+        """Say what was held at most since then."""
+        if self._device is None:
+            return _resident("VmHWM") - self._before
+        import torch
+
+        return float(torch.cuda.max_memory_allocated(self._device)) - self._before
+
+
+def _resident(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
 def machine() -> dict[str, Any]:
     """Say what this was measured on, and how busy it was beforehand."""
     name = platform.processor() or platform.machine()

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import REPOSITORY, ChildError, machine, pairwise_ratios, run_child, spread, versions
+from common import REPOSITORY, ChildError, PeakMemory, machine, pairwise_ratios, run_child, spread, versions
 from rich.console import Console
 from rich.table import Table
 
@@ -67,12 +67,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
 
     step(tensors(8))  # threads, kernels, and what is set up at the first call
     inputs = tensors(n)
-    before = _memory(device, reset=True)
+    peak = PeakMemory(None if device.type == "cpu" else device)
     _synchronize(device)
     started = time.perf_counter()
     step(inputs)
     _synchronize(device)
-    return {"seconds": time.perf_counter() - started, "bytes": _memory(device) - before}
+    return {"seconds": time.perf_counter() - started, "bytes": peak.extra_bytes()}
 
 
 def _synchronize(device: Any) -> None:
@@ -80,22 +80,6 @@ def _synchronize(device: Any) -> None:
         import torch
 
         torch.cuda.synchronize(device)
-
-
-def _memory(device: Any, reset: bool = False) -> float:
-    """Bytes in use with ``reset``, and else the most since then."""
-    if device.type == "cuda":
-        import torch
-
-        if reset:
-            torch.cuda.reset_peak_memory_stats(device)
-            return float(torch.cuda.memory_allocated(device))
-        return float(torch.cuda.max_memory_allocated(device))
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    wanted = "VmRSS:" if reset else "VmHWM:"
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) for line in lines if line.startswith(wanted)) * 1024
 
 
 # -- what is measured --------------------------------------------------------------------------------------------------

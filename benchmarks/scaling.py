@@ -1,0 +1,125 @@
+"""How time and memory of an update grow with the response's length, the batch, the vocabulary and the support.
+
+One update is what a training step does on a micro-batch: the student's forward pass, objective, gate, loss, backward
+pass. The student has the toy model's architecture (hidden size 96, two layers) and random weights. One size is doubled
+while the others stay; the exponent is the slope of the logarithm from one doubling to the next: 1 is linear growth.
+Every measurement has a process of its own; memory is the peak of the resident set less what was there before.
+
+``python benchmarks/scaling.py --json scaling.json``
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from common import REPOSITORY, TOY_MODELS, PeakMemory, machine, run_child, versions
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(REPOSITORY))
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of an update: rollouts, response tokens, rows of the head, tokens in the support."""
+
+    batch: int = 1
+    length: int = 2048
+    vocabulary: int = 32_768
+    k: int = 32
+
+
+SWEEPS: dict[str, list[Size]] = {
+    "length": [Size(length=256 << n) for n in range(7)],
+    "batch": [Size(batch=1 << n, length=512) for n in range(5)],
+    "vocabulary": [Size(vocabulary=8192 << n) for n in range(5)],
+    "k": [Size(k=8 << n) for n in range(7)],
+}
+
+
+def measure(size: Size) -> dict[str, float]:
+    """Seconds and bytes of one update; this is the child."""
+    import torch
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    from opdlab.accumulation import gate_inputs
+    from opdlab.gating import build_gate
+    from opdlab.objectives import TeacherTopK, loss_shares, reduce_losses
+    from opdlab.policies import LanguageModel
+    from opdlab.rollouts import Rollouts, Targets
+
+    torch.manual_seed(0)
+    config = Qwen3Config.from_pretrained(TOY_MODELS / "student")
+    config.vocab_size, config.max_position_embeddings = size.vocabulary, 2 * size.length
+    with tempfile.TemporaryDirectory() as folder:
+        Qwen3ForCausalLM(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(TOY_MODELS / "student").save_pretrained(folder)
+        student = LanguageModel(folder)
+    student.accumulate_head_grad = True
+    objective, gate = TeacherTopK(size.k), build_gate("block64", tau=1.0)
+
+    def update(batch: int, length: int) -> None:
+        mask, ids = torch.ones(batch, length, dtype=torch.bool), torch.zeros(batch, dtype=torch.long)
+        prompt = torch.zeros(batch, 32, dtype=torch.long)
+        tokens = torch.randint(0, size.vocabulary, (batch, length))
+        logprobs = torch.full((batch, length), -math.log(size.vocabulary))
+        rollouts = Rollouts(prompt, prompt == 0, tokens, mask, logprobs, *5 * (ids,))
+        support = torch.randint(0, size.vocabulary, (batch, length, size.k), dtype=torch.int32)
+        targets = Targets(logprobs, support, torch.randn(batch, length, size.k), torch.ones(batch, length))
+        peak = PeakMemory()
+        started = time.perf_counter()
+        positions = objective.position_losses(student.score(rollouts), rollouts, targets)
+        weights = gate(gate_inputs(rollouts, targets, positions)).weights
+        shares = loss_shares(mask, reduction="token_mean", num_tokens=batch * length, num_rollouts=batch)
+        reduce_losses(positions.losses, weights, shares).backward()
+        measured.update(seconds=time.perf_counter() - started, bytes=peak.extra_bytes())
+
+    measured: dict[str, float] = {}
+    update(1, 16)  # threads, and the buffers of gradients
+    update(size.batch, size.length)
+    return measured
+
+
+def main() -> int:
+    """Measure every sweep and print it with its exponents."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweeps", nargs="+", choices=list(SWEEPS), default=list(SWEEPS))
+    parser.add_argument("--max-length", type=int, default=16_384, help="leave out longer responses")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        print(json.dumps(measure(Size(**json.loads(arguments.child)))))
+        return 0
+    result: dict[str, Any] = {"machine": machine(), "versions": versions("torch", "transformers"), "sweeps": {}}
+    for name in arguments.sweeps:
+        rows = []
+        for size in SWEEPS[name]:
+            if size.length <= arguments.max_length:
+                child = ["--child", json.dumps(asdict(replace(size)))]
+                rows.append({**asdict(size), **run_child(Path(__file__), child, threads=arguments.threads)})
+        result["sweeps"][name] = rows
+        _print(name, rows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1))
+    return 0
+
+
+def _print(name: str, rows: list[dict[str, Any]]) -> None:
+    fixed = ", ".join(f"{key} {value}" for key, value in rows[0].items() if key in asdict(Size()) and key != name)
+    table = Table(name, "seconds", "exponent", "MB", "exponent", title=f"{name}; {fixed}")
+    for before, row in zip([None, *rows], rows, strict=False):
+        slopes = ["" if before is None else f"{math.log2(row[key] / before[key]):.2f}" for key in ("seconds", "bytes")]
+        table.add_row(f"{row[name]:,}", f"{row['seconds']:.2f}", slopes[0], f"{row['bytes'] / 1e6:.0f}", slopes[1])
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
