@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from opdlab.accumulation import gate_inputs, join_gate_inputs, split_gates
@@ -159,6 +159,8 @@ class OPDModule(EvaluationModule):
         super().setup(stage)
         absent = isinstance(self.teacher, NoTeacher)
         require(stage != "fit" or not absent, "model.teacher is NoTeacher, but training needs a teacher: give one")
+        # A sharded model gathers its weights in every pass, of which all processes must take as many.
+        self.student.group_lengths = isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
         # Other strategies hook into gradients to reduce or shard them.
         self.student.accumulate_head_grad = isinstance(self.trainer.strategy, SingleDeviceStrategy)
 

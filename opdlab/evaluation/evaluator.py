@@ -177,12 +177,11 @@ def _samples(
 def _reverse_kl(model: LanguageModel, teacher: Teacher, rollouts: Rollouts, batch_size: int = 16) -> list[float]:
     """Mean of ``logpi - logq`` over the tokens of each fresh rollout, nats."""
     targets = teacher.score(rollouts, TeacherRequest())
-    means: list[float] = []
+    sums = torch.zeros(len(rollouts), dtype=torch.float64)
     for rows, scored in model.score_in_chunks(rollouts, batch_size):
         logprobs = scored.padded(scored.statistics().logprobs).cpu()
-        gaps = ((logprobs - targets.logprobs[rows]) * rollouts.mask[rows]).double().sum(1)
-        means += (gaps / rollouts.num_tokens[rows]).tolist()
-    return means
+        sums[rows] = ((logprobs - targets.logprobs[rows]) * rollouts.mask[rows]).double().sum(1)
+    return (sums / rollouts.num_tokens).tolist()
 
 
 def submit_answers(texts: list[str], rollouts: Rollouts, batch: EvaluationBatch) -> Verdicts | None:

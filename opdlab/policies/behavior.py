@@ -105,4 +105,4 @@ class BehaviorPolicy(nn.Module):
         with progress.task("scoring (behavior)", len(rollouts)) as advance:
             for rows, scored in self.policy.score_in_chunks(rollouts, self._score_batch_size):
                 into[rows] = scored.padded(scored.statistics().logprobs).cpu()
-                advance(rows.stop - rows.start)
+                advance(len(rows))

@@ -21,6 +21,7 @@ from opdlab.policies.adapters import (
     take_off_adapter,
 )
 from opdlab.policies.heads import check_head, head_of, output_layer
+from opdlab.policies.lengths import length_groups
 from opdlab.policies.loading import (
     DType,
     ModelSource,
@@ -110,6 +111,8 @@ class LanguageModel(nn.Module):
         # Names of the weights that an adapter leaves as they are: shared by the snapshot, and in no checkpoint.
         named = self.named_parameters(remove_duplicate=False) if self.has_adapter else ()
         self.frozen_keys = frozenset(name for name, parameter in named if not parameter.requires_grad)
+        self.group_lengths = True
+        """Whether rows of similar length go through the model together: not where other processes must keep step."""
         self.accumulate_head_grad = False
         """See :class:`opdlab.scoring.Head`; for whoever knows that nothing hooks into the head's gradient."""
         self.register_state_dict_post_hook(keep_adapter_only)  # type: ignore[no-untyped-call]
@@ -196,30 +199,40 @@ class LanguageModel(nn.Module):
         """
         # Every row is moved to column 0, so that padding follows it. Causal attention then needs no mask, which is
         # faster, and lets torch take the kernels that accept none.
-        padding = (~rollouts.prompt_mask.bool()).sum(1)
-        tokens = torch.cat([rollouts.prompt_tokens, rollouts.tokens], dim=1)
-        last = tokens.shape[1] - 1
-        columns = torch.arange(last, device=tokens.device) + padding[:, None]
-        hidden = self._hidden_states(tokens.gather(1, columns.clamp(max=last)))
-        # One mask look-up for the whole batch; the head then works on valid positions only.
         valid = rollouts.mask.bool()
-        row, position = valid.nonzero(as_tuple=True)
-        before_response = rollouts.prompt_tokens.shape[1] - padding - 1
-        chosen = hidden[row, before_response[row] + position]
+        padding = (~rollouts.prompt_mask.bool()).sum(1)
+        first = rollouts.prompt_tokens.shape[1] - padding - 1  # place of the state that scores the first token
+        last = (valid * torch.arange(1, valid.shape[1] + 1, device=valid.device)).amax(1)
+        lengths = torch.where(last > 0, first + last, 0).tolist()  # what has to be fed; one look for the whole batch
+        tokens = torch.cat([rollouts.prompt_tokens, rollouts.tokens], dim=1)
+        states, places = [], []
+        for group in self._groups(lengths):
+            rows = torch.tensor(group, device=tokens.device)
+            width = max(1, *(lengths[row] for row in group))
+            columns = torch.arange(width, device=tokens.device) + padding[rows, None]
+            hidden = self._hidden_states(tokens[rows].gather(1, columns.clamp(max=tokens.shape[1] - 1)))
+            row, position = valid[rows].nonzero(as_tuple=True)
+            states.append(hidden[row, first[rows[row]] + position])
+            places.append(rows[row] * valid.shape[1] + position)
         head = replace(self.head(rollouts.temperature), accumulate_grad=self.accumulate_head_grad)
-        return Scored(chosen, head, valid, rollouts.tokens[row, position])
+        # In row-major order again; within a group they are.
+        ordered = states[0] if len(states) == 1 else torch.cat(states)[torch.cat(places).argsort()]
+        return Scored(ordered, head, valid, rollouts.tokens[valid])
+
+    def _groups(self, lengths: list[int]) -> list[list[int]]:
+        groups = [sorted(group) for group in length_groups(lengths)] if self.group_lengths else []
+        return groups or [list(range(len(lengths)))]
 
     @torch.no_grad()
-    def score_in_chunks(self, rollouts: Rollouts, batch_size: int) -> Iterator[tuple[slice, Scored]]:
-        """Score ``batch_size`` rows at a time without gradient, each chunk moved to this model's device.
+    def score_in_chunks(self, rollouts: Rollouts, batch_size: int) -> Iterator[tuple[Tensor, Scored]]:
+        """Score ``batch_size`` rows of similar length at a time without gradient, moved to this model's device.
 
         Yields:
-            The rows of ``rollouts`` that the chunk covers, and the chunk.
+            Which rows of ``rollouts`` the chunk has, longest first, and the chunk.
         """
-        for start in range(0, len(rollouts), batch_size):
-            rows = slice(start, min(start + batch_size, len(rollouts)))
-            chunk = rollouts.rows(torch.arange(rows.start, rows.stop)).to(self.device)
-            yield rows, self.score(chunk)
+        lengths = rollouts.prompt_mask.sum(1) + rollouts.mask.sum(1)
+        for rows in torch.split(lengths.argsort(descending=True, stable=True), batch_size):
+            yield rows, self.score(rollouts.rows(rows).to(self.device))
 
     def save(self, folder: Path, merge: bool = False) -> None:
         """Write model and tokenizer as a Hugging Face folder.

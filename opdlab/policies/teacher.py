@@ -127,7 +127,7 @@ class LocalTeacher(Teacher):
                     mass = (top.logits.logsumexp(-1) - statistics.log_normalizer).exp()
                     targets.support_mass[rows] = scored.padded(mass).cpu()
                 targets.logprobs[rows] = scored.padded(statistics.logprobs).cpu()
-                advance(rows.stop - rows.start)
+                advance(len(rows))
         return targets
 
 

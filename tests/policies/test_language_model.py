@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import GPT2Config, OPTConfig, Qwen3Config
 
 from opdlab.errors import UsageError
 from opdlab.policies import LanguageModel
+from opdlab.policies.lengths import length_groups
 from opdlab.rollouts.batch import Rollouts
 from opdlab.tasks.toy import chain_tokenizer
 from tests.policies.tiny_models import COMMON, CONFIGS, IDS, rollouts, save_random
@@ -35,6 +37,44 @@ def refusal(path: Path | str) -> str:
         LanguageModel(str(path))
     assert str(path) in str(caught.value)
     return str(caught.value)
+
+
+@pytest.mark.parametrize("overhead", [0, 3, 10_000])  # every length apart, some together, one pass
+def test_scores_in_groups_of_similar_length(qwen3: Path, monkeypatch: pytest.MonkeyPatch, overhead: int) -> None:
+    model, batch = LanguageModel(str(qwen3)), rollouts()
+    batch.mask[1] = False  # nothing of it is scored
+    batch.mask[3, 2] = False  # a hole: attended to, but not scored
+    passes: list[tuple[int, ...]] = []
+    forward = model._hidden_states
+
+    def counted(tokens: Tensor) -> Tensor:
+        passes.append(tuple(tokens.shape))
+        return forward(tokens)
+
+    monkeypatch.setattr(model, "_hidden_states", counted)
+
+    def gradients() -> tuple[Tensor, Any]:
+        scored = model.score(batch)
+        logprobs = scored.padded(scored.statistics().logprobs)
+        return logprobs, torch.autograd.grad((logprobs * torch.arange(7)).sum(), list(model.parameters()))
+
+    model.group_lengths = False
+    whole, expected = gradients()
+    model.group_lengths = True
+    monkeypatch.setattr("opdlab.policies.language_model.length_groups", partial(length_groups, overhead=overhead))
+    passes.clear()
+    ours, found = gradients()
+    # Prompts of 5, 2, 9, 1 and responses of 7, 4, 1, 6 tokens; the last one is not fed.
+    assert passes == {0: [(1, 11), (1, 9), (1, 6)], 3: [(1, 11), (2, 9)], 10_000: [(3, 11)]}[overhead]
+    torch.testing.assert_close(ours, whole, rtol=0, atol=1e-5)
+    for gradient, wanted in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_to_score(qwen3: Path) -> None:
+    model, batch = LanguageModel(str(qwen3)), rollouts()
+    batch.mask[:] = False
+    assert model.score(batch).hidden.shape == (0, model.head().weight.shape[1])
 
 
 def test_scores_in_chunks_and_gradient(qwen3: Path) -> None:
