@@ -43,6 +43,10 @@ from opdlab.module import OPDModule
 from opdlab.policies import LanguageModel, LocalTeacher
 
 EXIT_USAGE = 2
+_ABOUT = (
+    "Gated on-policy distillation of language models. Besides the subcommands below: `opdlab gates` lists the gates, "
+    "`opdlab estimate` takes what fit takes and says what it needs in memory."
+)
 
 
 class _SaveFitConfig(SaveConfigCallback):
@@ -70,7 +74,7 @@ class OPDCLI(LightningCLI):
             seed_everything_default=0,
             save_config_callback=_SaveFitConfig,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs=dict.fromkeys(("fit", "validate", "test"), options) | options,
+            parser_kwargs=dict.fromkeys(("fit", "validate", "test"), options) | options | {"description": _ABOUT},
             trainer_defaults={"callbacks": [self.table], "max_epochs": -1},
         )
 
@@ -332,6 +336,8 @@ def console() -> None:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     advert = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advert.addFilter(lambda record: "litlogger" not in record.getMessage())
+    # Python's own form names a file and quotes a line of it.
+    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
     raise SystemExit(main())
 
 
