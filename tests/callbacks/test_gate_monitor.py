@@ -30,7 +30,9 @@ from opdlab.callbacks import GateMonitor, gate_monitor
 from opdlab.callbacks.step_callback import StepCallback
 from opdlab.callbacks.tensorboard import LAYOUT
 from opdlab.diagnostics import StepTrace
+from opdlab.diagnostics.ages import AgeFigures
 from opdlab.diagnostics.gates import to_host
+from opdlab.diagnostics.plots import by_age as by_age_picture
 from opdlab.errors import UsageError
 from opdlab.gating import GateInputs, GateStrategy, build_gate
 from opdlab.objectives import SampledTokenOPD
@@ -228,6 +230,20 @@ def test_a_resumed_run_shows_the_whole(make_run: MakeRun, tmp_path: Path, accumu
     torch.testing.assert_close(first["history"]["values"], second["history"]["values"], equal_nan=True)
 
 
+def test_a_step_that_was_resumed_within_is_not_shown(make_run: MakeRun, tmp_path: Path) -> None:
+    """Half of its micro-batches would give figures that are not those of the optimizer batch."""
+    path = tmp_path / "stopped.ckpt"
+    options: dict[str, Any] = {"accumulate": 4, "gate": "block32"}
+    fit(make_run, tmp_path / "a", 8, GateMonitor(every_n_steps=1), save_at=(path, 26), **options)
+    fit(make_run, tmp_path / "b", 8, GateMonitor(every_n_steps=1), ckpt_path=path, **options)
+    whole, resumed = read(tmp_path / "a"), read(tmp_path / "b")
+    assert scalars_at(whole, 7, "gate/correlation/")
+    assert not scalars_at(resumed, 7, "gate/correlation/", "age/")
+    expected = scalars_at(whole, 8, "gate/")
+    assert scalars_at(resumed, 8, "gate/") == expected
+    assert expected
+
+
 def test_a_monitor_used_twice_begins_anew(make_run: MakeRun, tmp_path: Path) -> None:
     monitor = GateMonitor(every_n_steps=1)
     for folder in ("a", "b"):
@@ -245,6 +261,20 @@ def test_pictures_are_there_at_the_end(make_run: MakeRun, tmp_path: Path) -> Non
         assert event.step == 3
         assert event.encoded_image_string.startswith(b"\x89PNG")
         assert event.width > 400
+
+
+def test_the_picture_by_age_is_of_all_steps(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[AgeFigures] = []
+
+    def kept(figures: AgeFigures) -> Any:
+        drawn.append(figures)
+        return by_age_picture(figures)
+
+    monkeypatch.setattr("opdlab.diagnostics.plots.by_age", kept)
+    _, traces = fit(make_run, tmp_path, 7, GateMonitor(every_n_steps=3))  # the last step is not one that is shown
+    (figures,) = drawn
+    parts = [trace for step in traces.steps.values() for trace in step]
+    assert sum(figures.num_positions) == sum(int(trace.inputs.mask.sum()) for trace in parts)
 
 
 def test_drawing_keeps_to_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
