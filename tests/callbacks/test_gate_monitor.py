@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import re
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -14,6 +15,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -26,7 +28,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from opdlab.accumulation import join_gate_inputs
-from opdlab.callbacks import GateMonitor, gate_monitor
+from opdlab.callbacks import GateMonitor, SampleLogger, gate_monitor
 from opdlab.callbacks.step_callback import StepCallback
 from opdlab.callbacks.tensorboard import LAYOUT
 from opdlab.diagnostics import StepTrace
@@ -131,7 +133,11 @@ def test_every_block_has_a_histogram_of_its_weights(
             valid = values[inputs.mask.bool()].double()
             assert histograms[tag].num == len(valid)
             assert histograms[tag].sum == pytest.approx(float(valid.sum()), rel=1e-4, abs=1e-4)
+            assert histograms[tag].sum_squares == pytest.approx(float(valid.square().sum()), rel=1e-4, abs=1e-4)
             assert histograms[tag].min == pytest.approx(float(valid.min()), rel=1e-5)
+            below = [int((valid <= limit).sum()) for limit in histograms[tag].bucket_limit]
+            # Whatever lies on an edge may be on either side.
+            assert np.cumsum(histograms[tag].bucket) == pytest.approx(below, abs=2)
 
 
 def test_segments_beyond_the_limit_are_left_out(make_run: MakeRun, tmp_path: Path) -> None:
@@ -161,6 +167,32 @@ def test_gradients_are_asked_for_at_monitored_steps_only(make_run: MakeRun, tmp_
     asked = {step: [trace.gradient_norms is not None for trace in parts] for step, parts in traces.steps.items()}
     assert asked == {step: [step % 2 == 0] * 2 for step in range(1, 6)}
     assert not run.module.trace_gradients
+
+
+class Alive(Callback):
+    """Counts the traces that are still there when an optimizer step begins."""
+
+    def __init__(self) -> None:
+        self.traces: list[weakref.ref[StepTrace]] = []
+        self.counts: list[int] = []
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch.position == 0:
+            self.counts.append(sum(trace() is not None for trace in self.traces))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.traces.append(weakref.ref(outputs["trace"]))
+
+
+def test_traces_are_let_go_with_their_step(make_run: MakeRun, tmp_path: Path) -> None:
+    alive = Alive()  # in front, so that it looks before the others forget
+    make_run(callbacks=(alive, GateMonitor(every_n_steps=1), SampleLogger(every_n_steps=2)), accumulate=2).fit(4)
+    assert alive.counts == [0] * 4
+    assert len(alive.traces) == 8
 
 
 # A pool lasts 4 steps, two passes of 2; the snapshot is refreshed after every 3. Pools begin at steps 0, 4, 8, 12 and
