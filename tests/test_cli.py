@@ -140,7 +140,10 @@ def test_gates_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -
         ("--model.objective teacher_topc", "unknown objective 'teacher_topc'; did you mean 'teacher_topk'?"),
         ("--model.gate.tua 1", "unknown key 'tua' of opdlab.strategies.block.Block64Gate; did you mean 'tau'?"),
         ("--modle.gate block64", "unknown key 'modle.gate'; did you mean 'model.gate'?"),
-        ("--sample_logger.every_n_step 5", "unknown key 'sample_logger.every_n_step'; did you mean 'sample_logger.every_n_"),
+        (
+            "--sample_logger.every_n_step 5",
+            "unknown key 'sample_logger.every_n_step'; did you mean 'sample_logger.every_n_",
+        ),
         ("--sample_logger.foo 5", "unknown key 'sample_logger.foo'; its section has every_n_steps, num_rollouts"),
         ("--sample_logger false", "sample_logger is false, but it is a section; its section has every_n_steps, num"),
         ("--data.reuse.epohcs 1", "unknown key 'data.reuse.epohcs'; did you mean 'data.reuse.epochs'?"),

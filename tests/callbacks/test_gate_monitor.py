@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import re
+import signal
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -35,7 +36,7 @@ from opdlab.diagnostics import StepTrace
 from opdlab.diagnostics.ages import AgeFigures
 from opdlab.diagnostics.gates import to_host
 from opdlab.diagnostics.plots import by_age as by_age_picture
-from opdlab.errors import UsageError
+from opdlab.errors import Stopped, UsageError
 from opdlab.gating import GateInputs, GateStrategy, build_gate
 from opdlab.objectives import SampledTokenOPD
 from tests.test_resume import SaveAt
@@ -68,7 +69,7 @@ def fit(make_run: MakeRun, folder: Path, steps: int, monitor: GateMonitor, **opt
     logger = TensorBoardLogger(str(folder), name="", version="")
     gate = options.pop("custom_gate", None)
     ckpt_path, save_at = options.pop("ckpt_path", None), options.pop("save_at", None)
-    run = make_run(callbacks=(monitor, traces), **options)
+    run = make_run(callbacks=(monitor, traces, *options.pop("callbacks", ())), **options)
     if gate is not None:
         run.module.gate = gate
     if save_at is not None:
@@ -293,6 +294,23 @@ def test_pictures_are_there_at_the_end(make_run: MakeRun, tmp_path: Path) -> Non
         assert event.step == 3
         assert event.encoded_image_string.startswith(b"\x89PNG")
         assert event.width > 400
+
+
+class StopAt(Callback):
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            raise Stopped
+
+
+def test_a_stopped_run_has_its_pictures(make_run: MakeRun, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            fit(make_run, tmp_path, 9, GateMonitor(every_n_steps=2), callbacks=(StopAt(),))
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
+    (event,) = read(tmp_path).Images("gate/heat_map/weight")
+    assert event.step == 2
 
 
 def test_the_picture_by_age_is_of_all_steps(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
