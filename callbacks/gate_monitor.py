@@ -31,9 +31,9 @@ class GateMonitor(StepCallback):
     - Scalars: what the gate makes of the step's loss and gradient (``gate/loss_ratio``, ``gate/gradient_cosine``, …),
       what its weights go with (``gate/correlation/…``), and, of all steps since the last that was shown, drift and
       weights by the age of the rollouts (``age/…``, ``reuse_epoch/…``).
-    - Pictures of the whole run: ``gate/heat_map/weight``, ``gate/heat_map/drift``, ``gate/by_age``. They are drawn at
-      the end of training, and before that as often as drawing takes less than 0.5% of the run's time, for the first
-      time after about three minutes; the clock decides when they are drawn, not what they show.
+    - Pictures of the whole run: ``gate/heat_map/weight``, ``gate/heat_map/drift``, ``gate/by_age``. They are drawn when
+      training ends or is stopped, and before that as often as drawing takes less than 0.5% of the run's time, for the
+      first time after about three minutes; the clock decides when they are drawn, not what they show.
     - A page of TensorBoard ("Custom scalars") with all that belongs together.
 
     Figures are of the whole optimizer batch, whatever micro-batches it comes in. Between those steps only sums by age
@@ -120,6 +120,11 @@ class GateMonitor(StepCallback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the whole run."""
         if trainer.is_global_zero:
+            self._draw(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Draw what there is of a run that is stopped, since it may not be resumed."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
             self._draw(trainer)
 
     # -- pictures ------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from opdlab.errors import require
 class StepCallback(pl.Callback):
     """Gathers the traces of an optimizer step's micro-batches and hands them over when the step is taken.
 
-    Override :meth:`on_step`. It is called after optimizer step n, 2n, …; a step that a resumed run takes up in the
-    middle of its accumulation window has the traces of the micro-batches after the resume only. What has to see every
-    step overrides :meth:`on_trace` as well.
+    Override :meth:`on_step`. It is called after optimizer step n, 2n, …, but not after one that a resumed run takes up
+    in the middle of its accumulation window: the traces of the micro-batches before the resume are gone, and figures of
+    the others would not be those of the step. What has to see every step overrides :meth:`on_trace` as well.
 
     Args:
         every_n_steps: n, at least 1.
@@ -50,7 +50,8 @@ class StepCallback(pl.Callback):
             self._traces.append(trace)
             if batch.position + 1 == len(batch.micro_batches):
                 traces, self._traces = self._traces, []
-                self.on_step(trainer, pl_module, traces)
+                if len(traces) == len(batch.micro_batches):
+                    self.on_step(trainer, pl_module, traces)
 
     def on_trace(self, trainer: pl.Trainer, trace: StepTrace) -> None:
         """Look at one micro-batch, at every step: this must be cheap and must not wait for the device.

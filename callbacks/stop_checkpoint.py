@@ -1,21 +1,26 @@
-"""Stopping, by Ctrl-C or at the end, without losing anything."""
+"""Stopping, by a signal or at the end, without losing anything."""
 
 import signal
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from opdlab.errors import Stopped
+
 
 class StopCheckpoint(Checkpoint):
-    """Writes a checkpoint when training stops: after its last step, or on Ctrl-C, which finishes the step under way.
+    """Writes a checkpoint when training stops: after its last step, or on Ctrl-C or SIGTERM, which finish the step.
 
     A checkpoint taken in the middle of a step would hold half an update, and a loader that is one minibatch ahead. A
-    second Ctrl-C stops at once, without a checkpoint. A ``Checkpoint``, so that Lightning calls it after all other
-    callbacks; put it behind other checkpoints, so that it sees what they have saved.
+    second signal stops at once, without a checkpoint. SIGTERM is left to Lightning where there are several processes,
+    which it tells each other, and under SLURM, where it queues the job again. A ``Checkpoint``, so that Lightning calls
+    it after all other callbacks; put it behind other checkpoints, so that it sees what they have saved.
 
     Args:
         dirpath: folder for ``interrupted.ckpt`` and ``final.ckpt``; ``checkpoints`` in the run's folder by default.
@@ -26,30 +31,33 @@ class StopCheckpoint(Checkpoint):
         self.dirpath = dirpath
         self.path: Path | None = None
         """The checkpoint that was written, once one was."""
-        self._interrupted = False
-        self._previous: Any = None
+        self._signum: int | None = None
+        self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen for Ctrl-C, from the main thread, where Python delivers it."""
-        self._previous = signal.getsignal(signal.SIGINT)
-        try:
-            signal.signal(signal.SIGINT, self._handle)
-        except ValueError:  # not the main thread: nobody will press Ctrl-C here
-            self._previous = None
+        """Listen for signals, in the main thread, where Python delivers them."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        alone = trainer.world_size == 1 and not SLURMEnvironment.detect()
+        for signum in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
+            self._previous[signum] = signal.signal(signum, self._handle)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self._interrupted:
-            raise KeyboardInterrupt
-        self._interrupted = True
-        rank_zero_info("\nCtrl-C: finishing this step, then saving a checkpoint (again to stop at once)")
+        if self._signum is not None:
+            raise Stopped(signum)
+        self._signum = signum
+        name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+        rank_zero_info(f"\n{name}: finishing this step, then saving a checkpoint (again to stop at once)")
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save at the last step, or if asked to, and then stop."""
-        if self._interrupted:
+        if self._signum is not None:
             self._save(trainer, "interrupted.ckpt")
-            raise KeyboardInterrupt
+            # Lightning would log the step after this hook, which it now never does.
+            trainer._logger_connector.update_train_step_metrics()
+            raise Stopped(self._signum)
         # Not in on_train_end: by then Lightning has closed the epoch, and a longer run would not go on in the middle.
         if _is_last_step(trainer) and not _just_saved(trainer):
             self._save(trainer, "final.ckpt")
@@ -60,16 +68,16 @@ class StopCheckpoint(Checkpoint):
         self.path = folder / name
 
     def _stop_listening(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)
-            self._previous = None
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+        self._previous = {}
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give Ctrl-C back."""
+        """Give the signals back."""
         self._stop_listening()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give Ctrl-C back."""
+        """Give the signals back."""
         self._stop_listening()
 
 

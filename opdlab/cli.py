@@ -4,17 +4,21 @@ Everything a user can get wrong ends in one line on standard error and exit code
 """
 
 import logging
+import signal
 import sys
+import threading
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerStatus
 
 from opdlab.callbacks import (
@@ -31,7 +35,7 @@ from opdlab.cli_estimate import print_estimate, refuse_oversized
 from opdlab.cli_hparams import log_hyperparameters
 from opdlab.cli_runs import check_checkpoint, find_checkpoint, run_folder_for, samples_folder_for
 from opdlab.data import PromptDataModule
-from opdlab.errors import UsageError
+from opdlab.errors import Stopped, UsageError, exit_code
 from opdlab.evaluation.samples import RESULTS
 from opdlab.evaluation.settings import digest
 from opdlab.gating import gate_registry
@@ -39,7 +43,10 @@ from opdlab.module import OPDModule
 from opdlab.policies import LanguageModel, LocalTeacher
 
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+_ABOUT = (
+    "Gated on-policy distillation of language models. Besides the subcommands below: `opdlab gates` lists the gates, "
+    "`opdlab estimate` takes what fit takes and says what it needs in memory."
+)
 
 
 class _SaveFitConfig(SaveConfigCallback):
@@ -58,15 +65,16 @@ class OPDCLI(LightningCLI):
 
     def __init__(self) -> None:
         self.table = EvaluationTable()
+        self.resumed_step = 0
         self.stop = StopCheckpoint()
-        options = {"parser_mode": CONFIG_MODE, "exit_on_error": False}
+        options = {"parser_mode": CONFIG_MODE, "exit_on_error": False, "allow_abbrev": False}
         super().__init__(
             OPDModule,
             PromptDataModule,
             seed_everything_default=0,
             save_config_callback=_SaveFitConfig,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs=dict.fromkeys(("fit", "validate", "test"), options) | options,
+            parser_kwargs=dict.fromkeys(("fit", "validate", "test"), options) | options | {"description": _ABOUT},
             trainer_defaults={"callbacks": [self.table], "max_epochs": -1},
         )
 
@@ -106,7 +114,7 @@ class OPDCLI(LightningCLI):
         if config.ckpt_path is not None:
             # Now, because LightningCLI looks into the checkpoint next.
             path = find_checkpoint(config.ckpt_path, Path(config.trainer.default_root_dir))
-            check_checkpoint(path)
+            self.resumed_step = check_checkpoint(path)
             config.ckpt_path = str(path)
 
     def instantiate_classes(self) -> None:
@@ -153,12 +161,16 @@ class OPDCLI(LightningCLI):
             # Runs of another root have the same numbers.
             evaluation.samples = str(Path(evaluation.samples) / f"{folder.name}-{digest(str(folder.resolve()))[:8]}")
         if config.trainer.logger in (None, True):
-            config.trainer.logger = {
-                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                "init_args": {"save_dir": str(root), "name": "", "version": folder.name},
-            }
+            config.trainer.logger = self._logger(root, folder.name, resumed=config.ckpt_path is not None)
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str((folder / "checkpoints").absolute())
+
+    def _logger(self, root: Path, version: str, *, resumed: bool) -> dict[str, Any]:
+        # What a killed run logged after its checkpoint comes again. Of the checkpoint's own step there may be figures
+        # which do not: those that were logged before it was written.
+        purge = {"dict_kwargs": {"purge_step": self.resumed_step + 1}} if resumed else {}
+        arguments = {"save_dir": str(root), "name": "", "version": version}
+        return {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": arguments, **purge}
 
     def fit(self, model: OPDModule, **kwargs: Any) -> None:
         """Train. Lightning turns Ctrl-C into an exit of its own; ours says how to go on."""
@@ -170,7 +182,7 @@ class OPDCLI(LightningCLI):
             if self.stop.path is None:
                 raise
             stopped = f"stopped at step {self.trainer.global_step}, saved {self.stop.path}"
-            raise _InterruptedError(stopped, " with --ckpt_path last") from error
+            raise _InterruptedError(stopped, " with --ckpt_path last", exit_code(error.__context__)) from error
 
     # -- before and after ----------------------------------------------------------------------------------------
 
@@ -195,7 +207,8 @@ class OPDCLI(LightningCLI):
         if self.trainer.is_global_zero:
             self.table.print()
             print(f"run folder: {run_folder}")
-            print(f"look closer: tensorboard --logdir {self.trainer.default_root_dir}")
+            if any(isinstance(logger, TensorBoardLogger) for logger in self.trainer.loggers):
+                print(f"look closer: tensorboard --logdir {self.trainer.default_root_dir}")
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, SampleLogger) and callback.index.exists():
                     print(f"read the rollouts: {callback.index}")
@@ -212,7 +225,8 @@ class OPDCLI(LightningCLI):
             folder = model.evaluator.folder
             if self.trainer.state.status != TrainerStatus.INTERRUPTED or folder is None:
                 raise
-            raise _InterruptedError(f"stopped, the samples so far are in {folder.path}", "") from error
+            kept = f"stopped, the samples so far are in {folder.path}"
+            raise _InterruptedError(kept, "", exit_code(error.__context__)) from error
 
     test = validate
 
@@ -265,7 +279,21 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 class _InterruptedError(Exception):
-    """Ctrl-C stopped something that can go on; the arguments say what was kept, and what the command then needs."""
+    """A signal stopped something that can go on.
+
+    Args:
+        kept: what is on disk.
+        needs: what the command needs to go on from there.
+        code: of the exit.
+    """
+
+    def __init__(self, kept: str, needs: str, code: int) -> None:
+        super().__init__(kept, needs, code)
+        self.kept, self.needs, self.code = kept, needs, code
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise Stopped(signum)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -277,17 +305,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A gate of one's own in the current folder is found by class_path, as it is with `python -m`.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    # Lightning calls this besides its own, which only takes a note that no evaluation looks at.
+    before = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
     try:
         _run(sys.argv[1:] if arguments is None else arguments)
     except (UsageError, MisconfigurationException, ArgumentError) as error:
         print(f"opdlab: error: {explain(error)}", file=sys.stderr)
         return EXIT_USAGE
     except _InterruptedError as stop:
-        print("opdlab: {}; to go on, run the same command{}".format(*stop.args), file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except KeyboardInterrupt:
+        print(f"opdlab: {stop.kept}; to go on, run the same command{stop.needs}", file=sys.stderr)
+        return stop.code
+    except (KeyboardInterrupt, SystemExit) as stop:
+        signalled = stop if isinstance(stop, KeyboardInterrupt) else stop.__context__
+        if not isinstance(signalled, KeyboardInterrupt):  # `--help`
+            raise
         print("opdlab: stopped", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return exit_code(signalled)
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
     return 0
 
 
@@ -299,6 +336,8 @@ def console() -> None:
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     advert = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advert.addFilter(lambda record: "litlogger" not in record.getMessage())
+    # Python's own form names a file and quotes a line of it.
+    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
     raise SystemExit(main())
 
 

@@ -1,5 +1,6 @@
 """How configurations are found and read: shipped names, registered plug-ins, and errors in one line."""
 
+import difflib
 import importlib
 import importlib.resources
 import inspect
@@ -219,8 +220,9 @@ def explain(error: BaseException, keys: Iterable[str] = ()) -> str:
         hint = suggestion(match[2], options) or ";"
         return f"unknown key '{match[2]}' of {match[1]}{hint} its keys: {', '.join(options)}"
     if match := re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text):
-        known = sorted(keys)
-        return f"unknown key '{match[1]}'{suggestion(match[1], known)}" + ("" if suggestion(match[1], known) else _ASK)
+        return f"unknown key '{match[1]}'{_nearest(match[1], sorted(keys))}"
+    if match := re.search(r"^(\S+): Unable to load config ['\"](.*?)['\"]", text):
+        return f"{match[1]} is {match[2]}, but it is a section{_nearest(f'{match[1]}.', sorted(keys))}"
     if match := re.search(r"^(\S+): Does not validate .*? Subtypes: \[(.*?)\] Errors: .*Given value: (.*)$", text):
         return f"{match[1]} is {match[3]}, but must be one of: {match[2].replace('typing.', '')}"
     if "arguments are required" in text:
@@ -228,6 +230,16 @@ def explain(error: BaseException, keys: Iterable[str] = ()) -> str:
     if "invalid choice" in text or 'expected "subcommand"' in text:
         return f"{text}; or give `gates`, which lists the registered gates, or `estimate`"
     return text
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    """The key that was probably meant, or else what there is in its section."""
+    section, _, name = key.rpartition(".")
+    siblings = [other.removeprefix(f"{section}.") for other in known if other.rpartition(".")[0] == section]
+    if not section or not siblings:
+        return suggestion(key, known) or _ASK
+    near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
+    return f"; did you mean '{section}.{near[0]}'?" if near else f"; its section has {', '.join(siblings)}"
 
 
 def root_usage_error(error: BaseException) -> BaseException:

@@ -24,20 +24,21 @@ def find_checkpoint(path: str, root: Path) -> Path:
     return found[-1]
 
 
-def check_checkpoint(path: Path) -> None:
-    """Refuse a checkpoint that cannot be read.
+def check_checkpoint(path: Path) -> int:
+    """Refuse a checkpoint that cannot be read, and say at which optimizer step it was taken.
 
     Raises:
         UsageError: it is truncated, or no checkpoint at all, or holds more than tensors and plain values.
     """
     try:
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0][:200]
         raise UsageError(
             f"ckpt_path '{path}' cannot be read, it may have been cut off while it was written: give an earlier "
             f"checkpoint ({first_line})"
         ) from error
+    return int(checkpoint.get("global_step", 0))
 
 
 def run_folder_for(ckpt_path: str | None, root: Path) -> Path:

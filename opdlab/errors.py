@@ -1,4 +1,6 @@
-"""The one kind of error that a user can cause and mend."""
+"""The one kind of error that a user can cause and mend, and the signals that stop a run."""
+
+import signal
 
 
 class UsageError(ValueError):
@@ -13,6 +15,28 @@ class UsageError(ValueError):
         ...
         opdlab.errors.UsageError: gate.tau is -1.0, but must be at least 0: use 0 for no gating
     """
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked to stop: Ctrl-C, or SIGTERM, which schedulers send. Lightning shuts down as for Ctrl-C.
+
+    Args:
+        signum: the signal.
+    """
+
+    def __init__(self, signum: int = signal.SIGINT) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+def exit_code(stopped: BaseException | None) -> int:
+    """128 plus the number of the signal that stopped a program, as shells report it.
+
+    Example:
+        >>> exit_code(Stopped(signal.SIGTERM)), exit_code(KeyboardInterrupt())
+        (143, 130)
+    """
+    return 128 + int(getattr(stopped, "signum", signal.SIGINT))
 
 
 def require(condition: bool, message: str) -> None:

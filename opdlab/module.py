@@ -295,7 +295,8 @@ class OPDModule(EvaluationModule):
             return
         whole = merge_records(self._window.records)
         self._window = _Window(None, [])
-        self.log("train/loss", whole.pop("loss").sum(), prog_bar=True)
+        # Each process has its part of the sum.
+        self.log("train/loss", whole.pop("loss").sum(), prog_bar=True, sync_dist=True, reduce_fx="sum")
         if not self._logs_this_step:
             return
         self.log_dict({**step_metrics(whole), **batch.pool_metrics})

@@ -1,8 +1,9 @@
 """The command line as a user meets it, in this process."""
 
 import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from opdlab.cli import EXIT_INTERRUPTED, EXIT_USAGE, main
+from opdlab.cli import EXIT_USAGE, main
 from opdlab.policies import Sampler
 
 README = Path(__file__).parents[1] / "README.md"
@@ -139,6 +140,12 @@ def test_gates_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -
         ("--model.objective teacher_topc", "unknown objective 'teacher_topc'; did you mean 'teacher_topk'?"),
         ("--model.gate.tua 1", "unknown key 'tua' of opdlab.strategies.block.Block64Gate; did you mean 'tau'?"),
         ("--modle.gate block64", "unknown key 'modle.gate'; did you mean 'model.gate'?"),
+        (
+            "--sample_logger.every_n_step 5",
+            "unknown key 'sample_logger.every_n_step'; did you mean 'sample_logger.every_n_",
+        ),
+        ("--sample_logger.foo 5", "unknown key 'sample_logger.foo'; its section has every_n_steps, num_rollouts"),
+        ("--sample_logger false", "sample_logger is false, but it is a section; its section has every_n_steps, num"),
         ("--data.reuse.epohcs 1", "unknown key 'data.reuse.epohcs'; did you mean 'data.reuse.epochs'?"),
         ("-c quickstrat", "no configuration file 'quickstrat', and none of that name"),
         ("-c unknown_key.yaml", "unknown key 'model.gaet'; did you mean 'model.gate'?"),
@@ -221,22 +228,64 @@ def test_an_empty_command_says_where_to_start(capsys: pytest.CaptureFixture[str]
     assert "'fit', 'validate', 'test'" in capsys.readouterr().err
 
 
-def test_ctrl_c_says_how_to_resume(
-    opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import signal
+@pytest.fixture
+def _signals_put_back() -> Iterator[None]:
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for signum, handler in before.items():  # Lightning leaves Ctrl-C ignored
+        signal.signal(signum, handler)
 
-    previous = signal.getsignal(signal.SIGINT)
-    (tmp_path / "presses.py").write_text(
+
+def _stopper(folder: Path, hook: str, name: str) -> str:
+    """The flag for a callback that sends a signal."""
+    (folder / f"stops_{hook}_{name}.py").write_text(
         "import signal\nfrom lightning.pytorch import Callback\n"
-        "class CtrlC(Callback):\n"
-        "    def on_train_batch_start(self, *_):\n"
-        "        signal.raise_signal(signal.SIGINT)\n"
+        "class Stopper(Callback):\n"
+        f"    def {hook}(self, *_):\n"
+        f"        signal.raise_signal(signal.{name})\n"
     )
-    try:
-        assert opdlab("--trainer.callbacks+=presses.CtrlC") == EXIT_INTERRUPTED
-    finally:
-        signal.signal(signal.SIGINT, previous)
+    return f"--trainer.callbacks+=stops_{hook}_{name}.Stopper"
+
+
+@pytest.mark.usefixtures("_signals_put_back")
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_in_training_saves_and_says_how_to_resume(
+    opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, code: int
+) -> None:
+    assert opdlab(_stopper(tmp_path, "on_train_batch_start", name)) == code
     assert (tmp_path / "runs/quickstart/version_0/checkpoints/interrupted.ckpt").is_file()
     assert "--ckpt_path last" in capsys.readouterr().err
     assert opdlab("--ckpt_path", "last", "--model.evaluation.teacher", "false") == 0
+    events = EventAccumulator(str(tmp_path / "runs/quickstart/version_0"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [0, 1]
+
+
+@pytest.mark.usefixtures("_signals_put_back")
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_in_the_first_evaluation_stops(
+    opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, code: int
+) -> None:
+    assert opdlab(_stopper(tmp_path, "on_validation_batch_start", name)) == code
+    assert capsys.readouterr().err.endswith("opdlab: stopped\n")
+    assert not (tmp_path / "runs/quickstart/version_0/checkpoints").exists()
+
+
+def test_a_resumed_curve_does_not_run_backwards(opdlab: Opdlab, tmp_path: Path) -> None:
+    quick = (
+        "--model.evaluation.teacher",
+        "false",
+        "--checkpoint.every_n_train_steps",
+        "2",
+        "--checkpoint.save_top_k=-1",
+    )
+    assert opdlab(*quick, "--trainer.max_steps", "5") == 0
+    folder = tmp_path / "runs/quickstart/version_0"
+    # As if it had been killed after step 5, of which there is no checkpoint.
+    assert opdlab(*quick, "--trainer.max_steps", "6", "--ckpt_path", str(folder / "checkpoints/step-2.ckpt")) == 0
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    steps = [event.step for event in events.Scalars("train/loss")]
+    assert steps == sorted(steps)
+    assert set(steps) == set(range(6))
+    assert len(steps) <= 7  # only the step after the checkpoint may stand there twice

@@ -70,19 +70,24 @@ def test_checkpoints_hold_only_tensors_and_plain_values(make_run: MakeRun, tmp_p
     assert checkpoint["opdlab"]["gradients"]
 
 
-class PressCtrlC(Callback):
+class SendSignal(Callback):
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 5:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.signum)
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
-def test_ctrl_c_finishes_the_step_and_saves(make_run: MakeRun, tmp_path: Path, accumulate: int) -> None:
+@pytest.mark.parametrize(("accumulate", "signum"), [(1, signal.SIGINT), (4, signal.SIGINT), (1, signal.SIGTERM)])
+def test_a_signal_finishes_the_step_and_saves(
+    make_run: MakeRun, tmp_path: Path, accumulate: int, signum: signal.Signals
+) -> None:
     whole = make_run(accumulate=accumulate)
     whole.fit(8)
     interrupt = StopCheckpoint(str(tmp_path / "saved"))
     stopped = make_run(accumulate=accumulate)
-    stopped.trainer_options["callbacks"] += [PressCtrlC(), interrupt]
+    stopped.trainer_options["callbacks"] += [SendSignal(signum), interrupt]
     stopped.trainer_options["enable_checkpointing"] = True
     before = signal.getsignal(signal.SIGINT)
     try:

@@ -224,6 +224,13 @@ def test_links_lead_from_page_to_page_and_keep_the_quantity(visit: Visit, page_f
     assert (watched.complaints, watched.strangers) == ([], [])
 
 
+@pytest.mark.parametrize("fragment", ["%", "%E0%A4%A", "no-such-quantity"])
+def test_an_address_that_names_no_quantity_opens_all_the_same(visit: Visit, page_file: Path, fragment: str) -> None:
+    watched = visit(f"{page_file.as_uri()}#{fragment}")
+    assert ready(watched).locator("#quantity").input_value() == "drift"
+    assert watched.complaints == []
+
+
 def test_long_responses_are_shown_in_full_and_soon(visit: Visit, tmp_path: Path) -> None:
     length = 16_384
     words = [" the", " of", "ing", "\n", "x", ",", "12", " so"] * (length // 8)

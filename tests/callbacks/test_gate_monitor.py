@@ -3,6 +3,8 @@
 import csv
 import dataclasses
 import re
+import signal
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -14,6 +16,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -26,12 +29,14 @@ from torch._subclasses.fake_tensor import (
 )
 
 from opdlab.accumulation import join_gate_inputs
-from opdlab.callbacks import GateMonitor, gate_monitor
+from opdlab.callbacks import GateMonitor, SampleLogger, gate_monitor
 from opdlab.callbacks.step_callback import StepCallback
 from opdlab.callbacks.tensorboard import LAYOUT
 from opdlab.diagnostics import StepTrace
+from opdlab.diagnostics.ages import AgeFigures
 from opdlab.diagnostics.gates import to_host
-from opdlab.errors import UsageError
+from opdlab.diagnostics.plots import by_age as by_age_picture
+from opdlab.errors import Stopped, UsageError
 from opdlab.gating import GateInputs, GateStrategy, build_gate
 from opdlab.objectives import SampledTokenOPD
 from tests.test_resume import SaveAt
@@ -64,7 +69,7 @@ def fit(make_run: MakeRun, folder: Path, steps: int, monitor: GateMonitor, **opt
     logger = TensorBoardLogger(str(folder), name="", version="")
     gate = options.pop("custom_gate", None)
     ckpt_path, save_at = options.pop("ckpt_path", None), options.pop("save_at", None)
-    run = make_run(callbacks=(monitor, traces), **options)
+    run = make_run(callbacks=(monitor, traces, *options.pop("callbacks", ())), **options)
     if gate is not None:
         run.module.gate = gate
     if save_at is not None:
@@ -129,7 +134,11 @@ def test_every_block_has_a_histogram_of_its_weights(
             valid = values[inputs.mask.bool()].double()
             assert histograms[tag].num == len(valid)
             assert histograms[tag].sum == pytest.approx(float(valid.sum()), rel=1e-4, abs=1e-4)
+            assert histograms[tag].sum_squares == pytest.approx(float(valid.square().sum()), rel=1e-4, abs=1e-4)
             assert histograms[tag].min == pytest.approx(float(valid.min()), rel=1e-5)
+            below = [int((valid <= limit).sum()) for limit in histograms[tag].bucket_limit]
+            # Whatever lies on an edge may be on either side.
+            assert np.cumsum(histograms[tag].bucket) == pytest.approx(below, abs=2)
 
 
 def test_segments_beyond_the_limit_are_left_out(make_run: MakeRun, tmp_path: Path) -> None:
@@ -159,6 +168,32 @@ def test_gradients_are_asked_for_at_monitored_steps_only(make_run: MakeRun, tmp_
     asked = {step: [trace.gradient_norms is not None for trace in parts] for step, parts in traces.steps.items()}
     assert asked == {step: [step % 2 == 0] * 2 for step in range(1, 6)}
     assert not run.module.trace_gradients
+
+
+class Alive(Callback):
+    """Counts the traces that are still there when an optimizer step begins."""
+
+    def __init__(self) -> None:
+        self.traces: list[weakref.ref[StepTrace]] = []
+        self.counts: list[int] = []
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch.position == 0:
+            self.counts.append(sum(trace() is not None for trace in self.traces))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.traces.append(weakref.ref(outputs["trace"]))
+
+
+def test_traces_are_let_go_with_their_step(make_run: MakeRun, tmp_path: Path) -> None:
+    alive = Alive()  # in front, so that it looks before the others forget
+    make_run(callbacks=(alive, GateMonitor(every_n_steps=1), SampleLogger(every_n_steps=2)), accumulate=2).fit(4)
+    assert alive.counts == [0] * 4
+    assert len(alive.traces) == 8
 
 
 # A pool lasts 4 steps, two passes of 2; the snapshot is refreshed after every 3. Pools begin at steps 0, 4, 8, 12 and
@@ -228,6 +263,20 @@ def test_a_resumed_run_shows_the_whole(make_run: MakeRun, tmp_path: Path, accumu
     torch.testing.assert_close(first["history"]["values"], second["history"]["values"], equal_nan=True)
 
 
+def test_a_step_that_was_resumed_within_is_not_shown(make_run: MakeRun, tmp_path: Path) -> None:
+    """Half of its micro-batches would give figures that are not those of the optimizer batch."""
+    path = tmp_path / "stopped.ckpt"
+    options: dict[str, Any] = {"accumulate": 4, "gate": "block32"}
+    fit(make_run, tmp_path / "a", 8, GateMonitor(every_n_steps=1), save_at=(path, 26), **options)
+    fit(make_run, tmp_path / "b", 8, GateMonitor(every_n_steps=1), ckpt_path=path, **options)
+    whole, resumed = read(tmp_path / "a"), read(tmp_path / "b")
+    assert scalars_at(whole, 7, "gate/correlation/")
+    assert not scalars_at(resumed, 7, "gate/correlation/", "age/")
+    expected = scalars_at(whole, 8, "gate/")
+    assert scalars_at(resumed, 8, "gate/") == expected
+    assert expected
+
+
 def test_a_monitor_used_twice_begins_anew(make_run: MakeRun, tmp_path: Path) -> None:
     monitor = GateMonitor(every_n_steps=1)
     for folder in ("a", "b"):
@@ -245,6 +294,37 @@ def test_pictures_are_there_at_the_end(make_run: MakeRun, tmp_path: Path) -> Non
         assert event.step == 3
         assert event.encoded_image_string.startswith(b"\x89PNG")
         assert event.width > 400
+
+
+class StopAt(Callback):
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            raise Stopped
+
+
+def test_a_stopped_run_has_its_pictures(make_run: MakeRun, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(SystemExit):
+            fit(make_run, tmp_path, 9, GateMonitor(every_n_steps=2), callbacks=(StopAt(),))
+    finally:
+        signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
+    (event,) = read(tmp_path).Images("gate/heat_map/weight")
+    assert event.step == 2
+
+
+def test_the_picture_by_age_is_of_all_steps(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[AgeFigures] = []
+
+    def kept(figures: AgeFigures) -> Any:
+        drawn.append(figures)
+        return by_age_picture(figures)
+
+    monkeypatch.setattr("opdlab.diagnostics.plots.by_age", kept)
+    _, traces = fit(make_run, tmp_path, 7, GateMonitor(every_n_steps=3))  # the last step is not one that is shown
+    (figures,) = drawn
+    parts = [trace for step in traces.steps.values() for trace in step]
+    assert sum(figures.num_positions) == sum(int(trace.inputs.mask.sum()) for trace in parts)
 
 
 def test_drawing_keeps_to_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from opdlab.callbacks import SampleLogger
+from opdlab.callbacks import GateMonitor, SampleLogger, sample_logger
 from opdlab.diagnostics import StepTrace
 from opdlab.errors import UsageError
 from opdlab.gating import GateInputs, GateStrategy
 from opdlab.objectives import SampledTokenOPD
+from opdlab.rollouts import Pool
 from tests.toy_run import Run
 from tests.viewer_pages import page_data
 
@@ -129,6 +131,7 @@ def test_text_and_gold_answer_are_shown(make_run: MakeRun, tmp_path: Path) -> No
     tokens = trace.rollouts.tokens[row][trace.rollouts.mask[row]]
     response = run.module.student.tokenizer.decode(tokens)
     assert "".join(shown["texts"]) == response
+    assert shown["special"] == [index for index, text in enumerate(shown["texts"]) if text == "<eos>"] != []
     assert (shown["gold"], shown["prompt"]) == (problem.answer, problem.text)
     assert shown["stop"] == ("eos" if response.endswith("<eos>") else "length")
     assert trace.rollouts.correct is not None
@@ -137,6 +140,29 @@ def test_text_and_gold_answer_are_shown(make_run: MakeRun, tmp_path: Path) -> No
         assert "    " + block.replace("\n", "\n    ") in text
     assert f"answer: **{'correct' if shown['correct'] else 'wrong'}**" in text
     assert re.search(r"stopped by: \*\*(eos|length)\*\* · age: \*\*2 steps\*\*", text)
+
+
+def test_a_step_of_which_every_token_is_left_out_has_no_page(make_run: MakeRun, tmp_path: Path) -> None:
+    run = make_run(callbacks=(SampleLogger(every_n_steps=1), GateMonitor(every_n_steps=1)))
+    collect = run.module.collect
+
+    def without_tokens(*arguments: Any, **options: Any) -> Pool:
+        pool = collect(*arguments, **options)
+        nothing = torch.zeros_like(pool.rollouts.mask)
+        return replace(pool, rollouts=replace(pool.rollouts, mask=nothing))
+
+    run.module.collect = without_tokens  # type: ignore[method-assign]
+    run.fit(2, logger=TensorBoardLogger(str(tmp_path), name="", version=""))
+    assert run.recorder.losses == [0.0, 0.0]
+    assert not list(tmp_path.rglob("*.html"))
+
+
+def test_problems_that_are_not_known_are_left_out(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_logger, "_problems", lambda trainer: ())
+    trainer = make_run(callbacks=(SampleLogger(every_n_steps=1),)).fit(1)
+    assert trainer.log_dir is not None
+    shown = page_data(Path(trainer.log_dir) / "rollouts/step-000001.html")["rollouts"]
+    assert [rollout["gold"] for rollout in shown] == [None] * len(shown)
 
 
 def test_without_a_logger_pages_are_in_the_root(make_run: MakeRun, tmp_path: Path) -> None:

@@ -381,7 +381,8 @@ function start() {
   });
   setTheme(themes.find((theme) => theme === remembered()) || "auto");
   data.rollouts.forEach(makeCard);
-  choose(decodeURIComponent(location.hash.slice(1)));
+  // Compared as it stands: what somebody typed there may not be decodable.
+  choose(data.quantities.find(({ name }) => encodeURIComponent(name) === location.hash.slice(1))?.name);
   listen();
   const redraw = () => cards.forEach(drawStrip);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);

@@ -1,0 +1,53 @@
+"""Two processes on one machine, by torch's own communication on the CPU."""
+
+import csv
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+from lightning.pytorch.callbacks import Callback
+
+from opdlab.callbacks import GateMonitor, SampleLogger
+from opdlab.viewer import write_page
+from tests.toy_run import Run
+
+
+class PartOfTheLoss(Callback):
+    """Writes what this process's rollouts have of each step's loss."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        trace = outputs["trace"]
+        part = float((trace.gates.weights * trace.inputs.position_losses * trace.loss_shares).sum())
+        with (self.folder / f"part-{trainer.global_rank}").open("a") as file:
+            file.write(f"{part}\n")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_the_logged_loss_is_that_of_all_processes_and_one_of_them_writes(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counted(*arguments: Any) -> Path:
+        with (tmp_path / "writers").open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return write_page(*arguments)
+
+    monkeypatch.setattr("opdlab.callbacks.sample_logger.write_page", counted)
+    watching = (GateMonitor(every_n_steps=1), SampleLogger(every_n_steps=2), PartOfTheLoss(tmp_path))
+    make_run(callbacks=watching).fit(4, strategy="ddp_fork", devices=2)
+    one, other = ([float(line) for line in (tmp_path / f"part-{rank}").read_text().split()] for rank in (0, 1))
+    assert one != other
+    (metrics,) = tmp_path.rglob("metrics.csv")
+    with metrics.open() as file:
+        logged = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+    assert logged == pytest.approx([sum(parts) for parts in zip(one, other, strict=True)], rel=1e-5)
+    written = (tmp_path / "writers").read_text().split()
+    assert len(written) == 2  # two pages
+    assert len(set(written)) == 1
