@@ -243,7 +243,7 @@ def _update(result: Estimate, config: Any, student: ModelSize, resident: list[st
             activation_bytes(student.shape, tokens, student.widths, checkpointing=checkpointing),
             f"{tokens:,} tokens, gradient checkpointing {'on' if checkpointing else 'off'}",
         ),
-        "head": (head_bytes(student.shape, tokens, training=not student.has_adapter), "logits in chunks; its gradient"),
+        "head": (head_bytes(student.shape, tokens, training=not student.has_adapter), "logits in tiles; its gradient"),
     }
     if student.widths.autocast:  # which keeps a narrow copy of what it multiplies with
         width = student.widths.compute
