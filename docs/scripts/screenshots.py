@@ -1,8 +1,8 @@
 """Takes the pictures of "See the gates" in Chromium: of TensorBoard and of the pages of rollouts.
 
-``python docs/scripts/screenshots.py [RUN]``. RUN is the folder of the run that the guide tells of; without it, that run
-is made first, in a temporary folder, which takes about a minute. Needs the extra ``browser``, an installed Chromium,
-and Pillow, which matplotlib brings along.
+``python docs/scripts/screenshots.py [FOLDER]``. FOLDER holds the two runs that the guide tells of, ``block64`` and
+``none``; those that are missing are made first, about a minute each. Without it, both are made in a temporary folder.
+Needs the extra ``browser``, an installed Chromium, and Pillow, which matplotlib brings along.
 """
 
 import argparse
@@ -20,42 +20,48 @@ from opdlab.cli import main as opdlab
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs/pictures"
-RUN = ["fit", "-c", "quickstart", "-c", "harsh_reuse", "--model.gate.tau", "5", "--gate_monitor.every_n_steps", "2"]
+RUN = ["fit", "-c", "quickstart", "-c", "harsh_reuse", "--gate_monitor.every_n_steps", "2"]
+GATES = {"block64": ["--model.gate.tau", "5"], "none": ["--model.gate", "none"]}  # options by the run's folder
 WAIT = 30_000  # milliseconds for a page to be drawn
 _LIMIT = 200_000  # bytes of a picture
+# Of TensorBoard: the picture's name, the page, and what is there once it is drawn.
+ONE_RUN = (
+    ("tensorboard-histograms", "histograms&tagFilter=gate/block", "vz-histogram-timeseries .histogram"),
+    ("tensorboard-images", "images&tagFilter=gate/(heat_map|by_age)", "tf-image-loader img"),
+)
+BOTH_RUNS = (
+    ("tensorboard-custom-scalars", "custom_scalars", "tf-line-chart-data-loader svg, tf-custom-scalar-multi-line-chart-card"),
+    ("tensorboard-hparams", "hparams", "tf-hparams-table-view vaadin-grid, vaadin-grid"),
+)
 
 
 def main() -> None:
-    """Make the run where none is given, and take all pictures."""
+    """Make the runs that are not there yet, and take all pictures."""
     sys.path.insert(0, str(ROOT))
     from tests.browser.support import open_browser, serve_tensorboard
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", nargs="?", type=Path, help="folder of a run, such as runs/quickstart/version_0")
+    parser.add_argument("folder", nargs="?", type=Path, help="where the runs are, or are made; else a temporary one")
     arguments = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        run = (arguments.run or make_run(Path(folder))).resolve()
-        with open_browser() as browser, chdir(run.parents[1]):  # TensorBoard shows the path that it is given
-            take_rollouts(browser, run)
-            with serve_tensorboard(Path(run.parent.name)) as address:
-                take_tensorboard(browser, address)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (arguments.folder or Path(temporary)).resolve()
+        for gate in GATES:
+            make_run(folder / gate, gate)
+        with open_browser() as browser:
+            take_rollouts(browser, folder / "block64/version_0")
+            for runs, pages in ((folder / "block64", ONE_RUN), (folder, BOTH_RUNS)):
+                with chdir(runs.parent), serve_tensorboard(Path(runs.name)) as address:  # it shows the path it is given
+                    for name, place, drawn in pages:
+                        take(browser, f"{address}?darkMode=false#{place}", name, _waiting_for(drawn))
 
 
-def make_run(folder: Path) -> Path:
-    """The run that the guide tells of."""
-    if opdlab([*RUN, "--trainer.default_root_dir", str(folder / "harsh")]) != 0:
+def make_run(folder: Path, gate: str) -> None:
+    """A run that the guide tells of, unless it is there."""
+    if folder.is_dir():
+        return
+    if opdlab([*RUN, *GATES[gate], "--trainer.default_root_dir", str(folder)]) != 0:
         raise SystemExit("the run failed")
-    return folder / "harsh/version_0"
-
-
-def take_tensorboard(browser: Browser, address: str) -> None:
-    """The weights by place in the response, and the pictures of the whole run."""
-    for name, place, drawn in (
-        ("tensorboard-histograms", "histograms&tagFilter=gate/block", "vz-histogram-timeseries .histogram"),
-        ("tensorboard-images", "images&tagFilter=gate/(heat_map|by_age)", "tf-image-loader img"),
-    ):
-        take(browser, f"{address}?darkMode=false#{place}", name, _waiting_for(drawn))
 
 
 def _waiting_for(selector: str) -> Callable[[Page], None]:
