@@ -24,15 +24,18 @@ RUN = ["fit", "-c", "quickstart", "-c", "harsh_reuse", "--gate_monitor.every_n_s
 GATES = {"block64": ["--model.gate.tau", "5"], "none": ["--model.gate", "none"]}  # options by the run's folder
 WAIT = 30_000  # milliseconds for a page to be drawn
 _LIMIT = 200_000  # bytes of a picture
-# Of TensorBoard: the picture's name, the page, and what is there once it is drawn.
+WINDOW = (0, 0, 1280, 820)  # left, top, width and height of what is shown, pixels
+_PANE = (331, 64, 745, 656)  # of TensorBoard, without the choices on the left and the bar above
+# Of TensorBoard: the picture's name, the page, what is there once it is drawn, and the part that is shown.
 ONE_RUN = (
-    ("tensorboard-histograms", "histograms&tagFilter=gate/block", "vz-histogram-timeseries .histogram"),
-    ("tensorboard-images", "images&tagFilter=gate/(heat_map|by_age)", "tf-image-loader img"),
+    ("histograms", "histograms&tagFilter=gate/block", "vz-histogram-timeseries .histogram", _PANE),
+    ("images", "images&tagFilter=gate/(heat_map|by_age)", "tf-image-loader img", _PANE),
 )
 BOTH_RUNS = (
-    ("tensorboard-custom-scalars", "custom_scalars", "tf-line-chart-data-loader svg, tf-custom-scalar-multi-line-chart-card"),
-    ("tensorboard-hparams", "hparams", "tf-hparams-table-view vaadin-grid, vaadin-grid"),
+    ("custom-scalars", "custom_scalars", "tf-custom-scalar-multi-line-chart-card", _PANE),
+    ("hparams", "hparams", "tf-hparams-query-pane paper-checkbox", (257, 64, 1023, 205)),
 )
+_HIDDEN = ("lr", "objective", "reuse.epochs")  # columns that are the same in both runs
 
 
 def main() -> None:
@@ -52,8 +55,9 @@ def main() -> None:
             take_rollouts(browser, folder / "block64/version_0")
             for runs, pages in ((folder / "block64", ONE_RUN), (folder, BOTH_RUNS)):
                 with chdir(runs.parent), serve_tensorboard(Path(runs.name)) as address:  # it shows the path it is given
-                    for name, place, drawn in pages:
-                        take(browser, f"{address}?darkMode=false#{place}", name, _waiting_for(drawn))
+                    for name, place, drawn, part in pages:
+                        url = f"{address}?darkMode=false#{place}"
+                        take(browser, url, f"tensorboard-{name}", _waiting_for(drawn), part)
 
 
 def make_run(folder: Path, gate: str) -> None:
@@ -65,7 +69,12 @@ def make_run(folder: Path, gate: str) -> None:
 
 
 def _waiting_for(selector: str) -> Callable[[Page], None]:
-    return lambda page: page.locator(selector).first.wait_for(timeout=WAIT)
+    def wait(page: Page) -> None:
+        page.locator(selector).first.wait_for(timeout=WAIT)
+        for name in _HIDDEN if "hparams" in selector else ():
+            page.locator(selector).filter(has_text=name).first.click()
+
+    return wait
 
 
 def take_rollouts(browser: Browser, run: Path) -> None:
@@ -83,7 +92,13 @@ def _colored_by(quantity: str) -> Callable[[Page], None]:
     return choose
 
 
-def take(browser: Browser, address: str, name: str, prepare: Callable[[Page], None]) -> None:
+def take(
+    browser: Browser,
+    address: str,
+    name: str,
+    prepare: Callable[[Page], None],
+    part: tuple[int, int, int, int] = WINDOW,
+) -> None:
     """Open a page, prepare it, and write what is seen of it.
 
     Args:
@@ -91,12 +106,17 @@ def take(browser: Browser, address: str, name: str, prepare: Callable[[Page], No
         address: of the page.
         name: of the picture.
         prepare: waits until the page is drawn, and clicks what is to be clicked.
+        part: left, top, width and height of what is shown, pixels of the window.
     """
-    page = browser.new_page(viewport={"width": 1280, "height": 820}, color_scheme="light")
+    _, _, width, height = WINDOW
+    # Three pixels for two, so that figures can be read where a page shows the picture smaller.
+    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="light", device_scale_factor=1.5)
     page.goto(address)
     prepare(page)
     page.wait_for_timeout(1500)  # animations
-    write(page.screenshot(), FOLDER / f"{name}.png")
+    left, top, width, height = part
+    clip = {"x": left, "y": top, "width": width, "height": height}
+    write(page.screenshot(clip=clip), FOLDER / f"{name}.png")
     page.close()
 
 
