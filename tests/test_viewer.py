@@ -317,7 +317,7 @@ def test_the_index_has_each_pages_figures_also_after_a_resume(tmp_path: Path) ->
     cells = Cells((folder / "index.html").read_text()).rows
     assert cells[0] == ["page", "rollouts shown", "correct", "mean abs(drift), nats", "age, steps"]
     assert cells[1] == ["step 10", "2 of 8", "1 of 2", "0.125 to 0.5", "1 to 3"]
-    assert cells[2][1:] == cells[3][1:] == ["–"] * 4
+    assert cells[2][1:] == cells[3][1:] == ["\u2013"] * 4
     assert (cells[4][1:3], cells[4][4]) == (["1 of 8", "unchecked"], "3")
     assert "it's <b>漢 -->" in index.text
     assert "LSM" in index.text

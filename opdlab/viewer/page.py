@@ -73,7 +73,7 @@ def render_index(pages: Mapping[int, PageSummary], run: str) -> str:
         run: what to call the run.
     """
     columns = list(dict.fromkeys(name for page in pages.values() for name in page.figures))
-    facts = next((page.facts for page in reversed(pages.values()) if page.facts), {})
+    facts = next((page.facts for page in reversed(list(pages.values())) if page.facts), {})
     known = {"pages": pages, "columns": columns, "facts": facts, "run": run}
     return _environment().get_template("index.html").render(**_assets(), **known)
 
