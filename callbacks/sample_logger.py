@@ -21,6 +21,7 @@ from opdlab.viewer import (
     choose_rollouts,
     markdown_literal,
     render_page,
+    step_count,
     token_texts,
     visible,
     write_page,
@@ -127,10 +128,11 @@ def rollout_markdown(rollout: ShownRollout, text: RolloutText) -> str:
     facts = {
         "answer": _VERDICTS[rollout.correct],
         "stopped by": rollout.stop_reason.name.lower(),
-        "age": f"{rollout.age} steps",
+        "age": step_count(rollout.age),
         "reuse epoch": str(rollout.reuse_epoch),
-        "length": f"{len(rollout.tokens)} tokens",
-        "mean abs(drift)": f"{rollout.mean_drift:.4g} nats, {rollout.rank + 1} of {rollout.num_ranked}",
+        "length": f"{len(rollout.tokens)} token{'s' * (len(rollout.tokens) != 1)}",
+        "mean abs(drift)": f"{rollout.mean_drift:.3g} nats",
+        "drift rank": f"{rollout.rank + 1} of {rollout.num_ranked}",
         "rollout": str(rollout.rollout_id),
     }
     blocks = {"prompt": text.prompt, "response": "".join(text.tokens)}

@@ -54,9 +54,9 @@ PUBLIC = {
     ],
     "opdlab.module": ["OPDModule"],
     "opdlab.viewer": [
-        *("INDEX", "ColorScale", "Quantity", "RolloutText", "ShownRollout", "choose_rollouts", "color_scale"),
-        *("markdown_literal", "page_name", "quantities", "render_index", "render_page", "token_texts", "visible"),
-        "write_page",
+        *("INDEX", "ColorScale", "PageSummary", "Quantity", "RolloutText", "ShownRollout", "choose_rollouts"),
+        *("color_scale", "markdown_literal", "page_name", "quantities", "render_index", "render_page", "step_count"),
+        *("token_texts", "visible", "write_page"),
     ],
     "opdlab.testing": ["GateTester"],
 }

@@ -1,6 +1,7 @@
 """Pages of rollouts: what is chosen, what is written, and that text stays text. In a browser: tests/browser."""
 
 import codecs
+import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -265,7 +266,10 @@ def test_hostile_text_opens_no_tag_and_comes_back_unchanged() -> None:
     page.encode()  # no lone surrogate
     plain = Tags(render_page(3, [shown(len(HOSTILE))], [plain_text(["x"] * len(HOSTILE))], {"gate": "x"}))
     tags = Tags(page)
-    assert tags.tags == plain.tags
+    assert [tag for tag, _ in tags.tags] == [tag for tag, _ in plain.tags]
+    assert [names for _, a in tags.tags if (names := list(a))] == [names for _, a in plain.tags if (names := list(a))]
+    (summary,) = [a["content"] for _, a in tags.tags if a.get("name") == "opdlab-summary"]
+    assert json.loads(str(summary))["facts"] == facts
     assert len(tags.scripts) == 2
     read = page_data(page)["rollouts"][0]
     assert (read["texts"], read["prompt"], read["gold"]) == (HOSTILE, text.prompt, text.prompt)
@@ -299,6 +303,26 @@ def test_pages_know_their_neighbours_and_the_index_lists_them(tmp_path: Path) ->
     assert sorted(path.suffix for path in folder.iterdir()) == [".html"] * 4  # no part is left behind
 
 
+def test_the_index_has_each_pages_figures_also_after_a_resume(tmp_path: Path) -> None:
+    folder = tmp_path / "rollouts"
+    rollouts = [shown(9, rank=0, age=1), shown(9, seed=1, rank=7, age=3, correct=False)]
+    rollouts[0].values["drift"] = torch.full((9,), -0.5)
+    rollouts[1].values["drift"] = torch.full((9,), 0.125)
+    facts = {"gate": "it's <b>漢 -->", "objective": "LSM"}
+    write_page(folder, 10, render_page(10, rollouts, [plain_text(["x"] * 9)] * 2, facts))
+    (folder / "step-000020.html").write_text("<title>of an earlier version</title>")
+    (folder / "step-000030.html").write_text("<meta name=\"opdlab-summary\" content='[broken'>")
+    write_page(folder, 40, render_page(40, [shown(9, correct=None)], [plain_text(["x"] * 9)]))
+    index = _Text((folder / "index.html").read_text())
+    cells = Cells((folder / "index.html").read_text()).rows
+    assert cells[0] == ["page", "rollouts shown", "correct", "mean abs(drift), nats", "age, steps"]
+    assert cells[1] == ["step 10", "2 of 8", "1 of 2", "0.125 to 0.5", "1 to 3"]
+    assert cells[2][1:] == cells[3][1:] == ["\u2013"] * 4
+    assert (cells[4][1:3], cells[4][4]) == (["1 of 8", "unchecked"], "3")
+    assert "it's <b>漢 -->" in index.text
+    assert "LSM" in index.text
+
+
 def test_a_page_that_cannot_be_finished_leaves_the_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page: Callable[[str], str] = lambda text: render_page(10, [shown(1)], [plain_text([text])])  # noqa: E731
     path = write_page(tmp_path, 10, page("first"))
@@ -316,6 +340,25 @@ def test_a_page_that_cannot_be_finished_leaves_the_earlier_one(tmp_path: Path, m
 
 
 # -- text -----------------------------------------------------------------------------------------------------------
+
+
+class Cells(Tags):
+    """The cells of a page's table."""
+
+    def __init__(self, page: str) -> None:
+        self.rows: list[list[str]] = []
+        super().__init__(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        super().handle_starttag(tag, attrs)
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_data(self, data: str) -> None:
+        if self.rows and self.rows[-1]:
+            self.rows[-1][-1] += data.strip()
 
 
 class _Text(Tags):

@@ -1,8 +1,8 @@
 """Takes the pictures of "See the gates" in Chromium: of TensorBoard and of the pages of rollouts.
 
-``python docs/scripts/screenshots.py [RUN]``. RUN is the folder of the run that the guide tells of; without it, that run
-is made first, in a temporary folder, which takes about a minute. Needs the extra ``browser``, an installed Chromium,
-and Pillow, which matplotlib brings along.
+``python docs/scripts/screenshots.py [FOLDER]``. FOLDER holds the two runs that the guide tells of, ``block64`` and
+``none``; those that are missing are made first, about a minute each. Without it, both are made in a temporary folder.
+Needs the extra ``browser``, an installed Chromium, and Pillow, which matplotlib brings along.
 """
 
 import argparse
@@ -20,46 +20,61 @@ from opdlab.cli import main as opdlab
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs/pictures"
-RUN = ["fit", "-c", "quickstart", "-c", "harsh_reuse", "--model.gate.tau", "5", "--gate_monitor.every_n_steps", "2"]
+RUN = ["fit", "-c", "quickstart", "-c", "harsh_reuse", "--gate_monitor.every_n_steps", "2"]
+GATES = {"block64": ["--model.gate.tau", "5"], "none": ["--model.gate", "none"]}  # options by the run's folder
 WAIT = 30_000  # milliseconds for a page to be drawn
 _LIMIT = 200_000  # bytes of a picture
+WINDOW = (0, 0, 1280, 820)  # left, top, width and height of what is shown, pixels
+_PANE = (331, 64, 745, 656)  # of TensorBoard, without the choices on the left and the bar above
+# Of TensorBoard: the picture's name, the page, what is there once it is drawn, and the part that is shown.
+ONE_RUN = (
+    ("histograms", "histograms&tagFilter=gate/block", "vz-histogram-timeseries .histogram", _PANE),
+    ("images", "images&tagFilter=gate/(heat_map|by_age)", "tf-image-loader img", _PANE),
+)
+BOTH_RUNS = (
+    ("custom-scalars", "custom_scalars", "tf-custom-scalar-multi-line-chart-card", _PANE),
+    ("hparams", "hparams", "tf-hparams-query-pane paper-checkbox", (257, 64, 1023, 205)),
+)
+_HIDDEN = ("lr", "objective", "reuse.epochs")  # columns that are the same in both runs
 
 
 def main() -> None:
-    """Make the run where none is given, and take all pictures."""
+    """Make the runs that are not there yet, and take all pictures."""
     sys.path.insert(0, str(ROOT))
     from tests.browser.support import open_browser, serve_tensorboard
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", nargs="?", type=Path, help="folder of a run, such as runs/quickstart/version_0")
+    parser.add_argument("folder", nargs="?", type=Path, help="where the runs are, or are made; else a temporary one")
     arguments = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        run = (arguments.run or make_run(Path(folder))).resolve()
-        with open_browser() as browser, chdir(run.parents[1]):  # TensorBoard shows the path that it is given
-            take_rollouts(browser, run)
-            with serve_tensorboard(Path(run.parent.name)) as address:
-                take_tensorboard(browser, address)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (arguments.folder or Path(temporary)).resolve()
+        for gate in GATES:
+            make_run(folder / gate, gate)
+        with open_browser() as browser:
+            take_rollouts(browser, folder / "block64/version_0")
+            for runs, pages in ((folder / "block64", ONE_RUN), (folder, BOTH_RUNS)):
+                with chdir(runs.parent), serve_tensorboard(Path(runs.name)) as address:  # it shows the path it is given
+                    for name, place, drawn, part in pages:
+                        url = f"{address}?darkMode=false#{place}"
+                        take(browser, url, f"tensorboard-{name}", _waiting_for(drawn), part)
 
 
-def make_run(folder: Path) -> Path:
-    """The run that the guide tells of."""
-    if opdlab([*RUN, "--trainer.default_root_dir", str(folder / "harsh")]) != 0:
+def make_run(folder: Path, gate: str) -> None:
+    """A run that the guide tells of, unless it is there."""
+    if folder.is_dir():
+        return
+    if opdlab([*RUN, *GATES[gate], "--trainer.default_root_dir", str(folder)]) != 0:
         raise SystemExit("the run failed")
-    return folder / "harsh/version_0"
-
-
-def take_tensorboard(browser: Browser, address: str) -> None:
-    """The weights by place in the response, and the pictures of the whole run."""
-    for name, place, drawn in (
-        ("tensorboard-histograms", "histograms&tagFilter=gate/block", "vz-histogram-timeseries .histogram"),
-        ("tensorboard-images", "images&tagFilter=gate/(heat_map|by_age)", "tf-image-loader img"),
-    ):
-        take(browser, f"{address}?darkMode=false#{place}", name, _waiting_for(drawn))
 
 
 def _waiting_for(selector: str) -> Callable[[Page], None]:
-    return lambda page: page.locator(selector).first.wait_for(timeout=WAIT)
+    def wait(page: Page) -> None:
+        page.locator(selector).first.wait_for(timeout=WAIT)
+        for name in _HIDDEN if "hparams" in selector else ():
+            page.locator(selector).filter(has_text=name).first.click()
+
+    return wait
 
 
 def take_rollouts(browser: Browser, run: Path) -> None:
@@ -77,7 +92,13 @@ def _colored_by(quantity: str) -> Callable[[Page], None]:
     return choose
 
 
-def take(browser: Browser, address: str, name: str, prepare: Callable[[Page], None]) -> None:
+def take(
+    browser: Browser,
+    address: str,
+    name: str,
+    prepare: Callable[[Page], None],
+    part: tuple[int, int, int, int] = WINDOW,
+) -> None:
     """Open a page, prepare it, and write what is seen of it.
 
     Args:
@@ -85,12 +106,17 @@ def take(browser: Browser, address: str, name: str, prepare: Callable[[Page], No
         address: of the page.
         name: of the picture.
         prepare: waits until the page is drawn, and clicks what is to be clicked.
+        part: left, top, width and height of what is shown, pixels of the window.
     """
-    page = browser.new_page(viewport={"width": 1280, "height": 820}, color_scheme="light")
+    _, _, width, height = WINDOW
+    # Three pixels for two, so that figures can be read where a page shows the picture smaller.
+    page = browser.new_page(viewport={"width": width, "height": height}, color_scheme="light", device_scale_factor=1.5)
     page.goto(address)
     prepare(page)
     page.wait_for_timeout(1500)  # animations
-    write(page.screenshot(), FOLDER / f"{name}.png")
+    left, top, width, height = part
+    clip = {"x": left, "y": top, "width": width, "height": height}
+    write(page.screenshot(clip=clip), FOLDER / f"{name}.png")
     page.close()
 
 

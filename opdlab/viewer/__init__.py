@@ -3,6 +3,7 @@
 from opdlab.viewer.page import INDEX, RolloutText, page_name, render_index, render_page, write_page
 from opdlab.viewer.quantities import ColorScale, Quantity, color_scale, quantities
 from opdlab.viewer.rollouts import ShownRollout, choose_rollouts
+from opdlab.viewer.summary import PageSummary, step_count
 from opdlab.viewer.text import markdown_literal, visible
 from opdlab.viewer.tokens import token_texts
 
@@ -10,6 +11,7 @@ __all__ = [
     "INDEX",
     "ColorScale",
     "Quantity",
+    "PageSummary",
     "RolloutText",
     "ShownRollout",
     "choose_rollouts",
@@ -19,6 +21,7 @@ __all__ = [
     "quantities",
     "render_index",
     "render_page",
+    "step_count",
     "token_texts",
     "visible",
     "write_page",

@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import Tensor
 from opdlab.data.prompts import Problem
 from opdlab.viewer.quantities import color_scale, quantities
 from opdlab.viewer.rollouts import ShownRollout
+from opdlab.viewer.summary import PageSummary, read_summary, summarize
 
 INDEX = "index.html"
 _PAGE = re.compile(r"step-(\d{6,})\.html")
@@ -55,21 +56,26 @@ def render_page(
         texts: of each.
         facts: of the run, for the head of the page, by name.
     """
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(**_assets(), step=step, facts=facts or {}, data=_page_data(rollouts, texts))
-    )
+    known = {
+        "step": step,
+        "facts": facts or {},
+        "summary": summarize(rollouts, facts or {}).as_dict(),
+        "data": _page_data(rollouts, texts),
+    }
+    return _environment().get_template("page.html").render(**_assets(), **known)
 
 
-def render_index(steps: Sequence[int], run: str) -> str:
-    """Make the page that lists the others.
+def render_index(pages: Mapping[int, PageSummary], run: str) -> str:
+    """Make the page that lists the others, with the facts of the newest page that has any.
 
     Args:
-        steps: of the pages, rising.
+        pages: what is known of each, by its step, rising.
         run: what to call the run.
     """
-    return _environment().get_template("index.html").render(**_assets(), steps=steps, run=run)
+    columns = list(dict.fromkeys(name for page in pages.values() for name in page.figures))
+    facts = next((page.facts for page in reversed(list(pages.values())) if page.facts), {})
+    known = {"pages": pages, "columns": columns, "facts": facts, "run": run}
+    return _environment().get_template("index.html").render(**_assets(), **known)
 
 
 def page_name(step: int) -> str:
@@ -102,7 +108,8 @@ def write_page(folder: Path, step: int, page: str) -> Path:
     place = steps.index(step)
     for index in range(max(place - 1, 0), min(place + 2, len(steps))):
         _link(folder, steps, index)
-    _replace(folder / INDEX, render_index(steps, folder.absolute().parent.name).encode("utf-8", "replace"))
+    pages = {each: read_summary(folder / page_name(each)) for each in steps}
+    _replace(folder / INDEX, render_index(pages, folder.absolute().parent.name).encode("utf-8", "replace"))
     return folder / page_name(step)
 
 

@@ -178,6 +178,70 @@ CONTRAST = """() => {
 }"""
 
 
+LUMINANCE_OF_NUMBERS = """() => [...document.querySelectorAll("[data-segment]")].map((token) => {
+  const { color, backgroundColor } = getComputedStyle(token, "::before");
+  const luminance = (text) => {
+    const linear = (c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4);
+    const [r, g, b, opacity = 1] = text.match(/[\\d.]+/g).map(Number);
+    return opacity === 1 ? 0.2126 * linear(r) + 0.7152 * linear(g) + 0.0722 * linear(b) : NaN;
+  };
+  const pair = [luminance(color), luminance(backgroundColor)].sort((a, b) => b - a);
+  return (pair[0] + 0.05) / (pair[1] + 0.05);
+})"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_numbers_of_segments_can_be_read_on_every_colour(visit: Visit, tmp_path: Path, scheme: str) -> None:
+    path = write_page(tmp_path, 1, render_page(1, [shown(40, block=10)], [plain_text(WORDS)]))
+    contrasts = ready(visit(path, color_scheme=scheme)).evaluate(LUMINANCE_OF_NUMBERS)
+    assert len(contrasts) == 4
+    assert min(contrasts) > 4.5
+
+
+GAPS = """() => [...document.querySelectorAll(".tokens .t + .edge")].map((token) => {
+  const stroke = token.getBoundingClientRect().left - 2; // of the shadow
+  return stroke - token.previousSibling.getBoundingClientRect().right;
+})"""
+
+
+def test_strokes_stand_between_tokens(visit: Visit, page_file: Path) -> None:
+    page = ready(visit(page_file))
+    gaps = page.evaluate(GAPS)
+    assert len(gaps) > 10
+    assert min(gaps) >= 0
+    assert page.inner_text("#edges") == "a segment begins"
+
+
+@pytest.mark.parametrize(("pairs", "said"), [(0, "each token"), (2, "nearly each token")])
+def test_segments_of_one_token_are_not_marked(visit: Visit, tmp_path: Path, pairs: int, said: str) -> None:
+    rollout = shown(40, block=1)
+    rollout.segment_ids[: 2 * pairs] = rollout.segment_ids[: 2 * pairs] // 2 * 2
+    page = ready(visit(write_page(tmp_path, 1, render_page(1, [rollout], [plain_text(WORDS)]))))
+    assert page.locator(".tokens .edge").count() == 0
+    assert page.inner_text("#edges") == f"no strokes: {said} is a segment of its own"
+
+
+def test_ends_of_the_scale_can_be_told_apart(visit: Visit, tmp_path: Path) -> None:
+    rollout = shown(40)
+    rollout.values["weight"] = torch.ones(40)
+    rollout.values["weight"][::2] += 2**-14
+    page = ready(visit(f"{write_page(tmp_path, 1, render_page(1, [rollout], [plain_text(WORDS)])).as_uri()}#weight"))
+    ends = re.findall(r"[\d.]{3,}|1", page.inner_text("#scale"))
+    assert ends == ["1", "1.0001"]
+
+
+@pytest.mark.parametrize("width", [320, 400])
+def test_nothing_is_wider_than_a_narrow_window(visit: Visit, page_file: Path, width: int) -> None:
+    scrolls = "() => document.documentElement.scrollWidth - innerWidth"
+    page = ready(visit(page_file))
+    page.set_viewport_size({"width": width, "height": 800})
+    for quantity in page.locator("#quantity option").evaluate_all("all => all.map(option => option.value)"):
+        page.select_option("#quantity", quantity)
+        assert page.evaluate(scrolls) <= 0, quantity
+    page.click("text=all steps")
+    assert page.evaluate(scrolls) <= 0
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_can_be_read_on_every_colour(visit: Visit, page_file: Path, scheme: str) -> None:
     page = ready(visit(page_file, color_scheme=scheme))

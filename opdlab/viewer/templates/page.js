@@ -37,7 +37,7 @@ function unpack(rollout) {
     return values[name];
   };
   data.quantities.forEach((quantity) => column(quantity.name));
-  return { ids: integers(rollout.ids), segments: spread(integers(rollout.segments), lengths, total), values };
+  return { ids: integers(rollout.ids), runs: lengths, segments: spread(integers(rollout.segments), lengths, total), values };
 }
 
 // ------------------------------------------------------------------------------------------------------- text
@@ -80,12 +80,34 @@ function number(value, digits = 5) {
   return String(far ? value.toExponential(digits - 2) : Number(value.toPrecision(digits))).replaceAll("-", "−");
 }
 
+/** Numbers with as many digits as it takes to tell them apart, 3 at least. */
+function apart(values) {
+  const distinct = (texts) => new Set(texts).size;
+  let digits = 3;
+  while (digits < 17 && distinct(values.map((value) => number(value, digits))) < distinct(values)) digits += 1;
+  return values.map((value) => number(value, digits));
+}
+
+const counted = (count, what) => `${count} ${what}${count === 1 ? "" : "s"}`;
 const withUnit = (value, quantity) => number(value) + (quantity.unit ? " " + quantity.unit : "");
 
 // ------------------------------------------------------------------------------------------------------ cards
 
 let chosen = data.quantities[0];
 const cards = [];
+let marked = true; // whether strokes show where segments begin
+
+/** Where (nearly) every segment is one token, a stroke at each says nothing; the legend says it instead. */
+function markSegments() {
+  const lengths = cards.flatMap(({ rollout, runs }) => {
+    const labels = integers(rollout.segments);
+    return [...runs].filter((_, run) => labels[run] >= 0);
+  });
+  const single = lengths.filter((length) => length === 1).length;
+  marked = single < 0.9 * lengths.length;
+  if (marked || !lengths.length) return;
+  byId("edges").textContent = `no strokes: ${single === lengths.length ? "each" : "nearly each"} token is a segment of its own`;
+}
 
 function fact(parent, name, value, className) {
   const item = element("span", className, name + " ");
@@ -108,15 +130,17 @@ function makeCard(rollout, index) {
   const top = element("div", "top");
   const title = element("h2", "", `Rollout ${rollout.id}`);
   title.id = `rollout-${index}`;
+  title.title = "the number counts the rollouts of the run, from 0";
   card.setAttribute("aria-labelledby", title.id);
   top.append(title);
   const verdicts = { true: ["✓ correct", "correct"], false: ["✗ wrong", "wrong"], null: ["unchecked", ""] };
   fact(top, "answer", ...verdicts[rollout.correct]);
-  fact(top, "mean |drift|", `${rollout.mean_drift}, rank ${rollout.rank + 1} of ${rollout.num_ranked}`);
+  fact(top, "mean abs(drift)", rollout.mean_drift);
+  fact(top, "drift rank", `${rollout.rank + 1} of ${rollout.num_ranked}`);
   fact(top, "stopped by", rollout.stop);
-  fact(top, "age", `${rollout.age} steps`);
+  fact(top, "age", counted(rollout.age, "step"));
   fact(top, "reuse epoch", String(rollout.reuse_epoch));
-  fact(top, "length", `${rollout.texts.length} tokens`);
+  fact(top, "length", counted(rollout.texts.length, "token"));
   card.append(top);
   textBlock(card, "prompt", rollout.prompt, rollout.prompt.length < 1500);
   const { gold } = rollout;
@@ -141,7 +165,7 @@ function makeCard(rollout, index) {
 function buildTokens(card) {
   const { rollout, segments } = card;
   const special = new Set(rollout.special);
-  const numbered = integers(rollout.runs).length * 8 < rollout.texts.length; // short segments are not numbered
+  const numbered = card.runs.length * 8 < rollout.texts.length; // short segments are not numbered
   const fragment = document.createDocumentFragment();
   const blank = Object.assign(element("span"), { tabIndex: -1, role: "option" });
   let line = null;
@@ -157,7 +181,7 @@ function buildTokens(card) {
     if (text === "") span.fixed += " piece";
     if (special.has(index)) span.fixed += " special";
     if (segments[index] < 0) span.fixed += " masked";
-    else if (index === 0 || segments[index] !== segments[index - 1]) {
+    else if (marked && (index === 0 || segments[index] !== segments[index - 1])) {
       span.fixed += " edge";
       if (numbered) span.dataset.segment = segments[index];
     }
@@ -235,11 +259,12 @@ function showScale() {
   const boxes = element("i");
   for (let shade = low < neutral ? -LEVELS : 0; shade <= (high > neutral ? LEVELS : 0); shade += 2)
     boxes.append(element("b", "t" + levelClass(shade), "a"));
-  const ends = [(below ? "≤ " : "") + number(low, 3), (above ? "≥ " : "") + number(high, 3)];
+  const [from, middle, to] = apart([low, neutral, high]);
+  const ends = [(below ? "≤ " : "") + from, (above ? "≥ " : "") + to];
   if (low === high) scale.append(boxes, `${below || above ? "all finite values" : "all"} ${withUnit(neutral, chosen)}`);
   else scale.append(ends[0], boxes, `${ends[1]} ${chosen.unit}`);
-  if (low < neutral && neutral < high) scale.append(element("span", "meaning", `uncoloured: ${number(neutral)}`));
-  scale.ariaLabel = `colours of ${chosen.label} from ${ends[0]} to ${ends[1]} ${chosen.unit}, none at ${number(neutral)}`;
+  if (low < neutral && neutral < high) scale.append(element("span", "meaning", `uncoloured: ${middle}`));
+  scale.ariaLabel = `colours of ${chosen.label} from ${ends[0]} to ${ends[1]} ${chosen.unit}, none at ${middle}`;
   byId("meaning").textContent = chosen.meaning;
 }
 
@@ -381,6 +406,7 @@ function start() {
   });
   setTheme(themes.find((theme) => theme === remembered()) || "auto");
   data.rollouts.forEach(makeCard);
+  markSegments();
   // Compared as it stands: what somebody typed there may not be decodable.
   choose(data.quantities.find(({ name }) => encodeURIComponent(name) === location.hash.slice(1))?.name);
   listen();

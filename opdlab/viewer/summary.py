@@ -1,0 +1,86 @@
+"""A few figures of a page, which stand in its head and are read from there when the index is written."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from opdlab.viewer.rollouts import ShownRollout
+
+# JSON between single quotes in which <, >, & and ' are written as \u003c and so on; before all text of models.
+_SUMMARY = re.compile(rb"<meta name=\"opdlab-summary\" content='([^']*)'>")
+_HEAD = 1 << 14  # bytes of a page; the summary is within the first few hundred
+
+
+@dataclass(frozen=True)
+class PageSummary:
+    """What the index tells of a page.
+
+    Args:
+        figures: of the page's rollouts, as they are shown, by name.
+        facts: of the run.
+    """
+
+    figures: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, dict[str, str]]:
+        """For the head of the page."""
+        return asdict(self)
+
+
+def summarize(rollouts: Sequence[ShownRollout], facts: dict[str, str]) -> PageSummary:
+    """Count and range over the rollouts of a page.
+
+    Args:
+        rollouts: of the page.
+        facts: of the run.
+    """
+    if not rollouts:
+        return PageSummary(facts=facts)
+    verdicts = [rollout.correct for rollout in rollouts if rollout.correct is not None]
+    drifts = [rollout.mean_drift for rollout in rollouts]
+    ages = [rollout.age for rollout in rollouts]
+    figures = {
+        "rollouts shown": f"{len(rollouts)} of {rollouts[0].num_ranked}",
+        "correct": f"{sum(verdicts)} of {len(verdicts)}" if verdicts else "unchecked",
+        "mean abs(drift), nats": _range(f"{min(drifts):.3g}", f"{max(drifts):.3g}"),
+        "age, steps": _range(str(min(ages)), str(max(ages))),
+    }
+    return PageSummary(figures, facts)
+
+
+def _range(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"
+
+
+def read_summary(path: Path) -> PageSummary:
+    """Read the head of a page; an empty summary where there is none, as in pages of earlier versions.
+
+    Args:
+        path: of the page.
+    """
+    try:
+        with path.open("rb") as page:
+            found = _SUMMARY.search(page.read(_HEAD))
+        read = json.loads(found[1]) if found else {}
+    except (OSError, ValueError):
+        return PageSummary()
+    return PageSummary(*(_strings(read, name) for name in ("figures", "facts")))
+
+
+def _strings(read: object, name: str) -> dict[str, str]:
+    """What a page says under a name; nothing where it was not us who wrote it."""
+    part = read.get(name) if isinstance(read, dict) else None
+    return {key: str(value) for key, value in part.items()} if isinstance(part, dict) else {}
+
+
+def step_count(steps: int) -> str:
+    """A number of optimizer steps in words.
+
+    Example:
+        >>> step_count(1), step_count(0)
+        ('1 step', '0 steps')
+    """
+    return f"{steps} step{'s' * (steps != 1)}"
