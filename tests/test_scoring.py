@@ -338,12 +338,17 @@ def test_weight_of_another_dtype() -> None:
     torch.testing.assert_close(ours.double(), (hidden @ weight.T).gather(1, draw(N, 20)), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("_tiles")
+@pytest.fixture(params=[0, 1000], ids=["rows gathered", "whole head"])
+def _backward(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opdlab.scoring.gradients, "_DENSE", request.param)
+
+
+@pytest.mark.usefixtures("_tiles", "_backward")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("head", HEADS, ids=str)
 def test_support_with_statistics(head: dict[str, Any], bias: bool) -> None:
     hidden, weight, offset = inputs(bias)
-    targets, support = draw(N), draw(N, K)
+    targets, support = draw(N), draw(N, K)  # with repetitions: gradients must add up
     logits, statistics = support_statistics(hidden, Head(weight, offset, **head), targets, support)
     whole = plain_logits(hidden, weight, offset, **head)
     torch.testing.assert_close(logits, whole.gather(1, support), rtol=1e-10, atol=1e-10)
@@ -394,7 +399,7 @@ def test_a_frozen_heads_logits_are_made_once() -> None:
     assert products == 2  # the logits, and their probabilities times the head
 
 
-@pytest.mark.usefixtures("_tiles")
+@pytest.mark.usefixtures("_tiles", "_backward")
 @pytest.mark.parametrize("kind", ["logprobs", "support"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_gradient_accumulated_in_place(kind: str, dtype: torch.dtype) -> None:

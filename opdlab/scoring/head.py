@@ -133,3 +133,9 @@ def tiles(num_rows: int, num_columns: int) -> Iterator[tuple[slice, slice]]:
         columns = slice(left, min(left + width, num_columns))
         for top in range(0, num_rows, height):
             yield slice(top, min(top + height, num_rows)), columns
+
+
+def places(ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
+    """Whether ids [N, K] are among some columns, and where among them (anywhere if they are not)."""
+    inside = (ids >= columns.start) & (ids < columns.stop)
+    return inside, (ids - columns.start).clamp_(0, columns.stop - columns.start - 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opdlab.scoring.gradients import HeadGradients
-from opdlab.scoring.head import Head, autocast_at_the_door, product, tiles, wide_dtype
+from opdlab.scoring.head import Head, autocast_at_the_door, places, product, tiles, wide_dtype
 from opdlab.scoring.normalizer import OnlineSoftmax
 
 
@@ -86,12 +86,6 @@ class _TokenStatistics(torch.autograd.Function):
             gradient.scatter_add_(1, place, (upstream[rows, None] * inside).to(gradient.dtype))
             sums.add_tile(rows, columns, gradient.mul_(slope))
         return *sums.returned(), None, None, None
-
-
-def places(ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Whether ids [N, K] are among some columns, and where among them (anywhere if they are not)."""
-    inside = (ids >= columns.start) & (ids < columns.stop)
-    return inside, (ids - columns.start).clamp_(0, columns.stop - columns.start - 1)
 
 
 def _sums(hidden: Tensor, head: Head, targets: Tensor, hidden_size: int) -> tuple[OnlineSoftmax, Tensor]:

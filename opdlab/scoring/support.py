@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opdlab.scoring.gradients import HeadGradients, pieces
-from opdlab.scoring.head import Head, autocast_at_the_door, tiles, wide_dtype
+from opdlab.scoring.head import Head, autocast_at_the_door, places, tiles, wide_dtype
 from opdlab.scoring.normalizer import OnlineSoftmax
-from opdlab.scoring.statistics import TokenStatistics, places
+from opdlab.scoring.statistics import TokenStatistics
 
 
 def support_statistics(hidden: Tensor, head: Head, targets: Tensor, support: Tensor) -> tuple[Tensor, TokenStatistics]:

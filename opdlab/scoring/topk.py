@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opdlab.scoring.head import Head, autocast_at_the_door, tiles, wide_dtype
+from opdlab.scoring.head import Head, autocast_at_the_door, places, tiles, wide_dtype
 from opdlab.scoring.normalizer import OnlineSoftmax
-from opdlab.scoring.statistics import TokenStatistics, places
+from opdlab.scoring.statistics import TokenStatistics
 
 
 class TopK(NamedTuple):
