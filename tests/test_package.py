@@ -36,7 +36,10 @@ PUBLIC = {
         *("loss_shares", "reduce_losses", "register_objective"),
     ],
     "opdlab.objectives.functional": ["sampled_token_loss", "teacher_topk_loss"],
-    "opdlab.scoring": ["support_logits", "token_logprobs"],
+    "opdlab.scoring": [
+        *("Head", "TokenStatistics", "TopK", "support_logits", "support_statistics", "token_logprobs"),
+        *("token_statistics", "topk_with_statistics"),
+    ],
     "opdlab.metrics": ["MajorityVote", "PassAtK", "ProblemMean"],
     "opdlab.tasks": [
         *("BoxedVerifier", "ExactMatchVerifier", "MathVerifier", "NumericVerifier", "Verdict", "Verifier"),
