@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -293,6 +295,9 @@ class _InterruptedError(Exception):
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:
+        return  # Lightning tells the other processes, and all end together
     raise Stopped(signum)
 
 
@@ -305,9 +310,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A gate of one's own in the current folder is found by class_path, as it is with `python -m`.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
-    in_main_thread = threading.current_thread() is threading.main_thread()
+    # Under SLURM Lightning lets SIGTERM pass, and queues the job again.
+    ours = threading.current_thread() is threading.main_thread() and not SLURMEnvironment.detect()
     # Lightning calls this besides its own, which only takes a note that no evaluation looks at.
-    before = signal.signal(signal.SIGTERM, _terminate) if in_main_thread else None
+    before = signal.signal(signal.SIGTERM, _terminate) if ours else None
     try:
         _run(sys.argv[1:] if arguments is None else arguments)
     except (UsageError, MisconfigurationException, ArgumentError) as error:
@@ -323,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("opdlab: stopped", file=sys.stderr)
         return exit_code(signalled)
     finally:
-        if in_main_thread:
+        if ours:
             signal.signal(signal.SIGTERM, before)
     return 0
 

@@ -271,6 +271,18 @@ def test_a_signal_in_the_first_evaluation_stops(
     assert not (tmp_path / "runs/quickstart/version_0/checkpoints").exists()
 
 
+@pytest.mark.parametrize("slurm", [False, True])
+def test_sigterm_is_left_to_lightning_under_slurm(monkeypatch: pytest.MonkeyPatch, slurm: bool) -> None:
+    if slurm:
+        monkeypatch.setenv("SLURM_NTASKS", "1")
+        monkeypatch.setenv("SLURM_JOB_NAME", "run")
+    before, inside = signal.getsignal(signal.SIGTERM), []
+    monkeypatch.setattr("opdlab.cli._run", lambda _: inside.append(signal.getsignal(signal.SIGTERM)))
+    assert main([]) == 0
+    assert (inside == [before]) is slurm
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_a_resumed_curve_does_not_run_backwards(opdlab: Opdlab, tmp_path: Path) -> None:
     quick = (
         "--model.evaluation.teacher",

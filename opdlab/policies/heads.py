@@ -62,7 +62,7 @@ def check_head(model: PreTrainedModel, path: str, num_tokens: int) -> None:
         enlarged = _forward(model, tokens, factor)
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 5e-2
     for states, logits in ((hidden, own), enlarged):
-        ours = head.logits(states)
+        ours = head.tile(states, slice(None))
         size = float(ours.abs().amax().nan_to_num(1.0).clamp(min=1))
         if not torch.allclose(logits, ours, rtol=tolerance, atol=tolerance * size):
             raise UsageError(

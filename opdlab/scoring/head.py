@@ -52,14 +52,6 @@ class Head:
         weight, bias = whole(self.weight), None if self.bias is None else whole(self.bias)
         return self if weight is self.weight else replace(self, weight=weight, bias=bias)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[N, H] -> [N, V], float32 or wider, differentiable. For pieces of a batch only: this is the large tensor."""
-        weight = self.weight if hidden.dtype == self.weight.dtype else self.weight.to(hidden.dtype)
-        z = (hidden @ weight.T).to(wide_dtype(hidden))
-        z = (z if self.bias is None else z + self.bias.to(z.dtype)) * self.scale
-        z = z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
-        return z / self.temperature
-
     def tile(self, hidden: Tensor, columns: slice) -> Tensor:
         """[N, H] -> [N, C]: the logits of some columns, float32 or wider, without a graph."""
         z = product(hidden, self.weight[columns].to(hidden.dtype).T)

@@ -59,7 +59,8 @@ class _TokenStatistics(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, ahead: bool
     ) -> tuple[Tensor, ...]:
-        softmax, target_logits = _sums(hidden, head, targets, hidden.shape[1] if ahead else 0)
+        softmax, chosen = vocabulary_pass(hidden, head, targets[:, None], hidden.shape[1] if ahead else 0)
+        target_logits = chosen.squeeze(1)
         normalizer = softmax.log_normalizer
         ctx.head, ctx.ahead = head, ahead
         if ahead:
@@ -88,21 +89,21 @@ class _TokenStatistics(torch.autograd.Function):
         return *sums.returned(), None, None, None
 
 
-def _sums(hidden: Tensor, head: Head, targets: Tensor, hidden_size: int) -> tuple[OnlineSoftmax, Tensor]:
-    """Sums over the vocabulary, with the head's rows if ``hidden_size`` is theirs; and the targets' logits [N]."""
+def vocabulary_pass(hidden: Tensor, head: Head, ids: Tensor, hidden_size: int = 0) -> tuple[OnlineSoftmax, Tensor]:
+    """Sums over the vocabulary, with the head's rows if ``hidden_size`` is theirs; and the logits of ids, [N, K]."""
     like = hidden.new_empty(0, dtype=wide_dtype(hidden))
     softmax = OnlineSoftmax(hidden.shape[0], like, hidden_size)
-    target_logits = like.new_zeros(hidden.shape[0], 1)
+    chosen = like.new_zeros(ids.shape)
     for rows, columns in tiles(hidden.shape[0], head.weight.shape[0]):
         logits = head.tile(hidden[rows], columns)
-        inside, place = places(targets[rows, None], columns)
-        target_logits[rows] = torch.where(inside, logits.gather(1, place), target_logits[rows])
+        inside, place = places(ids[rows], columns)
+        chosen[rows] = torch.where(inside, logits.gather(1, place), chosen[rows])
         slope = head.slope(logits) if hidden_size else 1.0
         exponentials = softmax.add(rows, logits)
         if hidden_size:
             weighted = exponentials.mul_(slope).to(hidden.dtype)
             softmax.add_rows(rows, product(weighted, head.weight[columns].to(hidden.dtype)))
-    return softmax, target_logits.view(-1)
+    return softmax, chosen
 
 
 def _hidden_gradient(head: Head, softmax: OnlineSoftmax, targets: Tensor, target_logits: Tensor) -> Tensor:

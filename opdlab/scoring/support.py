@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opdlab.scoring.gradients import HeadGradients, pieces
-from opdlab.scoring.head import Head, autocast_at_the_door, places, tiles, wide_dtype
-from opdlab.scoring.normalizer import OnlineSoftmax
-from opdlab.scoring.statistics import TokenStatistics
+from opdlab.scoring.head import Head, autocast_at_the_door, wide_dtype
+from opdlab.scoring.statistics import TokenStatistics, vocabulary_pass
 
 
 def support_statistics(hidden: Tensor, head: Head, targets: Tensor, support: Tensor) -> tuple[Tensor, TokenStatistics]:
     """Logits of K chosen tokens per position and, without a gradient, what ``token_statistics`` yields: in one pass.
 
-    The backward pass works on the K rows of the head that each position has chosen, and on no other.
+    The backward pass works on the K rows of the head that each position has chosen, and on no other; where the
+    vocabulary is hardly larger than the support, products with the whole head are faster and are taken.
 
     Args:
         hidden: [N, H]; differentiable.
@@ -90,7 +90,9 @@ class _SupportLogits(torch.autograd.Function):
         if targets is None:
             logits = _gathered_logits(hidden, head, support)
         else:
-            logits, others = _whole_pass(hidden, head, support, targets)
+            softmax, chosen = vocabulary_pass(hidden, head, torch.cat([support, targets[:, None]], dim=1))
+            logits, normalizer = chosen[:, :-1].contiguous(), softmax.log_normalizer
+            others = (chosen[:, -1] - normalizer, softmax.entropy, normalizer, softmax.max_logit)
         ctx.save_for_backward(hidden, weight, bias, support, logits)
         ctx.head = head
         ctx.mark_non_differentiable(*others)
@@ -103,22 +105,6 @@ class _SupportLogits(torch.autograd.Function):
         sums = HeadGradients(ctx, ctx.head, hidden)
         sums.add_support(support, gradients[0] * ctx.head.slope(logits))
         return *sums.returned(), None, None, None
-
-
-def _whole_pass(
-    hidden: Tensor, head: Head, support: Tensor, targets: Tensor
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    like = hidden.new_empty(0, dtype=wide_dtype(hidden))
-    softmax = OnlineSoftmax(hidden.shape[0], like)
-    ids = torch.cat([support, targets[:, None]], dim=1)
-    chosen = like.new_zeros(ids.shape)
-    for rows, columns in tiles(hidden.shape[0], head.weight.shape[0]):
-        logits = head.tile(hidden[rows], columns)
-        inside, place = places(ids[rows], columns)
-        chosen[rows] = torch.where(inside, logits.gather(1, place), chosen[rows])
-        softmax.add(rows, logits)
-    normalizer = softmax.log_normalizer
-    return chosen[:, :-1].contiguous(), (chosen[:, -1] - normalizer, softmax.entropy, normalizer, softmax.max_logit)
 
 
 def _gathered_logits(hidden: Tensor, head: Head, support: Tensor) -> Tensor:

@@ -63,7 +63,7 @@ def micro_batch(seed: int, lengths: tuple[int, ...] = (5, 9, 0, 7), snapshot_ste
     hidden = normal(int(mask.sum()), HIDDEN).requires_grad_()
     zeros = torch.zeros(rows).long()
     logprobs = Scored(hidden, head, mask, tokens[mask]).padded(
-        head.logits(hidden.detach()).log_softmax(-1).gather(1, tokens[mask][:, None]).squeeze(1).detach()
+        head.tile(hidden.detach(), slice(None)).log_softmax(-1).gather(1, tokens[mask][:, None]).squeeze(1).detach()
     )
     rollouts = Rollouts(
         prompt_tokens=torch.zeros(rows, 1).long(),
