@@ -151,6 +151,7 @@ def config_chain(path: str, extended_by: tuple[str, ...] = ()) -> list[str]:
         loaded = yaml.safe_load(text)
     except (yaml.YAMLError, OSError, UnicodeDecodeError):
         return [path]  # the parser says what is wrong with it
+    require(loaded is not None, f"{path} is empty: give it keys, for example {_EXTENDS}: quickstart")
     names = loaded.get(_EXTENDS, []) if isinstance(loaded, dict) else []
     names = [names] if isinstance(names, str) else names
     require(

@@ -229,6 +229,8 @@ def test_what_was_read_is_not_read_again_as_a_base(tmp_path: Path) -> None:
         ("extends: quickstrat", "did you mean 'quickstart'?"),
         ("extends: {quickstart: 1}", "must be the name of a configuration or a list of names"),
         ("extends: [1]", "must be the name of a configuration or a list of names"),
+        ("", "is empty: give it keys, for example extends: quickstart"),
+        ("# nothing but a comment", "is empty: give it keys"),
         ("extends: quickstart\nmodel: {gaet: none}", "unknown key 'model.gaet'"),
     ],
 )
