@@ -19,7 +19,7 @@ from opdlab.errors import UsageError, require
 from opdlab.evaluation import EvaluationConfig, EvaluationModule, Evaluator, NoTeacher, submit_answers
 from opdlab.evaluation.evaluator import decode_responses
 from opdlab.gating import GateInputs, Gates, GateStrategy
-from opdlab.objectives import Objective, Reduction, loss_shares, reduce_losses
+from opdlab.objectives import Objective, PositionLosses, Reduction, loss_shares, reduce_losses
 from opdlab.policies import (
     BehaviorPolicy,
     LanguageModel,
@@ -30,8 +30,9 @@ from opdlab.policies import (
     single_token_ids,
     warn_of_stop_tokens,
 )
+from opdlab.policies.language_model import Scored
 from opdlab.policies.loading import DType
-from opdlab.rollouts import Minibatch, Pool
+from opdlab.rollouts import Minibatch, Pool, Rollouts, Targets
 from opdlab.rollouts.batch import StopReason
 from opdlab.rollouts.masking import mask_first_occurrences
 
@@ -160,9 +161,17 @@ class OPDModule(EvaluationModule):
         absent = isinstance(self.teacher, NoTeacher)
         require(stage != "fit" or not absent, "model.teacher is NoTeacher, but training needs a teacher: give one")
         # A sharded model gathers its weights in every pass, of which all processes must take as many.
-        self.student.group_lengths = isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+        self.student.group_lengths = self._whole_weights
         # Other strategies hook into gradients to reduce or shard them.
         self.student.accumulate_head_grad = isinstance(self.trainer.strategy, SingleDeviceStrategy)
+
+    @property
+    def _whole_weights(self) -> bool:
+        """Whether each process holds all weights."""
+        return isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+
+    def _same_policy(self) -> bool:
+        return self._whole_weights and self.behavior.equals(self.student)
 
     def configure_optimizers(self) -> Any:
         """The optimizer sees the student's trainable parameters only."""
@@ -181,15 +190,25 @@ class OPDModule(EvaluationModule):
     # -- collecting ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def collect(self, prompts: Sequence[Prompt], *, seed: int, first_rollout_id: int = 0) -> Pool:
+    def collect(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: int,
+        first_rollout_id: int = 0,
+        first_batch: Tensor | None = None,
+    ) -> Pool:
         """Sample a pool from the behavior snapshot and have the teacher score it, once.
 
         Args:
             prompts: what to sample from.
             seed: decides what is sampled.
             first_rollout_id: number of the pool's first rollout.
+            first_batch: rows that the next optimizer step trains on. Where the snapshot equals the student, that step's
+                own forward pass scores them, see :attr:`Minibatch.keep_behavior`.
         """
         started = time.perf_counter()
+        unscored = first_batch if first_batch is not None and self._same_policy() else None
         # In the trainer's precision, as the training step is: otherwise a fresh rollout would seem to have drifted.
         with self.trainer.precision_plugin.forward_context():
             rollouts = self.behavior.sample(
@@ -198,6 +217,7 @@ class OPDModule(EvaluationModule):
                 seed=seed,
                 first_rollout_id=first_rollout_id,
                 step=self.global_step,
+                unscored=unscored,
                 progress=self.progress,
             )
         sampled = time.perf_counter()  # results are on the host, so the device has finished
@@ -220,7 +240,7 @@ class OPDModule(EvaluationModule):
             correct = torch.tensor([verdict.correct for verdict in verdicts()], dtype=torch.int8)
             metrics["rollout/accuracy"] = float(correct.float().mean())
             counted = replace(counted, correct=correct)
-        return Pool(counted, targets, metrics)
+        return Pool(counted, targets, metrics, first_batch_unscored=unscored is not None)
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -228,7 +248,9 @@ class OPDModule(EvaluationModule):
         """One micro-batch: score, weigh, reduce. Returns the loss, and a :class:`StepTrace` for callbacks."""
         rollouts, targets = batch.rollouts, batch.targets
         scored = self.student.score(rollouts)
-        positions = self.objective.position_losses(scored, rollouts, targets)
+        positions = self._position_losses(batch, scored, rollouts, targets)
+        if batch.keep_behavior is not None:
+            batch.keep_behavior(rollouts.behavior_logprobs)
         inputs = gate_inputs(rollouts, targets, positions)
         gates = self._gates(batch, inputs)
         num_tokens, num_rollouts = self._denominators(batch)
@@ -255,6 +277,21 @@ class OPDModule(EvaluationModule):
         )
         return {"loss": loss * scale, "trace": trace}
 
+    def _position_losses(
+        self, batch: Minibatch, scored: Scored, rollouts: Rollouts, targets: Targets
+    ) -> PositionLosses:
+        """The objective's losses of some rollouts of a batch.
+
+        If nobody has scored these for the behavior policy, the student's account is filled in.
+        """
+        own = batch.keep_behavior is not None
+        if own and self.objective.reads_behavior:
+            rollouts.behavior_logprobs.copy_(scored.padded(scored.statistics().logprobs.detach()))
+        positions = self.objective.position_losses(scored, rollouts, targets)
+        if own and not self.objective.reads_behavior:
+            rollouts.behavior_logprobs.copy_(positions.logprobs)
+        return positions
+
     def _gates(self, batch: Minibatch, inputs: GateInputs) -> Gates:
         """Weights of a micro-batch, normalised over its whole optimizer batch.
 
@@ -276,7 +313,7 @@ class OPDModule(EvaluationModule):
                 parts.append(inputs)
                 continue
             moved, moved_targets = rollouts.to(self.device), targets.to(self.device)
-            positions = self.objective.position_losses(self.student.score(moved), moved, moved_targets)
+            positions = self._position_losses(batch, self.student.score(moved), moved, moved_targets)
             parts.append(gate_inputs(moved, moved_targets, positions))
         return split_gates(self.gate(join_gate_inputs(parts)), parts)
 

@@ -16,7 +16,7 @@ from opdlab.evaluation import EvaluationConfig
 from opdlab.gating import GateInputs, build_gate
 from opdlab.module import NonFiniteLossError, OPDModule
 from opdlab.objectives import Objective, SampledTokenOPD, TeacherTopK
-from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig, TeacherRequest
+from opdlab.policies import BehaviorPolicy, LanguageModel, LocalTeacher, SamplingConfig, TeacherRequest
 from opdlab.rollouts.batch import trimmed
 from opdlab.tasks.toy.problems import ChainProblems
 from tests.toy_run import STUDENT, TEACHER, Run
@@ -69,6 +69,51 @@ def test_first_minibatch_after_a_refresh_and_a_fresh_pool_has_no_drift(make_run:
     assert [steps[step]["rollout/age"] for step in (2, 3, 4)] == [1, 2, 3]
     if isinstance(objective, SampledTokenOPD):
         assert steps[1]["train/clip_share"] == 0
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("objective", [TeacherTopK(k=8), SampledTokenOPD()], ids=["lsm", "sampled"])
+def test_the_snapshot_scores_only_what_the_students_own_pass_does_not(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, objective: Objective, accumulate: int
+) -> None:
+    def run(equal: bool, reads: bool) -> tuple[Run, Watch, list[int]]:
+        watch, scored = Watch(), []
+        made = make_run(objective=objective, refresh=4, accumulate=accumulate, callbacks=(watch,))
+        policy = made.module.behavior.policy
+
+        def counted(rollouts: Any, batch_size: int) -> Any:
+            scored.append(len(rollouts))
+            return LanguageModel.score_in_chunks(policy, rollouts, batch_size)
+
+        monkeypatch.setattr(policy, "score_in_chunks", counted)
+        monkeypatch.setattr(objective, "reads_behavior", reads, raising=False)
+        if not equal:
+            monkeypatch.setattr(made.module.behavior, "equals", lambda student: False)
+        made.fit(8)
+        return made, watch, scored
+
+    by_snapshot, seen, rows = run(equal=False, reads=True)
+    assert rows == [16, 16]  # two pools of 16 rollouts, in optimizer batches of 8
+    for reads in (objective.reads_behavior, True):
+        by_student, own, fewer = run(equal=True, reads=reads)
+        assert fewer == [8, 8]
+        torch.testing.assert_close(by_student.recorder.losses, by_snapshot.recorder.losses, rtol=1e-4, atol=1e-6)
+        assert by_student.recorder.steps[5]["train/drift/max"] == 0  # the second pool's first step
+        for mine, theirs in zip(own.batches, seen.batches, strict=True):
+            assert torch.equal(mine.rollouts.rollout_ids, theirs.rollouts.rollout_ids)
+            torch.testing.assert_close(
+                mine.rollouts.behavior_logprobs, theirs.rollouts.behavior_logprobs, rtol=0, atol=1e-3
+            )
+
+
+def test_a_snapshot_that_is_not_the_student_scores_everything(make_run: MakeRun) -> None:
+    module = make_run().module
+    assert module.behavior.equals(module.student)
+    with torch.no_grad():
+        next(module.student.parameters()).view(-1)[-1] += 1e-6
+    assert not module.behavior.equals(module.student)
+    narrow = BehaviorPolicy(module.student, SamplingConfig(), "bfloat16")
+    assert not narrow.equals(module.student)
 
 
 def test_reused_rollouts_keep_their_targets_to_the_bit(make_run: MakeRun) -> None:

@@ -37,6 +37,10 @@ class PositionLosses:
 class Objective(ABC):
     """Turns a scored micro-batch into position losses. Says what it needs of the teacher."""
 
+    reads_behavior = True
+    """Whether the losses depend on ``rollouts.behavior_logprobs``. Where the student is the policy that sampled, these
+    are taken from its own pass: beforehand for an objective that reads them, else from what it returns."""
+
     @property
     def request(self) -> TeacherRequest:
         """What the teacher must deliver; by default only the sampled tokens' log-probabilities."""

@@ -23,6 +23,8 @@ class TeacherTopK(Objective):
         UsageError: k is below 2.
     """
 
+    reads_behavior = False
+
     def __init__(self, k: int = 32) -> None:
         require(
             k >= 2,
@@ -41,7 +43,7 @@ class TeacherTopK(Objective):
         assert targets.support_logits is not None
         assert targets.support_mass is not None
         logits, statistics = support_statistics(
-            student.hidden, student.head, student.tokens, targets.support_ids[student.mask]
+            student.hidden, student.head, student.tokens, targets.support_ids.long()[student.mask]
         )
         losses = student.padded(teacher_topk_loss(logits, targets.support_logits[student.mask]))
         support = logits.detach()

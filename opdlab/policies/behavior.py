@@ -63,6 +63,13 @@ class BehaviorPolicy(nn.Module):
                 if own is not other:  # below an adapter they are shared
                     own.copy_(other)
 
+    def equals(self, student: LanguageModel) -> bool:
+        """Whether the snapshot has the student's weights, to the bit."""
+        return all(
+            own is other or (own.dtype == other.dtype and torch.equal(own, other.to(own.device)))
+            for own, other in zip(self.policy.parameters(), student.parameters(), strict=True)
+        )
+
     def sample(
         self,
         prompts: Sequence[Sequence[int]],
@@ -71,6 +78,7 @@ class BehaviorPolicy(nn.Module):
         seed: int,
         first_rollout_id: int = 0,
         step: int = 0,
+        unscored: Tensor | None = None,
         progress: Progress | None = None,
     ) -> Rollouts:
         """Sample responses and score them.
@@ -81,6 +89,7 @@ class BehaviorPolicy(nn.Module):
             seed: decides what is sampled.
             first_rollout_id: number of the first rollout; the others count on.
             step: optimizer steps taken so far.
+            unscored: rows whose log-probabilities are left 0, since somebody else knows them.
             progress: where to show a bar.
 
         Returns:
@@ -98,11 +107,14 @@ class BehaviorPolicy(nn.Module):
             snapshot_step=torch.full((num_rollouts,), int(self.step)),
             temperature=self.sampler.config.temperature,
         )
-        self._score(rollouts, into=rollouts.behavior_logprobs, progress=progress or SilentProgress())
+        wanted = torch.ones(num_rollouts, dtype=torch.bool)
+        if unscored is not None:
+            wanted[unscored] = False
+        self._score(rollouts, wanted.nonzero().view(-1), progress or SilentProgress())
         return rollouts
 
-    def _score(self, rollouts: Rollouts, into: Tensor, progress: Progress) -> None:
-        with progress.task("scoring (behavior)", len(rollouts)) as advance:
-            for rows, scored in self.policy.score_in_chunks(rollouts, self._score_batch_size):
-                into[rows] = scored.padded(scored.statistics().logprobs).cpu()
+    def _score(self, rollouts: Rollouts, wanted: Tensor, progress: Progress) -> None:
+        with progress.task("scoring (behavior)", len(wanted)) as advance:
+            for rows, scored in self.policy.score_in_chunks(rollouts.rows(wanted), self._score_batch_size):
+                rollouts.behavior_logprobs[wanted[rows]] = scored.padded(scored.statistics().logprobs).cpu()
                 advance(len(rows))

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,14 @@ class Scored:
     tokens: Tensor
 
     def statistics(self) -> TokenStatistics:
-        """Log-probability (differentiable), entropy and log-normalizer of every valid position, each [N]."""
+        """Log-probability (differentiable), entropy and log-normalizer of every valid position, each [N].
+
+        Computed once, whoever asks.
+        """
+        return self._statistics
+
+    @cached_property
+    def _statistics(self) -> TokenStatistics:
         return token_statistics(self.hidden, self.head, self.tokens)
 
     def padded(self, values: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opdlab.errors import require
@@ -14,7 +15,7 @@ from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.loading import DType, Quantization
 from opdlab.policies.tokenizers import StopTokens
 from opdlab.progress import Progress, SilentProgress
-from opdlab.rollouts.batch import Rollouts, Targets
+from opdlab.rollouts.batch import Rollouts, Targets, id_dtype
 from opdlab.scoring import topk_with_statistics
 
 
@@ -110,7 +111,7 @@ class LocalTeacher(Teacher):
         shape, k = rollouts.tokens.shape, request.top_k
         targets = Targets(
             logprobs=torch.zeros(shape),
-            support_ids=torch.zeros(*shape, k, dtype=torch.int32) if k else None,
+            support_ids=torch.zeros(*shape, k, dtype=id_dtype(self.vocab_size)) if k else None,
             support_logits=torch.zeros(*shape, k) if k else None,
             support_mass=torch.zeros(shape) if k else None,
         )
@@ -122,7 +123,7 @@ class LocalTeacher(Teacher):
                     top, statistics = topk_with_statistics(
                         scored.hidden, scored.head, scored.tokens, k, request.vocab_size
                     )
-                    targets.support_ids[rows] = scored.padded(top.ids.int()).cpu()
+                    _put_ids(targets.support_ids, rows, scored.padded(top.ids.int()).cpu())
                     targets.support_logits[rows] = scored.padded(top.logits).cpu()
                     mass = (top.logits.logsumexp(-1) - statistics.log_normalizer).exp()
                     targets.support_mass[rows] = scored.padded(mass).cpu()
@@ -153,3 +154,9 @@ class BaseTeacher(LocalTeacher):
             "model.student has none: give model.student.init_args.adapter, or take a LocalTeacher",
         )
         self._hold(student.without_adapter(), self._batch_size)
+
+
+def _put_ids(into: Tensor, rows: Tensor, ids: Tensor) -> None:
+    """``into[rows] = ids``, which torch lacks for uint16; a view of the same bits has it."""
+    bits = torch.int16 if into.dtype == torch.uint16 else into.dtype
+    into.view(bits)[rows] = ids.to(into.dtype).view(bits)

@@ -4,6 +4,7 @@ Shapes: B rollouts, P prompt tokens (padded on the left), T response tokens (fro
 K support. Log-probabilities are in nats, at the sampling temperature.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from typing import Any, Self, TypeVar
@@ -51,7 +52,7 @@ class _Rows:
 
 @dataclass(frozen=True)
 class Rollouts(_Rows):
-    """Sampled responses and the behavior policy's account of them. Immutable.
+    """Sampled responses and the behavior policy's account of them.
 
     Args:
         prompt_tokens: [B, P] long, padded on the left.
@@ -91,13 +92,24 @@ class Rollouts(_Rows):
         return self.mask.sum(1)
 
 
+def id_dtype(vocab_size: int) -> torch.dtype:
+    """The smallest integer type that holds the ids of a vocabulary.
+
+    Example:
+        >>> id_dtype(256), id_dtype(49152), id_dtype(151936)
+        (torch.uint8, torch.uint16, torch.int32)
+    """
+    return next((t for t in (torch.uint8, torch.uint16) if vocab_size - 1 <= torch.iinfo(t).max), torch.int32)
+
+
 @dataclass(frozen=True)
 class Targets(_Rows):
     """What the teacher said of rollouts. Computed once per pool, never changed.
 
     Args:
         logprobs: [B, T] float32, nats: of the sampled tokens; 0 where the mask is 0.
-        support_ids: [B, T, K] int32: the teacher's likeliest tokens, or None where the objective asks for none.
+        support_ids: [B, T, K]: the teacher's likeliest tokens, or None where the objective asks for none. In the
+            smallest type that holds every id (:func:`id_dtype`), which not every operation takes: ``.long()`` first.
         support_logits: [B, T, K] float32: their logits at the sampling temperature, or None.
         support_mass: [B, T] float32: the teacher's probability of the support, 0 to 1, or None.
     """
@@ -122,6 +134,9 @@ class Minibatch:
         position: which of ``micro_batches`` this one is.
         reuse_epoch: passes over the pool before this one.
         pool_metrics: figures of the pool's sampling and scoring, by name.
+        keep_behavior: where the student is itself the policy that sampled, nobody has scored this optimizer batch yet.
+            The student's log-probabilities are then the behavior's: the training step fills them in, and hands them to
+            this function, [B, T], for the passes to come. None where they are there.
     """
 
     rollouts: Rollouts
@@ -132,6 +147,7 @@ class Minibatch:
     position: int
     reuse_epoch: int
     pool_metrics: dict[str, float]
+    keep_behavior: Callable[[Tensor], None] | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Minibatch":
         """Move this micro-batch; its siblings stay where they are."""
@@ -161,4 +177,4 @@ def trimmed(rollouts: Rollouts, targets: Targets) -> tuple[Rollouts, Targets]:
     return cut, targets.map(lambda tensor: tensor[:, :length])
 
 
-__all__ = ["Minibatch", "Rollouts", "StopReason", "Targets", "trimmed"]
+__all__ = ["Minibatch", "Rollouts", "StopReason", "Targets", "id_dtype", "trimmed"]

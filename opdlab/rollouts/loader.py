@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from opdlab.data.prompts import Prompt
 from opdlab.data.reuse import ReuseConfig
@@ -21,18 +23,21 @@ class Pool:
         rollouts: all rollouts of the pool.
         targets: the teacher's, computed once.
         metrics: figures of the sampling and scoring, by name.
+        first_batch_unscored: the behavior log-probabilities of the first optimizer batch are still to come, see
+            :attr:`Minibatch.keep_behavior`.
     """
 
     rollouts: Rollouts
     targets: Targets
     metrics: dict[str, float] = field(default_factory=dict)
+    first_batch_unscored: bool = False
 
 
 class Collect(Protocol):
     """Samples and scores a pool: :meth:`opdlab.module.OPDModule.collect`."""
 
-    def __call__(self, prompts: Sequence[Prompt], *, seed: int, first_rollout_id: int) -> Pool:
-        """Return the rollouts of ``prompts``."""
+    def __call__(self, prompts: Sequence[Prompt], *, seed: int, first_rollout_id: int, first_batch: Tensor) -> Pool:
+        """Return the rollouts of ``prompts``; ``first_batch`` are the rows that are trained on first."""
 
 
 class RolloutLoader:
@@ -121,7 +126,12 @@ class RolloutLoader:
         chosen = [self._prompts[i] for i in order[start : start + self._prompts_per_pool].tolist()]
         number = (self._epoch * self.pools_per_epoch + self._pool_index) * self._world_size + self._rank
         pool_seed = derive_seed("pool", self._seed, number)
-        return self._collect(chosen, seed=pool_seed, first_rollout_id=number * self._pool_size)
+        return self._collect(
+            chosen,
+            seed=pool_seed,
+            first_rollout_id=number * self._pool_size,
+            first_batch=self._row_order(0)[: self._batch_size],
+        )
 
     def _rest_of_pool(self, pool: Pool) -> Iterator[Minibatch]:
         first = self._cursor // self._micro_batches
@@ -129,22 +139,36 @@ class RolloutLoader:
         for batch in range(first, self._reuse_epochs * batches_per_pass):
             reuse_epoch, number = divmod(batch, batches_per_pass)
             order = self._row_order(reuse_epoch)[number * self._batch_size :][: self._batch_size]
-            for minibatch in self._optimizer_batch(pool, order, reuse_epoch)[self._cursor % self._micro_batches :]:
+            unscored = pool.first_batch_unscored and batch == 0
+            minibatches = self._optimizer_batch(pool, order, reuse_epoch, unscored)
+            for minibatch in minibatches[self._cursor % self._micro_batches :]:
                 self._cursor += 1
                 yield minibatch
 
-    def _row_order(self, reuse_epoch: int) -> torch.Tensor:
+    def _row_order(self, reuse_epoch: int) -> Tensor:
         seed = derive_seed("rows", self._seed, self._rank, self._epoch, self._pool_index, reuse_epoch)
         return torch.randperm(self._pool_size, generator=torch.Generator().manual_seed(seed))
 
-    def _optimizer_batch(self, pool: Pool, rows: torch.Tensor, reuse_epoch: int) -> list[Minibatch]:
+    def _optimizer_batch(self, pool: Pool, rows: Tensor, reuse_epoch: int, unscored: bool) -> list[Minibatch]:
         num_tokens = pool.rollouts.num_tokens[rows]
         total, non_empty = int(num_tokens.sum()), int((num_tokens > 0).sum())
-        parts = tuple(
-            trimmed(pool.rollouts.rows(part), pool.targets.rows(part)) for part in rows.chunk(self._micro_batches)
-        )
+        chunks = rows.chunk(self._micro_batches)
+        parts = tuple(trimmed(pool.rollouts.rows(part), pool.targets.rows(part)) for part in chunks)
+
+        def keep_behavior(part: Tensor, logprobs: Tensor) -> None:
+            pool.rollouts.behavior_logprobs[part, : logprobs.shape[1]] = logprobs.cpu()
+
         return [
-            Minibatch(*part, total, non_empty, parts, position, reuse_epoch, pool.metrics)
+            Minibatch(
+                *part,
+                num_tokens=total,
+                num_rollouts=non_empty,
+                micro_batches=parts,
+                position=position,
+                reuse_epoch=reuse_epoch,
+                pool_metrics=pool.metrics,
+                keep_behavior=partial(keep_behavior, chunks[position]) if unscored else None,
+            )
             for position, part in enumerate(parts)
         ]
 
@@ -157,6 +181,7 @@ class RolloutLoader:
                 "rollouts": pool.rollouts.state_dict(),
                 "targets": pool.targets.state_dict(),
                 "metrics": pool.metrics,
+                "first_batch_unscored": pool.first_batch_unscored,
             }
         return state
 
@@ -175,4 +200,5 @@ class RolloutLoader:
                 f"the checkpoint is in the middle of a pool of {len(rollouts)} rollouts, but the configuration asks "
                 f"for {self._pool_size}: resume with the configuration that the run was started with",
             )
-            self._pool = Pool(rollouts, Targets.from_state_dict(pool["targets"]), pool["metrics"])
+            targets = Targets.from_state_dict(pool["targets"])
+            self._pool = Pool(rollouts, targets, pool["metrics"], pool["first_batch_unscored"])

@@ -30,7 +30,8 @@ def saved(folder: Path, num_rows: int = 38) -> Path:
             model.resize_token_embeddings(num_rows, mean_resizing=False)
             with torch.no_grad():
                 model.lm_head.weight[:38] = head
-                model.lm_head.weight[38:] = 2 * head[: num_rows - 38]
+                model.lm_head.weight[38:] = 0
+                model.lm_head.weight[-10:] = 2 * head[:10]
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -127,6 +128,21 @@ def test_padded_embedding(padded: Path, rollouts: Rollouts) -> None:
         check_targets(targets, logits, rollouts, k, 38)
         assert targets.support_ids is not None
         assert int(targets.support_ids.max()) < 38
+
+
+@pytest.mark.parametrize(("num_rows", "dtype"), [(256, torch.uint8), (40_000, torch.uint16), (66_000, torch.int32)])
+def test_ids_take_the_smallest_type_that_holds_them(
+    tmp_path: Path, rollouts: Rollouts, num_rows: int, dtype: torch.dtype
+) -> None:
+    folder = saved(tmp_path, num_rows)
+    targets = LocalTeacher(str(folder), batch_size=2).score(rollouts, TeacherRequest(top_k=5))
+    assert targets.support_ids is not None
+    assert targets.support_ids.dtype == dtype
+    assert int(targets.support_ids.int().max()) >= num_rows - 10
+    check_targets(targets, own_logits(folder, rollouts), rollouts, 5, num_rows)
+    again = Targets.from_state_dict(targets.rows(torch.tensor([3, 0])).state_dict())
+    assert again.support_ids is not None
+    assert torch.equal(again.support_ids.long(), targets.support_ids.long()[[3, 0]])
 
 
 def test_frozen_and_without_gradient(plain: Path, rollouts: Rollouts) -> None:

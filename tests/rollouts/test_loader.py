@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from opdlab.data.prompts import Problem, Prompt
 from opdlab.errors import UsageError
@@ -18,28 +19,30 @@ PROMPTS = [Prompt(i, Problem(str(i), str(i), None), (i,)) for i in range(11)]
 class Collector:
     """Two rollouts of each prompt, of length 1 to 3; counts its calls."""
 
-    def __init__(self) -> None:
+    def __init__(self, unscored: bool = False) -> None:
         self.calls: list[tuple[list[int], int]] = []
+        self.unscored = unscored
 
-    def __call__(self, prompts: Sequence[Prompt], *, seed: int, first_rollout_id: int) -> Pool:
+    def __call__(self, prompts: Sequence[Prompt], *, seed: int, first_rollout_id: int, first_batch: Tensor) -> Pool:
         indices = [p.index for p in prompts for _ in range(2)]
         self.calls.append(([p.index for p in prompts], seed))
         ids = torch.arange(first_rollout_id, first_rollout_id + len(indices))
         mask = torch.arange(3) <= (ids % 3)[:, None]
-        values = ids[:, None].float().expand(-1, 3)
+        values = ids[:, None].float().repeat(1, 3)
+        behavior = values.index_fill(0, first_batch, -1) if self.unscored else values
         column, zeros = torch.tensor(indices), ids * 0
         rollouts = Rollouts(
             column[:, None],
             torch.ones(len(indices), 1).bool(),
             mask.long(),
             mask,
-            values,
+            behavior,
             zeros,
             ids,
             column,
             *(zeros, zeros),
         )
-        return Pool(rollouts, Targets(values), {"rollout/length": 2.0})
+        return Pool(rollouts, Targets(values), {"rollout/length": 2.0}, self.unscored)
 
 
 def loader(collect: Any = None, **options: Any) -> RolloutLoader:
@@ -129,6 +132,29 @@ def test_state_goes_on_exactly_where_it_was_taken(micro_batches: int, stop: int)
     resumed = loader(collect, micro_batches=micro_batches)
     resumed.load_state_dict(stopped.state_dict())
     assert before + run(resumed, 120 - stop) == uninterrupted
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+def test_what_the_first_batch_says_of_the_behavior_policy_is_kept(micro_batches: int) -> None:
+    def step(batch: Minibatch) -> Minibatch:
+        if batch.keep_behavior is not None:
+            assert bool((batch.rollouts.behavior_logprobs == -1).all())
+            batch.keep_behavior(batch.targets.logprobs)  # the collector's behavior log-probabilities equal these
+        return batch
+
+    # Left and taken up within the first optimizer batch, and after it: pools are two, of three passes of two batches.
+    for stop in (1, micro_batches, micro_batches + 1):
+        stopped = loader(Collector(unscored=True), micro_batches=micro_batches)
+        first = [step(batch) for batch in islice(stopped, stop)]
+        resumed = loader(Collector(unscored=True), micro_batches=micro_batches)
+        resumed.load_state_dict(stopped.state_dict())
+        batches = first + [step(batch) for batch in resumed]
+        fresh = [index for index, batch in enumerate(batches) if batch.keep_behavior is not None]
+        assert fresh == [*range(micro_batches), *range(6 * micro_batches, 7 * micro_batches)]
+        for batch in batches:
+            if batch.keep_behavior is None:
+                valid = batch.rollouts.mask
+                assert torch.equal(batch.rollouts.behavior_logprobs[valid], batch.targets.logprobs[valid])
 
 
 def test_state_holds_a_pool_only_while_it_is_in_use() -> None:
