@@ -1,6 +1,8 @@
 """Micro-batches seen as the one optimizer batch that they are parts of, for the gate to normalise over."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +12,8 @@ from opdlab.objectives import PositionLosses
 from opdlab.rollouts import Rollouts, Targets
 
 
-def gate_inputs(rollouts: Rollouts, targets: Targets, positions: PositionLosses) -> GateInputs:
-    """What a gate may look at, of a scored micro-batch."""
+def gate_inputs(rollouts: Rollouts, targets: Targets, positions: PositionLosses, step: int = 0) -> GateInputs:
+    """What a gate may look at, of a scored micro-batch, after so many optimizer steps."""
     return GateInputs(
         tokens=rollouts.tokens,
         mask=rollouts.mask,
@@ -19,6 +21,10 @@ def gate_inputs(rollouts: Rollouts, targets: Targets, positions: PositionLosses)
         current_logprobs=positions.logprobs,
         teacher_logprobs=targets.logprobs,
         position_losses=positions.losses.detach(),
+        entropy=positions.entropy,
+        teacher_entropy=targets.entropy,
+        correct=None if rollouts.correct is None else rollouts.correct[:, None].expand_as(rollouts.mask),
+        step=step,
     )
 
 
@@ -30,8 +36,8 @@ def join_gate_inputs(parts: Sequence[GateInputs]) -> GateInputs:
         tensors = [getattr(part, name) for part in parts]
         return torch.cat([nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
 
-    names = ("tokens", "mask", "behavior_logprobs", "current_logprobs", "teacher_logprobs", "position_losses")
-    return GateInputs(**{name: joined(name) for name in names})
+    tensors: dict[str, Any] = {name: joined(name) for name in parts[0].tensors()}
+    return replace(parts[0], **tensors)
 
 
 def split_gates(gates: Gates, parts: Sequence[GateInputs]) -> list[Gates]:
@@ -40,5 +46,6 @@ def split_gates(gates: Gates, parts: Sequence[GateInputs]) -> list[Gates]:
     fields = (gates.weights, gates.segment_ids, gates.segment_drift)
     pieces = zip(*(tensor.split_with_sizes(rows) for tensor in fields), strict=True)
     return [
-        Gates(*(tensor[:, : part.mask.shape[1]] for tensor in piece)) for piece, part in zip(pieces, parts, strict=True)
+        replace(Gates(*(tensor[:, : part.mask.shape[1]] for tensor in piece)), tau=gates.tau)
+        for piece, part in zip(pieces, parts, strict=True)
     ]

@@ -25,6 +25,7 @@ from opdlab.policies import AdapterConfig
 from opdlab.registry import Registry
 
 Value = int | float | str
+_SCHEDULE = "tau_schedule"
 # Shown from the start; the others are ticked on the left of the tab.
 _SHOWN = ("gate", "gate.tau", "objective", "lr", "reuse.epochs")
 
@@ -75,7 +76,7 @@ def hyperparameters(module: OPDModule, config: Mapping[str, Any]) -> dict[str, V
     optimizer = _options(model["optimizer"])
     values: dict[str, Any] = {
         "gate": _name(gate_registry(), module.gate),
-        **_prefixed("gate", _options(model["gate"])),
+        **_prefixed("gate", _gate_options(model["gate"])),
         "objective": _name(objective_registry(), module.objective),
         **_prefixed("objective", _options(model["objective"])),
         "lr": optimizer.pop("lr", None),
@@ -119,6 +120,15 @@ def _options(config: Any) -> dict[str, Any]:
     return dict(config.get("init_args") or {}) if isinstance(config, Mapping) else {}
 
 
+def _gate_options(config: Any) -> dict[str, Any]:
+    """A schedule gets a column of its own, beside that of numbers."""
+    options = _options(config)
+    if (name := _class_name(options.get("tau"))) is not None:
+        settings = ", ".join(f"{key}={value}" for key, value in _options(options.pop("tau")).items())
+        options[_SCHEDULE] = f"{name}({settings})"
+    return options
+
+
 def _experiment(values: Mapping[str, Value], tags: Iterable[str]) -> Experiment:
     """The columns of the tab.
 
@@ -136,7 +146,7 @@ def _known_options() -> dict[str, Any]:
     classes: list[tuple[str, type]] = [("gate", GateStrategy), ("adapter", AdapterConfig)]
     classes += [("gate", gates.get(name)) for name in gates.names()]
     classes += [("objective", objectives.get(name)) for name in objectives.names()]
-    return {
+    return {f"gate.{_SCHEDULE}": DATA_TYPE_STRING} | {
         f"{prefix}.{option.name}": _type(option.default)
         for prefix, cls in classes
         for option in inspect.signature(cls).parameters.values()

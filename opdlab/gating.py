@@ -10,6 +10,7 @@ Reference: Zheng & Jiang, "Blockwise Policy-Drift Gating for On-Policy Distillat
 Shapes: B rollouts, T response tokens. Log-probabilities are in nats.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
@@ -18,12 +19,10 @@ from torch import Tensor
 
 from opdlab.errors import require
 from opdlab.registry import Registry, suggestion
+from opdlab.tau import TauSchedule, check_tau
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# Beyond this tau * drift overflows float32, and long before it every drifted segment has weight 0.
-_MAX_TAU = 1e30
 
 Statistic = Literal["signed_mean", "abs_mean", "rms", "max"]
 Normalization = Literal["mean", "residual", "clipped", "none"]
@@ -33,13 +32,20 @@ Normalization = Literal["mean", "residual", "clipped", "none"]
 class GateInputs:
     """What a gate may look at. Tensors are [B, T]; a response starts in column 0.
 
+    What may be None is there where the gate declares it in :attr:`GateStrategy.needs`.
+
     Args:
         tokens: the sampled token ids, long.
         mask: 1 (or True) on valid response positions. Whatever stands where it is 0 has no influence.
         behavior_logprobs: log-probability of ``tokens`` under the policy that sampled them, nats.
         current_logprobs: the same under the current student, nats.
-        teacher_logprobs: the same under the teacher, nats, where a gate wants it.
-        position_losses: the objective's loss per position, detached, where a gate wants it.
+        teacher_logprobs: the same under the teacher, nats, or None.
+        position_losses: the objective's loss per position, detached, or None.
+        entropy: of the current student's next-token distribution, nats, or None.
+        teacher_entropy: of the teacher's, nats, or None.
+        correct: int8, the same for all positions of a response: 1 where the verifier accepts its answer, 0 where it
+            does not, -1 where it was not asked; or None.
+        step: optimizer steps taken.
     """
 
     tokens: Tensor
@@ -48,6 +54,10 @@ class GateInputs:
     current_logprobs: Tensor
     teacher_logprobs: Tensor | None = None
     position_losses: Tensor | None = None
+    entropy: Tensor | None = None
+    teacher_entropy: Tensor | None = None
+    correct: Tensor | None = None
+    step: int = 0
 
     @property
     def drift(self) -> Tensor:
@@ -59,12 +69,16 @@ class GateInputs:
     def cleaned(self) -> "GateInputs":
         """Return a detached copy with a boolean mask and zeros wherever the mask is 0."""
         invalid = ~self.mask.bool()
-        tensors = {
-            f.name: value.detach().masked_fill(invalid, 0)
-            for f in fields(self)
-            if f.name != "mask" and (value := getattr(self, f.name)) is not None
-        }
-        return replace(self, mask=~invalid, **tensors)
+        return replace(self.map(lambda value: value.detach().masked_fill(invalid, 0)), mask=~invalid)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "GateInputs":
+        """Apply ``function`` to every tensor that is there."""
+        changed: dict[str, Any] = {name: function(value) for name, value in self.tensors().items()}
+        return replace(self, **changed)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are there, by name."""
+        return {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)}
 
 
 @dataclass(frozen=True)
@@ -75,29 +89,49 @@ class Gates:
         weights: float32, 0 where the mask is 0, mean 1 over valid positions (unless ``normalization="none"``).
         segment_ids: long, the position's segment within its row, counted from 0; -1 where the mask is 0.
         segment_drift: the signed mean drift of the position's segment, nats; 0 where the mask is 0.
+        tau: that a schedule has chosen, a tensor of one number; None where tau is a number, or plays no part.
     """
 
     weights: Tensor
     segment_ids: Tensor
     segment_drift: Tensor
+    tau: Tensor | None = None
 
 
-class GateOptions(TypedDict, total=False):
-    """Options that every gate takes.
+class WeightOptions(TypedDict, total=False):
+    """How gates become weights.
 
     Attributes:
-        tau: how hard drift bites, per nat: a segment with statistic s gets ``exp(-tau * s)``. 0 switches gating off.
-        statistic: how a segment's drifts reduce to s: ``signed_mean`` is the absolute value of their mean (the
-            paper; opposite drifts cancel), ``abs_mean``, ``rms`` and ``max`` (of the absolute drift) do not cancel.
         normalization: ``mean`` divides by the mean gate (the paper); ``residual`` mixes that with ungated,
-            ``(1 - rho) + rho * w``; ``clipped`` clips w to [low, high] and divides by the mean again; ``none``
-            leaves weights of at most 1, so that drift also shrinks the step.
+            ``(1 - rho) + rho * w``; ``clipped`` clips w to [low, high] and divides by the mean again; ``none`` takes
+            gates as they are: at most 1 where drift makes them, so that it also shrinks the step. Null is the gate's
+            own choice.
         rho: share of the gate in ``residual``, 0 to 1.
         low: lower bound of ``clipped``.
         high: upper bound of ``clipped``.
     """
 
-    tau: float
+    normalization: Normalization | None
+    rho: float
+    low: float
+    high: float
+
+
+class GateOptions(TypedDict, total=False):
+    """Options of every gate that turns drift into weights by ``exp(-tau * s)``.
+
+    Attributes:
+        tau: how hard drift bites, per nat: a segment with statistic s gets ``exp(-tau * s)``. 0 switches gating off.
+            A number, or a :class:`opdlab.tau.TauSchedule`.
+        statistic: how a segment's drifts reduce to s: ``signed_mean`` is the absolute value of their mean (the
+            paper; opposite drifts cancel), ``abs_mean``, ``rms`` and ``max`` (of the absolute drift) do not cancel.
+        normalization: see :class:`WeightOptions`; ``mean`` unless given.
+        rho: share of the gate in ``residual``, 0 to 1.
+        low: lower bound of ``clipped``.
+        high: upper bound of ``clipped``.
+    """
+
+    tau: float | TauSchedule
     statistic: Statistic
     normalization: Normalization
     rho: float
@@ -109,12 +143,14 @@ class GateStrategy:
     """Base of all gates. Extend it with one method.
 
     Override :meth:`segment_ids` to group positions; drift, its reduction, ``exp(-tau * s)``, masking, detaching and
-    normalisation are done here. Override :meth:`drift_gate` instead for another rule than ``exp(-tau * s)``.
+    normalisation are done here. Override :meth:`drift_gate` instead for another rule than ``exp(-tau * s)``, and
+    declare what it :attr:`needs` besides drift.
 
     Args:
         tau: how hard drift bites, per nat: a segment with statistic s gets ``exp(-tau * s)``. 0 switches gating off.
+            A schedule may stand for the number.
         statistic: how a segment's drifts reduce to s; see :class:`GateOptions`.
-        normalization: how gates become weights; see :class:`GateOptions`.
+        normalization: how gates become weights; see :class:`WeightOptions`.
         rho: share of the gate in ``residual``, 0 to 1.
         low: lower bound of ``clipped``.
         high: upper bound of ``clipped``.
@@ -134,9 +170,12 @@ class GateStrategy:
         tensor([[1.4621, 1.4621, 0.5379, 0.5379]])
     """
 
+    needs: tuple[str, ...] = ()
+    """Fields of :class:`GateInputs` without which the gate cannot work, of those that may be None."""
+
     def __init__(
         self,
-        tau: float = 1.0,
+        tau: float | TauSchedule = 1.0,
         statistic: Statistic = "signed_mean",
         normalization: Normalization = "mean",
         rho: float = 0.5,
@@ -145,9 +184,8 @@ class GateStrategy:
     ) -> None:
         _check_choice("statistic", statistic, get_args(Statistic))
         _check_choice("normalization", normalization, get_args(Normalization))
-        require(
-            0 <= tau <= _MAX_TAU, f"gate.tau is {tau}, but must lie between 0 and {_MAX_TAU:g} (0 switches gating off)"
-        )
+        if not isinstance(tau, TauSchedule):
+            check_tau("gate.tau", tau)
         require(0 <= rho <= 1, f"gate.rho is {rho}, but must lie between 0 and 1")
         require(
             0 <= low <= 1 <= high, f"gate.low is {low} and gate.high is {high}, but 0 <= low <= 1 <= high must hold"
@@ -169,6 +207,11 @@ class GateStrategy:
         """Whether every weight is 1 whatever the drift, so that nothing needs to be computed ahead."""
         return self.tau == 0 and type(self).drift_gate is GateStrategy.drift_gate
 
+    @property
+    def max_gate(self) -> float:
+        """The largest value of :meth:`drift_gate`, and so the largest weight under ``normalization="none"``."""
+        return 1.0
+
     def setup(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Called once before training with the student's tokenizer; for gates that look at the text of tokens."""
         del tokenizer
@@ -183,7 +226,7 @@ class GateStrategy:
 
     def drift_gate(self, inputs: GateInputs) -> Tensor:
         """Return the gate before normalisation, [B, T], at least 0. Default: ``exp(-tau * s)`` of the segment."""
-        return self._log_gate(inputs, segment_ids=self._dense_segment_ids(inputs)).exp()
+        return self._log_gate(inputs, segment_ids=self._dense_segment_ids(inputs))[0].exp()
 
     @torch.no_grad()
     def __call__(self, inputs: GateInputs) -> Gates:
@@ -194,12 +237,17 @@ class GateStrategy:
 
         Returns:
             See :class:`Gates`.
+
+        Raises:
+            UsageError: something that the gate needs is not there.
         """
+        self._check_needs(inputs)
         inputs = inputs.cleaned()
         ids = self._dense_segment_ids(inputs)
+        tau = None
         if type(self).drift_gate is GateStrategy.drift_gate:
             # In logarithms, so that gates too small for a float still have the right ratio to each other.
-            log_gate = self._log_gate(inputs, ids)
+            log_gate, tau = self._log_gate(inputs, ids)
         else:
             gate = self.drift_gate(inputs)
             log_gate = gate.to(torch.promote_types(gate.dtype, torch.float32)).log()
@@ -207,7 +255,12 @@ class GateStrategy:
             weights=self._normalize(log_gate, inputs.mask).float(),
             segment_ids=ids,
             segment_drift=_segment_mean(inputs.drift, ids, inputs.mask),
+            tau=tau,
         )
+
+    def _check_needs(self, inputs: GateInputs) -> None:
+        missing = [name for name in self.needs if getattr(inputs, name) is None]
+        require(not missing, f"{type(self).__name__} needs {', '.join(missing)}, which its inputs do not have: give it")
 
     def _dense_segment_ids(self, inputs: GateInputs) -> Tensor:
         labels = self.segment_ids(inputs)
@@ -218,8 +271,14 @@ class GateStrategy:
         )
         return dense_ids(labels, inputs.mask.bool())
 
-    def _log_gate(self, inputs: GateInputs, segment_ids: Tensor) -> Tensor:
-        return -self.tau * segment_statistic(inputs.drift, segment_ids, inputs.mask.bool(), self.statistic)
+    def _log_gate(self, inputs: GateInputs, segment_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logarithm of the gate, and the tau that a schedule has chosen."""
+        mask = inputs.mask.bool()
+        statistic = segment_statistic(inputs.drift, segment_ids, mask, self.statistic)
+        if not isinstance(self.tau, TauSchedule):
+            return -self.tau * statistic, None
+        tau = torch.as_tensor(self.tau(inputs.step, statistic, mask), dtype=statistic.dtype, device=statistic.device)
+        return -tau * statistic, tau
 
     def _normalize(self, log_gate: Tensor, mask: Tensor) -> Tensor:
         if self.normalization == "none":
@@ -237,6 +296,41 @@ class GateStrategy:
     def __repr__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in vars(self).items() if not key.startswith("_"))
         return f"{type(self).__name__}({options})"
+
+
+class RuleGate(GateStrategy):
+    """Base of gates that weigh positions by a rule of their own, with neither tau nor statistic.
+
+    Override :meth:`drift_gate`, and :attr:`needs` and :attr:`max_gate` where they differ.
+
+    Args:
+        normalization: how gates become weights; None is :attr:`own_normalization`. See :class:`WeightOptions`.
+        rho: share of the gate in ``residual``, 0 to 1.
+        low: lower bound of ``clipped``.
+        high: upper bound of ``clipped``.
+
+    Example:
+        >>> class ConfidentGate(RuleGate):
+        ...     needs = ("entropy",)
+        ...     def drift_gate(self, inputs):
+        ...         return (-inputs.entropy).exp()
+        >>> zeros = torch.zeros(1, 2)
+        >>> ConfidentGate()(GateInputs(zeros.long(), torch.ones(1, 2), zeros, zeros)).weights
+        Traceback (most recent call last):
+        ...
+        opdlab.errors.UsageError: ConfidentGate needs entropy, which its inputs do not have: give it
+    """
+
+    own_normalization: Normalization = "none"
+
+    def __init__(
+        self, normalization: Normalization | None = None, rho: float = 0.5, low: float = 0.5, high: float = 2.0
+    ) -> None:
+        super().__init__(normalization=normalization or self.own_normalization, rho=rho, low=low, high=high)
+
+    def drift_gate(self, inputs: GateInputs) -> Tensor:
+        """The rule."""
+        raise NotImplementedError(f"{type(self).__name__} must override drift_gate(inputs)")
 
 
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -32,6 +32,7 @@ from opdlab.policies import (
 )
 from opdlab.policies.language_model import Scored
 from opdlab.policies.loading import DType
+from opdlab.registry import suggestion
 from opdlab.rollouts import Minibatch, Pool, Rollouts, Targets
 from opdlab.rollouts.batch import StopReason
 from opdlab.rollouts.masking import mask_first_occurrences
@@ -126,6 +127,7 @@ class OPDModule(EvaluationModule):
         self.objective = objective
         self.gate = gate
         self.gate.setup(student.tokenizer)
+        _check_known_needs(gate)
         self.sampling = sampling
         self._masked_first = single_token_ids(student.tokenizer, mask_first, "model.mask_first")
         self.reduction: Reduction = reduction
@@ -146,7 +148,8 @@ class OPDModule(EvaluationModule):
         shared = min(self.student.vocab_size, teacher.vocab_size, len(self.student.tokenizer))
         k = self.objective.request.top_k
         require(k <= shared, f"objective.k is {k}, but the vocabulary has only {shared} tokens: lower it")
-        return TeacherRequest(k, shared)
+        entropy = self.objective.request.entropy or "teacher_entropy" in self.gate.needs
+        return TeacherRequest(k, shared, entropy)
 
     # -- setting up ----------------------------------------------------------------------------------------------
 
@@ -160,6 +163,12 @@ class OPDModule(EvaluationModule):
         super().setup(stage)
         absent = isinstance(self.teacher, NoTeacher)
         require(stage != "fit" or not absent, "model.teacher is NoTeacher, but training needs a teacher: give one")
+        judged = isinstance(self._data, PromptDataModule) and self._data.train_verifier is not None
+        require(
+            stage != "fit" or judged or "correct" not in self.gate.needs,
+            f"model.gate is {type(self.gate).__name__}, which needs the verifier's verdict on each rollout, but "
+            "data.train has no verifier: give it one, or take another gate",
+        )
         # A sharded model gathers its weights in every pass, of which all processes must take as many.
         self.student.group_lengths = self._whole_weights
         # Other strategies hook into gradients to reduce or shard them.
@@ -251,7 +260,7 @@ class OPDModule(EvaluationModule):
         positions = self._position_losses(batch, scored, rollouts, targets)
         if batch.keep_behavior is not None:
             batch.keep_behavior(rollouts.behavior_logprobs)
-        inputs = gate_inputs(rollouts, targets, positions)
+        inputs = gate_inputs(rollouts, targets, positions, self.global_step)
         gates = self._gates(batch, inputs)
         num_tokens, num_rollouts = self._denominators(batch)
         shares = loss_shares(rollouts.mask, reduction=self.reduction, num_tokens=num_tokens, num_rollouts=num_rollouts)
@@ -259,7 +268,7 @@ class OPDModule(EvaluationModule):
         self._refuse_non_finite(loss, batch)
         gap = targets.logprobs - positions.logprobs
         record = step_record(inputs, gates, entropy=positions.entropy, teacher_gap=gap, **positions.metrics)
-        self._log_step(batch, {**record, "loss": loss.detach().view(1)})
+        self._log_step(batch, {**record, "loss": loss.detach().view(1)}, gates.tau)
         # Lightning divides by the number of micro-batches and averages over processes, but the denominator already
         # covers them all.
         scale = len(batch.micro_batches) * self.trainer.world_size
@@ -314,7 +323,7 @@ class OPDModule(EvaluationModule):
                 continue
             moved, moved_targets = rollouts.to(self.device), targets.to(self.device)
             positions = self._position_losses(batch, self.student.score(moved), moved, moved_targets)
-            parts.append(gate_inputs(moved, moved_targets, positions))
+            parts.append(gate_inputs(moved, moved_targets, positions, self.global_step))
         return split_gates(self.gate(join_gate_inputs(parts)), parts)
 
     def _denominators(self, batch: Minibatch) -> tuple[float, float]:
@@ -325,7 +334,7 @@ class OPDModule(EvaluationModule):
             return num_tokens, num_rollouts
         return float(batch.num_tokens), float(batch.num_rollouts)
 
-    def _log_step(self, batch: Minibatch, record: StepRecord) -> None:
+    def _log_step(self, batch: Minibatch, record: StepRecord, tau: Tensor | None) -> None:
         """Log the optimizer batch's figures at its last micro-batch."""
         self._window.records.append(record)
         if batch.position + 1 < len(batch.micro_batches):
@@ -337,6 +346,8 @@ class OPDModule(EvaluationModule):
         if not self._logs_this_step:
             return
         self.log_dict({**step_metrics(whole), **batch.pool_metrics})
+        if tau is not None:
+            self.log("gate/tau", tau)
         self.log("rollout/age", (self.global_step - batch.rollouts.sampled_at_step).float().mean())
 
     @property
@@ -409,6 +420,16 @@ class OPDModule(EvaluationModule):
         for name, gradient in self._restored_gradients.items():
             parameters[name].grad = gradient.to(parameters[name].device)
         self._restored_gradients = {}
+
+
+def _check_known_needs(gate: GateStrategy) -> None:
+    known = {f.name for f in fields(GateInputs)}
+    for name in gate.needs:
+        require(
+            name in known,
+            f"model.gate is {type(gate).__name__}, which needs '{name}', but a training step computes no such thing"
+            f"{suggestion(name, known) or ';'} there is {', '.join(sorted(known))}",
+        )
 
 
 def _check_same_model(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:

@@ -131,22 +131,26 @@ class GateTester:
         mask[4] = False
         behavior = -3 * torch.rand(shape, generator=generator)
         drift = 0.5 * torch.randn(shape, generator=generator) + torch.tensor([0.0, 0.5, -0.5, 1.0, 0.0]).unsqueeze(1)
+        verdicts = torch.tensor([1, 0, -1, 1, 0], dtype=torch.int8, device=device)
         vocabulary = len(self._tokenizer) if self._tokenizer is not None else 32
-        values = {
+        values: dict[str, Any] = {
             "behavior_logprobs": behavior,
             "current_logprobs": behavior + drift,
             "teacher_logprobs": -3 * torch.rand(shape, generator=generator),
             "position_losses": torch.randn(shape, generator=generator),
+            "entropy": 3 * torch.rand(shape, generator=generator),
+            "teacher_entropy": 3 * torch.rand(shape, generator=generator),
         }
         return GateInputs(
             tokens=torch.randint(vocabulary, shape, generator=generator).to(device),
             mask=mask.to(device),
+            correct=verdicts[:, None].expand(shape),
             **{name: value.to(device, dtype) for name, value in values.items()},
         )
 
     @_law
     def unit_mean(self) -> None:
-        """Weights have mean 1 over valid positions, or are at most 1 with ``normalization="none"``, and at least 0."""
+        """Weights have mean 1 over valid positions, or keep the gate's bound under ``none``."""
         self._check_weights(self.inputs())
 
     @_law
@@ -164,7 +168,7 @@ class GateTester:
         """Behind the mask, weight and drift are 0 and the segment id is -1."""
         inputs = self.inputs()
         gates = self.gate()(inputs)
-        for name, value in _tensors(gates).items():
+        for name, value in _maps(gates).items():
             _check(value.shape == inputs.mask.shape, f"{name} is {list(value.shape)} and not {list(inputs.mask.shape)}")
             blank = torch.full_like(value, -1 if name == "segment_ids" else 0)
             _check_equal(f"{name} behind the mask,", value.where(~inputs.mask, blank), blank)
@@ -197,8 +201,8 @@ class GateTester:
         expected = gate(inputs)
         for num_columns in (1, 77):
             pad = (0, num_columns)
-            values = {name: torch.nn.functional.pad(value, pad) for name, value in _tensors(inputs).items()}
-            padded = _tensors(gate(GateInputs(**values)))
+            wider = inputs.map(functools.partial(torch.nn.functional.pad, pad=pad))
+            padded = _maps(gate(wider))
             seen = Gates(**{name: value[:, : self._num_tokens] for name, value in padded.items()})
             _check_gates(f"with {num_columns} more columns of padding,", seen, expected, tolerance=1e-6)
 
@@ -208,8 +212,8 @@ class GateTester:
         inputs = self.inputs()
         gate = self.gate()
         order = torch.tensor([3, 0, 4, 2, 1])
-        permuted = gate(GateInputs(**{name: value[order] for name, value in _tensors(inputs).items()}))
-        expected = Gates(**{name: value[order] for name, value in _tensors(gate(inputs)).items()})
+        permuted = gate(inputs.map(lambda value: value[order]))
+        expected = Gates(**{name: value[order] for name, value in _maps(gate(inputs)).items()})
         _check_gates("", permuted, expected, tolerance=1e-6)
 
     @_law
@@ -277,8 +281,8 @@ class GateTester:
         alone = torch.zeros_like(sign).index_fill(1, torch.tensor([0]), 1.0)
         for direction in (torch.ones_like(sign), -torch.ones_like(sign), sign, alone):
             inputs = replace(batch, current_logprobs=batch.behavior_logprobs + 1e6 * direction)
-            first = GateInputs(**{name: value[:, :1] for name, value in _tensors(inputs).items()})
-            no_rows = GateInputs(**{name: value[:0] for name, value in _tensors(inputs).items()})
+            first = inputs.map(lambda value: value[:, :1])
+            no_rows = inputs.map(lambda value: value[:0])
             masked = replace(inputs, mask=torch.zeros_like(inputs.mask))
             cases = {"": inputs, "T = 1, ": first, "no rows, ": no_rows, "all masked, ": masked}
             for case, value in cases.items():
@@ -328,7 +332,8 @@ class GateTester:
             return
         _check(valid.min().item() >= 0, f"{case}the smallest weight is {valid.min().item()}")
         if gate.normalization == "none":
-            _check(valid.max().item() <= 1 + 1e-6, f"{case}the largest weight is {valid.max().item()}, above 1")
+            largest, most = valid.max().item(), gate.max_gate
+            _check(largest <= most * (1 + 1e-6), f"{case}the largest weight is {largest}, above {most:g}")
         else:
             _check(abs(valid.mean().item() - 1) <= 1e-5, f"{case}the mean weight is {valid.mean().item()} instead of 1")
 
@@ -341,10 +346,15 @@ def _class_path(cls: type) -> str | None:
 
 
 def _tensors(value: GateInputs | Gates) -> dict[str, Tensor]:
-    return {f.name: tensor for f in fields(value) if (tensor := getattr(value, f.name)) is not None}
+    return {f.name: tensor for f in fields(value) if isinstance(tensor := getattr(value, f.name), Tensor)}
 
 
-def _floats(inputs: GateInputs) -> dict[str, Tensor]:
+def _maps(gates: Gates) -> dict[str, Tensor]:
+    """What has a value for each position."""
+    return {name: value for name, value in _tensors(gates).items() if name != "tau"}
+
+
+def _floats(inputs: GateInputs) -> dict[str, Any]:
     return {name: value for name, value in _tensors(inputs).items() if value.is_floating_point()}
 
 
@@ -354,7 +364,7 @@ def _check(holds: bool, seen: str) -> None:
 
 
 def _check_gates(case: str, seen: Gates, expected: Gates, tolerance: float = 0.0) -> None:
-    for name, value in _tensors(seen).items():
+    for name, value in _maps(seen).items():
         what = f"{case} {name}".strip()
         _check_equal(what, value, getattr(expected, name), 0.0 if name == "segment_ids" else tolerance)
 

@@ -6,7 +6,11 @@ if __name__ != "opdlab.strategies":
     )
 
 from opdlab.strategies.block import Block32Gate, Block64Gate, Block128Gate, BlockGate
+from opdlab.strategies.filter import FilterReweightGate
+from opdlab.strategies.prefix import PrefixGate
+from opdlab.strategies.ratio import RatioMaskGate, SequenceRatioMaskGate, TruncatedRatioGate
 from opdlab.strategies.sequence import NoGate, SequenceGate
+from opdlab.strategies.sign import SignConsistencyGate
 from opdlab.strategies.span import SpanGate
 from opdlab.strategies.token import TokenGate
 
@@ -15,8 +19,14 @@ __all__ = [
     "Block64Gate",
     "Block128Gate",
     "BlockGate",
+    "FilterReweightGate",
     "NoGate",
+    "PrefixGate",
+    "RatioMaskGate",
     "SequenceGate",
+    "SequenceRatioMaskGate",
+    "SignConsistencyGate",
     "SpanGate",
     "TokenGate",
+    "TruncatedRatioGate",
 ]

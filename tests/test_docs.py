@@ -18,7 +18,7 @@ import yaml
 from opdlab.cli import OPDCLI, main
 from opdlab.cli_config import expand_arguments
 from opdlab.diagnostics import step_metrics
-from opdlab.gating import GateStrategy, gate_names, gate_registry
+from opdlab.gating import GateStrategy, RuleGate, gate_names, gate_registry
 from opdlab.objectives.base import objective_registry
 from tests.test_package import PUBLIC
 
@@ -98,7 +98,19 @@ def options(*classes: type) -> dict[str, str]:
     return {p.name: "null" if p.default is None else str(p.default) for p in parameters if p.default is not p.empty}
 
 
-@pytest.mark.parametrize("gate", GATES)
+CONTROLS = [gate for gate in GATES if issubclass(gate_registry().get(gate), RuleGate)]
+
+
+@pytest.mark.parametrize("gate", CONTROLS)
+def test_every_control_has_a_section_with_its_options_and_source(gate: str) -> None:
+    text = (DOCS / "gates/controls.md").read_text()
+    cls = gate_registry().get(gate)
+    assert documented_options(section(text, gate)) == options(cls)
+    assert documented_options(section(text, "Options of all of them")) == options(RuleGate)
+    assert "https://" in section(text, gate)
+
+
+@pytest.mark.parametrize("gate", [gate for gate in GATES if gate not in CONTROLS])
 def test_every_gate_has_a_page_with_its_picture_and_options(gate: str) -> None:
     text = (DOCS / f"gates/{gate}.md").read_text()
     assert text.startswith(f"# {gate}\n")

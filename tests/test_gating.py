@@ -122,6 +122,8 @@ def normalized(gates: dict[tuple[int, int], float], gate: GateStrategy) -> dict[
 def reference(gate: GateStrategy, segmentation: Segmentation, inputs: GateInputs) -> Reference:
     mask, tokens = inputs.mask.tolist(), inputs.tokens.tolist()
     behavior, current = inputs.behavior_logprobs.tolist(), inputs.current_logprobs.tolist()
+    assert isinstance(gate.tau, float)
+    tau = gate.tau
     num_columns = inputs.mask.shape[1]
     result = Reference(
         weights=[[0.0] * num_columns for _ in mask],
@@ -138,7 +140,7 @@ def reference(gate: GateStrategy, segmentation: Segmentation, inputs: GateInputs
             drifts = [current[i][u] - behavior[i][u] for u in members]
             result.segment_ids[i][t] = numbers.setdefault(label, len(numbers))
             result.segment_drift[i][t] = math.fsum(drifts) / len(drifts)
-            gates[i, t] = 1.0 if isinstance(gate, NoGate) else math.exp(-gate.tau * reduced(drifts, gate.statistic))
+            gates[i, t] = 1.0 if isinstance(gate, NoGate) else math.exp(-tau * reduced(drifts, gate.statistic))
     for (i, t), weight in normalized(gates, gate).items():
         result.weights[i][t] = weight
     return result

@@ -26,6 +26,8 @@ PUBLIC = {
     "opdlab.strategies": [
         *("Block128Gate", "Block32Gate", "Block64Gate", "BlockGate"),
         *("NoGate", "SequenceGate", "SpanGate", "TokenGate"),
+        *("FilterReweightGate", "PrefixGate", "RatioMaskGate", "SequenceRatioMaskGate", "SignConsistencyGate"),
+        "TruncatedRatioGate",
     ],
     "opdlab.callbacks": [
         *("BehaviorRefresh", "EvaluationTable", "GateMonitor", "HFExport", "SampleLogger"),

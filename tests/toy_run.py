@@ -11,11 +11,12 @@ from lightning.pytorch.loggers import CSVLogger
 from opdlab.callbacks import BehaviorRefresh
 from opdlab.data import PromptDataModule, ReuseConfig
 from opdlab.evaluation import EvaluationConfig
-from opdlab.gating import build_gate
+from opdlab.gating import GateStrategy, build_gate
 from opdlab.module import OPDModule
 from opdlab.objectives import Objective, TeacherTopK
 from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig, Teacher
 from opdlab.tasks.toy.problems import ChainProblems
+from opdlab.tau import TauSchedule
 
 STUDENT = "package://opdlab.tasks.toy/models/student"
 TEACHER = "package://opdlab.tasks.toy/models/teacher"
@@ -45,8 +46,8 @@ class Run:
         self,
         folder: Path,
         *,
-        gate: str = "block32",
-        tau: float = 5.0,
+        gate: str | GateStrategy = "block32",
+        tau: float | TauSchedule = 5.0,
         objective: Objective | None = None,
         lr: float = 1e-3,
         accumulate: int = 1,
@@ -65,7 +66,7 @@ class Run:
             student or LanguageModel(STUDENT),
             teacher or LocalTeacher(TEACHER),
             objective or TeacherTopK(k=8),
-            build_gate(gate, tau=tau),
+            build_gate(gate, tau=tau) if isinstance(gate, str) else gate,
             sampling=sampling,
             eval_sampling=SamplingConfig(num_samples=2, max_new_tokens=8),
             evaluation=EvaluationConfig(pass_at=(1, 2)),

@@ -26,10 +26,12 @@ class TeacherRequest:
     Args:
         top_k: size of the support whose ids and logits are wanted; 0 for none.
         vocab_size: tokens that the student knows too: only these may enter the support. None for all.
+        entropy: whether the entropy of the teacher's distribution is wanted.
     """
 
     top_k: int = 0
     vocab_size: int | None = None
+    entropy: bool = False
 
 
 class Teacher(ABC):
@@ -114,6 +116,7 @@ class LocalTeacher(Teacher):
             support_ids=torch.zeros(*shape, k, dtype=id_dtype(self.vocab_size)) if k else None,
             support_logits=torch.zeros(*shape, k) if k else None,
             support_mass=torch.zeros(shape) if k else None,
+            entropy=torch.zeros(shape) if request.entropy else None,
         )
         with (progress or SilentProgress()).task("scoring (teacher)", len(rollouts)) as advance:
             for rows, scored in self.model.score_in_chunks(rollouts, self._batch_size):
@@ -128,6 +131,8 @@ class LocalTeacher(Teacher):
                     mass = (top.logits.logsumexp(-1) - statistics.log_normalizer).exp()
                     targets.support_mass[rows] = scored.padded(mass).cpu()
                 targets.logprobs[rows] = scored.padded(statistics.logprobs).cpu()
+                if targets.entropy is not None:
+                    targets.entropy[rows] = scored.padded(statistics.entropy).cpu()
                 advance(len(rows))
         return targets
 

@@ -112,12 +112,14 @@ class Targets(_Rows):
             smallest type that holds every id (:func:`id_dtype`), which not every operation takes: ``.long()`` first.
         support_logits: [B, T, K] float32: their logits at the sampling temperature, or None.
         support_mass: [B, T] float32: the teacher's probability of the support, 0 to 1, or None.
+        entropy: [B, T] float32, nats: of the teacher's next-token distribution, or None where nobody asks for it.
     """
 
     logprobs: Tensor
     support_ids: Tensor | None = None
     support_logits: Tensor | None = None
     support_mass: Tensor | None = None
+    entropy: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,16 @@ from opdlab.strategies import (
     Block64Gate,
     Block128Gate,
     BlockGate,
+    FilterReweightGate,
     NoGate,
+    PrefixGate,
+    RatioMaskGate,
     SequenceGate,
+    SequenceRatioMaskGate,
+    SignConsistencyGate,
     SpanGate,
     TokenGate,
+    TruncatedRatioGate,
 )
 from opdlab.tasks.toy import chain_tokenizer
 from opdlab.testing import GateTester
@@ -44,6 +50,26 @@ def test_built_in_gate_obeys_the_laws(name: str, statistic: Statistic, normaliza
     ).run()
 
 
+# Gates with a rule of their own: whether drift 0 gives them weight 1 everywhere, and how to build one.
+CONTROLS: dict[str, tuple[bool, Callable[..., GateStrategy]]] = {
+    "iw_opd": (False, PrefixGate),
+    "fire_opd": (False, FilterReweightGate),
+    "ratio_mask": (True, lambda **options: RatioMaskGate(min_ratio=0.7, max_ratio=1.5, **options)),
+    "truncated_ratio": (True, lambda **options: TruncatedRatioGate(max_ratio=1.2, **options)),
+    "sequence_ratio_mask": (True, SequenceRatioMaskGate),
+    "sign_consistency": (False, SignConsistencyGate),
+}
+
+
+@pytest.mark.parametrize("normalization", [None, *get_args(Normalization)])
+@pytest.mark.parametrize("name", CONTROLS)
+def test_control_obeys_the_laws(name: str, normalization: Normalization | None) -> None:
+    uniform, make = CONTROLS[name]
+    GateTester(
+        lambda: make(normalization=normalization, rho=0.3, low=0.6, high=1.5), zero_drift_is_uniform=uniform
+    ).run()
+
+
 @pytest.mark.parametrize("name", GATES)
 def test_gate_of_tau_zero_obeys_the_laws(name: str) -> None:
     GateTester(lambda: GATES[name](tau=0.0), tokenizer=chain_tokenizer()).run()
@@ -51,7 +77,7 @@ def test_gate_of_tau_zero_obeys_the_laws(name: str) -> None:
 
 def test_every_registered_gate_has_a_row() -> None:
     built_in = {name for name in gate_names() if gate_registry().get(name).__module__.startswith("opdlab.strategies")}
-    assert built_in <= set(GATES)
+    assert built_in <= set(GATES) | set(CONTROLS)
 
 
 # The tester itself: each law is broken by a gate, and it alone is called.

@@ -1,0 +1,55 @@
+"""Weights that fall along the response, as the student leaves the teacher's path: IW-OPD."""
+
+from typing import Unpack
+
+from torch import Tensor
+
+from opdlab.errors import require
+from opdlab.gating import GateInputs, RuleGate, WeightOptions, register_gate
+
+
+@register_gate("iw_opd")
+class PrefixGate(RuleGate):
+    """Earlier tokens count more, the more of a response's disagreement with the teacher still lies ahead of them.
+
+    ``w_t = 1 + gamma * (1 - sum over u < t of |A_u| / sum over u of |A_u|)``, with ``A`` the teacher's log-probability
+    of the sampled token less the student's. Not a gate on drift: it is there to be compared with those.
+
+    Args:
+        gamma: how much more the first token counts than the last, at least 0; 0.5 in the paper.
+        options: see :class:`opdlab.gating.WeightOptions`; ``normalization`` is ``none`` unless given, as in the paper.
+
+    Raises:
+        UsageError: gamma is below 0.
+
+    Example:
+        >>> zeros, ones = torch.zeros(1, 4), torch.ones(1, 4)
+        >>> teacher = torch.tensor([[-1.0, 1.0, -2.0, 0.0]])
+        >>> PrefixGate()(GateInputs(zeros.long(), ones, zeros, zeros, teacher)).weights
+        tensor([[1.5000, 1.3750, 1.2500, 1.0000]])
+
+    Reference:
+        Xie et al., "On the Position Bias of On-Policy Distillation", arXiv 2606.22600.
+    """
+
+    needs = ("teacher_logprobs",)
+
+    def __init__(self, gamma: float = 0.5, **options: Unpack[WeightOptions]) -> None:
+        super().__init__(**options)
+        require(gamma >= 0, f"gate.gamma is {gamma}, but must be at least 0")
+        self.gamma = gamma
+
+    @property
+    def max_gate(self) -> float:
+        """The first token's."""
+        return 1 + self.gamma
+
+    def drift_gate(self, inputs: GateInputs) -> Tensor:
+        """See the class; a response on which both agree everywhere has ``1 + gamma`` throughout."""
+        assert inputs.teacher_logprobs is not None
+        wide = inputs.drift.dtype
+        gap = (inputs.teacher_logprobs.to(wide) - inputs.current_logprobs.to(wide)).abs()
+        # A share of the largest first, so that sums of huge gaps stay finite.
+        gap = gap / gap.amax(1, keepdim=True).clamp(min=1e-30) if gap.shape[1] else gap
+        before = gap.cumsum(1) - gap
+        return 1 + self.gamma * (1 - (before / gap.sum(1, keepdim=True).clamp(min=1e-30)).clamp(max=1))

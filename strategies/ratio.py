@@ -1,0 +1,150 @@
+"""Controls of reinforcement learning on the ratio of student to behavior policy: masks and truncated weights."""
+
+import math
+from typing import Literal, Unpack
+
+import torch
+from torch import Tensor
+
+from opdlab.errors import require
+from opdlab.gating import GateInputs, RuleGate, WeightOptions, register_gate
+
+Aggregate = Literal["geometric_mean", "product"]
+
+
+@register_gate("ratio_mask")
+class RatioMaskGate(RuleGate):
+    """A hard trust region: a token counts while ``exp(drift)`` lies in [min_ratio, max_ratio], and not at all outside.
+
+    IcePop's band is [0.5, 5]; prime-rl's has been [0.125, 8] and [0.2, 5]. Both also multiply by the ratio inside,
+    which ``sampled_token`` does itself.
+
+    Args:
+        min_ratio: lower end of the band, 0 to 1.
+        max_ratio: upper end, at least 1.
+        options: see :class:`opdlab.gating.WeightOptions`; ``normalization`` is ``none`` unless given: what is masked
+            shrinks the step.
+
+    Raises:
+        UsageError: the band does not hold 1.
+
+    Example:
+        >>> zeros, current = torch.zeros(1, 3), torch.tensor([[0.0, 2.0, -1.0]])
+        >>> RatioMaskGate()(GateInputs(zeros.long(), torch.ones(1, 3), zeros, current)).weights
+        tensor([[1., 0., 0.]])
+
+    Reference:
+        IcePop: arXiv 2510.18855. prime-rl: PrimeIntellect-ai/prime-rl, pull requests 1030 and 2401.
+    """
+
+    def __init__(self, min_ratio: float = 0.5, max_ratio: float = 5.0, **options: Unpack[WeightOptions]) -> None:
+        super().__init__(**options)
+        _check_band(min_ratio, max_ratio)
+        self.min_ratio, self.max_ratio = min_ratio, max_ratio
+
+    def drift_gate(self, inputs: GateInputs) -> Tensor:
+        """1 inside the band, 0 outside."""
+        return _inside(inputs.drift, self.min_ratio, self.max_ratio).to(inputs.drift.dtype)
+
+
+@register_gate("truncated_ratio")
+class TruncatedRatioGate(RuleGate):
+    """Truncated importance weights, ``min(exp(drift), max_ratio)``.
+
+    For objectives that carry no ratio of their own, such as ``teacher_topk``; with ``sampled_token`` it would count
+    twice.
+
+    Args:
+        max_ratio: where the ratio is cut, at least 1.
+        options: see :class:`opdlab.gating.WeightOptions`; ``normalization`` is ``none`` unless given.
+
+    Raises:
+        UsageError: ``max_ratio`` is below 1.
+
+    Example:
+        >>> zeros, current = torch.zeros(1, 3), torch.tensor([[0.0, 9.0, -0.6931472]])
+        >>> TruncatedRatioGate()(GateInputs(zeros.long(), torch.ones(1, 3), zeros, current)).weights
+        tensor([[1.0000, 2.0000, 0.5000]])
+
+    Reference:
+        Ionides, "Truncated importance sampling", 2008; the cap of 2 is the usual default for rollouts of another
+        engine, for example in allenai/open-instruct.
+    """
+
+    def __init__(self, max_ratio: float = 2.0, **options: Unpack[WeightOptions]) -> None:
+        super().__init__(**options)
+        require(max_ratio >= 1, f"gate.max_ratio is {max_ratio}, but must be at least 1")
+        self.max_ratio = max_ratio
+
+    @property
+    def max_gate(self) -> float:
+        """The cut."""
+        return self.max_ratio
+
+    def drift_gate(self, inputs: GateInputs) -> Tensor:
+        """The truncated ratio."""
+        return inputs.drift.clamp(max=math.log(self.max_ratio)).exp()
+
+
+@register_gate("sequence_ratio_mask")
+class SequenceRatioMaskGate(RuleGate):
+    """A hard trust region for whole responses, on the ratio of the response.
+
+    Args:
+        min_ratio: lower end of the band, 0 to 1.
+        max_ratio: upper end, at least 1.
+        aggregate: ``geometric_mean`` of the tokens' ratios, which does not depend on the length, or their ``product``,
+            the importance ratio of the response.
+        options: see :class:`opdlab.gating.WeightOptions`; ``normalization`` is ``none`` unless given.
+
+    Raises:
+        UsageError: an option is out of range.
+
+    Example:
+        >>> zeros, current = torch.zeros(2, 2), torch.tensor([[0.2, -0.2], [1.0, 0.0]])
+        >>> SequenceRatioMaskGate()(GateInputs(zeros.long(), torch.ones(2, 2), zeros, current)).weights
+        tensor([[1., 1.],
+                [0., 0.]])
+
+    Reference:
+        Masked importance sampling at the level of sequences: modelscope/ms-swift, pull request 6678. The default band
+        is ours: under harsh reuse the toy's responses drift by some 0.07 nats a token.
+    """
+
+    def __init__(
+        self,
+        min_ratio: float = 0.9,
+        max_ratio: float = 1.1,
+        aggregate: Aggregate = "geometric_mean",
+        **options: Unpack[WeightOptions],
+    ) -> None:
+        super().__init__(**options)
+        _check_band(min_ratio, max_ratio)
+        require(
+            aggregate in ("geometric_mean", "product"),
+            f"gate.aggregate is '{aggregate}', but must be geometric_mean or product",
+        )
+        self.min_ratio, self.max_ratio, self.aggregate = min_ratio, max_ratio, aggregate
+
+    def segment_ids(self, inputs: GateInputs) -> Tensor:
+        """A response is one segment."""
+        return torch.zeros_like(inputs.tokens)
+
+    def drift_gate(self, inputs: GateInputs) -> Tensor:
+        """1 for a response inside the band, 0 for one outside."""
+        total = inputs.drift.sum(1, keepdim=True)
+        if self.aggregate == "geometric_mean":
+            total = total / inputs.mask.sum(1, keepdim=True).clamp(min=1)
+        return _inside(total, self.min_ratio, self.max_ratio).to(total.dtype).expand_as(inputs.drift)
+
+
+def _check_band(low: float, high: float) -> None:
+    require(
+        0 <= low <= 1 <= high,
+        f"gate.min_ratio is {low} and gate.max_ratio is {high}, but 0 <= min_ratio <= 1 <= max_ratio must hold",
+    )
+
+
+def _inside(log_ratio: Tensor, low: float, high: float) -> Tensor:
+    """Compared as logarithms, which do not overflow."""
+    return (log_ratio >= (math.log(low) if low else -torch.inf)) & (log_ratio <= math.log(high))

@@ -1,0 +1,59 @@
+"""Trust the teacher more where its preference agrees with the verifier's verdict: SG-OPD's sign-consistency gate."""
+
+from typing import Unpack
+
+import torch
+from torch import Tensor
+
+from opdlab.errors import require
+from opdlab.gating import GateInputs, RuleGate, WeightOptions, register_gate
+
+
+@register_gate("sign_consistency")
+class SignConsistencyGate(RuleGate):
+    """``1 + strength`` where teacher and verdict point the same way, ``1 - strength`` where they do not.
+
+    They agree on a token of a correct response that the teacher finds likelier than the student does, and on a token of
+    a wrong response that it finds less likely. Tokens of responses that nobody judged, and tokens on which student and
+    teacher agree exactly, have 1.
+
+    Args:
+        strength: 0 to 1; 1 keeps only what agrees.
+        options: see :class:`opdlab.gating.WeightOptions`; ``normalization`` is ``none`` unless given.
+
+    Raises:
+        UsageError: ``strength`` is out of range.
+
+    Example:
+        >>> zeros, teacher = torch.zeros(2, 2), torch.tensor([[1.0, -1.0], [1.0, -1.0]])
+        >>> verdicts = torch.tensor([[1, 1], [0, 0]], dtype=torch.int8)
+        >>> inputs = GateInputs(zeros.long(), torch.ones(2, 2), zeros, zeros, teacher, correct=verdicts)
+        >>> SignConsistencyGate()(inputs).weights
+        tensor([[1.5000, 0.5000],
+                [0.5000, 1.5000]])
+
+    Reference:
+        Xu et al., "Sign-Gated On-Policy Distillation", arXiv 2606.09304: the gate alone, without its phased teacher
+        sampling. ``strength`` is our parameter, and its default our choice.
+    """
+
+    needs = ("teacher_logprobs", "correct")
+
+    def __init__(self, strength: float = 0.5, **options: Unpack[WeightOptions]) -> None:
+        super().__init__(**options)
+        require(0 <= strength <= 1, f"gate.strength is {strength}, but must lie between 0 and 1")
+        self.strength = strength
+
+    @property
+    def max_gate(self) -> float:
+        """Where teacher and verdict agree."""
+        return 1 + self.strength
+
+    def drift_gate(self, inputs: GateInputs) -> Tensor:
+        """See the class."""
+        assert inputs.teacher_logprobs is not None
+        assert inputs.correct is not None
+        wide = inputs.drift.dtype
+        preference = (inputs.teacher_logprobs.to(wide) - inputs.current_logprobs.to(wide)).sign()
+        verdict = torch.where(inputs.correct < 0, 0, 2 * inputs.correct - 1).to(wide)
+        return 1 + self.strength * preference * verdict
