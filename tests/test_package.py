@@ -39,7 +39,7 @@ PUBLIC = {
     ],
     "opdlab.objectives.functional": ["sampled_token_loss", "teacher_topk_loss"],
     "opdlab.scoring": [
-        *("Head", "TokenStatistics", "TopK", "support_logits", "support_statistics", "token_logprobs"),
+        *("Head", "LowRank", "TokenStatistics", "TopK", "support_logits", "support_statistics", "token_logprobs"),
         *("token_statistics", "topk_with_statistics"),
     ],
     "opdlab.metrics": ["MajorityVote", "PassAtK", "ProblemMean"],

@@ -60,10 +60,8 @@ def hidden_gradient_norms(objective: Objective, scored: Scored, rollouts: Rollou
     Returns:
         [B, T] float32 (float64 for a float64 model), nats per unit of hidden state; 0 where the mask is 0.
     """
-    head = scored.head
-    bias = None if head.bias is None else head.bias.detach()
     hidden = scored.hidden.detach().requires_grad_()
-    probe = replace(scored, hidden=hidden, head=replace(head, weight=head.weight.detach(), bias=bias))
+    probe = replace(scored, hidden=hidden, head=scored.head.detached())
     with torch.enable_grad():
         total = objective.position_losses(probe, rollouts, targets).losses.sum()
     (gradient,) = torch.autograd.grad(total, hidden)

@@ -5,19 +5,25 @@ any other.
 """
 
 import importlib.util
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from opdlab.errors import UsageError, require
 from opdlab.registry import suggestion
+from opdlab.scoring import LowRank
 from opdlab.seeds import derive_seed, seeded
 
 _NAME = "default"
+_BASE_WEIGHT = ".base_layer.weight"
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,9 @@ class AdapterConfig:
         alpha: the update is scaled by ``alpha / r``.
         dropout: must be 0, because the student and the snapshot that it is compared with would drop different values.
         target_modules: names of the layers to adapt, such as ``[q_proj, v_proj]``; ``all-linear`` takes every linear
-            layer but the output layer.
-        use_dora: split the weights into magnitude and direction and train the magnitude too.
+            layer but the output layer, which must be named (``lm_head``, as a rule). Where the embedding shares the
+            output layer's weight, the embedding stays as it is.
+        use_dora: split the weights into magnitude and direction and train the magnitude too. Not for the output layer.
         seed: of the adapter's random start.
 
     Raises:
@@ -86,7 +93,7 @@ def attach_adapter(model: PreTrainedModel, config: AdapterConfig, base: str) -> 
     from peft import LoraConfig
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
-    _check_targets(model, config.target_modules)
+    _check_targets(model, config)
     lora = LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
@@ -96,7 +103,7 @@ def attach_adapter(model: PreTrainedModel, config: AdapterConfig, base: str) -> 
         task_type="CAUSAL_LM",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's transposed weights
     )
-    with seeded(derive_seed("adapter", config.seed), model.device):
+    with seeded(derive_seed("adapter", config.seed), model.device), _quiet_peft():
         model.add_adapter(lora, _NAME)
     lora.base_model_name_or_path = base
     cast_adapter_dtype(model, _NAME)  # small updates would be lost in a narrow type
@@ -121,11 +128,17 @@ def load_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
             refuse(f"it is an adapter of type {config.peft_type}, and only LoRA and DoRA are known")
         if config.modules_to_save:
             refuse(f"its adapter replaces whole layers ({', '.join(config.modules_to_save)}); merge it first with peft")
+        if getattr(config, "ensure_weight_tying", False):
+            refuse("its adapter ties output layer and embedding (ensure_weight_tying); merge it first with peft")
         config.lora_dropout = 0.0
         config.inference_mode = False
         weights = load_peft_weights(str(folder), device="cpu")
         # Not model.load_adapter of transformers, which misses the magnitudes of DoRA.
-        model.add_adapter(config, _NAME)
+        with _quiet_peft():
+            model.add_adapter(config, _NAME)
+        if (reason := _beyond_low_rank(model.get_output_embeddings())) is not None:
+            refuse(f"its adapter puts {reason} on the output layer, where only plain LoRA is known; merge it with peft")
+        _drop_base_weights(model, weights, refuse)
         report = set_peft_model_state_dict(model, weights, _NAME)
     except UsageError:
         raise
@@ -144,10 +157,13 @@ def take_off_adapter(model: PreTrainedModel, merge: bool) -> None:
 
     Args:
         model: has an adapter.
-        merge: add the adapter to the weights first, instead of dropping it.
+        merge: add the adapter to the weights first, instead of dropping it. Embedding and output layer that share a
+            weight, of which one is adapted, have a weight each from then on.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
+    if merge:
+        _untie(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             if merge:
@@ -158,23 +174,95 @@ def take_off_adapter(model: PreTrainedModel, merge: bool) -> None:
     del model.peft_config
 
 
+def _untie(model: PreTrainedModel) -> None:
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    embedding, output = map(base_of, ends)
+    if embedding.weight is not output.weight or all(base_of(end) is end for end in ends):
+        return
+    output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=False)
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
+def base_of(layer: Any) -> Any:
+    """The plain layer below an adapter, or the layer itself."""
+    return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+
+
+def low_rank_of(layer: Any) -> LowRank | None:
+    """What an adapter adds to a linear layer's weight; None where the layer has none."""
+    if _NAME not in getattr(layer, "lora_A", ()):
+        return None
+    down, up = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
+    return LowRank(down, up, layer.scaling[_NAME])
+
+
 def has_adapter(model: PreTrainedModel) -> bool:
     """Whether a model has an adapter on."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
-def _check_targets(model: PreTrainedModel, targets: list[str] | str) -> None:
-    if isinstance(targets, str):
+def save_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Write the adapter alone, in peft's format.
+
+    Args:
+        model: has an adapter.
+        folder: where to.
+    """
+    # Of an adapted output layer peft would write the frozen weight too, which may be larger than all the rest.
+    state = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith(_BASE_WEIGHT)}
+    with _quiet_peft():
+        model.save_pretrained(folder, state_dict=state)
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """Silence peft where it warns of what is taken care of here.
+
+    Tied weights are untied when an adapter is merged. GPT-2's linear layers are transposed, its output layer is not,
+    and peft goes by the layer.
+    """
+    with warnings.catch_warnings():
+        for start in ("Model has `tie_word_embeddings=True`", "fan_in_fan_out is set to", "Setting `save_embedding_l"):
+            warnings.filterwarnings("ignore", message=start)
+        yield
+
+
+def _beyond_low_rank(layer: nn.Module) -> str | None:
+    """What an adapter does to a layer besides adding a low-rank product to its weight, if anything."""
+    variants = list(getattr(layer, "lora_variant", {}).values())
+    if variants:
+        return type(variants[0]).__name__.removesuffix("LinearVariant")
+    return "a bias (lora_bias)" if any(getattr(layer, "lora_bias", {}).values()) else None
+
+
+def _drop_base_weights(model: PreTrainedModel, weights: dict[str, Tensor], refuse: Callable[[str], None]) -> None:
+    """Peft writes an adapted output layer's frozen weight too. It is the base's, or the adapter has another base."""
+    for key in [key for key in weights if key.endswith(_BASE_WEIGHT)]:
+        name, theirs = key.removeprefix("base_model.model."), weights.pop(key)
+        own = model.get_parameter(name).detach()
+        narrow = min(own.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
+        same = own.shape == theirs.shape and torch.allclose(own.cpu().to(narrow), theirs.to(narrow), rtol=1e-3)
+        if not same:
+            refuse(f"the adapter does not fit its base: {name} is another there; merge the adapter with peft")
+
+
+def _check_targets(model: PreTrainedModel, adapter: AdapterConfig) -> None:
+    if isinstance(adapter.target_modules, str):
         return
-    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
-    ends = (model.get_output_embeddings(), model.get_input_embeddings())
-    fixed = [name for name, module in model.named_modules() if any(module is end for end in ends)]
-    known = sorted({name.rpartition(".")[2] for name in linear} - {name.rpartition(".")[2] for name in fixed})
-    for target in targets:
+    names = {module: name for name, module in model.named_modules()}
+    embedding, output = names[model.get_input_embeddings()], names.get(model.get_output_embeddings(), "")
+    linear = [name for module, name in names.items() if isinstance(module, (nn.Linear, Conv1D))]
+    known = sorted({name.rpartition(".")[2] for name in linear})
+    for target in adapter.target_modules:
         require(
-            not any(_matches(name, target) for name in fixed),
-            f"adapter.target_modules has '{target}', but embedding and output layer are not adapted: take some of "
-            f"{', '.join(known)}",
+            not _matches(embedding, target),
+            f"adapter.target_modules has '{target}', but the embedding is not adapted: take some of {', '.join(known)}",
+        )
+        require(
+            not (adapter.use_dora and _matches(output, target)),
+            f"adapter.use_dora is true and adapter.target_modules has '{target}', but the output layer takes plain "
+            f"LoRA only: leave '{target}' out, or set adapter.use_dora to false",
         )
         require(
             any(_matches(name, target) for name in linear),
@@ -204,10 +292,13 @@ def put_back_frozen(module: Any, state_dict: dict[str, Any], prefix: str, *_: An
 __all__ = [
     "AdapterConfig",
     "attach_adapter",
+    "base_of",
     "has_adapter",
     "keep_adapter_only",
     "load_adapter",
+    "low_rank_of",
     "put_back_frozen",
     "require_peft",
+    "save_adapter",
     "take_off_adapter",
 ]

@@ -5,12 +5,14 @@ Shapes: N positions, H hidden size, V vocabulary.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from opdlab.errors import UsageError, require
+from opdlab.policies.adapters import base_of, low_rank_of
 from opdlab.scoring import Head
 
 # The logits that the comparison goes up to. A soft cap far above what a model puts out is the identity on its logits
@@ -21,19 +23,20 @@ _LARGE_STATE = 1e4
 
 
 def output_layer(model: PreTrainedModel) -> nn.Linear:
-    """The layer that holds the head's weight and bias."""
-    layer: nn.Linear = model.get_output_embeddings()
+    """The layer that holds the head's weight and bias, below an adapter where it has one."""
+    layer: nn.Linear = base_of(model.get_output_embeddings())
     return layer
 
 
 def head_of(model: PreTrainedModel, temperature: float = 1.0) -> Head:
-    """The model's head, with the scale and soft cap that its architecture applies."""
+    """The model's head, with the scale and soft cap that its architecture applies, and what an adapter adds to it."""
     config = model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
     layer = output_layer(model)
-    return Head(layer.weight, getattr(layer, "bias", None), scale, softcap, temperature)
+    low_rank = low_rank_of(model.get_output_embeddings())
+    return Head(layer.weight, getattr(layer, "bias", None), scale, softcap, temperature, low_rank=low_rank)
 
 
 @torch.no_grad()
@@ -49,7 +52,7 @@ def check_head(model: PreTrainedModel, path: str, num_tokens: int) -> None:
         UsageError: the logits differ: the architecture does something to them that :class:`Head` does not know.
     """
     require(
-        isinstance(getattr(model.get_output_embeddings(), "weight", None), Tensor),
+        isinstance(getattr(output_layer(model), "weight", None), Tensor),
         f"model '{path}' has no output layer: give a causal language model",
     )
     head = head_of(model)
@@ -57,7 +60,7 @@ def check_head(model: PreTrainedModel, path: str, num_tokens: int) -> None:
     with _attention_of_any_device(model):
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
         _, own = _forward(model, tokens, 1.0)
-        largest = float((hidden @ head.weight.T).abs().amax()) * abs(head.scale)
+        largest = float(replace(head, bias=None, softcap=None).tile(hidden, slice(None)).abs().amax())
         factor = min(_LARGE_LOGIT / max(largest, 1e-3), _LARGE_STATE / max(float(hidden.abs().amax()), 1e-3))
         enlarged = _forward(model, tokens, factor)
     tolerance = 1e-3 if head.weight.dtype == torch.float32 else 5e-2
@@ -79,7 +82,8 @@ def _forward(model: PreTrainedModel, tokens: Tensor, factor: float) -> tuple[Ten
         seen.append(inputs[0] * factor)
         return (seen[-1],)
 
-    hook = output_layer(model).register_forward_pre_hook(enlarge)
+    # On an adapter's own layer, where there is one: it reads the states too.
+    hook = model.get_output_embeddings().register_forward_pre_hook(enlarge)
     try:
         logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
     finally:

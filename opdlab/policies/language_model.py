@@ -19,6 +19,7 @@ from opdlab.policies.adapters import (
     keep_adapter_only,
     load_adapter,
     put_back_frozen,
+    save_adapter,
     take_off_adapter,
 )
 from opdlab.policies.heads import check_head, head_of, output_layer
@@ -259,9 +260,11 @@ class LanguageModel(nn.Module):
         for pattern in (other_kind, "model*.safetensors*", "generation_config.json"):
             for stale in Path(folder).glob(pattern):
                 stale.unlink()
-        model = self.without_adapter(merge=True).model if merge and self.has_adapter else self.model
         with quiet_bars():
-            model.save_pretrained(folder)
+            if self.has_adapter and not merge:
+                save_adapter(self.model, folder)
+            else:
+                (self.without_adapter(merge=True) if self.has_adapter else self).model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
     def check_not_origin(self, folder: Path) -> None:

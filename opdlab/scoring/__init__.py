@@ -5,13 +5,14 @@ once: positions and vocabulary are worked off in tiles, a few floats per positio
 computes a tile's logits again.
 """
 
-from opdlab.scoring.head import Head
+from opdlab.scoring.head import Head, LowRank
 from opdlab.scoring.statistics import TokenStatistics, token_logprobs, token_statistics
 from opdlab.scoring.support import support_logits, support_statistics
 from opdlab.scoring.topk import TopK, topk_with_statistics
 
 __all__ = [
     "Head",
+    "LowRank",
     "TokenStatistics",
     "TopK",
     "support_logits",

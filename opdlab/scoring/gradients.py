@@ -1,6 +1,6 @@
 """Gradients of the head, summed over tiles.
 
-Shapes: N positions, H hidden size, V vocabulary, C of its columns, K support.
+Shapes: N positions, H hidden size, V vocabulary, C of its columns, K support, r rank.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opdlab.scoring.head import Head, places, product, tiles
+from opdlab.scoring.head import LogitTiles, LowRank, places, product, tiles, wide_dtype
 
 # Floats of gathered rows of the head, and of outer products scattered into its gradient: 4 MB, which stay in a cache.
 MAX_PIECE = 1 << 20
@@ -26,22 +26,26 @@ def pieces(num_rows: int, row_size: int) -> Iterator[slice]:
 
 
 class HeadGradients:
-    """Sums the gradients of hidden states, weight and bias in float32: sums of rounded products would bias training.
+    """Sums the gradients of hidden states and head in float32: sums of rounded products would bias training.
 
     Args:
-        ctx: of an autograd function whose first three inputs are hidden states, weight and bias.
-        head: the head.
-        hidden: [N, H].
+        ctx: of an autograd function whose first inputs are hidden states and :attr:`opdlab.scoring.Head.tensors`.
+        logits: made by the head from the hidden states.
     """
 
-    def __init__(self, ctx: Any, head: Head, hidden: Tensor) -> None:
-        wide = torch.promote_types(head.weight.dtype, torch.float32)
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    def __init__(self, ctx: Any, logits: LogitTiles) -> None:
+        head, hidden = logits.head, logits.hidden
+        wide = wide_dtype(hidden)
+        needs_hidden, needs_weight, needs_bias, needs_down, needs_up = ctx.needs_input_grad[:5]
         self._head, self._hidden_states = head, hidden
         self._hidden = hidden.new_zeros(hidden.shape, dtype=wide) if needs_hidden else None
         self._bias = head.bias.new_zeros(head.bias.shape, dtype=wide) if needs_bias and head.bias is not None else None
         self._weight = self._weight_buffer() if needs_weight else None
         self._columns: Tensor | None = None  # float32 sum of the columns that are under way, of a narrower weight
+        self._update: _UpdateGradients | None = None
+        if head.low_rank is not None and logits.reduced is not None:
+            needed = (needs_hidden, needs_down, needs_up)
+            self._update = _UpdateGradients(head.low_rank, logits.reduced, needed)
 
     def _weight_buffer(self) -> Tensor:
         weight = self._head.weight
@@ -53,6 +57,8 @@ class HeadGradients:
 
     def add_tile(self, rows: slice, columns: slice, gradient: Tensor) -> None:
         """Add the gradient of raw logits of a tile, [N', C]; tiles come as :func:`opdlab.scoring.head.tiles` yields."""
+        if self._update is not None:
+            self._update.add_tile(rows, columns, gradient)
         narrow = gradient.to(self._hidden_states.dtype)
         if self._hidden is not None:
             self._hidden[rows] += product(narrow, self._head.weight[columns].to(narrow.dtype))
@@ -76,13 +82,12 @@ class HeadGradients:
         if len(weight) <= _DENSE * support.shape[1]:
             self._add_dense(support, gradient)
             return
+        if self._update is not None:
+            self._update.add_support(support, gradient)
         if self._hidden is not None:
-            bags = nn.functional.embedding_bag(
-                support, weight.detach(), per_sample_weights=gradient.to(weight.dtype), mode="sum"
-            )
-            self._hidden += bags
+            self._hidden += _sum_rows(weight, support, gradient)
         if self._weight is not None:
-            self._scatter_rows(self._weight, support, gradient, hidden)
+            _scatter_rows(self._weight, support, gradient, hidden)
         if self._bias is not None:
             self._bias.index_add_(0, support.flatten(), gradient.flatten())
 
@@ -92,24 +97,73 @@ class HeadGradients:
             tile = gradient.new_zeros(len(place), columns.stop - columns.start)
             self.add_tile(rows, columns, tile.scatter_add_(1, place, gradient[rows] * inside))
 
-    @staticmethod
-    def _scatter_rows(into: Tensor, support: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-        if into.dtype == gradient.dtype:
-            used, place, rows = None, support, into
-        else:
-            used, place = torch.unique(support, return_inverse=True)
-            rows = gradient.new_zeros(len(used), into.shape[1])
-        for piece in pieces(len(hidden), support.shape[1] * hidden.shape[1]):
-            outer = gradient[piece, :, None] * hidden[piece, None].to(gradient.dtype)
-            rows.index_add_(0, place[piece].flatten(), outer.flatten(0, 1))
-        if used is not None:
-            into.index_add_(0, used, rows.to(into.dtype))
-
-    def returned(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of hidden states, weight and bias for autograd, in their dtypes."""
+    def returned(self) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden states, weight, bias, ``down`` and ``up`` for autograd, in their dtypes."""
         head = self._head
+        update: tuple[Tensor | None, ...] = (None, None)
+        if self._update is not None:
+            update = self._update.returned(self._hidden_states, self._hidden)
         return (
             None if self._hidden is None else self._hidden.to(self._hidden_states.dtype),
             None if head.accumulates else self._weight,
             None if self._bias is None or head.bias is None else self._bias.to(head.bias.dtype),
+            *update,
         )
+
+
+class _UpdateGradients:
+    """Sums the gradients of a low-rank update in float32.
+
+    Args:
+        update: the update.
+        reduced: [N, r], what it makes of the hidden states.
+        needed: whether hidden states, ``down`` and ``up`` take a gradient.
+    """
+
+    def __init__(self, update: LowRank, reduced: Tensor, needed: tuple[bool, bool, bool]) -> None:
+        self._low_rank, self._states = update, reduced
+        needs_hidden, self._needs_down, needs_up = needed
+        self._reduced = torch.zeros_like(reduced) if needs_hidden or self._needs_down else None
+        self._up = reduced.new_zeros(update.up.shape) if needs_up else None
+
+    def add_tile(self, rows: slice, columns: slice, gradient: Tensor) -> None:
+        if self._reduced is not None:
+            self._reduced[rows] += self._low_rank.sum_up(gradient, columns)
+        if self._up is not None:
+            self._up[columns] += gradient.T @ self._states[rows]
+
+    def add_support(self, support: Tensor, gradient: Tensor) -> None:
+        if self._reduced is not None:
+            self._reduced += _sum_rows(self._low_rank.up, support, gradient)
+        if self._up is not None:
+            _scatter_rows(self._up, support, gradient, self._states)
+
+    def returned(self, hidden: Tensor, hidden_gradient: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of ``down`` and ``up``; what the hidden states' gradient [N, H] lacks is added to it."""
+        update, down = self._low_rank, None
+        if self._reduced is not None and hidden_gradient is not None:
+            hidden_gradient += update.expand(self._reduced)
+        if self._reduced is not None and self._needs_down:
+            summed = (self._reduced.T @ hidden.to(self._reduced.dtype)).mul_(update.scaling)
+            down = summed.to(update.down.dtype)
+        return down, None if self._up is None else self._up.to(update.up.dtype)
+
+
+def _sum_rows(matrix: Tensor, support: Tensor, factors: Tensor) -> Tensor:
+    """Chosen rows of a matrix [V, R], summed by their factors: [N, K] -> [N, R]."""
+    factors = factors.to(matrix.dtype)
+    return nn.functional.embedding_bag(support, matrix.detach(), per_sample_weights=factors, mode="sum")
+
+
+def _scatter_rows(into: Tensor, support: Tensor, gradient: Tensor, states: Tensor) -> None:
+    """Add to chosen rows [N, K] of ``into`` [V, R] their gradients times the states [N, R]."""
+    if into.dtype == gradient.dtype:
+        used, place, rows = None, support, into
+    else:
+        used, place = torch.unique(support, return_inverse=True)
+        rows = gradient.new_zeros(len(used), into.shape[1])
+    for piece in pieces(len(states), support.shape[1] * states.shape[1]):
+        outer = gradient[piece, :, None] * states[piece, None].to(gradient.dtype)
+        rows.index_add_(0, place[piece].flatten(), outer.flatten(0, 1))
+    if used is not None:
+        into.index_add_(0, used, rows.to(into.dtype))

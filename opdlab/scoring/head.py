@@ -1,9 +1,9 @@
 """How hidden states become logits.
 
-Shapes: N positions, H hidden size, V vocabulary, C of its columns.
+Shapes: N positions, H hidden size, V vocabulary, C of its columns, r rank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -18,11 +18,41 @@ _MAX_TILE_ROWS = 4096
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """LoRA's update of a head's weight (arXiv 2106.09685): ``scaling * up @ down``, which is never multiplied out.
+
+    It would be as large as the weight. Products with its factors are taken in float32 or wider.
+
+    Args:
+        down: [r, H], peft's ``lora_A``.
+        up: [V, r], peft's ``lora_B``.
+        scaling: ``alpha / r``, or ``alpha / sqrt(r)`` where the update is rank-stabilised.
+    """
+
+    down: Tensor
+    up: Tensor
+    scaling: float
+
+    def reduce(self, hidden: Tensor) -> Tensor:
+        """[N, H] -> [N, r]: what ``up`` is multiplied with, to be added to raw logits."""
+        dtype = wide_dtype(hidden)
+        return (hidden.to(dtype) @ self.down.to(dtype).T).mul_(self.scaling)
+
+    def expand(self, sums: Tensor) -> Tensor:
+        """[N, r] -> [N, H]: of sums of rows of ``up``, the sums of rows of the update."""
+        return (sums @ self.down.to(sums.dtype)).mul_(self.scaling)
+
+    def sum_up(self, factors: Tensor, columns: slice) -> Tensor:
+        """[N, C] -> [N, r]: rows of ``up``, summed by their factors."""
+        return factors @ self.up[columns].to(factors.dtype)
+
+
+@dataclass(frozen=True)
 class Head:
     """How a model turns hidden states into logits, and the temperature at which they are scored.
 
-    Logits are, in this order: ``z = hidden @ weight.T + bias``; ``z *= scale``; ``z = softcap * tanh(z / softcap)``;
-    ``z /= temperature``.
+    Logits are, in this order: ``z = hidden @ (weight + low_rank).T + bias``; ``z *= scale``;
+    ``z = softcap * tanh(z / softcap)``; ``z /= temperature``.
 
     Args:
         weight: [V, H].
@@ -33,6 +63,7 @@ class Head:
         accumulate_grad: add the weight's gradient to ``weight.grad`` in the backward pass instead of returning it to
             autograd: one buffer of V x H less where a gradient is there already. Only for a weight that is a leaf and
             has no gradient hooks, as without DDP and FSDP; ``torch.autograd.grad`` then sees no gradient of it.
+        low_rank: what LoRA adds to the weight, or None.
     """
 
     weight: Tensor
@@ -41,6 +72,18 @@ class Head:
     softcap: float | None = None
     temperature: float = 1.0
     accumulate_grad: bool = False
+    low_rank: LowRank | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Whatever may take a gradient: weight, bias, and the low-rank update's ``down`` and ``up``."""
+        down, up = (None, None) if self.low_rank is None else (self.low_rank.down, self.low_rank.up)
+        return self.weight, self.bias, down, up
+
+    @property
+    def trained(self) -> bool:
+        """Whether any of it takes a gradient."""
+        return any(tensor is not None and tensor.requires_grad for tensor in self.tensors)
 
     @property
     def accumulates(self) -> bool:
@@ -48,16 +91,41 @@ class Head:
         return self.accumulate_grad and self.weight.is_leaf and self.weight.requires_grad
 
     def gathered(self) -> "Head":
-        """The same with the whole weight, where it is sharded over processes (a DTensor); differentiable."""
-        weight, bias = whole(self.weight), None if self.bias is None else whole(self.bias)
-        return self if weight is self.weight else replace(self, weight=weight, bias=bias)
+        """The same with whole tensors, where they are sharded over processes (DTensors); differentiable."""
+        return self._with(whole)
+
+    def detached(self) -> "Head":
+        """The same, none of whose tensors takes a gradient."""
+        return self._with(Tensor.detach)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "Head":
+        bias = None if self.bias is None else change(self.bias)
+        low_rank = None
+        if self.low_rank is not None:
+            low_rank = replace(self.low_rank, down=change(self.low_rank.down), up=change(self.low_rank.up))
+        return replace(self, weight=change(self.weight), bias=bias, low_rank=low_rank)
 
     def tile(self, hidden: Tensor, columns: slice) -> Tensor:
         """[N, H] -> [N, C]: the logits of some columns, float32 or wider, without a graph."""
-        z = product(hidden, self.weight[columns].to(hidden.dtype).T)
-        if self.bias is not None:
-            z += self.bias[columns]
-        return self.transform_(z)
+        return LogitTiles(self, hidden).tile(slice(None), columns)
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the weight, the low-rank update included: ids [N] -> [N, H]."""
+        chosen = self.weight[ids].to(dtype)
+        return chosen if self.low_rank is None else chosen + self.low_rank.expand(self.low_rank.up[ids].to(dtype))
+
+    def sum_rows(self, factors: Tensor, columns: slice, dtype: torch.dtype) -> Tensor:
+        """Rows of some columns, summed by their factors [N, C]: [N, H], the low-rank update included.
+
+        Args:
+            factors: float32 or wider.
+            columns: C of them.
+            dtype: of the product with the weight; the update's is as wide as the factors.
+        """
+        summed = product(factors.to(dtype), self.weight[columns].to(dtype))
+        if self.low_rank is not None:
+            summed += self.low_rank.expand(self.low_rank.sum_up(factors, columns))
+        return summed
 
     def transform_(self, z: Tensor) -> Tensor:
         """Apply scale, soft cap and temperature to raw logits, in place."""
@@ -67,11 +135,46 @@ class Head:
         return z if factor == 1.0 else z.mul_(factor)
 
     def slope(self, logits: Tensor) -> Tensor | float:
-        """Derivative of logits by ``hidden @ weight.T``, from the logits; without a cap the same for all."""
+        """Derivative of logits by raw logits, from the logits; without a cap the same for all."""
         factor = self.scale / self.temperature
         if self.softcap is None:
             return factor
         return (logits * (self.temperature / self.softcap)).square_().neg_().add_(1.0).mul_(factor)
+
+
+class LogitTiles:
+    """Logits of N positions, of which a tile at a time is made: float32 or wider, without a graph.
+
+    Args:
+        head: makes them.
+        hidden: [N, H].
+    """
+
+    def __init__(self, head: Head, hidden: Tensor) -> None:
+        self.head, self.hidden = head, hidden
+        self.reduced = None if head.low_rank is None else head.low_rank.reduce(hidden)
+        """[N, r], what the low-rank update makes of the hidden states."""
+
+    def tile(self, rows: slice, columns: slice) -> Tensor:
+        """[N', C]."""
+        head, hidden = self.head, self.hidden[rows]
+        z = product(hidden, head.weight[columns].to(hidden.dtype).T)
+        if head.low_rank is not None and self.reduced is not None:
+            z.addmm_(self.reduced[rows], head.low_rank.up[columns].to(z.dtype).T)
+        if head.bias is not None:
+            z += head.bias[columns]
+        return head.transform_(z)
+
+    def chosen(self, rows: slice, ids: Tensor) -> Tensor:
+        """[N', K]: logits of some ids [N', K] alone."""
+        head, hidden, dtype = self.head, self.hidden[rows, :, None], wide_dtype(self.hidden)
+        z = torch.bmm(head.weight[ids].to(dtype), hidden.to(dtype))
+        if head.low_rank is not None and self.reduced is not None:
+            z.baddbmm_(head.low_rank.up[ids].to(dtype), self.reduced[rows, :, None])
+        z = z.squeeze(-1)
+        if head.bias is not None:
+            z += head.bias[ids]
+        return head.transform_(z)
 
 
 def whole(tensor: Tensor) -> Tensor:

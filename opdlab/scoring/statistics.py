@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opdlab.scoring.gradients import HeadGradients
-from opdlab.scoring.head import Head, autocast_at_the_door, places, product, tiles, wide_dtype
+from opdlab.scoring.head import Head, LogitTiles, LowRank, autocast_at_the_door, places, tiles, wide_dtype
 from opdlab.scoring.normalizer import OnlineSoftmax
 
 
@@ -34,22 +34,22 @@ def token_statistics(hidden: Tensor, head: Head, targets: Tensor) -> TokenStatis
     """Log-probability of the targets, entropy and log-normalizer, without ever holding [N, V].
 
     The backward pass computes each tile of logits again. Where only the hidden states take a gradient, their gradient
-    ``slope * (weight[y] - E[weight])`` is summed in the forward pass, and nothing is computed twice.
+    ``slope * (weight[y] - E[weight])`` is summed in the forward pass, and nothing is computed twice. A trained low-rank
+    update of a frozen weight needs every probability again, as a trained weight does, but no buffer as large as it.
 
     Args:
         hidden: [N, H]; differentiable.
-        head: its weight and bias are differentiable.
+        head: its weight, bias and low-rank update are differentiable.
         targets: [N] long.
 
     Returns:
         See :class:`TokenStatistics`; float32, or float64 for float64 inputs.
     """
     head = head.gathered()
-    trained = head.weight.requires_grad or (head.bias is not None and head.bias.requires_grad)
-    ahead = torch.is_grad_enabled() and hidden.requires_grad and not trained
+    ahead = torch.is_grad_enabled() and hidden.requires_grad and not head.trained
     with autocast_at_the_door(hidden) as states:
         outputs: tuple[Tensor, ...] = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
-            states, head.weight, head.bias, targets, head, ahead
+            states, *head.tensors, targets, head, ahead
         )
     return TokenStatistics(*outputs)
 
@@ -57,7 +57,15 @@ def token_statistics(hidden: Tensor, head: Head, targets: Tensor) -> TokenStatis
 class _TokenStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: Head, ahead: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        down: Tensor | None,
+        up: Tensor | None,
+        targets: Tensor,
+        head: Head,
+        ahead: bool,
     ) -> tuple[Tensor, ...]:
         softmax, chosen = vocabulary_pass(hidden, head, targets[:, None], hidden.shape[1] if ahead else 0)
         target_logits = chosen.squeeze(1)
@@ -66,7 +74,7 @@ class _TokenStatistics(torch.autograd.Function):
         if ahead:
             ctx.save_for_backward(_hidden_gradient(head, softmax, targets, target_logits).to(hidden.dtype))
         else:
-            ctx.save_for_backward(hidden, weight, bias, targets, normalizer)
+            ctx.save_for_backward(hidden, weight, bias, down, up, targets, normalizer)
         others = (softmax.entropy, normalizer, softmax.max_logit)
         ctx.mark_non_differentiable(*others)
         return target_logits - normalizer, *others
@@ -76,11 +84,12 @@ class _TokenStatistics(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         upstream, saved = gradients[0], ctx.saved_tensors
         if ctx.ahead:
-            return (upstream[:, None] * saved[0]).to(saved[0].dtype), *[None] * 5
-        hidden, weight, _, targets, normalizer = saved
-        sums = HeadGradients(ctx, ctx.head, hidden)
+            return (upstream[:, None] * saved[0]).to(saved[0].dtype), *[None] * 7
+        hidden, weight, *_, targets, normalizer = saved
+        made = LogitTiles(ctx.head, hidden)
+        sums = HeadGradients(ctx, made)
         for rows, columns in tiles(hidden.shape[0], weight.shape[0]):
-            logits = ctx.head.tile(hidden[rows], columns)
+            logits = made.tile(rows, columns)
             slope = ctx.head.slope(logits)
             gradient = logits.sub_(normalizer[rows, None]).exp_().mul_(-upstream[rows, None])
             inside, place = places(targets[rows, None], columns)
@@ -94,21 +103,21 @@ def vocabulary_pass(hidden: Tensor, head: Head, ids: Tensor, hidden_size: int = 
     like = hidden.new_empty(0, dtype=wide_dtype(hidden))
     softmax = OnlineSoftmax(hidden.shape[0], like, hidden_size)
     chosen = like.new_zeros(ids.shape)
+    made = LogitTiles(head, hidden)
     for rows, columns in tiles(hidden.shape[0], head.weight.shape[0]):
-        logits = head.tile(hidden[rows], columns)
+        logits = made.tile(rows, columns)
         inside, place = places(ids[rows], columns)
         chosen[rows] = torch.where(inside, logits.gather(1, place), chosen[rows])
         slope = head.slope(logits) if hidden_size else 1.0
         exponentials = softmax.add(rows, logits)
         if hidden_size:
-            weighted = exponentials.mul_(slope).to(hidden.dtype)
-            softmax.add_rows(rows, product(weighted, head.weight[columns].to(hidden.dtype)))
+            softmax.add_rows(rows, head.sum_rows(exponentials.mul_(slope), columns, hidden.dtype))
     return softmax, chosen
 
 
 def _hidden_gradient(head: Head, softmax: OnlineSoftmax, targets: Tensor, target_logits: Tensor) -> Tensor:
     slope = head.slope(target_logits)
-    own = head.weight[targets].to(target_logits.dtype)
+    own = head.rows(targets, target_logits.dtype)
     return own * (slope if isinstance(slope, float) else slope[:, None]) - softmax.expected_rows
 
 
@@ -121,6 +130,7 @@ def token_logprobs(
     temperature: float = 1.0,
     softcap: float | None = None,
     scale: float = 1.0,
+    low_rank: LowRank | None = None,
 ) -> Tensor:
     """Log-probability of each target token, without ever holding [N, V].
 
@@ -132,6 +142,7 @@ def token_logprobs(
         temperature: sampling temperature, above 0.
         softcap: bound of the logits' soft cap, or None.
         scale: factor on the logits.
+        low_rank: what LoRA adds to the weight, or None; differentiable.
 
     Returns:
         [N] float32 (float64 for float64 inputs), nats.
@@ -143,4 +154,5 @@ def token_logprobs(
         >>> torch.allclose(token_logprobs(hidden, weight, targets, temperature=0.7), plain, atol=1e-5)
         True
     """
-    return token_statistics(hidden, Head(weight, bias, scale, softcap, temperature), targets).logprobs
+    head = Head(weight, bias, scale, softcap, temperature, low_rank=low_rank)
+    return token_statistics(hidden, head, targets).logprobs

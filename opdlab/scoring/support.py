@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opdlab.scoring.gradients import HeadGradients, pieces
-from opdlab.scoring.head import Head, autocast_at_the_door, wide_dtype
+from opdlab.scoring.head import Head, LogitTiles, LowRank, autocast_at_the_door, wide_dtype
 from opdlab.scoring.statistics import TokenStatistics, vocabulary_pass
 
 
@@ -22,7 +22,7 @@ def support_statistics(hidden: Tensor, head: Head, targets: Tensor, support: Ten
 
     Args:
         hidden: [N, H]; differentiable.
-        head: its weight and bias are differentiable.
+        head: its weight, bias and low-rank update are differentiable.
         targets: [N] long.
         support: [N, K] integers, token ids.
 
@@ -32,7 +32,7 @@ def support_statistics(hidden: Tensor, head: Head, targets: Tensor, support: Ten
     head = head.gathered()
     with autocast_at_the_door(hidden) as states:
         logits, *statistics = _SupportLogits.apply(  # type: ignore[no-untyped-call]
-            states, head.weight, head.bias, support.long(), head, targets
+            states, *head.tensors, support.long(), head, targets
         )
     return logits, TokenStatistics(*statistics)
 
@@ -46,6 +46,7 @@ def support_logits(
     temperature: float = 1.0,
     softcap: float | None = None,
     scale: float = 1.0,
+    low_rank: LowRank | None = None,
 ) -> Tensor:
     """Logits of K chosen tokens per position: K rows of the head are read per position, forward and backward.
 
@@ -57,6 +58,7 @@ def support_logits(
         temperature: sampling temperature, above 0.
         softcap: bound of the logits' soft cap, or None.
         scale: factor on the logits.
+        low_rank: what LoRA adds to the weight, or None; differentiable.
 
     Returns:
         [N, K] float32 (float64 for float64 inputs).
@@ -67,10 +69,10 @@ def support_logits(
         >>> torch.allclose(support_logits(hidden, weight, support), (hidden @ weight.T)[:, [0, 3]], atol=1e-5)
         True
     """
-    head = Head(weight, bias, scale, softcap, temperature).gathered()
+    head = Head(weight, bias, scale, softcap, temperature, low_rank=low_rank).gathered()
     with autocast_at_the_door(hidden) as states:
         logits: Tensor = _SupportLogits.apply(  # type: ignore[no-untyped-call]
-            states, head.weight, head.bias, support.long(), head, None
+            states, *head.tensors, support.long(), head, None
         )[0]
     return logits
 
@@ -82,6 +84,8 @@ class _SupportLogits(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        down: Tensor | None,
+        up: Tensor | None,
         support: Tensor,
         head: Head,
         targets: Tensor | None,
@@ -93,7 +97,7 @@ class _SupportLogits(torch.autograd.Function):
             softmax, chosen = vocabulary_pass(hidden, head, torch.cat([support, targets[:, None]], dim=1))
             logits, normalizer = chosen[:, :-1].contiguous(), softmax.log_normalizer
             others = (chosen[:, -1] - normalizer, softmax.entropy, normalizer, softmax.max_logit)
-        ctx.save_for_backward(hidden, weight, bias, support, logits)
+        ctx.save_for_backward(hidden, weight, bias, down, up, support, logits)
         ctx.head = head
         ctx.mark_non_differentiable(*others)
         return logits, *others
@@ -101,17 +105,15 @@ class _SupportLogits(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, _, _, support, logits = ctx.saved_tensors
-        sums = HeadGradients(ctx, ctx.head, hidden)
+        hidden, *_, support, logits = ctx.saved_tensors
+        sums = HeadGradients(ctx, LogitTiles(ctx.head, hidden))
         sums.add_support(support, gradients[0] * ctx.head.slope(logits))
         return *sums.returned(), None, None, None
 
 
 def _gathered_logits(hidden: Tensor, head: Head, support: Tensor) -> Tensor:
-    raw = hidden.new_empty(support.shape, dtype=wide_dtype(hidden))
+    logits = hidden.new_empty(support.shape, dtype=wide_dtype(hidden))
+    made = LogitTiles(head, hidden)
     for rows in pieces(len(hidden), support.shape[1] * hidden.shape[1]):
-        chosen = head.weight[support[rows]].to(raw.dtype)
-        raw[rows] = torch.bmm(chosen, hidden[rows, :, None].to(raw.dtype)).squeeze(-1)
-    if head.bias is not None:
-        raw += head.bias[support]
-    return head.transform_(raw)
+        logits[rows] = made.chosen(rows, support[rows])
+    return logits

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opdlab.scoring.head import Head, autocast_at_the_door, places, tiles, wide_dtype
+from opdlab.scoring.head import Head, LogitTiles, autocast_at_the_door, places, tiles, wide_dtype
 from opdlab.scoring.normalizer import OnlineSoftmax
 from opdlab.scoring.statistics import TokenStatistics
 
@@ -53,8 +53,9 @@ def _topk_with_statistics(
     target_logits = like.new_zeros(hidden.shape[0], 1)
     ids = torch.zeros(hidden.shape[0], k, dtype=torch.long, device=hidden.device)
     values = like.new_full((hidden.shape[0], k), -torch.inf)
+    made = LogitTiles(head, hidden)
     for rows, columns in tiles(hidden.shape[0], head.weight.shape[0]):
-        logits = head.tile(hidden[rows], columns)
+        logits = made.tile(rows, columns)
         inside, place = places(targets[rows, None], columns)
         target_logits[rows] = torch.where(inside, logits.gather(1, place), target_logits[rows])
         if columns.start < limit:

@@ -1,0 +1,98 @@
+"""No tensor is larger than a tile of logits, or than the head."""
+
+# mypy: disable-error-code="no-untyped-call"
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+import opdlab.scoring.gradients
+import opdlab.scoring.head
+from opdlab.scoring import (
+    Head,
+    LowRank,
+    support_logits,
+    support_statistics,
+    token_logprobs,
+    token_statistics,
+    topk_with_statistics,
+)
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that any operation makes; detaching makes none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel: int = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        made = (leaf.numel() for leaf in tree_iter(result) if isinstance(leaf, Tensor))
+        if func is not torch.ops.aten.detach.default:
+            self.numel = max(self.numel, *made, 0)
+        return result
+
+
+@pytest.fixture
+def _wide_vocabulary(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(opdlab.scoring.head, "MAX_TILE_LOGITS", 8 * 4096)
+    monkeypatch.setattr(opdlab.scoring.gradients, "MAX_PIECE", 8 * 4096)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def _forward_and_backward(kind: str) -> int:
+    """The largest tensor made while 512 positions are scored over 4096 tokens."""
+    hidden, weight = torch.randn(512, 6, requires_grad=True), torch.randn(4096, 6, requires_grad=True)
+    targets, support = torch.randint(0, 4096, (512,)), torch.randint(0, 4096, (512, 32))
+    adapted = Head(weight, low_rank=LowRank(torch.randn(2, 6), torch.randn(4096, 2), 0.5)).detached()
+    if kind.startswith("adapter"):
+        assert adapted.low_rank is not None
+        adapted.low_rank.down.requires_grad_()
+        adapted.low_rank.up.requires_grad_()
+    with _LargestTensor() as largest:
+        if kind == "plain":
+            (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None]).sum().backward()
+        elif kind == "logprobs":
+            token_logprobs(hidden, weight, targets).sum().backward()
+        elif kind == "support":
+            support_logits(hidden, weight, support).sum().backward()
+        elif kind == "support and statistics":
+            support_statistics(hidden, Head(weight), targets, support)[0].sum().backward()
+        elif kind in ("adapter", "frozen adapter"):
+            token_statistics(hidden, adapted, targets).logprobs.sum().backward()
+        elif kind == "adapter and support":
+            support_statistics(hidden, adapted, targets, support)[0].sum().backward()
+        elif kind == "frozen head":
+            token_logprobs(hidden, weight.detach(), targets).sum().backward()
+        else:
+            topk_with_statistics(hidden, Head(weight), targets, 32)
+    return int(largest.numel)
+
+
+@pytest.mark.usefixtures("_wide_vocabulary")
+@pytest.mark.parametrize("kind", ["logprobs", "frozen head", "support", "support and statistics", "topk"])
+def test_never_holds_all_logits(kind: str) -> None:
+    # The largest that may be: a tile. The weight and its gradient hold 6 * 4096.
+    assert _forward_and_backward(kind) <= 8 * 4096
+
+
+@pytest.mark.usefixtures("_wide_vocabulary")
+@pytest.mark.parametrize("kind", ["adapter", "adapter and support", "frozen adapter"])
+def test_an_adapter_is_never_multiplied_out(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opdlab.scoring.head, "MAX_TILE_LOGITS", 8 * 512)
+    monkeypatch.setattr(opdlab.scoring.gradients, "MAX_PIECE", 8 * 512)
+    # The update would be as large as the weight, 6 * 4096. Ids of the support, with the target's, are 512 * 33.
+    assert _forward_and_backward(kind) <= 512 * 33
+
+
+@pytest.mark.usefixtures("_wide_vocabulary")
+def test_memory_probe_sees_all_logits() -> None:
+    assert _forward_and_backward("plain") == 512 * 4096
