@@ -3,6 +3,7 @@
 The toy world is loaded by file path, so that a child whose environment lacks opdlab can use it too.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -12,7 +13,8 @@ import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -111,6 +113,39 @@ def versions(*packages: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+# -- time ------------------------------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Adds up the time of calls by name, while it is on.
+
+    Args:
+        on: whether it is from the beginning.
+    """
+
+    def __init__(self, on: bool = False) -> None:
+        self.seconds: dict[str, float] = {}
+        self.on = on
+
+    def add(self, name: str, seconds: float) -> None:
+        """Count ``seconds``."""
+        if self.on:
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, timed."""
+
+        @functools.wraps(function)
+        def timed(*arguments: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.add(name, time.perf_counter() - began)
+
+        return timed
 
 
 # -- figures ---------------------------------------------------------------------------------------------------------
