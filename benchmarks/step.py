@@ -31,7 +31,12 @@ from step_common import CASES, PARTS, Task, endless
 
 PROGRAMS = ("opdlab", "bare", "trl")
 PACKAGES = ("torch", "lightning", "transformers", "trl", "accelerate")
-FIGURES = ("seconds_per_step", "processor_seconds_per_step", "milliseconds_per_1000_tokens")
+FIGURES = {
+    "seconds_per_step": "s a step",
+    "processor_seconds_per_step": "CPU s a step",
+    "milliseconds_per_1000_tokens": "time per token trained",
+    "run_seconds_per_step": "whole run",  # with what is done once: setting up, the pictures at the end
+}
 
 Runs = dict[str, list[dict[str, Any]]]  # of each program, round by round
 
@@ -167,11 +172,13 @@ def _step_rows(steps: dict[str, Any]) -> Iterator[list[str]]:
         ]
 
 
-def _part_rows(steps: dict[str, Any]) -> Iterator[list[str]]:
-    for program, middle in steps["medians"].items():
+def _part_rows(medians: dict[str, dict[str, float]]) -> Iterator[list[str]]:
+    for program, middle in medians.items():
         seconds = [middle[f"{part}_seconds"] for part in PARTS]
-        rest = middle["seconds"] - sum(seconds)
-        yield [program, *(f"{part / middle['steps']:.3f}" for part in (*seconds, rest))]
+        steps = middle["steps"]
+        rest = middle["seconds_per_step"] - sum(seconds) / steps
+        parts = [f"{part:.3f}" for part in (*(second / steps for second in seconds), rest)]
+        yield [program, *parts, f"{middle['seconds_outside_steps']:.2f} s"]
 
 
 def report(results: dict[str, Any]) -> None:
@@ -188,11 +195,11 @@ def report(results: dict[str, Any]) -> None:
         for row in _step_rows(steps):
             table.add_row(*row)
         console.print(table)
-        table = Table("s a step, medians", *PARTS, "rest")
-        for row in _part_rows(steps):
+        table = Table("s a step, medians", *PARTS, "rest", "once a run")
+        for row in _part_rows(steps["medians"]):
             table.add_row(*row)
         console.print(table)
-        table = Table("ratio, pair by pair", "s a step", "CPU s a step", "time per token trained")
+        table = Table("ratio, pair by pair", *FIGURES.values())
         for name, figures in steps["ratios"].items():
             table.add_row(name, *(spread(values) for values in figures.values()))
         console.print(table)

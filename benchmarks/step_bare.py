@@ -92,7 +92,8 @@ class Loop:
         step, stop = 0, False
         update = self.run.parts.around("update", self._update)
         self.run.clock.start()
-        prompts = self._prompts()
+        prompts = self._shuffled(self.tokenizer(self.texts)["input_ids"])
+        self.run.clock.begin_steps()
         while step < self.run.task.steps and not stop:
             pool = self._collect([next(prompts) for _ in range(self.case.prompts_per_pool)])
             for _ in range(self.case.reuse_epochs):
@@ -102,13 +103,14 @@ class Loop:
                     update(pool, rows)
                     step += 1
                     stop = self.run.after_step(step, self.student, self.tokenizer)
+        self.run.clock.end_steps()
         self.run.clock.stop()
         return step
 
-    def _prompts(self) -> Iterator[list[int]]:
-        tokenized = self.tokenizer(self.texts)["input_ids"]
+    @staticmethod
+    def _shuffled(prompts: list[list[int]]) -> Iterator[list[int]]:
         while True:
-            yield from (tokenized[index] for index in torch.randperm(len(tokenized)).tolist())
+            yield from (prompts[index] for index in torch.randperm(len(prompts)).tolist())
 
     @torch.no_grad()
     def _collect(self, prompts: list[list[int]]) -> Pool:

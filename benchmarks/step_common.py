@@ -192,11 +192,13 @@ class Task:
 
 
 class Clock:
-    """Wall and processor seconds, paused while evaluating."""
+    """Wall and processor seconds of a run and of its steps alone, paused while evaluating."""
 
     def __init__(self) -> None:
         self.wall = self.processor = 0.0
+        self.steps_wall = self.steps_processor = 0.0
         self._since: tuple[float, float] | None = None
+        self._first_step = 0.0, 0.0
 
     def start(self) -> None:
         """Go on."""
@@ -208,6 +210,22 @@ class Clock:
         self.wall += time.perf_counter() - self._since[0]
         self.processor += time.process_time() - self._since[1]
         self._since = None
+
+    def read(self) -> tuple[float, float]:
+        """Wall and processor seconds so far."""
+        if self._since is None:
+            return self.wall, self.processor
+        now = time.perf_counter(), time.process_time()
+        return self.wall + now[0] - self._since[0], self.processor + now[1] - self._since[1]
+
+    def begin_steps(self) -> None:
+        """All is set up: what comes now are steps."""
+        self._first_step = self.read()
+
+    def end_steps(self) -> None:
+        """The steps so far are done; what comes now is not counted as theirs, unless this is called again."""
+        wall, processor = self.read()
+        self.steps_wall, self.steps_processor = wall - self._first_step[0], processor - self._first_step[1]
 
 
 @dataclass
@@ -247,20 +265,21 @@ class Run:
         self.clock.start()
         return self.reached
 
-    def result(self, steps: int, **figures: float) -> dict[str, Any]:
+    def result(self, steps: int) -> dict[str, Any]:
         """What the child answers after ``steps`` optimizer steps."""
-        trained = self.tokens["trained"]
+        trained, clock = self.tokens["trained"], self.clock
         return {
             "steps": steps,
-            "seconds": self.clock.wall,
-            "seconds_per_step": self.clock.wall / steps,
-            "processor_seconds_per_step": self.clock.processor / steps,
+            "seconds": clock.wall,
+            "seconds_per_step": clock.steps_wall / steps,
+            "processor_seconds_per_step": clock.steps_processor / steps,
+            "run_seconds_per_step": clock.wall / steps,
+            "seconds_outside_steps": clock.wall - clock.steps_wall,
             "trained_tokens": trained,
             "sampled_tokens": self.tokens["sampled"],
-            "trained_tokens_per_second": trained / self.clock.wall,
-            "milliseconds_per_1000_tokens": 1e6 * self.clock.wall / trained,
+            "trained_tokens_per_second": trained / clock.steps_wall,
+            "milliseconds_per_1000_tokens": 1e6 * clock.steps_wall / trained,
             **{f"{part}_seconds": self.parts.seconds.get(part, 0.0) for part in PARTS},
-            **figures,
             "history": self.history,
             "reached": self.reached,
         }

@@ -52,12 +52,15 @@ class Observer(Callback):
     """Counts tokens, times the updates, and evaluates."""
 
     def __init__(self, run: Run) -> None:
-        self.run, self.startup_seconds = run, 0.0
-        self._began = time.perf_counter()
+        self.run, self._began = run, 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All is set up."""
-        self.startup_seconds = time.perf_counter() - self._began
+        self.run.clock.begin_steps()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All hooks of the last step are done."""
+        self.run.clock.end_steps()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """An update begins."""
@@ -120,7 +123,6 @@ def train(run: Run) -> dict[str, Any]:
         # Imports and the data set are made before the clock starts, as they are for TRL.
         data.train_source.problems()
         _ = logger.experiment
-        observer = Observer(run)
         trainer = Trainer(
             accelerator="cpu",
             devices=1,
@@ -135,10 +137,10 @@ def train(run: Run) -> dict[str, Any]:
             callbacks=[
                 BehaviorRefresh(every_n_steps=case.steps_per_pool),
                 GateMonitor(every_n_steps=run.task.log_every),
-                observer,
+                Observer(run),
             ],
         )
         run.clock.start()
         trainer.fit(module, data)
         run.clock.stop()
-    return run.result(trainer.global_step, startup_seconds=observer.startup_seconds)
+    return run.result(trainer.global_step)

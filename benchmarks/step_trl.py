@@ -16,8 +16,13 @@ class Observer(TrainerCallback):  # type: ignore[misc]
     def __init__(self, run: Run, student: Any, tokenizer: Any) -> None:
         self.run, self.student, self.tokenizer = run, student, tokenizer
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """All is set up."""
+        self.run.clock.begin_steps()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step has been taken."""
+        self.run.clock.end_steps()
         if self.run.after_step(state.global_step, self.student, self.tokenizer):
             control.should_training_stop = True
 
@@ -77,5 +82,5 @@ def train(run: Run) -> dict[str, Any]:
         entry["completions/mean_length"] for entry in trainer.state.log_history if "completions/mean_length" in entry
     ]
     run.tokens = dict.fromkeys(run.tokens, steps * case.batch_size * sum(lengths) / len(lengths))
-    run.parts.add("update", run.clock.wall - sum(run.parts.seconds.values()))
+    run.parts.add("update", run.clock.steps_wall - sum(run.parts.seconds.values()))
     return run.result(steps)
