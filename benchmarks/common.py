@@ -31,7 +31,9 @@ class ChildError(RuntimeError):
     """A child ended with an error, or without an answer; the message ends with what it wrote."""
 
 
-def run_child(script: Path, arguments: Sequence[str], *, threads: int, python: str = sys.executable) -> dict[str, Any]:
+def run_child(
+    script: Path, arguments: Sequence[str], *, threads: int, python: str = sys.executable, device: str = "cpu"
+) -> dict[str, Any]:
     """Run ``script`` in a process of its own and return the JSON object that is its last line of output.
 
     Args:
@@ -39,15 +41,17 @@ def run_child(script: Path, arguments: Sequence[str], *, threads: int, python: s
         arguments: its arguments.
         threads: for torch and for the BLAS beneath it.
         python: the interpreter.
+        device: of the measurement; for ``cpu`` accelerators are hidden.
     """
     inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *inherited]),
     }
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [python, str(script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()
@@ -77,8 +81,12 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self._before = float(torch.cuda.memory_allocated(device))
 
+    def peak_bytes(self) -> float:
+        """Say what was held at most since then, with what was held before."""
+        return self._before + self.extra_bytes()
+
     def extra_bytes(self) -> float:
-        """Say what was held at most since then."""
+        """Say what was held at most since then, on top of what was held before."""
         if self._device is None:
             return _resident("VmHWM") - self._before
         import torch
