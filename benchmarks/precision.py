@@ -28,7 +28,10 @@ from rich.console import Console
 from rich.table import Table
 from step_common import CASES, CLIP_NORM, Case, Run, Task
 
-PRECISIONS = ("32-true", "bf16-mixed")
+# The greatest drift of a fresh rollout, nats, that is still rounding: a pool is scored in other groups than a minibatch
+# is, and so in other orders of summation. Scored in another precision it would be 0.1.
+MAX_FRESH_DRIFT = {"32-true": 1e-5, "bf16-mixed": 1e-2}
+PRECISIONS = tuple(MAX_FRESH_DRIFT)
 WINDOW = 20  # steps
 
 
@@ -151,7 +154,7 @@ def main() -> int:
         options = {"steps": given.steps, "seeds": given.seeds, "window": WINDOW}
         result = {"machine": machine(), "options": options, "runs": runs, "distances": distances}
         given.json.write_text(json.dumps(result, indent=1) + "\n")
-    drifted = any(row["fresh_drift"] > 1e-5 for rows in runs.values() for row in rows)
+    drifted = any(row["fresh_drift"] > MAX_FRESH_DRIFT[name] for name, rows in runs.items() for row in rows)
     return int(drifted or median(distances["between precisions"]) > max(distances["between seeds"]))
 
 

@@ -94,7 +94,8 @@ def table(title: str, rows: dict[str, list[dict[str, Any]]]) -> Table:
 
     def ratio(ours: str, theirs: str, key: str, digits: int = 2) -> str:
         both = column(ours, key), column(theirs, key)
-        return spread(pairwise_ratios(*both), digits) if all(both) else "-"
+        measured = all(both) and all(both[1])  # a tiny one may have taken no memory
+        return spread(pairwise_ratios(*both), digits) if measured else "-"
 
     made = Table("", "seconds", "extra MB", "time / plain", "memory / plain", "opdlab's time / this", title=title)
     for peer, measured in rows.items():
