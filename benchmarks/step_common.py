@@ -27,8 +27,8 @@ EVALUATE_EVERY = 5  # steps
 LOG_EVERY = 10  # steps; the default of TRL, whose log of figures is the only other one
 PARTS = ("sample", "teacher", "update")
 
-# Its probability on the student's own answers is below one in a million. See `endless`.
-_NEVER_SAMPLED = "<gh_stars>"
+# On the student's own answers its probability is 7e-9 on average, the least of all special tokens. See `endless`.
+_NEVER_SAMPLED = "<filename>"
 _CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 
