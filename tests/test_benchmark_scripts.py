@@ -142,7 +142,7 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path) -> None:
     rollouts = resident.response(50)
     targets = _targets(rollouts, plan.k)
     with FlopCounterMode(display=False) as counter:
-        TeacherTopK(plan.k).position_losses(student.score(rollouts), rollouts, targets).losses.sum().backward()
+        TeacherTopK(plan.k).position_losses(student.score(rollouts), rollouts, targets).losses.sum().backward()  # type: ignore[no-untyped-call]
     # Eager attention multiplies all of tokens x tokens, not the causal half.
     other_half = 3 * shape.num_layers * 2 * 59**2 * shape.num_heads * shape.head_dim
     assert counter.get_total_flops() == pytest.approx(shape.update_flops(10, 50, plan.k) + other_half, rel=0.02)
