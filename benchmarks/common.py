@@ -3,6 +3,7 @@
 The toy world is loaded by file path, so that a child whose environment lacks opdlab can use it too.
 """
 
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -12,7 +13,8 @@ import random
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,7 +31,9 @@ class ChildError(RuntimeError):
     """A child ended with an error, or without an answer; the message ends with what it wrote."""
 
 
-def run_child(script: Path, arguments: Sequence[str], *, threads: int, python: str = sys.executable) -> dict[str, Any]:
+def run_child(
+    script: Path, arguments: Sequence[str], *, threads: int, python: str = sys.executable, device: str = "cpu"
+) -> dict[str, Any]:
     """Run ``script`` in a process of its own and return the JSON object that is its last line of output.
 
     Args:
@@ -37,15 +41,17 @@ def run_child(script: Path, arguments: Sequence[str], *, threads: int, python: s
         arguments: its arguments.
         threads: for torch and for the BLAS beneath it.
         python: the interpreter.
+        device: of the measurement; for ``cpu`` accelerators are hidden.
     """
     inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
-        "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *inherited]),
     }
+    if device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [python, str(script), *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     lines = done.stdout.strip().splitlines()
@@ -75,8 +81,12 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self._before = float(torch.cuda.memory_allocated(device))
 
+    def peak_bytes(self) -> float:
+        """Say what was held at most since then, with what was held before."""
+        return self._before + self.extra_bytes()
+
     def extra_bytes(self) -> float:
-        """Say what was held at most since then."""
+        """Say what was held at most since then, on top of what was held before."""
         if self._device is None:
             return _resident("VmHWM") - self._before
         import torch
@@ -111,6 +121,39 @@ def versions(*packages: str) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+# -- time ------------------------------------------------------------------------------------------------------------
+
+
+class Stopwatch:
+    """Adds up the time of calls by name, while it is on.
+
+    Args:
+        on: whether it is from the beginning.
+    """
+
+    def __init__(self, on: bool = False) -> None:
+        self.seconds: dict[str, float] = {}
+        self.on = on
+
+    def add(self, name: str, seconds: float) -> None:
+        """Count ``seconds``."""
+        if self.on:
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, timed."""
+
+        @functools.wraps(function)
+        def timed(*arguments: Any, **options: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return function(*arguments, **options)
+            finally:
+                self.add(name, time.perf_counter() - began)
+
+        return timed
 
 
 # -- figures ---------------------------------------------------------------------------------------------------------

@@ -24,38 +24,16 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import REPOSITORY, machine, run_child, versions
+from common import REPOSITORY, Stopwatch, machine, run_child, versions
 
 GATES = ("none", "token", "sequence", "block32", "block64", "block128", "span")
 WARM_UP = 10  # steps
 EVERY = 10  # steps
 PAGES_EVERY = 100  # steps, the default of SampleLogger
 PACKAGES = ("torch", "lightning", "tensorboard", "matplotlib")
-
-
-class Stopwatch:
-    """Adds up the time of calls by name, while it is on."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self.on = False
-
-    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, timed."""
-
-        def timed(*arguments: Any, **options: Any) -> Any:
-            began = time.perf_counter()
-            try:
-                return function(*arguments, **options)
-            finally:
-                if self.on:
-                    self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
-
-        return timed
 
 
 def child(gate: str, steps: int) -> None:

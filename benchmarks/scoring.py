@@ -1,4 +1,7 @@
-"""Time and peak memory of scoring, forward and backward, against plain log-softmax and against TRL's chunked kernels.
+"""Time and peak memory of scoring, forward and backward, against plain log-softmax and the kernels of others.
+
+The others are TRL's chunked kernels, Liger's and Apple's cut cross-entropy, where they are installed and run on the
+device; where not, the table says so. ``scoring_peers.py`` has what is measured.
 
 - ``logprobs``: log-probability of sampled tokens, gradients of hidden states and head;
 - ``frozen``: the same with a frozen head, as under an adapter: gradient of the hidden states alone;
@@ -9,135 +12,23 @@
 Every measurement has a process of its own. The head's gradient exists before; what comes on top is counted as memory.
 On a CPU memory is the peak of the resident set, on a GPU that of the allocator.
 
-``python benchmarks/scoring.py --trl-python PYTHON --json scoring.json``; PYTHON is an interpreter that has TRL 1.16.
+``python benchmarks/scoring.py --trl-python PYTHON --json scoring.json``; PYTHON is an interpreter that has the others:
+``pip install trl liger-kernel cut-cross-entropy``.
 """
 
 import argparse
 import json
-import math
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from common import REPOSITORY, ChildError, PeakMemory, machine, pairwise_ratios, run_child, spread, versions
+from common import ChildError, machine, pairwise_ratios, run_child, spread, versions
 from rich.console import Console
 from rich.table import Table
+from scoring_peers import PEERS, TASKS, Sizes, measure
 
-sys.path.insert(0, str(REPOSITORY))
-
-TASKS = ("logprobs", "frozen", "lsm")
-PEERS = ("plain", "opdlab", "trl")
+OURS = ("plain", "opdlab")
 MB = 1e6
-
-
-# -- the child: one measurement ----------------------------------------------------------------------------------------
-
-
-def measure(arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds and extra bytes of one forward and backward pass."""
-    import torch
-
-    torch.manual_seed(0)
-    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
-    n, v, h = arguments.positions, arguments.vocabulary, arguments.hidden
-
-    def tensors(positions: int) -> dict[str, Any]:
-        """Inputs; states as a model's last norm leaves them, heads such that logits have a spread of about 2."""
-        made = {"hidden": torch.randn(positions, h), "teacher": torch.randn(positions, h)}
-        made = {name: tensor.to(device, dtype) for name, tensor in made.items()}
-        made["targets"] = torch.randint(0, v, (positions,), device=device)
-        made["support"] = torch.randint(0, v, (positions, arguments.k), device=device)
-        made["support_logits"] = torch.randn(positions, arguments.k, device=device)
-        return made
-
-    weight = torch.empty(v, h, device=device, dtype=dtype).normal_(std=2 / math.sqrt(h))
-    teacher = (
-        torch.empty(v, h, device=device, dtype=dtype).normal_(std=2 / math.sqrt(h)) if arguments.task == "lsm" else None
-    )
-    if arguments.task != "frozen":
-        weight.requires_grad_()
-        weight.grad = torch.ones_like(weight)
-    loss = getattr(sys.modules[__name__], f"{arguments.peer}_{arguments.task}")
-
-    def step(inputs: dict[str, Any]) -> None:
-        inputs["hidden"].requires_grad_()
-        loss(weight=weight, teacher_weight=teacher, **inputs).sum().backward()
-
-    step(tensors(8))  # threads, kernels, and what is set up at the first call
-    inputs = tensors(n)
-    peak = PeakMemory(None if device.type == "cpu" else device)
-    _synchronize(device)
-    started = time.perf_counter()
-    step(inputs)
-    _synchronize(device)
-    return {"seconds": time.perf_counter() - started, "bytes": peak.extra_bytes()}
-
-
-def _synchronize(device: Any) -> None:
-    if device.type == "cuda":
-        import torch
-
-        torch.cuda.synchronize(device)
-
-
-# -- what is measured --------------------------------------------------------------------------------------------------
-
-
-def plain_logprobs(hidden: Any, weight: Any, targets: Any, **_: Any) -> Any:
-    """All logits at once."""
-    return (hidden @ weight.T).float().log_softmax(-1).gather(1, targets[:, None])
-
-
-def opdlab_logprobs(hidden: Any, weight: Any, targets: Any, **_: Any) -> Any:
-    """As the training step does on a single device."""
-    from opdlab.scoring import Head, token_statistics
-
-    return token_statistics(hidden, Head(weight, accumulate_grad=weight.requires_grad), targets).logprobs
-
-
-def trl_logprobs(hidden: Any, weight: Any, targets: Any, **_: Any) -> Any:
-    """With the chunk size of its trainers, and the outputs that ours gives too."""
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
-
-    return ChunkedLogProbFunction.apply(
-        hidden, weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy", "is_top1")
-    )[0]
-
-
-plain_frozen, opdlab_frozen, trl_frozen = plain_logprobs, opdlab_logprobs, trl_logprobs
-
-
-def plain_lsm(hidden: Any, weight: Any, teacher: Any, teacher_weight: Any, **_: Any) -> Any:
-    """Reverse KL over the whole vocabulary."""
-    import torch
-
-    with torch.no_grad():
-        log_q = (teacher @ teacher_weight.T).float().log_softmax(-1)
-    log_p = (hidden @ weight.T).float().log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def opdlab_lsm(hidden: Any, weight: Any, targets: Any, support: Any, support_logits: Any, **_: Any) -> Any:
-    """Loss, and log-probabilities for the drift."""
-    from opdlab.objectives.functional import teacher_topk_loss
-    from opdlab.scoring import Head, support_statistics
-
-    logits, statistics = support_statistics(hidden, Head(weight, accumulate_grad=True), targets, support)
-    assert not statistics.logprobs.requires_grad
-    return teacher_topk_loss(logits, support_logits)
-
-
-def trl_lsm(hidden: Any, weight: Any, teacher: Any, teacher_weight: Any, **_: Any) -> Any:
-    """Reverse KL over the whole vocabulary."""
-    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-
-    return ChunkedDivergenceFunction.apply(hidden, weight, None, teacher, teacher_weight, None, 1.0)[0]
-
-
-# -- the parent --------------------------------------------------------------------------------------------------------
 
 
 def main() -> int:
@@ -152,59 +43,71 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
-    parser.add_argument("--trl-python", help="interpreter that has TRL; without it TRL is left out")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=PEERS, help="all by default")
+    parser.add_argument("--trl-python", help="interpreter that has TRL, Liger, cut-cross-entropy; this one by default")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     parser.add_argument("--peer", choices=PEERS, help=argparse.SUPPRESS)  # this is a child
     parser.add_argument("--task", choices=TASKS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    sizes = Sizes(**{name: getattr(arguments, name) for name in Sizes.__dataclass_fields__})
     if arguments.peer:
-        print(json.dumps(measure(arguments)))
+        packages = versions("torch", "trl", "liger-kernel", "cut-cross-entropy", "triton")
+        print(json.dumps({**measure(arguments.peer, arguments.task, sizes), "versions": packages}))
         return 0
-    peers = [peer for peer in PEERS if peer != "trl" or arguments.trl_python]
-    result: dict[str, Any] = {
-        "machine": machine(),
-        "versions": versions("torch", "opdlab", "trl"),
-        "options": {name: value for name, value in vars(arguments).items() if name not in ("json", "peer", "task")},
-        "tasks": {},
-    }
+    options = {name: value for name, value in vars(arguments).items() if name not in ("json", "peer", "task")}
+    result: dict[str, Any] = {"machine": machine(), "versions": {}, "options": options, "tasks": {}}
     for task in arguments.tasks:
-        rows: dict[str, list[dict[str, float]]] = {peer: [] for peer in peers}
-        for _ in range(arguments.rounds):
-            for peer in peers:
-                rows[peer].append(_child(arguments, task, peer))
+        rows: dict[str, list[dict[str, Any]]] = {peer: [] for peer in arguments.peers}
+        for number in range(arguments.rounds):
+            for peer in arguments.peers:
+                if number and "skipped" in rows[peer][0]:
+                    continue
+                rows[peer].append(_child(arguments, sizes, task, peer))
+                result["versions"][peer] = rows[peer][-1].pop("versions")
         result["tasks"][task] = rows
-        _print(task, rows)
+        Console(width=120).print(table(task, rows))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1, default=str))
     return 0
 
 
-def _child(arguments: argparse.Namespace, task: str, peer: str) -> dict[str, float]:
-    options = ("positions", "vocabulary", "hidden", "k", "dtype", "device")
-    flags = [part for name in options for part in (f"--{name}", str(getattr(arguments, name)))]
-    python = arguments.trl_python if peer == "trl" else sys.executable
+def _child(arguments: argparse.Namespace, sizes: Sizes, task: str, peer: str) -> dict[str, Any]:
+    flags = [part for name, value in vars(sizes).items() for part in (f"--{name}", str(value))]
+    python = sys.executable if peer in OURS or not arguments.trl_python else arguments.trl_python
     try:
         return run_child(
-            Path(__file__), [*flags, "--task", task, "--peer", peer], threads=arguments.threads, python=python
+            Path(__file__),
+            [*flags, "--task", task, "--peer", peer],
+            threads=arguments.threads,
+            python=python,
+            device=sizes.device,
         )
     except ChildError as error:
         raise SystemExit(str(error)) from error
 
 
-def _print(task: str, rows: dict[str, list[dict[str, float]]]) -> None:
-    table = Table("", "seconds", "extra MB", "time / plain", "memory / plain", "opdlab's time / this", title=task)
+def table(title: str, rows: dict[str, list[dict[str, Any]]]) -> Table:
+    """Seconds and memory of each peer, and ratios round by round."""
+
+    def column(peer: str, key: str) -> list[float]:
+        return [row[key] for row in rows.get(peer, []) if key in row]
+
+    def ratio(ours: str, theirs: str, key: str, digits: int = 2) -> str:
+        both = column(ours, key), column(theirs, key)
+        measured = all(both) and all(both[1])  # a tiny one may have taken no memory
+        return spread(pairwise_ratios(*both), digits) if measured else "-"
+
+    made = Table("", "seconds", "extra MB", "time / plain", "memory / plain", "opdlab's time / this", title=title)
     for peer, measured in rows.items():
-        seconds, extra = [m["seconds"] for m in measured], [m["bytes"] / MB for m in measured]
-
-        def ratio(to: str, key: str, over: Callable[..., Any] = rows.__getitem__) -> list[float]:
-            return pairwise_ratios([m[key] for m in measured], [m[key] for m in over(to)])  # noqa: B023 - called at once
-
-        ours = pairwise_ratios([m["seconds"] for m in rows["opdlab"]], seconds)
-        table.add_row(
-            *(peer, spread(seconds, 1), spread(extra, 0), spread(ratio("plain", "seconds"))),
-            *(spread(ratio("plain", "bytes"), 3), spread(ours)),
+        if "skipped" in measured[0]:
+            made.add_row(peer, measured[0]["skipped"])
+            continue
+        extra = [value / MB for value in column(peer, "bytes")]
+        made.add_row(
+            *(peer, spread(column(peer, "seconds"), 2), spread(extra, 0), ratio(peer, "plain", "seconds")),
+            *(ratio(peer, "plain", "bytes", 3), ratio("opdlab", peer, "seconds")),
         )
-    Console().print(table)
+    return made
 
 
 if __name__ == "__main__":

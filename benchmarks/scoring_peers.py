@@ -1,0 +1,206 @@
+"""What ``scoring.py`` and ``gpu.py`` compare: one forward and backward pass of scoring, by us and by others.
+
+A function ``PEER_TASK`` takes hidden states [N, H], the head's weight [V, H] and what else the task needs, and returns
+losses or log-probabilities whose sum is taken backward. One that is not installed, or does not run on the device, is
+skipped with the reason.
+
+Shapes: N positions, V vocabulary, H hidden size, K support.
+"""
+
+import math
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from common import REPOSITORY, PeakMemory
+
+sys.path.insert(0, str(REPOSITORY))
+
+TASKS = ("logprobs", "frozen", "lsm")
+PEERS = ("plain", "opdlab", "trl", "liger", "cce", "cce_torch")
+
+
+class SkippedError(Exception):
+    """A peer has no part in a measurement; the message says why, in a few words."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a measurement.
+
+    Args:
+        positions: N.
+        vocabulary: V.
+        hidden: H.
+        k: K.
+        dtype: name of hidden states' and head's.
+        device: where.
+    """
+
+    positions: int
+    vocabulary: int
+    hidden: int
+    k: int = 32
+    dtype: str = "float32"
+    device: str = "cpu"
+
+
+# -- one measurement ---------------------------------------------------------------------------------------------------
+
+
+def measure(peer: str, task: str, sizes: Sizes) -> dict[str, Any]:
+    """Seconds and extra bytes of one forward and backward pass; or ``skipped`` with the reason."""
+    loss = globals().get(f"{peer}_{task}")
+    try:
+        if loss is None:
+            raise SkippedError("has none")
+        return _measure(loss, task, sizes)
+    except ModuleNotFoundError as error:
+        return {"skipped": f"{error.name} is not installed"}
+    except torch.OutOfMemoryError:
+        return {"skipped": "out of memory"}
+    except SkippedError as error:
+        return {"skipped": str(error)}
+
+
+def _measure(loss: Any, task: str, sizes: Sizes) -> dict[str, float]:
+    torch.manual_seed(0)
+    device, dtype = torch.device(sizes.device), getattr(torch, sizes.dtype)
+    v, h = sizes.vocabulary, sizes.hidden
+
+    def tensors(positions: int) -> dict[str, Any]:
+        """Inputs; states as a model's last norm leaves them, heads such that logits have a spread of about 2."""
+        made = {"hidden": torch.randn(positions, h), "teacher": torch.randn(positions, h)}
+        made = {name: tensor.to(device, dtype) for name, tensor in made.items()}
+        made["targets"] = torch.randint(0, v, (positions,), device=device)
+        made["support"] = torch.randint(0, v, (positions, sizes.k), device=device)
+        made["support_logits"] = torch.randn(positions, sizes.k, device=device)
+        return made
+
+    def head() -> Any:
+        return torch.empty(v, h, device=device, dtype=dtype).normal_(std=2 / math.sqrt(h))
+
+    weight, teacher = head(), head() if task == "lsm" else None
+    if task != "frozen":
+        weight.requires_grad_()
+        weight.grad = torch.ones_like(weight)
+
+    def step(inputs: dict[str, Any]) -> None:
+        inputs["hidden"].requires_grad_()
+        loss(weight=weight, teacher_weight=teacher, **inputs).sum().backward()
+
+    # Threads, kernels, and what is set up at the first call; kernels of a GPU are compiled for the size.
+    step(tensors(8 if device.type == "cpu" else sizes.positions))
+    inputs = tensors(sizes.positions)
+    peak = PeakMemory(None if device.type == "cpu" else device)
+    _synchronize(device)
+    started = time.perf_counter()
+    step(inputs)
+    _synchronize(device)
+    return {"seconds": time.perf_counter() - started, "bytes": peak.extra_bytes()}
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _needs_gpu(tensor: Any) -> None:
+    if tensor.device.type == "cpu":
+        raise SkippedError("does not run on a CPU")
+
+
+# -- what is measured --------------------------------------------------------------------------------------------------
+
+
+def plain_logprobs(hidden: Any, weight: Any, targets: Any, **_: Any) -> Any:
+    """All logits at once."""
+    return (hidden @ weight.T).float().log_softmax(-1).gather(1, targets[:, None])
+
+
+def opdlab_logprobs(hidden: Any, weight: Any, targets: Any, **_: Any) -> Any:
+    """As the training step does on a single device."""
+    from opdlab.scoring import Head, token_statistics
+
+    return token_statistics(hidden, Head(weight, accumulate_grad=weight.requires_grad), targets).logprobs
+
+
+def trl_logprobs(hidden: Any, weight: Any, targets: Any, **_: Any) -> Any:
+    """With the chunk size of its trainers, and the outputs that ours gives too."""
+    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    return ChunkedLogProbFunction.apply(
+        hidden, weight, None, targets, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("entropy", "is_top1")
+    )[0]
+
+
+plain_frozen, opdlab_frozen, trl_frozen = plain_logprobs, opdlab_logprobs, trl_logprobs
+
+
+def plain_lsm(hidden: Any, weight: Any, teacher: Any, teacher_weight: Any, **_: Any) -> Any:
+    """Reverse KL over the whole vocabulary."""
+    with torch.no_grad():
+        log_q = (teacher @ teacher_weight.T).float().log_softmax(-1)
+    log_p = (hidden @ weight.T).float().log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def opdlab_lsm(hidden: Any, weight: Any, targets: Any, support: Any, support_logits: Any, **_: Any) -> Any:
+    """Loss, and log-probabilities for the drift."""
+    from opdlab.objectives.functional import teacher_topk_loss
+    from opdlab.scoring import Head, support_statistics
+
+    logits, statistics = support_statistics(hidden, Head(weight, accumulate_grad=True), targets, support)
+    assert not statistics.logprobs.requires_grad
+    return teacher_topk_loss(logits, support_logits)
+
+
+def trl_lsm(hidden: Any, weight: Any, teacher: Any, teacher_weight: Any, **_: Any) -> Any:
+    """Reverse KL over the whole vocabulary."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    return ChunkedDivergenceFunction.apply(hidden, weight, None, teacher, teacher_weight, None, 1.0)[0]
+
+
+# -- Liger's and Apple's kernels ---------------------------------------------------------------------------------------
+
+
+def liger_logprobs(hidden: Any, weight: Any, targets: Any, **_: Any) -> Any:
+    """Fused linear cross-entropy; summed, since its quick path takes no gradient per position."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    _needs_gpu(hidden)
+    names = ("bias", "ce_weight", "ignore_index", "lse_square_scale", "label_smoothing", "reduction")
+    options = dict(zip(names, (None, None, -100, 0.0, 0.0, "sum"), strict=True))
+    return LigerFusedLinearCrossEntropyFunction.apply(hidden, weight, targets, *options.values())[0]
+
+
+def cce_logprobs(hidden: Any, weight: Any, targets: Any, **_: Any) -> Any:
+    """Cut cross-entropy, which drops gradients below the rounding of bfloat16."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    _needs_gpu(hidden)
+    if hidden.dtype == torch.float32:
+        raise SkippedError("takes 16 bits only")
+    return linear_cross_entropy(hidden, weight, targets, reduction="none")
+
+
+def cce_torch_logprobs(hidden: Any, weight: Any, targets: Any, **_: Any) -> Any:
+    """Its other implementation: plain cross-entropy under ``torch.compile``, which needs a C++ compiler on a CPU."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    return linear_cross_entropy(hidden, weight, targets, reduction="none", impl="torch_compile")
+
+
+liger_frozen, cce_frozen, cce_torch_frozen = liger_logprobs, cce_logprobs, cce_torch_logprobs
+
+
+def liger_lsm(hidden: Any, weight: Any, teacher: Any, teacher_weight: Any, targets: Any, **_: Any) -> Any:
+    """Reverse KL over the whole vocabulary."""
+    from liger_kernel.ops.fused_linear_jsd import LigerFusedLinearJSDFunction
+
+    _needs_gpu(hidden)
+    return LigerFusedLinearJSDFunction.apply(hidden, weight, teacher, teacher_weight, targets, 1.0)

@@ -1,0 +1,146 @@
+"""opdlab's side of ``step.py``: as the command line sets it up, without validation."""
+
+import tempfile
+import time
+import warnings
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+from step_common import (
+    BETAS,
+    BLOCK,
+    CLIP_NORM,
+    SUPPORT,
+    TAU,
+    WARM_UP_FROM,
+    WARM_UP_STEPS,
+    WEIGHT_DECAY,
+    Case,
+    Run,
+)
+
+from opdlab.callbacks import BehaviorRefresh, GateMonitor
+from opdlab.data import PromptDataModule, ReuseConfig
+from opdlab.data.prompts import Problem, ProblemSource
+from opdlab.gating import build_gate
+from opdlab.module import OPDModule
+from opdlab.objectives import TeacherTopK
+from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig
+from opdlab.tasks.toy.problems import ChainProblems
+
+
+class Prompts(ProblemSource):
+    """The case's prompts, without answers to check."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self._problems = [Problem(str(i), prompt, None) for i, prompt in enumerate(case.prompts())]
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return "prompts of the benchmark"
+
+    def problems(self) -> list[Problem]:
+        """All of them."""
+        return self._problems
+
+
+class Observer(Callback):
+    """Counts tokens, times the updates, and evaluates."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self._began = run, 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All is set up."""
+        self.run.clock.begin_steps()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """All hooks of the last step are done."""
+        self.run.clock.end_steps()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """An update begins."""
+        self._began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """An update ends."""
+        self.run.parts.add("update", time.perf_counter() - self._began)
+        self.run.tokens["trained"] += batch.num_tokens
+        if self.run.after_step(trainer.global_step, pl_module.student.model, pl_module.student.tokenizer):
+            trainer.should_stop = True
+
+
+def make_module(run: Run) -> OPDModule:
+    """Student, teacher, LSM and Block64; sampling and the teacher under the stopwatch."""
+    case = run.task.sizes
+    module = OPDModule(
+        LanguageModel(run.task.student),
+        LocalTeacher(run.task.teacher),
+        TeacherTopK(SUPPORT),
+        build_gate(f"block{BLOCK}", tau=TAU),
+        SamplingConfig(num_samples=case.samples_per_prompt, max_new_tokens=case.max_new_tokens, batch_size=64),
+        optimizer=lambda parameters: torch.optim.AdamW(
+            parameters, lr=case.learning_rate, betas=BETAS, weight_decay=WEIGHT_DECAY
+        ),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(
+            optimizer, start_factor=WARM_UP_FROM, total_iters=WARM_UP_STEPS
+        ),
+    )
+    sample = run.parts.around("sample", module.behavior.sample)
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        rollouts = sample(*arguments, **options)
+        run.tokens["sampled"] += int(rollouts.mask.sum())
+        return rollouts
+
+    module.behavior.sample = counted  # type: ignore[method-assign]
+    module.teacher.score = run.parts.around("teacher", module.teacher.score)
+    return module
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Train, and tell how it went."""
+    # As the command line does.
+    warnings.filterwarnings("ignore", message=r"Found .* module\(s\) in eval mode")
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    case = run.task.sizes
+    seed_everything(run.task.seed, verbose=False)
+    module = make_module(run)
+    data = PromptDataModule(
+        Prompts(case) if case.fixed_length else ChainProblems(case.num_prompts, "train"),
+        reuse=ReuseConfig(case.prompts_per_pool, case.reuse_epochs, case.batch_size),
+        max_prompt_tokens=256,
+        seed=run.task.seed,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        logger = TensorBoardLogger(folder)
+        # Imports and the data set are made before the clock starts, as they are for TRL.
+        data.train_source.problems()
+        _ = logger.experiment
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_steps=run.task.steps,
+            max_epochs=-1,
+            log_every_n_steps=run.task.log_every,
+            gradient_clip_val=CLIP_NORM,
+            limit_val_batches=0,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            logger=logger,
+            callbacks=[
+                BehaviorRefresh(every_n_steps=case.steps_per_pool),
+                GateMonitor(every_n_steps=run.task.log_every),
+                Observer(run),
+            ],
+        )
+        run.clock.start()
+        trainer.fit(module, data)
+        run.clock.stop()
+    return run.result(trainer.global_step)

@@ -1,0 +1,187 @@
+"""The benchmarks run, and what they state of themselves is true. No time is measured here."""
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from opdlab.gating import GateInputs, build_gate
+from opdlab.objectives import TeacherTopK
+from opdlab.policies import LanguageModel
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _scripts_importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As when they are started: their folder comes first, and their modules are forgotten afterwards."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    yield
+    for name in set(sys.modules) - before:
+        if str(SCRIPTS) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+def script(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+# -- step ------------------------------------------------------------------------------------------------------------
+
+
+def test_bare_and_opdlab_train_on_equally_many_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With responses of one length; and both tell where the time went."""
+    common = script("step_common")
+    sizes = {"num_prompts": 8, "prompts_per_pool": 2, "batch_size": 2, "max_new_tokens": 8}
+    monkeypatch.setitem(common.CASES, "toy", replace(common.CASES["toy"], **sizes))
+    answers = []
+    for program in ("opdlab", "bare"):
+        run = common.Run(common.Task("toy", common.TOY_MODELS, steps=3, seed=0))
+        answers.append(script(f"step_{program}").train(run))
+    for answer in answers:
+        assert answer["steps"] == 3
+        assert answer["trained_tokens"] == 3 * 2 * 8  # the toy needs more than 8 tokens for an answer
+        assert answer["sampled_tokens"] == 4 * 8
+        parts = [answer[f"{part}_seconds"] for part in common.PARTS]
+        assert all(part > 0 for part in parts)
+        assert sum(parts) <= 3 * answer["seconds_per_step"] <= answer["seconds"]
+    script("step").check_equal_tokens({"opdlab": answers[:1], "bare": answers[1:]}, 48)
+    with pytest.raises(SystemExit, match=r"bare trained on 48.* instead of 49"):
+        script("step").check_equal_tokens({"bare": answers[1:]}, 49)
+
+
+def test_bare_weighs_blocks_as_the_gate_does() -> None:
+    torch.manual_seed(0)
+    mask = torch.arange(150) < torch.tensor([150, 70, 3])[:, None]
+    drift = torch.randn(3, 150) * mask
+    gates = build_gate("block64")(GateInputs(torch.zeros(3, 150).long(), mask, torch.zeros(3, 150), drift))
+    torch.testing.assert_close(script("step_bare").block_weights(drift, mask.float()), gates.weights)
+
+
+def test_an_endless_pair_stops_at_another_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = script("step_common")
+    model = LanguageModel(str(common.TOY_MODELS / "student"))
+    never = model.tokenizer.convert_ids_to_tokens(0)  # the toy's padding, a special token too
+    monkeypatch.setattr(common, "_NEVER_SAMPLED", never)
+    with common.endless(common.TOY_MODELS) as models:
+        for name in ("student", "teacher"):
+            changed = LanguageModel(str(models / name))
+            assert changed.stop_ids == [0]
+            assert model.stop_ids == [1]
+            assert changed.tokenizer.eos_token_id == 0
+    assert not models.exists()
+
+
+# -- gates -----------------------------------------------------------------------------------------------------------
+
+
+def test_gate_growth_measures_every_gate_and_figure() -> None:
+    growth = script("gate_growth")
+    cpu = torch.device("cpu")
+    measured = [growth.measure(2, length, cpu, budget=0.0) for length in (64, 128)]
+    assert set(measured[0]) == {growth.REFERENCE, *growth.GATES, *growth.FIGURES}
+    result = {
+        "options": {"rows": 2, "lengths": [64, 128]},
+        "seconds": {name: [row[name] for row in measured] for name in measured[0]},
+        "update_nanoseconds_per_token": growth.update_nanoseconds(cpu, budget=0.0),
+    }
+    growth.report(result)
+    assert growth.growth([1.0, 2.0, 4.0, 8.0]) == 1.0
+    assert growth.growth([9.0, 2.0, 8.0, 32.0]) == 2.0
+
+
+# -- GPU -------------------------------------------------------------------------------------------------------------
+
+
+def test_gpu_smoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every line but the start of the children, which run in this process."""
+    gpu = script("gpu")
+
+    def in_this_process(path: Path, arguments: list[str], **_: Any) -> Any:
+        given = gpu._parser().parse_args(arguments)
+        return json.loads(json.dumps(gpu.child(given, gpu.SMOKE)))
+
+    monkeypatch.setattr(gpu, "run_child", in_this_process)
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["gpu.py", "--smoke", "--device", "cpu", "--peak-tflops", "1", "--json", str(tmp_path / "gpu.json")],
+    )
+    assert gpu.main() == 0
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    for found in written["students"].values():
+        assert [row["phase"] for row in found["phases"]] == ["sample", *["teacher", "update"] * len(gpu.SMOKE.lengths)]
+        assert all(row["seconds"] > 0 and row["peak_bytes"] > 0 for row in found["phases"])
+    assert [kernels["task"] for kernels in written["kernels"]] == ["logprobs", "lsm"]
+    assert all("seconds" in kernels["peers"]["opdlab"][0] for kernels in written["kernels"])
+    assert "within 80 GB" in capsys.readouterr().out
+
+
+def test_gpu_says_that_there_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    assert script("gpu").main() == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_operations_are_those_that_torch_counts(tmp_path: Path) -> None:
+    models, phases = script("gpu_models"), script("gpu_phases")
+    shape = replace(models.SMOKE.students["Qwen3-1.7B"], vocab_size=4096)
+    student = LanguageModel(shape.save(tmp_path, torch.float32, torch.device("cpu")), attn_implementation="eager")
+    plan = replace(models.SMOKE, students={"it": shape}, prompt=10, k=16)
+    resident = object.__new__(phases.Resident)
+    resident.plan, resident.student = plan, student
+    rollouts = resident.response(50)
+    targets = _targets(rollouts, plan.k)
+    with FlopCounterMode(display=False) as counter:
+        TeacherTopK(plan.k).position_losses(student.score(rollouts), rollouts, targets).losses.sum().backward()  # type: ignore[no-untyped-call]
+    # Eager attention multiplies all of tokens x tokens, not the causal half.
+    other_half = 3 * shape.num_layers * 2 * 59**2 * shape.num_heads * shape.head_dim
+    assert counter.get_total_flops() == pytest.approx(shape.update_flops(10, 50, plan.k) + other_half, rel=0.02)
+
+
+def _targets(rollouts: Any, k: int) -> Any:
+    from opdlab.rollouts import Targets
+
+    shape = rollouts.tokens.shape
+    ids = torch.arange(k, dtype=torch.int32).expand(*shape, k)
+    return Targets(torch.zeros(shape), ids, torch.randn(*shape, k), torch.ones(shape))
+
+
+def test_shapes_have_as_many_weights_as_published() -> None:
+    """The model cards: 0.6B with 0.44B outside the embedding, 1.7B with 1.4B, 4B with 3.6B."""
+    plan = script("gpu_models").REAL
+    published = {"Qwen3-0.6B": 0.44e9, "Qwen3-1.7B": 1.4e9}
+    assert {name: shape.layer_weights for name, shape in plan.students.items()} == pytest.approx(published, rel=0.02)
+    assert plan.teacher.layer_weights == pytest.approx(3.6e9, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H100 80GB HBM3", 989.0), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA A800-SXM4-80GB", 312.0), ("Other", None)],
+)
+def test_peaks_are_found_by_name(name: str, peak: float | None) -> None:
+    assert script("gpu_models").peak_teraflops(name) == peak
+
+
+# -- scoring ---------------------------------------------------------------------------------------------------------
+
+
+def test_peers_of_scoring_agree_or_say_why_not() -> None:
+    peers = script("scoring_peers")
+    sizes = peers.Sizes(positions=6, vocabulary=50, hidden=8, k=4)
+    for task in peers.TASKS:
+        for peer in ("plain", "opdlab"):
+            assert peers.measure(peer, task, sizes)["seconds"] > 0
+    for peer in ("liger", "cce"):
+        found = peers.measure(peer, "logprobs", sizes)["skipped"]
+        assert "not installed" in found or "CPU" in found
+    assert peers.measure("cce", "lsm", sizes) == {"skipped": "has none"}
