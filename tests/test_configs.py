@@ -18,11 +18,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from opdlab.cli import EXIT_USAGE, OPDCLI, main
-from opdlab.cli_config import config_chain, expand_arguments
+from opdlab.cli_config import config_chain, expand_arguments, shipped_configs
 from opdlab.errors import UsageError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-NAMES = sorted(file.relative_to(CONFIGS).with_suffix("").as_posix() for file in CONFIGS.rglob("*.yaml"))
+NAMES = sorted(shipped_configs())
 PAPER = [name for name in NAMES if name.startswith("paper/") and name != "paper/base"]
 NO_PROCESSES = dict_to_namespace({"class_path": "opdlab.tasks.BoxedVerifier", "init_args": {}})
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
