@@ -28,6 +28,7 @@ def study_command(arguments: Sequence[str]) -> int:
     Raises:
         UsageError: something in the arguments, the study or its folder is wrong.
     """
+    require(bool(arguments), "opdlab study does nothing by itself: give run, report or list")
     config = _parser().parse_args(list(arguments))
     if config.subcommand == "list":
         return _list()

@@ -148,7 +148,7 @@ class Study:
 def _check_name(name: str, key: str) -> None:
     require(
         _NAME.fullmatch(name) is not None,
-        f"{key} is '{name}', but names a folder: use at most 100 letters, digits, . _ - and begin with one of the first two",
+        f"{key} is '{name}', but names a folder: use at most 100 of letters, digits, . _ - and no mark first",
     )
 
 
