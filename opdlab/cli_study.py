@@ -33,7 +33,7 @@ def study_command(arguments: Sequence[str]) -> int:
     if config.subcommand == "list":
         return _list()
     if config.subcommand == "report":
-        from opdlab.studies.report import write_report
+        from opdlab.studies.report import write_report  # type: ignore[import-not-found,unused-ignore]
 
         print(f"report: {write_report(Path(config.report.folder))}")
         return 0

@@ -74,7 +74,7 @@ class Job(Checkpointable):
     """
 
     def __init__(self) -> None:
-        """Nothing: what to run comes with the call."""
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __call__(self, spec: RunSpec) -> None:
         """Run, unless another process has the folder or the run has finished."""

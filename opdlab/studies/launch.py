@@ -58,9 +58,9 @@ class Cluster:
             slot: number of the run among those at the same time; decides which GPUs it gets on this machine.
         """
         if self.name == "local":
-            unknown = [key for key in self.parameters if key not in _LOCAL]
+            unknown = next((key for key in self.parameters if key not in _LOCAL), None)
             known = ", ".join(_LOCAL)
-            require(not unknown, f"--parameters has '{unknown[:1]}', but the local cluster knows: {known}")
+            require(unknown is None, f"--parameters has '{unknown}', but the local cluster knows: {known}")
             local = submitit.LocalExecutor(folder)
             local.update_parameters(**{"timeout_min": _LOCAL_TIMEOUT_MIN, **local_gpus(slot, self.parameters)})
             return local

@@ -26,6 +26,11 @@ from opdlab.studies.progress import StepFile
 from opdlab.studies.study import read_study
 from tests.studies.tiny import content, lines, study_run, write
 
+# submitit's debug executor leaves its log files for the garbage collector to close.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed file .*DEBUG_:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:.*DEBUG_:pytest.PytestUnraisableExceptionWarning"),
+]
 FORK = multiprocessing.get_context("fork")
 
 
