@@ -129,7 +129,7 @@ def test_runs(
     assert "after" in output
     saved = yaml.safe_load((tmp_path / "run/version_0/config.yaml").read_text())
     assert "extends" not in saved
-    assert (tmp_path / "run/version_0/student/model.safetensors").is_file()
+    assert (tmp_path / "run/version_0/student/model.safetensors").is_file() == saved["export"]["enabled"]
 
 
 def parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -74,7 +74,7 @@ class Job(Checkpointable):
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
 
     def __call__(self, spec: RunSpec) -> None:
         """Run, unless another process has the folder or the run has finished."""

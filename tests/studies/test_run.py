@@ -262,7 +262,9 @@ def test_a_study_stopped_and_killed_on_the_way_ends_the_same(tmp_path: Path, who
     assert token.holder is None
     study = start()
     until(lambda: token.holder is not None and any(token.path.glob("samples/*/val-step-2/toy-0.jsonl")))
-    os.kill(int((token.holder or {})["pid"]), signal.SIGKILL)
+    holder = token.holder
+    assert holder is not None
+    os.kill(int(holder["pid"]), signal.SIGKILL)
     assert "token seed 0 failed" in study.communicate()[1]
     assert study.returncode == 1
     study = start()
