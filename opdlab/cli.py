@@ -1,4 +1,4 @@
-"""The command line: ``opdlab fit | validate | test`` (a LightningCLI), ``opdlab gates`` and ``opdlab estimate``.
+"""The command line: ``opdlab fit | validate | test`` (a LightningCLI), ``opdlab gates | estimate | study``.
 
 Everything a user can get wrong ends in one line on standard error and exit code 2.
 """
@@ -35,11 +35,10 @@ from opdlab.callbacks import (
 from opdlab.cli_config import CONFIG_MODE, expand_arguments, explain, root_usage_error
 from opdlab.cli_estimate import print_estimate, refuse_oversized
 from opdlab.cli_hparams import log_hyperparameters
-from opdlab.cli_runs import check_checkpoint, find_checkpoint, run_folder_for, samples_folder_for
+from opdlab.cli_runs import check_checkpoint, find_checkpoint, fit_samples_folder, run_folder_for, samples_folder_for
 from opdlab.data import PromptDataModule
 from opdlab.errors import Stopped, UsageError, exit_code
 from opdlab.evaluation.samples import RESULTS
-from opdlab.evaluation.settings import digest
 from opdlab.gating import gate_registry
 from opdlab.module import OPDModule
 from opdlab.policies import LanguageModel, LocalTeacher
@@ -47,7 +46,7 @@ from opdlab.policies import LanguageModel, LocalTeacher
 EXIT_USAGE = 2
 _ABOUT = (
     "Gated on-policy distillation of language models. Besides the subcommands below: `opdlab gates` lists the gates, "
-    "`opdlab estimate` takes what fit takes and says what it needs in memory."
+    "`opdlab estimate` takes what fit takes and says what it needs in memory, `opdlab study` compares variants."
 )
 
 
@@ -160,8 +159,7 @@ class OPDCLI(LightningCLI):
             return
         folder = run_folder_for(config.ckpt_path, root)
         if evaluation.samples is not None:
-            # Runs of another root have the same numbers.
-            evaluation.samples = str(Path(evaluation.samples) / f"{folder.name}-{digest(str(folder.resolve()))[:8]}")
+            evaluation.samples = str(fit_samples_folder(evaluation.samples, folder))
         if config.trainer.logger in (None, True):
             config.trainer.logger = self._logger(root, folder.name, resumed=config.ckpt_path is not None)
         if config.checkpoint.dirpath is None:
@@ -268,16 +266,21 @@ def list_gates() -> None:
         print(f"{name:{width}}  {lines[0] if lines else ''}")
 
 
-def _run(arguments: Sequence[str]) -> None:
+def _run(arguments: Sequence[str]) -> int:
     if list(arguments[:1]) == ["gates"]:
         list_gates()
-        return
+        return 0
+    if list(arguments[:1]) == ["study"]:
+        from opdlab.cli_study import study_command  # it imports this module
+
+        return study_command(arguments[1:])
     program, cli = sys.argv[0], OPDCLI
     if list(arguments[:1]) == ["estimate"]:
         cli, arguments = _EstimateCLI, ["fit", *arguments[1:]]
     # LightningCLI reads sys.argv; handing it arguments instead makes it warn.
     sys.argv = [program, *expand_arguments(arguments)]
     cli()
+    return 0
 
 
 class _InterruptedError(Exception):
@@ -315,7 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Lightning calls this besides its own, which only takes a note that no evaluation looks at.
     before = signal.signal(signal.SIGTERM, _terminate) if ours else None
     try:
-        _run(sys.argv[1:] if arguments is None else arguments)
+        return _run(sys.argv[1:] if arguments is None else arguments)
     except (UsageError, MisconfigurationException, ArgumentError) as error:
         print(f"opdlab: error: {explain(error)}", file=sys.stderr)
         return EXIT_USAGE
@@ -331,7 +334,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if ours:
             signal.signal(signal.SIGTERM, before)
-    return 0
 
 
 def console() -> None:

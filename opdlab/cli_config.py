@@ -178,14 +178,15 @@ def _extended_path(name: str, path: str) -> str:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Every configuration that comes with opdlab, by name.
+    """Every configuration that comes with opdlab, by name. Studies are none: they are made of configurations.
 
     Example:
         >>> "quickstart" in shipped_configs()
         True
     """
     root = Path(str(importlib.resources.files("opdlab.configs")))
-    return {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
+    found = {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
+    return {name: path for name, path in found.items() if not name.startswith("studies/")}
 
 
 def config_path(name: str) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from opdlab.errors import UsageError, require
 from opdlab.evaluation.samples import SETTINGS_PLACEHOLDER
+from opdlab.evaluation.settings import digest
 
 
 def find_checkpoint(path: str, root: Path) -> Path:
@@ -59,6 +60,16 @@ def run_folder_for(ckpt_path: str | None, root: Path) -> Path:
         ) from error
     numbers = [int(path.name.removeprefix("version_")) for path in root.glob("version_*") if path.name[8:].isdigit()]
     return root / f"version_{max(numbers, default=-1) + 1}"
+
+
+def fit_samples_folder(samples: str, folder: Path) -> Path:
+    """Where a run's samples go, given ``model.evaluation.samples``: runs of another root have the same numbers.
+
+    Args:
+        samples: the option.
+        folder: of the run.
+    """
+    return Path(samples) / f"{folder.name}-{digest(str(folder.resolve()))[:8]}"
 
 
 def samples_folder_for(student: str, ckpt_path: str | None, root: Path) -> str:

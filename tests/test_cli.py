@@ -277,7 +277,12 @@ def test_sigterm_is_left_to_lightning_under_slurm(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv("SLURM_NTASKS", "1")
         monkeypatch.setenv("SLURM_JOB_NAME", "run")
     before, inside = signal.getsignal(signal.SIGTERM), []
-    monkeypatch.setattr("opdlab.cli._run", lambda _: inside.append(signal.getsignal(signal.SIGTERM)))
+
+    def look(_: object) -> int:
+        inside.append(signal.getsignal(signal.SIGTERM))
+        return 0
+
+    monkeypatch.setattr("opdlab.cli._run", look)
     assert main([]) == 0
     assert (inside == [before]) is slurm
     assert signal.getsignal(signal.SIGTERM) is before

@@ -18,11 +18,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from opdlab.cli import EXIT_USAGE, OPDCLI, main
-from opdlab.cli_config import config_chain, expand_arguments
+from opdlab.cli_config import config_chain, expand_arguments, shipped_configs
 from opdlab.errors import UsageError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-NAMES = sorted(file.relative_to(CONFIGS).with_suffix("").as_posix() for file in CONFIGS.rglob("*.yaml"))
+NAMES = sorted(shipped_configs())
 PAPER = [name for name in NAMES if name.startswith("paper/") and name != "paper/base"]
 NO_PROCESSES = dict_to_namespace({"class_path": "opdlab.tasks.BoxedVerifier", "init_args": {}})
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -129,7 +129,7 @@ def test_runs(
     assert "after" in output
     saved = yaml.safe_load((tmp_path / "run/version_0/config.yaml").read_text())
     assert "extends" not in saved
-    assert (tmp_path / "run/version_0/student/model.safetensors").is_file()
+    assert (tmp_path / "run/version_0/student/model.safetensors").is_file() == saved["export"]["enabled"]
 
 
 def parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:

@@ -1,0 +1,164 @@
+"""``opdlab study``: run the variants of a study, and report on them."""
+
+import fcntl
+import importlib.resources
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+
+from opdlab.errors import UsageError, require
+from opdlab.registry import suggestion
+from opdlab.studies.folder import FAILED
+from opdlab.studies.launch import FINISHED, Cluster, Launcher, RunState, default_jobs
+from opdlab.studies.plan import Plan, make_plan
+from opdlab.studies.study import Study, read_study
+from opdlab.studies.table import StudyTable
+
+_ROOT = Path("runs/studies")
+
+
+def study_command(arguments: Sequence[str]) -> int:
+    """Run ``opdlab study ARGUMENTS`` and return the exit code: 1 if a run has failed, 128 + n after signal n.
+
+    Raises:
+        UsageError: something in the arguments, the study or its folder is wrong.
+    """
+    require(bool(arguments), "opdlab study does nothing by itself: give run, report or list")
+    config = _parser().parse_args(list(arguments))
+    if config.subcommand == "list":
+        return _list()
+    if config.subcommand == "report":
+        from opdlab.studies.report import write_report  # type: ignore[import-not-found,unused-ignore]
+
+        print(f"report: {write_report(Path(config.report.folder))}")
+        return 0
+    return _run(config.run)
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="opdlab study", description="Compare variants over seeds.", exit_on_error=False)
+    run = ArgumentParser(exit_on_error=False)
+    run.add_argument("study", type=str, help="Its file, or the name of a shipped one; `opdlab study list` has them.")
+    run.add_argument("--folder", type=str | None, default=None, help="Where to; runs/studies/NAME by default.")
+    run.add_argument(
+        "--jobs", type=int | None, default=None, help="Runs at a time; by default one a GPU, or else one a core."
+    )
+    run.add_argument(
+        "--threads", type=int | None, default=None, help="CPU threads of each run, instead of the study's."
+    )
+    run.add_argument("--cluster", type=str, default="local", help="local, slurm or debug: submitit's executors.")
+    run.add_argument(
+        "--parameters", type=dict[str, Any], default={}, help="Of the executor: --parameters.slurm_partition gpu"
+    )
+    report = ArgumentParser(exit_on_error=False)
+    report.add_argument("folder", type=str, help="Of the study, such as runs/studies/paper-toy-mild.")
+    commands = parser.add_subcommands()
+    commands.add_subcommand("run", run, help="Run what has not finished.")
+    commands.add_subcommand("report", report, help="Compare what has.")
+    commands.add_subcommand("list", ArgumentParser(exit_on_error=False), help="The shipped studies.")
+    return parser
+
+
+def shipped_studies() -> dict[str, Path]:
+    """Every study that comes with opdlab, by name.
+
+    Example:
+        >>> "paper-toy-mild" in shipped_studies()
+        True
+    """
+    root = Path(str(importlib.resources.files("opdlab.configs"))) / "studies"
+    return {path.stem: path for path in sorted(root.glob("*.yaml"))}
+
+
+def find_study(name: str) -> Path:
+    """A study's file, given that or a shipped name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    shipped = shipped_studies()
+    key = name.removeprefix("configs/").removeprefix("studies/").removesuffix(".yaml")
+    require(
+        key in shipped,
+        f"there is no study '{name}'{suggestion(key, shipped) or ';'} shipped: {', '.join(shipped)}",
+    )
+    return shipped[key]
+
+
+def _list() -> int:
+    for name, path in shipped_studies().items():
+        print(f"{name:20}  {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
+    return 0
+
+
+def _run(options: Namespace) -> int:
+    study = read_study(find_study(options.study))
+    if options.threads is not None:
+        study = Study(**{**vars(study), "threads": options.threads})
+    folder = Path(options.folder or _ROOT / study.name)
+    cluster = Cluster(options.cluster, options.parameters)
+    require(options.jobs is None or options.jobs >= 1, f"--jobs is {options.jobs}: give at least 1")
+    plan = make_plan(study, folder)
+    with _alone(folder):
+        cluster.check(folder)
+        plan.settle()
+        return _launch(plan, cluster, options.jobs)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold the study's folder: two launchers would start runs twice."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("a")
+    except OSError as error:
+        raise UsageError(f"--folder is '{folder}', which cannot be written ({error.strerror}): give another") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(
+                f"{folder} is in use by another `opdlab study run`: wait for it, or give another --folder"
+            ) from error
+        yield
+
+
+def _launch(plan: Plan, cluster: Cluster, jobs: int | None) -> int:
+    specs, console = plan.runs(), Console()
+    launcher = Launcher(specs, cluster, jobs or default_jobs(len(specs)))
+    table = StudyTable(launcher, console)
+    steps = ", ".join(map(str, plan.study.evaluated_at))
+    console.print(
+        f"{plan.study.name}: {len(plan.study.variants)} variants x {len(plan.study.seeds)} seeds, "
+        f"{launcher.count()[FINISHED]} of {len(specs)} runs finished; evaluated after {steps} steps; {plan.folder}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    with table.shown():
+        signum = launcher.run(table)
+    for run in launcher.runs:
+        if run.state == FAILED:
+            _print_failure(run)
+    if signum is not None:
+        print(f"opdlab: stopped, {table.summary()}; to go on, run the same command", file=sys.stderr)
+        return 128 + signum
+    if launcher.count()[FAILED]:
+        print("opdlab: the same command tries failed runs again", file=sys.stderr)
+        return 1
+    print(f"all runs are in {plan.folder}; compare them: opdlab study report {plan.folder}")
+    return 0
+
+
+def _print_failure(run: RunState) -> None:
+    print(
+        f"{run.spec.variant} seed {run.spec.seed} failed; {run.spec.folder} has its log, which ends:", file=sys.stderr
+    )
+    for line in run.spec.run_folder.record.get("last_lines", []):
+        print(f"    {line}", file=sys.stderr)

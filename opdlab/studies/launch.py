@@ -1,0 +1,274 @@
+"""Starting runs through submitit, a few at a time, and watching them."""
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import submitit
+import torch
+from submitit.core.utils import environment_variables
+
+from opdlab.errors import UsageError, require
+from opdlab.studies.folder import FAILED, LAUNCH
+from opdlab.studies.job import Job, RunSpec, write_record
+
+WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_LOCAL = ("timeout_min", "gpus_per_node", "visible_gpus", "setup", "signal_delay_s", "stderr_to_stdout")
+_LOCAL_TIMEOUT_MIN = 60 * 24 * 365  # submitit's own default would end a run after 2 minutes
+_POLL_SECONDS = 0.25
+
+
+class Executor(Protocol):
+    """What of a submitit executor is used."""
+
+    def submit(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """Start a function, or queue it."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Where runs are started.
+
+    Args:
+        name: ``local``, ``slurm``, ``debug`` (in this process, one after the other), or another that submitit knows.
+        parameters: of submitit's executor, such as ``timeout_min``, ``gpus_per_node``, ``slurm_partition``.
+
+    Raises:
+        UsageError: submitit does not know the cluster or a parameter, or cannot find the cluster here.
+    """
+
+    name: str = "local"
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def executor(self, folder: Path, slot: int = 0) -> Executor:
+        """One for a single run.
+
+        Args:
+            folder: for logs and pickles.
+            slot: number of the run among those at the same time; decides which GPUs it gets on this machine.
+        """
+        if self.name == "local":
+            unknown = next((key for key in self.parameters if key not in _LOCAL), None)
+            known = ", ".join(_LOCAL)
+            require(unknown is None, f"--parameters has '{unknown}', but the local cluster knows: {known}")
+            local = submitit.LocalExecutor(folder)
+            local.update_parameters(**{"timeout_min": _LOCAL_TIMEOUT_MIN, **local_gpus(slot, self.parameters)})
+            return local
+        if self.name == "slurm":
+            limited = {"timeout_min", "slurm_time"} & set(self.parameters)
+            require(bool(limited), "--parameters has no timeout_min, without which SLURM ends runs after 5: give it")
+        try:
+            executor = submitit.AutoExecutor(folder, cluster=self.name)
+            executor.update_parameters(**self.parameters)
+        except (ValueError, RuntimeError, NameError, AssertionError) as error:
+            raise UsageError(f"--cluster {self.name} cannot be used: {' '.join(str(error).split())}") from error
+        return executor
+
+    def check(self, folder: Path) -> None:
+        """Find out before anything runs whether runs can be started here."""
+        self.executor(folder / LAUNCH)
+
+
+def local_gpus(slot: int, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of the local executor with the GPUs of a run: those of this process, taken in turn.
+
+    Without them submitit hides all GPUs.
+
+    Example:
+        >>> local_gpus(1, {"gpus_per_node": 2, "visible_gpus": [0, 1, 2, 3]})
+        {'gpus_per_node': 2, 'visible_gpus': [2, 3]}
+    """
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    here = [int(part) for part in given.split(",") if part.strip().isdigit()] or range(torch.cuda.device_count())
+    gpus = list(parameters.get("visible_gpus", here))
+    each = int(parameters.get("gpus_per_node", 1))
+    if not gpus or each < 1:
+        return dict(parameters)
+    groups = max(len(gpus) // each, 1)
+    first = slot % groups * each
+    return {**parameters, "gpus_per_node": each, "visible_gpus": gpus[first : first + each]}
+
+
+def default_jobs(num_runs: int) -> int:
+    """Runs at a time on this machine: one a GPU, or else one a core that this process may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(torch.cuda.device_count() or cores, num_runs))
+
+
+@dataclass
+class RunState:
+    """A run as it is watched.
+
+    Args:
+        spec: of the run.
+        state: ``waiting``, ``running``, ``finished`` or ``failed``.
+        job: submitit's, where this process has started it.
+        slot: its place among those that run at the same time.
+        since: when it was started, by the clock that only runs forward.
+        told: signals that were passed on, by process.
+    """
+
+    spec: RunSpec
+    state: str = WAITING
+    job: Any = None
+    slot: int = 0
+    since: float = 0.0
+    told: Counter[int] = field(default_factory=Counter)
+
+
+class Watcher(Protocol):
+    """Is told what becomes of the runs."""
+
+    def changed(self, run: RunState) -> None:
+        """A run's state has changed."""
+
+    def tick(self) -> None:
+        """Some time has passed."""
+
+
+class Launcher:
+    """Runs what has not finished, ``jobs`` at a time.
+
+    A run that another process still has, left over from a study that was killed, is waited for and not started again.
+
+    Args:
+        specs: all runs, in the order in which they are started.
+        cluster: see :class:`Cluster`.
+        jobs: runs at a time.
+    """
+
+    def __init__(self, specs: Sequence[RunSpec], cluster: Cluster, jobs: int) -> None:
+        self.runs = [RunState(spec) for spec in specs]
+        self.jobs = jobs
+        self._cluster = cluster
+        self._signals: list[int] = []
+        for run in self.runs:
+            if run.spec.run_folder.finished:
+                run.state = FINISHED
+
+    def count(self) -> Counter[str]:
+        """How many runs are in which state."""
+        return Counter(run.state for run in self.runs)
+
+    def run(self, watcher: Watcher) -> int | None:
+        """Run until all have ended, or a signal stops it.
+
+        Returns:
+            The signal, if one has.
+        """
+        with self._listening():
+            while self._unfinished():
+                self._look(watcher)
+                self._stop()
+                self._start(watcher)
+                watcher.tick()
+                if self.count()[RUNNING] or self._signals:
+                    time.sleep(_POLL_SECONDS)
+        return self._signals[0] if self._signals else None
+
+    def _unfinished(self) -> bool:
+        states = self.count()
+        return bool(states[RUNNING] or (states[WAITING] and not self._signals))
+
+    def _start(self, watcher: Watcher) -> None:
+        taken = {run.slot for run in self.runs if run.state == RUNNING}
+        free = [slot for slot in range(self.jobs) if slot not in taken]
+        waiting = [run for run in self.runs if run.state == WAITING]
+        # Those that somebody still has come first: they take up a core already.
+        waiting.sort(key=lambda run: run.spec.run_folder.holder is None)
+        for run, slot in zip(waiting, free, strict=False):
+            if self._signals:
+                return
+            run.job = None if run.spec.run_folder.holder is not None else self._submit(run.spec, slot)
+            run.state, run.slot, run.since = RUNNING, slot, time.monotonic()
+            watcher.changed(run)
+
+    def _submit(self, spec: RunSpec, slot: int) -> Any:
+        executor = self._cluster.executor(spec.folder / LAUNCH, slot)
+        threads = {} if spec.threads is None else dict.fromkeys(_THREADS, str(spec.threads))
+        # Ctrl-C reaches all processes of a terminal, and submitit's would kill the run within a second. It is left to
+        # this process, which asks the run to stop; a mask is inherited, and what comes meanwhile is not lost.
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            with environment_variables(**threads):
+                return executor.submit(Job(), spec)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, masked)
+
+    def _look(self, watcher: Watcher) -> None:
+        for run in self.runs:
+            if run.state != RUNNING or not self._is_over(run):
+                continue
+            run.state = self._outcome(run)
+            run.told.clear()
+            watcher.changed(run)
+
+    def _outcome(self, run: RunState) -> str:
+        folder = run.spec.run_folder
+        if folder.finished or folder.failed:
+            return FINISHED if folder.finished else FAILED
+        if self._cluster.name == "debug" and not self._signals:
+            self._signals.append(signal.SIGINT)  # the run has caught it, in this very process
+        if self._signals or run.job is None or folder.holder is not None:
+            return WAITING
+        write_record(run.spec, FAILED, [*folder.last_lines(), "its process ended without a result: was it killed?"])
+        return FAILED
+
+    def _is_over(self, run: RunState) -> bool:
+        if run.job is not None:
+            return bool(run.job.done())
+        return run.spec.run_folder.holder is None
+
+    # -- stopping ------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        self._signals.append(signum)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether a signal has come."""
+        return bool(self._signals)
+
+    def _stop(self) -> None:
+        """Pass each signal on, once: the first asks runs to save a checkpoint, the second to stop at once."""
+        for run in self.runs if self._signals else ():
+            if run.state != RUNNING:
+                continue
+            holder = run.spec.run_folder.holder or {}
+            pid = int(holder.get("pid", 0)) if holder.get("host") == socket.gethostname() else 0
+            if not pid and run.job is not None and self._cluster.name == "local":
+                pid = int(run.job.job_id)  # submitit's process, which passes it on to a run that is just starting
+            if run.told[pid] < len(self._signals):
+                run.told[pid] += 1
+                _terminate(pid, run.job)
+
+
+def _terminate(pid: int, job: Any) -> None:
+    if not pid:
+        if job is not None:
+            job.cancel(check=False)
+        return
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)

@@ -1,0 +1,245 @@
+"""What a study is: a file that is checked before anything runs."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opdlab.errors import UsageError, require
+from opdlab.registry import suggestion
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_MAX_SEED = 2**32 - 1
+# What a study decides for each run; an override of one of them would break the pairing, or lose the samples.
+OWN_KEYS = {
+    "seed_everything": "seeds",
+    "data.seed": "seeds",
+    "model.evaluation.seed": "seeds",
+    "model.evaluation.samples": "the folder of the study",
+    "trainer.default_root_dir": "the folder of the study",
+    "trainer.max_steps": "budgets",
+    "trainer.val_check_interval": "budgets",
+    "trainer.check_val_every_n_epoch": "budgets",
+    "ckpt_path": "what a run left when it was stopped",
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the things that a study compares.
+
+    Args:
+        name: that of its folder.
+        overrides: what it changes of the base, as on the command line: ``--model.gate=span``. Later ones win.
+        label: what a report calls it; the name by default.
+
+    Raises:
+        UsageError: the name is none for a folder, or an override has not the form ``--key=value`` or is of a key that
+            the study itself decides.
+    """
+
+    name: str
+    overrides: list[str] = field(default_factory=list)
+    label: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_name(self.name, "variants: the name")
+        check_overrides(self.overrides, f"variants: overrides of '{self.name}'")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Variants of one configuration, each run once per seed.
+
+    With equal seed, variants share training prompts and their order, evaluation problems, and the seeds that answers
+    are sampled with, so that their difference is that of the variants.
+
+    Args:
+        name: of the study, and of its folder.
+        base: configurations, stacked as with ``-c``: files or shipped names.
+        variants: what is compared.
+        baseline: name of the variant that the others are compared with.
+        seeds: a run of every variant for each; at least 1.
+        budgets: optimizer steps at which runs are evaluated; they train to the largest. Evaluations are made at every
+            multiple of their greatest common divisor.
+        overrides: as of a variant, for all of them, before their own.
+        threads: CPU threads of each run, on which the last bits of its results depend; null leaves it to PyTorch.
+        keep_checkpoints: keep the checkpoints of finished runs.
+
+    Raises:
+        UsageError: see the messages: names that are no folder names or come twice, nothing to run, a baseline that is
+            no variant, values out of range.
+
+    Example:
+        >>> gates = [Variant(gate, [f"--model.gate={gate}"]) for gate in ("none", "span")]
+        >>> Study("mine", ["quickstart"], gates, baseline="none", seeds=[0, 1], budgets=[20, 30]).evaluated_at
+        (10, 20, 30)
+    """
+
+    name: str
+    base: list[str]
+    variants: list[Variant]
+    baseline: str
+    seeds: list[int]
+    budgets: list[int]
+    overrides: list[str] = field(default_factory=list)
+    threads: int | None = 1
+    keep_checkpoints: bool = False
+
+    def __post_init__(self) -> None:
+        _check_name(self.name, "name")
+        require(bool(self.base), "base is empty: name at least one configuration, for example quickstart")
+        check_overrides(self.overrides, "overrides")
+        names = [variant.name for variant in self.variants]
+        require(bool(names), "variants is empty: give at least one, for example {name: none, overrides: []}")
+        # Some file systems do not tell letters by their case.
+        twice = _repeated(name.casefold() for name in names)
+        require(not twice, f"variants has the name '{twice}' twice: give every variant a name of its own")
+        require(
+            self.baseline in names,
+            f"baseline is '{self.baseline}', which is no variant"
+            f"{suggestion(self.baseline, names) or ';'} variants: {', '.join(names)}",
+        )
+        self._check_numbers()
+
+    def _check_numbers(self) -> None:
+        require(bool(self.seeds), "seeds is empty: give at least one, for example [0, 1, 2, 3]")
+        wrong = next((seed for seed in self.seeds if not 0 <= seed <= _MAX_SEED), None)
+        require(wrong is None, f"seeds has {wrong}, but a seed must be from 0 to {_MAX_SEED}")
+        repeated = _repeated(self.seeds)
+        require(repeated is None, f"seeds has {repeated} twice: it would be the same run; take one out")
+        require(bool(self.budgets), "budgets is empty: give the optimizer steps to evaluate at, for example [40]")
+        wrong = next((budget for budget in self.budgets if budget < 1), None)
+        require(wrong is None, f"budgets has {wrong}, but a budget is a number of optimizer steps, at least 1")
+        repeated = _repeated(self.budgets)
+        require(repeated is None, f"budgets has {repeated} twice: take one out")
+        require(self.threads is None or self.threads >= 1, f"threads is {self.threads}: give at least 1, or null")
+
+    @property
+    def max_steps(self) -> int:
+        """The largest budget."""
+        return max(self.budgets)
+
+    @property
+    def interval(self) -> int:
+        """Optimizer steps between evaluations."""
+        return gcd(*self.budgets)
+
+    @property
+    def evaluated_at(self) -> tuple[int, ...]:
+        """Optimizer steps after which a run is evaluated."""
+        return tuple(range(self.interval, self.max_steps + 1, self.interval))
+
+    def as_yaml(self) -> str:
+        """The study as a file that :func:`read_study` reads."""
+        content = asdict(self)
+        for variant in content["variants"]:
+            if variant["label"] is None:
+                del variant["label"]
+        text: str = yaml.safe_dump(content, sort_keys=False, width=120, allow_unicode=True)
+        return text
+
+
+def _check_name(name: str, key: str) -> None:
+    require(
+        _NAME.fullmatch(name) is not None,
+        f"{key} is '{name}', but names a folder: use at most 100 of letters, digits, . _ - and no mark first",
+    )
+
+
+def check_overrides(overrides: Sequence[str], where: str) -> None:
+    """Refuse what has not the form ``--key=value``, or is a key that the study decides."""
+    for override in overrides:
+        key, equals, _ = override.removeprefix("--").partition("=")
+        require(
+            override.startswith("--") and bool(key) and bool(equals),
+            f"{where} has '{override}': write --key=value, for example --model.gate=span",
+        )
+        owner = OWN_KEYS.get(key.rstrip("+"))
+        require(owner is None, f"{where} has '{override}', but {key} follows from {owner}: leave it out")
+
+
+def _repeated(values: Iterable[Any]) -> Any:
+    return next((value for value, count in Counter(values).items() if count > 1), None)
+
+
+def parse_study(content: Any) -> Study:
+    """Make a study of what its file holds.
+
+    Raises:
+        UsageError: a key is unknown, missing, or of the wrong type; or see :class:`Study`.
+
+    Example:
+        >>> parse_study({"name": "mine", "sedes": [0]})
+        Traceback (most recent call last):
+        ...
+        opdlab.errors.UsageError: unknown key 'sedes'; did you mean 'seeds'? ...
+    """
+    from jsonargparse import ArgumentParser
+
+    require(isinstance(content, dict), "it holds no keys: see the shipped studies for an example")
+    for cls, section in [(Study, content), *((Variant, each) for each in _dicts(content.get("variants")))]:
+        known = [each.name for each in fields(cls)]
+        for key in section:
+            hint = suggestion(str(key), known) or ";"
+            require(key in known, f"unknown key '{key}'{hint} keys of a {cls.__name__.lower()}: {', '.join(known)}")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Study)
+    try:
+        config = parser.parse_object(content)
+        return Study(**{**config.as_dict(), "variants": [Variant(**_plain(variant)) for variant in config["variants"]]})
+    except UsageError:
+        raise
+    except (TypeError, ValueError, KeyError) as error:
+        raise UsageError(_explain(error)) from error
+    except Exception as error:  # argparse's own is no ValueError
+        raise UsageError(_explain(error)) from error
+
+
+def _dicts(value: Any) -> list[dict[str, Any]]:
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def _plain(variant: Any) -> dict[str, Any]:
+    return dict(variant.as_dict()) if hasattr(variant, "as_dict") else asdict(variant)
+
+
+def _explain(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if match := re.search(r"arguments are required: (.+)$", text):
+        return f"{match[1]} is missing: give it"
+    keys = re.findall(r'Parser key "([^"]+)"', text)
+    if match := re.search(r"Expected an? <class '(\w+)'>\. Got value: (.+)$", text):
+        return f"{': '.join(keys)} has {match[2]}, but must be of type {match[1]}"
+    return text
+
+
+def read_study(path: Path) -> Study:
+    """Read a study's file, or ``study.yaml`` of its folder; configurations of its base may lie beside the file.
+
+    Raises:
+        UsageError: there is none, or something in it is wrong; see :func:`parse_study`.
+    """
+    file = path / "study.yaml" if path.is_dir() else path
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{file} cannot be read ({error.strerror}): give a study's file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+    try:
+        study = parse_study(content)
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from error
+    beside = [_beside(name, file.parent) for name in study.base]
+    return Study(**{**vars(study), "base": beside})
+
+
+def _beside(name: str, folder: Path) -> str:
+    found = next((f for f in (folder / name, folder / f"{name}.yaml") if f.is_file()), None)
+    return str(found.resolve()) if found is not None else name

@@ -1,0 +1,179 @@
+"""A study's file is checked before anything runs: one line says what is wrong, and how to mend it."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from opdlab.cli import EXIT_USAGE, main
+from opdlab.cli_study import shipped_studies
+from opdlab.errors import UsageError
+from opdlab.studies.plan import Plan, make_plan
+from opdlab.studies.study import parse_study, read_study
+from tests.studies.tiny import SHORT, content, study_run, write
+
+
+def variant(name: str, *overrides: str) -> dict[str, Any]:
+    return {"name": name, "overrides": list(overrides)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sedes": [1]}, "unknown key 'sedes'; did you mean 'seeds'?"),
+        ({"variants": [{"nam": "none"}]}, "unknown key 'nam'; did you mean 'name'? keys of a variant: name, overrides"),
+        ({"seeds": None}, "seeds is missing"),
+        ({"seeds": ["a"]}, "seeds has a, but must be of type int"),
+        ({"seeds": []}, "seeds is empty: give at least one"),
+        ({"seeds": [3, 1, 3]}, "seeds has 3 twice"),
+        ({"seeds": [-1]}, "seeds has -1, but a seed must be from 0"),
+        ({"variants": []}, "variants is empty"),
+        ({"variants": [variant("a"), variant("a")], "baseline": "a"}, "variants has the name 'a' twice"),
+        ({"variants": [variant("a"), variant("A")], "baseline": "a"}, "variants has the name 'a' twice"),
+        ({"variants": [variant("../a")], "baseline": "../a"}, "is '../a', but names a folder"),
+        ({"name": "a/b"}, "name is 'a/b', but names a folder"),
+        ({"baseline": "nome"}, "baseline is 'nome', which is no variant; did you mean 'none'?"),
+        ({"budgets": [0]}, "budgets has 0, but a budget is a number of optimizer steps"),
+        ({"budgets": []}, "budgets is empty"),
+        ({"budgets": [2, 2]}, "budgets has 2 twice"),
+        ({"threads": 0}, "threads is 0"),
+        ({"base": []}, "base is empty"),
+        ({"overrides": ["model.gate=span"]}, "overrides has 'model.gate=span': write --key=value"),
+        ({"overrides": ["--model.gate"]}, "write --key=value"),
+        ({"overrides": ["--data.seed=3"]}, "data.seed follows from seeds: leave it out"),
+        ({"overrides": ["--trainer.max_steps=3"]}, "trainer.max_steps follows from budgets"),
+    ],
+)
+def test_what_is_no_study_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_study(content(**changes))
+    assert words in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"variants": [variant("none"), variant("b", "--model.gaet=span")]},
+            "'b': unknown key 'model.gaet'; did you mean",
+        ),
+        ({"variants": [variant("none", "--model.gate=spam")]}, "unknown gate 'spam'; did you mean 'span'?"),
+        ({"variants": [variant("none", "--model.gate=token", "--model.gate.tau=-1")]}, "tau is -1"),
+        ({"variants": [variant("none", "--data.benchmarks=null")]}, "data.benchmarks is empty"),
+        ({"variants": [variant("none", "--trainer.limit_val_batches=0")]}, "trainer.limit_val_batches is 0"),
+        ({"variants": [variant("none", "--trainer.max_epochs=1")]}, "trainer.max_epochs is 1"),
+        ({"variants": [variant("none", "--model.evaluation.pass_at=[64]")]}, "model.evaluation.pass_at has 64"),
+        ({"variants": [variant("none", "--data.reuse.batch_size=3")]}, "data.reuse.batch_size is 3"),
+        ({"base": ["quickstrat"]}, "did you mean 'quickstart'?"),
+    ],
+)
+def test_a_configuration_that_cannot_run_is_found_before_anything_runs(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    changes: dict[str, Any],
+    words: str,
+) -> None:
+    assert study_run(monkeypatch, write(tmp_path, **changes)) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert words in error
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "paper-toi-mild"], "did you mean 'paper-toy-mild'?"),
+        (["run", "tiny.yaml", "--jobs", "0"], "--jobs is 0"),
+        (["run", "tiny.yaml", "--cluster", "slurm"], "timeout_min"),
+        (["run", "tiny.yaml", "--cluster", "moon"], "--cluster moon cannot be used"),
+        (["run", "tiny.yaml", "--parameters.timeuot", "3"], "'timeuot', but the local cluster knows: timeout_min"),
+        (["run", "tiny.yaml", "--folder", "tiny.yaml/x"], "cannot be written"),
+        ([], "give run, report or list"),
+    ],
+)
+def test_a_command_that_cannot_work_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    words: str,
+) -> None:
+    write(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["opdlab"])
+    assert main(["study", *arguments]) == EXIT_USAGE
+    assert words in capsys.readouterr().err
+
+
+# -- a study edited after runs exist ----------------------------------------------------------------------------------
+
+
+def planned(folder: Path, **changes: Any) -> Plan:
+    return make_plan(read_study(write(folder, **changes)), folder / "study")
+
+
+@pytest.fixture
+def begun(tmp_path: Path) -> Path:
+    """A study with a run of variant ``none`` and seed 0."""
+    (tmp_path / "mine.yaml").write_text("data: {max_prompt_tokens: 64}")
+    planned(tmp_path, base=["quickstart", "mine"]).settle()
+    run = tmp_path / "study/runs/none/seed-0"
+    run.mkdir(parents=True)
+    (run / "run.json").write_text(json.dumps({"state": "failed"}))
+    return tmp_path
+
+
+BASE = ["quickstart", "mine"]
+TOKEN = content()["variants"][1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"budgets": [2, 6]}, "budgets is [2, 4] there and [2, 6] now"),
+        ({"overrides": [*SHORT, "--data.eval_batch_size=2"]}, "overrides is"),
+        ({"threads": 2}, "threads is 1 there and 2 now"),
+        (
+            {"variants": [variant("none", "--model.gate=none", "--data.reuse.epochs=3"), TOKEN]},
+            "variants: 'none': overrides is ['--model.gate=none'] there and",
+        ),
+        ({"variants": [TOKEN], "baseline": "token"}, "variants: 'none' is gone, but has runs"),
+        ({"seeds": [1, 2]}, "seeds has no 0 any more, which has runs"),
+    ],
+)
+def test_a_study_that_was_edited_says_what_changed(begun: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        planned(begun, **{"base": BASE, **changes}).settle()
+    assert words in str(caught.value)
+    assert "give another --folder" in str(caught.value)
+
+
+def test_a_base_file_that_was_edited_is_noticed(begun: Path) -> None:
+    (begun / "mine.yaml").write_text("data: {max_prompt_tokens: 65}")
+    with pytest.raises(UsageError, match="'none': data.max_prompt_tokens is 64 there and 65 now"):
+        planned(begun, base=BASE).settle()
+
+
+def test_variants_and_seeds_may_be_added_and_what_has_no_runs_changed(begun: Path) -> None:
+    more = [content()["variants"][0], variant("token", "--model.gate=token"), variant("span", "--model.gate=span")]
+    plan = planned(begun, base=BASE, variants=more, seeds=[0, 7])
+    plan.settle()
+    assert len(plan.runs()) == 6
+    assert read_study(begun / "study") == plan.study
+
+
+@pytest.mark.parametrize("name", shipped_studies())
+def test_shipped_studies_are_sound_and_explained(name: str, tmp_path: Path) -> None:
+    file = shipped_studies()[name]
+    study = read_study(file)
+    assert study.name == name
+    plan = make_plan(study, tmp_path)
+    assert len({json.dumps(config, sort_keys=True) for config in plan.resolved.values()}) == len(study.variants)
+    for line in file.read_text().splitlines():
+        assert "#" in line or line.startswith("  - "), line  # every key is explained
+    assert yaml.safe_load(file.read_text()).keys() >= {"variants", "seeds", "budgets"}
