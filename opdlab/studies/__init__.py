@@ -1,0 +1,1 @@
+"""Studies: variants of one configuration, run with paired seeds and compared."""
