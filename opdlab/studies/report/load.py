@@ -128,7 +128,9 @@ def load_results(folder: Path) -> Results:
     runs = {(v.name, seed): _read_run(folder, v.name, seed) for v in variants for seed in seeds}
     reader = _SampleReader(folder)
     finished = [key for key, run in runs.items() if run.state == FINISHED]
-    require(bool(finished), f"{folder}: none of its {len(runs)} runs has finished: `opdlab study run` goes on with them")
+    require(
+        bool(finished), f"{folder}: none of its {len(runs)} runs has finished: `opdlab study run` goes on with them"
+    )
     for variant, seed in finished:
         for budget in budgets:
             reader.read(variant, seed, budget)
@@ -258,9 +260,7 @@ def _read_lines(place: Path) -> dict[str, dict[tuple[str, int], Sample]]:
     return lines
 
 
-def _count(
-    place: Path, name: str, samples: Mapping[tuple[str, int], Sample]
-) -> tuple[Benchmark, NDArray[np.int64]]:
+def _count(place: Path, name: str, samples: Mapping[tuple[str, int], Sample]) -> tuple[Benchmark, NDArray[np.int64]]:
     verdicts: dict[_Problem, list[bool]] = {}
     for sample in samples.values():
         if sample.correct is None:
