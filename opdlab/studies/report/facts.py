@@ -13,9 +13,9 @@ def facts(results: Results) -> dict[str, str]:
     """Size, time, machine and versions, by name."""
     finished = [run for run in results.runs.values() if run.state == FINISHED]
     seconds = sum(float(run.record.get("seconds") or 0) for run in finished)
-    sizes = [f"{name}: {len(b.problems)} problems × {b.num_samples}" for name, b in results.benchmarks.items()]
+    sizes = [f"{name}: {len(b.problems)} problems x {b.num_samples}" for name, b in results.benchmarks.items()]
     found = {
-        "base": ", ".join(results.base) or "–",
+        "base": ", ".join(results.base) or "-",
         "baseline": results.label(results.baseline),
         "seeds": _numbers(results.seeds),
         "budgets, optimizer steps": _numbers(results.budgets),
@@ -35,7 +35,7 @@ def _numbers(values: Sequence[int]) -> str:
 
     Example:
         >>> _numbers([0, 1, 2, 3, 7, 9])
-        '0–3, 7, 9'
+        '0-3, 7, 9'
     """
     ranges: list[list[int]] = []
     for value in values:
@@ -43,13 +43,13 @@ def _numbers(values: Sequence[int]) -> str:
             ranges[-1].append(value)
         else:
             ranges.append([value])
-    parts = [[f"{each[0]}–{each[-1]}"] if len(each) > 2 else map(str, each) for each in ranges]
+    parts = [[f"{each[0]}-{each[-1]}"] if len(each) > 2 else map(str, each) for each in ranges]
     return ", ".join(text for part in parts for text in part)
 
 
 def _several(runs: Sequence[Run], key: str) -> str:
     """All the values that runs have, each once."""
-    return "; ".join(dict.fromkeys(_text(run.record[key]) for run in runs if run.record.get(key))) or "–"
+    return "; ".join(dict.fromkeys(_text(run.record[key]) for run in runs if run.record.get(key))) or "-"
 
 
 def _text(value: Any) -> str:
@@ -66,7 +66,7 @@ def _command(results: Results) -> str:
 
 def variants_table(results: Results) -> Table:
     """Names, labels and overrides."""
-    rows = [(v.label, v.name, " ".join(v.overrides) or "–") for v in results.variants]
+    rows = [(v.label, v.name, " ".join(v.overrides) or "-") for v in results.variants]
     return Table(("variant", "folder", "overrides"), rows, num_names=3)
 
 

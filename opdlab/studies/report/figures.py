@@ -1,7 +1,7 @@
 """Pictures of a study, from numbers to matplotlib figures and files.
 
-No global state of matplotlib is touched: settings hold inside :func:`drawing` alone. Names are shown as they are: without
-it, matplotlib would read ``$`` as mathematics.
+No global state of matplotlib is touched: settings hold inside :func:`drawing` alone. Names are shown as they are:
+without it, matplotlib would read ``$`` as mathematics.
 """
 
 import io
@@ -82,7 +82,7 @@ def forest(comparisons: Sequence[Comparison], results: Results) -> "Figure":
     _label(
         axes, f"difference to {_name(results.label(results.baseline))}, 95% interval (filled: p < 0.05 after Holm)", ""
     )
-    axes.xaxis.label.set_size(10)
+    axes.xaxis.label.set_fontsize(10)
     axes.set_title(f"{_name(place_name(place))}, step {place.budget}", fontsize=12)
     return figure
 
@@ -111,8 +111,9 @@ def learning_curves(results: Results, figure_name: str, benchmark: str) -> "Figu
         axes.set_title(_name(results.label(variant)), fontsize=11)
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=10)
-    for axes in panels[len(results.compared) :]:
-        axes.set_visible(False)
+    for place, axes in enumerate(panels):
+        axes.set_visible(place < len(results.compared))
+        axes.tick_params(labelbottom=place + columns >= len(results.compared))  # nothing below
     figure.supxlabel("optimizer step", fontsize=11)
     figure.supylabel(_name(place_name(Place(figure_name, benchmark, 0))), fontsize=11)
     base = _name(results.label(results.baseline))

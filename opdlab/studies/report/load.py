@@ -236,8 +236,8 @@ class _SampleReader:
             only = set(ours.problems) ^ set(theirs.problems)
             ids = sorted({problem_id for problem_id, *_ in only})
             raise UsageError(
-                f"benchmark '{name}' has other problems in {place} than in {self._first}: {len(ids)} differ, among them "
-                f"{', '.join(repr(each) for each in ids[:3])}; variants can be compared on the same problems only"
+                f"benchmark '{name}' has other problems in {place} than in {self._first}: {len(ids)} differ, among "
+                f"them {', '.join(repr(each) for each in ids[:3])}; variants can be compared on the same problems only"
             )
         require(
             ours.num_samples == theirs.num_samples,
@@ -271,8 +271,8 @@ def _count(place: Path, name: str, samples: Mapping[tuple[str, int], Sample]) ->
     if len(numbers) > 1:
         (one, first), (other, second), *_ = numbers.items()
         raise UsageError(
-            f"{place}: benchmark '{name}' has {one} samples of problem {first!r} and {other} of {second!r}, but must have "
-            "as many of each: repeat the run"
+            f"{place}: benchmark '{name}' has {one} samples of problem {first!r} and {other} of {second!r}, but must "
+            "have as many of each: repeat the run"
         )
     counts = np.array([sum(verdicts[problem]) for problem in problems], dtype=np.int64)
     return Benchmark(tuple(problems), next(iter(numbers))), counts

@@ -77,8 +77,8 @@ class Section:
 def write_report(folder: Path) -> Path:
     """Compare a study's variants, and write what came out to ``folder/report``.
 
-    ``report.md`` and ``report.html``, which needs no other file; ``tables/`` as Markdown, CSV and LaTeX; ``figures/`` as
-    PNG and SVG. The same samples give the same files, byte for byte.
+    ``report.md`` and ``report.html``, which needs no other file; ``tables/`` as Markdown, CSV and LaTeX; ``figures/``
+    as PNG and SVG. The same samples give the same files, byte for byte.
 
     Args:
         folder: of the study.
@@ -202,7 +202,7 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def _environment(autoescape: bool, finalize: Callable[[Any], Any]) -> Environment:
-    environment = Environment(
+    return Environment(
         loader=PackageLoader("opdlab.studies.report"),
         autoescape=autoescape,
         finalize=finalize,
@@ -211,7 +211,6 @@ def _environment(autoescape: bool, finalize: Callable[[Any], Any]) -> Environmen
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment
 
 
 @cache

@@ -14,10 +14,10 @@ def number(value: float, sign: bool = False) -> str:
 
     Example:
         >>> number(0.0456), number(-0.0001, sign=True), number(float("nan"))
-        ('0.046', '0.000', '–')
+        ('0.046', '0.000', '-')
     """
     if value != value:
-        return "–"
+        return "-"
     text = f"{value:+.3f}" if sign else f"{value:.3f}"
     return "0.000" if float(text) == 0 else text
 
@@ -30,7 +30,7 @@ def p_value(value: float) -> str:
         ('< 0.001', '0.0499', '0.300')
     """
     if value != value:
-        return "–"
+        return "-"
     if value < 0.001:
         return "< 0.001"
     return f"{value:.4f}" if 0.0495 <= value < 0.0505 else f"{value:.3f}"
@@ -98,8 +98,8 @@ def _conclude(place: Place, family: Sequence[Comparison], results: Results) -> s
         return f"{where}: with one seed and one problem nothing can be told apart from {base}."
     if not any(each.differs for each in family):
         return (
-            f"{where}: nothing can be told apart from {base} at this size. The smallest difference that this study would "
-            f"detect {_POWER}{_after(judged)}, is {detectable_range(judged)}.{_mend(judged)}"
+            f"{where}: nothing can be told apart from {base} at this size. The smallest difference that this study "
+            f"would detect {_POWER}{_after(judged)}, is {detectable_range(judged)}.{_mend(judged)}"
         )
     said = []
     for side, sign in (("better", 1), ("worse", -1)):
@@ -152,8 +152,8 @@ def caveats(results: Results, comparisons: Sequence[Comparison]) -> list[str]:
     lacking = [run for run in results.runs.values() if run.state != FINISHED]
     if lacking:
         said.append(
-            f"{len(lacking)} of {len(results.runs)} runs have not finished. A seed counts in a comparison only where both "
-            "sides have it."
+            f"{len(lacking)} of {len(results.runs)} runs have not finished. A seed counts in a comparison only where "
+            "both sides have it."
         )
     left_out = [v.label for v in results.variants if v.name not in (*results.compared, results.baseline)]
     if left_out:

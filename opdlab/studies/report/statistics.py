@@ -1,15 +1,15 @@
 r"""Paired differences of runs, as pure functions of arrays.
 
-Shapes: M comparisons, S seeds, P problems, B resamples, K benchmarks. ``differences[m, s, p]`` is variant less baseline on
-problem p with seed s. Seeds and problems are both drawn from something larger, so both must be resampled: a run repeated
-with the same problems, or the same runs on other problems, would have come out differently.
+Shapes: M comparisons, S seeds, P problems, B resamples, K benchmarks. ``differences[m, s, p]`` is variant less
+baseline on problem p with seed s. Seeds and problems are both drawn from something larger, so both must be resampled:
+a run repeated with the same problems, or the same runs on other problems, would have come out differently.
 
-The crossed ("pigeonhole") bootstrap draws seeds and problems independently, the same for both sides of a pair. As it is,
-its spread is wrong in both directions: with few seeds it is too narrow, by sqrt((S - 1) / S) and for want of t quantiles; and
-where the noise of single cells dominates it is too wide, up to sqrt(3) times, since a drawn row and a drawn column
-each carry that noise along once more (Owen 2007). So its deviations are rescaled to the standard error that the two-way analysis of
-variance gives without that bias, and each is divided by sqrt(chi2 / df), which makes a normal shape Student's t.
-`benchmarks/coverage.py` has the coverage of both.
+The crossed ("pigeonhole") bootstrap draws seeds and problems independently, the same for both sides of a pair. As it
+is, its spread is wrong in both directions: with few seeds it is too narrow, by sqrt((S - 1) / S) and for want of t
+quantiles; and where the noise of single cells dominates it is too wide, up to sqrt(3) times, since a drawn row and a
+drawn column each carry that noise along once more (Owen 2007). So its deviations are rescaled to the standard error
+that the two-way analysis of variance gives without that bias, and each is divided by sqrt(chi2 / df), which makes a
+normal shape Student's t. `benchmarks/coverage.py` has the coverage of both.
 
 References:
     Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1 (2007); Efron & Tibshirani, "An Introduction to the
@@ -76,9 +76,10 @@ class Estimate:
 def estimate(differences: Sequence[Array]) -> Estimate:
     """Mean difference, with a standard error from the two-way analysis of variance.
 
-    With seeds and problems as crossed random effects, ``var = A + sum(B_k) - sum(E_k)``: A is the variance over seeds of
-    the mean over everything else, divided by S; B_k that over problems, divided by P; E_k the noise of single cells, which
-    is in both of them and is therefore taken off once. With one seed only problems vary, with one problem only seeds.
+    With seeds and problems as crossed random effects, ``var = A + sum(B_k) - sum(E_k)``: A is the variance over seeds
+    of the mean over everything else, divided by S; B_k that over problems, divided by P; E_k the noise of single
+    cells, which is in both of them and is therefore taken off once. With one seed only problems vary, with one
+    problem only seeds.
 
     Args:
         differences: [S, P_k] for each of K benchmarks, all with the same seeds.
@@ -239,10 +240,10 @@ def detectable_difference(standard_error: float, degrees_of_freedom: float, num_
 
     Example:
         >>> round(detectable_difference(0.02, 15), 4)
-        0.0599
+        0.06
     """
     quantiles = stats.t.ppf([1 - LEVEL / 2 / num_comparisons, POWER], degrees_of_freedom)
-    return float(quantiles.sum() * standard_error)
+    return float(np.sum(quantiles) * standard_error)
 
 
 def seeds_needed(found: Estimate, num_seeds: int, target: float, num_comparisons: int = 1) -> int | None:
@@ -264,5 +265,5 @@ def seeds_needed(found: Estimate, num_seeds: int, target: float, num_comparisons
         return 2
     squares = from_seeds**2 / (seeds - 1) + found.problem_part**2 / max(found.problem_degrees, 1)
     quantiles = stats.t.ppf([[1 - LEVEL / 2 / num_comparisons], [POWER]], variance**2 / squares)
-    enough = quantiles.sum(0) * np.sqrt(variance) <= target
+    enough = np.sum(quantiles, 0) * np.sqrt(variance) <= target
     return int(seeds[enough.argmax()]) if enough.any() else None

@@ -28,7 +28,6 @@ _LATEX = {ord(char): f"\\{char}" for char in "&%$#_{}"} | {
     ord('"'): r"\textquotedbl{}",
     ord("⟨"): r"\textlangle{}",
     ord("⟩"): r"\textrangle{}",
-    ord("–"): "--",
 }
 
 
@@ -111,7 +110,7 @@ def comparisons_table(comparisons: Sequence[Comparison], results: Results) -> Ta
 
 def _cells(each: Comparison) -> list[str]:
     bounds = each.interval
-    span = f"{number(bounds.low, True)} to {number(bounds.high, True)}" if each.has_interval else "–"
+    span = f"{number(bounds.low, True)} to {number(bounds.high, True)}" if each.has_interval else "-"
     return [
         number(each.baseline_mean),
         number(each.variant_mean),
@@ -123,7 +122,7 @@ def _cells(each: Comparison) -> list[str]:
         str(each.num_seeds),
         str(each.seeds_ahead),
         number(each.detectable),
-        str(each.seeds_needed or "–"),
+        str(each.seeds_needed or "-"),
     ]
 
 
@@ -178,8 +177,10 @@ def figure_records(results: Results) -> list[dict[str, Any]]:
 def figures_table(records: Sequence[dict[str, Any]]) -> Table:
     """What :func:`figure_records` has, as it is shown."""
     rows = [
-        (row["figure"], row["benchmark"], str(row["step"]), row["label"])
-        + (number(row["mean"]), number(row["std_over_seeds"]), str(row["seeds"]))
+        [
+            *(row["figure"], row["benchmark"], str(row["step"]), row["label"]),
+            *(number(row["mean"]), number(row["std_over_seeds"]), str(row["seeds"])),
+        ]
         for row in records
     ]
     return Table(("figure", "benchmark", "step", "variant", "mean", "std over seeds", "seeds"), rows, num_names=4)

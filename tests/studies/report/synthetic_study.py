@@ -24,8 +24,8 @@ def draw_correct(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Correct samples of a baseline and of a variant, [S, P] each.
 
-    A problem's probability under the baseline is uniform between 0.25 and 0.75. Both sides get an effect of their own for
-    each seed, and the variant one for each problem, so that ``effect`` is its mean difference.
+    A problem's probability under the baseline is uniform between 0.25 and 0.75. Both sides get an effect of their own
+    for each seed, and the variant one for each problem, so that ``effect`` is its mean difference.
     """
     num_seeds, num_problems = shape
     base = generator.uniform(0.25, 0.75, num_problems)
