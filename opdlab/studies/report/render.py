@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -30,6 +30,9 @@ from opdlab.studies.report.tables import (
     markdown_text,
 )
 from opdlab.viewer.text import visible
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 REPORT = "report"
 _KINDS = ("png", "svg", "md", "csv", "tex")
@@ -145,13 +148,19 @@ def _title(place: Place, results: Results) -> str:
 def _forest(number: int, place: Place, family: Sequence[Comparison], results: Results) -> Picture:
     figure = forest(family, results)
     alt = f"Differences in {place_name(place)} to {results.label(results.baseline)}, with 95% intervals"
-    return Picture(_file_name(number, "forest", place), alt, save(figure, "png"), save(figure, "svg"))
+    return _picture(figure, _file_name(number, "forest", place), alt)
 
 
 def _curves(number: int, place: Place, results: Results) -> Picture:
     figure = learning_curves(results, place.figure, place.benchmark)
     alt = f"{place_name(place)} by optimizer step, each variant beside {results.label(results.baseline)}"
-    return Picture(_file_name(number, "curves", place), alt, save(figure, "png"), save(figure, "svg"))
+    return _picture(figure, _file_name(number, "curves", place), alt)
+
+
+def _picture(figure: "Figure", name: str, alt: str) -> Picture:
+    png = save(figure, "png")
+    figure.set_layout_engine("none")  # it is laid out by now, which is most of the work
+    return Picture(name, alt, png, save(figure, "svg"))
 
 
 def _file_name(number: int, kind: str, place: Place) -> str:

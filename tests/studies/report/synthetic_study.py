@@ -32,7 +32,7 @@ def draw_correct(
     taste = problem_std * generator.standard_normal(num_problems)
     luck = seed_std * generator.standard_normal((2, num_seeds, 1))
     ours, theirs = base + luck[0], base + taste + luck[1] + effect
-    return tuple(generator.binomial(num_samples, np.clip(p, 0, 1)) for p in (ours, theirs))  # type: ignore[return-value]
+    return tuple(generator.binomial(num_samples, np.clip(p, 0, 1)) for p in (ours, theirs))
 
 
 @dataclass
