@@ -1,0 +1,223 @@
+"""Every variant against the baseline, by figure, benchmark and budget."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from opdlab.evaluation.figures import MEAN
+from opdlab.seeds import derive_seed
+from opdlab.studies.report.load import Results
+from opdlab.studies.report.statistics import (
+    LEVEL,
+    Array,
+    Estimate,
+    Interval,
+    crossed_bootstrap,
+    detectable_difference,
+    estimate,
+    holm,
+    interval,
+    problem_scores,
+    seeds_needed,
+)
+
+PASS_AT = (1, 8)
+TARGET = 0.05  # the difference that the report says how many seeds it would take
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is compared.
+
+    Args:
+        figure: ``pass@1``, ``pass@8``.
+        benchmark: its name, or ``mean``, the unweighted mean over benchmarks.
+        budget: optimizer steps.
+    """
+
+    figure: str
+    benchmark: str
+    budget: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A variant against the baseline, on the seeds that both have.
+
+    Args:
+        place: what is compared.
+        variant: its name.
+        num_seeds: pairs of runs.
+        seeds_ahead: pairs in which the variant's figure is the higher one.
+        baseline_mean: the baseline's figure in these pairs.
+        variant_mean: the variant's.
+        found: the difference and its standard error.
+        interval: see :class:`~opdlab.studies.report.statistics.Interval`.
+        adjusted_p: p after Holm, over the variants at this place.
+        detectable: smallest difference that would be found, after Bonferroni over these variants.
+        seeds_needed: pairs with which a difference of 0.05 would be; None: unknown, or problems are what lacks.
+    """
+
+    place: Place
+    variant: str
+    num_seeds: int
+    seeds_ahead: int
+    baseline_mean: float
+    variant_mean: float
+    found: Estimate
+    interval: Interval
+    adjusted_p: float
+    detectable: float
+    seeds_needed: int | None
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether there is more than one seed and problem to judge from."""
+        return not np.isnan(self.found.standard_error)
+
+    @property
+    def differs(self) -> bool:
+        """Whether the variant can be told from the baseline."""
+        return self.adjusted_p < LEVEL
+
+
+def figure_names(results: Results) -> dict[str, int]:
+    """Figures that all benchmarks have samples enough for, and their k.
+
+    Args:
+        results: of the study.
+    """
+    fewest = min(benchmark.num_samples for benchmark in results.benchmarks.values())
+    return {f"pass@{k}": k for k in PASS_AT if k <= fewest}
+
+
+def benchmark_names(results: Results) -> list[str]:
+    """The benchmarks, after their mean where there are several."""
+    names = list(results.benchmarks)
+    return [MEAN, *names] if len(names) > 1 else names
+
+
+def scores(results: Results, variant: str, seeds: Sequence[int], budget: int, k: int) -> dict[str, Array]:
+    """pass@k of each run and problem, [S, P], by benchmark.
+
+    Args:
+        results: of the study.
+        variant: name.
+        seeds: of finished runs.
+        budget: optimizer steps.
+        k: of pass@k.
+    """
+    return {
+        name: problem_scores(
+            np.stack([results.counts[variant, seed, budget, name] for seed in seeds]), benchmark.num_samples, k
+        )
+        for name, benchmark in results.benchmarks.items()
+    }
+
+
+def run_figures(results: Results, variant: str, place: Place) -> Array:
+    """The figure of each finished run of a variant, [S].
+
+    Args:
+        results: of the study.
+        variant: name.
+        place: what figure.
+    """
+    found = scores(results, variant, results.finished(variant), place.budget, figure_names(results)[place.figure])
+    chosen = found.values() if place.benchmark == MEAN else [found[place.benchmark]]
+    figures: Array = np.mean([cells.mean(1) for cells in chosen], axis=0)
+    return figures
+
+
+def compare(results: Results) -> list[Comparison]:
+    """All comparisons: by budget, figure and benchmark, in the order of the study.
+
+    Args:
+        results: of the study.
+    """
+    found: dict[Place, dict[str, Comparison]] = {}
+    for budget in results.budgets:
+        for seeds, variants in _by_seeds(results).items():
+            for comparison in _compare_group(results, budget, seeds, variants):
+                found.setdefault(comparison.place, {})[comparison.variant] = comparison
+    places = [
+        Place(figure, benchmark, budget)
+        for budget in results.budgets
+        for figure in figure_names(results)
+        for benchmark in benchmark_names(results)
+    ]
+    return [each for place in places for each in _adjusted([found[place][name] for name in results.compared])]
+
+
+def _by_seeds(results: Results) -> dict[tuple[int, ...], list[str]]:
+    """Variants that share the same seeds with the baseline are resampled together."""
+    baseline = set(results.finished(results.baseline))
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for variant in results.compared:
+        groups.setdefault(tuple(seed for seed in results.finished(variant) if seed in baseline), []).append(variant)
+    return groups
+
+
+def _compare_group(results: Results, budget: int, seeds: tuple[int, ...], variants: Sequence[str]) -> list[Comparison]:
+    keys = [(figure, variant) for figure in figure_names(results) for variant in variants]
+    pairs = [_pair(results, budget, seeds, figure, variant) for figure, variant in keys]
+    cells = {name: np.stack([theirs[name] - ours[name] for theirs, ours in pairs]) for name in results.benchmarks}
+    resampled = crossed_bootstrap(list(cells.values()), derive_seed("report", results.name, budget))
+    places = benchmark_names(results)
+    by_place = {MEAN: resampled.mean(1)} | {name: resampled[:, index] for index, name in enumerate(cells)}
+    return [
+        _comparison(
+            Place(figure, name, budget),
+            variant,
+            pair=[_chosen(side, name) for side in pair],
+            resampled=by_place[name][:, index],
+        )
+        for index, ((figure, variant), pair) in enumerate(zip(keys, pairs, strict=True))
+        for name in places
+    ]
+
+
+def _pair(
+    results: Results, budget: int, seeds: tuple[int, ...], figure: str, variant: str
+) -> tuple[dict[str, Array], dict[str, Array]]:
+    k = figure_names(results)[figure]
+    return scores(results, variant, seeds, budget, k), scores(results, results.baseline, seeds, budget, k)
+
+
+def _chosen(side: Mapping[str, Array], name: str) -> list[Array]:
+    return list(side.values()) if name == MEAN else [side[name]]
+
+
+def _comparison(place: Place, variant: str, *, pair: Sequence[list[Array]], resampled: Array) -> Comparison:
+    theirs, ours = (np.mean([cells.mean(1) for cells in side], axis=0) for side in pair)
+    found = estimate([one - other for one, other in zip(*pair, strict=True)])
+    return Comparison(
+        place=place,
+        variant=variant,
+        num_seeds=len(theirs),
+        # Means of equal cells may differ by rounding.
+        seeds_ahead=int((theirs - ours > 1e-12).sum()),
+        baseline_mean=float(ours.mean()),
+        variant_mean=float(theirs.mean()),
+        found=found,
+        interval=interval(found, resampled, derive_seed("report", "chi-square")),
+        adjusted_p=np.nan,
+        detectable=np.nan,
+        seeds_needed=None,
+    )
+
+
+def _adjusted(family: Sequence[Comparison]) -> list[Comparison]:
+    """The variants of one place, with what depends on how many they are."""
+    number = sum(each.has_interval for each in family)
+    adjusted = holm([each.interval.p for each in family])
+    return [
+        replace(
+            each,
+            adjusted_p=p,
+            detectable=detectable_difference(each.found.standard_error, each.found.degrees_of_freedom, max(number, 1)),
+            seeds_needed=seeds_needed(each.found, each.num_seeds, TARGET, number) if each.num_seeds > 1 else None,
+        )
+        for each, p in zip(family, adjusted, strict=True)
+    ]

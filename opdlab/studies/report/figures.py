@@ -1,0 +1,127 @@
+"""Pictures of a study, from numbers to matplotlib figures and files.
+
+No global state of matplotlib is touched: settings hold inside :func:`drawing` alone. Names are shown as they are:
+without it, matplotlib would read ``$`` as mathematics.
+"""
+
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from opdlab.studies.report.compare import Comparison, Place, run_figures
+from opdlab.studies.report.load import Results
+from opdlab.studies.report.sentences import place_name
+from opdlab.viewer.text import visible
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_DPI = 110
+_BETTER, _WORSE, _UNCLEAR = "tab:blue", "tab:red", "0.45"
+_LONGEST = 40  # characters of a name
+_COLUMNS = 3
+
+
+@contextmanager
+def drawing() -> Iterator[None]:
+    """Settings for the making and the saving of figures, the same on every run; put back at the end."""
+    import matplotlib as mpl
+
+    # Names of elements in an SVG are random without a salt.
+    settings: dict[Any, Any] = {"text.parse_math": False, "svg.hashsalt": "opdlab", "svg.fonttype": "path"}
+    with mpl.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names are in any script
+        yield
+
+
+def save(figure: "Figure", kind: Literal["png", "svg"]) -> bytes:
+    """A figure as a file; the same figure gives the same bytes."""
+    file = io.BytesIO()
+    metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
+    figure.savefig(file, format=kind, metadata=metadata)
+    return file.getvalue()
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+
+
+def _name(text: str) -> str:
+    text = " ".join(visible(text).split())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+def forest(comparisons: Sequence[Comparison], results: Results) -> "Figure":
+    """Differences to the baseline with their 95% intervals, a row each, in the order of the study.
+
+    Args:
+        comparisons: the variants of one place.
+        results: of the study.
+    """
+    figure = _figure(7.0, 1.5 + 0.36 * len(comparisons))
+    axes = figure.subplots()
+    axes.axvline(0, color="0.5", linewidth=1, linestyle="--")
+    for row, each in enumerate(comparisons):
+        colour = _UNCLEAR if not each.differs else _BETTER if each.found.difference > 0 else _WORSE
+        if each.has_interval:
+            axes.plot([each.interval.low, each.interval.high], [row, row], color=colour, linewidth=2)
+        # Not by colour alone: a filled marker can be told apart.
+        filling = colour if each.differs else "white"
+        axes.plot(each.found.difference, row, "o", markersize=7, color=colour, markerfacecolor=filling)
+    axes.set_yticks(range(len(comparisons)), [_name(results.label(each.variant)) for each in comparisons])
+    axes.set_ylim(len(comparisons) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    place = comparisons[0].place
+    _label(
+        axes, f"difference to {_name(results.label(results.baseline))}, 95% interval (filled: p < 0.05 after Holm)", ""
+    )
+    axes.xaxis.label.set_fontsize(10)
+    axes.set_title(f"{_name(place_name(place))}, step {place.budget}", fontsize=12)
+    return figure
+
+
+def learning_curves(results: Results, figure_name: str, benchmark: str) -> "Figure":
+    """Mean over seeds at each budget, ± one standard deviation over seeds, a panel for each variant.
+
+    Args:
+        results: of the study.
+        figure_name: ``pass@1``.
+        benchmark: name, or ``mean``.
+    """
+    columns = min(_COLUMNS, len(results.compared))
+    rows = -(-len(results.compared) // columns)
+    figure = _figure(max(5.0, 3.1 * columns), 0.7 + 2.5 * rows)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes, variant in zip(panels, results.compared, strict=False):
+        for name, colour, style in ((results.baseline, "0.45", "--"), (variant, "tab:blue", "-")):
+            places = [Place(figure_name, benchmark, budget) for budget in results.budgets]
+            runs = np.stack([run_figures(results, name, place) for place in places])
+            mean = runs.mean(1)
+            if runs.shape[1] > 1:
+                spread = runs.std(1, ddof=1)
+                axes.fill_between(results.budgets, mean - spread, mean + spread, alpha=0.2, color=colour, linewidth=0)
+            axes.plot(results.budgets, mean, style, marker="o", markersize=4, color=colour)
+        axes.set_title(_name(results.label(variant)), fontsize=11)
+        axes.grid(alpha=0.3)
+        axes.tick_params(labelsize=10)
+    for place, axes in enumerate(panels):
+        axes.set_visible(place < len(results.compared))
+        axes.tick_params(labelbottom=place + columns >= len(results.compared))  # nothing below
+    figure.supxlabel("optimizer step", fontsize=11)
+    figure.supylabel(_name(place_name(Place(figure_name, benchmark, 0))), fontsize=11)
+    base = _name(results.label(results.baseline))
+    figure.suptitle(f"solid: variant; dashed: {base}; band: ± 1 std over seeds", fontsize=11)
+    return figure
+
+
+def _label(axes: "Axes", x: str, y: str) -> None:
+    axes.set_xlabel(x, fontsize=12)
+    axes.set_ylabel(y, fontsize=12)
+    axes.tick_params(labelsize=11)

@@ -1,0 +1,250 @@
+"""The report of a study as files: two pages, tables, pictures."""
+
+import base64
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from opdlab.errors import UsageError
+from opdlab.studies.report.compare import Comparison, Place, benchmark_names, compare
+from opdlab.studies.report.facts import facts, missing_table, variants_table
+from opdlab.studies.report.figures import drawing, forest, learning_curves, save
+from opdlab.studies.report.load import Results, load_results
+from opdlab.studies.report.method import SOURCES, method
+from opdlab.studies.report.sentences import caveats, conclusion, place_name, sentence
+from opdlab.studies.report.tables import (
+    Table,
+    comparison_records,
+    comparison_table,
+    comparisons_table,
+    csv_text,
+    figure_records,
+    figures_table,
+    markdown_text,
+)
+from opdlab.viewer.text import visible
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+REPORT = "report"
+_KINDS = ("png", "svg", "md", "csv", "tex")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture in the report.
+
+    Args:
+        name: of its files, without ending.
+        alt: what it shows, for those who do not see it.
+        png: content of the one file.
+        svg: content of the other.
+    """
+
+    name: str
+    alt: str
+    png: bytes
+    svg: bytes
+
+    @property
+    def source(self) -> str:
+        """The picture itself as an address, for a page that asks for nothing."""
+        return f"data:image/svg+xml;base64,{base64.b64encode(self.svg).decode('ascii')}"
+
+
+@dataclass(frozen=True)
+class Section:
+    """All variants at one place.
+
+    Args:
+        title: of it.
+        table: a row for each variant.
+        sentences: one for each.
+        pictures: forest plot, and learning curves where there are several budgets.
+    """
+
+    title: str
+    table: Table
+    sentences: Sequence[str]
+    pictures: Sequence[Picture]
+
+
+def write_report(folder: Path) -> Path:
+    """Compare a study's variants, and write what came out to ``folder/report``.
+
+    ``report.md`` and ``report.html``, which needs no other file; ``tables/`` as Markdown, CSV and LaTeX; ``figures/``
+    as PNG and SVG. The same samples give the same files, byte for byte.
+
+    Args:
+        folder: of the study.
+
+    Returns:
+        Path of ``report.md``.
+
+    Raises:
+        UsageError: there is nothing to compare, the runs cannot be compared, or the folder cannot be written.
+    """
+    results = load_results(folder)
+    comparisons = compare(results)
+    sections = _sections(results, comparisons)
+    files: dict[str, bytes] = {}
+    for picture in (each for section in sections for each in section.pictures):
+        files[f"figures/{picture.name}.png"], files[f"figures/{picture.name}.svg"] = picture.png, picture.svg
+    files |= _table_files(results, comparisons)
+    known = _known(results, comparisons, sections)
+    for name, environment in (("report.md", _markdown()), ("report.html", _html())):
+        # A lone surrogate, which a name from a YAML file may hold, has no UTF-8; visible() has written it out before.
+        files[name] = environment.get_template(name).render(known).encode("utf-8", "replace")
+    _write(folder / REPORT, files)
+    return folder / REPORT / "report.md"
+
+
+def _known(results: Results, comparisons: Sequence[Comparison], sections: Sequence[Section]) -> dict[str, Any]:
+    final, first = results.budgets[-1], benchmark_names(results)[0]
+    main = [each for each in comparisons if each.place.budget == final and each.place.benchmark == first]
+    return {
+        "results": results,
+        "final": final,
+        "baseline": results.label(results.baseline),
+        "conclusion": conclusion(main, results),
+        "caveats": caveats(results, comparisons),
+        "sections": sections,
+        "facts": facts(results),
+        "variants": variants_table(results),
+        "missing": missing_table(results),
+        "method": method(results),
+        "sources": SOURCES,
+    }
+
+
+def _sections(results: Results, comparisons: Sequence[Comparison]) -> list[Section]:
+    final = [each for each in comparisons if each.place.budget == results.budgets[-1]]
+    found = []
+    with drawing():
+        for number, (place, group) in enumerate(groupby(final, key=lambda each: each.place), 1):
+            family = list(group)
+            pictures = [_forest(number, place, family, results)]
+            if len(results.budgets) > 1:
+                pictures.append(_curves(number, place, results))
+            said = [sentence(each, results) for each in family]
+            found.append(Section(_title(place, results), comparison_table(family, results), said, pictures))
+    return found
+
+
+def _title(place: Place, results: Results) -> str:
+    averages = sorted({f"avg@{benchmark.num_samples}" for benchmark in results.benchmarks.values()})
+    also = f" (the same as {', '.join(averages)})" if place.figure == "pass@1" else ""
+    return f"{place_name(place)}{also}"
+
+
+def _forest(number: int, place: Place, family: Sequence[Comparison], results: Results) -> Picture:
+    figure = forest(family, results)
+    alt = f"Differences in {place_name(place)} to {results.label(results.baseline)}, with 95% intervals"
+    return _picture(figure, _file_name(number, "forest", place), alt)
+
+
+def _curves(number: int, place: Place, results: Results) -> Picture:
+    figure = learning_curves(results, place.figure, place.benchmark)
+    alt = f"{place_name(place)} by optimizer step, each variant beside {results.label(results.baseline)}"
+    return _picture(figure, _file_name(number, "curves", place), alt)
+
+
+def _picture(figure: "Figure", name: str, alt: str) -> Picture:
+    png = save(figure, "png")
+    figure.set_layout_engine("none")  # it is laid out by now, which is most of the work
+    return Picture(name, alt, png, save(figure, "svg"))
+
+
+def _file_name(number: int, kind: str, place: Place) -> str:
+    """A name for any file system; the number keeps it unique.
+
+    Example:
+        >>> _file_name(2, "forest", Place("pass@8", "AIME 24/I", 40))
+        '02-forest-pass8-AIME-24-I'
+    """
+    benchmark = "".join(
+        char if char.isascii() and (char.isalnum() or char in "._-") else "-" for char in place.benchmark
+    )
+    return f"{number:02d}-{kind}-{place.figure.replace('@', '')}-{benchmark[:60]}"
+
+
+def _table_files(results: Results, comparisons: Sequence[Comparison]) -> dict[str, bytes]:
+    records = figure_records(results)
+    tables = {
+        "comparisons": (comparisons_table(comparisons, results), comparison_records(comparisons, results)),
+        "figures": (figures_table(records), records),
+    }
+    files: dict[str, bytes] = {}
+    for name, (table, rows) in tables.items():
+        texts = {"md": table.markdown(), "csv": csv_text(rows), "tex": table.latex()}
+        files |= {f"tables/{name}.{kind}": text.encode("utf-8", "replace") for kind, text in texts.items()}
+    return files
+
+
+def _write(folder: Path, files: dict[str, bytes]) -> None:
+    """Write all files, each at once, and take away those of an earlier report that are no more."""
+    try:
+        for name, content in files.items():
+            path = folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part = path.with_name(f"{path.name}.part")
+            part.write_bytes(content)
+            part.replace(path)
+        for path in (path for kind in _KINDS for path in folder.glob(f"*/*.{kind}")):
+            if path.parent.name in ("tables", "figures") and path.relative_to(folder).as_posix() not in files:
+                path.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"{folder} cannot be written ({error.strerror or error}): mend that, and report again"
+        ) from error
+
+
+# -- templates ------------------------------------------------------------------------------------------------------
+
+
+def _environment(autoescape: bool, finalize: Callable[[Any], Any]) -> Environment:
+    return Environment(
+        loader=PackageLoader("opdlab.studies.report"),
+        autoescape=autoescape,
+        finalize=finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+
+
+@cache
+def _markdown() -> Environment:
+    """Everything is escaped but what is marked as Markdown."""
+
+    def escaped(value: Any) -> str:
+        return str(value) if isinstance(value, Markup) else markdown_text(str(value))
+
+    environment = _environment(False, escaped)
+    environment.filters["table"] = lambda table: Markup(table.markdown())
+    return environment
+
+
+@cache
+def _html() -> Environment:
+    """Everything is escaped; the page may ask for nothing, run no script, and has no style but its own."""
+
+    def escaped(value: Any) -> Any:
+        return value if isinstance(value, Markup) else visible(str(value))
+
+    environment = _environment(True, escaped)
+    assert environment.loader is not None
+    css = environment.loader.get_source(environment, "report.css")[0]
+    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
+    environment.globals |= {"css": Markup(css), "policy": Markup(policy)}
+    return environment

@@ -1,0 +1,186 @@
+"""Tables, and the three ways in which they are written: Markdown, CSV with all digits, LaTeX with booktabs."""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from opdlab.studies.report.compare import Comparison, Place, benchmark_names, figure_names, run_figures
+from opdlab.studies.report.load import Results
+from opdlab.studies.report.sentences import number, p_value
+from opdlab.viewer.text import visible
+
+_MARKDOWN = {ord(char): f"\\{char}" for char in r"\`*_{}[]#|~$!"} | {
+    ord("&"): "&amp;",
+    ord("<"): "&lt;",
+    ord(">"): "&gt;",
+}
+_LATEX = {ord(char): f"\\{char}" for char in "&%$#_{}"} | {
+    ord("~"): r"\textasciitilde{}",
+    ord("^"): r"\textasciicircum{}",
+    ord("\\"): r"\textbackslash{}",
+    ord("<"): r"\textless{}",
+    ord(">"): r"\textgreater{}",
+    ord("|"): r"\textbar{}",
+    ord('"'): r"\textquotedbl{}",
+    ord("⟨"): r"\textlangle{}",
+    ord("⟩"): r"\textrangle{}",
+}
+
+
+def markdown_text(text: str) -> str:
+    r"""Text that Markdown shows as it is, on one line.
+
+    Example:
+        >>> markdown_text("a|b <i>*c*")
+        'a\\|b &lt;i&gt;\\*c\\*'
+    """
+    return " ".join(visible(text).split()).translate(_MARKDOWN)
+
+
+def latex_text(text: str) -> str:
+    r"""Text that LaTeX sets as it is.
+
+    Example:
+        >>> latex_text("50% of a_b")
+        '50\\% of a\\_b'
+    """
+    return " ".join(visible(text).split()).translate(_LATEX)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table.
+
+    Args:
+        header: names of the columns.
+        rows: as they are shown; names come first.
+        num_names: columns of text; the others are numbers, set to the right.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    num_names: int = 1
+
+    def markdown(self) -> str:
+        """As a Markdown table."""
+        rule = [":--" if column < self.num_names else "--:" for column in range(len(self.header))]
+        rows = [[markdown_text(cell) for cell in row] for row in (self.header, *self.rows)]
+        return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])) + "\n"
+
+    def latex(self) -> str:
+        """As a LaTeX tabular; needs the package booktabs."""
+        columns = "l" * self.num_names + "r" * (len(self.header) - self.num_names)
+        # A bracket after \\ would be taken for its argument.
+        head, *body = [r"{}" + " & ".join(map(latex_text, row)) + r" \\" for row in (self.header, *self.rows)]
+        lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
+        return "\n".join([*lines, r"\end{tabular}"]) + "\n"
+
+
+def csv_text(records: Sequence[dict[str, Any]]) -> str:
+    """Records as CSV: all digits, empty where a number is not known."""
+    file = io.StringIO()
+    writer = csv.DictWriter(file, fieldnames=list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    unknown = [{key: "" if value is None or value != value else value for key, value in row.items()} for row in records]
+    writer.writerows(unknown)
+    return file.getvalue()
+
+
+_COMPARED = ("variant", "baseline", "variant's", "difference", "95% interval")
+_JUDGED = ("P(better)", "p", "p (Holm)", "seeds", "ahead in", "detectable", "seeds for 0.05")
+
+
+def comparison_table(comparisons: Sequence[Comparison], results: Results) -> Table:
+    """The variants of one place, a row each."""
+    return Table((*_COMPARED, *_JUDGED), [(results.label(each.variant), *_cells(each)) for each in comparisons])
+
+
+def comparisons_table(comparisons: Sequence[Comparison], results: Results) -> Table:
+    """The same for many places, which are named in the first columns."""
+    rows = [
+        (each.place.figure, each.place.benchmark, str(each.place.budget), results.label(each.variant), *_cells(each))
+        for each in comparisons
+    ]
+    return Table(("figure", "benchmark", "step", *_COMPARED, *_JUDGED), rows, num_names=4)
+
+
+def _cells(each: Comparison) -> list[str]:
+    bounds = each.interval
+    span = f"{number(bounds.low, True)} to {number(bounds.high, True)}" if each.has_interval else "-"
+    return [
+        number(each.baseline_mean),
+        number(each.variant_mean),
+        number(each.found.difference, True),
+        span,
+        number(bounds.probability),
+        p_value(bounds.p),
+        p_value(each.adjusted_p),
+        str(each.num_seeds),
+        str(each.seeds_ahead),
+        number(each.detectable),
+        str(each.seeds_needed or "-"),
+    ]
+
+
+def comparison_records(comparisons: Sequence[Comparison], results: Results) -> list[dict[str, Any]]:
+    """All that is known of each comparison, for CSV."""
+    return [
+        {
+            "figure": each.place.figure,
+            "benchmark": each.place.benchmark,
+            "step": each.place.budget,
+            "variant": each.variant,
+            "label": results.label(each.variant),
+            "baseline": results.baseline,
+            "baseline_mean": each.baseline_mean,
+            "variant_mean": each.variant_mean,
+            "difference": each.found.difference,
+            "low": each.interval.low,
+            "high": each.interval.high,
+            "probability_of_improvement": each.interval.probability,
+            "p": each.interval.p,
+            "p_holm": each.adjusted_p,
+            "standard_error": each.found.standard_error,
+            "degrees_of_freedom": each.found.degrees_of_freedom,
+            "bootstrap_low": each.interval.plain_low,
+            "bootstrap_high": each.interval.plain_high,
+            "seeds": each.num_seeds,
+            "seeds_ahead": each.seeds_ahead,
+            "detectable_difference": each.detectable,
+            "seeds_for_0.05": each.seeds_needed,
+        }
+        for each in comparisons
+    ]
+
+
+def figure_records(results: Results) -> list[dict[str, Any]]:
+    """Mean and spread over runs of every variant, at every budget, for CSV."""
+    records = []
+    for budget in results.budgets:
+        for figure in figure_names(results):
+            for benchmark in benchmark_names(results):
+                for variant in results.variants:
+                    if not results.finished(variant.name):
+                        continue
+                    runs = run_figures(results, variant.name, Place(figure, benchmark, budget))
+                    spread = float(runs.std(ddof=1)) if len(runs) > 1 else np.nan
+                    known = {"figure": figure, "benchmark": benchmark, "step": budget, "variant": variant.name}
+                    found = {"mean": float(runs.mean()), "std_over_seeds": spread, "seeds": len(runs)}
+                    records.append({**known, "label": variant.label, **found})
+    return records
+
+
+def figures_table(records: Sequence[dict[str, Any]]) -> Table:
+    """What :func:`figure_records` has, as it is shown."""
+    rows = [
+        [
+            *(row["figure"], row["benchmark"], str(row["step"]), row["label"]),
+            *(number(row["mean"]), number(row["std_over_seeds"]), str(row["seeds"])),
+        ]
+        for row in records
+    ]
+    return Table(("figure", "benchmark", "step", "variant", "mean", "std over seeds", "seeds"), rows, num_names=4)

@@ -1,0 +1,267 @@
+"""Reports of study folders whose truth is known, and folders that cannot be compared."""
+
+import base64
+import csv
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from markdown_it import MarkdownIt
+
+from opdlab.errors import UsageError
+from opdlab.studies.report import write_report
+from opdlab.studies.report.load import load_results
+from tests.studies.report.synthetic_study import SyntheticStudy, evaluation, write_samples
+
+Rows = list[dict[str, str]]
+
+
+def read_csv(report: Path, name: str = "comparisons") -> Rows:
+    with (report.parent / "tables" / f"{name}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def files(report: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(report.parent)): path.read_bytes() for path in report.parent.rglob("*.*")}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    study = SyntheticStudy(
+        {"none": 0.0, "span": 0.2, "block64": 0.0, "odd": 0.0},
+        benchmarks={"toy": 30, "gsm": 20},
+        labels={"odd": "<script>alert(1)</script> | $x_1$ & 50% [a](http://b.c) \\ #~^{}\u202e"},
+        collapsed=["odd"],
+    )
+    return write_report(study.write(tmp_path_factory.mktemp("study")))
+
+
+def test_a_known_effect_is_found_and_a_collapse_too(report: Path) -> None:
+    rows = {(r["variant"], r["figure"], r["benchmark"], r["step"]): r for r in read_csv(report)}
+    assert len(rows) == 3 * 2 * 3 * 2  # variants, figures, benchmarks and their mean, budgets
+    span = rows["span", "pass@1", "mean", "40"]
+    assert float(span["low"]) <= 0.2 <= float(span["high"])
+    assert float(span["p_holm"]) < 0.05
+    assert (span["seeds"], span["seeds_ahead"]) == ("4", "4")
+    collapsed = rows["odd", "pass@1", "mean", "40"]
+    assert float(collapsed["variant_mean"]) == 0
+    assert float(collapsed["high"]) < 0
+    text = report.read_text()
+    assert "pass@1 on the mean over benchmarks: better than none: span (+" in text
+    assert re.search(r"cannot be told apart from it: block64 \(the smallest difference that would be detected", text)
+
+
+def test_figures_are_the_plain_ones(report: Path) -> None:
+    """Means as the sample lines have them, unweighted over benchmarks."""
+    folder = report.parents[1]
+    means = []
+    for seed in range(4):
+        for benchmark in ("toy", "gsm"):
+            lines = (evaluation(folder, "span", seed, 40) / f"{benchmark}-0.jsonl").read_text().splitlines()
+            means.append(np.mean([json.loads(line)["correct"] for line in lines]))
+    (row,) = [
+        r
+        for r in read_csv(report, "figures")
+        if (r["variant"], r["figure"], r["benchmark"], r["step"]) == ("span", "pass@1", "mean", "40")
+    ]
+    assert float(row["mean"]) == pytest.approx(np.mean(means))
+    spread = np.reshape(means, (4, 2)).mean(1).std(ddof=1)
+    assert float(row["std_over_seeds"]) == pytest.approx(spread)
+
+
+def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
+    study = SyntheticStudy({"none": 0.0, "a": 0.1}, [0, 1], [20, 40], {"toy": 8}, num_samples=4)
+    first = write_report(study.write(tmp_path / "study"))
+    folder = shutil.copytree(first.parents[1], tmp_path / "copy", ignore=shutil.ignore_patterns("report"))
+    stale = folder / "report" / "figures" / "99-forest-gone.png"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"of an earlier report")
+    assert len(files(first)) == 2 + 6 + 4
+    assert files(write_report(folder)) == files(first)
+
+
+def test_page_stands_alone(report: Path) -> None:
+    page = (report.parent / "report.html").read_text()
+    (style,) = re.findall(r"<style>(.*?)</style>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    (policy,) = re.findall(r'Content-Security-Policy" content="([^"]*)"', page)
+    assert policy.startswith(f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:;")
+    assert "<script" not in page
+    assert "\u202e" not in page
+    sources = re.findall(r'src="([^"]*)"', page)
+    assert len(sources) == 2 * 6  # forest and curves of two figures on two benchmarks and their mean
+    for source in sources:
+        head, _, content = source.partition(",")
+        assert head == "data:image/svg+xml;base64"
+        assert b"<svg" in base64.b64decode(content)
+    assert not re.findall(r"(?:href|url\(|@import)", page)
+
+
+def test_markdown_shows_names_as_they_are(report: Path) -> None:
+    tokens = MarkdownIt().enable("table").parse(report.read_text())
+    inline = [child for token in tokens for child in token.children or ()]
+    assert not [token for token in (*tokens, *inline) if token.type.startswith(("html", "link"))]
+    label = "<script>alert(1)</script> | $x_1$ & 50% [a](http://b.c) \\ #~^{}⟨U+202E⟩"
+    assert label in [child.content for child in inline] or any(
+        "".join(child.content for child in token.children or ()) == label for token in tokens
+    )
+    pictures = [str(child.attrs["src"]) for child in inline if child.type == "image"]
+    assert pictures
+    assert all((report.parent / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
+
+
+def test_latex_escapes_names(report: Path) -> None:
+    text = (report.parent / "tables" / "comparisons.tex").read_text()
+    assert text.startswith("\\begin{tabular}{llll")
+    label = (
+        r"\textless{}script\textgreater{}alert(1)\textless{}/script\textgreater{} \textbar{} \$x\_1\$ \& 50\% "
+        r"[a](http://b.c) \textbackslash{} \#\textasciitilde{}\textasciicircum{}\{\}\textlangle{}U+202E\textrangle{}"
+    )
+    assert label in text
+    body = [line for line in text.splitlines() if line.endswith(r" \\")]
+    columns = text.split("}{")[1].split("}")[0]
+    assert {len(re.findall(r"(?<!\\)&", line)) for line in body} == {len(columns) - 1}
+
+
+def test_nothing_differs(tmp_path: Path) -> None:
+    study = SyntheticStudy({"none": 0.0, "a": 0.0, "b": 0.0}, budgets=[40], seed_std=0.05)
+    report = write_report(study.write(tmp_path))
+    rows = [row for row in read_csv(report) if row["figure"] == "pass@1"]
+    low, high = (f"{extreme(float(r['detectable_difference']) for r in rows):.3f}" for extreme in (min, max))
+    text = report.read_text()
+    assert "pass@1 on toy: nothing can be told apart from none at this size." in text
+    assert (
+        f"after correction for 2 variants, is {low} to {high}, depending on the variant. For 0.05 it would take" in text
+    )
+    assert "mean over benchmarks" not in text
+    assert not list((report.parent / "figures").glob("*curves*"))  # one budget
+
+
+def test_a_single_seed_has_no_interval_over_seeds(tmp_path: Path) -> None:
+    study = SyntheticStudy({"none": 0.0, "a": 0.1}, seeds=[3], budgets=[40], num_samples=4)
+    report = write_report(study.write(tmp_path))
+    text = report.read_text()
+    assert "intervals cover the choice of problems only" in text
+    assert "pass@8 is left out: a benchmark has only 4 samples of each problem" in text
+    (row,) = read_csv(report)
+    assert row["figure"] == "pass@1"
+    assert float(row["degrees_of_freedom"]) == pytest.approx(23)
+    assert row["seeds_for_0.05"] == ""
+    (mean, _) = read_csv(report, "figures")
+    assert mean["std_over_seeds"] == ""
+
+
+def test_missing_runs_are_named_and_left_out_pairwise(tmp_path: Path) -> None:
+    folder = SyntheticStudy({"none": 0.0, "a": 0.1, "b": 0.0, "c": 0.0}, budgets=[40]).write(tmp_path)
+    runs = folder / "runs"
+    shutil.rmtree(runs / "none" / "seed-0")
+    (runs / "a" / "seed-1" / "run.json").unlink()
+    (runs / "a" / "seed-2" / "run.json").write_text(json.dumps({"state": "failed"}))
+    for seed in (1, 2, 3):
+        (runs / "c" / f"seed-{seed}" / "run.json").unlink()
+    report = write_report(folder)
+    assert {row["variant"]: row["seeds"] for row in read_csv(report)} == {"a": "1", "b": "3"}
+    text = report.read_text()
+    for line in ("| none | 0 | missing |", "| a | 1 | unfinished |", "| a | 2 | failed |"):
+        assert line in text
+    assert "6 of 16 runs have not finished" in text
+    assert "Not compared, since no finished run shares a seed with the baseline: c." in text
+
+
+# -- what cannot be compared ------------------------------------------------------------------------------------------
+
+
+def _rewrite(folder: Path, change: Callable[[dict[str, object]], object], lines: slice = slice(None)) -> None:
+    path = evaluation(folder, "a", 1, 40) / "toy-0.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[lines]:
+        change(row)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _only(folder: Path, *kept: str) -> None:
+    for path in folder.glob("runs/*/*/run.json"):
+        if path.parts[-3] not in kept:
+            path.unlink()
+
+
+def _truncate(folder: Path, lines: int, cut: int = 0) -> None:
+    path = evaluation(folder, "a", 1, 40) / "toy-0.jsonl"
+    content = b"".join(path.read_bytes().splitlines(keepends=True)[:lines])
+    path.write_bytes(content[: len(content) - cut])
+
+
+BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
+    "no study": (lambda f: (f / "study.yaml").unlink(), "study.yaml does not exist"),
+    "no keys": (lambda f: (f / "study.yaml").write_text("- 1"), "holds no keys"),
+    "no yaml": (lambda f: (f / "study.yaml").write_text("a: [\x00"), "cannot be read"),
+    "no seeds": (lambda f: (f / "study.yaml").write_text("{name: x, variants: [{name: a}], baseline: a}"), "seeds is"),
+    "no lines": (lambda f: shutil.rmtree(f / "runs/a/seed-1/evaluations"), "seed-1/.* has no sample lines"),
+    "other problems": (
+        lambda f: _rewrite(f, lambda row: row.update(problem="another"), slice(4)),
+        "benchmark 'toy' has other problems in .*a/seed-1.* than in .*none/seed-0.*: 1 differ, among them 'p0'",
+    ),
+    "other ids": (lambda f: _rewrite(f, lambda row: row.update(id="q9"), slice(4)), "2 differ, among them 'p0', 'q9'"),
+    "another benchmark": (
+        lambda f: _rewrite(f, lambda row: row.update(benchmark="new")),
+        "benchmark 'new' is in .*a/seed-1.* and not in .*none/seed-0",
+    ),
+    "a benchmark lacks": (
+        lambda f: write_samples(evaluation(f, "none", 0, 40), "extra", np.ones((2, 4), bool)),
+        "benchmark 'extra' is in .*none/seed-0.* and not in .*none/seed-1",
+    ),
+    "unequal samples": (lambda f: _truncate(f, 47), "has 4 samples of problem 'p0' and 3 of 'p11'"),
+    "half a line": (lambda f: _truncate(f, 48, cut=5), "line 48 is no whole sample line"),
+    "other samples": (
+        lambda f: write_samples(evaluation(f, "a", 1, 40), "toy", np.ones((12, 5), bool)),
+        "has 5 samples of each problem in .*a/seed-1.* and 4 in",
+    ),
+    "no verdict": (lambda f: _rewrite(f, lambda row: row.update(correct=None)), "without a verdict"),
+    "no baseline": (lambda f: _only(f, "a"), "no run of the baseline 'none' has finished"),
+    "baseline alone": (lambda f: _only(f, "none"), "no variant has finished with a seed that"),
+    "nothing": (_only, "none of its 4 runs has finished"),
+    "broken record": (lambda f: (f / "runs/a/seed-1/run.json").write_text("{"), "run.json cannot be read"),
+    "baseline unknown": (
+        lambda f: (f / "study.yaml").write_text(
+            (f / "study.yaml").read_text().replace("baseline: none", "baseline: x")
+        ),
+        "baseline 'x' is no variant",
+    ),
+    "path": (
+        lambda f: (f / "study.yaml").write_text((f / "study.yaml").read_text().replace("name: a", "name: ../a")),
+        "is no name for a folder",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_what_cannot_be_compared_is_said_in_one_line(case: str, tmp_path: Path) -> None:
+    study = SyntheticStudy({"none": 0.0, "a": 0.0}, [0, 1], [40], {"toy": 12}, num_samples=4)
+    folder = study.write(tmp_path)
+    load_results(folder)
+    change, message = BROKEN[case]
+    change(folder)
+    with pytest.raises(UsageError, match=message) as raised:
+        write_report(folder)
+    assert "\n" not in str(raised.value)
+    assert not (folder / "report").exists()
+
+
+def test_a_problem_that_two_processes_had_counts_once(tmp_path: Path) -> None:
+    study = SyntheticStudy({"none": 0.0, "a": 0.0}, [0], [40], {"toy": 12}, num_samples=4)
+    folder = study.write(tmp_path)
+    before = load_results(folder).counts["a", 0, 40, "toy"]
+    write_samples(evaluation(folder, "a", 0, 40), "toy", np.ones((3, 4), bool), rank=1)
+    np.testing.assert_array_equal(load_results(folder).counts["a", 0, 40, "toy"], before)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    folder = SyntheticStudy({"none": 0.0, "a": 0.0}, [0], [40], {"toy": 4}).write(tmp_path)
+    (folder / "report").write_text("in the way")
+    with pytest.raises(UsageError, match="report cannot be written"):
+        write_report(folder)
