@@ -1,14 +1,17 @@
-"""torch.compile for the pass that scores."""
+"""torch.compile for the layers of a model, where they score."""
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opdlab.errors import UsageError
 
 _BACKEND = "inductor"
+# Arguments of a layer that are given where it decodes with a cache.
+_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 
 def require_compiler(path: str) -> None:
@@ -34,17 +37,29 @@ def require_compiler(path: str) -> None:
         ) from error
 
 
-def compiled(model: nn.Module) -> Callable[..., Any]:
-    """The model's forward, compiled at its first call, for any number and length of rows.
+def compile_layers(model: PreTrainedModel) -> None:
+    """Have every layer compiled at its first call without a cache, for any number and length of rows.
 
-    It is no module, so that whoever holds it has no second set of parameters.
+    Layers are alike, so the code of one serves them all, and compiling takes a fraction of the time that the whole
+    model takes. With a cache, where shapes change with every token, a layer runs as it is. A copy of the model is not
+    compiled, because torch leaves compiled code out of copies.
 
     Args:
-        model: keeps its own forward as it is: sampling with a cache would have to be compiled again and again.
+        model: changed in place; what is compiled already is left alone.
     """
+    layers = [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in layers or [model.base_model]:
+        if layer._compiled_call_impl is None:
+            layer.compile(dynamic=True, backend=_BACKEND)
+            layer._compiled_call_impl = _unless_decoding(layer, layer._compiled_call_impl)
 
-    def forward(**inputs: Any) -> Any:
-        return model(**inputs)
 
-    run: Callable[..., Any] = torch.compile(forward, dynamic=True, backend=_BACKEND)
-    return run
+def _unless_decoding(layer: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
+    plain = layer._call_impl
+
+    # The arguments decide and nothing outside, since checkpointed layers are called again in the backward pass.
+    def call(*inputs: Any, **options: Any) -> Any:
+        decoding = options.get("use_cache") or any(options.get(name) is not None for name in _CACHES)
+        return (plain if decoding else compiled)(*inputs, **options)
+
+    return call

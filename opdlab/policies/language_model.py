@@ -1,7 +1,7 @@
 """A Hugging Face causal language model, and the one path by which its log-probabilities are taken."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from opdlab.policies.adapters import (
     put_back_frozen,
     take_off_adapter,
 )
-from opdlab.policies.compiling import compiled, require_compiler
+from opdlab.policies.compiling import compile_layers, require_compiler
 from opdlab.policies.heads import check_head, head_of, output_layer
 from opdlab.policies.lengths import length_groups, length_packs
 from opdlab.policies.loading import (
@@ -33,7 +33,7 @@ from opdlab.policies.loading import (
     resolve,
     stop_tokens_of,
 )
-from opdlab.policies.passes import FedRows, attention_may_pack, keeps_packed_rows_apart
+from opdlab.policies.passes import FedRows, attention_may_pack, keeps_packed_rows_apart, last_hidden_state
 from opdlab.rollouts.batch import Rollouts
 from opdlab.scoring import Head, TokenStatistics, token_statistics
 
@@ -85,8 +85,8 @@ class LanguageModel(nn.Module):
         adapter: train a low-rank adapter on frozen weights. Needs the extra ``peft``.
         quantization: keep the weights in ``4bit`` (NF4) or ``8bit``: for models that are not trained, on a GPU. Needs
             the extra ``bitsandbytes``.
-        compile: compile the pass that scores, not sampling, with torch.compile: about a minute or more at the first
-            steps, and less time for each thereafter. Needs a C++ compiler.
+        compile: compile the layers with torch.compile where they score, not where they sample: takes about half a
+            minute at the first steps, and some time off each step. Needs a C++ compiler.
 
     Raises:
         UsageError: the folder is missing or incomplete, a package or a compiler is missing, the tokenizer has no
@@ -132,7 +132,6 @@ class LanguageModel(nn.Module):
         """See :class:`opdlab.scoring.Head`; for whoever knows that nothing hooks into the head's gradient."""
         self._packing: tuple[tuple[torch.device, str], bool] | None = None
         self._compile = compile
-        self._compiled: Callable[..., Any] | None = None
         self.register_state_dict_post_hook(keep_adapter_only)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(put_back_frozen)  # type: ignore[no-untyped-call]
         self.stop_tokens = stop_tokens_of(self.model, self.tokenizer, self.path)
@@ -186,7 +185,7 @@ class LanguageModel(nn.Module):
         """
         plain = copy.deepcopy(self, {} if merge else self._shared())
         take_off_adapter(plain.model, merge)
-        plain.frozen_keys = frozenset()
+        plain.frozen_keys, plain._compile = frozenset(), False
         return plain.requires_grad_(False).eval()
 
     def _shared(self) -> dict[int, Any]:
@@ -215,6 +214,8 @@ class LanguageModel(nn.Module):
         Args:
             rollouts: on this model's device. Gradients flow unless switched off outside.
         """
+        if self._compile:
+            compile_layers(self.model)
         rows = FedRows(rollouts)
         packed = self._packs()
         groups = self._groups(rows.lengths, packed)
@@ -238,7 +239,7 @@ class LanguageModel(nn.Module):
             return False
         place = (self.device, self.model.config._attn_implementation)
         if self._packing is None or self._packing[0] != place:
-            self._packing = place, keeps_packed_rows_apart(self.model, self._hidden_states)
+            self._packing = place, keeps_packed_rows_apart(self.model)
         return self._packing[1]
 
     @torch.no_grad()
@@ -297,15 +298,4 @@ class LanguageModel(nn.Module):
         self.model.train()
 
     def _hidden_states(self, tokens: Tensor, attention: Mapping[str, Any]) -> Tensor:
-        if self._compile and self._compiled is None:
-            self._compiled = compiled(self.model.base_model)
-        forward = self._compiled or self.model.base_model
-        hidden: Tensor = forward(input_ids=tokens, use_cache=False, **attention).last_hidden_state
-        return hidden
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Compiled code belongs to the weights it was made for; a copy makes its own when it first scores.
-        return {
-            **super().__getstate__(),  # type: ignore[no-untyped-call]
-            "_compiled": None,
-        }
+        return last_hidden_state(self.model.base_model, tokens, attention)

@@ -6,6 +6,7 @@ Shapes: B rollouts, N valid response positions, H hidden size; R x W tokens of a
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,12 @@ _COMPARED = (7, 5, 9)
 _ROUNDING, _NARROW_ROUNDING = 1e-3, 5e-2
 # Share of it that a state may change by where only what stands before it does: shapes, and thus rounding, are the same.
 _LEAK = 1e-2
+
+
+def last_hidden_state(model: Callable[..., Any], tokens: Tensor, attention: Mapping[str, Any]) -> Tensor:
+    """What the model below the head makes of the tokens: [R, W] -> [R, W, H]."""
+    hidden: Tensor = model(input_ids=tokens, use_cache=False, **attention).last_hidden_state
+    return hidden
 
 
 @dataclass(frozen=True)
@@ -179,7 +186,7 @@ def attention_may_pack(model: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def keeps_packed_rows_apart(model: PreTrainedModel, forward: Forward) -> bool:
+def keeps_packed_rows_apart(model: PreTrainedModel) -> bool:
     """Compare rows that stand end to end with separate ones on a few short sequences.
 
     Recurrent and convolutional layers carry on from one row into the next, and other layers may know nothing of where
@@ -188,8 +195,8 @@ def keeps_packed_rows_apart(model: PreTrainedModel, forward: Forward) -> bool:
 
     Args:
         model: on the device that it is to run on.
-        forward: runs it.
     """
+    forward = partial(last_hidden_state, model.base_model)
     device, size = model.device, model.config.get_text_config().vocab_size
     row = torch.arange(sum(_COMPARED), device=device)
     one, other = (row % size)[None], ((row + (row < _COMPARED[0]) * (size // 2)) % size)[None]
