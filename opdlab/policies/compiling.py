@@ -51,11 +51,12 @@ def compile_layers(model: PreTrainedModel) -> None:
     for layer in layers or [model.base_model]:
         if layer._compiled_call_impl is None:
             layer.compile(dynamic=True, backend=_BACKEND)
-            layer._compiled_call_impl = _unless_decoding(layer, layer._compiled_call_impl)
+            layer._compiled_call_impl = _unless_decoding(layer)
 
 
-def _unless_decoding(layer: nn.Module, compiled: Callable[..., Any]) -> Callable[..., Any]:
-    plain = layer._call_impl
+def _unless_decoding(layer: nn.Module) -> Callable[..., Any]:
+    plain: Callable[..., Any] = layer._call_impl
+    compiled: Any = layer._compiled_call_impl
 
     # The arguments decide and nothing outside, since checkpointed layers are called again in the backward pass.
     def call(*inputs: Any, **options: Any) -> Any:
