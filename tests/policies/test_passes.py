@@ -397,6 +397,31 @@ def test_a_model_that_ignores_where_rows_begin_is_found_out(folders: dict[str, s
         assert not keeps_packed_rows_apart(model)
 
 
+def test_wrong_positions_are_found_out_though_nothing_leaks(folders: dict[str, str]) -> None:
+    model = LanguageModel(folders["gpt2"]).model  # adds an embedding of the position
+    forward = model.base_model.forward
+
+    def shifted(position_ids: Any = None, **inputs: Any) -> Any:
+        return forward(position_ids=None if position_ids is None else position_ids + 3, **inputs)
+
+    model.base_model.forward = shifted
+    assert not keeps_packed_rows_apart(model)
+
+
+def test_a_leak_no_larger_than_rounding_is_found_out(folders: dict[str, str]) -> None:
+    model = LanguageModel(folders["qwen3"]).model.bfloat16()
+    forward = model.base_model.forward
+
+    def leaking(position_ids: Any = None, **inputs: Any) -> Any:
+        output = forward(position_ids=position_ids, **inputs)
+        if position_ids is not None:
+            output.last_hidden_state = output.last_hidden_state + 0.01 * output.last_hidden_state.roll(1, 1)
+        return output
+
+    model.base_model.forward = leaking
+    assert not keeps_packed_rows_apart(model)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_packed_rows_are_recognised_in_narrow_types(folders: dict[str, str], dtype: torch.dtype) -> None:
     for kind in EXACT:
