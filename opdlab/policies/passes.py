@@ -23,10 +23,10 @@ Forward = Callable[[Tensor, Mapping[str, Any]], Tensor]
 
 # Sequences that the comparison packs: tokens of each. Short ones suffice, since what leaks does so at the seam.
 _COMPARED = (7, 5, 9)
-# Relative error of a state in float32 and in narrower types: packed and separate rows round differently, since they are
-# multiplied in other shapes.
+# Mean relative error of the states in float32 and in narrower types: packed and separate rows round differently, since
+# they are multiplied in other shapes. In bfloat16 it is about 0.01, at single tokens 0.2; rows that mix have 0.4.
 _ROUNDING, _NARROW_ROUNDING = 1e-3, 5e-2
-# Share of it that a state may change by where only what stands before it does: shapes, and thus rounding, are the same.
+# Share of it that any state may change by where only what stands before it does: shapes, and so rounding, are the same.
 _LEAK = 1e-2
 
 
@@ -198,8 +198,9 @@ def keeps_packed_rows_apart(model: PreTrainedModel) -> bool:
     """
     forward = partial(last_hidden_state, model.base_model)
     device, size = model.device, model.config.get_text_config().vocab_size
-    row = torch.arange(sum(_COMPARED), device=device)
-    one, other = (row % size)[None], ((row + (row < _COMPARED[0]) * (size // 2)) % size)[None]
+    place = torch.arange(sum(_COMPARED), device=device)
+    tokens = place * max(1, size // len(place))  # from all over the vocabulary: the first ones are often hardly trained
+    one, other = (tokens % size)[None], ((tokens + (place < _COMPARED[0]) * (size // 2)) % size)[None]
     attention = packed_attention(_COMPARED, device)
     separate = torch.cat([forward(part, {}) for part in one.split(_COMPARED, dim=1)], dim=1)
     try:
@@ -209,11 +210,13 @@ def keeps_packed_rows_apart(model: PreTrainedModel) -> bool:
     narrow = packed.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(device.type)
     tolerance = _NARROW_ROUNDING if narrow else _ROUNDING
     behind = slice(_COMPARED[0], None)
-    leaked = _differ(changed[:, behind], packed[:, behind])
-    return _differ(packed, separate) <= tolerance and leaked <= _LEAK * tolerance
+    leaked = _errors(changed[:, behind], packed[:, behind])
+    return float(_errors(packed, separate).mean()) <= tolerance and float(leaked.max()) <= _LEAK * tolerance
 
 
-def _differ(ours: Tensor, theirs: Tensor) -> float:
-    """Largest relative error of a position's state; what is no number is infinitely wrong."""
-    error = (ours - theirs).float().norm(dim=-1) / theirs.float().norm(dim=-1).clamp(min=1e-30)
-    return float(error.nan_to_num(torch.inf).max())
+def _errors(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Relative error of each position's state; what is no number is infinitely wrong."""
+    size = theirs.float().norm(dim=-1)
+    # The state of a padding token may be zeros.
+    error = (ours - theirs).float().norm(dim=-1) / size.clamp(min=0.1 * float(size.mean()))
+    return error.nan_to_num(torch.inf)

@@ -415,7 +415,8 @@ def test_a_leak_no_larger_than_rounding_is_found_out(folders: dict[str, str]) ->
     def leaking(position_ids: Any = None, **inputs: Any) -> Any:
         output = forward(position_ids=position_ids, **inputs)
         if position_ids is not None:
-            output.last_hidden_state = output.last_hidden_state + 0.01 * output.last_hidden_state.roll(1, 1)
+            hidden = output.last_hidden_state
+            output.last_hidden_state = torch.cat([hidden[:, :1], hidden[:, 1:] + 0.01 * hidden[:, :-1]], dim=1)
         return output
 
     model.base_model.forward = leaking
