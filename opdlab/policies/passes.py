@@ -218,5 +218,5 @@ def _errors(ours: Tensor, theirs: Tensor) -> Tensor:
     """Relative error of each position's state; what is no number is infinitely wrong."""
     size = theirs.float().norm(dim=-1)
     # The state of a padding token may be zeros.
-    error = (ours - theirs).float().norm(dim=-1) / size.clamp(min=0.1 * float(size.mean()))
+    error: Tensor = (ours - theirs).float().norm(dim=-1) / size.clamp(min=0.1 * float(size.mean()))
     return error.nan_to_num(torch.inf)
