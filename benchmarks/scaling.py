@@ -43,47 +43,70 @@ SWEEPS: dict[str, list[Size]] = {
 }
 
 
-def measure(size: Size) -> dict[str, float]:
-    """Seconds and bytes of one update; this is the child."""
-    import torch
-    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+class Updates:
+    """A student with random weights, and what a training step does with it.
 
-    from opdlab.accumulation import gate_inputs
-    from opdlab.gating import build_gate
-    from opdlab.objectives import TeacherTopK, loss_shares, reduce_losses
-    from opdlab.policies import LanguageModel
-    from opdlab.rollouts import Rollouts, Targets
+    Args:
+        size: of the largest update.
+    """
 
-    torch.manual_seed(0)
-    config = Qwen3Config.from_pretrained(TOY_MODELS / "student")
-    config.vocab_size, config.max_position_embeddings = size.vocabulary, 2 * size.length
-    with tempfile.TemporaryDirectory() as folder:
-        Qwen3ForCausalLM(config).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(TOY_MODELS / "student").save_pretrained(folder)
-        student = LanguageModel(folder)
-    student.accumulate_head_grad = True
-    objective, gate = TeacherTopK(size.k), build_gate("block64", tau=1.0)
+    def __init__(self, size: Size) -> None:
+        import torch
+        from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-    def update(batch: int, length: int) -> None:
+        from opdlab.gating import build_gate
+        from opdlab.objectives import TeacherTopK
+        from opdlab.policies import LanguageModel
+
+        torch.manual_seed(0)
+        config = Qwen3Config.from_pretrained(TOY_MODELS / "student")
+        config.vocab_size, config.max_position_embeddings = size.vocabulary, 2 * size.length
+        with tempfile.TemporaryDirectory() as folder:
+            Qwen3ForCausalLM(config).save_pretrained(folder)
+            AutoTokenizer.from_pretrained(TOY_MODELS / "student").save_pretrained(folder)
+            self.student = LanguageModel(folder)
+        self.student.accumulate_head_grad = True
+        self._size, self._objective, self._gate = size, TeacherTopK(size.k), build_gate("block64", tau=1.0)
+
+    def run(self, batch: int, length: int, lengths: Any = None) -> dict[str, float]:
+        """Seconds and bytes of one update.
+
+        Args:
+            batch: rollouts.
+            length: response tokens of the longest.
+            lengths: of each, [batch]; all alike by default.
+        """
+        import torch
+
+        from opdlab.accumulation import gate_inputs
+        from opdlab.objectives import loss_shares, reduce_losses
+        from opdlab.rollouts import Rollouts, Targets
+
+        vocabulary, k = self._size.vocabulary, self._size.k
         mask, ids = torch.ones(batch, length, dtype=torch.bool), torch.zeros(batch, dtype=torch.long)
+        if lengths is not None:
+            mask = torch.arange(length) < lengths[:, None]
         prompt = torch.zeros(batch, 32, dtype=torch.long)
-        tokens = torch.randint(0, size.vocabulary, (batch, length))
-        logprobs = torch.full((batch, length), -math.log(size.vocabulary))
+        tokens = torch.randint(0, vocabulary, (batch, length))
+        logprobs = torch.full((batch, length), -math.log(vocabulary))
         rollouts = Rollouts(prompt, prompt == 0, tokens, mask, logprobs, *5 * (ids,))
-        support = torch.randint(0, size.vocabulary, (batch, length, size.k), dtype=torch.int32)
-        targets = Targets(logprobs, support, torch.randn(batch, length, size.k), torch.ones(batch, length))
+        support = torch.randint(0, vocabulary, (batch, length, k), dtype=torch.int32)
+        targets = Targets(logprobs, support, torch.randn(batch, length, k), torch.ones(batch, length))
         peak = PeakMemory()
         started = time.perf_counter()
-        positions = objective.position_losses(student.score(rollouts), rollouts, targets)
-        weights = gate(gate_inputs(rollouts, targets, positions)).weights
-        shares = loss_shares(mask, reduction="token_mean", num_tokens=batch * length, num_rollouts=batch)
+        positions = self._objective.position_losses(self.student.score(rollouts), rollouts, targets)
+        weights = self._gate(gate_inputs(rollouts, targets, positions)).weights
+        counts = {"num_tokens": float(mask.sum()), "num_rollouts": float(batch)}
+        shares = loss_shares(mask, reduction="token_mean", **counts)
         reduce_losses(positions.losses, weights, shares).backward()
-        measured.update(seconds=time.perf_counter() - started, bytes=peak.extra_bytes())
+        return {"seconds": time.perf_counter() - started, "bytes": peak.extra_bytes()}
 
-    measured: dict[str, float] = {}
-    update(1, 16)  # threads, and the buffers of gradients
-    update(size.batch, size.length)
-    return measured
+
+def measure(size: Size) -> dict[str, float]:
+    """Seconds and bytes of one update; this is the child."""
+    updates = Updates(size)
+    updates.run(1, 16)  # threads, and the buffers of gradients
+    return updates.run(size.batch, size.length)
 
 
 def main() -> int:

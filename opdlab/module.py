@@ -86,6 +86,11 @@ class OPDModule(EvaluationModule):
         behavior: see :class:`BehaviorConfig`.
         mask_first: tokens whose first occurrence in each response is left out of the loss, such as ``<think>``; each
             must be a single token.
+        max_tokens_per_microbatch: tokens, prompts and padding included, that go through the student in one pass with
+            their activations kept; null for no bound. A batch with more is taken in several passes, all but the last
+            of which are computed again in the backward pass: about a third more time, and the activations of one pass
+            at a time. Loss and gradient are those of the whole batch. A longer row goes alone. The snapshot's scoring
+            is bounded too. Not where weights are sharded.
         optimizer: takes the student's trainable parameters.
         lr_scheduler: stepped after every optimizer step; none by default.
 
@@ -106,6 +111,7 @@ class OPDModule(EvaluationModule):
         reduction: Reduction = "token_mean",
         behavior: BehaviorConfig = BehaviorConfig(),
         mask_first: Sequence[str] = (),
+        max_tokens_per_microbatch: int | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -120,7 +126,13 @@ class OPDModule(EvaluationModule):
             reduction in get_args(Reduction),
             f"model.reduction is '{reduction}', but must be one of {', '.join(get_args(Reduction))}",
         )
+        require(
+            max_tokens_per_microbatch is None or max_tokens_per_microbatch >= 1,
+            f"model.max_tokens_per_microbatch is {max_tokens_per_microbatch}, but must be at least 1: use null for no "
+            "bound",
+        )
         self.student = student
+        self.student.max_tokens = max_tokens_per_microbatch  # before the snapshot is made, which has it too
         # Not a submodule: it is frozen, must not enter checkpoints, and is no business of the strategy's wrapping.
         self.__dict__["teacher"] = teacher
         self.behavior = BehaviorPolicy(student, sampling, behavior.dtype, behavior.score_batch_size)
@@ -171,6 +183,12 @@ class OPDModule(EvaluationModule):
         )
         # A sharded model gathers its weights in every pass, of which all processes must take as many.
         self.student.group_lengths = self._whole_weights
+        require(
+            self._whole_weights or self.student.max_tokens is None,
+            f"model.max_tokens_per_microbatch is {self.student.max_tokens}, but with trainer.strategy "
+            f"{type(self.trainer.strategy).__name__} all processes must take as many passes: use null and raise "
+            "trainer.accumulate_grad_batches instead, or take the strategy ddp",
+        )
         # Other strategies hook into gradients to reduce or shard them.
         self.student.accumulate_head_grad = isinstance(self.trainer.strategy, SingleDeviceStrategy)
 

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from opdlab.accumulation import join_gate_inputs, split_gates
 from opdlab.data.prompts import prompt_set
@@ -277,6 +278,49 @@ def test_a_non_finite_loss_stops_the_run_and_leaves_the_batch(make_run: MakeRun,
 def test_support_larger_than_the_vocabulary_is_refused() -> None:
     with pytest.raises(UsageError, match="objective.k is 99, but the vocabulary has only 38"):
         OPDModule(LanguageModel(STUDENT), LocalTeacher(TEACHER), TeacherTopK(k=99), build_gate("none"))
+
+
+@pytest.mark.parametrize("budget", [0, -1])
+def test_a_bound_on_tokens_below_one_is_refused(make_run: MakeRun, budget: int) -> None:
+    words = f"model.max_tokens_per_microbatch is {budget}, but must be at least 1: use null for no bound"
+    with pytest.raises(UsageError, match=words):
+        make_run(max_tokens_per_microbatch=budget)
+
+
+def test_a_bound_on_tokens_is_refused_where_weights_are_sharded(make_run: MakeRun) -> None:
+    run = make_run(max_tokens_per_microbatch=100)
+    run.module.trainer = pl.Trainer(**{**run.trainer_options, "strategy": ModelParallelStrategy()})
+    with pytest.raises(UsageError, match="max_tokens_per_microbatch is 100, but with .* ModelParallelStrategy"):
+        run.module.setup("fit")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("objective", [TeacherTopK(k=8), SampledTokenOPD()], ids=["lsm", "sampled"])
+def test_a_bound_on_tokens_changes_no_step(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, objective: Objective, accumulate: int
+) -> None:
+    passes: list[int] = []
+    forward = LanguageModel._hidden_states
+
+    def counted(model: LanguageModel, tokens: torch.Tensor, attention: Any) -> torch.Tensor:
+        passes.append(tokens.numel())
+        return forward(model, tokens, attention)
+
+    monkeypatch.setattr(LanguageModel, "_hidden_states", counted)
+
+    def run(budget: int | None) -> tuple[list[float], torch.Tensor, int]:
+        passes.clear()
+        run = make_run(objective=objective, accumulate=accumulate, max_tokens_per_microbatch=budget)
+        run.fit(4)
+        assert run.module.behavior.policy.max_tokens == budget
+        weights = torch.cat([p.detach().flatten() for p in run.module.student.parameters()])
+        return run.recorder.losses, weights, len(passes)
+
+    whole, parts = run(None), run(150)
+    assert max(passes) > 150  # of the teacher, which has its batch_size
+    assert parts[2] > 2 * whole[2]
+    assert parts[0] == pytest.approx(whole[0], rel=1e-4)
+    torch.testing.assert_close(parts[1], whole[1], rtol=0, atol=1e-4)
 
 
 def test_too_few_samples_for_pass_at_k_are_refused() -> None:

@@ -1,7 +1,7 @@
 """A Hugging Face causal language model, and the one path by which its log-probabilities are taken."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,8 +22,9 @@ from opdlab.policies.adapters import (
     save_adapter,
     take_off_adapter,
 )
+from opdlab.policies.compiling import compile_layers, require_compiler
 from opdlab.policies.heads import check_head, head_of, output_layer
-from opdlab.policies.lengths import length_groups
+from opdlab.policies.lengths import length_groups, length_packs
 from opdlab.policies.loading import (
     DType,
     ModelSource,
@@ -34,6 +35,7 @@ from opdlab.policies.loading import (
     resolve,
     stop_tokens_of,
 )
+from opdlab.policies.passes import FedRows, attention_may_pack, keeps_packed_rows_apart, last_hidden_state
 from opdlab.rollouts.batch import Rollouts
 from opdlab.scoring import Head, TokenStatistics, token_statistics
 
@@ -82,16 +84,22 @@ class LanguageModel(nn.Module):
         revision: branch, tag or commit on the hub.
         trust_remote_code: run Python code that comes with the model. Leave it off unless you trust its author.
         attn_implementation: transformers' attention kernel: ``sdpa`` (its default), ``eager``, ``flash_attention_2``, …
+            With flash attention and ``flex_attention`` rows are scored end to end, without padding, if the model
+            keeps them apart; elsewhere rows of similar length go together.
         gradient_checkpointing: compute each layer's activations again in the backward pass instead of keeping them:
-            less memory, about a third more time for a training step. Sampling is as before.
+            less memory, about a third more time for a training step. Where ``max_tokens_per_microbatch`` has whole
+            passes computed again, these run forward three times instead of once: two thirds more time, and of one
+            such pass only the layers' inputs are in memory. Sampling is as before.
         gguf_file: name of a GGUF file in ``path``, which is unpacked to ``dtype``. Needs the extra ``gguf``.
         adapter: train a low-rank adapter on frozen weights. Needs the extra ``peft``.
         quantization: keep the weights in ``4bit`` (NF4) or ``8bit``: for models that are not trained, on a GPU. Needs
             the extra ``bitsandbytes``.
+        compile: compile the layers with torch.compile where they score, not where they sample: takes about half a
+            minute at the first steps, and some time off each step. Needs a C++ compiler.
 
     Raises:
-        UsageError: the folder is missing or incomplete, a package is missing, the tokenizer has no stop token, or the
-            model's head does something that opdlab does not know.
+        UsageError: the folder is missing or incomplete, a package or a compiler is missing, the tokenizer has no
+            stop token, or the model's head does something that opdlab does not know.
 
     Example:
         >>> model = LanguageModel("package://opdlab.tasks.toy/models/student")
@@ -110,8 +118,11 @@ class LanguageModel(nn.Module):
         gguf_file: str | None = None,
         adapter: AdapterConfig | None = None,
         quantization: Quantization | None = None,
+        compile: bool = False,
     ) -> None:
         super().__init__()
+        if compile:
+            require_compiler(str(path))
         self.path, self.quantization = str(path), quantization
         source = ModelSource(
             self.path, dtype, revision, trust_remote_code, attn_implementation, gguf_file, quantization
@@ -122,8 +133,14 @@ class LanguageModel(nn.Module):
         self.frozen_keys = frozenset(name for name, parameter in named if not parameter.requires_grad)
         self.group_lengths = True
         """Whether rows of similar length go through the model together: not where other processes must keep step."""
+        self.max_tokens: int | None = None
+        """Tokens, padding included, that go through the model at once, activations kept; None for no bound.
+
+        Not where other processes must keep step: theirs would be in another number of passes."""
         self.accumulate_head_grad = False
         """See :class:`opdlab.scoring.Head`; for whoever knows that nothing hooks into the head's gradient."""
+        self._packing: tuple[tuple[torch.device, str], bool] | None = None
+        self._compile = compile
         self.register_state_dict_post_hook(keep_adapter_only)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(put_back_frozen)  # type: ignore[no-untyped-call]
         self.stop_tokens = stop_tokens_of(self.model, self.tokenizer, self.path)
@@ -177,7 +194,7 @@ class LanguageModel(nn.Module):
         """
         plain = copy.deepcopy(self, {} if merge else self._shared())
         take_off_adapter(plain.model, merge)
-        plain.frozen_keys = frozenset()
+        plain.frozen_keys, plain._compile = frozenset(), False
         return plain.requires_grad_(False).eval()
 
     def _shared(self) -> dict[int, Any]:
@@ -206,31 +223,33 @@ class LanguageModel(nn.Module):
         Args:
             rollouts: on this model's device. Gradients flow unless switched off outside.
         """
-        # Every row is moved to column 0, so that padding follows it. Causal attention then needs no mask, which is
-        # faster, and lets torch take the kernels that accept none.
-        valid = rollouts.mask.bool()
-        padding = (~rollouts.prompt_mask.bool()).sum(1)
-        first = rollouts.prompt_tokens.shape[1] - padding - 1  # place of the state that scores the first token
-        last = (valid * torch.arange(1, valid.shape[1] + 1, device=valid.device)).amax(1)
-        lengths = torch.where(last > 0, first + last, 0).tolist()  # what has to be fed; one look for the whole batch
-        tokens = torch.cat([rollouts.prompt_tokens, rollouts.tokens], dim=1)
-        states, places = [], []
-        for group in self._groups(lengths):
-            rows = torch.tensor(group, device=tokens.device)
-            width = max(1, *(lengths[row] for row in group))
-            columns = torch.arange(width, device=tokens.device) + padding[rows, None]
-            hidden = self._hidden_states(tokens[rows].gather(1, columns.clamp(max=tokens.shape[1] - 1)))
-            row, position = valid[rows].nonzero(as_tuple=True)
-            states.append(hidden[row, first[rows[row]] + position])
-            places.append(rows[row] * valid.shape[1] + position)
+        if self._compile:
+            compile_layers(self.model)
+        rows = FedRows(rollouts)
+        packed = self._packs()
+        groups = self._groups(rows.lengths, packed)
+        if not groups:  # nothing is valid; a pass all the same, as other processes have one
+            groups, packed = [list(range(len(rollouts)))], False
+        hidden = rows.states(self._hidden_states, groups, packed, self.max_tokens)
         head = replace(self.head(rollouts.temperature), accumulate_grad=self.accumulate_head_grad)
-        # In row-major order again; within a group they are.
-        ordered = states[0] if len(states) == 1 else torch.cat(states)[torch.cat(places).argsort()]
-        return Scored(ordered, head, valid, rollouts.tokens[valid])
+        valid = rollouts.mask.bool()
+        return Scored(hidden, head, valid, rollouts.tokens[valid])
 
-    def _groups(self, lengths: list[int]) -> list[list[int]]:
-        groups = [sorted(group) for group in length_groups(lengths)] if self.group_lengths else []
-        return groups or [list(range(len(lengths)))]
+    def _groups(self, lengths: list[int], packed: bool) -> list[list[int]]:
+        if packed:
+            return length_packs(lengths, self.max_tokens)
+        if self.group_lengths:
+            return length_groups(lengths, max_tokens=self.max_tokens)
+        return [list(range(len(lengths)))]
+
+    def _packs(self) -> bool:
+        """Whether rows may stand end to end; found out once for each device and attention kernel."""
+        if not attention_may_pack(self.model):
+            return False
+        place = (self.device, self.model.config._attn_implementation)
+        if self._packing is None or self._packing[0] != place:
+            self._packing = place, keeps_packed_rows_apart(self.model)
+        return self._packing[1]
 
     @torch.no_grad()
     def score_in_chunks(self, rollouts: Rollouts, batch_size: int) -> Iterator[tuple[Tensor, Scored]]:
@@ -289,6 +308,5 @@ class LanguageModel(nn.Module):
         # Dropout is off, so train mode changes nothing else.
         self.model.train()
 
-    def _hidden_states(self, tokens: Tensor) -> Tensor:
-        hidden: Tensor = self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        return hidden
+    def _hidden_states(self, tokens: Tensor, attention: Mapping[str, Any]) -> Tensor:
+        return last_hidden_state(self.model.base_model, tokens, attention)

@@ -48,9 +48,9 @@ def test_scores_in_groups_of_similar_length(qwen3: Path, monkeypatch: pytest.Mon
     passes: list[tuple[int, ...]] = []
     forward = model._hidden_states
 
-    def counted(tokens: Tensor) -> Tensor:
+    def counted(tokens: Tensor, attention: Any) -> Tensor:
         passes.append(tuple(tokens.shape))
-        return forward(tokens)
+        return forward(tokens, attention)
 
     monkeypatch.setattr(model, "_hidden_states", counted)
 
