@@ -50,31 +50,27 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
         _put_back(module, originals)
 
 
-# Evaluations run in inference mode: what is made in it could never be written to again.
-@torch.inference_mode(False)
-@torch.no_grad()
 def _copy_to_device(module: nn.Module, device: torch.device, originals: list[tuple[Tensor, Tensor]]) -> None:
     pin_memory(module, device)
-    for tensor in _tensors(module):
-        originals.append((tensor, tensor.data))
-        tensor.data = tensor.data.to(device, non_blocking=True)
+    originals.extend((tensor, tensor.data) for tensor in _tensors(module))
+    for tensor, original in originals:
+        tensor.data = original.to(device, non_blocking=True)
 
 
+# Evaluations run in inference mode, and a tensor that is made in it stays unfit for autograd.
 @torch.inference_mode(False)
-@torch.no_grad()
 def _put_back(module: nn.Module, originals: list[tuple[Tensor, Tensor]]) -> None:
     for tensor, original in originals:
         tensor.data = original
     # Rotary embeddings whose frequencies depend on the length replace them when a longer row comes.
     known = {id(tensor) for tensor, _ in originals}
     for owner in module.modules():
-        for name, buffer in owner.named_buffers(recurse=False):
+        for name, buffer in owner.named_buffers(recurse=False, remove_duplicate=False):
             if id(buffer) not in known:
                 owner._buffers[name] = buffer.to(_HOST)
 
 
 @torch.inference_mode(False)
-@torch.no_grad()
 def pin_memory(module: nn.Module, device: torch.device) -> None:
     """Pin a module's tensors, which are on the host, where that makes copies asynchronous: with CUDA.
 

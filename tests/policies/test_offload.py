@@ -44,6 +44,8 @@ class PretendedDevice(TorchFunctionMode):
         self.sent: list[dict[str, Any]] = []
         """Arguments of each ``to``, with the storages of the original and of the copy."""
         self.pinned: list[StorageWeakRef] = []
+        self.brought_back: list[int] = []
+        """Storages of what was brought to the host by ``to``."""
         self.read_back: list[bool] = []
         """Of each ``copy_``, whether it was asynchronous."""
 
@@ -56,6 +58,9 @@ class PretendedDevice(TorchFunctionMode):
             refs = {"original": storage(args[0]), "copy": weak(copied)}
             self.sent.append({**options, **refs, "pinned": self._is_pinned(args[0])})
             return copied
+        if func is Tensor.to and len(args) > 1 and args[1] == torch.device("cpu"):
+            self.brought_back.append(storage(args[0]))
+            return args[0].clone()
         if func is Tensor.pin_memory:
             pinned_copy = args[0].clone()
             self.pinned.append(weak(pinned_copy))
@@ -119,9 +124,7 @@ def test_copies_are_used_once_each_and_dropped(tied: LanguageModel, inference: b
             assert {sent["original"] for sent in device.sent} == set(storages(tied).values())
         assert len(device.pinned) == len(distinct)  # at the first time only
     assert inside["model.lm_head.weight"] == inside["model.model.embed_tokens.weight"]
-    with torch.no_grad():  # tensors that were made in inference mode would refuse
-        for tensor in (*tied.parameters(), *tied.buffers()):
-            tensor.add_(0)
+    assert not any(tensor.is_inference() for tensor in distinct)
     assert torch.equal(logprobs(tied), expected)
 
 
@@ -164,12 +167,14 @@ def test_frequencies_that_grow_with_the_rows(tmp_path: Path) -> None:
     with PretendedDevice() as device:
         for length in (4, 32, 16, 4):  # 16 is scored with the frequencies of 32
             tokens = torch.arange(3, 3 + length)[None]
-            with on_device(offloaded, CUDA):
+            with torch.inference_mode(), on_device(offloaded, CUDA):
                 ours = offloaded.model(tokens).logits
             assert torch.equal(ours, plain.model(tokens).logits)
             if length == 32:
                 assert not torch.equal(plain.model.model.rotary_emb.inv_freq, before)
+                assert device.brought_back
         assert device.holds == 0
+        assert not any(buffer.is_inference() for buffer in offloaded.buffers())
 
 
 # -- the snapshot ------------------------------------------------------------------------------------------------------
