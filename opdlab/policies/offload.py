@@ -42,19 +42,14 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
     if device.type == "cpu" or any(parameter.device != _HOST for parameter in module.parameters()):
         yield
         return
-    originals: list[tuple[Tensor, Tensor]] = []
+    pin_memory(module, device)
+    originals = [(tensor, tensor.data) for tensor in _tensors(module)]
     try:
-        _copy_to_device(module, device, originals)
+        for tensor, original in originals:
+            tensor.data = original.to(device, non_blocking=True)
         yield
     finally:
         _put_back(module, originals)
-
-
-def _copy_to_device(module: nn.Module, device: torch.device, originals: list[tuple[Tensor, Tensor]]) -> None:
-    pin_memory(module, device)
-    originals.extend((tensor, tensor.data) for tensor in _tensors(module))
-    for tensor, original in originals:
-        tensor.data = original.to(device, non_blocking=True)
 
 
 # Evaluations run in inference mode, and a tensor that is made in it stays unfit for autograd.
