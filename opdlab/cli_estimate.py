@@ -269,6 +269,8 @@ def _scoring(result: Estimate, config: Any, models: dict[str, ModelSize], reside
         tokens = min(sizes[role] or 1, _pool_size(config)) * _length(config)
         at_once = _tokens_of_pass(config, tokens) if role == "student" else tokens
         size = inference_bytes(model.shape, at_once, model.widths) + head_bytes(model.shape, tokens, training=False)
+        if at_once < tokens:  # states of the passes before
+            size += tokens * model.shape.hidden * model.widths.weights
         result.parts[f"forward pass of {phase}"] = (size, f"{tokens:,} tokens")
         result.add_phase(phase, resident, weights, f"forward pass of {phase}")
 
