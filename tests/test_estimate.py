@@ -18,13 +18,14 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from opdlab.cli import EXIT_USAGE, main
-from opdlab.cli_estimate import DeviceMemory, Estimate, _cache, _update
+from opdlab.cli_estimate import DeviceMemory, Estimate, _cache, _scoring, _update
 from opdlab.estimate import (
     ModelSize,
     Shape,
     Widths,
     activation_bytes,
     head_bytes,
+    inference_bytes,
     kv_cache_bytes,
     model_size,
     optimizer_bytes_per_parameter,
@@ -35,6 +36,7 @@ from opdlab.policies.adapters import AdapterConfig, attach_adapter
 from opdlab.scoring import Head, token_statistics
 from tests.toy_run import STUDENT
 
+Config: Any = Namespace  # which has no types
 SHAPES = [  # hidden, intermediate, layers, heads, kv heads, head dim
     (64, 192, 2, 4, 2, 16),
     (96, 256, 3, 6, 6, 16),
@@ -70,12 +72,12 @@ def saved_bytes(model: PreTrainedModel, batch: int, length: int, autocast: bool 
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that are made inside and still alive; MemTracker takes one forward pass only."""
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.now = self.peak = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now, self.peak = 0, 0
         self._known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -215,12 +217,10 @@ def test_the_heads_working_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def update_of(model: PreTrainedModel, rows: int, length: int, bound: int | None) -> Estimate:
-    config = Namespace(
-        model=Namespace(
-            student=Namespace(), max_tokens_per_microbatch=bound, sampling=Namespace(max_new_tokens=length)
-        ),
-        data=Namespace(reuse=Namespace(batch_size=rows), max_prompt_tokens=0),
-        trainer=Namespace(accumulate_grad_batches=1),
+    config = Config(
+        model=Config(student=Config(), max_tokens_per_microbatch=bound, sampling=Config(max_new_tokens=length)),
+        data=Config(reuse=Config(batch_size=rows), max_prompt_tokens=0),
+        trainer=Config(accumulate_grad_batches=1),
     )
     result = Estimate()
     _update(result, config, ModelSize("tiny", 0, 0, Shape.of(model), Widths(4, 4)), [])
@@ -239,14 +239,14 @@ def test_passes_that_are_computed_again(rows: int, bound: int) -> None:
         return hidden
 
     def peak(rows_of_pass: int) -> int:
-        *again, last = tokens.split(rows_of_pass)
+        *again, last = torch.split(tokens, rows_of_pass)
         with LiveBytes(model) as live:
             passes = [*(checkpoint(states, part, use_reentrant=False) for part in again), states(last)]
             hidden = torch.cat(passes)
             del passes
             head = Head(model.get_output_embeddings().weight, accumulate_grad=True)
             token_statistics(hidden, head, targets).logprobs.sum().backward()  # type: ignore[no-untyped-call]
-        return live.peak
+        return int(live.peak)
 
     whole, bounded = update_of(model, rows, length, None), update_of(model, rows, length, bound)
     saved = whole.peak("update") - bounded.peak("update")  # what is short-lived is in both peaks, and in no estimate
@@ -254,6 +254,24 @@ def test_passes_that_are_computed_again(rows: int, bound: int) -> None:
     assert bounded.parts["hidden states of all passes"][0] == 2 * 4 * rows * length * 64
     assert "hidden states of all passes" not in whole.parts
     assert update_of(model, rows, length, rows * length).parts == whole.parts
+
+
+def test_the_snapshots_scoring_is_bounded_too() -> None:
+    size = ModelSize("tiny", 0, 0, Shape.of(tiny(SHAPES[0])), Widths(4, 4))
+    reuse, sampling = Config(prompts_per_pool=8), Config(num_samples=1, max_new_tokens=60)
+    parts = []
+    for bound in (None, 100):
+        model = {"behavior": Config(score_batch_size=4), "teacher": Config(init_args=Config(batch_size=4))}
+        config = Config(
+            model=Config(sampling=sampling, max_tokens_per_microbatch=bound, **model),
+            data=Config(reuse=reuse, max_prompt_tokens=20),
+        )
+        result = Estimate()
+        _scoring(result, config, {"student": size, "teacher": size}, [])
+        parts.append([result.parts[f"forward pass of {whose} scoring"][0] for whose in ("behavior", "teacher")])
+    saved = inference_bytes(size.shape, 4 * 80 - 100, size.widths) - 4 * 80 * 64 * 4  # but for the states
+    assert parts[0][0] - parts[1][0] == saved
+    assert parts[0][1] == parts[1][1]
 
 
 @pytest.mark.parametrize(("num_samples", "prompt", "new", "batch", "rows"), [(1, 64, 16, 8, 24), (4, 16, 48, 8, 24)])
@@ -268,7 +286,7 @@ def test_sampling_stays_below_its_bound(num_samples: int, prompt: int, new: int,
     with LiveBytes(student) as live, torch.no_grad():
         Sampler(sampling).sample(student, [[5] * prompt] * (rows // num_samples), seed=1)
     size = ModelSize("tiny", 0, 0, Shape.of(student.model), Widths(4, 4))
-    run = Namespace(data=Namespace(max_prompt_tokens=prompt))
+    run = Config(data=Config(max_prompt_tokens=prompt))
     assert 0.4 * _cache(size, run, sampling, rows)[0] <= live.peak <= _cache(size, run, sampling, rows)[0]
 
 
