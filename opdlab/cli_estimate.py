@@ -25,6 +25,8 @@ from opdlab.estimate import (
 
 _GIB = 1 << 30
 _CASTS = "weights cast by autocast"
+_SNAPSHOT = "behavior snapshot"
+_TEACHER = "teacher weights"
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,13 @@ class DeviceMemory:
         name: of the device.
         total: what it has.
         free: what nobody uses.
+        is_host: whether it is the host's memory, in which the pool is, too, and what is offloaded.
     """
 
     name: str
     total: int
     free: int
+    is_host: bool = False
 
 
 @dataclass
@@ -55,6 +59,14 @@ class Estimate:
     parts: dict[str, tuple[int, str]] = field(default_factory=dict)
     phases: dict[str, list[str]] = field(default_factory=dict)
     host: dict[str, tuple[int, str]] = field(default_factory=dict)
+
+    def offload(self, part: str, pinned: int) -> None:
+        """Have a part live on the host, where it takes ``pinned`` bytes; phases in which it works have it besides."""
+        self.host[part] = (pinned, "offloaded: pinned in powers of two")
+
+    def add_phase(self, phase: str, resident: list[str], *more: str) -> None:
+        """Add a phase in which ``resident`` parts and ``more`` are alive."""
+        self.phases[phase] = list(dict.fromkeys([*resident, *more]))
 
     def peak(self, phase: str) -> int:
         """Bytes alive in a phase."""
@@ -76,8 +88,13 @@ class Estimate:
 
     def verdict(self, device: DeviceMemory) -> str:
         """Whether the largest peak fits, and if not, what is the largest part of it."""
-        phase = max(self.phases, key=self.peak)
-        peak = self.peak(phase)
+        beside = {name: size for name, (size, _) in self.host.items() if device.is_host}
+
+        def needed(phase: str) -> int:
+            return self.peak(phase) + sum(size for name, size in beside.items() if name not in self.phases[phase])
+
+        phase = max(self.phases, key=needed)
+        peak = needed(phase)
         line = f"{device.name} has {_gib(device.free)} GiB free of {_gib(device.total)}: "
         if peak <= device.free:
             return line + f"the largest peak, {_gib(peak)} GiB in {phase}, fits"
@@ -149,7 +166,7 @@ def device_memory(accelerator: str) -> DeviceMemory | None:
     figures = dict(re.findall(r"^(\w+): +(\d+) kB$", meminfo.read_text(), re.MULTILINE)) if meminfo.is_file() else {}
     if not {"MemTotal", "MemAvailable"} <= figures.keys():
         return None
-    return DeviceMemory("this machine", int(figures["MemTotal"]) << 10, int(figures["MemAvailable"]) << 10)
+    return DeviceMemory("this machine", int(figures["MemTotal"]) << 10, int(figures["MemAvailable"]) << 10, True)
 
 
 def _gib(size: int) -> str:
@@ -188,38 +205,55 @@ def _resident(result: Estimate, config: Any, student: ModelSize, teacher: ModelS
     parts["gradients"] = (student.trainable * width, f"{student.trainable:,} x {width} bytes")
     parts["optimizer state"] = (int(student.trainable * each), f"{name}: {each:.3g} bytes each")
     snapshot = config.model.behavior.dtype
+    snapshot_width = getattr(torch, snapshot).itemsize if snapshot else student.widths.weights
     if student.has_adapter:  # the weights below it are shared
-        parts["behavior snapshot"] = (student.trainable * width, "the adapter alone")
+        parts[_SNAPSHOT] = (student.trainable * width, "the adapter alone")
     else:
-        snapshot_width = getattr(torch, snapshot).itemsize if snapshot else student.widths.weights
-        parts["behavior snapshot"] = (student.parameters * snapshot_width, f"{snapshot_width} bytes each")
+        parts[_SNAPSHOT] = (student.parameters * snapshot_width, f"{snapshot_width} bytes each")
     if teacher is not None:
         remark = f"{teacher.parameters:,} x {teacher.packed or teacher.widths.weights} bytes"
-        parts["teacher weights"] = (teacher.bytes, remark)
-    return list(parts)
+        parts[_TEACHER] = (teacher.bytes, remark)
+    if config.trainer.accelerator != "cpu":  # where offloading changes nothing
+        if config.model.behavior.get("offload"):
+            result.offload(_SNAPSHOT, student.rounded * snapshot_width)
+        if teacher is not None and _options(config.model.teacher).get("offload"):
+            result.offload(_TEACHER, teacher.rounded * teacher.widths.weights)
+    return [part for part in parts if part not in result.host]
 
 
 def _cache(model: ModelSize, config: Any, sampling: Any, wanted: int) -> tuple[int, str]:
-    batch, length = min(sampling.batch_size, wanted), config.data.max_prompt_tokens + sampling.max_new_tokens
+    batch, prompt = min(sampling.batch_size, wanted), config.data.max_prompt_tokens
+    length = prompt + sampling.max_new_tokens
     # Top-p sorts: logits, those sorted, their places (8 bytes), probabilities and their running sum.
     logits = batch * model.shape.vocab * (4 * FLOAT + 8)
-    cache = kv_cache_bytes(model.shape, batch * length, model.widths)
-    return cache + logits, f"{batch} responses x {length:,} tokens"
+    # Prompts may be read, each once, while the cache of the responses before them is still there.
+    read = -(-batch // sampling.num_samples) * prompt
+    cache = kv_cache_bytes(model.shape, batch * length + read, model.widths)
+    reading = inference_bytes(model.shape, read, model.widths)
+    return cache + reading + logits, f"{batch} responses x {length:,} tokens"
 
 
 def _sampling(result: Estimate, config: Any, student: ModelSize, resident: list[str]) -> None:
     result.parts["KV cache"] = _cache(student, config, config.model.sampling, _pool_size(config))
-    result.phases["sampling"] = [*resident, "KV cache"]
+    result.add_phase("sampling", resident, _SNAPSHOT, "KV cache")
 
 
 def _evaluation(result: Estimate, config: Any, models: dict[str, ModelSize], resident: list[str]) -> None:
-    sampling = config.model.eval_sampling
-    evaluated = [models["student"], *([models["teacher"]] if "teacher" in models else [])]
+    sampling, options = config.model.eval_sampling, config.model.evaluation
     wanted = config.data.eval_batch_size * sampling.num_samples
-    caches = [_cache(model, config, sampling, wanted) for model in evaluated[: 1 + config.model.evaluation.teacher]]
-    result.parts["KV cache of evaluation"] = max(caches)
+    caches = {"KV cache of evaluation": _cache(models["student"], config, sampling, wanted)}
+    if "teacher" in models and options.teacher:
+        caches["KV cache of the teacher's evaluation"] = _cache(models["teacher"], config, sampling, wanted)
     casts = [_CASTS] if _CASTS in result.parts else []  # autocast makes them for whatever could be trained
-    result.phases["evaluation"] = [*resident, "KV cache of evaluation", *casts]
+    if _TEACHER in result.host:
+        result.parts |= caches
+        measured = [_TEACHER] if options.reverse_kl else []  # by the teacher, with each batch of answers
+        result.add_phase("evaluation", resident, *measured, "KV cache of evaluation", *casts)
+        if options.teacher:
+            result.add_phase("the teacher's evaluation", resident, _TEACHER, [*caches][-1], *casts)
+        return
+    result.parts["KV cache of evaluation"] = max(caches.values())
+    result.add_phase("evaluation", resident, "KV cache of evaluation", *casts)
 
 
 def _scoring(result: Estimate, config: Any, models: dict[str, ModelSize], resident: list[str]) -> None:
@@ -228,28 +262,44 @@ def _scoring(result: Estimate, config: Any, models: dict[str, ModelSize], reside
         "teacher": _options(config.model.teacher).get("batch_size"),
     }
     for role, model in models.items():
-        phase = {"student": "behavior scoring", "teacher": "teacher scoring"}[role]
+        phase, weights = {
+            "student": ("behavior scoring", _SNAPSHOT),
+            "teacher": ("teacher scoring", _TEACHER),
+        }[role]
         tokens = min(sizes[role] or 1, _pool_size(config)) * _length(config)
-        size = inference_bytes(model.shape, tokens, model.widths) + head_bytes(model.shape, tokens, training=False)
+        at_once = _tokens_of_pass(config, tokens) if role == "student" else tokens
+        size = inference_bytes(model.shape, at_once, model.widths) + head_bytes(model.shape, tokens, training=False)
+        if at_once < tokens:  # states of the passes before
+            size += tokens * model.shape.hidden * model.widths.weights
         result.parts[f"forward pass of {phase}"] = (size, f"{tokens:,} tokens")
-        result.phases[phase] = [*resident, f"forward pass of {phase}"]
+        result.add_phase(phase, resident, weights, f"forward pass of {phase}")
+
+
+def _tokens_of_pass(config: Any, tokens: int) -> int:
+    """How many of a batch's tokens are in the student at a time; a row that is longer than the bound goes alone."""
+    bound = config.model.get("max_tokens_per_microbatch")
+    return tokens if bound is None else min(tokens, max(bound, _length(config)))
 
 
 def _update(result: Estimate, config: Any, student: ModelSize, resident: list[str]) -> None:
     tokens = -(-config.data.reuse.batch_size // config.trainer.accumulate_grad_batches) * _length(config)
+    at_once = _tokens_of_pass(config, tokens)
     checkpointing = bool(_options(config.model.student).get("gradient_checkpointing"))
     more = {
         "activations": (
-            activation_bytes(student.shape, tokens, student.widths, checkpointing=checkpointing),
-            f"{tokens:,} tokens, gradient checkpointing {'on' if checkpointing else 'off'}",
+            activation_bytes(student.shape, at_once, student.widths, checkpointing=checkpointing),
+            f"{at_once:,} tokens, gradient checkpointing {'on' if checkpointing else 'off'}",
         ),
         "head": (head_bytes(student.shape, tokens, training=not student.has_adapter), "logits in tiles; its gradient"),
     }
+    if at_once < tokens:
+        size = 2 * tokens * student.shape.hidden * student.widths.weights
+        more["hidden states of all passes"] = (size, f"{tokens:,} tokens, and their gradient")
     if student.widths.autocast:  # which keeps a narrow copy of what it multiplies with
         width = student.widths.compute
         more[_CASTS] = (student.parameters * width, f"{width} bytes each")
     result.parts |= more
-    result.phases["update"] = [*resident, *more]
+    result.add_phase("update", resident, *more)
 
 
 def _pool(result: Estimate, config: Any) -> None:

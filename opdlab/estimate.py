@@ -211,6 +211,7 @@ class ModelSize:
         shape: sizes of its layers.
         widths: bytes of a number.
         packed: bytes of a parameter where quantization packs them, else None.
+        rounded: number of parameters with each tensor's rounded up to a power of two: torch pins memory like that.
     """
 
     path: str
@@ -219,6 +220,7 @@ class ModelSize:
     shape: Shape
     widths: Widths
     packed: float | None = None
+    rounded: int = 0
 
     @property
     def has_adapter(self) -> bool:
@@ -280,6 +282,7 @@ def model_size(options: Mapping[str, Any], precision: str | int | None) -> Model
             f"({first_line})"
         ) from error
     count = sum(parameter.numel() for parameter in model.parameters())
+    rounded = sum(1 << (parameter.numel() - 1).bit_length() for parameter in model.parameters())
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     packed = _PACKED.get(str(options.get("quantization")))
-    return ModelSize(path, count, trainable, Shape.of(model), widths_of(options["dtype"], precision), packed)
+    return ModelSize(path, count, trainable, Shape.of(model), widths_of(options["dtype"], precision), packed, rounded)

@@ -32,6 +32,7 @@ from opdlab.policies import (
 )
 from opdlab.policies.language_model import Scored
 from opdlab.policies.loading import DType
+from opdlab.policies.offload import keep_from_strategy
 from opdlab.registry import suggestion
 from opdlab.rollouts import Minibatch, Pool, Rollouts, Targets
 from opdlab.rollouts.batch import StopReason
@@ -52,10 +53,13 @@ class BehaviorConfig:
         dtype: of its weights; null keeps the student's. A narrower one makes the drift of fresh rollouts its rounding
             error instead of 0.
         score_batch_size: rollouts scored at a time.
+        offload: keep the weights in the host's memory, and a copy on the device only while it samples and scores. On a
+            CPU it changes nothing. Not with an adapter, nor with FSDP or DeepSpeed.
     """
 
     dtype: DType | None = None
     score_batch_size: int = 32
+    offload: bool = False
 
 
 @dataclass
@@ -135,7 +139,7 @@ class OPDModule(EvaluationModule):
         self.student.max_tokens = max_tokens_per_microbatch  # before the snapshot is made, which has it too
         # Not a submodule: it is frozen, must not enter checkpoints, and is no business of the strategy's wrapping.
         self.__dict__["teacher"] = teacher
-        self.behavior = BehaviorPolicy(student, sampling, behavior.dtype, behavior.score_batch_size)
+        self.behavior = BehaviorPolicy(student, sampling, **vars(behavior))
         self.objective = objective
         self.gate = gate
         self.gate.setup(student.tokenizer)
@@ -172,6 +176,8 @@ class OPDModule(EvaluationModule):
             f"trainer.precision is {self.trainer.precision}, which would round what is counted in evaluations too: "
             "use bf16-mixed, or give the models' dtype",
         )
+        if self.behavior.offload:
+            keep_from_strategy(self, "behavior.policy", self.trainer.strategy, "model.behavior.offload")
         super().setup(stage)
         absent = isinstance(self.teacher, NoTeacher)
         require(stage != "fit" or not absent, "model.teacher is NoTeacher, but training needs a teacher: give one")

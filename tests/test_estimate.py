@@ -1,31 +1,42 @@
 """The estimate against what is measured: real tiny models, real optimizers, and what autograd really keeps."""
 
 import contextlib
+import math
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from jsonargparse import Namespace
+from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from opdlab.cli import EXIT_USAGE, main
-from opdlab.cli_estimate import DeviceMemory, Estimate
+from opdlab.cli_estimate import DeviceMemory, Estimate, _cache, _scoring, _update
 from opdlab.estimate import (
+    ModelSize,
     Shape,
     Widths,
     activation_bytes,
     head_bytes,
+    inference_bytes,
     kv_cache_bytes,
     model_size,
     optimizer_bytes_per_parameter,
     widths_of,
 )
+from opdlab.policies import LanguageModel, Sampler, SamplingConfig
 from opdlab.policies.adapters import AdapterConfig, attach_adapter
 from opdlab.scoring import Head, token_statistics
+from tests.toy_run import STUDENT
 
+Config: Any = Namespace  # which has no types
 SHAPES = [  # hidden, intermediate, layers, heads, kv heads, head dim
     (64, 192, 2, 4, 2, 16),
     (96, 256, 3, 6, 6, 16),
@@ -59,6 +70,32 @@ def saved_bytes(model: PreTrainedModel, batch: int, length: int, autocast: bool 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), context:
         model.base_model(input_ids=tokens, use_cache=False)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of tensors that are made inside and still alive; MemTracker takes one forward pass only."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now, self.peak = 0, 0
+        self._known = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self._known:
+                self._known.add(storage._cdata)
+                self._count(storage.nbytes())
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return result
+
+    def _gone(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._count(-size)
+
+    def _count(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -179,6 +216,88 @@ def test_the_heads_working_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert head_bytes(shape, 1000, training=True) == pytest.approx(peak["Total"] - before - per_position, rel=0.15)
 
 
+def update_of(model: PreTrainedModel, rows: int, length: int, bound: int | None) -> Estimate:
+    config = Config(
+        model=Config(student=Config(), max_tokens_per_microbatch=bound, sampling=Config(max_new_tokens=length)),
+        data=Config(reuse=Config(batch_size=rows), max_prompt_tokens=0),
+        trainer=Config(accumulate_grad_batches=1),
+    )
+    result = Estimate()
+    _update(result, config, ModelSize("tiny", 0, 0, Shape.of(model), Widths(4, 4)), [])
+    return result
+
+
+@pytest.mark.parametrize(("rows", "bound"), [(6, 80), (6, 10), (4, 160)])
+def test_passes_that_are_computed_again(rows: int, bound: int) -> None:
+    model, length = tiny((64, 192, 3, 4, 2, 16)), 80
+    tokens, targets = torch.randint(0, VOCAB, (rows, length)), torch.randint(0, VOCAB, (rows * length,))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # counted elsewhere
+
+    def states(tokens: Tensor) -> Tensor:
+        hidden: Tensor = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
+        return hidden
+
+    def peak(rows_of_pass: int) -> int:
+        *again, last = torch.split(tokens, rows_of_pass)
+        with LiveBytes(model) as live:
+            passes = [*(checkpoint(states, part, use_reentrant=False) for part in again), states(last)]
+            hidden = torch.cat(passes)
+            del passes
+            head = Head(model.get_output_embeddings().weight, accumulate_grad=True)
+            token_statistics(hidden, head, targets).logprobs.sum().backward()  # type: ignore[no-untyped-call]
+        return int(live.peak)
+
+    whole, bounded = update_of(model, rows, length, None), update_of(model, rows, length, bound)
+    saved = whole.peak("update") - bounded.peak("update")  # what is short-lived is in both peaks, and in no estimate
+    assert saved == pytest.approx(peak(rows) - peak(max(1, bound // length)), rel=0.1)
+    assert bounded.parts["hidden states of all passes"][0] == 2 * 4 * rows * length * 64
+    assert "hidden states of all passes" not in whole.parts
+    assert update_of(model, rows, length, rows * length).parts == whole.parts
+
+
+def test_the_snapshots_scoring_is_bounded_too() -> None:
+    size = ModelSize("tiny", 0, 0, Shape.of(tiny(SHAPES[0])), Widths(4, 4))
+    reuse, sampling = Config(prompts_per_pool=8), Config(num_samples=1, max_new_tokens=60)
+    parts = []
+    for bound in (None, 100):
+        model = {"behavior": Config(score_batch_size=4), "teacher": Config(init_args=Config(batch_size=4))}
+        config = Config(
+            model=Config(sampling=sampling, max_tokens_per_microbatch=bound, **model),
+            data=Config(reuse=reuse, max_prompt_tokens=20),
+        )
+        result = Estimate()
+        _scoring(result, config, {"student": size, "teacher": size}, [])
+        parts.append([result.parts[f"forward pass of {whose} scoring"][0] for whose in ("behavior", "teacher")])
+    saved = inference_bytes(size.shape, 4 * 80 - 100, size.widths) - 4 * 80 * 64 * 4  # but for the states
+    assert parts[0][0] - parts[1][0] == saved
+    assert parts[0][1] == parts[1][1]
+
+
+@pytest.mark.parametrize(("num_samples", "prompt", "new", "batch", "rows"), [(1, 64, 16, 8, 24), (4, 16, 48, 8, 24)])
+def test_sampling_stays_below_its_bound(num_samples: int, prompt: int, new: int, batch: int, rows: int) -> None:
+    student = LanguageModel(STUDENT)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 6, "num_attention_heads": 8}
+    config = Qwen3Config(vocab_size=38, num_key_value_heads=8, head_dim=128, pad_token_id=0, eos_token_id=1, **sizes)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        student.model = Qwen3ForCausalLM(config).eval()
+    sampling = SamplingConfig(num_samples=num_samples, max_new_tokens=new, batch_size=batch)
+    with LiveBytes(student) as live, torch.no_grad():
+        Sampler(sampling).sample(student, [[5] * prompt] * (rows // num_samples), seed=1)
+    size = ModelSize("tiny", 0, 0, Shape.of(student.model), Widths(4, 4))
+    run = Config(data=Config(max_prompt_tokens=prompt))
+    assert 0.4 * _cache(size, run, sampling, rows)[0] <= live.peak <= _cache(size, run, sampling, rows)[0]
+
+
+def test_what_pinning_rounds_up_to(tmp_path: Path) -> None:
+    model = tiny(SHAPES[2])
+    model.config.save_pretrained(tmp_path)
+    size = model_size({"path": str(tmp_path), "dtype": "bfloat16"}, None)
+    pinned = sum(2 ** math.ceil(math.log2(parameter.nbytes)) for parameter in model.bfloat16().parameters())
+    assert size.rounded * size.widths.weights == pinned
+
+
 @pytest.mark.parametrize(
     ("dtype", "precision", "expected"),
     [
@@ -237,6 +356,44 @@ def test_the_papers_run_as_its_readme_has_it(opdlab: Any, tmp_path: Path, capsys
     assert not list(tmp_path.glob("runs"))  # nothing is built, nothing is left behind
 
 
+def test_what_rests_on_the_host_is_counted_where_it_works(
+    opdlab: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["-c", "paper/lsm-block64", *paper_models(tmp_path)]
+    offload = ["--model.behavior.offload", "true", "--model.teacher.offload", "true"]
+
+    def shown(*more: str) -> str:
+        assert opdlab("estimate", *flags, *more) == 0
+        return capsys.readouterr().out
+
+    plain, offloaded = shown(), shown(*offload)
+    snapshot, teacher = (figure(plain, part) for part in ("behavior snapshot", "teacher weights"))
+    saved = {
+        "sampling": teacher,
+        "behavior scoring": teacher,
+        "teacher scoring": snapshot,
+        "update": snapshot + teacher,
+        "evaluation": snapshot + teacher,
+    }
+    for phase, size in saved.items():
+        difference = figure(plain, f"peak of {phase}") - figure(offloaded, f"peak of {phase}")
+        assert difference == pytest.approx(size, abs=0.03)
+    caches = [figure(offloaded, f"KV cache of {whose}") for whose in ("evaluation", "the teacher's evaluation")]
+    expected = figure(offloaded, "peak of evaluation") - caches[0] + caches[1] + teacher
+    assert figure(offloaded, "peak of the teacher's evaluation") == pytest.approx(expected, abs=0.03)
+    for part, size in (("behavior snapshot", snapshot), ("teacher weights", teacher)):
+        assert "on the host" not in plain.replace("pool, on the host", "")
+        assert size <= figure(offloaded, f"{part}, on the host") <= 2 * size
+    measured = shown(*offload, "--model.evaluation.reverse_kl", "true", "--model.evaluation.teacher", "false")
+    assert "the teacher's evaluation" not in measured
+    more = figure(measured, "peak of evaluation") - figure(offloaded, "peak of evaluation")
+    assert more == pytest.approx(teacher, abs=0.03)
+    on_cpu = shown(*offload, "--trainer.accelerator", "cpu")
+    assert [line for line in on_cpu.splitlines() if "peak of" in line and "│" in line] == [
+        line for line in plain.splitlines() if "peak of" in line and "│" in line
+    ]
+
+
 def test_the_quickstart_fits_and_overrides_work(opdlab: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert opdlab("estimate", "-c", "quickstart", "--model.optimizer", "torch.optim.SGD") == 0
     output = capsys.readouterr().out
@@ -252,6 +409,12 @@ def test_the_verdict_names_phase_and_part() -> None:
     assert line.startswith("card has 6.00 GiB free of 8.00: the peak of sampling, 7.00 GiB, does not fit")
     assert line.endswith("cache")
     assert "7.00 GiB in sampling, fits" in estimate.verdict(DeviceMemory("card", 8 << 30, 7 << 30))
+    # On the host there is also what rests there: the weights in sampling, in which nothing works with them twice.
+    estimate.host = {"weights": (3 << 30, ""), "pool": (1 << 30, "")}
+    assert "7.00 GiB in sampling, fits" in estimate.verdict(DeviceMemory("card", 8 << 30, 7 << 30))
+    assert "8.00 GiB in sampling, fits" in estimate.verdict(DeviceMemory("host", 9 << 30, 9 << 30, is_host=True))
+    estimate.phases["sampling"].remove("weights")
+    assert "9.00 GiB in sampling, fits" in estimate.verdict(DeviceMemory("host", 9 << 30, 9 << 30, is_host=True))
 
 
 def test_fit_refuses_weights_that_cannot_fit(

@@ -1,6 +1,8 @@
 """The behavior policy: a frozen copy of the student, which samples the rollouts."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 from opdlab.errors import require
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.loading import DType
+from opdlab.policies.offload import Conversion, on_device, pin_memory, without_moving
 from opdlab.policies.sampler import Sampler, SamplingConfig
 from opdlab.progress import Progress, SilentProgress
 from opdlab.rollouts.batch import Rollouts
@@ -23,9 +26,11 @@ class BehaviorPolicy(nn.Module):
         dtype: of the copy; None keeps the student's. A narrower one saves memory and makes the drift of a fresh
             rollout its rounding error instead of 0. Not with an adapter.
         score_batch_size: rollouts scored at a time.
+        offload: keep the weights in the host's memory, and a copy on the device only in :meth:`sample`. Moving this
+            module then moves where it works, not the weights; its state dict is the same. Not with an adapter.
 
     Raises:
-        UsageError: ``dtype`` is given for a student with an adapter.
+        UsageError: ``dtype`` or ``offload`` is given for a student with an adapter.
     """
 
     def __init__(
@@ -34,9 +39,19 @@ class BehaviorPolicy(nn.Module):
         sampling: SamplingConfig,
         dtype: DType | None = None,
         score_batch_size: int = 32,
+        offload: bool = False,
     ) -> None:
         super().__init__()
+        require(
+            not (offload and student.has_adapter),
+            "model.behavior.offload is true, but a student with an adapter shares its weights with the snapshot, so "
+            "they cannot leave the device: set it to false",
+        )
         self.policy = student.snapshot()
+        self.offload = offload
+        self._device = student.device  # where an offloaded snapshot works
+        if offload:
+            self.policy.cpu()
         if dtype is not None:
             require(
                 not student.has_adapter,
@@ -49,6 +64,13 @@ class BehaviorPolicy(nn.Module):
         self.step: Tensor
         self._score_batch_size = score_batch_size
 
+    def _apply(self, fn: Conversion, recurse: bool = True) -> Any:
+        """See :class:`torch.nn.Module`, whose ``to``, ``half`` and others end here; offloaded weights do not move."""
+        if self.offload:
+            self._device = fn(torch.empty(0, device=self._device)).device
+            self.policy._apply(without_moving(fn))  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse and not self.offload)  # type: ignore[no-untyped-call]
+
     @torch.no_grad()
     def refresh(self, student: LanguageModel, step: int = 0) -> None:
         """Take the student's weights.
@@ -58,10 +80,14 @@ class BehaviorPolicy(nn.Module):
             step: optimizer steps that it has taken.
         """
         self.step.fill_(step)
+        if self.offload:
+            pin_memory(self.policy, student.device)
         for tensors in ("parameters", "buffers"):  # tied weights stand once in parameters(), in the same order for both
             for own, other in zip(getattr(self.policy, tensors)(), getattr(student, tensors)(), strict=True):
                 if own is not other:  # below an adapter they are shared
-                    own.copy_(other)
+                    own.copy_(other, non_blocking=self.offload)
+        if self.offload and student.device.type != "cpu":
+            torch.accelerator.synchronize(student.device)  # the host may read what it has only when it has arrived
 
     def equals(self, student: LanguageModel) -> bool:
         """Whether the snapshot has the student's weights, to the bit."""
@@ -95,9 +121,23 @@ class BehaviorPolicy(nn.Module):
         Returns:
             ``len(prompts) * num_samples`` rollouts, on the host.
         """
+        with on_device(self.policy, self._device) if self.offload else nullcontext():
+            rollouts = self._sample(prompts, prompt_ids, seed, first_rollout_id, step, progress or SilentProgress())
+            self._score(rollouts, unscored, progress or SilentProgress())
+        return rollouts
+
+    def _sample(
+        self,
+        prompts: Sequence[Sequence[int]],
+        prompt_ids: Sequence[int],
+        seed: int,
+        first_rollout_id: int,
+        step: int,
+        progress: Progress,
+    ) -> Rollouts:
         samples = self.sampler.sample(self.policy, prompts, seed, progress)
         num_rollouts = samples.tokens.shape[0]
-        rollouts = Rollouts(
+        return Rollouts(
             *samples[:4],
             behavior_logprobs=torch.zeros(samples.tokens.shape),
             stop_reasons=samples.stop_reasons,
@@ -107,13 +147,12 @@ class BehaviorPolicy(nn.Module):
             snapshot_step=torch.full((num_rollouts,), int(self.step)),
             temperature=self.sampler.config.temperature,
         )
-        wanted = torch.ones(num_rollouts, dtype=torch.bool)
+
+    def _score(self, rollouts: Rollouts, unscored: Tensor | None, progress: Progress) -> None:
+        wanted = torch.ones(len(rollouts), dtype=torch.bool)
         if unscored is not None:
             wanted[unscored] = False
-        self._score(rollouts, wanted.nonzero().view(-1), progress or SilentProgress())
-        return rollouts
-
-    def _score(self, rollouts: Rollouts, wanted: Tensor, progress: Progress) -> None:
+        wanted = wanted.nonzero().view(-1)
         with progress.task("scoring (behavior)", len(wanted)) as advance:
             for rows, scored in self.policy.score_in_chunks(rollouts.rows(wanted), self._score_batch_size):
                 rollouts.behavior_logprobs[wanted[rows]] = scored.padded(scored.statistics().logprobs).cpu()

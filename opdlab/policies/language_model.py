@@ -256,8 +256,10 @@ class LanguageModel(nn.Module):
         """Score ``batch_size`` rows of similar length at a time without gradient, moved to this model's device.
 
         Yields:
-            Which rows of ``rollouts`` the chunk has, longest first, and the chunk.
+            Which rows of ``rollouts`` the chunk has, longest first, and the chunk; nothing where there are no rows.
         """
+        if not len(rollouts):  # torch.split would yield a chunk all the same
+            return
         lengths = rollouts.prompt_mask.sum(1) + rollouts.mask.sum(1)
         for rows in torch.split(lengths.argsort(descending=True, stable=True), batch_size):
             yield rows, self.score(rollouts.rows(rows).to(self.device))

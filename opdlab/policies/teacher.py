@@ -4,6 +4,7 @@ Shapes: B rollouts, T response tokens, K support.
 """
 
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from opdlab.errors import require
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.loading import DType, Quantization
+from opdlab.policies.offload import on_device
 from opdlab.policies.tokenizers import StopTokens
 from opdlab.progress import Progress, SilentProgress
 from opdlab.rollouts.batch import Rollouts, Targets, id_dtype
@@ -68,9 +70,11 @@ class LocalTeacher(Teacher):
         gguf_file: name of a GGUF file in ``path``. Needs the extra ``gguf``.
         quantization: keep the weights in ``4bit`` (NF4) or ``8bit`` and compute in ``dtype``. Needs the extra
             ``bitsandbytes`` and a GPU.
+        offload: keep the weights in the host's memory, and a copy on the device only while it scores. Not with
+            ``quantization``, whose packed weights have companions outside the parameters.
 
     Raises:
-        UsageError: see :class:`LanguageModel`; or ``batch_size`` is below 1.
+        UsageError: see :class:`LanguageModel`; ``batch_size`` is below 1; or ``offload`` meets ``quantization``.
     """
 
     def __init__(
@@ -83,7 +87,13 @@ class LocalTeacher(Teacher):
         attn_implementation: str | None = None,
         gguf_file: str | None = None,
         quantization: Quantization | None = None,
+        offload: bool = False,
     ) -> None:
+        require(
+            not (offload and quantization),
+            f"teacher.offload is true and teacher.quantization '{quantization}', but packed weights cannot leave the "
+            "device: set offload to false, or leave quantization out",
+        )
         model = LanguageModel(
             path,
             dtype,
@@ -93,23 +103,29 @@ class LocalTeacher(Teacher):
             gguf_file=gguf_file,
             quantization=quantization,
         )
-        self._hold(model.requires_grad_(False).eval(), batch_size)
+        self._hold(model.requires_grad_(False).eval(), batch_size, offload)
 
-    def _hold(self, model: LanguageModel, batch_size: int) -> None:
+    def _hold(self, model: LanguageModel, batch_size: int, offload: bool = False) -> None:
         require(batch_size >= 1, f"teacher.batch_size is {batch_size}, but must be at least 1")
         self.model = model
         self.tokenizer = model.tokenizer
         self.vocab_size = model.vocab_size
         self.stop_tokens = model.stop_tokens
-        self._batch_size = batch_size
+        self._batch_size, self._offload, self._device = batch_size, offload, model.device
 
     def to(self, device: torch.device) -> None:
-        """Move the weights."""
-        self.model.to(device)
+        """Move the weights; offloaded, the place where they work."""
+        self._device = device
+        if not self._offload:
+            self.model.to(device)
 
     @torch.no_grad()
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
         """See :meth:`Teacher.score`."""
+        with on_device(self.model, self._device) if self._offload else nullcontext():
+            return self._score(rollouts, request, progress or SilentProgress())
+
+    def _score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress) -> Targets:
         shape, k = rollouts.tokens.shape, request.top_k
         targets = Targets(
             logprobs=torch.zeros(shape),
@@ -118,7 +134,7 @@ class LocalTeacher(Teacher):
             support_mass=torch.zeros(shape) if k else None,
             entropy=torch.zeros(shape) if request.entropy else None,
         )
-        with (progress or SilentProgress()).task("scoring (teacher)", len(rollouts)) as advance:
+        with progress.task("scoring (teacher)", len(rollouts)) as advance:
             for rows, scored in self.model.score_in_chunks(rollouts, self._batch_size):
                 if targets.support_ids is None or targets.support_logits is None or targets.support_mass is None:
                     statistics = scored.statistics()
