@@ -27,12 +27,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, ge
 from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-# Whenever rows leave or enter, the whole cache is copied: not before this share of the batch is done. Measured with
-# benchmarks/sampling.py.
-LEAVE_SHARE = 0.125
-REFILL_SHARE = 0.125
-# Tokens from one look at what is done to the next. On a GPU the host waits at each.
-LOOK_EVERY = 4
+# Whenever rows leave or enter, the whole cache is copied: not before this share of the places is free. A half as much
+# and twice as much are slower, see benchmarks/README.md.
+FREE_SHARE = 0.125
 
 # What of generate is left out here, and must hence be nothing special.
 _STANDARD = (
@@ -68,6 +65,11 @@ def _has_plain_layers(model: PreTrainedModel) -> bool:
     layers = DynamicCache(config=config).layers
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
     return bool(layers) and plain and "chunked_attention" not in get_layer_types_and_kwargs(config)[0]
+
+
+def look_every(device: torch.device) -> int:
+    """Tokens from one look at which rows are done to the next: other devices make the host wait at each look."""
+    return 1 if device.type == "cpu" else 4
 
 
 class Decoding:
@@ -117,7 +119,6 @@ class Decoding:
             # The last column takes what is drawn for rows that are done.
             output=input_ids.new_full((num_rows, max_new_tokens + 1), generation_config.pad_token_id),
         )
-        look_every = 1 if input_ids.device.type == "cpu" else LOOK_EVERY
         rows: _Rows | None = None
         remaining: list[int] = []
         entered, done = 0, 0
@@ -132,7 +133,7 @@ class Decoding:
                     parts.append(loop.prefill(range(entered, until), self._num_samples))
                 rows, entered = _join(parts, loop.max_width), until
             else:
-                loop.steps(rows, min(look_every, max(remaining)))
+                loop.steps(rows, min(look_every(input_ids.device), max(remaining)))
             remaining = rows.remaining.tolist()
             before, done = done, entered * max_new_tokens - sum(remaining)
             self._advance(done - before)
@@ -140,14 +141,14 @@ class Decoding:
     def _enter_until(self, entered: int, num_rows: int, num_live: int) -> int:
         """Which waiting rows enter: those from ``entered`` up to this one."""
         room = self._batch_size - num_live
-        if room < REFILL_SHARE * self._batch_size:
+        if room < FREE_SHARE * self._batch_size:
             return entered
         until = min(entered + room, num_rows)
         whole_prompts = until - until % self._num_samples
         return whole_prompts if whole_prompts > entered else until
 
     def _is_sparse(self, num_live: int, num_rows: int) -> bool:
-        return num_rows - num_live >= LEAVE_SHARE * num_rows > 0
+        return num_rows - num_live >= FREE_SHARE * num_rows > 0
 
 
 @dataclass
