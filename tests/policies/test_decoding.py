@@ -115,7 +115,7 @@ def sequence_probabilities(
     finished: dict[tuple[int, ...], float] = {}
     open_: dict[tuple[int, ...], float] = {(): 1.0}
     for position in range(length):
-        longer = {}
+        longer: dict[tuple[int, ...], float] = {}
         for prefix, probability in open_.items():
             logits = model(torch.tensor([[*prompt, *prefix]])).logits[0, -1].double()
             following = (logits / temperature).softmax(-1)
@@ -133,7 +133,7 @@ def sequence_probabilities(
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 1.0), (1.5, 0.8)])
 def test_responses_follow_the_models_distribution(temperature: float, top_p: float) -> None:
     model, prompts, stops, samples = small_model(7), [[3, 4], [5], [3, 2, 6, 4]], [1, 2], 1500
-    options = {"temperature": temperature, "top_p": top_p, "eos_token_id": stops, "max_new_tokens": 4}
+    options: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "eos_token_id": stops, "max_new_tokens": 4}
     output = decode(model, prompts, samples, batch_size=256, **options)
     statistic = freedom = 0.0
     for index, prompt in enumerate(prompts):
