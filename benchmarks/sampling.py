@@ -223,7 +223,7 @@ def main() -> int:
     rows: dict[str, list[dict[str, float]]] = {way: [] for way in arguments.ways}
     failures: dict[str, str] = {}
     for seed in range(arguments.rounds):
-        for way in rows.keys() - failures.keys():
+        for way in [way for way in rows if way not in failures]:
             try:
                 rows[way].append(_child(arguments, way, seed))
             except ChildError as error:
