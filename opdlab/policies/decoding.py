@@ -283,9 +283,8 @@ def draw(probabilities: Tensor) -> Tensor:
     total = cumulative[:, -1:]
     if not total.isfinite().all():
         raise RuntimeError("probabilities are NaN or infinite")  # as torch.multinomial does
+    # At most 1 - 2^-53, whose product with the total is never rounded up to it: there is always an index above.
     drawn = torch.rand_like(total) * total
-    # Rounded up to the total it would be beyond the last index.
-    drawn = drawn.minimum(total.nextafter(torch.zeros_like(total)))
     return torch.searchsorted(cumulative, drawn, right=True).squeeze(1)
 
 

@@ -15,6 +15,7 @@ from transformers import (
     JambaConfig,
     Llama4TextConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
     Phi3Config,
     PreTrainedModel,
@@ -178,7 +179,9 @@ def test_a_prompt_is_read_once_for_all_its_responses(monkeypatch: pytest.MonkeyP
     assert passes.shapes[0] == (9, 7)
     assert all(width == 1 for _, width in passes.shapes[1:])
     passes.shapes.clear()
-    decode(model, PROMPTS, num_samples=6, batch_size=12, max_new_tokens=5, eos_token_id=38)
+    # Two whole prompts fit into 15 places: three free places are not worth reading a third one twice.
+    monkeypatch.setattr(decoding, "FREE_SHARE", 0.25)
+    decode(model, PROMPTS, num_samples=6, batch_size=15, max_new_tokens=5, eos_token_id=38)
     assert [rows for rows, _ in passes.shapes if rows not in (6, 12)] == [2, 2, 2, 2, 1]
 
 
@@ -214,12 +217,15 @@ def test_the_batch_size_bounds_the_rows(monkeypatch: pytest.MonkeyPatch) -> None
         assert max(rows for rows, _ in passes.shapes) <= batch_size
 
 
-def test_no_position_beyond_the_models_last() -> None:
-    # Absolute positions, exactly as many as the longest prompt and response need: rows that are done must not go on.
+def test_rows_that_are_done_neither_go_on_nor_widen_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    # They stay for long here, beside rows that entered later. Absolute positions, exactly as many as are needed.
+    monkeypatch.setattr(decoding, "FREE_SHARE", 0.9)
     config = GPT2Config(**IDS, vocab_size=38, n_embd=32, n_layer=2, n_head=4, n_positions=7 + 20 - 1)
-    output = decode(random_model(config), PROMPTS, num_samples=8, batch_size=64, max_new_tokens=20)
-    lengths = {len(until_stop(row, STOPS)) for row in output.tolist()}
-    assert {1, 20} <= lengths
+    model = random_model(config)
+    passes = _Passes(model, monkeypatch)
+    output = decode(model, PROMPTS, num_samples=10, batch_size=10, max_new_tokens=20, eos_token_id=[1, 5])
+    assert {1, 20} <= {len(until_stop(row, [1, 5])) for row in output.tolist()}
+    assert max(passes.widths) == 7 + 20
 
 
 def test_looks_are_rarer_where_they_make_the_host_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,6 +280,11 @@ def test_models_that_generate_in_a_way_of_their_own_are_left_to_transformers(
     assert can_select_rows(model)
     monkeypatch.setattr(type(model), method, lambda self, *args, **kwargs: None)
     assert not can_select_rows(model)
+
+
+def test_models_with_a_state_of_their_own_are_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "_is_stateful", True)
+    assert not can_select_rows(small_model(38))
 
 
 def test_sharded_models_are_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
