@@ -227,6 +227,17 @@ def test_mode_is_restored(model: LanguageModel, training: bool, monkeypatch: pyt
     model.eval()
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 5])
+def test_no_more_rows_at_a_time_than_allowed(model: LanguageModel, batch_size: int) -> None:
+    rows: list[int] = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, options: rows.append(len(options["input_ids"])), with_kwargs=True
+    )
+    sample(model, batch_size=batch_size)
+    hook.remove()
+    assert max(rows) == batch_size
+
+
 class _Bar:
     """A progress bar that only counts."""
 
@@ -248,7 +259,9 @@ class _Bar:
 
 
 @pytest.mark.parametrize("batch_size", [5, 64])
-def test_progress_reaches_its_total(model: LanguageModel, batch_size: int) -> None:
+def test_progress_reaches_its_total(model: LanguageModel, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "stop_ids", [1, *range(10, 38)])  # so that no response is of full length
+    assert sample(model, batch_size=batch_size).tokens.shape[1] < 12
     bar = _Bar()
     Sampler(replace(CONFIG, batch_size=batch_size)).sample(model, PROMPTS, 0, bar)
     assert bar.done == bar.total > 0
