@@ -27,9 +27,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, ge
 from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-# Whenever rows leave or enter, the whole cache is copied: not before this share of the places is free. A half as much
-# and twice as much are slower, see benchmarks/README.md.
-FREE_SHARE = 0.125
+# Whenever rows leave or enter the whole cache is copied: rows leave once this share of them is done. A half as much and
+# twice as much are slower on a CPU.
+LEAVE_SHARE = 0.125
+# Waiting rows enter once this share of the places is free. Rows of many lengths would have them enter at a quarter too;
+# rows of about one length had better begin together, because those that enter later are padded to the width of others.
+ENTER_SHARE = 0.5
 
 # What of generate is left out here, and must hence be nothing special.
 _STANDARD = (
@@ -141,14 +144,14 @@ class Decoding:
     def _enter_until(self, entered: int, num_rows: int, num_live: int) -> int:
         """Which waiting rows enter: those from ``entered`` up to this one."""
         room = self._batch_size - num_live
-        if room < FREE_SHARE * self._batch_size:
+        if room < ENTER_SHARE * self._batch_size:
             return entered
         until = min(entered + room, num_rows)
         whole_prompts = until - until % self._num_samples
         return whole_prompts if whole_prompts > entered else until
 
     def _is_sparse(self, num_live: int, num_rows: int) -> bool:
-        return num_rows - num_live >= FREE_SHARE * num_rows > 0
+        return num_rows - num_live >= LEAVE_SHARE * num_rows > 0
 
 
 @dataclass

@@ -180,7 +180,6 @@ def test_a_prompt_is_read_once_for_all_its_responses(monkeypatch: pytest.MonkeyP
     assert all(width == 1 for _, width in passes.shapes[1:])
     passes.shapes.clear()
     # Two whole prompts fit into 15 places: three free places are not worth reading a third one twice.
-    monkeypatch.setattr(decoding, "FREE_SHARE", 0.25)
     decode(model, PROMPTS, num_samples=6, batch_size=15, max_new_tokens=5, eos_token_id=38)
     assert [rows for rows, _ in passes.shapes if rows not in (6, 12)] == [2, 2, 2, 2, 1]
 
@@ -219,7 +218,8 @@ def test_the_batch_size_bounds_the_rows(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_rows_that_are_done_neither_go_on_nor_widen_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     # They stay for long here, beside rows that entered later. Absolute positions, exactly as many as are needed.
-    monkeypatch.setattr(decoding, "FREE_SHARE", 0.9)
+    monkeypatch.setattr(decoding, "LEAVE_SHARE", 0.9)
+    monkeypatch.setattr(decoding, "ENTER_SHARE", 0.9)
     config = GPT2Config(**IDS, vocab_size=38, n_embd=32, n_layer=2, n_head=4, n_positions=7 + 20 - 1)
     model = random_model(config)
     passes = _Passes(model, monkeypatch)
