@@ -27,8 +27,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, ge
 from transformers.distributed.fsdp import is_fsdp_managed_module
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-# Whenever rows leave or enter the whole cache is copied: rows leave once this share of them is done. A half as much and
-# twice as much are slower on a CPU.
+# Whenever rows leave or enter the whole cache is copied: rows leave once this share of them is done. Half as much and
+# twice as much were slower on a CPU.
 LEAVE_SHARE = 0.125
 # Waiting rows enter once this share of the places is free. Rows of many lengths would have them enter at a quarter too;
 # rows of about one length had better begin together, because those that enter later are padded to the width of others.
@@ -147,8 +147,9 @@ class Decoding:
         if room < ENTER_SHARE * self._batch_size:
             return entered
         until = min(entered + room, num_rows)
-        whole_prompts = until - until % self._num_samples
-        return whole_prompts if whole_prompts > entered else until
+        # A prompt whose responses enter at two times is read twice; a few places may rather stay free.
+        split = until % self._num_samples
+        return until - split if until - split > entered and split < LEAVE_SHARE * self._batch_size else until
 
     def _is_sparse(self, num_live: int, num_rows: int) -> bool:
         return num_rows - num_live >= LEAVE_SHARE * num_rows > 0
