@@ -6,17 +6,20 @@ Shapes: B rollouts, P prompt tokens (padded on the left), T response tokens.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from opdlab.errors import require
+from opdlab.policies.decoding import Decoding, can_select_rows
 from opdlab.policies.language_model import LanguageModel
 from opdlab.progress import Progress, SilentProgress
 from opdlab.rollouts.batch import StopReason
 from opdlab.seeds import derive_seed, seeded
+
+Advance: TypeAlias = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -93,25 +96,42 @@ class Sampler:
             progress: where to show a bar.
         """
         config, pad_id = self.config, model.tokenizer.pad_token_id
-        repeated = [prompt for prompt in prompts for _ in range(config.num_samples)]
-        width = max(map(len, repeated))
-        prompt_mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in repeated])
-        prompt_tokens = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in repeated])
-        tokens = torch.full((len(repeated), config.max_new_tokens), pad_id)
-        starts = range(0, len(repeated), config.batch_size)
-        with (progress or SilentProgress()).task("sampling", len(starts) * config.max_new_tokens) as advance:
-            for start in starts:
-                rows = slice(start, start + config.batch_size)
-                with seeded(derive_seed("sample", seed, start), model.device):
-                    new = self._generate(model, prompt_tokens[rows], prompt_mask[rows], _Tick(advance))
-                tokens[rows, : new.shape[1]] = new
-                advance(config.max_new_tokens - new.shape[1])
+        width = max(map(len, prompts))
+        masks = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
+        padded = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
+        decode = self._decode if can_select_rows(model.model) else self._decode_in_chunks
+        total = len(prompts) * config.num_samples * config.max_new_tokens
+        with (progress or SilentProgress()).task("sampling", total) as advance:
+            tokens = decode(model, padded, masks, seed, advance)
         mask, stop_reasons = _mask_after_stop(tokens, model.stop_ids)
         length = int(mask.sum(1).max())
-        return Samples(prompt_tokens, prompt_mask, tokens[:, :length], mask[:, :length], stop_reasons)
+        padded, masks = (prompt.repeat_interleave(config.num_samples, 0) for prompt in (padded, masks))
+        return Samples(padded, masks, tokens[:, :length], mask[:, :length], stop_reasons)
+
+    def _decode(self, model: LanguageModel, prompts: Tensor, mask: Tensor, seed: int, advance: Advance) -> Tensor:
+        """Decode with the loop of :mod:`opdlab.policies.decoding`."""
+        loop = Decoding(self.config.num_samples, self.config.batch_size, advance)
+        with seeded(derive_seed("sample", seed, 0), model.device):
+            return self._generate(model, prompts, mask, custom_generate=loop)
+
+    def _decode_in_chunks(
+        self, model: LanguageModel, prompts: Tensor, mask: Tensor, seed: int, advance: Advance
+    ) -> Tensor:
+        """Decode with the loop of transformers, each prompt once per response."""
+        config = self.config
+        prompts, mask = (tensor.repeat_interleave(config.num_samples, 0) for tensor in (prompts, mask))
+        tokens = torch.full((len(prompts), config.max_new_tokens), model.tokenizer.pad_token_id)
+        for start in range(0, len(prompts), config.batch_size):
+            rows = slice(start, start + config.batch_size)
+            tick = StoppingCriteriaList([_Tick(advance)])
+            with seeded(derive_seed("sample", seed, start), model.device):
+                new = self._generate(model, prompts[rows], mask[rows], stopping_criteria=tick)[:, prompts.shape[1] :]
+            tokens[rows, : new.shape[1]] = new
+            advance(len(new) * (config.max_new_tokens - new.shape[1]))
+        return tokens
 
     @torch.no_grad()
-    def _generate(self, model: LanguageModel, tokens: Tensor, mask: Tensor, tick: StoppingCriteria) -> Tensor:
+    def _generate(self, model: LanguageModel, tokens: Tensor, mask: Tensor, **options: Any) -> Tensor:
         config = GenerationConfig(
             do_sample=True,
             temperature=self.config.temperature,
@@ -126,19 +146,19 @@ class Sampler:
                 tokens.to(model.device),
                 attention_mask=mask.long().to(model.device),
                 generation_config=config,
-                stopping_criteria=StoppingCriteriaList([tick]),
+                **options,
             )
-        return output[:, tokens.shape[1] :].cpu()
+        return output.cpu()
 
 
 class _Tick(StoppingCriteria):  # type: ignore[misc] # transformers is not typed
     """Never stops anything; tells the progress bar that one more token per row is there."""
 
-    def __init__(self, advance: Callable[[int], None]) -> None:
+    def __init__(self, advance: Advance) -> None:
         self._advance = advance
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-        self._advance(1)
+        self._advance(len(input_ids))
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 

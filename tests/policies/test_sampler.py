@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, Qwen3ForCausalLM
+from transformers import GenerationConfig, MambaConfig, Qwen3ForCausalLM
 
 from opdlab.errors import UsageError
-from opdlab.policies import LanguageModel, Sampler, Samples, SamplingConfig
+from opdlab.policies import LanguageModel, Sampler, Samples, SamplingConfig, sampler
 from opdlab.rollouts.batch import StopReason
 from opdlab.tasks.toy import chain_tokenizer
 from opdlab.tasks.toy.make_models import toy_config
+from tests.policies.tiny_models import IDS, save_random
 
 PROMPTS = [[5, 9, 3], [7], [4, 4, 8, 12, 3]]
 CONFIG = SamplingConfig(num_samples=4, max_new_tokens=12)
@@ -36,6 +37,12 @@ def random_model(folder: Path, spread: float, vocab_size: int = 38) -> LanguageM
 def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     # Likelier and less likely tokens, all of them possible.
     return random_model(tmp_path_factory.mktemp("model"), spread=0.15)
+
+
+@pytest.fixture(autouse=True, params=["own loop", "loop of transformers"])
+def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param != "own loop":
+        monkeypatch.setattr(sampler, "can_select_rows", lambda model: False)
 
 
 def sample(model: LanguageModel, seed: int = 0, prompts: list[list[int]] = PROMPTS, **options: Any) -> Samples:
@@ -220,6 +227,17 @@ def test_mode_is_restored(model: LanguageModel, training: bool, monkeypatch: pyt
     model.eval()
 
 
+@pytest.mark.parametrize("batch_size", [1, 3, 5])
+def test_no_more_rows_at_a_time_than_allowed(model: LanguageModel, batch_size: int) -> None:
+    rows: list[int] = []
+    hook = model.model.register_forward_pre_hook(
+        lambda module, args, options: rows.append(len(options["input_ids"])), with_kwargs=True
+    )
+    sample(model, batch_size=batch_size)
+    hook.remove()
+    assert max(rows) == batch_size
+
+
 class _Bar:
     """A progress bar that only counts."""
 
@@ -241,7 +259,9 @@ class _Bar:
 
 
 @pytest.mark.parametrize("batch_size", [5, 64])
-def test_progress_reaches_its_total(model: LanguageModel, batch_size: int) -> None:
+def test_progress_reaches_its_total(model: LanguageModel, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model, "stop_ids", [1, *range(10, 38)])  # so that no response is of full length
+    assert sample(model, batch_size=batch_size).tokens.shape[1] < 12
     bar = _Bar()
     Sampler(replace(CONFIG, batch_size=batch_size)).sample(model, PROMPTS, 0, bar)
     assert bar.done == bar.total > 0
@@ -272,3 +292,16 @@ def test_sampled_from_a_folder_whose_defaults_would_change_the_samples(model: La
         '{"do_sample": true, "top_k": 1, "repetition_penalty": 5.0, "eos_token_id": 1, "pad_token_id": 0}'
     )
     assert equal(sample(LanguageModel(str(tmp_path)).eval()), sample(model))
+
+
+def test_a_model_whose_rows_cannot_leave_is_sampled_too(tmp_path: Path) -> None:
+    # A state in place of keys and values: sampled with the loop of transformers, whatever the fixture says.
+    config = MambaConfig(**IDS, vocab_size=38, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.3)
+    mamba = LanguageModel(str(save_random(tmp_path, config))).eval()
+    samples = sample(mamba, prompts=[[5, 9, 3]], temperature=1e-5, max_new_tokens=6, batch_size=3)
+    so_far = [5, 9, 3]
+    for token in samples.tokens[0][samples.mask[0]].tolist():
+        assert token == int(next_token_probabilities(mamba, so_far).argmax())
+        so_far.append(token)
+    assert len(so_far) > 4
+    assert torch.equal(samples.tokens, samples.tokens[:1].expand(4, -1))

@@ -1,0 +1,325 @@
+"""A decoding loop for transformers' ``generate`` in which a prompt is read once and no row is computed for nothing.
+
+transformers' own loop has each prompt once per response, and computes every row until the longest of its batch is done.
+Here the cached keys and values of a prompt are copied to its responses, rows leave when they are done, and prompts that
+wait take their places. Rows still stand in one rectangle, padded on the left, so that every attention kernel will do.
+
+Shapes: N responses in all, A rows that are decoded at the moment, W columns of the cache, V vocabulary.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
+from transformers.distributed.fsdp import is_fsdp_managed_module
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+# Whenever rows leave or enter the whole cache is copied: rows leave once this share of them is done. Half as much and
+# twice as much were slower on a CPU.
+LEAVE_SHARE = 0.125
+# Waiting rows enter once this share of the places is free. Rows of many lengths would have them enter at a quarter too;
+# rows of about one length had better begin together, because those that enter later are padded to the width of others.
+ENTER_SHARE = 0.5
+
+# What of generate is left out here, and must hence be nothing special.
+_STANDARD = (
+    "generate",
+    "prepare_inputs_for_generation",
+    "_prefill",
+    "_prepare_cache_for_generation",
+    "_prepare_position_ids_for_generation",
+    "_update_model_kwargs_for_generation",
+)
+
+
+def can_select_rows(model: PreTrainedModel) -> bool:
+    """Whether :class:`Decoding` knows everything that this model carries from one token to the next.
+
+    That is: keys and values in plain or sliding-window layers, a mask and positions. Not states of another kind (Mamba
+    and other hybrids), layers that share their cache, chunked attention, inputs that a model prepares in its own way,
+    or weights sharded over processes that must keep step.
+    """
+    inputs = inspect.signature(model.forward).parameters
+    return (
+        all(getattr(type(model), name) is getattr(GenerationMixin, name) for name in _STANDARD)
+        and {"attention_mask", "position_ids", "past_key_values"} <= inputs.keys()
+        and not (model.config.is_encoder_decoder or model._is_stateful or model.is_remote_code())
+        and not (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
+        and model._supports_default_dynamic_cache()
+        and _has_plain_layers(model)
+    )
+
+
+def _has_plain_layers(model: PreTrainedModel) -> bool:
+    config = model.config.get_text_config(decoder=True)
+    layers = DynamicCache(config=config).layers
+    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return bool(layers) and plain and "chunked_attention" not in get_layer_types_and_kwargs(config)[0]
+
+
+def look_every(device: torch.device) -> int:
+    """Tokens from one look at which rows are done to the next: other devices make the host wait at each look."""
+    return 1 if device.type == "cpu" else 4
+
+
+class Decoding:
+    """Samples ``num_samples`` responses to each prompt; to be given to ``generate`` as its ``custom_generate``.
+
+    Args:
+        num_samples: responses per prompt.
+        batch_size: rows decoded at a time.
+        advance: told of every new token and, when a row is done, of those that it did not need.
+    """
+
+    def __init__(self, num_samples: int, batch_size: int, advance: Callable[[int], None]) -> None:
+        self._num_samples, self._batch_size, self._advance = num_samples, batch_size, advance
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor:
+        """Decode; ``generate`` calls this.
+
+        Args:
+            model: one that :func:`can_select_rows`.
+            input_ids: [number of prompts, P], padded on the left.
+            logits_processor: temperature and top_p; it is given no tokens.
+            generation_config: how many tokens, and where to stop.
+            **model_kwargs: what else generate hands its loops: the empty cache, the prompts' mask or None if none is
+                padded, options of the forward pass. (It would hold back what stands in the signature by name.)
+
+        Returns:
+            [N, max_new_tokens] long; what follows a stop token is padding.
+        """
+        mask = model_kwargs.get("attention_mask")
+        lengths = (torch.ones_like(input_ids) if mask is None else mask).sum(1)
+        num_rows, max_new_tokens = len(input_ids) * self._num_samples, generation_config.max_new_tokens
+        loop = _Loop(
+            model,
+            {name: model_kwargs[name] for name in ("use_cache", "logits_to_keep") if name in model_kwargs},
+            logits_processor,
+            generation_config.eos_token_id,
+            model_kwargs["past_key_values"],
+            prompts=input_ids,
+            lengths=lengths,
+            # The last column takes what is drawn for rows that are done.
+            output=input_ids.new_full((num_rows, max_new_tokens + 1), generation_config.pad_token_id),
+        )
+        rows: _Rows | None = None
+        remaining: list[int] = []
+        entered, done = 0, 0
+        while True:
+            live = [row for row, tokens in enumerate(remaining) if tokens]
+            until = self._enter_until(entered, num_rows, len(live))
+            if until == entered and not live:
+                return loop.output[:, :-1]
+            if rows is None or until > entered or self._is_sparse(len(live), len(remaining)) or loop.is_full(rows):
+                parts = [rows.select(live)] if rows is not None and live else []
+                if until > entered:
+                    parts.append(loop.prefill(range(entered, until), self._num_samples))
+                rows, entered = _join(parts, loop.max_width), until
+            else:
+                loop.steps(rows, min(look_every(input_ids.device), max(remaining)))
+            remaining = rows.remaining.tolist()
+            before, done = done, entered * max_new_tokens - sum(remaining)
+            self._advance(done - before)
+
+    def _enter_until(self, entered: int, num_rows: int, num_live: int) -> int:
+        """Which waiting rows enter: those from ``entered`` up to this one."""
+        room = self._batch_size - num_live
+        if room < ENTER_SHARE * self._batch_size:
+            return entered
+        until = min(entered + room, num_rows)
+        # A prompt whose responses enter at two times is read twice; a few places may rather stay free.
+        split = until % self._num_samples
+        return until - split if until - split > entered and split < LEAVE_SHARE * self._batch_size else until
+
+    def _is_sparse(self, num_live: int, num_rows: int) -> bool:
+        return num_rows - num_live >= LEAVE_SHARE * num_rows > 0
+
+
+@dataclass
+class _Rows:
+    """Rows that are decoded at the moment, of equal width.
+
+    Args:
+        cache: keys and values of their tokens but the last.
+        width: columns of the cache.
+        origins: [A] long, rows of the cache.
+        places: [A] long, rows of the output.
+        lengths: [A] long, how many columns of the cache, counted from the right, a row has; where it is done, one less
+            at the most.
+        tokens: [A] long, drawn last.
+        remaining: [A] long, tokens that are still to be drawn: 0 for rows that are done.
+        mask: [A, at least W + 1] long, which columns a row has; None if all.
+    """
+
+    cache: Cache
+    width: int
+    origins: Tensor
+    places: Tensor
+    lengths: Tensor
+    tokens: Tensor
+    remaining: Tensor
+    mask: Tensor | None = None
+
+    def select(self, rows: Sequence[int]) -> "_Rows":
+        """Return some of the rows; the cache stays as it is."""
+        index = torch.tensor(rows, device=self.places.device)
+        states = (self.origins, self.places, self.lengths, self.tokens, self.remaining)
+        return _Rows(self.cache, self.width, *(state[index] for state in states))
+
+
+@dataclass
+class _Loop:
+    """What stays the same from token to token, and the output.
+
+    Args:
+        model: decodes.
+        options: of its forward pass.
+        processor: of the logits.
+        stop_ids: tokens that end a response.
+        empty_cache: to be copied.
+        prompts: [number of prompts, P] long, padded on the left.
+        lengths: [number of prompts] long, tokens of a prompt.
+        output: [N, max_new_tokens + 1] long.
+    """
+
+    model: PreTrainedModel
+    options: dict[str, Any]
+    processor: LogitsProcessorList
+    stop_ids: Sequence[int]
+    empty_cache: Cache
+    prompts: Tensor
+    lengths: Tensor
+    output: Tensor
+
+    def __post_init__(self) -> None:
+        self.stops = torch.tensor(self.stop_ids, device=self.output.device)
+        self.max_width = self.prompts.shape[1] + self.output.shape[1] - 1
+
+    def is_full(self, rows: _Rows) -> bool:
+        """Whether the cache has the columns of the longest response. Some are then of rows that are done."""
+        return rows.width >= self.max_width
+
+    def prefill(self, places: range, num_samples: int) -> _Rows:
+        """Read the prompts of some responses and draw the first tokens."""
+        device = self.output.device
+        prompts = slice(places[0] // num_samples, places[-1] // num_samples + 1)
+        of_row = torch.tensor([place // num_samples - prompts.start for place in places], device=device)
+        lengths = self.lengths[prompts]
+        width = int(lengths.max())
+        positions = torch.arange(width, device=device) - (width - lengths)[:, None]
+        cache = copy.deepcopy(self.empty_cache)
+        logits = self.model(
+            input_ids=self.prompts[prompts, -width:],
+            attention_mask=(positions >= 0).long(),
+            position_ids=positions.clamp(min=0),
+            past_key_values=cache,
+            **self.options,
+        ).logits[:, -1]
+        remaining = torch.full_like(of_row, self.output.shape[1] - 1)
+        rows = _Rows(
+            *(cache, width, of_row, torch.tensor(places, device=device)),
+            *(lengths[of_row] - 1, torch.empty_like(of_row), remaining),
+        )
+        self._draw(rows, logits[of_row])
+        return rows
+
+    def steps(self, rows: _Rows, count: int) -> None:
+        """Draw ``count`` tokens, or fewer if the cache is full before."""
+        for _ in range(min(count, self.max_width - rows.width)):
+            logits = self.model(
+                input_ids=rows.tokens[:, None],
+                attention_mask=None if rows.mask is None else rows.mask[:, : rows.width + 1],
+                position_ids=rows.lengths[:, None],
+                past_key_values=rows.cache,
+                **self.options,
+            ).logits[:, -1]
+            rows.width += 1
+            self._draw(rows, logits)
+
+    def _draw(self, rows: _Rows, logits: Tensor) -> None:
+        rows.tokens = draw(self.processor(None, logits.float()).softmax(-1))
+        self.output[rows.places, self.output.shape[1] - 1 - rows.remaining] = rows.tokens
+        stopped = torch.isin(rows.tokens, self.stops)
+        rows.remaining = (rows.remaining - 1).clamp(min=0).masked_fill(stopped, 0)
+        # A row that is done stays at its last position: there might be none after it.
+        rows.lengths += rows.remaining > 0
+
+
+def draw(probabilities: Tensor) -> Tensor:
+    """Draw one index per row.
+
+    On a CPU by the inverse of the cumulative distribution, in double precision, which takes one random number per row;
+    ``torch.multinomial`` takes one per entry, which is a fifth of a step of a model of 135M parameters.
+
+    Args:
+        probabilities: [A, V], not negative; they need not add up to 1.
+
+    Returns:
+        [A] long; never an index of probability 0.
+
+    Example:
+        >>> draw(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.5]]))
+        tensor([1, 2])
+    """
+    if probabilities.device.type != "cpu":
+        return torch.multinomial(probabilities, 1).squeeze(1)
+    cumulative = probabilities.cumsum(-1, dtype=torch.double)
+    total = cumulative[:, -1:]
+    if not total.isfinite().all():
+        raise RuntimeError("probabilities are NaN or infinite")  # as torch.multinomial does
+    # At most 1 - 2^-53, whose product with the total is never rounded up to it: there is always an index above.
+    drawn = torch.rand_like(total) * total
+    return torch.searchsorted(cumulative, drawn, right=True).squeeze(1)
+
+
+def _join(parts: Sequence[_Rows], max_width: int) -> _Rows:
+    """Put rows side by side, without the columns on the left that none of them has."""
+    places, lengths, tokens, remaining = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("places", "lengths", "tokens", "remaining")
+    )
+    width = max(1, int(lengths.max()))
+    cache = parts[0].cache
+    for layers in zip(*(part.cache.layers for part in parts), strict=True):
+        _join_layers(layers, [part.origins for part in parts], width)
+    padding = width - lengths[:, None]
+    mask = (torch.arange(max_width + 1, device=padding.device) >= padding).long() if bool(padding.any()) else None
+    origins = torch.arange(len(places), device=places.device)
+    return _Rows(cache, width, origins, places, lengths, tokens, remaining, mask)
+
+
+def _join_layers(layers: Sequence[DynamicLayer], origins: Sequence[Tensor], width: int) -> None:
+    """Give the first layer the rows of all, padded on the left with zeros or cut there."""
+    first = layers[0]
+    if isinstance(first, DynamicSlidingWindowLayer):
+        first.cumulative_length = width
+        width = min(width, first.sliding_window - 1)
+    for name in ("keys", "values"):
+        states = [getattr(layer, name) for layer in layers]
+        states = [state[:, :, max(0, state.shape[2] - width) :] for state in states]
+        _, heads, _, size = states[0].shape
+        joined = states[0].new_zeros(sum(map(len, origins)), heads, width, size)
+        first_row = 0
+        for state, rows in zip(states, origins, strict=True):
+            joined[first_row : first_row + len(rows), :, width - state.shape[2] :] = state[rows]
+            first_row += len(rows)
+        setattr(first, name, joined)
