@@ -114,6 +114,8 @@ class BehaviorPolicy(nn.Module):
         return rollouts
 
     def _score(self, rollouts: Rollouts, wanted: Tensor, progress: Progress) -> None:
+        if not len(wanted):  # the whole pool is the next optimizer batch
+            return
         with progress.task("scoring (behavior)", len(wanted)) as advance:
             for rows, scored in self.policy.score_in_chunks(rollouts.rows(wanted), self._score_batch_size):
                 rollouts.behavior_logprobs[wanted[rows]] = scored.padded(scored.statistics().logprobs).cpu()
