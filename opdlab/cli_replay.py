@@ -17,7 +17,7 @@ from opdlab.module import OPDModule
 from opdlab.registry import suggestion
 from opdlab.replay.plots import cosines_by_age, sample_sizes, save
 from opdlab.replay.record import FOLDER, RecordedStep, read_record, record_folders
-from opdlab.replay.steps import FreshConfig, ReplayedStep, Replayer
+from opdlab.replay.steps import ReplayConfig, ReplayedStep, Replayer
 from opdlab.replay.summary import console_table, markdown, step_table, summarise, write_rows
 from opdlab.replay.variants import NORMALIZATIONS, STATISTICS, Grid
 
@@ -52,6 +52,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--draws", type=int, default=4, help="independent batches of fresh rollouts a step; 4")
     made.add_argument("--seed", type=int, default=0, help="of the fresh rollouts; 0")
     made.add_argument("--other_prompts", action="store_true", help="compare with fresh rollouts of other prompts too")
+    made.add_argument(
+        "--tolerance", type=float, default=0.01, help="error at which gates share backward passes; 0.01; 0 is exact"
+    )
     made.add_argument("--out", type=Path, metavar="DIR", help="where results go; RUN/replay by default")
     return made
 
@@ -69,14 +72,14 @@ def replay(arguments: Sequence[str], build: Build) -> None:
     options, overrides = parser().parse_known_args(arguments)
     _check_overrides(overrides)
     grid = _grid(options)
-    fresh = FreshConfig(options.draws, options.seed, options.other_prompts)
+    config = ReplayConfig(options.draws, options.seed, options.other_prompts, options.tolerance)
     folders = chosen_folders(options.run, _split(options.steps))
     out = _made(options.out or options.run / "replay")
     records = [read_record(folder) for folder in folders.values()]
     for name in grid.gates or ():
         class_path_of("model.gate", name)  # refuses unknown names before anything is loaded
     started = time.perf_counter()
-    replayer = _replayer(build, options, overrides, grid, fresh)
+    replayer = _replayer(build, options, overrides, grid, config)
     steps = []
     console = Console()
     with console.status("replaying") as status:
@@ -85,7 +88,8 @@ def replay(arguments: Sequence[str], build: Build) -> None:
             steps.append(replayer.replay(record))
     seconds = time.perf_counter() - started
     about = [
-        f"{len(steps)} steps under {len(steps[0].rows)} gates in {seconds:.0f} s; fresh gradients: {fresh.draws} a step",
+        f"{len(steps)} steps under {max(len(step.rows) for step in steps)} gates in {seconds:.0f} s, with "
+        f"{sum(step.num_backward for step in steps)} backward passes; fresh gradients: {config.draws} a step",
         *(f"left out: {name}, which {reason}" for name, reason in replayer.skipped.items()),
         *reproduction(steps, records),
     ]
@@ -97,17 +101,17 @@ def replay(arguments: Sequence[str], build: Build) -> None:
     print(f"results: {out}")
 
 
-def _replayer(build: Build, options: Any, overrides: Sequence[str], grid: Grid, fresh: FreshConfig) -> Replayer:
+def _replayer(build: Build, options: Any, overrides: Sequence[str], grid: Grid, config: ReplayConfig) -> Replayer:
     # On one device, whatever the run had.
-    config, module, data = build(["-c", str(options.run / CONFIG), *overrides])
-    fabric = Fabric(accelerator=config.trainer.accelerator, devices=1, precision=config.trainer.precision)
+    run, module, data = build(["-c", str(options.run / CONFIG), *overrides])
+    fabric = Fabric(accelerator=run.trainer.accelerator, devices=1, precision=run.trainer.precision)
     module.to(fabric.device)
     prompts: list[tuple[int, ...]] = []
-    if fresh.other_prompts:
+    if config.other_prompts:
         data.prepare(module.student.tokenizer, training=True)
         assert data.train_prompts is not None
         prompts = [prompt.tokens for prompt in data.train_prompts.prompts]
-    return Replayer(module, grid, fresh, fabric.autocast, prompts)
+    return Replayer(module, grid, config, fabric.autocast, prompts)
 
 
 def chosen_folders(run: Path, steps: Sequence[str] | None) -> dict[int, Path]:

@@ -1,10 +1,11 @@
 """Gradients of one optimizer step under many weightings of its positions.
 
-The gradient ``g(w) = sum_n c_n w_n dl_n/dtheta`` is linear in the weights w. So one forward pass serves all gates, a
-gate costs a backward pass, and gates whose weights are multiples of each other, or mixtures with no gating at all, as
-``residual`` is, share one. Only inner products are kept of a gate's gradient.
+The gradient ``g(w) = sum_n c_n w_n dl_n/dtheta`` is linear in the weights w. So one forward pass serves all gates, and a
+gate whose weights are a mixture of others' needs no backward pass of its own: its inner products are mixtures of theirs.
+Weights of gates by drift are nearly so in their hundreds. A mixture may be off by a tolerance, measured where a
+position's part of the gradient enters the network, at the last hidden states, in which positions are independent.
 
-Shapes: V gates, N valid positions of the step, P trained parameters, D reference gradients.
+Shapes: V gates, N valid positions of the step, P trained parameters, D reference gradients, R gates of the basis.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,12 +15,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from opdlab.diagnostics import hidden_gradient_norms
+from opdlab.gating import GateInputs
 from opdlab.module import OPDModule, ScoredBatch
 from opdlab.objectives import reduce_losses
 from opdlab.rollouts import Minibatch
+from opdlab.seeds import derive_seed
 
-# Weights are float32 numbers around 1: differences below this are rounding.
-_ROUNDING = 1e-6
+# Numbers that are kept of a gradient: of a larger model a sketch, whose inner products are off by about
+# 1 / sqrt(2^22) = 0.05% of the product of the norms.
+SKETCH_SIZE = 1 << 22
+# Gradients are float32 numbers, and what is left of one when all that it shares with others is taken off is larger than
+# its rounding only if that is not too little.
+LEAST_TOLERANCE = 1e-3
+_NOTHING = 1e-30  # a gate this small has lost its digits, and takes no step
 
 Autocast = Callable[[], AbstractContextManager[None]]
 
@@ -45,11 +54,18 @@ class StepGradients:
         self._autocast = autocast
         self._parameters = [p for p in module.student.parameters() if p.requires_grad]
         self._account: ScoredBatch | None = None
-        accounts = [self._run(place) for place in range(len(batches))]
-        self.inputs = [account.inputs for account in accounts]
+        self.inputs: list[GateInputs] = []
         """What a gate may look at, of each micro-batch."""
-        if len(accounts) == 1:
-            self._account = accounts[0]
+        self.importance: list[Tensor] = []
+        """[B, T] of each micro-batch: norm of what each position adds to the ungated gradient at the hidden states."""
+        for place, (batch, share) in enumerate(zip(batches, shares, strict=True)):
+            account = self._run(place)
+            with autocast():
+                norms = hidden_gradient_norms(module.objective, account.scored, batch.rollouts, batch.targets)
+            self.inputs.append(account.inputs)
+            self.importance.append(norms * share)
+            if len(batches) == 1:
+                self._account = account
 
     def _run(self, place: int) -> ScoredBatch:
         if self._account is not None:
@@ -77,7 +93,7 @@ class StepGradients:
             weights: [B, T] of each micro-batch; all 1 by default.
 
         Returns:
-            [P] float32.
+            [P] float32, or its sketch, see :func:`sketch`.
         """
         total: Tensor | None = None
         for place, share in enumerate(self._shares):
@@ -87,66 +103,94 @@ class StepGradients:
             parts = torch.autograd.grad(
                 loss, self._parameters, retain_graph=self._account is not None, allow_unused=True, materialize_grads=True
             )
-            flat = torch.cat([part.flatten().float() for part in parts])
+            flat = sketch(parts)
             total = flat if total is None else total + flat
         assert total is not None
         return total
 
 
-@dataclass(frozen=True)
-class WeightClasses:
-    """Weightings grouped by what their gradients follow from: ``w = offset + slope * w[representative]``.
+def sketch(parts: Sequence[Tensor], size: int = SKETCH_SIZE) -> Tensor:
+    """One vector of a gradient's parts; of a long one a count sketch, which keeps inner products on average.
+
+    Every number gets a random sign and is added to one place of the sketch, the same for every gradient.
 
     Args:
-        representative: [V] long; -1 where the weights are all the same.
-        slope: [V] float64.
-        offset: [V] float64.
+        parts: of the gradient, P numbers in all.
+        size: of the sketch.
+
+    Returns:
+        [min(P, size)] float32.
+
+    Reference:
+        Charikar, Chen & Farach-Colton, "Finding frequent items in data streams", 2002; for inner products: Weinberger
+        et al., "Feature hashing for large scale multitask learning", arXiv 0902.2206. Here neighbours stay neighbours,
+        which saves drawing places.
+    """
+    if sum(part.numel() for part in parts) <= size:
+        return torch.cat([part.flatten().float() for part in parts])
+    device = parts[0].device
+    generator = torch.Generator(device).manual_seed(derive_seed("sketch", size))
+    total = torch.zeros(size, device=device)
+    for piece in (piece for part in parts for piece in part.flatten().split(size)):
+        signs = torch.randint(0, 2, piece.shape, generator=generator, device=device, dtype=torch.int8) * 2 - 1
+        start = int(torch.randint(size, (), generator=generator, device=device))
+        signed = piece.float() * signs
+        fits = min(len(piece), size - start)
+        total[start : start + fits] += signed[:fits]
+        total[: len(piece) - fits] += signed[fits:]
+    return total
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    """Weightings as mixtures of some of them: ``w[v] = sum_r coefficients[v, r] * w[basis[r]]``, nearly.
+
+    Args:
+        basis: R rows.
+        coefficients: [V, R] float64.
     """
 
-    representative: Tensor
-    slope: Tensor
-    offset: Tensor
-
-    @property
-    def representatives(self) -> list[int]:
-        """Those whose gradients are needed, besides the ungated one."""
-        return [int(v) for v in self.representative.unique() if v >= 0]
+    basis: list[int]
+    coefficients: Tensor
 
 
-def weight_classes(weights: Tensor) -> WeightClasses:
-    """Group weightings, up to rounding.
+def mixtures(weights: Tensor, importance: Tensor, tolerance: float) -> Mixtures:
+    """Choose a basis: first row 0, then the row that is farthest from a mixture, until all are near enough to one.
+
+    This is Gram-Schmidt with pivoting. A weighting whose weights are all 0, or below 1e-30, is a mixture of nothing.
 
     Args:
         weights: [V, N].
+        importance: [N], how much an error in a position's weight counts.
+        tolerance: largest error of a weighting, ``|importance * error| / |importance * w|``, at least
+            :data:`LEAST_TOLERANCE`; or 0, for a basis of all of them.
 
     Example:
-        >>> weights = torch.tensor([[1.0, 1.0], [0.5, 1.5], [0.75, 1.25], [0.2, 0.6]])
-        >>> classes = weight_classes(weights)
-        >>> classes.representative.tolist(), [round(x, 4) for x in classes.slope.tolist()]
-        ([-1, 1, 1, 1], [0.0, 1.0, 0.5, 0.4])
+        >>> weights = torch.tensor([[1.0, 1.0], [0.5, 1.5], [0.75, 1.25]])
+        >>> found = mixtures(weights, torch.ones(2), tolerance=0.01)
+        >>> found.basis, [round(c, 4) for c in found.coefficients[2].tolist()]
+        ([0, 1], [0.5, 0.5])
     """
-    wide = weights.double()
-    mean = wide.mean(1)
-    centred = wide - mean[:, None]
-    reach = centred.abs().amax(1)
-    representative = torch.full((len(weights),), -1)
-    slope, squares = torch.zeros_like(mean), centred.square().sum(1)
-    kept: list[int] = []
-    # The widest first, so that no slope is above 1 and no rounding is made larger.
-    for v in squares.argsort(descending=True, stable=True).tolist():
-        if reach[v] <= _ROUNDING:
-            continue
-        others = torch.tensor(kept, dtype=torch.long, device=weights.device)
-        slopes = centred[others] @ centred[v] / squares[others]
-        misfit = (centred[v] - slopes[:, None] * centred[others]).abs().amax(1)
-        nearest = int(misfit.argmin()) if kept else -1
-        if kept and misfit[nearest] <= _ROUNDING:
-            representative[v], slope[v] = kept[nearest], slopes[nearest]
-        else:
-            representative[v], slope[v] = v, 1.0
-            kept.append(v)
-    offset = mean - torch.where(representative >= 0, slope * mean[representative], 0.0)
-    return WeightClasses(representative, slope, offset)
+    rows = weights.double() * importance.double()
+    norms = rows.norm(dim=1).masked_fill(weights.amax(1) < _NOTHING, 0.0)
+    if tolerance == 0:
+        there = norms.nonzero().view(-1).tolist()
+        return Mixtures(there, torch.eye(len(weights), dtype=torch.float64, device=weights.device)[:, there])
+    units = (rows / norms[:, None]).masked_fill(norms[:, None] == 0, 0.0)
+    left, directions, basis = units.clone(), [], []
+    v = 0
+    while (error := left.norm(dim=1))[v] > tolerance:
+        direction = left[v] / error[v]
+        for _ in range(2):  # twice, since rounding leaves something in that is not orthogonal
+            left -= (left @ direction)[:, None] * direction
+        basis.append(v)
+        directions.append(direction)
+        v = int(left.norm(dim=1).argmax())
+    if not basis:
+        return Mixtures([], rows.new_zeros(len(rows), 0))
+    onto = units @ torch.stack(directions).T  # [V, R], lower triangular in the rows of the basis
+    scaled = torch.linalg.solve_triangular(onto[basis].tril(), onto, upper=False, left=False)
+    return Mixtures(basis, scaled * norms[:, None] / norms[basis])
 
 
 @dataclass(frozen=True)
@@ -156,33 +200,39 @@ class Products:
     Args:
         squares: [V], of each with itself.
         references: [V, D], with each reference; the first reference is the ungated gradient.
+        num_backward: gradients that were computed for them.
     """
 
     squares: Tensor
     references: Tensor
+    num_backward: int
 
 
-def gradient_products(gradients: StepGradients, weights: Sequence[Tensor], others: Tensor) -> Products:
-    """Inner products of every gate's gradient with the ungated one and with others.
+def gradient_products(
+    gradients: StepGradients, weights: Sequence[Tensor], others: Tensor, tolerance: float
+) -> Products:
+    """Inner products of every gate's gradient with itself, with the ungated one and with others.
 
     Args:
         gradients: of the step.
-        weights: of each micro-batch, [V, B, T].
-        others: [D - 1, P].
+        weights: of each micro-batch, [V, B, T]; of the first gate they are all 1.
+        others: [D - 1, P], or their sketches.
+        tolerance: see :func:`mixtures`.
     """
-    ungated = gradients.gradient()
-    references = torch.cat([ungated[None], others])
     valid = [inputs.mask.bool() for inputs in gradients.inputs]
     flat = torch.cat([weight[:, mask] for weight, mask in zip(weights, valid, strict=True)], dim=1)
-    classes = weight_classes(flat)
-    own = torch.zeros(len(flat), dtype=torch.float64)  # squares of representatives
-    found = torch.zeros(len(flat), len(references), dtype=torch.float64)
-    for v in classes.representatives:
-        gradient = gradients.gradient([weight[v] for weight in weights])
-        own[v] = float(torch.dot(gradient, gradient))
-        found[v] = torch.mv(references, gradient).double().cpu()
-    base = torch.mv(references, ungated).double().cpu()  # of weights that are 1 everywhere
-    place = classes.representative.clamp(min=0).cpu()
-    slope, offset = classes.slope.cpu(), classes.offset.cpu()
-    squares = offset**2 * base[0] + 2 * offset * slope * found[place, 0] + slope**2 * own[place]
-    return Products(squares.clamp(min=0), offset[:, None] * base + slope[:, None] * found[place])
+    importance = torch.cat([each[mask] for each, mask in zip(gradients.importance, valid, strict=True)])
+    mixed = mixtures(flat, importance, tolerance)
+    count, references = len(mixed.basis), torch.zeros(len(flat), 1 + len(others), dtype=torch.float64)
+    if not count:  # the gradient is zero, whatever the gate
+        return Products(torch.zeros(len(flat), dtype=torch.float64), references, 0)
+    # Scaled, so that the squares of a gate that shrinks the step to nothing are not lost.
+    scales = flat[mixed.basis].amax(1)
+    basis = others.new_zeros(count, others.shape[1])
+    for place, (v, scale) in enumerate(zip(mixed.basis, scales, strict=True)):
+        basis[place] = gradients.gradient([weight[v] / scale for weight in weights])
+    coefficients = (mixed.coefficients * scales).cpu()
+    ungated = basis[:1] * scales[0]  # row 0 is the first of the basis
+    references = coefficients @ (basis @ torch.cat([ungated, others]).T).double().cpu()
+    squares = ((coefficients @ (basis @ basis.T).double().cpu()) * coefficients).sum(1)
+    return Products(squares.clamp(min=0), references, count)

@@ -18,7 +18,7 @@ from opdlab.gating import GateInputs
 from opdlab.module import OPDModule
 from opdlab.policies import Sampler, TeacherRequest
 from opdlab.replay.fresh import Tokens, fresh_gradients, other_prompts, recorded_prompts
-from opdlab.replay.gradients import Autocast, Products, StepGradients, gradient_products
+from opdlab.replay.gradients import LEAST_TOLERANCE, Autocast, Products, StepGradients, gradient_products
 from opdlab.replay.record import RecordedBatch, RecordedStep
 from opdlab.replay.variants import Grid, Variant, expand
 from opdlab.rollouts import Minibatch
@@ -33,21 +33,28 @@ PLOTTED_TAUS = tuple(10 ** (e / 8) for e in range(-8, 17))
 
 
 @dataclass(frozen=True)
-class FreshConfig:
-    """The gradients that gated ones are compared with.
+class ReplayConfig:
+    """What gated gradients are compared with, and how exactly.
 
     Args:
         draws: J, independent batches of fresh rollouts a step, at least 2.
         seed: decides what is sampled.
         other_prompts: whether to compare with fresh rollouts of other prompts too.
+        tolerance: of gates that share backward passes, see :func:`opdlab.replay.gradients.mixtures`; with 0 each has
+            its own.
     """
 
     draws: int = 4
     seed: int = 0
     other_prompts: bool = False
+    tolerance: float = 0.01
 
     def __post_init__(self) -> None:
         require(self.draws >= 2, f"--draws is {self.draws}, but must be at least 2: their spread is the noise")
+        require(
+            self.tolerance == 0 or LEAST_TOLERANCE <= self.tolerance < 1,
+            f"--tolerance is {self.tolerance}, but must be 0, or at least {LEAST_TOLERANCE} and below 1",
+        )
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,7 @@ class ReplayedStep:
         ceilings: by reference (``fresh``, ``other``) the mean cosine between two fresh gradients.
         rows: a line for each gate.
         sample_sizes: by gate the effective sample size at each of :data:`PLOTTED_TAUS`.
+        num_backward: backward passes that the gates took.
     """
 
     number: int
@@ -75,6 +83,7 @@ class ReplayedStep:
     ceilings: dict[str, float]
     rows: list[Row]
     sample_sizes: dict[str, list[float]]
+    num_backward: int
 
 
 class Replayer:
@@ -83,7 +92,7 @@ class Replayer:
     Args:
         module: built by the run's configuration, on its device; its student is given each record's weights.
         grid: the gates.
-        fresh: see :class:`FreshConfig`.
+        config: see :class:`ReplayConfig`.
         autocast: context of forward passes, the run's precision.
         prompts: the run's training prompts; needed where fresh rollouts of other prompts are asked for.
     """
@@ -92,11 +101,11 @@ class Replayer:
         self,
         module: OPDModule,
         grid: Grid,
-        fresh: FreshConfig,
+        config: ReplayConfig,
         autocast: Autocast,
         prompts: Sequence[Tokens] = (),
     ) -> None:
-        self._module, self._grid, self._fresh = module, grid, fresh
+        self._module, self._grid, self._config = module, grid, config
         self._autocast, self._prompts = autocast, prompts
         module.behavior.sampler = Sampler(replace(module.sampling, num_samples=1))
         module.teacher.to(module.device)
@@ -114,10 +123,11 @@ class Replayer:
         weights = _weights(variants, gradients.inputs)
         losses = [gradients.losses([w[v] for w in weights]) for v in range(len(variants))]
         references = self._references(record)
-        products = gradient_products(gradients, weights, torch.cat(list(references.values())))
+        own = next(v for v, variant in enumerate(variants) if variant.own)
+        others = torch.cat(list(references.values()))
+        products = gradient_products(gradients, weights, others, self._config.tolerance)
         comparison = _Comparison(products, references)
         distribution = weight_figures(_valid(weights, gradients.inputs))
-        own = next(v for v, variant in enumerate(variants) if variant.own)
         known: Row = {"step": record.number, "age": record.age, "reuse_epoch": facts.reuse_epoch}
         rows = [
             known | _names(variant) | distribution[v] | {"loss": _summed(losses[v])} | comparison.figures(v)
@@ -129,10 +139,11 @@ class Replayer:
             recorded_loss=facts.loss,
             replayed_loss=_summed(losses[own]),
             recorded_norm=facts.gradient_norm,
-            replayed_norm=float(products.squares[own].sqrt()),
+            replayed_norm=float(gradients.gradient([w[own] for w in weights]).norm()),
             ceilings=comparison.ceilings,
             rows=rows,
             sample_sizes=_sample_sizes(variants, gradients.inputs),
+            num_backward=products.num_backward,
         )
 
     def _served(self, record: RecordedStep) -> set[str]:
@@ -167,10 +178,10 @@ class Replayer:
         return replace(batch, targets=replace(batch.targets, entropy=again.entropy))
 
     def _references(self, record: RecordedStep) -> dict[str, Tensor]:
-        fresh, seed = self._fresh, self._fresh.seed
-        wanted = {"fresh": [recorded_prompts(record)] * fresh.draws}
-        if fresh.other_prompts:
-            wanted["other"] = [other_prompts(record, self._prompts, draw, seed) for draw in range(fresh.draws)]
+        config, seed = self._config, self._config.seed
+        wanted = {"fresh": [recorded_prompts(record)] * config.draws}
+        if config.other_prompts:
+            wanted["other"] = [other_prompts(record, self._prompts, draw, seed) for draw in range(config.draws)]
             require(
                 bool(wanted["other"][0]), f"step {record.number} uses every training prompt: leave out --other_prompts"
             )

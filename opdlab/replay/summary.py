@@ -49,9 +49,9 @@ class GateSummary:
 
     @property
     def is_paper(self) -> bool:
-        """Whether statistic and normalisation, where the gate has them, are the paper's; a control's are published."""
+        """Whether statistic and normalisation, where the gate has them, are the paper's."""
         _, statistic, normalization, _ = self.key
-        return statistic is None or (statistic, normalization) == tuple(PAPER.values())
+        return normalization in (None, PAPER["normalization"]) and statistic in (None, PAPER["statistic"])
 
 
 def summarise(steps: Sequence[ReplayedStep], reference: str = "fresh") -> list[GateSummary]:
@@ -110,6 +110,12 @@ _COLUMNS = (
     *("gate", "statistic", "normalization", "tau", "effective sample size", "norm / ungated", "cosine with ungated"),
     *("cosine with fresh", "change"),
 )
+_SHORT = ("gate", "tau", "ESS", "norm", "ungated", "fresh", "change")
+_CAPTION = (
+    "Means over stale steps. ESS: effective sample size. norm: of the gradient, over that of the ungated one. ungated, "
+    "fresh: cosine with the ungated gradient and with a fresh one. change: of the latter from no gate, paired by step, "
+    "± standard error over the steps. All statistics and normalizations: replay.md."
+)
 
 
 def _cells(summary: GateSummary) -> list[str]:
@@ -125,13 +131,14 @@ def _cells(summary: GateSummary) -> list[str]:
 
 
 def console_table(summaries: Sequence[GateSummary]) -> Table:
-    """The gates with the paper's statistic and normalisation, and the controls as published or varied."""
-    table = Table(title="stale steps: gated gradients against fresh ones (same prompts)")
-    for name in _COLUMNS:
-        table.add_column(name, justify="left" if name in _KEYS else "right")
+    """The gates with the paper's statistic and with weights of mean 1, so that they can be compared, and the run's own."""
+    table = Table(title="Gated gradients of stale rollouts", caption=_CAPTION, caption_justify="left")
+    for name in _SHORT:
+        table.add_column(name, justify="left" if name in _KEYS else "right", no_wrap=True)
     for summary in summaries:
         if summary.is_paper or summary.own:
-            table.add_row(*_cells(summary))
+            gate, _, _, *rest = _cells(summary)
+            table.add_row(gate, *rest)
     return table
 
 
