@@ -269,7 +269,8 @@ class _BuildCLI(OPDCLI):
     """Parses what ``fit`` takes and builds model and data, but no trainer."""
 
     def instantiate_classes(self) -> None:
-        refuse_oversized(self.config.fit)
+        if self.config.fit.check_memory:
+            refuse_oversized(self.config.fit)
         try:
             self.config_init = self.parser.instantiate_classes(self.config)
         except ValueError as error:

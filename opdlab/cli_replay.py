@@ -10,7 +10,6 @@ import torch
 from lightning.fabric import Fabric
 from rich.console import Console
 
-from opdlab.cli_config import class_path_of
 from opdlab.data import PromptDataModule
 from opdlab.errors import UsageError, require
 from opdlab.module import OPDModule
@@ -19,7 +18,7 @@ from opdlab.replay.plots import cosines_by_age, sample_sizes, save
 from opdlab.replay.record import FOLDER, RecordedStep, read_record, record_folders
 from opdlab.replay.steps import ReplayConfig, ReplayedStep, Replayer
 from opdlab.replay.summary import console_table, markdown, step_table, summarise, write_rows
-from opdlab.replay.variants import NORMALIZATIONS, STATISTICS, Grid
+from opdlab.replay.variants import NORMALIZATIONS, STATISTICS, Grid, gate_class
 
 Build = Callable[[Sequence[str]], tuple[Any, OPDModule, PromptDataModule]]
 """Takes the arguments of ``fit``; returns its configuration, the module and the data module."""
@@ -77,10 +76,10 @@ def replay(arguments: Sequence[str], build: Build) -> None:
     out = _made(options.out or options.run / "replay")
     records = [read_record(folder) for folder in folders.values()]
     for name in grid.gates or ():
-        class_path_of("model.gate", name)  # refuses unknown names before anything is loaded
+        gate_class(name)  # refuses unknown names before anything is loaded
     started = time.perf_counter()
     replayer = _replayer(build, options, overrides, grid, config)
-    steps = []
+    steps: list[ReplayedStep] = []
     console = Console()
     with console.status("replaying") as status:
         for record in records:
@@ -103,7 +102,7 @@ def replay(arguments: Sequence[str], build: Build) -> None:
 
 def _replayer(build: Build, options: Any, overrides: Sequence[str], grid: Grid, config: ReplayConfig) -> Replayer:
     # On one device, whatever the run had.
-    run, module, data = build(["-c", str(options.run / CONFIG), *overrides])
+    run, module, data = build(["-c", str(options.run / CONFIG), "--ckpt_path", "null", *overrides])
     fabric = Fabric(accelerator=run.trainer.accelerator, devices=1, precision=run.trainer.precision)
     module.to(fabric.device)
     prompts: list[tuple[int, ...]] = []
@@ -195,11 +194,11 @@ def reproduction(steps: Sequence[ReplayedStep], records: Sequence[RecordedStep])
         return [f"under the run's own gate the recorded losses come out to the bit, at all {len(steps)} steps"]
     off = max(abs(step.replayed_loss - step.recorded_loss) / max(abs(step.recorded_loss), 1e-12) for step in steps)
     facts = records[0].facts
+    had = f"{facts.num_threads} threads on {facts.device}, precision {facts.precision}, torch {facts.torch_version}"
     return [
-        f"under the run's own gate the recorded losses come out to the bit at {equal} of {len(steps)} steps; the largest "
-        f"relative difference is {off:.1e}. The run had {facts.num_threads} threads on {facts.device}, precision "
-        f"{facts.precision}, torch {facts.torch_version}; this replay has {torch.get_num_threads()} threads, torch "
-        f"{torch.__version__}"
+        f"under the run's own gate the recorded losses come out to the bit at {equal} of {len(steps)} steps; the "
+        f"largest relative difference is {off:.1e}. The run had {had}; this replay has {torch.get_num_threads()} "
+        f"threads, torch {torch.__version__}"
     ]
 
 
@@ -217,8 +216,8 @@ def write_results(out: Path, steps: Sequence[ReplayedStep], about: Sequence[str]
     text = [
         "# Replay",
         "\n".join(f"- {line}" for line in about),
-        "Gradients are those before clipping. Cosines with a fresh gradient are means over the draws; the ceiling is the "
-        "mean cosine between two fresh gradients of the same student.",
+        "Gradients are those before clipping. Cosines with a fresh gradient are means over the draws; the ceiling is "
+        "the mean cosine between two fresh gradients of the same student.",
         "## Steps",
         step_table(steps),
         "## Gates",

@@ -70,18 +70,28 @@ def fresh_gradients(
     # Of several processes the record has one's share of the step; a fresh batch counts as much.
     part = float(sum(b.shares.sum() for b in record.batches)) if record.facts.num_processes > 1 else 1.0
     found = []
-    for rows in torch.arange(len(prompts)).split([len(draw) for draw in draws]):
+    for rows in torch.split(torch.arange(len(prompts)), [len(draw) for draw in draws]):
         num_tokens = rollouts.num_tokens[rows]
         chunks = [c for c in rows.tensor_split(len(record.batches)) if len(c)]
         pieces = tuple(trimmed(rollouts.rows(chunk), targets.rows(chunk)) for chunk in chunks)
-        counts = {"num_tokens": int(num_tokens.sum()), "num_rollouts": int((num_tokens > 0).sum())}
+        total, non_empty = int(num_tokens.sum()), int((num_tokens > 0).sum())
         batches = [
             Minibatch(
-                *piece, **counts, micro_batches=pieces, position=p, reuse_epoch=0, pool_metrics={}, keep_behavior=_known
+                *piece,
+                num_tokens=total,
+                num_rollouts=non_empty,
+                micro_batches=pieces,
+                position=position,
+                reuse_epoch=0,
+                pool_metrics={},
+                keep_behavior=_known,
             ).to(module.device)
-            for p, piece in enumerate(pieces)
+            for position, piece in enumerate(pieces)
         ]
-        shares = [loss_shares(b.rollouts.mask, reduction=module.reduction, **counts) * part for b in batches]
+        shares = [
+            part * loss_shares(b.rollouts.mask, reduction=module.reduction, num_tokens=total, num_rollouts=non_empty)
+            for b in batches
+        ]
         found.append(StepGradients(module, batches, shares, record.facts.step, autocast).gradient())
     return torch.stack(found)
 

@@ -1,9 +1,9 @@
 """Gradients of one optimizer step under many weightings of its positions.
 
-The gradient ``g(w) = sum_n c_n w_n dl_n/dtheta`` is linear in the weights w. So one forward pass serves all gates, and a
-gate whose weights are a mixture of others' needs no backward pass of its own: its inner products are mixtures of theirs.
-Weights of gates by drift are nearly so in their hundreds. A mixture may be off by a tolerance, measured where a
-position's part of the gradient enters the network, at the last hidden states, in which positions are independent.
+The gradient ``g(w) = sum_n c_n w_n dl_n/dtheta`` is linear in the weights w. So one forward pass serves all gates, and
+a gate whose weights are a mixture of others' needs no backward pass of its own: its inner products are mixtures of
+theirs. Of hundreds of gates by drift most are nearly so. A mixture may be off by a tolerance, measured where a
+position's part of the gradient enters the network: at the last hidden states, in which positions are independent.
 
 Shapes: V gates, N valid positions of the step, P trained parameters, D reference gradients, R gates of the basis.
 """
@@ -28,6 +28,7 @@ SKETCH_SIZE = 1 << 22
 # Gradients are float32 numbers, and what is left of one when all that it shares with others is taken off is larger than
 # its rounding only if that is not too little.
 LEAST_TOLERANCE = 1e-3
+_PIECE = 1 << 16  # columns that are widened at a time
 _NOTHING = 1e-30  # a gate this small has lost its digits, and takes no step
 
 Autocast = Callable[[], AbstractContextManager[None]]
@@ -101,7 +102,11 @@ class StepGradients:
             weight = torch.ones_like(share) if weights is None else weights[place]
             loss = reduce_losses(account.positions.losses, weight, share)
             parts = torch.autograd.grad(
-                loss, self._parameters, retain_graph=self._account is not None, allow_unused=True, materialize_grads=True
+                loss,
+                self._parameters,
+                retain_graph=self._account is not None,
+                allow_unused=True,
+                materialize_grads=True,
             )
             flat = sketch(parts)
             total = flat if total is None else total + flat
@@ -131,7 +136,7 @@ def sketch(parts: Sequence[Tensor], size: int = SKETCH_SIZE) -> Tensor:
     device = parts[0].device
     generator = torch.Generator(device).manual_seed(derive_seed("sketch", size))
     total = torch.zeros(size, device=device)
-    for piece in (piece for part in parts for piece in part.flatten().split(size)):
+    for piece in (piece for part in parts for piece in torch.split(part.flatten(), size)):
         signs = torch.randint(0, 2, piece.shape, generator=generator, device=device, dtype=torch.int8) * 2 - 1
         start = int(torch.randint(size, (), generator=generator, device=device))
         signed = piece.float() * signs
@@ -139,6 +144,15 @@ def sketch(parts: Sequence[Tensor], size: int = SKETCH_SIZE) -> Tensor:
         total[start : start + fits] += signed[:fits]
         total[: len(piece) - fits] += signed[fits:]
     return total
+
+
+def inner_products(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b.T`` of [M, P] and [D, P], on the host; in float64, since float32 loses four digits on long rows."""
+    parts = zip(a.split(_PIECE, dim=1), b.split(_PIECE, dim=1), strict=True)  # type: ignore[no-untyped-call]
+    total = a.new_zeros(len(a), len(b), dtype=torch.float64)
+    for ours, theirs in parts:
+        total += ours.double() @ theirs.double().T
+    return total.cpu()
 
 
 @dataclass(frozen=True)
@@ -233,6 +247,6 @@ def gradient_products(
         basis[place] = gradients.gradient([weight[v] / scale for weight in weights])
     coefficients = (mixed.coefficients * scales).cpu()
     ungated = basis[:1] * scales[0]  # row 0 is the first of the basis
-    references = coefficients @ (basis @ torch.cat([ungated, others]).T).double().cpu()
-    squares = ((coefficients @ (basis @ basis.T).double().cpu()) * coefficients).sum(1)
+    references = coefficients @ inner_products(basis, torch.cat([ungated, others]))
+    squares = ((coefficients @ inner_products(basis, basis)) * coefficients).sum(1)
     return Products(squares.clamp(min=0), references, count)

@@ -147,7 +147,8 @@ def write_record(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors, plain = {}, []
+    tensors: dict[str, Tensor] = {}
+    plain: list[dict[str, float]] = []
     for place, batch in enumerate(batches):
         parts = {"rollouts": batch.rollouts.state_dict(), "targets": batch.targets.state_dict()}
         for part, values in parts.items():
@@ -190,6 +191,9 @@ def read_record(folder: Path) -> RecordedStep:
         facts = StepFacts(**{field.name: about[field.name] for field in fields(StepFacts)})
         plain = about["micro_batches"]
         batches = tuple(_batch(tensors, place, **values) for place, values in enumerate(plain))
+        counts = (facts.step, facts.reuse_epoch, facts.num_processes)
+        if not all(isinstance(count, int) for count in counts):
+            raise ValueError(f"{counts} are no counts")
         whole = bool(batches) and len(batches) == len(facts.losses) and all(map(math.isfinite, facts.losses))
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(folder, f"{type(error).__name__}: {error}") from error

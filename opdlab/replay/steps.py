@@ -18,7 +18,14 @@ from opdlab.gating import GateInputs
 from opdlab.module import OPDModule
 from opdlab.policies import Sampler, TeacherRequest
 from opdlab.replay.fresh import Tokens, fresh_gradients, other_prompts, recorded_prompts
-from opdlab.replay.gradients import LEAST_TOLERANCE, Autocast, Products, StepGradients, gradient_products
+from opdlab.replay.gradients import (
+    LEAST_TOLERANCE,
+    Autocast,
+    Products,
+    StepGradients,
+    gradient_products,
+    inner_products,
+)
 from opdlab.replay.record import RecordedBatch, RecordedStep
 from opdlab.replay.variants import Grid, Variant, expand
 from opdlab.rollouts import Minibatch
@@ -108,6 +115,7 @@ class Replayer:
         self._module, self._grid, self._config = module, grid, config
         self._autocast, self._prompts = autocast, prompts
         module.behavior.sampler = Sampler(replace(module.sampling, num_samples=1))
+        module.student.accumulate_head_grad = False  # gradients are asked for, not added to `.grad`
         module.teacher.to(module.device)
         self.skipped: dict[str, str] = {}
         """Gates that a record could not serve, and why."""
@@ -139,7 +147,7 @@ class Replayer:
             recorded_loss=facts.loss,
             replayed_loss=_summed(losses[own]),
             recorded_norm=facts.gradient_norm,
-            replayed_norm=float(gradients.gradient([w[own] for w in weights]).norm()),
+            replayed_norm=float(gradients.gradient([w[own] for w in weights]).double().norm()),
             ceilings=comparison.ceilings,
             rows=rows,
             sample_sizes=_sample_sizes(variants, gradients.inputs),
@@ -239,8 +247,9 @@ class _Comparison:
 
     def __init__(self, products: Products, references: Mapping[str, Tensor]) -> None:
         self._norms, self._products = products.squares.sqrt(), products.references
-        self._lengths = {name: fresh.norm(dim=1).double().cpu() for name, fresh in references.items()}
-        self.ceilings = {name: _mean_cosine(fresh) for name, fresh in references.items()}
+        among = {name: inner_products(fresh, fresh) for name, fresh in references.items()}
+        self._lengths = {name: products.diagonal().sqrt() for name, products in among.items()}
+        self.ceilings = {name: _mean_cosine(products) for name, products in among.items()}
 
     def figures(self, v: int) -> Row:
         """Of a gate. Cosines with a gradient that is zero are None."""
@@ -267,11 +276,11 @@ class _Comparison:
         return row
 
 
-def _mean_cosine(gradients: Tensor) -> float:
-    """Mean cosine between two of [J, P] gradients."""
-    directions = torch.nn.functional.normalize(gradients, dim=1)
-    cosines = (directions @ directions.T).double()
-    count = len(gradients)
+def _mean_cosine(products: Tensor) -> float:
+    """Mean cosine between two of J vectors, from their inner products [J, J]."""
+    lengths = products.diagonal().sqrt().clamp(min=torch.finfo(products.dtype).tiny)
+    cosines = products / lengths / lengths[:, None]
+    count = len(products)
     return float((cosines.sum() - cosines.trace()) / (count * (count - 1)))
 
 
@@ -316,4 +325,5 @@ def weight_figures(weights: Tensor) -> list[Row]:
         "weight_std": wide.std(1, correction=0),
         "effective_sample_size": effective_sample_size(wide),
     }
-    return [dict(zip(columns, values, strict=True)) for values in zip(*(c.tolist() for c in columns.values()))]
+    table = torch.stack(list(columns.values()), dim=1).tolist()
+    return [dict(zip(columns, values, strict=True)) for values in table]

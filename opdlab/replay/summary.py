@@ -72,7 +72,7 @@ def summarise(steps: Sequence[ReplayedStep], reference: str = "fresh") -> list[G
     return [
         _summary(key, rows, reference)
         for key, rows in groups.items()
-        if len(rows) == len(stale) and all(row[f"{reference}_cosine"] is not None for row in rows)
+        if len(rows) == len(stale) and all(row[f"{reference}_change"] is not None for row in rows)
     ]
 
 
@@ -131,7 +131,7 @@ def _cells(summary: GateSummary) -> list[str]:
 
 
 def console_table(summaries: Sequence[GateSummary]) -> Table:
-    """The gates with the paper's statistic and with weights of mean 1, so that they can be compared, and the run's own."""
+    """The gates with the paper's statistic and with weights of mean 1, and the run's own."""
     table = Table(title="Gated gradients of stale rollouts", caption=_CAPTION, caption_justify="left")
     for name in _SHORT:
         table.add_column(name, justify="left" if name in _KEYS else "right", no_wrap=True)

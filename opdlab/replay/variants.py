@@ -166,16 +166,21 @@ def _classes(names: Sequence[str] | None, own: GateStrategy) -> dict[str, type[G
     if names is None:
         found = {name: registry.get(name) for name in registry.names()}
         return found | ({} if type(own) in found.values() else {_name_of(type(own)): type(own)})
-    return {name if "." not in name else name.rpartition(".")[2]: _class(name) for name in names}
+    return {name.rpartition(".")[2]: gate_class(name) for name in names}
 
 
-def _class(name: str) -> type[GateStrategy]:
+def gate_class(name: str) -> type[GateStrategy]:
+    """The gate of a registered name or class path.
+
+    Raises:
+        UsageError: there is none; of names the nearest is given.
+    """
     if "." not in name:
         return gate_registry().get(name)
     try:
         cls = pkgutil.resolve_name(name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"--gates has '{name}', which cannot be imported ({error}): give a gate's class path") from error
+        raise UsageError(f"--gates has '{name}', but {error}: give a gate's class path") from error
     require(
         isinstance(cls, type) and issubclass(cls, GateStrategy),
         f"--gates has '{name}', which is no gate: give a class that extends opdlab.gating.GateStrategy",
