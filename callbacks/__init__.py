@@ -9,6 +9,7 @@ from opdlab.callbacks.behavior_refresh import BehaviorRefresh
 from opdlab.callbacks.evaluation_table import EvaluationTable
 from opdlab.callbacks.gate_monitor import GateMonitor
 from opdlab.callbacks.hf_export import HFExport
+from opdlab.callbacks.pool_recorder import PoolRecorder
 from opdlab.callbacks.progress_bar import LabProgressBar
 from opdlab.callbacks.sample_logger import SampleLogger
 from opdlab.callbacks.stop_checkpoint import StopCheckpoint
@@ -18,6 +19,7 @@ __all__ = [
     "EvaluationTable",
     "GateMonitor",
     "HFExport",
+    "PoolRecorder",
     "SampleLogger",
     "StopCheckpoint",
     "LabProgressBar",

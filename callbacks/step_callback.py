@@ -31,7 +31,11 @@ class StepCallback(pl.Callback):
 
     def looks_at(self, trainer: pl.Trainer) -> bool:
         """Whether the optimizer step under way is one of those that are looked at."""
-        return (trainer.global_step + 1) % self.every_n_steps == 0
+        return self.wants(trainer.global_step + 1)
+
+    def wants(self, step: int) -> bool:
+        """Whether the optimizer step of this number, counted from 1, is one of those that are looked at."""
+        return step % self.every_n_steps == 0
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -46,7 +50,7 @@ class StepCallback(pl.Callback):
         """Keep the trace; hand over all of them at the step's last micro-batch."""
         trace: StepTrace = outputs["trace"]
         self.on_trace(trainer, trace)
-        if (trace.step + 1) % self.every_n_steps == 0:  # of before the optimizer moved on, if it did
+        if self.wants(trace.step + 1):  # of before the optimizer moved on, if it did
             self._traces.append(trace)
             if batch.position + 1 == len(batch.micro_batches):
                 traces, self._traces = self._traces, []

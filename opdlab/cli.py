@@ -29,12 +29,14 @@ from opdlab.callbacks import (
     GateMonitor,
     HFExport,
     LabProgressBar,
+    PoolRecorder,
     SampleLogger,
     StopCheckpoint,
 )
 from opdlab.cli_config import CONFIG_MODE, expand_arguments, explain, root_usage_error
 from opdlab.cli_estimate import print_estimate, refuse_oversized
 from opdlab.cli_hparams import log_hyperparameters
+from opdlab.cli_replay import replay
 from opdlab.cli_runs import check_checkpoint, find_checkpoint, fit_samples_folder, run_folder_for, samples_folder_for
 from opdlab.data import PromptDataModule
 from opdlab.errors import Stopped, UsageError, exit_code
@@ -46,7 +48,8 @@ from opdlab.policies import LanguageModel, LocalTeacher
 EXIT_USAGE = 2
 _ABOUT = (
     "Gated on-policy distillation of language models. Besides the subcommands below: `opdlab gates` lists the gates, "
-    "`opdlab estimate` takes what fit takes and says what it needs in memory, `opdlab study` compares variants."
+    "`opdlab estimate` takes what fit takes and says what it needs in memory, `opdlab study` compares variants, "
+    "`opdlab replay RUN` compares gates on recorded steps."
 )
 
 
@@ -90,11 +93,14 @@ class OPDCLI(LightningCLI):
         parser.add_lightning_class_args(BehaviorRefresh, "behavior_refresh")
         parser.add_lightning_class_args(GateMonitor, "gate_monitor")
         parser.add_lightning_class_args(SampleLogger, "sample_logger")
+        parser.add_lightning_class_args(PoolRecorder, "pool_recorder")
         parser.add_lightning_class_args(HFExport, "export")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_argument(
             "--check_memory", type=bool, default=True, help="Refuse models whose weights alone exceed the device."
         )
+        parser.add_argument("--save_pools", type=bool, default=False, help="Record steps for `opdlab replay`.")
+        parser.link_arguments("save_pools", "pool_recorder.enabled")
         parser.set_defaults(
             {
                 "checkpoint.every_n_train_steps": 50,
@@ -257,6 +263,31 @@ class _EstimateCLI(OPDCLI):
         self.subcommand = None  # nothing is run
 
 
+class _BuildCLI(OPDCLI):
+    """Parses what ``fit`` takes and builds model and data, but no trainer."""
+
+    def instantiate_classes(self) -> None:
+        if self.config.fit.check_memory:
+            refuse_oversized(self.config.fit)
+        try:
+            self.config_init = self.parser.instantiate_classes(self.config)
+        except ValueError as error:
+            raise root_usage_error(error) from error
+        self.model, self.datamodule = self._get(self.config_init, "model"), self._get(self.config_init, "data")
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing: there is no run's folder to settle."""
+
+    def after_instantiate_classes(self) -> None:
+        self.subcommand = None  # nothing is run
+
+
+def _build(arguments: Sequence[str]) -> tuple[Any, OPDModule, PromptDataModule]:
+    sys.argv = [sys.argv[0], *expand_arguments(["fit", *arguments])]
+    built = _BuildCLI()
+    return built.config.fit, built.model, built.datamodule
+
+
 def list_gates() -> None:
     """Print every registered gate with the first line of its documentation."""
     registry = gate_registry()
@@ -274,6 +305,9 @@ def _run(arguments: Sequence[str]) -> int:
         from opdlab.cli_study import study_command  # it imports this module
 
         return study_command(arguments[1:])
+    if list(arguments[:1]) == ["replay"]:
+        replay(arguments[1:], _build)
+        return 0
     program, cli = sys.argv[0], OPDCLI
     if list(arguments[:1]) == ["estimate"]:
         cli, arguments = _EstimateCLI, ["fit", *arguments[1:]]

@@ -75,6 +75,21 @@ class _Window:
     records: list[StepRecord]
 
 
+@dataclass(frozen=True)
+class ScoredBatch:
+    """A micro-batch that the student has been run over, before the gate weighs it.
+
+    Args:
+        scored: the student's account; its graph is alive where gradients are on.
+        positions: the objective's losses.
+        inputs: what the gate may look at, detached.
+    """
+
+    scored: Scored
+    positions: PositionLosses
+    inputs: GateInputs
+
+
 class OPDModule(EvaluationModule):
     """On-policy distillation of a student from a frozen teacher on gated, reused rollouts.
 
@@ -188,9 +203,9 @@ class OPDModule(EvaluationModule):
             "data.train has no verifier: give it one, or take another gate",
         )
         # A sharded model gathers its weights in every pass, of which all processes must take as many.
-        self.student.group_lengths = self._whole_weights
+        self.student.group_lengths = self.whole_weights
         require(
-            self._whole_weights or self.student.max_tokens is None,
+            self.whole_weights or self.student.max_tokens is None,
             f"model.max_tokens_per_microbatch is {self.student.max_tokens}, but with trainer.strategy "
             f"{type(self.trainer.strategy).__name__} all processes must take as many passes: use null and raise "
             "trainer.accumulate_grad_batches instead, or take the strategy ddp",
@@ -199,12 +214,12 @@ class OPDModule(EvaluationModule):
         self.student.accumulate_head_grad = isinstance(self.trainer.strategy, SingleDeviceStrategy)
 
     @property
-    def _whole_weights(self) -> bool:
+    def whole_weights(self) -> bool:
         """Whether each process holds all weights."""
         return isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
 
     def _same_policy(self) -> bool:
-        return self._whole_weights and self.behavior.equals(self.student)
+        return self.whole_weights and self.behavior.equals(self.student)
 
     def configure_optimizers(self) -> Any:
         """The optimizer sees the student's trainable parameters only."""
@@ -254,13 +269,12 @@ class OPDModule(EvaluationModule):
                 progress=self.progress,
             )
         sampled = time.perf_counter()  # results are on the host, so the device has finished
-        counted = mask_first_occurrences(rollouts, self._masked_first)  # lengths and answers are of all tokens
         verifier = self._data.train_verifier if isinstance(self._data, PromptDataModule) else None
         texts = decode_responses(self.student, rollouts) if verifier is not None else []
         # Checked while the teacher scores.
         verdicts = submit_answers(texts, rollouts, EvaluationBatch("train", prompts, verifier))
         scoring = time.perf_counter()
-        targets = self.teacher.score(counted, self._request, self.progress)
+        counted, targets = self.teach(rollouts)  # lengths and answers are of all tokens
         scored = time.perf_counter()
         metrics = {
             "rollout/length": float(rollouts.num_tokens.float().mean()),
@@ -275,16 +289,18 @@ class OPDModule(EvaluationModule):
             counted = replace(counted, correct=correct)
         return Pool(counted, targets, metrics, first_batch_unscored=unscored is not None)
 
+    def teach(self, rollouts: Rollouts) -> tuple[Rollouts, Targets]:
+        """Mask the positions that the loss leaves out, and have the teacher score the others; needs no trainer."""
+        counted = mask_first_occurrences(rollouts, self._masked_first)
+        return counted, self.teacher.score(counted, self._request, self.progress)
+
     # -- training ------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Minibatch, batch_idx: int) -> dict[str, Any]:
         """One micro-batch: score, weigh, reduce. Returns the loss, and a :class:`StepTrace` for callbacks."""
         rollouts, targets = batch.rollouts, batch.targets
-        scored = self.student.score(rollouts)
-        positions = self._position_losses(batch, scored, rollouts, targets)
-        if batch.keep_behavior is not None:
-            batch.keep_behavior(rollouts.behavior_logprobs)
-        inputs = gate_inputs(rollouts, targets, positions, self.global_step)
+        account = self.score_batch(batch, self.global_step)
+        scored, positions, inputs = account.scored, account.positions, account.inputs
         gates = self._gates(batch, inputs)
         num_tokens, num_rollouts = self._denominators(batch)
         shares = loss_shares(rollouts.mask, reduction=self.reduction, num_tokens=num_tokens, num_rollouts=num_rollouts)
@@ -309,6 +325,19 @@ class OPDModule(EvaluationModule):
             else None,
         )
         return {"loss": loss * scale, "trace": trace}
+
+    def score_batch(self, batch: Minibatch, step: int) -> ScoredBatch:
+        """Run the student over a micro-batch; needs no trainer.
+
+        Args:
+            batch: on the module's device.
+            step: optimizer steps taken before.
+        """
+        scored = self.student.score(batch.rollouts)
+        positions = self._position_losses(batch, scored, batch.rollouts, batch.targets)
+        if batch.keep_behavior is not None:
+            batch.keep_behavior(batch.rollouts.behavior_logprobs)
+        return ScoredBatch(scored, positions, gate_inputs(batch.rollouts, batch.targets, positions, step))
 
     def _position_losses(
         self, batch: Minibatch, scored: Scored, rollouts: Rollouts, targets: Targets

@@ -17,6 +17,7 @@ import yaml
 
 from opdlab.cli import OPDCLI, main
 from opdlab.cli_config import expand_arguments
+from opdlab.cli_replay import parser as replay_parser
 from opdlab.diagnostics import step_metrics
 from opdlab.gating import GateStrategy, RuleGate, gate_names, gate_registry
 from opdlab.objectives.base import objective_registry
@@ -204,6 +205,9 @@ def test_command_lines_parse(page: Path, folder: Path, parser: Any, capsys: pyte
         _, subcommand, *arguments = shlex.split(command, comments=True)
         if subcommand == "gates":
             assert main(["gates"]) == 0
+            continue
+        if subcommand == "replay":
+            replay_parser().parse_args(arguments)
             continue
         subcommand = {"estimate": "fit"}.get(subcommand, subcommand)
         try:

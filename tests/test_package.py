@@ -30,7 +30,7 @@ PUBLIC = {
         "TruncatedRatioGate",
     ],
     "opdlab.callbacks": [
-        *("BehaviorRefresh", "EvaluationTable", "GateMonitor", "HFExport", "SampleLogger"),
+        *("BehaviorRefresh", "EvaluationTable", "GateMonitor", "HFExport", "PoolRecorder", "SampleLogger"),
         *("StopCheckpoint", "LabProgressBar"),
     ],
     "opdlab.objectives": [
@@ -58,6 +58,10 @@ PUBLIC = {
         *("ReuseConfig", "TableProblems", "Template", "prompt_set"),
     ],
     "opdlab.module": ["OPDModule"],
+    "opdlab.replay": [
+        *("GateSummary", "Grid", "RecordedStep", "ReplayConfig", "ReplayedStep", "Replayer", "Variant"),
+        *("expand", "read_record", "record_folders", "summarise"),
+    ],
     "opdlab.viewer": [
         *("INDEX", "ColorScale", "PageSummary", "Quantity", "RolloutText", "ShownRollout", "choose_rollouts"),
         *("color_scale", "markdown_literal", "page_name", "quantities", "render_index", "render_page", "step_count"),

@@ -153,6 +153,8 @@ class BehaviorPolicy(nn.Module):
         if unscored is not None:
             wanted[unscored] = False
         wanted = wanted.nonzero().view(-1)
+        if not len(wanted):  # the whole pool is the next optimizer batch
+            return
         with progress.task("scoring (behavior)", len(wanted)) as advance:
             for rows, scored in self.policy.score_in_chunks(rollouts.rows(wanted), self._score_batch_size):
                 rollouts.behavior_logprobs[wanted[rows]] = scored.padded(scored.statistics().logprobs).cpu()

@@ -1,0 +1,195 @@
+"""What chosen optimizer steps trained on, kept on disk for ``opdlab replay``."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from opdlab.callbacks.step_callback import StepCallback
+from opdlab.diagnostics import StepTrace
+from opdlab.errors import require
+from opdlab.module import OPDModule
+from opdlab.objectives import reduce_losses
+from opdlab.replay.record import FOLDER, RecordedBatch, StepFacts, record_folder, record_folders, write_record
+from opdlab.replay.record import trained_weights as weights_of
+from opdlab.rollouts import Targets
+
+_MIB = 1 << 20
+
+
+class PoolRecorder(StepCallback):
+    """Writes, at chosen optimizer steps, what the step trained on: ``opdlab replay`` compares gates on it afterwards.
+
+    A record, ``pools/step-000016`` in the run's folder, holds the step's rollouts with the teacher's targets, its
+    denominators, loss and gradient norm, and the student's weights as they were before the step (of a student with an
+    adapter the adapter's alone). The behavior log-probabilities are those that the step has used, also where it filled
+    them in itself. With several processes the first one records its share of the step.
+
+    Args:
+        enabled: whether to record at all; on the command line ``save_pools`` sets it.
+        every_n_steps: optimizer steps between records, at least 1.
+        steps: numbers of the optimizer steps to record, counted from 1, instead of every n-th; null for those.
+        keep_last: records kept; older ones are removed. Null keeps all.
+
+    Raises:
+        UsageError: a value is below 1; or, when training starts, the strategy leaves no process all weights.
+
+    Example:
+        >>> recorder = PoolRecorder(steps=[1, 4, 16])
+        >>> [step for step in range(1, 20) if recorder.wants(step)]
+        [1, 4, 16]
+    """
+
+    def __init__(
+        self,
+        enabled: bool = True,
+        every_n_steps: int = 8,
+        steps: list[int] | None = None,
+        keep_last: int | None = None,
+    ) -> None:
+        super().__init__(every_n_steps, "pool_recorder")
+        require(
+            steps is None or (bool(steps) and min(steps) >= 1),
+            f"pool_recorder.steps is {steps}, but must be numbers of optimizer steps from 1 on, or null",
+        )
+        require(
+            keep_last is None or keep_last >= 1,
+            f"pool_recorder.keep_last is {keep_last}, but must be at least 1, or null to keep all",
+        )
+        self.enabled, self.steps, self.keep_last = enabled, steps, keep_last
+        self.folder = Path()
+        """The run's folder, once training has started."""
+        self._weights: dict[str, Tensor] = {}
+        self._targets: list[Targets] = []
+        self._gradient_norm: float | None = None
+        self._announced = False
+
+    def wants(self, step: int) -> bool:
+        """See :meth:`StepCallback.wants`."""
+        return self.enabled and (step in self.steps if self.steps is not None else super().wants(step))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find the run's folder, about which Lightning asks all processes."""
+        assert isinstance(pl_module, OPDModule)
+        require(
+            not self.enabled or pl_module.whole_weights,
+            f"save_pools is true, but under trainer.strategy {type(trainer.strategy).__name__} no process has all "
+            "weights to record: take a single device or ddp, or set save_pools to false",
+        )
+        self.folder = Path(trainer.log_dir or trainer.default_root_dir)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the weights from before the step."""
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        assert isinstance(pl_module, OPDModule)
+        if batch.position == 0:
+            self._targets, self._weights, self._gradient_norm = [], {}, None
+            if trainer.is_global_zero and self.looks_at(trainer):
+                self._weights = {name: t.to("cpu", copy=True) for name, t in weights_of(pl_module.student).items()}
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Take the gradient's norm, which Lightning clips after this."""
+        if self._weights:
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            norms = torch.stack([torch.linalg.vector_norm(gradient.float()) for gradient in gradients])
+            norm = float(torch.linalg.vector_norm(norms))
+            self._gradient_norm = norm if norm < float("inf") else None  # NaN neither: no JSON has them
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep the targets, which no trace has."""
+        if self._weights:
+            self._targets.append(batch.targets)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, traces: Sequence[StepTrace]) -> None:
+        """Write the record."""
+        assert isinstance(pl_module, OPDModule)
+        if not self._weights:  # not the first process
+            return
+        batches = [
+            RecordedBatch(trace.rollouts, targets, trace.loss_shares)
+            for trace, targets in zip(traces, self._targets, strict=True)
+        ]
+        facts = step_facts(trainer, pl_module, traces, self._gradient_norm)
+        number = facts.step + 1
+        try:
+            sizes = write_record(record_folder(self.folder, number), facts, batches, self._weights)
+        except OSError as error:
+            rank_zero_warn(
+                f"{record_folder(self.folder, number)} cannot be written ({error.strerror or error}): the step is not "
+                "recorded; training goes on"
+            )
+            return
+        finally:
+            self._weights, self._targets = {}, []
+        self._announce(trainer, sizes)
+        if self.keep_last is not None:
+            for old in list(record_folders(self.folder).values())[: -self.keep_last]:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def _announce(self, trainer: pl.Trainer, sizes: dict[str, int]) -> None:
+        """Say once where records go, and how much they will take."""
+        if self._announced:
+            return
+        self._announced = True
+        size = sum(sizes.values())
+        more = sum(map(self.wants, range(trainer.global_step + 1, max(trainer.max_steps, trainer.global_step) + 1)))
+        text = (
+            f"recording in {self.folder / FOLDER}: {size / _MIB:.1f} MiB a step, of which weights "
+            f"{sizes['weights'] / _MIB:.1f}"
+        )
+        count = 1 + more if self.keep_last is None else min(1 + more, self.keep_last)
+        bounded = trainer.max_steps >= 0 or self.keep_last is not None
+        text += f"; {count} records kept by the end, {count * size / _MIB:.0f} MiB" if bounded else "; all are kept"
+        if trainer.world_size > 1:
+            text += f"; of {trainer.world_size} processes the first one's share"
+        rank_zero_info(text)
+        free = shutil.disk_usage(self.folder).free
+        if (count - 1) * size > free:
+            rank_zero_warn(
+                f"records will take {count * size / _MIB:.0f} MiB, but {self.folder} has {free / _MIB:.0f} MiB free: "
+                "raise pool_recorder.every_n_steps or set pool_recorder.keep_last"
+            )
+
+
+def step_facts(
+    trainer: pl.Trainer, module: OPDModule, traces: Sequence[StepTrace], gradient_norm: float | None
+) -> StepFacts:
+    """What is kept of a step beside its tensors.
+
+    Args:
+        trainer: of the run.
+        module: of the run.
+        traces: of the step's micro-batches.
+        gradient_norm: before clipping.
+    """
+    losses = []
+    for trace in traces:  # by the same function of the same tensors as in the step, so to the bit the same
+        assert trace.inputs.position_losses is not None
+        losses.append(float(reduce_losses(trace.inputs.position_losses, trace.gates.weights, trace.loss_shares)))
+    tau = traces[0].gates.tau
+    return StepFacts(
+        step=traces[0].step,
+        reuse_epoch=traces[0].reuse_epoch,
+        losses=losses,
+        gradient_norm=gradient_norm,
+        gate=repr(module.gate),
+        tau=None if tau is None else float(tau),
+        num_processes=trainer.world_size,
+        num_threads=torch.get_num_threads(),
+        device=module.device.type,
+        precision=str(trainer.precision),
+        torch_version=str(torch.__version__),
+    )

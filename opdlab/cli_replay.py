@@ -1,0 +1,234 @@
+"""``opdlab replay RUN``: recorded steps of a run under every gate, without retraining."""
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from lightning.fabric import Fabric
+from rich.console import Console
+
+from opdlab.data import PromptDataModule
+from opdlab.errors import UsageError, require
+from opdlab.module import OPDModule
+from opdlab.registry import suggestion
+from opdlab.replay.plots import cosines_by_age, sample_sizes, save
+from opdlab.replay.record import FOLDER, RecordedStep, read_record, record_folders
+from opdlab.replay.steps import ReplayConfig, ReplayedStep, Replayer
+from opdlab.replay.summary import console_table, markdown, step_table, summarise, write_rows
+from opdlab.replay.variants import NORMALIZATIONS, STATISTICS, Grid, gate_class
+
+Build = Callable[[Sequence[str]], tuple[Any, OPDModule, PromptDataModule]]
+"""Takes the arguments of ``fit``; returns its configuration, the module and the data module."""
+
+CONFIG = "config.yaml"
+_PASSED_ON = ("--model.", "--data.", "--trainer.")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as everywhere."""
+        raise UsageError(f"{message}; see opdlab replay --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of ``opdlab replay``; what begins with ``--model.``, ``--data.`` or ``--trainer.`` changes the run's config."""
+    made = _Parser(
+        prog="opdlab replay",
+        description="Replay recorded steps of a run (fit --save_pools true) under many gates, without retraining. "
+        "Lists are separated by spaces or commas. --model.…, --data.… and --trainer.… override the run's own "
+        "configuration, for a teacher that has moved, say.",
+        allow_abbrev=False,
+    )
+    made.add_argument("run", type=Path, metavar="RUN", help="the run's folder, which holds config.yaml and pools/")
+    made.add_argument("--gates", nargs="+", help="registered names or class paths; all by default")
+    made.add_argument("--statistics", nargs="+", default=list(STATISTICS), help=", ".join(STATISTICS))
+    made.add_argument("--normalizations", nargs="+", default=list(NORMALIZATIONS), help=", ".join(NORMALIZATIONS))
+    made.add_argument("--taus", nargs="+", default=["1", "5", "20"], help="per nat; 1, 5 and 20 by default")
+    made.add_argument("--steps", nargs="+", help="recorded steps to replay, counted from 1; all by default")
+    made.add_argument("--draws", type=int, default=4, help="independent batches of fresh rollouts a step; 4")
+    made.add_argument("--seed", type=int, default=0, help="of the fresh rollouts; 0")
+    made.add_argument("--other_prompts", action="store_true", help="compare with fresh rollouts of other prompts too")
+    made.add_argument(
+        "--tolerance", type=float, default=0.01, help="error at which gates share backward passes; 0.01; 0 is exact"
+    )
+    made.add_argument("--out", type=Path, metavar="DIR", help="where results go; RUN/replay by default")
+    return made
+
+
+def replay(arguments: Sequence[str], build: Build) -> None:
+    """Replay a run and write what came out.
+
+    Args:
+        arguments: of the command line, after ``replay``.
+        build: builds module and data.
+
+    Raises:
+        UsageError: something that the user gave cannot work.
+    """
+    options, overrides = parser().parse_known_args(arguments)
+    _check_overrides(overrides)
+    grid = _grid(options)
+    config = ReplayConfig(options.draws, options.seed, options.other_prompts, options.tolerance)
+    folders = chosen_folders(options.run, _split(options.steps))
+    out = _made(options.out or options.run / "replay")
+    records = [read_record(folder) for folder in folders.values()]
+    for name in grid.gates or ():
+        gate_class(name)  # refuses unknown names before anything is loaded
+    started = time.perf_counter()
+    replayer = _replayer(build, options, overrides, grid, config)
+    steps: list[ReplayedStep] = []
+    console = Console()
+    with console.status("replaying") as status:
+        for record in records:
+            status.update(f"replaying step {record.number} ({len(steps) + 1} of {len(records)})")
+            steps.append(replayer.replay(record))
+    seconds = time.perf_counter() - started
+    about = [
+        f"{len(steps)} steps under {max(len(step.rows) for step in steps)} gates in {seconds:.0f} s, with "
+        f"{sum(step.num_backward for step in steps)} backward passes; fresh gradients: {config.draws} a step",
+        *(f"left out: {name}, which {reason}" for name, reason in replayer.skipped.items()),
+        *reproduction(steps, records),
+    ]
+    write_results(out, steps, about, grid)
+    if summaries := summarise(steps):
+        console.print(console_table(summaries))
+    for line in about:
+        print(line)
+    print(f"results: {out}")
+
+
+def _replayer(build: Build, options: Any, overrides: Sequence[str], grid: Grid, config: ReplayConfig) -> Replayer:
+    # On one device, whatever the run had.
+    run, module, data = build(["-c", str(options.run / CONFIG), "--ckpt_path", "null", *overrides])
+    fabric = Fabric(accelerator=run.trainer.accelerator, devices=1, precision=run.trainer.precision)
+    module.to(fabric.device)
+    prompts: list[tuple[int, ...]] = []
+    if config.other_prompts:
+        data.prepare(module.student.tokenizer, training=True)
+        assert data.train_prompts is not None
+        prompts = [prompt.tokens for prompt in data.train_prompts.prompts]
+    return Replayer(module, grid, config, fabric.autocast, prompts)
+
+
+def chosen_folders(run: Path, steps: Sequence[str] | None) -> dict[int, Path]:
+    """The records to replay, by number of the step.
+
+    Args:
+        run: the run's folder.
+        steps: numbers, or None for all.
+
+    Raises:
+        UsageError: it is no run, or has no records, or not those.
+    """
+    require(run.is_dir(), f"'{run}' is no folder: give a run's folder, such as runs/quickstart/version_0")
+    inside = sorted(run.glob(f"version_*/{CONFIG}"), key=lambda path: path.stat().st_mtime_ns)
+    hint = f"; did you mean {inside[-1].parent}?" if inside else ": give a folder such as runs/quickstart/version_0"
+    require((run / CONFIG).is_file(), f"'{run}' is no run, it has no {CONFIG}{hint}")
+    found = record_folders(run)
+    require(
+        bool(found),
+        f"'{run}' has no recorded steps in {FOLDER}/: train with --save_pools true (and --pool_recorder.every_n_steps)",
+    )
+    if steps is None:
+        return found
+    chosen = {}
+    for step in steps:
+        require(
+            step.isdigit() and int(step) in found,
+            f"--steps has '{step}', which was not recorded; there are {', '.join(map(str, found))}",
+        )
+        chosen[int(step)] = found[int(step)]
+    return dict(sorted(chosen.items()))
+
+
+def _grid(options: Any) -> Grid:
+    taus = []
+    for text in _split(options.taus) or ():
+        try:
+            taus.append(float(text))
+        except ValueError as error:
+            raise UsageError(f"--taus has '{text}', which is no number: give numbers, such as 1 5") from error
+    return Grid(_split(options.gates), _split(options.statistics) or (), _split(options.normalizations) or (), taus)
+
+
+def _split(values: Sequence[str] | None) -> list[str] | None:
+    if values is None:
+        return None
+    return list(dict.fromkeys(part for value in values for part in value.split(",") if part))
+
+
+def _check_overrides(overrides: Sequence[str]) -> None:
+    known = [action.option_strings[0] for action in parser()._actions if action.option_strings]
+    for flag in overrides:
+        key = flag.partition("=")[0]
+        require(
+            not key.startswith("-") or key.startswith(_PASSED_ON) or key.lstrip("-")[:1].isdigit(),
+            f"unknown option '{key}'{suggestion(key, known) or ';'} see opdlab replay --help",
+        )
+    require(
+        not overrides or overrides[0].startswith("-"),
+        f"'{overrides[0] if overrides else ''}' is one argument too many: give one run's folder",
+    )
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out '{folder}' cannot be made ({error.strerror}): give another folder") from error
+    return folder
+
+
+def reproduction(steps: Sequence[ReplayedStep], records: Sequence[RecordedStep]) -> list[str]:
+    """Say whether the replay under the run's own gate gives the recorded losses.
+
+    Args:
+        steps: what was replayed.
+        records: the same steps, as they were recorded.
+    """
+    equal = sum(step.recorded_loss == step.replayed_loss for step in steps)
+    if equal == len(steps):
+        return [f"under the run's own gate the recorded losses come out to the bit, at all {len(steps)} steps"]
+    off = max(abs(step.replayed_loss - step.recorded_loss) / max(abs(step.recorded_loss), 1e-12) for step in steps)
+    facts = records[0].facts
+    had = f"{facts.num_threads} threads on {facts.device}, precision {facts.precision}, torch {facts.torch_version}"
+    return [
+        f"under the run's own gate the recorded losses come out to the bit at {equal} of {len(steps)} steps; the "
+        f"largest relative difference is {off:.1e}. The run had {had}; this replay has {torch.get_num_threads()} "
+        f"threads, torch {torch.__version__}"
+    ]
+
+
+def write_results(out: Path, steps: Sequence[ReplayedStep], about: Sequence[str], grid: Grid) -> None:
+    """Write ``replay.csv``, ``replay.md`` and pictures.
+
+    Args:
+        out: an existing folder.
+        steps: what was replayed.
+        about: lines about the replay.
+        grid: whose largest tau but one is shown in the picture by age.
+    """
+    write_rows(out / "replay.csv", steps)
+    summaries = summarise(steps)
+    text = [
+        "# Replay",
+        "\n".join(f"- {line}" for line in about),
+        "Gradients are those before clipping. Cosines with a fresh gradient are means over the draws; the ceiling is "
+        "the mean cosine between two fresh gradients of the same student.",
+        "## Steps",
+        step_table(steps),
+        "## Gates",
+        f"Means over the {summaries[0].num_steps if summaries else 0} steps whose rollouts are stale. Change: cosine "
+        "with fresh less that of the ungated gradient, paired by step, ± its standard error over the steps. So many "
+        f"gates ({len(summaries)}) are compared that the best of them looks better than it is: confirm it on steps of "
+        "another run.",
+        markdown(summaries) if summaries else "No recorded step is stale.",
+    ]
+    (out / "replay.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    tau = sorted(grid.taus)[len(grid.taus) // 2]
+    for reference in steps[0].ceilings:
+        save(cosines_by_age(steps, tau, reference), out, f"cosine-{reference}")
+    save(sample_sizes(steps), out, "sample-size")

@@ -1,0 +1,100 @@
+"""Fresh rollouts of a recorded step's student: what the step would have trained on had nothing been reused.
+
+Shapes: B rollouts.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from opdlab.module import OPDModule
+from opdlab.objectives import loss_shares
+from opdlab.replay.gradients import Autocast, StepGradients
+from opdlab.replay.record import RecordedStep
+from opdlab.rollouts import Minibatch
+from opdlab.rollouts.batch import trimmed
+from opdlab.seeds import derive_seed
+
+Tokens = tuple[int, ...]
+
+
+def recorded_prompts(record: RecordedStep) -> list[Tokens]:
+    """The prompt of each rollout of a step."""
+    return [
+        tuple(row[mask].tolist())
+        for batch in record.batches
+        for row, mask in zip(batch.rollouts.prompt_tokens, batch.rollouts.prompt_mask, strict=True)
+    ]
+
+
+def other_prompts(record: RecordedStep, prompts: Sequence[Tokens], draw: int, seed: int) -> list[Tokens]:
+    """As many of the run's prompts that the step has not used, or as many as there are."""
+    used = {int(i) for batch in record.batches for i in batch.rollouts.prompt_ids}
+    free = torch.tensor([index for index in range(len(prompts)) if index not in used], dtype=torch.long)
+    generator = torch.Generator().manual_seed(derive_seed("other prompts", seed, record.number, draw))
+    chosen = free[torch.randperm(len(free), generator=generator)][: sum(len(b.rollouts) for b in record.batches)]
+    return [prompts[index] for index in chosen.tolist()]
+
+
+def fresh_gradients(
+    module: OPDModule, record: RecordedStep, draws: Sequence[Sequence[Tokens]], seed: int, autocast: Autocast
+) -> Tensor:
+    """Ungated gradients on rollouts that the student samples now, one answer to each prompt.
+
+    The teacher scores them, and the behavior log-probabilities are the student's own, as in training where the student
+    is itself the policy that sampled.
+
+    Args:
+        module: with the student's weights from before the step, and a sampler of one answer a prompt.
+        record: of the step; the batch is cut into as many micro-batches.
+        draws: the prompts of each draw.
+        seed: decides what is sampled.
+        autocast: context of forward passes.
+
+    Returns:
+        [len(draws), P] float32.
+    """
+    module.behavior.refresh(module.student, record.facts.step)
+    prompts = [prompt for draw in draws for prompt in draw]
+    with torch.no_grad(), autocast():
+        sampled = module.behavior.sample(
+            prompts,
+            list(range(len(prompts))),
+            seed=seed,
+            step=record.facts.step,
+            unscored=torch.arange(len(prompts)),
+            progress=module.progress,
+        )
+        rollouts, targets = module.teach(sampled)
+    # Of several processes the record has one's share of the step; a fresh batch counts as much.
+    part = float(sum(b.shares.sum() for b in record.batches)) if record.facts.num_processes > 1 else 1.0
+    found = []
+    for rows in torch.split(torch.arange(len(prompts)), [len(draw) for draw in draws]):
+        num_tokens = rollouts.num_tokens[rows]
+        chunks = [c for c in rows.tensor_split(len(record.batches)) if len(c)]
+        pieces = tuple(trimmed(rollouts.rows(chunk), targets.rows(chunk)) for chunk in chunks)
+        total, non_empty = int(num_tokens.sum()), int((num_tokens > 0).sum())
+        batches = [
+            Minibatch(
+                *piece,
+                num_tokens=total,
+                num_rollouts=non_empty,
+                micro_batches=pieces,
+                position=position,
+                reuse_epoch=0,
+                pool_metrics={},
+                keep_behavior=_known,
+            ).to(module.device)
+            for position, piece in enumerate(pieces)
+        ]
+        shares = [
+            part * loss_shares(b.rollouts.mask, reduction=module.reduction, num_tokens=total, num_rollouts=non_empty)
+            for b in batches
+        ]
+        found.append(StepGradients(module, batches, shares, record.facts.step, autocast).gradient())
+    return torch.stack(found)
+
+
+def _known(logprobs: Tensor) -> None:
+    """The training step fills in the rollouts at hand; nobody else needs them."""

@@ -1,0 +1,200 @@
+"""The gates that a step is replayed under: every combination of gate, statistic, normalisation and tau."""
+
+import copy
+import pkgutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args
+
+from transformers import PreTrainedTokenizerBase
+
+from opdlab.errors import UsageError, require
+from opdlab.gating import GateStrategy, Normalization, RuleGate, Statistic, gate_registry
+from opdlab.registry import suggestion
+from opdlab.tau import TauSchedule, check_tau
+
+STATISTICS: tuple[str, ...] = get_args(Statistic)
+NORMALIZATIONS: tuple[str, ...] = get_args(Normalization)
+UNGATED = "none"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What to combine.
+
+    Args:
+        gates: registered names, or class paths; None for all registered gates and the run's own.
+        statistics: of gates that reduce drift over segments; see :class:`opdlab.gating.GateOptions`.
+        normalizations: see :class:`opdlab.gating.WeightOptions`.
+        taus: per nat, of gates that have one.
+
+    Raises:
+        UsageError: a statistic or normalisation is unknown (the nearest is given), or a tau is out of range.
+
+    Example:
+        >>> Grid(statistics=("rsm",))
+        Traceback (most recent call last):
+        ...
+        opdlab.errors.UsageError: --statistics has 'rsm'; did you mean 'rms'? There are signed_mean, abs_mean, rms, max
+    """
+
+    gates: Sequence[str] | None = None
+    statistics: Sequence[str] = STATISTICS
+    normalizations: Sequence[str] = NORMALIZATIONS
+    taus: Sequence[float] = (1.0, 5.0, 20.0)
+
+    def __post_init__(self) -> None:
+        _check_known("--statistics", self.statistics, STATISTICS)
+        _check_known("--normalizations", self.normalizations, NORMALIZATIONS)
+        require(bool(self.taus), "--taus is empty: give at least one number")
+        for tau in self.taus:
+            check_tau("--taus", tau)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A gate with all its options.
+
+    Args:
+        gate: its registered name, or its class's.
+        statistic: None where the gate has no use for one.
+        normalization: None for a gate whose weights are 1 whatever it is.
+        tau: per nat; ``schedule`` where one chooses it; None where the gate has none.
+        strategy: the gate itself.
+        own: whether the run was trained with exactly this.
+    """
+
+    gate: str
+    statistic: str | None
+    normalization: str | None
+    tau: float | str | None
+    strategy: GateStrategy = field(compare=False, repr=False)
+    own: bool = False
+
+    @property
+    def label(self) -> str:
+        """All of it in one string.
+
+        Example:
+            >>> from opdlab.gating import build_gate
+            >>> Variant("block64", "signed_mean", "mean", 5.0, build_gate("block64")).label
+            'block64 signed_mean mean tau 5'
+        """
+        tau = f"{self.tau:g}" if isinstance(self.tau, float) else self.tau
+        parts = (self.gate, self.statistic, self.normalization, None if tau is None else f"tau {tau}")
+        return " ".join(part for part in parts if part)
+
+
+def expand(
+    grid: Grid, own: GateStrategy, tokenizer: PreTrainedTokenizerBase, served: Iterable[str]
+) -> tuple[list[Variant], dict[str, str]]:
+    """Make the variants of a grid. The ungated one comes first, whether asked for or not, and the run's own is there.
+
+    A gate of the run's own class keeps the options that are not varied, such as ``block_size``; others have their
+    defaults.
+
+    Args:
+        grid: what to combine.
+        own: the run's gate.
+        tokenizer: the student's.
+        served: what a gate may need and find; see :attr:`GateStrategy.needs`.
+
+    Returns:
+        The variants, and by name of each gate left out the reason.
+
+    Raises:
+        UsageError: a gate is unknown.
+    """
+    served = set(served)
+    ungated = gate_registry().build(UNGATED)
+    variants, skipped = [Variant(UNGATED, None, None, None, ungated, type(own) is type(ungated))], {}
+    for name, cls in _classes(grid.gates, own).items():
+        try:
+            base = own if type(own) is cls else cls()
+        except (TypeError, ValueError) as error:
+            skipped[name] = f"cannot be built without options ({error})"
+            continue
+        base.setup(tokenizer)
+        if missing := [need for need in base.needs if need not in served]:
+            skipped[name] = f"needs {', '.join(missing)}, which the record does not have"
+            continue
+        variants += [each for each in _of_gate(name, base, grid) if each not in variants]
+    if not any(variant.own for variant in _marked(variants, own)):
+        variants.append(_variant(_name_of(type(own)), own, own=True))
+    return _marked(variants, own), skipped
+
+
+def _marked(variants: Sequence[Variant], own: GateStrategy) -> list[Variant]:
+    def same(gate: GateStrategy) -> bool:
+        return type(gate) is type(own) and (gate.uniform or vars(gate) == vars(own))
+
+    return [_variant(v.gate, v.strategy, own=same(v.strategy)) for v in variants]
+
+
+def _of_gate(name: str, base: GateStrategy, grid: Grid) -> Iterable[Variant]:
+    """Vary only what the gate looks at: a rule of its own has no statistic, and a published control no tau."""
+    if base.uniform:
+        yield _variant(name, base)
+        return
+    for normalization in grid.normalizations:
+        for statistic in grid.statistics if _has_statistic(base) else (base.statistic,):
+            for tau in grid.taus if _has_tau(base) else (base.tau,):
+                gate = copy.copy(base)
+                gate.normalization, gate.statistic, gate.tau = normalization, statistic, tau  # type: ignore[assignment] # were checked
+                yield _variant(name, gate)
+
+
+def _variant(name: str, gate: GateStrategy, own: bool = False) -> Variant:
+    if gate.uniform:
+        return Variant(name, None, None, None, gate, own)
+    tau: Any = None
+    if _has_tau(gate):
+        tau = "schedule" if isinstance(gate.tau, TauSchedule) else float(gate.tau)
+    return Variant(name, gate.statistic if _has_statistic(gate) else None, gate.normalization, tau, gate, own)
+
+
+def _has_statistic(gate: GateStrategy) -> bool:
+    return type(gate).drift_gate is GateStrategy.drift_gate
+
+
+def _has_tau(gate: GateStrategy) -> bool:
+    return not isinstance(gate, RuleGate)
+
+
+def _classes(names: Sequence[str] | None, own: GateStrategy) -> dict[str, type[GateStrategy]]:
+    registry = gate_registry()
+    if names is None:
+        found = {name: registry.get(name) for name in registry.names()}
+        return found | ({} if type(own) in found.values() else {_name_of(type(own)): type(own)})
+    return {name.rpartition(".")[2]: gate_class(name) for name in names}
+
+
+def gate_class(name: str) -> type[GateStrategy]:
+    """The gate of a registered name or class path.
+
+    Raises:
+        UsageError: there is none; of names the nearest is given.
+    """
+    if "." not in name:
+        return gate_registry().get(name)
+    try:
+        cls = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(f"--gates has '{name}', but {error}: give a gate's class path") from error
+    require(
+        isinstance(cls, type) and issubclass(cls, GateStrategy),
+        f"--gates has '{name}', which is no gate: give a class that extends opdlab.gating.GateStrategy",
+    )
+    return cls  # type: ignore[no-any-return] # looked up by name
+
+
+def _name_of(cls: type[GateStrategy]) -> str:
+    return gate_registry().name_of(cls) or cls.__name__
+
+
+def _check_known(key: str, values: Sequence[str], known: Sequence[str]) -> None:
+    require(bool(values), f"{key} is empty: give at least one of {', '.join(known)}")
+    for value in values:
+        near = suggestion(value, known)
+        there = f"There are {', '.join(known)}"
+        require(value in known, f"{key} has '{value}'{near} {there}" if near else f"{key} has '{value}'; t{there[1:]}")
