@@ -23,6 +23,7 @@ class PrefixGate(RuleGate):
         UsageError: gamma is below 0.
 
     Example:
+        >>> import torch
         >>> zeros, ones = torch.zeros(1, 4), torch.ones(1, 4)
         >>> teacher = torch.tensor([[-1.0, 1.0, -2.0, 0.0]])
         >>> PrefixGate()(GateInputs(zeros.long(), ones, zeros, zeros, teacher)).weights

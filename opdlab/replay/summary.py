@@ -120,7 +120,7 @@ _CAPTION = (
 
 def _cells(summary: GateSummary) -> list[str]:
     gate, *options = summary.key
-    change = f"{summary.change:+.4f}" + ("" if summary.change_se is None else f" ± {summary.change_se:.4f}")
+    change = f"{summary.change:+.3f}" + ("" if summary.change_se is None else f" ± {summary.change_se:.3f}")
     figures = (summary.sample_size, summary.norm_ratio, summary.ungated_cosine, summary.cosine)
     return [
         f"{gate}{' (the run)' if summary.own else ''}",

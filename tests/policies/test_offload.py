@@ -309,9 +309,9 @@ def test_the_teacher_scores_the_same() -> None:
         ours = teacher.score(rollouts(), request).state_dict()
         assert len(device.sent) == len([*teacher.model.parameters(), *teacher.model.buffers()])
         assert device.holds == 0
-    assert len(expected) == 4
+    assert ours.keys() == expected.keys()
     for name, value in expected.items():
-        assert torch.equal(ours[name], value), name
+        assert (ours[name] is None and name == "entropy") if value is None else torch.equal(ours[name], value), name
 
 
 def test_packed_weights_stay_on_the_device() -> None:

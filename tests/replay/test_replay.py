@@ -51,7 +51,7 @@ def row_of(rows: Sequence[Row], **values: Any) -> Row:
         {"gate": "span", "accumulate": 2, "reduction": "sequence_mean"},
         {"gate": "token", "accumulate": 4, "objective": SampledTokenOPD()},
     ],
-    ids=str,
+    ids=["none", "block32", "adaptive_tau", "accumulated_spans", "accumulated_tokens"],
 )
 def test_the_runs_own_gate_gives_its_losses_to_the_bit(make_run: MakeRun, options: dict[str, Any]) -> None:
     run, records = recorded(make_run, [1, 3, 4], **options)
