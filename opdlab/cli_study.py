@@ -29,7 +29,7 @@ def study_command(arguments: Sequence[str]) -> int:
         UsageError: something in the arguments, the study or its folder is wrong.
     """
     require(bool(arguments), "opdlab study does nothing by itself: give run, report or list")
-    config = _parser().parse_args(list(arguments))
+    config = parser().parse_args(list(arguments))
     if config.subcommand == "list":
         return _list()
     if config.subcommand == "report":
@@ -40,8 +40,9 @@ def study_command(arguments: Sequence[str]) -> int:
     return _run(config.run)
 
 
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(prog="opdlab study", description="Compare variants over seeds.", exit_on_error=False)
+def parser() -> ArgumentParser:
+    """Of ``opdlab study``."""
+    made = ArgumentParser(prog="opdlab study", description="Compare variants over seeds.", exit_on_error=False)
     run = ArgumentParser(exit_on_error=False)
     run.add_argument("study", type=str, help="Its file, or the name of a shipped one; `opdlab study list` has them.")
     run.add_argument("--folder", type=str | None, default=None, help="Where to; runs/studies/NAME by default.")
@@ -57,11 +58,11 @@ def _parser() -> ArgumentParser:
     )
     report = ArgumentParser(exit_on_error=False)
     report.add_argument("folder", type=str, help="Of the study, such as runs/studies/paper-toy-mild.")
-    commands = parser.add_subcommands()
+    commands = made.add_subcommands()
     commands.add_subcommand("run", run, help="Run what has not finished.")
     commands.add_subcommand("report", report, help="Compare what has.")
     commands.add_subcommand("list", ArgumentParser(exit_on_error=False), help="The shipped studies.")
-    return parser
+    return made
 
 
 def shipped_studies() -> dict[str, Path]:

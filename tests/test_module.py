@@ -378,6 +378,21 @@ def test_validation_logs_pass_at_k_and_their_mean(make_run: MakeRun) -> None:
     assert "teacher/toy/pass@1" in teacher
 
 
+def test_an_evaluated_model_goes_where_lightning_puts_the_module(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run()
+    trainer = pl.Trainer(**{**run.trainer_options, "limit_val_batches": 1})
+    model = run.module.teacher.model  # type: ignore[attr-defined]
+    moved: list[bool] = []
+    to = model.to
+    monkeypatch.setattr(model, "to", lambda device: moved.append(trainer.validating) or to(device))
+    # Between fit and an evaluation Lightning has the module on the host, whatever the accelerator.
+    with run.module.evaluating("teacher", model):
+        trainer.validate(run.module, datamodule=run.data, verbose=False)
+    assert moved == [True]
+
+
 def test_evaluations_before_and_within_training_count_anew(make_run: MakeRun) -> None:
     # trainer.validate runs in inference mode, the validation within fit does not: states must not leak across.
     run = make_run()

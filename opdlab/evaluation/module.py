@@ -63,11 +63,12 @@ class EvaluationModule(pl.LightningModule):
 
         Args:
             name: figures are logged under it instead of ``val``.
-            model: moved to this module's device.
+            model: moved to this module's device when the evaluation starts; before, Lightning may have this module
+                on the host.
             subfolder: of ``model.evaluation.samples``, where there are several evaluations in it; samples of other
                 settings in there are replaced.
         """
-        before, self._evaluated = self._evaluated, _Evaluated(name, model.to(self.device), subfolder)
+        before, self._evaluated = self._evaluated, _Evaluated(name, model, subfolder)
         try:
             yield
         finally:
@@ -86,6 +87,8 @@ class EvaluationModule(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Count anew."""
+        if self._evaluated.model is not None:
+            self._evaluated.model.to(self.device)
         self.evaluator.close()  # an earlier evaluation that failed may hold the same files
         self.evaluator.start(self._sample_folder())
 
