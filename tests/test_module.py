@@ -386,7 +386,12 @@ def test_an_evaluated_model_goes_where_lightning_puts_the_module(
     model = run.module.teacher.model  # type: ignore[attr-defined]
     moved: list[bool] = []
     to = model.to
-    monkeypatch.setattr(model, "to", lambda device: moved.append(trainer.validating) or to(device))
+
+    def spy(device: torch.device) -> Any:
+        moved.append(trainer.validating)
+        return to(device)
+
+    monkeypatch.setattr(model, "to", spy)
     # Between fit and an evaluation Lightning has the module on the host, whatever the accelerator.
     with run.module.evaluating("teacher", model):
         trainer.validate(run.module, datamodule=run.data, verbose=False)
