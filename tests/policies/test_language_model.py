@@ -76,6 +76,8 @@ def test_nothing_to_score(qwen3: Path) -> None:
     model, batch = LanguageModel(str(qwen3)), rollouts()
     batch.mask[:] = False
     assert model.score(batch).hidden.shape == (0, model.head().weight.shape[1])
+    nobody = batch.rows(torch.zeros(0, dtype=torch.long))  # whose rows the student scores all itself
+    assert list(model.score_in_chunks(nobody, 4)) == []
 
 
 def test_scores_in_chunks_and_gradient(qwen3: Path) -> None:

@@ -17,7 +17,7 @@ from opdlab.gating import GateInputs, GateStrategy, build_gate
 from opdlab.objectives import SampledTokenOPD, TeacherTopK
 from opdlab.replay import Grid, RecordedStep, ReplayConfig, Replayer, expand, read_record, record_folders
 from opdlab.replay.gradients import mixtures, sketch
-from opdlab.replay.steps import Row, effective_sample_size
+from opdlab.replay.steps import PLOTTED_TAUS, Row, effective_sample_size
 from opdlab.rollouts import Rollouts
 from opdlab.tau import EffectiveSampleSizeTau
 from tests.toy_run import Run
@@ -273,6 +273,16 @@ def test_a_sketch_keeps_inner_products() -> None:
 def test_effective_sample_size() -> None:
     sizes = effective_sample_size(torch.tensor([[1.0, 1, 1, 1], [2.0, 2, 0, 0], [4.0, 0, 0, 0]]))
     assert sizes.tolist() == [1.0, 0.5, 0.25]
+
+
+def test_the_plotted_sample_sizes_are_those_of_the_papers_weights(make_run: MakeRun) -> None:
+    run, (record,) = recorded(make_run, [4], refresh=8)
+    grid = Grid(("block32", "token"), ("signed_mean", "rms"), ("mean", "none"), (1.0, 10.0))
+    result = replayer(run, grid).replay(record)
+    for name, sizes in result.sample_sizes.items():
+        for tau in grid.taus:
+            row = row_of(result.rows, gate=name, statistic="signed_mean", normalization="mean", tau=tau, own=False)
+            assert sizes[PLOTTED_TAUS.index(tau)] == pytest.approx(row["effective_sample_size"], rel=1e-6)
 
 
 def test_a_gate_that_shrinks_the_step_to_nothing_has_no_cosine(make_run: MakeRun) -> None:
