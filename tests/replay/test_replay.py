@@ -277,7 +277,7 @@ def test_effective_sample_size() -> None:
 
 def test_the_plotted_sample_sizes_are_those_of_the_papers_weights(make_run: MakeRun) -> None:
     run, (record,) = recorded(make_run, [4], refresh=8)
-    grid = Grid(("block32", "token"), ("signed_mean", "rms"), ("mean", "none"), (1.0, 10.0))
+    grid = Grid(("block64", "sequence"), ("signed_mean", "rms"), ("mean", "none"), (1.0, 10.0))
     result = replayer(run, grid).replay(record)
     for name, sizes in result.sample_sizes.items():
         for tau in grid.taus:
