@@ -16,6 +16,7 @@ from opdlab.registry import suggestion
 from opdlab.studies.folder import FAILED
 from opdlab.studies.launch import FINISHED, Cluster, Launcher, RunState, default_jobs
 from opdlab.studies.plan import Plan, make_plan
+from opdlab.studies.sharing import take_over
 from opdlab.studies.study import Study, read_study
 from opdlab.studies.table import StudyTable
 
@@ -51,6 +52,14 @@ def parser() -> ArgumentParser:
     )
     run.add_argument(
         "--threads", type=int | None, default=None, help="CPU threads of each run, instead of the study's."
+    )
+    run.add_argument(
+        "--share",
+        type=str,
+        nargs="*",
+        default=[],
+        metavar="DIR",
+        help="Other studies, whose equal runs are taken over.",
     )
     run.add_argument("--cluster", type=str, default="local", help="local, slurm or debug: submitit's executors.")
     run.add_argument(
@@ -110,6 +119,8 @@ def _run(options: Namespace) -> int:
     with _alone(folder):
         cluster.check(folder)
         plan.settle()
+        if shared := take_over(plan.runs(), [Path(other) for other in options.share]):
+            print(f"{shared} runs taken over from {', '.join(options.share)}")
         return _launch(plan, cluster, options.jobs)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 RUN, PROGRESS, LOG, LOCK = "run.json", "progress.json", "log.txt", "lock"
 EVALUATIONS, SAMPLES, LAUNCH = "evaluations", "samples", "submitit"
+STUDY, RUNS, VARIANTS = "study.yaml", "runs", "variants"  # of a study's folder
 FINISHED, FAILED = "finished", "failed"
 _KEPT_WHEN_CLEANED = (LOCK, LOG, LAUNCH)
 _TAIL_BYTES = 20_000

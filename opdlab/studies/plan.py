@@ -16,11 +16,10 @@ from opdlab.errors import UsageError, require
 from opdlab.evaluation.config import EvaluationConfig
 from opdlab.evaluation.settings import difference, digest
 from opdlab.policies.sampler import SamplingConfig
-from opdlab.studies.folder import SAMPLES
+from opdlab.studies.folder import RUNS, SAMPLES, STUDY, VARIANTS
 from opdlab.studies.job import RunSpec
 from opdlab.studies.study import OWN_KEYS, Study, Variant, read_study
 
-STUDY, RUNS, VARIANTS = "study.yaml", "runs", "variants"
 # Keys of a resolved configuration that a study decides, or that name files and not what is in them. The steps to train
 # for stay: a schedule may depend on them.
 _LEFT_OUT = {"config", *OWN_KEYS} - {"trainer.max_steps"}

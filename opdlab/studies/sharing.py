@@ -1,0 +1,55 @@
+"""Runs that another study has finished already."""
+
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from opdlab.errors import require
+from opdlab.studies.folder import EVALUATIONS, RUN, RUNS, STUDY, RunFolder, write_json
+from opdlab.studies.job import RunSpec, package_versions
+
+
+def take_over(specs: Iterable[RunSpec], studies: Sequence[Path]) -> int:
+    """Copy runs of other studies that are the very runs wanted: equal configuration, seed, threads and versions.
+
+    With equal seed such a run would come out the same, so it is not repeated. Its ``run.json`` says where it was made.
+
+    Args:
+        specs: the runs wanted; those that have begun are left alone.
+        studies: folders of other studies.
+
+    Returns:
+        How many were taken over.
+
+    Raises:
+        UsageError: a folder is no study's.
+    """
+    for study in studies:
+        require((study / STUDY).is_file(), f"--share has '{study}', which has no {STUDY}: give a study's folder")
+    versions, taken = package_versions(), 0
+    for spec in specs:
+        if (spec.folder / RUN).exists() or (spec.folder / EVALUATIONS).exists():
+            continue
+        for source in _candidates(spec, studies):
+            record = source.record
+            alike = record.get("digest") == spec.digest and record.get("versions", {}).items() >= versions.items()
+            if alike and source.finished:
+                _copy(source, spec)
+                taken += 1
+                break
+    return taken
+
+
+def _candidates(spec: RunSpec, studies: Sequence[Path]) -> Iterable[RunFolder]:
+    for study in studies:
+        for path in sorted((study / RUNS).glob(f"*/seed-{spec.seed}")):
+            yield RunFolder(path, spec.evaluated_at)
+
+
+def _copy(source: RunFolder, spec: RunSpec) -> None:
+    # The record comes last: it is what makes a run count.
+    with spec.run_folder.locked() as mine:
+        if mine:
+            shutil.copytree(source.path / EVALUATIONS, spec.folder / EVALUATIONS, dirs_exist_ok=True)
+            made = {"variant": spec.variant, "taken_from": str(source.path)}
+            write_json(spec.folder / RUN, source.record | made)

@@ -1,0 +1,91 @@
+"""Runs that another study has finished are taken over, and no others."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opdlab.cli import EXIT_USAGE
+from opdlab.studies import sharing
+from opdlab.studies.folder import RUN
+from opdlab.studies.plan import Plan, make_plan
+from opdlab.studies.sharing import take_over
+from opdlab.studies.study import read_study
+from tests.studies.tiny import lines, study_run, write
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed file .*DEBUG_:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:.*DEBUG_:pytest.PytestUnraisableExceptionWarning"),
+]
+NONE = {"name": "none", "overrides": ["--model.gate=none"]}
+PLAIN = {"name": "plain", "overrides": ["--model.gate=none"], "label": "the same by another name"}
+TOKEN = {"name": "token", "overrides": ["--model.gate=token", "--model.gate.tau=100"]}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of one variant and one seed, finished."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert study_run(monkeypatch, write(folder, variants=[NONE], seeds=[0])) == 0
+    return folder / "runs/studies/tiny"
+
+
+def plan(folder: Path, **changes: Any) -> Plan:
+    return make_plan(read_study(write(folder, **changes)), folder / "study")
+
+
+def test_equal_runs_are_taken_over_whatever_their_name(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, variants=[PLAIN], baseline="plain", seeds=[0])
+    assert study_run(monkeypatch, file, "--share", str(finished)) == 0
+    output = capsys.readouterr().out
+    assert "1 runs taken over" in output
+    assert "1 of 1 runs finished" in output
+    study = tmp_path / "runs/studies/tiny"
+    assert list(lines(study).values()) == list(lines(finished).values()) != []
+    record = json.loads((study / "runs/plain/seed-0/run.json").read_text())
+    assert record["variant"] == "plain"
+    assert record["taken_from"] == str(finished / "runs/none/seed-0")
+    assert study_run(monkeypatch, file, "--share", str(finished)) == 0  # nothing is left to take
+    assert "taken over" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"variants": [TOKEN], "baseline": "token"},
+        {"seeds": [1]},
+        {"budgets": [1, 2, 4]},
+        {"threads": 2},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_other_runs_are_not(finished: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
+    wanted = plan(tmp_path, **{"variants": [NONE], "seeds": [0], **changes})
+    assert take_over(wanted.runs(), [finished]) == 0
+    assert not list(tmp_path.rglob(RUN))
+
+
+def test_nor_is_half_a_run_or_one_of_other_versions(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = plan(tmp_path, variants=[NONE], seeds=[0])
+    with monkeypatch.context() as patch:
+        patch.setattr(sharing, "package_versions", lambda: {"torch": "1.0"})
+        assert take_over(wanted.runs(), [finished]) == 0
+    samples = finished / "runs/none/seed-0/evaluations/val-step-4/toy-0.jsonl"
+    text = samples.read_text()
+    samples.write_text(text[: text.rindex("{")])  # a line less
+    assert take_over(wanted.runs(), [finished]) == 0
+    samples.write_text(text)
+    assert take_over(wanted.runs(), [finished]) == 1
+
+
+def test_a_folder_that_is_no_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert study_run(monkeypatch, write(tmp_path), "--share", str(tmp_path)) == EXIT_USAGE
+    assert f"--share has '{tmp_path}', which has no study.yaml" in capsys.readouterr().err
