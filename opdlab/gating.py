@@ -12,7 +12,7 @@ Shapes: B rollouts, T response tokens. Log-probabilities are in nats.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -98,47 +98,6 @@ class Gates:
     tau: Tensor | None = None
 
 
-class WeightOptions(TypedDict, total=False):
-    """How gates become weights.
-
-    Attributes:
-        normalization: ``mean`` divides by the mean gate (the paper); ``residual`` mixes that with ungated,
-            ``(1 - rho) + rho * w``; ``clipped`` clips w to [low, high] and divides by the mean again; ``none`` takes
-            gates as they are: at most 1 where drift makes them, so that it also shrinks the step. Null is the gate's
-            own choice.
-        rho: share of the gate in ``residual``, 0 to 1.
-        low: lower bound of ``clipped``.
-        high: upper bound of ``clipped``.
-    """
-
-    normalization: Normalization | None
-    rho: float
-    low: float
-    high: float
-
-
-class GateOptions(TypedDict, total=False):
-    """Options of every gate that turns drift into weights by ``exp(-tau * s)``.
-
-    Attributes:
-        tau: how hard drift bites, per nat: a segment with statistic s gets ``exp(-tau * s)``. 0 switches gating off.
-            A number, or a :class:`opdlab.tau.TauSchedule`.
-        statistic: how a segment's drifts reduce to s: ``signed_mean`` is the absolute value of their mean (the
-            paper; opposite drifts cancel), ``abs_mean``, ``rms`` and ``max`` (of the absolute drift) do not cancel.
-        normalization: see :class:`WeightOptions`; ``mean`` unless given.
-        rho: share of the gate in ``residual``, 0 to 1.
-        low: lower bound of ``clipped``.
-        high: upper bound of ``clipped``.
-    """
-
-    tau: float | TauSchedule
-    statistic: Statistic
-    normalization: Normalization
-    rho: float
-    low: float
-    high: float
-
-
 class GateStrategy:
     """Base of all gates. Extend it with one method.
 
@@ -149,11 +108,16 @@ class GateStrategy:
     Args:
         tau: how hard drift bites, per nat: a segment with statistic s gets ``exp(-tau * s)``. 0 switches gating off.
             A schedule may stand for the number.
-        statistic: how a segment's drifts reduce to s; see :class:`GateOptions`.
-        normalization: how gates become weights; see :class:`WeightOptions`.
+        statistic: how a segment's drifts reduce to s: ``signed_mean`` is the absolute value of their mean (the
+            paper; opposite drifts cancel), ``abs_mean``, ``rms`` and ``max`` (of the absolute drift) do not cancel.
+        normalization: how gates become weights. ``mean`` divides by the mean gate (the paper); ``residual`` mixes that
+            with ungated, ``(1 - rho) + rho * w``; ``clipped`` clips w to [low, high] and divides by the mean again;
+            ``none`` takes gates as they are: at most 1 where drift makes them, so that it also shrinks the step.
         rho: share of the gate in ``residual``, 0 to 1.
         low: lower bound of ``clipped``.
         high: upper bound of ``clipped``.
+
+    A subclass hands these on as ``**options: Any``: the command line then finds their defaults in this signature.
 
     Raises:
         UsageError: an option is out of range.
@@ -304,7 +268,7 @@ class RuleGate(GateStrategy):
     Override :meth:`drift_gate`, and :attr:`needs` and :attr:`max_gate` where they differ.
 
     Args:
-        normalization: how gates become weights; None is :attr:`own_normalization`. See :class:`WeightOptions`.
+        normalization: how gates become weights; None is :attr:`own_normalization`. See :class:`GateStrategy`.
         rho: share of the gate in ``residual``, 0 to 1.
         low: lower bound of ``clipped``.
         high: upper bound of ``clipped``.
@@ -389,7 +353,7 @@ def segment_statistic(drift: Tensor, ids: Tensor, mask: Tensor, statistic: Stati
         drift: [B, T], nats.
         ids: [B, T] long, numbers from 0 per row; see :func:`dense_ids`.
         mask: [B, T] bool.
-        statistic: see :class:`GateOptions`.
+        statistic: see :class:`GateStrategy`.
 
     Returns:
         [B, T], nats, at least 0; 0 where ``mask`` is 0.

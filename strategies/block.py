@@ -1,12 +1,12 @@
 """One weight per fixed block of tokens."""
 
-from typing import Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from opdlab.errors import require
-from opdlab.gating import GateInputs, GateOptions, GateStrategy, register_gate
+from opdlab.gating import GateInputs, GateStrategy, register_gate
 
 
 class BlockGate(GateStrategy):
@@ -16,7 +16,7 @@ class BlockGate(GateStrategy):
 
     Args:
         block_size: tokens in a block, at least 1.
-        options: see :class:`opdlab.gating.GateOptions`.
+        options: see :class:`opdlab.gating.GateStrategy`.
 
     Example:
         >>> zeros = torch.zeros(1, 5)
@@ -24,7 +24,7 @@ class BlockGate(GateStrategy):
         tensor([[0, 0, 1, 1, 2]])
     """
 
-    def __init__(self, block_size: int = 64, **options: Unpack[GateOptions]) -> None:
+    def __init__(self, block_size: int = 64, **options: Any) -> None:
         super().__init__(**options)
         require(block_size >= 1, f"gate.block_size is {block_size}, but must be at least 1 token")
         self.block_size = block_size
@@ -39,7 +39,7 @@ class BlockGate(GateStrategy):
 class Block32Gate(BlockGate):
     """Blocks of 32 tokens."""
 
-    def __init__(self, **options: Unpack[GateOptions]) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(block_size=32, **options)
 
 
@@ -47,7 +47,7 @@ class Block32Gate(BlockGate):
 class Block64Gate(BlockGate):
     """Blocks of 64 tokens: the paper's Block64."""
 
-    def __init__(self, **options: Unpack[GateOptions]) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(block_size=64, **options)
 
 
@@ -55,5 +55,5 @@ class Block64Gate(BlockGate):
 class Block128Gate(BlockGate):
     """Blocks of 128 tokens."""
 
-    def __init__(self, **options: Unpack[GateOptions]) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(block_size=128, **options)

@@ -1,12 +1,12 @@
 """Drop rollouts that the teacher finds unlikely, then weigh tokens by both models' entropies: FiRe-OPD."""
 
-from typing import Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from opdlab.errors import require
-from opdlab.gating import GateInputs, RuleGate, WeightOptions, register_gate
+from opdlab.gating import GateInputs, RuleGate, register_gate
 
 
 @register_gate("fire_opd")
@@ -22,7 +22,7 @@ class FilterReweightGate(RuleGate):
         dropped: share of the rollouts that are dropped, at least 0 and below 1.
         alpha: how much the teacher's confidence counts, at least 0.
         beta: how much the student's entropy counts, at least 0.
-        options: see :class:`opdlab.gating.WeightOptions`.
+        options: see :class:`opdlab.gating.RuleGate`.
 
     Raises:
         UsageError: an option is out of range.
@@ -45,9 +45,7 @@ class FilterReweightGate(RuleGate):
     needs = ("teacher_logprobs", "teacher_entropy", "entropy")
     own_normalization = "mean"
 
-    def __init__(
-        self, dropped: float = 0.2, alpha: float = 1.0, beta: float = 1.0, **options: Unpack[WeightOptions]
-    ) -> None:
+    def __init__(self, dropped: float = 0.2, alpha: float = 1.0, beta: float = 1.0, **options: Any) -> None:
         super().__init__(**options)
         require(0 <= dropped < 1, f"gate.dropped is {dropped}, but must be at least 0 and below 1")
         require(alpha >= 0, f"gate.alpha is {alpha}, but must be at least 0")

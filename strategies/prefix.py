@@ -1,11 +1,11 @@
 """Weights that fall along the response, as the student leaves the teacher's path: IW-OPD."""
 
-from typing import Unpack
+from typing import Any
 
 from torch import Tensor
 
 from opdlab.errors import require
-from opdlab.gating import GateInputs, RuleGate, WeightOptions, register_gate
+from opdlab.gating import GateInputs, RuleGate, register_gate
 
 
 @register_gate("iw_opd")
@@ -17,7 +17,7 @@ class PrefixGate(RuleGate):
 
     Args:
         gamma: how much more the first token counts than the last, at least 0; 0.5 in the paper.
-        options: see :class:`opdlab.gating.WeightOptions`; ``normalization`` is ``none`` unless given, as in the paper.
+        options: see :class:`opdlab.gating.RuleGate`; ``normalization`` is ``none`` unless given, as in the paper.
 
     Raises:
         UsageError: gamma is below 0.
@@ -35,7 +35,7 @@ class PrefixGate(RuleGate):
 
     needs = ("teacher_logprobs",)
 
-    def __init__(self, gamma: float = 0.5, **options: Unpack[WeightOptions]) -> None:
+    def __init__(self, gamma: float = 0.5, **options: Any) -> None:
         super().__init__(**options)
         require(gamma >= 0, f"gate.gamma is {gamma}, but must be at least 0")
         self.gamma = gamma

@@ -1,13 +1,13 @@
 """Controls of reinforcement learning on the ratio of student to behavior policy: masks and truncated weights."""
 
 import math
-from typing import Literal, Unpack
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from opdlab.errors import require
-from opdlab.gating import GateInputs, RuleGate, WeightOptions, register_gate
+from opdlab.gating import GateInputs, RuleGate, register_gate
 
 Aggregate = Literal["geometric_mean", "product"]
 
@@ -22,7 +22,7 @@ class RatioMaskGate(RuleGate):
     Args:
         min_ratio: lower end of the band, 0 to 1.
         max_ratio: upper end, at least 1.
-        options: see :class:`opdlab.gating.WeightOptions`; ``normalization`` is ``none`` unless given: what is masked
+        options: see :class:`opdlab.gating.RuleGate`; ``normalization`` is ``none`` unless given: what is masked
             shrinks the step.
 
     Raises:
@@ -37,7 +37,7 @@ class RatioMaskGate(RuleGate):
         IcePop: arXiv 2510.18855. prime-rl: PrimeIntellect-ai/prime-rl, pull requests 1030 and 2401.
     """
 
-    def __init__(self, min_ratio: float = 0.5, max_ratio: float = 5.0, **options: Unpack[WeightOptions]) -> None:
+    def __init__(self, min_ratio: float = 0.5, max_ratio: float = 5.0, **options: Any) -> None:
         super().__init__(**options)
         _check_band(min_ratio, max_ratio)
         self.min_ratio, self.max_ratio = min_ratio, max_ratio
@@ -56,7 +56,7 @@ class TruncatedRatioGate(RuleGate):
 
     Args:
         max_ratio: where the ratio is cut, at least 1.
-        options: see :class:`opdlab.gating.WeightOptions`; ``normalization`` is ``none`` unless given.
+        options: see :class:`opdlab.gating.RuleGate`; ``normalization`` is ``none`` unless given.
 
     Raises:
         UsageError: ``max_ratio`` is below 1.
@@ -71,7 +71,7 @@ class TruncatedRatioGate(RuleGate):
         engine, for example in allenai/open-instruct.
     """
 
-    def __init__(self, max_ratio: float = 2.0, **options: Unpack[WeightOptions]) -> None:
+    def __init__(self, max_ratio: float = 2.0, **options: Any) -> None:
         super().__init__(**options)
         require(max_ratio >= 1, f"gate.max_ratio is {max_ratio}, but must be at least 1")
         self.max_ratio = max_ratio
@@ -95,7 +95,7 @@ class SequenceRatioMaskGate(RuleGate):
         max_ratio: upper end, at least 1.
         aggregate: ``geometric_mean`` of the tokens' ratios, which does not depend on the length, or their ``product``,
             the importance ratio of the response.
-        options: see :class:`opdlab.gating.WeightOptions`; ``normalization`` is ``none`` unless given.
+        options: see :class:`opdlab.gating.RuleGate`; ``normalization`` is ``none`` unless given.
 
     Raises:
         UsageError: an option is out of range.
@@ -116,7 +116,7 @@ class SequenceRatioMaskGate(RuleGate):
         min_ratio: float = 0.9,
         max_ratio: float = 1.1,
         aggregate: Aggregate = "geometric_mean",
-        **options: Unpack[WeightOptions],
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         _check_band(min_ratio, max_ratio)

@@ -1,12 +1,12 @@
 """Trust the teacher more where its preference agrees with the verifier's verdict: SG-OPD's sign-consistency gate."""
 
-from typing import Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from opdlab.errors import require
-from opdlab.gating import GateInputs, RuleGate, WeightOptions, register_gate
+from opdlab.gating import GateInputs, RuleGate, register_gate
 
 
 @register_gate("sign_consistency")
@@ -19,7 +19,7 @@ class SignConsistencyGate(RuleGate):
 
     Args:
         strength: 0 to 1; 1 keeps only what agrees.
-        options: see :class:`opdlab.gating.WeightOptions`; ``normalization`` is ``none`` unless given.
+        options: see :class:`opdlab.gating.RuleGate`; ``normalization`` is ``none`` unless given.
 
     Raises:
         UsageError: ``strength`` is out of range.
@@ -39,7 +39,7 @@ class SignConsistencyGate(RuleGate):
 
     needs = ("teacher_logprobs", "correct")
 
-    def __init__(self, strength: float = 0.5, **options: Unpack[WeightOptions]) -> None:
+    def __init__(self, strength: float = 0.5, **options: Any) -> None:
         super().__init__(**options)
         require(0 <= strength <= 1, f"gate.strength is {strength}, but must lie between 0 and 1")
         self.strength = strength

@@ -1,13 +1,13 @@
 """One weight per newline-delimited span."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from opdlab.errors import UsageError, require
-from opdlab.gating import GateInputs, GateOptions, GateStrategy, register_gate
+from opdlab.gating import GateInputs, GateStrategy, register_gate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ class SpanGate(GateStrategy):
         min_tokens: shortest span, at least 1.
         max_tokens: longest span, at least ``min_tokens``.
         fallback_tokens: chunk length of a response without a newline, at least 1.
-        options: see :class:`opdlab.gating.GateOptions`.
+        options: see :class:`opdlab.gating.GateStrategy`.
 
     Example:
         >>> tokens = torch.tensor([[5, 5, 1, 5, 1, 5, 5, 5, 1, 5]])  # 1 is the newline
@@ -42,7 +42,7 @@ class SpanGate(GateStrategy):
         min_tokens: int = 8,
         max_tokens: int = 128,
         fallback_tokens: int = 64,
-        **options: Unpack[GateOptions],
+        **options: Any,
     ) -> None:
         super().__init__(**options)
         require(min_tokens >= 1, f"gate.min_tokens is {min_tokens}, but must be at least 1")

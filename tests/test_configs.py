@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from opdlab.cli import EXIT_USAGE, OPDCLI, main
 from opdlab.cli_config import config_chain, expand_arguments, shipped_configs
 from opdlab.errors import UsageError
+from opdlab.gating import RuleGate, build_gate, gate_names
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = sorted(shipped_configs())
@@ -152,6 +153,14 @@ PAPER_OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
     "opd": ("SampledTokenOPD", {"reference": "behavior", "clip": 0.2, "dual_clip": 3.0, "advantage_clamp": None}),
     "lsm": ("TeacherTopK", {"k": 32}),
 }
+
+
+@pytest.mark.parametrize("gate", gate_names())
+def test_the_command_lines_defaults_are_the_gates_own(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = parsed(["-c", "quickstart", "--model.gate", gate], monkeypatch).model.gate.init_args
+    made, own = build_gate(gate, **options.as_dict()), build_gate(gate)
+    assert vars(made) == vars(own)
+    assert made.normalization == {"fire_opd": "mean"}.get(gate, "none" if isinstance(own, RuleGate) else "mean")
 
 
 def test_paper_configurations_are_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:

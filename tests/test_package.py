@@ -16,7 +16,6 @@ ROOT = Path(__file__).parents[1]
 PUBLIC = {
     "opdlab.gating": [
         "GateInputs",
-        "GateOptions",
         "GateStrategy",
         "Gates",
         "build_gate",

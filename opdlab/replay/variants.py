@@ -24,8 +24,8 @@ class Grid:
 
     Args:
         gates: registered names, or class paths; None for all registered gates and the run's own.
-        statistics: of gates that reduce drift over segments; see :class:`opdlab.gating.GateOptions`.
-        normalizations: see :class:`opdlab.gating.WeightOptions`.
+        statistics: of gates that reduce drift over segments; see :class:`opdlab.gating.GateStrategy`.
+        normalizations: see :class:`opdlab.gating.GateStrategy`.
         taus: per nat, of gates that have one.
 
     Raises:
