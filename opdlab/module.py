@@ -194,7 +194,7 @@ class OPDModule(EvaluationModule):
         )
         if self.behavior.offload:
             keep_from_strategy(self, "behavior.policy", self.trainer.strategy, "model.behavior.offload")
-        if self.trainer.strategy.root_device.type == "cpu":
+        if stage == "fit" and self.trainer.strategy.root_device.type == "cpu":
             for part in (name for name in ("behavior", "teacher") if getattr(self, name).offload):
                 rank_zero_info(f"model.{part}.offload has no effect on a CPU")
         super().setup(stage)
