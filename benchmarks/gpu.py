@@ -75,7 +75,7 @@ def report(result: dict[str, Any]) -> None:
         resident = found["resident_bytes"] / GIB
         table = Table(
             *("phase", "tokens", "s", "tokens/s", "peak GiB", "within 80 GB", "TFLOP/s", "of the peak"),
-            title=_title(student, smoke=smoke) + f" on {name}: {resident:.{3 if smoke else 1}f} GiB resident",
+            title=_title(student, smoke=smoke) + f" on {name}: {resident:.1f} GiB resident",
         )
         for row in found["phases"]:
             table.add_row(*_cells(row, peak))
