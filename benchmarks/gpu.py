@@ -67,6 +67,7 @@ def report(result: dict[str, Any]) -> None:
     """Print tables."""
     console = Console(width=120)
     peak, name = result["peak_teraflops"], result["device"]
+    smoke = result["options"]["smoke"]
     for student, found in result["students"].items():
         if "error" in found:
             console.print(f"{student}: {found['error']}")
@@ -74,14 +75,21 @@ def report(result: dict[str, Any]) -> None:
         resident = found["resident_bytes"] / GIB
         table = Table(
             *("phase", "tokens", "s", "tokens/s", "peak GiB", "within 80 GB", "TFLOP/s", "of the peak"),
-            title=f"{student}, snapshot and AdamW with a 4B teacher on {name}: {resident:.1f} GiB resident",
+            title=_title(student, smoke=smoke) + f" on {name}: {resident:.1f} GiB resident",
         )
         for row in found["phases"]:
             table.add_row(*_cells(row, peak))
         console.print(table)
     for kernels in result["kernels"]:
         size = f"{kernels['positions']:,} x {kernels['vocabulary']:,} x {kernels['hidden']:,}"
+        size += " (toy shapes)" if smoke else ""
         console.print(scoring_table(f"{kernels['task']}, {size}, {kernels['dtype']}", kernels["peers"]))
+
+
+def _title(student: str, *, smoke: bool) -> str:
+    if smoke:
+        return f"toy shapes in place of {student} and of a 4B teacher, with snapshot and AdamW,"
+    return f"{student}, snapshot and AdamW with a 4B teacher"
 
 
 def _cells(row: dict[str, Any], peak: float | None) -> list[str]:

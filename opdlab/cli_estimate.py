@@ -1,7 +1,7 @@
 """``opdlab estimate``: the parts of a run's memory, phase by phase, and whether they fit the device."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,31 +87,42 @@ class Estimate:
         return table
 
     def verdict(self, device: DeviceMemory) -> str:
-        """Whether the largest peak fits, and if not, what is the largest part of it."""
+        """Whether the largest peak fits, and if not, what is the largest part of it.
+
+        Args:
+            device: what to compare with. In the host's memory there is besides, in all phases, what rests there.
+        """
         beside = {name: size for name, (size, _) in self.host.items() if device.is_host}
-
-        def needed(phase: str) -> int:
-            return self.peak(phase) + sum(size for name, size in beside.items() if name not in self.phases[phase])
-
-        phase = max(self.phases, key=needed)
-        peak = needed(phase)
+        phase = max(self.phases, key=self.peak)
+        peak = self.peak(phase) + sum(beside.values())
+        size = f"{_gib(peak)} GiB" + (f" with the {' and the '.join(beside)}" if beside else "")
         line = f"{device.name} has {_gib(device.free)} GiB free of {_gib(device.total)}: "
         if peak <= device.free:
-            return line + f"the largest peak, {_gib(peak)} GiB in {phase}, fits"
+            return line + f"the largest peak, {size} in {phase}, fits"
         largest = max(self.phases[phase], key=lambda name: self.parts[name][0])
-        return line + f"the peak of {phase}, {_gib(peak)} GiB, does not fit; its largest part is {largest}"
+        return line + f"the peak of {phase}, {size}, does not fit; its largest part is {largest}"
 
 
-def estimate(config: Any) -> Estimate:
+def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_cpu: bool | None = None) -> Estimate:
     """Estimate a run from the parsed configuration of ``opdlab fit``; a process of it, where there are several.
+
+    Args:
+        config: parsed.
+        models: student, and the teacher if it is here; counted by default.
+        on_cpu: whether it runs on a CPU, on which nothing can be offloaded; by default where ``trainer.accelerator``
+            says so, so that any machine shows what a GPU would need.
 
     Raises:
         UsageError: a model's configuration cannot be read.
     """
-    models = dict(_models(config))
+    models = dict(_models(config)) if models is None else models
     student, teacher = models["student"], models.get("teacher")
+    on_cpu = config.trainer.accelerator == "cpu" if on_cpu is None else on_cpu
     result = Estimate()
-    resident = _resident(result, config, student, teacher)
+    _resident(result, config, student, teacher)
+    if not on_cpu:
+        _offload(result, config, models)
+    resident = [part for part in result.parts if part not in result.host]
     _sampling(result, config, student, resident)
     _scoring(result, config, models, resident)
     _update(result, config, student, resident)
@@ -123,12 +134,27 @@ def estimate(config: Any) -> Estimate:
 
 def print_estimate(config: Any) -> None:
     """Print the table, and how it compares with the device that ``opdlab fit`` would take."""
-    result = estimate(config)
+    models = dict(_models(config))
+    result = estimate(config, models)
     Console().print(result.table())
     print("left out: the device's own context, fragmentation, short-lived results; model parallelism is not looked at")
     device = device_memory(config.trainer.accelerator)
-    if device is not None:
-        print(result.verdict(device))
+    if device is None:
+        return
+    if device.is_host and (options := _offload_options(config, models)):
+        print(_without_offloading(options, config.trainer.accelerator))
+        result = estimate(config, models, on_cpu=True)
+    print(result.verdict(device))
+
+
+def _without_offloading(options: Sequence[str], accelerator: str) -> str:
+    line = f"{' and '.join(options)} {'have' if len(options) > 1 else 'has'} no effect on a CPU"
+    if accelerator == "cpu":
+        return line
+    return (
+        f"{line}: the table is for a GPU; here there is none, so in what follows the weights are there in every phase, "
+        "as in the table with --trainer.accelerator cpu"
+    )
 
 
 def refuse_oversized(config: Any) -> None:
@@ -193,7 +219,7 @@ def _length(config: Any) -> int:
     return int(config.data.max_prompt_tokens + config.model.sampling.max_new_tokens)
 
 
-def _resident(result: Estimate, config: Any, student: ModelSize, teacher: ModelSize | None) -> list[str]:
+def _resident(result: Estimate, config: Any, student: ModelSize, teacher: ModelSize | None) -> None:
     """Parts that live throughout. Gradients do, too: Lightning clears them only when the next ones are due."""
     parts, width, optimizer = result.parts, student.trained_width, config.model.optimizer
     each = optimizer_bytes_per_parameter({"class_path": optimizer.class_path, "init_args": _options(optimizer)}, width)
@@ -204,8 +230,7 @@ def _resident(result: Estimate, config: Any, student: ModelSize, teacher: ModelS
     )
     parts["gradients"] = (student.trainable * width, f"{student.trainable:,} x {width} bytes")
     parts["optimizer state"] = (int(student.trainable * each), f"{name}: {each:.3g} bytes each")
-    snapshot = config.model.behavior.dtype
-    snapshot_width = getattr(torch, snapshot).itemsize if snapshot else student.widths.weights
+    snapshot_width = _snapshot_width(config, student)
     if student.has_adapter:  # the weights below it are shared
         parts[_SNAPSHOT] = (student.trainable * width, "the adapter alone")
     else:
@@ -213,12 +238,28 @@ def _resident(result: Estimate, config: Any, student: ModelSize, teacher: ModelS
     if teacher is not None:
         remark = f"{teacher.parameters:,} x {teacher.packed or teacher.widths.weights} bytes"
         parts[_TEACHER] = (teacher.bytes, remark)
-    if config.trainer.accelerator != "cpu":  # where offloading changes nothing
-        if config.model.behavior.get("offload"):
-            result.offload(_SNAPSHOT, student.rounded * snapshot_width)
-        if teacher is not None and _options(config.model.teacher).get("offload"):
-            result.offload(_TEACHER, teacher.rounded * teacher.widths.weights)
-    return [part for part in parts if part not in result.host]
+
+
+def _offload_options(config: Any, models: Mapping[str, ModelSize]) -> list[str]:
+    wanted = {
+        "model.behavior.offload": config.model.behavior.get("offload"),
+        "model.teacher.offload": "teacher" in models and _options(config.model.teacher).get("offload"),
+    }
+    return [name for name, on in wanted.items() if on]
+
+
+def _offload(result: Estimate, config: Any, models: Mapping[str, ModelSize]) -> None:
+    """Have what is offloaded live on the host."""
+    options = _offload_options(config, models)
+    if "model.behavior.offload" in options:
+        result.offload(_SNAPSHOT, models["student"].rounded * _snapshot_width(config, models["student"]))
+    if "model.teacher.offload" in options:
+        result.offload(_TEACHER, models["teacher"].rounded * models["teacher"].widths.weights)
+
+
+def _snapshot_width(config: Any, student: ModelSize) -> int:
+    name = config.model.behavior.dtype
+    return int(getattr(torch, name).itemsize) if name else student.widths.weights
 
 
 def _cache(model: ModelSize, config: Any, sampling: Any, wanted: int) -> tuple[int, str]:
@@ -238,7 +279,7 @@ def _sampling(result: Estimate, config: Any, student: ModelSize, resident: list[
     result.add_phase("sampling", resident, _SNAPSHOT, "KV cache")
 
 
-def _evaluation(result: Estimate, config: Any, models: dict[str, ModelSize], resident: list[str]) -> None:
+def _evaluation(result: Estimate, config: Any, models: Mapping[str, ModelSize], resident: list[str]) -> None:
     sampling, options = config.model.eval_sampling, config.model.evaluation
     wanted = config.data.eval_batch_size * sampling.num_samples
     caches = {"KV cache of evaluation": _cache(models["student"], config, sampling, wanted)}
@@ -256,7 +297,7 @@ def _evaluation(result: Estimate, config: Any, models: dict[str, ModelSize], res
     result.add_phase("evaluation", resident, "KV cache of evaluation", *casts)
 
 
-def _scoring(result: Estimate, config: Any, models: dict[str, ModelSize], resident: list[str]) -> None:
+def _scoring(result: Estimate, config: Any, models: Mapping[str, ModelSize], resident: list[str]) -> None:
     sizes = {
         "student": config.model.behavior.score_batch_size,
         "teacher": _options(config.model.teacher).get("batch_size"),
@@ -271,7 +312,8 @@ def _scoring(result: Estimate, config: Any, models: dict[str, ModelSize], reside
         size = inference_bytes(model.shape, at_once, model.widths) + head_bytes(model.shape, tokens, training=False)
         if at_once < tokens:  # states of the passes before
             size += tokens * model.shape.hidden * model.widths.weights
-        result.parts[f"forward pass of {phase}"] = (size, f"{tokens:,} tokens")
+        said = f"{tokens:,} tokens" if at_once == tokens else f"{at_once:,} of {tokens:,} tokens at a time"
+        result.parts[f"forward pass of {phase}"] = (size, said)
         result.add_phase(phase, resident, weights, f"forward pass of {phase}")
 
 

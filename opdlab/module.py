@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from opdlab.accumulation import gate_inputs, join_gate_inputs, split_gates
@@ -193,6 +194,9 @@ class OPDModule(EvaluationModule):
         )
         if self.behavior.offload:
             keep_from_strategy(self, "behavior.policy", self.trainer.strategy, "model.behavior.offload")
+        if stage == "fit" and self.trainer.strategy.root_device.type == "cpu":
+            for part in (name for name in ("behavior", "teacher") if getattr(self, name).offload):
+                rank_zero_info(f"model.{part}.offload has no effect on a CPU")
         super().setup(stage)
         absent = isinstance(self.teacher, NoTeacher)
         require(stage != "fit" or not absent, "model.teacher is NoTeacher, but training needs a teacher: give one")

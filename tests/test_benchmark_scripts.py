@@ -122,7 +122,12 @@ def test_gpu_smoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyte
         assert all(row["seconds"] > 0 and row["peak_bytes"] > 0 for row in found["phases"])
     assert [kernels["task"] for kernels in written["kernels"]] == ["logprobs", "lsm"]
     assert all("seconds" in kernels["peers"]["opdlab"][0] for kernels in written["kernels"])
-    assert "within 80 GB" in capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "within 80 GB" in printed
+    for student in written["students"]:
+        assert f"toy shapes in place of {student} and of a 4B teacher" in printed
+        assert f"{student}, snapshot and AdamW" not in printed
+    assert printed.count("(toy shapes)") == len(written["kernels"])
 
 
 def test_gpu_says_that_there_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

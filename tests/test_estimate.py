@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 import sys
 import weakref
 from pathlib import Path
@@ -268,7 +269,10 @@ def test_the_snapshots_scoring_is_bounded_too() -> None:
         )
         result = Estimate()
         _scoring(result, config, {"student": size, "teacher": size}, [])
-        parts.append([result.parts[f"forward pass of {whose} scoring"][0] for whose in ("behavior", "teacher")])
+        both = [result.parts[f"forward pass of {whose} scoring"] for whose in ("behavior", "teacher")]
+        parts.append([size for size, _ in both])
+        expected = "320 tokens" if bound is None else "100 of 320 tokens at a time"
+        assert [remark for _, remark in both] == [expected, "320 tokens"]
     saved = inference_bytes(size.shape, 4 * 80 - 100, size.widths) - 4 * 80 * 64 * 4  # but for the states
     assert parts[0][0] - parts[1][0] == saved
     assert parts[0][1] == parts[1][1]
@@ -409,12 +413,44 @@ def test_the_verdict_names_phase_and_part() -> None:
     assert line.startswith("card has 6.00 GiB free of 8.00: the peak of sampling, 7.00 GiB, does not fit")
     assert line.endswith("cache")
     assert "7.00 GiB in sampling, fits" in estimate.verdict(DeviceMemory("card", 8 << 30, 7 << 30))
-    # On the host there is also what rests there: the weights in sampling, in which nothing works with them twice.
-    estimate.host = {"weights": (3 << 30, ""), "pool": (1 << 30, "")}
+    # On the host there is also what rests there.
+    estimate.host = {"pool": (1 << 30, "")}
     assert "7.00 GiB in sampling, fits" in estimate.verdict(DeviceMemory("card", 8 << 30, 7 << 30))
-    assert "8.00 GiB in sampling, fits" in estimate.verdict(DeviceMemory("host", 9 << 30, 9 << 30, is_host=True))
-    estimate.phases["sampling"].remove("weights")
-    assert "9.00 GiB in sampling, fits" in estimate.verdict(DeviceMemory("host", 9 << 30, 9 << 30, is_host=True))
+    host = DeviceMemory("host", 9 << 30, 8 << 30, is_host=True)
+    assert "8.00 GiB with the pool in sampling, fits" in estimate.verdict(host)
+    estimate.host = {"pool": (2 << 30, "")}
+    assert "the peak of sampling, 9.00 GiB with the pool, does not fit" in estimate.verdict(host)
+
+
+@pytest.mark.parametrize("accelerator", ["auto", "cpu"])
+def test_the_verdict_on_a_cpu_knows_no_offloading(
+    accelerator: str, opdlab: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = DeviceMemory("this machine", 60 << 30, 50 << 30, is_host=True)
+    monkeypatch.setattr("opdlab.cli_estimate.device_memory", lambda accelerator: memory)
+    flags = ["-c", "paper/lsm-block64", *paper_models(tmp_path), "--trainer.accelerator", accelerator]
+    offload = ["--model.behavior.offload", "true", "--model.teacher.offload", "true"]
+
+    def shown(*more: str) -> str:
+        assert opdlab("estimate", *flags, *more) == 0
+        return capsys.readouterr().out
+
+    plain, offloaded = shown(), shown(*offload)
+    verdicts = [output.splitlines()[-1] for output in (plain, offloaded)]
+    assert verdicts[0] == verdicts[1]  # what the run would really need
+    assert "no effect" not in plain
+    phases = [line.split("│")[1].strip() for line in plain.splitlines() if "│ peak of" in line]
+    peaks = {phase.removeprefix("peak of "): figure(plain, phase) for phase in phases}
+    largest = max(peaks, key=lambda phase: peaks[phase])
+    pool = figure(plain, "pool, on the host")
+    found = re.search(rf"the peak of {largest}, ([\d.]+) GiB with the pool, does not fit", verdicts[1])
+    assert found is not None
+    assert float(found[1]) == pytest.approx(peaks[largest] + pool, abs=0.02)
+    remark = offloaded.splitlines()[-2]
+    assert remark.startswith("model.behavior.offload and model.teacher.offload have no effect on a CPU")
+    assert ("the table is for a GPU" in remark) == (accelerator == "auto")
+    one = shown(*offload[:2]).splitlines()[-2]
+    assert one.startswith("model.behavior.offload has no effect on a CPU")
 
 
 def test_fit_refuses_weights_that_cannot_fit(

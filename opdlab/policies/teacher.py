@@ -43,6 +43,8 @@ class Teacher(ABC):
     vocab_size: int
     stop_tokens: StopTokens | None = None
     """Where it ends its own answers, if it says so: a student that ends elsewhere is warned of."""
+    offload: bool = False
+    """Whether its weights are on the device only while they work."""
 
     @abstractmethod
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
@@ -111,18 +113,18 @@ class LocalTeacher(Teacher):
         self.tokenizer = model.tokenizer
         self.vocab_size = model.vocab_size
         self.stop_tokens = model.stop_tokens
-        self._batch_size, self._offload, self._device = batch_size, offload, model.device
+        self._batch_size, self.offload, self._device = batch_size, offload, model.device
 
     def to(self, device: torch.device) -> None:
         """Move the weights; offloaded, the place where they work."""
         self._device = device
-        if not self._offload:
+        if not self.offload:
             self.model.to(device)
 
     @torch.no_grad()
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
         """See :meth:`Teacher.score`."""
-        with on_device(self.model, self._device) if self._offload else nullcontext():
+        with on_device(self.model, self._device) if self.offload else nullcontext():
             return self._score(rollouts, request, progress or SilentProgress())
 
     def _score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress) -> Targets:

@@ -3,6 +3,7 @@
 Without a GPU, a device is pretended: what is sent there becomes a copy on the CPU, and is written down.
 """
 
+import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -250,6 +251,21 @@ def test_a_run_is_resumed_with_the_option_switched(make_run: MakeRun, tmp_path: 
     assert resumed.recorder.losses == whole.recorder.losses[2:]
     for ours, theirs in zip(resumed.module.parameters(), whole.module.parameters(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_on_a_cpu_it_says_that_it_does_nothing(make_run: MakeRun, caplog: pytest.LogCaptureFixture) -> None:
+    def said() -> list[str]:
+        found = [record.getMessage() for record in caplog.records if "has no effect on a CPU" in record.getMessage()]
+        caplog.clear()
+        return found
+
+    with caplog.at_level(logging.INFO):
+        make_run().fit(1)
+        assert said() == []
+        make_run(behavior=BehaviorConfig(offload=True)).fit(1)
+        assert said() == ["model.behavior.offload has no effect on a CPU"]
+        make_run(teacher=LocalTeacher(TEACHER, offload=True)).fit(1)
+        assert said() == ["model.teacher.offload has no effect on a CPU"]
 
 
 class Ignored(Callback):

@@ -1,5 +1,5 @@
 """What came out of a study: paired comparisons of every variant with the baseline, and a report of them."""
 
-from opdlab.studies.report.render import write_report
+from opdlab.studies.report.render import Report, make_report, write_report
 
-__all__ = ["write_report"]
+__all__ = ["Report", "make_report", "write_report"]

@@ -53,9 +53,11 @@ class Comparison:
         baseline_mean: the baseline's figure in these pairs.
         variant_mean: the variant's.
         found: the difference and its standard error.
-        interval: see :class:`~opdlab.studies.report.statistics.Interval`.
+        interval: see :class:`~opdlab.studies.report.statistics.Interval`; within -1 and 1, where differences of rates
+            are, and without ends where runs and problems do not vary.
         adjusted_p: p after Holm, over the variants at this place.
-        detectable: smallest difference that would be found, after Bonferroni over these variants.
+        detectable: smallest difference that would be found, after Bonferroni over these variants. Above 1 no difference
+            of rates would be. NaN where it is unknown: with one seed, or where runs and problems do not vary.
         seeds_needed: pairs with which a difference of 0.05 would be; None: unknown, or problems are what lacks.
     """
 
@@ -75,6 +77,11 @@ class Comparison:
     def has_interval(self) -> bool:
         """Whether there is more than one seed and problem to judge from."""
         return not np.isnan(self.found.standard_error)
+
+    @property
+    def knows_detectable(self) -> bool:
+        """Whether there is anything to tell from what would be detected."""
+        return not np.isnan(self.detectable)
 
     @property
     def differs(self) -> bool:
@@ -201,11 +208,23 @@ def _comparison(place: Place, variant: str, *, pair: Sequence[list[Array]], resa
         baseline_mean=float(ours.mean()),
         variant_mean=float(theirs.mean()),
         found=found,
-        interval=interval(found, resampled, derive_seed("report", "chi-square")),
+        interval=_of_rates(found, interval(found, resampled, derive_seed("report", "chi-square"))),
         adjusted_p=np.nan,
         detectable=np.nan,
         seeds_needed=None,
     )
+
+
+def _of_rates(found: Estimate, bounds: Interval) -> Interval:
+    """The truth lies between -1 and 1, so an interval that is cut there covers it as often."""
+    low, high = np.clip([bounds.low, bounds.high], -1, 1) if found.varies else (np.nan, np.nan)
+    return replace(bounds, low=float(low), high=float(high))
+
+
+def _detectable(found: Estimate, num_seeds: int, num_comparisons: int) -> float:
+    if num_seeds == 1 or not found.varies:
+        return np.nan
+    return detectable_difference(found.standard_error, found.degrees_of_freedom, num_comparisons)
 
 
 def _adjusted(family: Sequence[Comparison]) -> list[Comparison]:
@@ -216,7 +235,7 @@ def _adjusted(family: Sequence[Comparison]) -> list[Comparison]:
         replace(
             each,
             adjusted_p=p,
-            detectable=detectable_difference(each.found.standard_error, each.found.degrees_of_freedom, max(number, 1)),
+            detectable=_detectable(each.found, each.num_seeds, max(number, 1)),
             seeds_needed=seeds_needed(each.found, each.num_seeds, TARGET, number) if each.num_seeds > 1 else None,
         )
         for each, p in zip(family, adjusted, strict=True)

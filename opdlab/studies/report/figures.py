@@ -70,7 +70,7 @@ def forest(comparisons: Sequence[Comparison], results: Results) -> "Figure":
     axes.axvline(0, color="0.5", linewidth=1, linestyle="--")
     for row, each in enumerate(comparisons):
         colour = _UNCLEAR if not each.differs else _BETTER if each.found.difference > 0 else _WORSE
-        if each.has_interval:
+        if each.found.varies:
             axes.plot([each.interval.low, each.interval.high], [row, row], color=colour, linewidth=2)
         # Not by colour alone: a filled marker can be told apart.
         filling = colour if each.differs else "white"

@@ -41,11 +41,12 @@ def method(results: Results) -> list[str]:
     tests = (
         "p (Holm) corrects for the number of variants, within a figure, a benchmark and a budget; nothing "
         "corrects for looking at several of these, and intervals are not corrected: one may leave out 0 where p "
-        "(Holm) is above 0.05. The conclusion rests on the largest budget, which is fixed before. Detectable is "
-        "the smallest true difference that would be found with a probability of 80% at 5% two-sided, from t "
-        f"quantiles, and with 5% divided by the number of variants. 'Seeds for {TARGET}' is the number of seed "
-        f"pairs at which {TARGET} would be detectable on as many problems; a dash says that this is unknown, or "
-        "that more seeds would not do without more problems. 'Ahead in' counts the seeds in which the variant's "
-        "figure is the higher one."
+        "(Holm) is above 0.05. Intervals are cut at -1 and 1, between which differences of rates lie. The conclusion "
+        "rests on the largest budget, which is fixed before. Detectable is the smallest true difference that would be "
+        "found with a probability of 80% at 5% two-sided, from t quantiles, and with 5% divided by the number of "
+        "variants; above 1, none would be. It is unknown, which a dash says, with one seed, and where neither runs nor "
+        f"problems vary. 'Seeds for {TARGET}' is the number of seed pairs at which {TARGET} would be detectable on as "
+        "many problems; a dash says that this is unknown, or that more seeds would not do without more problems. "
+        "'Ahead in' counts the seeds in which the variant's figure is the higher one."
     )
     return [figures, intervals, tests]

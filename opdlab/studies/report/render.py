@@ -2,7 +2,7 @@
 
 import base64
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
@@ -77,11 +77,35 @@ class Section:
     pictures: Sequence[Picture]
 
 
-def write_report(folder: Path) -> Path:
-    """Compare a study's variants, and write what came out to ``folder/report``.
+@dataclass(frozen=True)
+class Report:
+    """What came out of a study, ready to be written.
 
-    ``report.md`` and ``report.html``, which needs no other file; ``tables/`` as Markdown, CSV and LaTeX; ``figures/``
-    as PNG and SVG. The same samples give the same files, byte for byte.
+    Args:
+        folder: where it goes.
+        files: content, by name inside the folder.
+        conclusion: what its first section says, a line each; what could harm a terminal is written out.
+    """
+
+    folder: Path
+    files: Mapping[str, bytes]
+    conclusion: Sequence[str]
+
+    def write(self) -> Path:
+        """Write all files, and take away those of an earlier report that are no more.
+
+        Returns:
+            Path of ``report.md``.
+
+        Raises:
+            UsageError: the folder cannot be written.
+        """
+        _write(self.folder, self.files)
+        return self.folder / "report.md"
+
+
+def write_report(folder: Path) -> Path:
+    """Compare a study's variants, and write what came out to ``folder/report``; see :func:`make_report`.
 
     Args:
         folder: of the study.
@@ -91,6 +115,21 @@ def write_report(folder: Path) -> Path:
 
     Raises:
         UsageError: there is nothing to compare, the runs cannot be compared, or the folder cannot be written.
+    """
+    return make_report(folder).write()
+
+
+def make_report(folder: Path) -> Report:
+    """Compare a study's variants.
+
+    The report has ``report.md`` and ``report.html``, which needs no other file; ``tables/`` as Markdown, CSV and LaTeX;
+    ``figures/`` as PNG and SVG. The same samples give the same files, byte for byte.
+
+    Args:
+        folder: of the study; the report goes to ``report`` inside it.
+
+    Raises:
+        UsageError: there is nothing to compare, or the runs cannot be compared.
     """
     results = load_results(folder)
     comparisons = compare(results)
@@ -103,8 +142,9 @@ def write_report(folder: Path) -> Path:
     for name, environment in (("report.md", _markdown()), ("report.html", _html())):
         # A lone surrogate, which a name from a YAML file may hold, has no UTF-8; visible() has written it out before.
         files[name] = environment.get_template(name).render(known).encode("utf-8", "replace")
-    _write(folder / REPORT, files)
-    return folder / REPORT / "report.md"
+    heading = f"at optimizer step {known['final']}:"
+    lines = [heading, *(f"- {text}" for text in known["conclusion"]), *known["caveats"]]
+    return Report(folder / REPORT, files, [" ".join(visible(line).split()) for line in lines])
 
 
 def _known(results: Results, comparisons: Sequence[Comparison], sections: Sequence[Section]) -> dict[str, Any]:
@@ -189,7 +229,7 @@ def _table_files(results: Results, comparisons: Sequence[Comparison]) -> dict[st
     return files
 
 
-def _write(folder: Path, files: dict[str, bytes]) -> None:
+def _write(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write all files, each at once, and take away those of an earlier report that are no more."""
     try:
         for name, content in files.items():

@@ -7,6 +7,7 @@ from opdlab.studies.report.compare import TARGET, Comparison, Place
 from opdlab.studies.report.load import FINISHED, Results
 
 _POWER = "with a probability of 80%, at 5% two-sided"
+_RATES = "rates differ by 1 at most"
 
 
 def number(value: float, sign: bool = False) -> str:
@@ -20,6 +21,16 @@ def number(value: float, sign: bool = False) -> str:
         return "-"
     text = f"{value:+.3f}" if sign else f"{value:.3f}"
     return "0.000" if float(text) == 0 else text
+
+
+def detectable(value: float) -> str:
+    """A detectable difference of rates: above 1, it is not one.
+
+    Example:
+        >>> detectable(0.25), detectable(1.092), detectable(float("nan"))
+        ('0.250', '> 1', '-')
+    """
+    return "> 1" if value > 1 else number(value)
 
 
 def p_value(value: float) -> str:
@@ -42,11 +53,46 @@ def place_name(place: Place) -> str:
     return f"{place.figure} on {where}"
 
 
-def detectable_range(comparisons: Sequence[Comparison]) -> str:
-    """Smallest detectable differences of some variants: one number, or two."""
-    values = [each.detectable for each in comparisons if each.has_interval]
-    low, high = number(min(values)), number(max(values))
+def detectable_range(values: Sequence[float]) -> str:
+    """Smallest detectable differences of some variants: one number, or two.
+
+    Example:
+        >>> detectable_range([0.2, 0.1]), detectable_range([0.9, 1.3])
+        ('0.100 to 0.200, depending on the variant', '0.900 to more than 1, depending on the variant')
+    """
+    low, high = (detectable(value).replace(">", "more than") for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}, depending on the variant"
+
+
+def _unknown(comparisons: Sequence[Comparison]) -> str:
+    """Why it is unknown what would be detected."""
+    if all(each.num_seeds == 1 for each in comparisons):
+        return "unknown, since one seed does not tell how runs vary"
+    if any(each.num_seeds == 1 for each in comparisons):
+        return "unknown, since runs and problems do not vary here, or one seed is paired"
+    return "unknown, since runs and problems do not vary here"
+
+
+def _smallest(judged: Sequence[Comparison], family: Sequence[Comparison], results: Results) -> str:
+    """What a study would detect: a clause without its stop.
+
+    Args:
+        judged: the variants to speak of.
+        family: all that are corrected for.
+        results: of the study.
+    """
+    known = [each.detectable for each in judged if each.knows_detectable]
+    unknown = [each for each in judged if not each.knows_detectable]
+    if not known:
+        return f"what this study would detect is {_unknown(unknown)}"
+    said = (
+        f"the smallest difference that this study would detect {_POWER}{_after(family)}, is {detectable_range(known)}"
+    )
+    if min(known) > 1:
+        said += f", so that it can find no difference here at all: {_RATES}"
+    if unknown:
+        said += f"; for {', '.join(results.label(each.variant) for each in unknown)} it is {_unknown(unknown)}"
+    return said
 
 
 def sentence(comparison: Comparison, results: Results) -> str:
@@ -58,19 +104,23 @@ def sentence(comparison: Comparison, results: Results) -> str:
             f"{name} and {base} differ by {number(found.difference, True)}, with one seed and one problem: "
             "nothing can be said of chance."
         )
-    numbers = (
-        f"{number(found.difference, True)}, 95% interval {number(bounds.low, True)} to {number(bounds.high, True)}, "
-        f"p {_equals(comparison.adjusted_p)} after Holm"
-    )
+    span = f"95% interval {number(bounds.low, True)} to {number(bounds.high, True)}"
+    span = span if found.varies else "on every problem and seed"
+    numbers = f"{number(found.difference, True)}, {span}, p {_equals(comparison.adjusted_p)} after Holm"
     if comparison.differs:
         side = "better" if found.difference > 0 else "worse"
         return f"{name} is {side} than {base}: {numbers}."
-    if found.standard_error == 0 and found.difference == 0:
+    if not found.varies and number(found.difference) == "0.000":
         return f"{name} and {base} have the same figure on every problem and seed."
-    return (
-        f"{name} cannot be told apart from {base}: {numbers}; "
-        f"a difference of {number(comparison.detectable)} would be detected."
-    )
+    return f"{name} cannot be told apart from {base}: {numbers}; {_would_be_detected(comparison)}."
+
+
+def _would_be_detected(comparison: Comparison) -> str:
+    if not comparison.knows_detectable:
+        return f"what would be detected is {_unknown([comparison])}"
+    if comparison.detectable > 1:
+        return f"no difference would be detected at this size, since {_RATES}"
+    return f"a difference of {number(comparison.detectable)} would be detected"
 
 
 def _equals(value: float) -> str:
@@ -97,9 +147,10 @@ def _conclude(place: Place, family: Sequence[Comparison], results: Results) -> s
     if not judged:
         return f"{where}: with one seed and one problem nothing can be told apart from {base}."
     if not any(each.differs for each in family):
+        smallest = _smallest(judged, judged, results)
         return (
-            f"{where}: nothing can be told apart from {base} at this size. The smallest difference that this study "
-            f"would detect {_POWER}{_after(judged)}, is {detectable_range(judged)}.{_mend(judged)}"
+            f"{where}: nothing can be told apart from {base} at this size. "
+            f"{smallest[0].upper()}{smallest[1:]}.{_mend(judged)}"
         )
     said = []
     for side, sign in (("better", 1), ("worse", -1)):
@@ -113,10 +164,7 @@ def _conclude(place: Place, family: Sequence[Comparison], results: Results) -> s
     rest = [each for each in judged if not each.differs]
     if rest:
         names = [results.label(each.variant) for each in rest]
-        said.append(
-            f"cannot be told apart from it: {', '.join(names)} (the smallest difference that would be detected "
-            f"{_POWER}{_after(judged)}, is {detectable_range(rest)})"
-        )
+        said.append(f"cannot be told apart from it: {', '.join(names)} ({_smallest(rest, judged, results)})")
     return f"{where}: {'; '.join(said)}."
 
 
@@ -126,8 +174,8 @@ def _after(judged: Sequence[Comparison]) -> str:
 
 def _mend(judged: Sequence[Comparison]) -> str:
     """How large a study would have to be."""
-    repeated = [each for each in judged if each.num_seeds > 1]
-    if not repeated or max(each.detectable for each in judged) <= TARGET:
+    repeated = [each for each in judged if each.knows_detectable]
+    if not repeated or max(each.detectable for each in repeated) <= TARGET:
         return ""
     needed = [each.seeds_needed for each in repeated]
     known = [each for each in needed if each is not None]

@@ -34,6 +34,7 @@ _MAX_SEEDS = 1000
 _CHUNK = 1000  # resamples at once, so that weights of 10,000 problems stay below 100 MB
 # The variance of a mean is at least that of its independent noise. An estimate below half of it is chance.
 _LEAST_NOISE = 0.5
+_NO_SPREAD = 1e-12  # rounding of equal cells is no spread
 
 
 def problem_scores(num_correct: NDArray[np.int64], num_samples: int, k: int) -> Array:
@@ -71,6 +72,11 @@ class Estimate:
     seed_part: float
     problem_part: float
     problem_degrees: int
+
+    @property
+    def varies(self) -> bool:
+        """Whether seeds or problems differ at all, without which nothing can be said of chance."""
+        return bool(self.standard_error > _NO_SPREAD)  # False for NaN
 
 
 def estimate(differences: Sequence[Array]) -> Estimate:
@@ -194,13 +200,12 @@ def interval(found: Estimate, resampled: Array, seed: int) -> Interval:
     tails = [100 * LEVEL / 2, 100 - 100 * LEVEL / 2]
     plain = np.percentile(resampled, tails)
     shape, spread = resampled - found.difference, resampled.std()
-    # Rounding of equal cells is no spread.
-    if spread > 1e-12 and found.standard_error > 1e-12:
+    if spread > _NO_SPREAD and found.varies:
         freedom = found.degrees_of_freedom
         chi = np.random.default_rng(seed).chisquare(freedom, len(resampled)) / freedom
         drawn = found.difference + found.standard_error * shape / spread / np.sqrt(chi)
     else:
-        drawn = np.full_like(resampled, 0.0 if abs(found.difference) < 1e-12 else found.difference)
+        drawn = np.full_like(resampled, 0.0 if abs(found.difference) < _NO_SPREAD else found.difference)
     low, high = np.percentile(drawn, tails)
     below, above, size = (drawn <= 0).sum(), (drawn >= 0).sum(), len(drawn)
     return Interval(
@@ -256,13 +261,14 @@ def seeds_needed(found: Estimate, num_seeds: int, target: float, num_comparisons
         num_comparisons: see :func:`detectable_difference`.
 
     Returns:
-        At least 2; None where 1000 seeds would not do, and more problems are needed.
+        At least 2; None where 1000 seeds would not do, and more problems are needed, and where nothing varies, which
+        tells nothing of other seeds and problems.
     """
+    if not found.varies:
+        return None
     seeds = np.arange(2, _MAX_SEEDS + 1)
     from_seeds = found.seed_part * num_seeds / seeds
     variance = from_seeds + found.problem_part
-    if found.seed_part + found.problem_part == 0:
-        return 2
     squares = from_seeds**2 / (seeds - 1) + found.problem_part**2 / max(found.problem_degrees, 1)
     quantiles = stats.t.ppf([[1 - LEVEL / 2 / num_comparisons], [POWER]], variance**2 / squares)
     enough = np.sum(quantiles, 0) * np.sqrt(variance) <= target

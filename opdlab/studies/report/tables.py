@@ -10,7 +10,7 @@ import numpy as np
 
 from opdlab.studies.report.compare import Comparison, Place, benchmark_names, figure_names, run_figures
 from opdlab.studies.report.load import Results
-from opdlab.studies.report.sentences import number, p_value
+from opdlab.studies.report.sentences import detectable, number, p_value
 from opdlab.viewer.text import visible
 
 _MARKDOWN = {ord(char): f"\\{char}" for char in r"\`*_{}[]#|~$!"} | {
@@ -110,7 +110,7 @@ def comparisons_table(comparisons: Sequence[Comparison], results: Results) -> Ta
 
 def _cells(each: Comparison) -> list[str]:
     bounds = each.interval
-    span = f"{number(bounds.low, True)} to {number(bounds.high, True)}" if each.has_interval else "-"
+    span = f"{number(bounds.low, True)} to {number(bounds.high, True)}" if each.found.varies else "-"
     return [
         number(each.baseline_mean),
         number(each.variant_mean),
@@ -121,7 +121,7 @@ def _cells(each: Comparison) -> list[str]:
         p_value(each.adjusted_p),
         str(each.num_seeds),
         str(each.seeds_ahead),
-        number(each.detectable),
+        detectable(each.detectable),
         str(each.seeds_needed or "-"),
     ]
 

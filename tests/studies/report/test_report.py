@@ -12,13 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from markdown_it import MarkdownIt
+from numpy.typing import NDArray
 
 from opdlab.errors import UsageError
-from opdlab.studies.report import write_report
+from opdlab.studies.report import make_report, write_report
 from opdlab.studies.report.load import load_results
 from tests.studies.report.synthetic_study import SyntheticStudy, evaluation, write_samples
 
 Rows = list[dict[str, str]]
+Array = NDArray[np.bool_]
 
 
 def read_csv(report: Path, name: str = "comparisons") -> Rows:
@@ -53,7 +55,9 @@ def test_a_known_effect_is_found_and_a_collapse_too(report: Path) -> None:
     assert float(collapsed["high"]) < 0
     text = report.read_text()
     assert "pass@1 on the mean over benchmarks: better than none: span (+" in text
-    assert re.search(r"cannot be told apart from it: block64 \(the smallest difference that would be detected", text)
+    assert re.search(
+        r"cannot be told apart from it: block64 \(the smallest difference that this study would detect", text
+    )
 
 
 def test_figures_are_the_plain_ones(report: Path) -> None:
@@ -151,7 +155,8 @@ def test_a_single_seed_has_no_interval_over_seeds(tmp_path: Path) -> None:
     (row,) = read_csv(report)
     assert row["figure"] == "pass@1"
     assert float(row["degrees_of_freedom"]) == pytest.approx(23)
-    assert row["seeds_for_0.05"] == ""
+    assert row["seeds_for_0.05"] == row["detectable_difference"] == ""
+    assert "What this study would detect is unknown, since one seed does not tell how runs vary." in text
     (mean, _) = read_csv(report, "figures")
     assert mean["std_over_seeds"] == ""
 
@@ -171,6 +176,71 @@ def test_missing_runs_are_named_and_left_out_pairwise(tmp_path: Path) -> None:
         assert line in text
     assert "6 of 16 runs have not finished" in text
     assert "Not compared, since no finished run shares a seed with the baseline: c." in text
+
+
+def _study_of(folder: Path, correct: dict[str, list[Array]], num_problems: int) -> Path:
+    """A study of one budget with the given samples, [P, n], of each variant and seed."""
+    seeds = range(len(correct["none"]))
+    study = SyntheticStudy(dict.fromkeys(correct, 0.0), list(seeds), [40], {"toy": num_problems})
+    study.write(folder)
+    for variant, runs in correct.items():
+        for seed in seeds:
+            write_samples(evaluation(folder, variant, seed, 40), "toy", runs[seed])
+    return folder
+
+
+def test_where_nothing_varies_nothing_is_known(tmp_path: Path) -> None:
+    """Equal pass@8 in all runs tells nothing of what a study would detect; pass@1 varies."""
+    answers = np.random.default_rng(5).random((2, 2, 4, 8)) < 0.5
+    answers[..., 0] = True
+    correct = {name: list(runs) for name, runs in zip(("none", "a"), answers, strict=True)}
+    report = write_report(_study_of(tmp_path, correct, 4))
+    (varied, same) = read_csv(report)
+    assert (varied["figure"], same["figure"], same["standard_error"]) == ("pass@1", "pass@8", "0.0")
+    assert varied["detectable_difference"]
+    assert [same[key] for key in ("low", "high", "detectable_difference", "seeds_for_0.05")] == [""] * 4
+    text = report.read_text()
+    assert "What this study would detect is unknown, since runs and problems do not vary here.\n" in text
+    assert "a and none have the same figure on every problem and seed." in text
+    (row,) = [line for line in (report.parent / "tables/comparisons.md").read_text().splitlines() if "pass@8" in line]
+    cells = [cell.strip() for cell in row.split("|")]
+    assert (cells[7], cells[8], cells[-3], cells[-2]) == ("0.000", "-", "-", "-")
+
+
+def test_a_constant_difference_has_no_interval(tmp_path: Path) -> None:
+    right, wrong = np.ones((4, 8), bool), np.zeros((4, 8), bool)
+    report = write_report(_study_of(tmp_path, {"none": [wrong, wrong], "a": [right, right]}, 4))
+    assert "a is better than none: +1.000, on every problem and seed, p &lt; 0.001 after Holm." in report.read_text()
+    assert {row["low"] for row in read_csv(report)} == {""}
+
+
+def test_rates_differ_by_one_at_most(tmp_path: Path) -> None:
+    """Two seeds that contradict each other: t quantiles alone would reach beyond what a rate can be."""
+    high, low = (np.arange(8) < np.array([[number]]).repeat(4, 0) for number in (7, 1))
+    report = write_report(_study_of(tmp_path, {"none": [low, high], "a": [high, low], "b": [high, high]}, 4))
+    rows = {(row["variant"], row["figure"]): row for row in read_csv(report)}
+    a, b = rows["a", "pass@1"], rows["b", "pass@1"]
+    assert (float(a["low"]), float(a["high"]), float(b["high"])) == (-1, 1, 1)
+    assert float(a["detectable_difference"]) > 1
+    text = report.read_text()
+    expected = "variants, is more than 1, so that it can find no difference here at all: rates differ by 1 at most."
+    assert expected in text
+    assert "no difference would be detected at this size, since rates differ by 1 at most." in text
+    assert "> 1 |" in (report.parent / "tables/comparisons.md").read_text().replace("&gt;", ">")
+
+
+def test_the_conclusion_can_be_printed(tmp_path: Path) -> None:
+    labels = {"a": "a\x1b[2J\nof two lines"}
+    folder = SyntheticStudy({"none": 0.0, "a": 0.2}, [0, 1], budgets=[40], labels=labels).write(tmp_path)
+    report = make_report(folder)
+    assert not (folder / "report").exists()
+    heading, *lines = report.conclusion
+    assert heading == "at optimizer step 40:"
+    assert [line.split(" on ")[0] for line in lines[:2]] == ["- pass@1", "- pass@8"]
+    assert "a⟨U+001B⟩[2J of two lines" in lines[0]
+    assert lines[2].startswith("With two or three seeds")
+    text = report.write().read_text().replace("\\", "").replace("&lt;", "<")
+    assert all(line in text for line in lines)
 
 
 # -- what cannot be compared ------------------------------------------------------------------------------------------

@@ -118,6 +118,8 @@ def test_without_any_spread() -> None:
     assert found.high == pytest.approx(-0.7)
     assert found.p < 0.005
     assert np.isnan(interval(estimate([worse[:1, :1]]), worse[:1, 0], 2).p)
+    for cells in (same, worse, same + 0.1):  # 0.1 leaves a rounding error behind
+        assert seeds_needed(estimate([cells]), 3, 0.05) is None
 
 
 def scored(correct: tuple[NDArray[np.int64], NDArray[np.int64]], k: int = 1) -> Array:
