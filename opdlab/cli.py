@@ -23,17 +23,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerStatus
 
-from opdlab.callbacks import (
-    BehaviorRefresh,
-    EvaluationTable,
-    GateMonitor,
-    HFExport,
-    LabProgressBar,
-    PoolRecorder,
-    SampleLogger,
-    StopCheckpoint,
-)
-from opdlab.cli_config import CONFIG_MODE, expand_arguments, explain, root_usage_error
+from opdlab.callbacks import EvaluationTable, LabProgressBar, SampleLogger, StopCheckpoint
+from opdlab.cli_checks import CALLBACKS, check_config, warn_of_idle_recorder
+from opdlab.cli_config import CONFIG_MODE, expand_arguments
+from opdlab.cli_errors import explain, root_usage_error
 from opdlab.cli_estimate import print_estimate, refuse_oversized
 from opdlab.cli_hparams import log_hyperparameters
 from opdlab.cli_replay import replay
@@ -90,11 +83,8 @@ class OPDCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Each callback has its own section of the configuration."""
-        parser.add_lightning_class_args(BehaviorRefresh, "behavior_refresh")
-        parser.add_lightning_class_args(GateMonitor, "gate_monitor")
-        parser.add_lightning_class_args(SampleLogger, "sample_logger")
-        parser.add_lightning_class_args(PoolRecorder, "pool_recorder")
-        parser.add_lightning_class_args(HFExport, "export")
+        for section, callback in CALLBACKS.items():
+            parser.add_lightning_class_args(callback, section)
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_argument(
             "--check_memory", type=bool, default=True, help="Refuse models whose weights alone exceed the device."
@@ -125,10 +115,14 @@ class OPDCLI(LightningCLI):
             config.ckpt_path = str(path)
 
     def instantiate_classes(self) -> None:
-        """Build everything, but first see whether the models' weights can fit.
+        """Build everything, but first see what can be refused at once, and whether the models' weights can fit.
 
         Say what a constructor refused, not that no type of a union accepts it, which is how jsonargparse puts it.
         """
+        if self.subcommand == "fit":
+            plain = self.config.fit.as_dict()
+            check_config(plain)
+            warn_of_idle_recorder(plain)
         if self.subcommand == "fit" and self.config.fit.check_memory:
             refuse_oversized(self.config.fit)
         try:
@@ -254,6 +248,7 @@ class _EstimateCLI(OPDCLI):
     """Parses what ``fit`` takes, prints the estimate, and builds nothing."""
 
     def before_instantiate_classes(self) -> None:
+        check_config(self.config.fit.as_dict())
         print_estimate(self.config.fit)
 
     def instantiate_classes(self) -> None:

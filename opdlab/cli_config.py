@@ -1,12 +1,8 @@
-"""How configurations are found and read: shipped names, registered plug-ins, and errors in one line."""
+"""How configurations are found and read: shipped names, and registered plug-ins."""
 
-import difflib
-import importlib
 import importlib.resources
-import inspect
 import os
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +101,19 @@ def expand_arguments(arguments: Sequence[str]) -> list[str]:
             continue
         if flag in _CONFIG_FLAGS and not equals:
             argument = flag
-        if (key := flag.removeprefix("--")) in _REGISTRIES and equals:
-            argument = f"{flag}={class_path_of(key, value)}"
-        elif expanded and (key := expanded[-1].removeprefix("--")) in _REGISTRIES:
-            argument = class_path_of(key, argument)
-        expanded.append(argument)
+        expanded.append(_expand_name(argument, expanded[-1] if expanded else ""))
     return expanded
+
+
+def _expand_name(argument: str, before: str) -> str:
+    """Put a class path where ``argument``, or its value, is the registered name of a plug-in, or of its help."""
+    flag, equals, value = argument.partition("=")
+    if (key := flag.removeprefix("--").removesuffix(".help")) in _REGISTRIES and flag.startswith("--"):
+        return f"{flag}={class_path_of(key, value)}" if equals else argument
+    help_alone = before.endswith(".help") and argument.startswith("-")  # its value may be left out
+    if (key := before.removeprefix("--").removesuffix(".help")) in _REGISTRIES and not help_alone:
+        return class_path_of(key, argument)
+    return argument
 
 
 def _config_flag(argument: str) -> tuple[str, str, str]:
@@ -201,63 +204,3 @@ def config_path(name: str) -> str:
             f"{suggestion(key, shipped) or ';'} shipped: {', '.join(shipped)}"
         )
     return str(shipped[key])
-
-
-def explain(error: BaseException, keys: Iterable[str] = ()) -> str:
-    """Say in one line what is wrong with a configuration, with the nearest key where one is unknown.
-
-    Args:
-        error: what the parser raised.
-        keys: keys that exist.
-
-    Example:
-        >>> explain(ValueError("Subcommand 'fit' does not accept option 'model.gaet'"), ["model.gate", "data.train"])
-        "unknown key 'model.gaet'; did you mean 'model.gate'?"
-    """
-    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    text = re.sub(r'^Parser key "([^"]+)": ', r"\1: ", text)
-    if match := re.search(r"Problem with given class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text):
-        # Block64Gate knows block_size, but has fixed it.
-        options = [option for option in _options_of(match[1]) if option != match[2]]
-        hint = suggestion(match[2], options) or ";"
-        return f"unknown key '{match[2]}' of {match[1]}{hint} its keys: {', '.join(options)}"
-    if match := re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text):
-        return f"unknown key '{match[1]}'{_nearest(match[1], sorted(keys))}"
-    if match := re.search(r"^(\S+): Unable to load config ['\"](.*?)['\"]", text):
-        return f"{match[1]} is {match[2]}, but it is a section{_nearest(f'{match[1]}.', sorted(keys))}"
-    if match := re.search(r"^(\S+): Does not validate .*? Subtypes: \[(.*?)\] Errors: .*Given value: (.*)$", text):
-        return f"{match[1]} is {match[3]}, but must be one of: {match[2].replace('typing.', '')}"
-    if "arguments are required" in text:
-        return f"{text}; start from a shipped configuration, for example -c quickstart"
-    if "invalid choice" in text or 'expected "subcommand"' in text:
-        return f"{text}; or give `gates`, which lists the registered gates, or `estimate`"
-    return text
-
-
-def _nearest(key: str, known: list[str]) -> str:
-    """The key that was probably meant, or else what there is in its section."""
-    section, _, name = key.rpartition(".")
-    siblings = [other.removeprefix(f"{section}.") for other in known if other.rpartition(".")[0] == section]
-    if not section or not siblings:
-        return suggestion(key, known) or _ASK
-    near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
-    return f"; did you mean '{section}.{near[0]}'?" if near else f"; its section has {', '.join(siblings)}"
-
-
-def root_usage_error(error: BaseException) -> BaseException:
-    """Return the :class:`UsageError` that ``error`` was raised from, or ``error`` where there is none."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, UsageError):
-        cause = cause.__cause__
-    return cause or error
-
-
-_ASK = "; `opdlab fit --help` lists all keys"
-
-
-def _options_of(class_path: str) -> list[str]:
-    module, _, name = class_path.rpartition(".")
-    cls = getattr(importlib.import_module(module), name)
-    inits = [base.__init__ for base in cls.__mro__ if "__init__" in vars(base) and base is not object]
-    parameters = [p for init in inits for p in inspect.signature(init).parameters.values()]
-    return sorted({p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self"})

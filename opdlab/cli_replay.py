@@ -30,6 +30,8 @@ _PASSED_ON = ("--model.", "--data.", "--trainer.")
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, as everywhere."""
+        if message.endswith("required: RUN"):
+            message = "give a run's folder, such as runs/quickstart/version_0"
         raise UsageError(f"{message}; see opdlab replay --help")
 
 

@@ -2,7 +2,9 @@
 
 import fcntl
 import importlib.resources
+import re
 import sys
+from argparse import ArgumentError
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
+from opdlab.cli_errors import explain
 from opdlab.errors import UsageError, require
 from opdlab.registry import suggestion
 from opdlab.studies.folder import FAILED
@@ -21,6 +24,12 @@ from opdlab.studies.study import Study, read_study
 from opdlab.studies.table import StudyTable
 
 _ROOT = Path("runs/studies")
+_COMMANDS = ("run", "report", "list")
+# What to give where an argument is missing.
+_WANTED = {
+    "run.study": "give a study: a file, or a name that `opdlab study list` shows",
+    "report.folder": "give the folder of a study, such as runs/studies/paper-toy-mild",
+}
 
 
 def study_command(arguments: Sequence[str]) -> int:
@@ -30,7 +39,10 @@ def study_command(arguments: Sequence[str]) -> int:
         UsageError: something in the arguments, the study or its folder is wrong.
     """
     require(bool(arguments), "opdlab study does nothing by itself: give run, report or list")
-    config = parser().parse_args(list(arguments))
+    try:
+        config = parser().parse_args(list(arguments))
+    except ArgumentError as error:
+        raise UsageError(_explain(error, arguments[0])) from error
     if config.subcommand == "list":
         return _list()
     if config.subcommand == "report":
@@ -41,9 +53,33 @@ def study_command(arguments: Sequence[str]) -> int:
     return _run(config.run)
 
 
+def _explain(error: ArgumentError, command: str) -> str:
+    text = str(error)
+    for key, wanted in _WANTED.items():
+        if text.endswith(f"required: {key}"):
+            return wanted
+    if "invalid choice" in text:
+        return f"opdlab study has no '{command}'{suggestion(command, _COMMANDS) or ';'} give run, report or list"
+    listing = f"opdlab study {command} --help" if command in _COMMANDS else "opdlab study --help"
+    if match := re.search(r"unrecognized arguments: ([^-].*)$", text):
+        return f"'{match[1]}' is one argument too many; `{listing}` lists what there is"
+    keys = _run_parser().get_defaults().keys() if command == "run" else ()
+    return explain(error, keys, command=listing)
+
+
 def parser() -> ArgumentParser:
     """Of ``opdlab study``."""
     made = ArgumentParser(prog="opdlab study", description="Compare variants over seeds.", exit_on_error=False)
+    report = ArgumentParser(exit_on_error=False)
+    report.add_argument("folder", type=str, help="Of the study, such as runs/studies/paper-toy-mild.")
+    commands = made.add_subcommands()
+    commands.add_subcommand("run", _run_parser(), help="Run what has not finished.")
+    commands.add_subcommand("report", report, help="Compare what has.")
+    commands.add_subcommand("list", ArgumentParser(exit_on_error=False), help="The shipped studies.")
+    return made
+
+
+def _run_parser() -> ArgumentParser:
     run = ArgumentParser(exit_on_error=False)
     run.add_argument("study", type=str, help="Its file, or the name of a shipped one; `opdlab study list` has them.")
     run.add_argument("--folder", type=str | None, default=None, help="Where to; runs/studies/NAME by default.")
@@ -65,13 +101,7 @@ def parser() -> ArgumentParser:
     run.add_argument(
         "--parameters", type=dict[str, Any], default={}, help="Of the executor: --parameters.slurm_partition gpu"
     )
-    report = ArgumentParser(exit_on_error=False)
-    report.add_argument("folder", type=str, help="Of the study, such as runs/studies/paper-toy-mild.")
-    commands = made.add_subcommands()
-    commands.add_subcommand("run", run, help="Run what has not finished.")
-    commands.add_subcommand("report", report, help="Compare what has.")
-    commands.add_subcommand("list", ArgumentParser(exit_on_error=False), help="The shipped studies.")
-    return made
+    return run
 
 
 def shipped_studies() -> dict[str, Path]:

@@ -63,6 +63,14 @@ class BehaviorConfig:
     offload: bool = False
 
 
+def check_token_bound(tokens: int | None) -> None:
+    """Refuse a ``max_tokens_per_microbatch`` that is out of range."""
+    require(
+        tokens is None or tokens >= 1,
+        f"model.max_tokens_per_microbatch is {tokens}, but must be at least 1: use null for no bound",
+    )
+
+
 @dataclass
 class _Window:
     """State of the optimizer batch that is under way, while its micro-batches come in.
@@ -146,11 +154,7 @@ class OPDModule(EvaluationModule):
             reduction in get_args(Reduction),
             f"model.reduction is '{reduction}', but must be one of {', '.join(get_args(Reduction))}",
         )
-        require(
-            max_tokens_per_microbatch is None or max_tokens_per_microbatch >= 1,
-            f"model.max_tokens_per_microbatch is {max_tokens_per_microbatch}, but must be at least 1: use null for no "
-            "bound",
-        )
+        check_token_bound(max_tokens_per_microbatch)
         self.student = student
         self.student.max_tokens = max_tokens_per_microbatch  # before the snapshot is made, which has it too
         # Not a submodule: it is frozen, must not enter checkpoints, and is no business of the strategy's wrapping.

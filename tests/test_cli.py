@@ -175,6 +175,10 @@ def test_gates_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -
         ("--model.gate.block_size 32", "unknown key 'block_size' of opdlab.strategies.block.Block64Gate; its keys: "),
         ("-c unknown_gate.yaml", "unknown gate 'blok64'; did you mean 'block64'?"),
         ("-c empty.yaml", "problems.jsonl holds no problems"),
+        ("--model.gate.tau LinearTau --model.gate.tau.num_steps 0", "error: gate.tau.num_steps is 0, but must be at"),
+        ("--model.gate.tau LinearTau --model.gate.tau.start -1", "error: gate.tau.start is -1.0, but must lie"),
+        ("-c bad_target.yaml", "error: gate.tau.target is 1.5, but must lie between 0 and 1"),
+        ("--model.max_tokens_per_microbatch 0", "model.max_tokens_per_microbatch is 0, but must be at least 1: use"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(
@@ -182,6 +186,9 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
 ) -> None:
     (tmp_path / "unknown_key.yaml").write_text("model:\n  gaet: block64\n")
     (tmp_path / "unknown_gate.yaml").write_text("model:\n  gate: blok64\n")
+    tau = {"class_path": "opdlab.tau.EffectiveSampleSizeTau", "init_args": {"target": 1.5}}
+    gate = {"class_path": "block64", "init_args": {"tau": tau}}
+    (tmp_path / "bad_target.yaml").write_text(yaml.dump({"model": {"gate": gate}}))
     (tmp_path / "problems.jsonl").touch()
     source = {"class_path": "opdlab.data.JsonlProblems", "init_args": {"path": "problems.jsonl"}}
     (tmp_path / "empty.yaml").write_text(yaml.dump({"data": {"train": source}}))

@@ -3,19 +3,15 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.cli import instantiate_class
-
 from opdlab.cli import OPDCLI
+from opdlab.cli_checks import check_config
 from opdlab.cli_config import config_path, expand_arguments, shipped_configs
-from opdlab.data.reuse import ReuseConfig
 from opdlab.errors import UsageError, require
-from opdlab.evaluation.config import EvaluationConfig
 from opdlab.evaluation.settings import difference, digest
-from opdlab.policies.sampler import SamplingConfig
 from opdlab.studies.folder import RUNS, SAMPLES, STUDY, VARIANTS
 from opdlab.studies.job import RunSpec
 from opdlab.studies.study import OWN_KEYS, Study, Variant, read_study
@@ -181,13 +177,29 @@ def make_plan(study: Study, folder: Path) -> Plan:
     resolver, resolved = _Resolver(), {}
     for variant in study.variants:
         try:
-            config = resolver.resolve([*variant_arguments(study, variant), "--seed_everything=false"])
-            _check(config)
+            config = _resolve(resolver, study, variant)
         except UsageError as error:
-            raise UsageError(f"variants: '{variant.name}': {error}") from error
+            raise UsageError(f"{_blamed(resolver, study, variant, str(error))}: {error}") from error
         flat = _flat(config)
         resolved[variant.name] = {key: value for key, value in flat.items() if key not in _LEFT_OUT}
     return Plan(study, folder.absolute(), resolved)
+
+
+def _resolve(resolver: _Resolver, study: Study, variant: Variant) -> dict[str, Any]:
+    config = resolver.resolve([*variant_arguments(study, variant), "--seed_everything=false"])
+    _check(config)
+    return config
+
+
+def _blamed(resolver: _Resolver, study: Study, variant: Variant, fault: str) -> str:
+    """Where a fault lies: in what all variants have, if that is refused likewise without the variant's own."""
+    for part, overrides in (("base", []), ("overrides", study.overrides)):
+        try:
+            _resolve(resolver, replace(study, overrides=overrides), replace(variant, overrides=[]))
+        except UsageError as error:
+            if str(error) == fault:
+                return part
+    return f"variants: '{variant.name}'"
 
 
 def _settled(name: str) -> str:
@@ -206,8 +218,8 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
 
 def _check(config: dict[str, Any]) -> None:
     """Build what is cheap to build, and see that every run trains to its end and is evaluated."""
-    trainer, model, data = config["trainer"], config["model"], config["data"]
-    benchmarks = data.get("benchmarks")
+    trainer = config["trainer"]
+    benchmarks = config["data"].get("benchmarks")
     require(bool(benchmarks), "data.benchmarks is empty, so that nothing would be evaluated: give at least one")
     whole = {
         "limit_val_batches": (None, 1.0),
@@ -223,13 +235,4 @@ def _check(config: dict[str, Any]) -> None:
             value in allowed or (key == "logger" and isinstance(value, dict | list)),
             f"trainer.{key} is {value}, with which a run may not be evaluated in full at every budget: leave it out",
         )
-    sampling = SamplingConfig(**model["sampling"])
-    EvaluationConfig(**model["evaluation"]).check(SamplingConfig(**model["eval_sampling"]))
-    ReuseConfig(**data["reuse"]).check(sampling.num_samples, trainer["accumulate_grad_batches"])
-    for part in ("gate", "objective"):
-        try:
-            instantiate_class((), {"init_args": {}, **model[part]})
-        except UsageError:
-            raise
-        except (TypeError, ValueError, AttributeError):  # one whose options are objects, which the run itself builds
-            continue
+    check_config(config)

@@ -119,7 +119,7 @@ def test_a_gate_that_the_record_cannot_serve_is_named(run: Path, capsys: pytest.
         ("RUN --model.gaet token", "unknown key 'model.gaet'; did you mean 'model.gate'?"),
         ("RUN --model.student.adapter.r 2", "is of another model: "),
         ("cut", "cannot be read, it may have been changed or cut off"),
-        ("", "arguments are required: RUN"),
+        ("", "give a run's folder, such as runs/quickstart/version_0"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(

@@ -68,6 +68,18 @@ def test_what_is_no_study_is_refused(changes: dict[str, Any], words: str) -> Non
         ({"variants": [variant("none", "--trainer.max_epochs=1")]}, "trainer.max_epochs is 1"),
         ({"variants": [variant("none", "--model.evaluation.pass_at=[64]")]}, "model.evaluation.pass_at has 64"),
         ({"variants": [variant("none", "--data.reuse.batch_size=3")]}, "data.reuse.batch_size is 3"),
+        (
+            {"variants": [variant("none"), variant("b", "--model.gate.tau=LinearTau", "--model.gate.tau.num_steps=0")]},
+            "variants: 'b': gate.tau.num_steps is 0, but must be at least 1",
+        ),
+        (
+            {"variants": [variant("none"), variant("b", "--model.max_tokens_per_microbatch=0")]},
+            "variants: 'b': model.max_tokens_per_microbatch is 0, but must be at least 1",
+        ),
+        ({"variants": [variant("none", "--data.max_prompt_tokens=0")]}, "data.max_prompt_tokens is 0"),
+        ({"variants": [variant("none", "--gate_monitor.every_n_steps=0")]}, "gate_monitor.every_n_steps is 0"),
+        ({"overrides": ["--model.gaet=span"]}, ": overrides: unknown key 'model.gaet'; did you mean 'model.gate'?"),
+        ({"overrides": ["--model.gate.tua=1"], "base": ["quickstart"]}, ": overrides: unknown key 'tua' of"),
         ({"base": ["quickstrat"]}, "did you mean 'quickstart'?"),
     ],
 )

@@ -216,7 +216,11 @@ class _SampleReader:
     def read(self, variant: str, seed: int, budget: int) -> None:
         place = run_folder(self.folder, variant, seed) / "evaluations" / f"val-step-{budget}"
         lines = _read_lines(place)
-        require(bool(lines), f"{place} has no sample lines, though {RUN} says that the run has finished")
+        require(
+            bool(lines),
+            f"{place} has no sample lines, though {RUN} says that the run has finished: delete "
+            f"{run_folder(self.folder, variant, seed)} and run the study again",
+        )
         evaluated = {name: _count(place, name, samples) for name, samples in lines.items()}
         if not self.benchmarks:
             self.benchmarks = {name: benchmark for name, (benchmark, _) in evaluated.items()}

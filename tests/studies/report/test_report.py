@@ -271,7 +271,10 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no keys": (lambda f: (f / "study.yaml").write_text("- 1"), "holds no keys"),
     "no yaml": (lambda f: (f / "study.yaml").write_text("a: [\x00"), "cannot be read"),
     "no seeds": (lambda f: (f / "study.yaml").write_text("{name: x, variants: [{name: a}], baseline: a}"), "seeds is"),
-    "no lines": (lambda f: shutil.rmtree(f / "runs/a/seed-1/evaluations"), "seed-1/.* has no sample lines"),
+    "no lines": (
+        lambda f: shutil.rmtree(f / "runs/a/seed-1/evaluations"),
+        "seed-1/.* has no sample lines, .* delete .*seed-1 and run the study again",
+    ),
     "other problems": (
         lambda f: _rewrite(f, lambda row: row.update(problem="another"), slice(4)),
         "benchmark 'toy' has other problems in .*a/seed-1.* than in .*none/seed-0.*: 1 differ, among them 'p0'",

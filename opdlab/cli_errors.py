@@ -1,0 +1,148 @@
+"""What the parser says about a mistake, said in one line: the key, the value, and what would be right."""
+
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterable
+
+from jsonargparse import ArgumentParser
+
+from opdlab.errors import UsageError, last_refusal
+from opdlab.registry import suggestion
+
+_HELP = "opdlab fit --help"
+# What stands around the name of a key, from the outside in.
+_WRAPPER = re.compile(
+    r"(?:Problem with given class_path '[^']+': |Type typing\.Callable\S*.*? expects a function or a callable class: )?"
+    r'Parser key "(?P<key>[^"]+)": '
+)
+_NO_PATH = re.compile(r"- Expected a path but .*? either not accessible or invalid - ")
+_UNION = re.compile(
+    r"Does not validate against any of the Union subtypes Subtypes: \[(?P<types>.*?)\] "
+    r"Errors: (?P<errors>.*) Given value type: .*? Given value: (?P<value>.*)$"
+)
+_SINGLE = re.compile(r"Expected an? (?P<types>.+?)\. Got value: (?P<value>.*)$")
+_WORDS = {
+    "<class 'int'>": "an integer",
+    "<class 'float'>": "a number",
+    "<class 'str'>": "text",
+    "<class 'bool'>": "true or false",
+    "<class 'NoneType'>": "null",
+    "<class 'collections.abc.Sequence'>": "a list",
+}
+
+
+def explain(error: BaseException, keys: Iterable[str] = (), *, command: str = _HELP) -> str:
+    """Say in one line what is wrong with a configuration, with the nearest key where one is unknown.
+
+    Args:
+        error: what the parser raised.
+        keys: keys that exist.
+        command: lists them.
+
+    Example:
+        >>> explain(ValueError("Subcommand 'fit' does not accept option 'model.gaet'"), ["model.gate", "data.train"])
+        "unknown key 'model.gaet'; did you mean 'model.gate'?"
+        >>> explain(ValueError("save_pools: Expected a <class 'bool'>. Got value: maybe"))
+        'save_pools is maybe, but must be true or false'
+    """
+    text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    text = re.sub(r'^Parser key "([^"]+)": ', r"\1: ", text)
+    if match := re.search(r"Problem with given class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text):
+        options = options_of(match[1])
+        hint = suggestion(match[2], options) or ";"
+        return f"unknown key '{match[2]}' of {match[1]}{hint} its keys: {', '.join(options)}"
+    if match := re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text):
+        return f"unknown key '{match[1]}'{_nearest(match[1], sorted(keys), command)}"
+    if match := re.search(r"^(\S+): Unable to load config ['\"](.*?)['\"]", text):
+        return f"{match[1]} is {match[2]}, but it is a section{_nearest(f'{match[1]}.', sorted(keys), command)}"
+    if match := re.search(r"^([\w.+]+): (.*)$", text):
+        return _wrong_value(match[1], match[2]) or text
+    if "arguments are required" in text:
+        return f"{text}; start from a shipped configuration, for example -c quickstart"
+    if "invalid choice" in text or 'expected "subcommand"' in text:
+        return f"{text}; or give `gates`, which lists the registered gates, or `estimate`"
+    return text
+
+
+def _wrong_value(key: str, text: str) -> str | None:
+    """What is wrong with the value of ``key``, or of one inside it; None where the parser's words are not known."""
+    text = re.sub(r"\. Got value: Namespace\(.*$", "", text)  # quoted again by the type around it
+    if match := _WRAPPER.match(text):
+        return _wrong_value(f"{key}.{match['key']}", text[match.end() :])
+    text = _NO_PATH.sub("", text, count=1)
+    if match := _UNION.match(text):
+        # The type that it was meant to be has a complaint about one of its own keys.
+        inner = re.search(r"- (Problem with given class_path '[^']+': Parser key .*)$", match["errors"])
+        inside = _wrong_value(key, inner[1]) if inner else None
+        return inside or f"{key} is {match['value']}, but must be {_in_words(match['types'])}"
+    if match := _SINGLE.match(text):
+        return f"{key} is {match['value']}, but must be {_in_words(match['types'])}"
+    if match := re.match(r"Expected a dot import path string: (.*)$", text):
+        return f"{key} is {match[1]}, but must be the path of a class, such as package.module.Name"
+    return None
+
+
+def _in_words(types: str) -> str:
+    # Commas inside brackets separate no types.
+    parts = [part.strip() for part in re.split(r",(?![^\[]*\])", types)]
+    words = [_type_in_words(part) for part in parts]
+    return " or ".join([", ".join(words[:-1]), words[-1]] if words[:-1] else words)
+
+
+def _type_in_words(name: str) -> str:
+    if match := re.fullmatch(r"(?:typing\.)?Literal\[(.*)\]", name):
+        return f"one of {match[1].replace(chr(39), '')}"
+    if name not in _WORDS and (match := re.fullmatch(r"<class '([\w.]+)'>", name)):
+        names = _subclasses(match[1])
+        return f"one of {', '.join(names)} (or a class path)" if names else match[1].rpartition(".")[2]
+    return _WORDS.get(name, name.replace("typing.", ""))
+
+
+def _subclasses(class_path: str) -> list[str]:
+    """Names of the public classes that extend a class of this package, as far as they are imported."""
+    module, _, name = class_path.rpartition(".")
+    if not module.startswith("opdlab"):
+        return []
+    found, todo = [], [getattr(importlib.import_module(module), name)]
+    while todo:
+        todo += (below := todo.pop(0).__subclasses__())
+        found += [cls.__name__ for cls in below if not inspect.isabstract(cls) and cls.__name__[0] != "_"]
+    return found
+
+
+def _nearest(key: str, known: list[str], command: str) -> str:
+    """The key that was probably meant, or else what there is in its section."""
+    section, _, name = key.rpartition(".")
+    siblings = [other.removeprefix(f"{section}.") for other in known if other.rpartition(".")[0] == section]
+    if not section or not siblings:
+        return suggestion(key, known) or f"; `{command}` lists all keys"
+    near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
+    return f"; did you mean '{section}.{near[0]}'?" if near else f"; its section has {', '.join(siblings)}"
+
+
+def root_usage_error(error: BaseException) -> BaseException:
+    """Return the :class:`UsageError` that is behind ``error``, or ``error`` where there is none.
+
+    A value that may be of several types is tried with each. The parser then raises an error of its own that quotes
+    what each has said, and is raised from the first alone.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, UsageError):
+        cause = cause.__cause__
+    if cause is None and (said := last_refusal(within=str(error))) is not None:
+        return UsageError(said)
+    return cause or error
+
+
+def options_of(class_path: str) -> list[str]:
+    """The keys that a class takes in a configuration, as the parser sees it.
+
+    Example:
+        >>> options_of("opdlab.tau.LinearTau")
+        ['end', 'num_steps', 'start']
+    """
+    module, _, name = class_path.rpartition(".")
+    added = ArgumentParser(exit_on_error=False).add_class_arguments(getattr(importlib.import_module(module), name))
+    return sorted({key.partition(".")[0] for key in added})

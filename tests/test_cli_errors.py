@@ -1,0 +1,167 @@
+"""What the command line says about values that the parser refuses."""
+
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from opdlab.cli import EXIT_USAGE, OPDCLI, main
+from opdlab.cli_checks import build_plugin
+from opdlab.cli_errors import options_of, root_usage_error
+from opdlab.errors import UsageError, require
+from opdlab.gating import gate_registry
+from opdlab.tau import LinearTau
+
+Said = Callable[..., str]
+
+
+@pytest.fixture
+def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Said:
+    """What a command that is refused prints; it is one line, and the exit code is 2."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["opdlab"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def run(arguments: str) -> str:
+        assert main(arguments.split()) == EXIT_USAGE
+        lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("Seed set")]
+        assert len(lines) == 1
+        assert lines[0].startswith("opdlab: error: ")
+        return lines[0].removeprefix("opdlab: error: ")
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("max_tokens_per_microbatch abc", "max_tokens_per_microbatch is abc, but must be an integer or null"),
+        ("behavior.offload maybe", "behavior.offload is maybe, but must be true or false"),
+        ("behavior.dtype f13", "behavior.dtype is f13, but must be one of float32, bfloat16, float16 or null"),
+        ("objective.k x", "objective.k is x, but must be an integer"),
+        ("mask_first 5", "mask_first is 5, but must be a list"),
+        ("optimizer Adamm", "optimizer is Adamm, but must be the path of a class, such as package.module.Name"),
+        ("optimizer.lr x", "optimizer.lr is x, but must be a number or Tensor"),
+        ("gate fire_opd --model.gate.alpha x", "gate.alpha is x, but must be a number"),
+        (
+            "gate fire_opd --model.gate.normalization meen",
+            "gate.normalization is meen, but must be one of mean, residual, clipped, none or null",
+        ),
+        (
+            "gate.statistic meen",
+            "gate.statistic is meen, but must be one of signed_mean, abs_mean, rms, max",
+        ),
+        ("gate.tau LinearTau --model.gate.tau.num_steps 1.5", "gate.tau.num_steps is 1.5, but must be an integer"),
+    ],
+)
+def test_a_value_of_the_wrong_type(said: Said, arguments: str, words: str) -> None:
+    assert said(f"fit -c quickstart --model.{arguments}") == f"model.{words}"
+
+
+@pytest.mark.parametrize("value", ["abc", "CosineTau", "nowhere.CosineTau"])
+def test_what_is_no_schedule_of_tau(said: Said, value: str) -> None:
+    message = said(f"fit -c quickstart --model.gate.tau {value}")
+    assert message.startswith(f"model.gate.tau is {value}, but must be a number or one of LinearTau, EffectiveSample")
+    assert message.endswith("(or a class path)")
+
+
+def test_a_study_and_a_replay_are_asked_for(said: Said) -> None:
+    assert said("study run") == "give a study: a file, or a name that `opdlab study list` shows"
+    assert said("study report").startswith("give the folder of a study, such as runs/studies/")
+    assert said("replay").startswith("give a run's folder, such as runs/quickstart/version_0")
+    assert "no 'ru'; did you mean 'run'? give run, report or list" in said("study ru")
+    assert "'b' is one argument too many" in said("study run a b")
+    assert said("study run a --jbos 2") == "unknown key 'jbos'; did you mean 'jobs'?"
+    assert said("study run a --foo 2") == "unknown key 'foo'; `opdlab study run --help` lists all keys"
+
+
+def test_an_estimate_is_refused_what_a_run_is(said: Said) -> None:
+    message = "model.max_tokens_per_microbatch is 0, but must be at least 1: use null for no bound"
+    for command in ("estimate", "fit"):
+        assert said(f"{command} -c quickstart --model.max_tokens_per_microbatch 0") == message
+    assert said("estimate -c quickstart --data.eval_batch_size 0").startswith("data.eval_batch_size is 0")
+
+
+def test_nothing_is_loaded_for_values_that_are_refused(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opdlab.cli.refuse_oversized", None)  # what comes next would fail with a traceback
+    for flag in ("--model.gate.tau -1", "--sample_logger.every_n_steps 0", "--data.max_prompt_tokens 0"):
+        key, value = flag.removeprefix("--model.").removeprefix("--").split()
+        assert said(f"fit -c quickstart {flag}").startswith(f"{key} is {value}")
+
+
+@pytest.mark.parametrize("name", gate_registry().names())
+def test_the_keys_that_are_listed_are_those_that_are_taken(said: Said, name: str) -> None:
+    cls: Callable[..., object] = gate_registry().get(name)
+    message = said(f"fit -c quickstart --model.gate {name} --model.gate.quux 1")
+    listed = message.rpartition("keys: ")[2].split(", ")
+    for key in ("tau", "statistic", "normalization", "rho", "low", "high", "block_size", "gamma", "min_tokens"):
+        try:
+            cls(**{key: {"statistic": "rms", "normalization": "none"}.get(key, 1)})
+        except TypeError:
+            assert key not in listed
+        else:
+            assert key in listed
+
+
+def test_the_keys_of_a_control_are_its_own() -> None:
+    assert options_of("opdlab.strategies.prefix.PrefixGate") == ["gamma", "high", "low", "normalization", "rho"]
+
+
+def test_the_refusal_behind_a_union_is_found_and_no_other() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--tau", type=float | LinearTau)
+    written = {"class_path": "opdlab.tau.LinearTau", "init_args": {"num_steps": 0}}
+    with pytest.raises(ValueError, match="Union") as caught:
+        parser.instantiate_classes(parser.parse_object({"tau": written}))
+    found = root_usage_error(caught.value)
+    assert isinstance(found, UsageError)
+    assert str(found) == "gate.tau.num_steps is 0, but must be at least 1"
+    other = ValueError("of somebody else")
+    assert root_usage_error(other) is other
+
+
+def test_nested_plugins_are_built() -> None:
+    tau = {"class_path": "opdlab.tau.LinearTau", "init_args": {"num_steps": 0}}
+    with pytest.raises(UsageError, match="num_steps is 0"):
+        build_plugin({"class_path": "opdlab.strategies.TokenGate", "init_args": {"tau": tau}})
+
+
+@pytest.mark.parametrize("flags", [["--model.gate.help=iw_opd"], ["--model.gate.help", "iw_opd"]])
+def test_help_of_a_registered_name(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["opdlab"])
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", "-c", "quickstart", *flags])
+    assert not caught.value.code
+    assert "--model.gate.gamma" in capsys.readouterr().out
+
+
+def test_an_unknown_name_has_no_help(said: Said) -> None:
+    assert "did you mean 'iw_opd'?" in said("fit --model.gate.help=iw_odp")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--pool_recorder.every_n_steps 2", "pool_recorder.every_n_steps is 2, but save_pools is false"),
+        ("--pool_recorder.keep_last 2 --pool_recorder.steps [1]", "steps is [1] and pool_recorder.keep_last is 2, but"),
+        ("--pool_recorder.every_n_steps 2 --save_pools true", ""),
+        ("", ""),
+    ],
+)
+def test_options_of_a_recorder_that_records_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["opdlab"])
+    monkeypatch.setattr(OPDCLI, "before_fit", lambda _: require(False, "far enough"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert main(["fit", "-c", "quickstart", *flags.split()]) == EXIT_USAGE
+    said = [str(warning.message) for warning in caught if "save_pools" in str(warning.message)]
+    assert len(said) == bool(words)
+    assert all(words in message for message in said)
