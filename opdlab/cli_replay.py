@@ -89,7 +89,7 @@ def replay(arguments: Sequence[str], build: Build) -> None:
             steps.append(replayer.replay(record))
     seconds = time.perf_counter() - started
     about = [
-        f"{len(steps)} steps under {max(len(step.rows) for step in steps)} gates in {seconds:.0f} s, with "
+        f"{_steps(len(steps))} under {max(len(step.rows) for step in steps)} gates in {seconds:.0f} s, with "
         f"{sum(step.num_backward for step in steps)} backward passes; fresh gradients: {config.draws} a step",
         *(f"left out: {name}, which {reason}" for name, reason in replayer.skipped.items()),
         *reproduction(steps, records),
@@ -184,6 +184,10 @@ def _made(folder: Path) -> Path:
     return folder
 
 
+def _steps(number: int) -> str:
+    return f"{number} step" if number == 1 else f"{number} steps"
+
+
 def reproduction(steps: Sequence[ReplayedStep], records: Sequence[RecordedStep]) -> list[str]:
     """Say whether the replay under the run's own gate gives the recorded losses.
 
@@ -193,7 +197,7 @@ def reproduction(steps: Sequence[ReplayedStep], records: Sequence[RecordedStep])
     """
     equal = sum(step.recorded_loss == step.replayed_loss for step in steps)
     if equal == len(steps):
-        return [f"under the run's own gate the recorded losses come out to the bit, at all {len(steps)} steps"]
+        return ["under the run's own gate the recorded losses come out to the bit, at all of them"]
     off = max(abs(step.replayed_loss - step.recorded_loss) / max(abs(step.recorded_loss), 1e-12) for step in steps)
     facts = records[0].facts
     had = f"{facts.num_threads} threads on {facts.device}, precision {facts.precision}, torch {facts.torch_version}"

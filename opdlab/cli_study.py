@@ -46,9 +46,10 @@ def study_command(arguments: Sequence[str]) -> int:
     if config.subcommand == "list":
         return _list()
     if config.subcommand == "report":
-        from opdlab.studies.report import write_report  # type: ignore[import-not-found,unused-ignore]
+        from opdlab.studies.report import make_report  # it imports matplotlib and scipy
 
-        print(f"report: {write_report(Path(config.report.folder))}")
+        report = make_report(Path(config.report.folder))
+        print(*report.conclusion, f"report: {report.write()}", sep="\n")
         return 0
     return _run(config.run)
 
