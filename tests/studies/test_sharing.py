@@ -14,10 +14,6 @@ from opdlab.studies.sharing import take_over
 from opdlab.studies.study import read_study
 from tests.studies.tiny import lines, study_run, write
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:unclosed file .*DEBUG_:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore:.*DEBUG_:pytest.PytestUnraisableExceptionWarning"),
-]
 NONE = {"name": "none", "overrides": ["--model.gate=none"]}
 PLAIN = {"name": "plain", "overrides": ["--model.gate=none"], "label": "the same by another name"}
 TOKEN = {"name": "token", "overrides": ["--model.gate=token", "--model.gate.tau=100"]}
