@@ -1,0 +1,26 @@
+"""A study that was packed into the documentation makes the same report."""
+
+import runpy
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from opdlab.studies.report import make_report
+from tests.studies.tiny import study_run, write
+
+SCRIPT = Path(__file__).parents[2] / "docs/scripts/pack_study.py"
+
+
+def test_a_packed_study_makes_the_same_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert study_run(monkeypatch, write(tmp_path)) == 0
+    study = tmp_path / "runs/studies/tiny"
+    runpy.run_path(str(SCRIPT))["pack"](study, tmp_path / "packed")
+    with tarfile.open(tmp_path / "packed/study.tar.xz") as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    unpacked = make_report(tmp_path / "unpacked/tiny")
+    assert unpacked.conclusion == make_report(study).conclusion
+    assert unpacked.write().read_text() == (tmp_path / "packed/report.md").read_text()
+    everything = b"".join(file.read_bytes() for file in (tmp_path / "unpacked").rglob("*.json*"))
+    assert b'"response": ""' in everything
+    assert str(tmp_path).encode() not in everything
