@@ -37,6 +37,7 @@ class Variant:
         name: that of its folder.
         overrides: what it changes of the base, as on the command line: ``--model.gate=span``. Later ones win.
         label: what a report calls it; the name by default.
+        baseline: name of the variant that this one is compared with; the study's by default.
 
     Raises:
         UsageError: the name is none for a folder, or an override has not the form ``--key=value`` or is of a key that
@@ -46,6 +47,7 @@ class Variant:
     name: str
     overrides: list[str] = field(default_factory=list)
     label: str | None = None
+    baseline: str | None = None
 
     def __post_init__(self) -> None:
         _check_name(self.name, "variants: the name")
@@ -63,7 +65,7 @@ class Study:
         name: of the study, and of its folder.
         base: configurations, stacked as with ``-c``: files or shipped names.
         variants: what is compared.
-        baseline: name of the variant that the others are compared with.
+        baseline: name of the variant that the others are compared with, where they don't name another.
         seeds: a run of every variant for each; at least 1.
         budgets: optimizer steps at which runs are evaluated; they train to the largest. Evaluations are made at every
             multiple of their greatest common divisor.
@@ -100,12 +102,23 @@ class Study:
         # Some file systems do not tell letters by their case.
         twice = _repeated(name.casefold() for name in names)
         require(not twice, f"variants has the name '{twice}' twice: give every variant a name of its own")
-        require(
-            self.baseline in names,
-            f"baseline is '{self.baseline}', which is no variant"
-            f"{suggestion(self.baseline, names) or ';'} variants: {', '.join(names)}",
-        )
+        self._check_baselines(names)
         self._check_numbers()
+
+    def _check_baselines(self, names: Sequence[str]) -> None:
+        own = {f"variants: baseline of '{each.name}'": each.baseline for each in self.variants if each.baseline}
+        for key, baseline in {"baseline": self.baseline, **own}.items():
+            require(
+                baseline in names,
+                f"{key} is '{baseline}', which is no variant"
+                f"{suggestion(baseline, names) or ';'} variants: {', '.join(names)}",
+            )
+        for variant in self.variants:
+            require(
+                variant.baseline is None or self.baseline != variant.name != variant.baseline,
+                f"variants: baseline of '{variant.name}' is '{variant.baseline}', but '{variant.name}' is "
+                f"{'that of the study' if variant.name == self.baseline else 'the variant itself'}: leave it out",
+            )
 
     def _check_numbers(self) -> None:
         require(bool(self.seeds), "seeds is empty: give at least one, for example [0, 1, 2, 3]")
@@ -139,8 +152,9 @@ class Study:
         """The study as a file that :func:`read_study` reads."""
         content = asdict(self)
         for variant in content["variants"]:
-            if variant["label"] is None:
-                del variant["label"]
+            for key in ("label", "baseline"):
+                if variant[key] is None:
+                    del variant[key]
         text: str = yaml.safe_dump(content, sort_keys=False, width=120, allow_unicode=True)
         return text
 

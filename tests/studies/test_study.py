@@ -36,6 +36,18 @@ def variant(name: str, *overrides: str) -> dict[str, Any]:
         ({"variants": [variant("../a")], "baseline": "../a"}, "is '../a', but names a folder"),
         ({"name": "a/b"}, "name is 'a/b', but names a folder"),
         ({"baseline": "nome"}, "baseline is 'nome', which is no variant; did you mean 'none'?"),
+        (
+            {"variants": [variant("none"), {"name": "a", "baseline": "nome"}]},
+            "variants: baseline of 'a' is 'nome', which is no variant; did you mean 'none'?",
+        ),
+        (
+            {"variants": [variant("none"), {"name": "a", "baseline": "a"}]},
+            "variants: baseline of 'a' is 'a', but 'a' is the variant itself: leave it out",
+        ),
+        (
+            {"variants": [{"name": "none", "baseline": "a"}, variant("a")]},
+            "variants: baseline of 'none' is 'a', but 'none' is that of the study: leave it out",
+        ),
         ({"budgets": [0]}, "budgets has 0, but a budget is a number of optimizer steps"),
         ({"budgets": []}, "budgets is empty"),
         ({"budgets": [2, 2]}, "budgets has 2 twice"),
@@ -169,6 +181,13 @@ def test_a_base_file_that_was_edited_is_noticed(begun: Path) -> None:
     (begun / "mine.yaml").write_text("data: {max_prompt_tokens: 65}")
     with pytest.raises(UsageError, match="'none': data.max_prompt_tokens is 64 there and 65 now"):
         planned(begun, base=BASE).settle()
+
+
+def test_what_a_variant_is_compared_with_may_be_changed(begun: Path) -> None:
+    """It is of the report alone."""
+    more = [content()["variants"][0], {"name": "token", "overrides": ["--model.gate=token"], "baseline": "none"}]
+    planned(begun, base=BASE, variants=more).settle()
+    assert read_study(begun / "study").variants[1].baseline == "none"
 
 
 def test_variants_and_seeds_may_be_added_and_what_has_no_runs_changed(begun: Path) -> None:

@@ -1,4 +1,4 @@
-"""Every variant against the baseline, by figure, benchmark and budget."""
+"""Every variant against its baseline, by figure, benchmark and budget."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,11 +43,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A variant against the baseline, on the seeds that both have.
+    """A variant against its baseline, on the seeds that both have.
 
     Args:
         place: what is compared.
         variant: its name.
+        baseline: name of the variant that it is compared with.
         num_seeds: pairs of runs.
         seeds_ahead: pairs in which the variant's figure is the higher one.
         baseline_mean: the baseline's figure in these pairs.
@@ -63,6 +64,7 @@ class Comparison:
 
     place: Place
     variant: str
+    baseline: str
     num_seeds: int
     seeds_ahead: int
     baseline_mean: float
@@ -158,11 +160,10 @@ def compare(results: Results) -> list[Comparison]:
 
 
 def _by_seeds(results: Results) -> dict[tuple[int, ...], list[str]]:
-    """Variants that share the same seeds with the baseline are resampled together."""
-    baseline = set(results.finished(results.baseline))
+    """Variants that share the same seeds with their baselines are resampled together."""
     groups: dict[tuple[int, ...], list[str]] = {}
     for variant in results.compared:
-        groups.setdefault(tuple(seed for seed in results.finished(variant) if seed in baseline), []).append(variant)
+        groups.setdefault(tuple(results.paired(variant)), []).append(variant)
     return groups
 
 
@@ -176,7 +177,7 @@ def _compare_group(results: Results, budget: int, seeds: tuple[int, ...], varian
     return [
         _comparison(
             Place(figure, name, budget),
-            variant,
+            (variant, results.baseline_of(variant)),
             pair=[_chosen(side, name) for side in pair],
             resampled=by_place[name][:, index],
         )
@@ -189,19 +190,21 @@ def _pair(
     results: Results, budget: int, seeds: tuple[int, ...], figure: str, variant: str
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     k = figure_names(results)[figure]
-    return scores(results, variant, seeds, budget, k), scores(results, results.baseline, seeds, budget, k)
+    baseline = results.baseline_of(variant)
+    return scores(results, variant, seeds, budget, k), scores(results, baseline, seeds, budget, k)
 
 
 def _chosen(side: Mapping[str, Array], name: str) -> list[Array]:
     return list(side.values()) if name == MEAN else [side[name]]
 
 
-def _comparison(place: Place, variant: str, *, pair: Sequence[list[Array]], resampled: Array) -> Comparison:
+def _comparison(place: Place, names: tuple[str, str], *, pair: Sequence[list[Array]], resampled: Array) -> Comparison:
     theirs, ours = (np.mean([cells.mean(1) for cells in side], axis=0) for side in pair)
     found = estimate([one - other for one, other in zip(*pair, strict=True)])
     return Comparison(
         place=place,
-        variant=variant,
+        variant=names[0],
+        baseline=names[1],
         num_seeds=len(theirs),
         # Means of equal cells may differ by rounding.
         seeds_ahead=int((theirs - ours > 1e-12).sum()),

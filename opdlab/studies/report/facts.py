@@ -16,7 +16,7 @@ def facts(results: Results) -> dict[str, str]:
     sizes = [f"{name}: {len(b.problems)} problems x {b.num_samples}" for name, b in results.benchmarks.items()]
     found = {
         "base": ", ".join(results.base) or "-",
-        "baseline": results.label(results.baseline),
+        "baseline": ", ".join(map(results.label, results.baselines)),
         "seeds": _numbers(results.seeds),
         "budgets, optimizer steps": _numbers(results.budgets),
         "evaluated on": ", ".join(sizes),
@@ -59,15 +59,18 @@ def _text(value: Any) -> str:
 
 
 def _command(results: Results) -> str:
-    """How the baseline's first run was started; the others differ by overrides, seed and folder."""
+    """How the study's baseline's first run was started; the others differ by overrides, seed and folder."""
     command = results.runs[results.baseline, results.finished(results.baseline)[0]].record.get("command")
     return shlex.join(map(str, command)) if isinstance(command, list) else str(command or "")
 
 
 def variants_table(results: Results) -> Table:
-    """Names, labels and overrides."""
-    rows = [(v.label, v.name, " ".join(v.overrides) or "-") for v in results.variants]
-    return Table(("variant", "folder", "overrides"), rows, num_names=3)
+    """Names, labels, what each is compared with, and overrides."""
+    rows = [
+        (v.label, v.name, results.label(v.baseline) if v.baseline != v.name else "-", " ".join(v.overrides) or "-")
+        for v in results.variants
+    ]
+    return Table(("variant", "folder", "compared with", "overrides"), rows, num_names=4)
 
 
 def missing_table(results: Results) -> Table | None:

@@ -59,13 +59,14 @@ def _name(text: str) -> str:
 
 
 def forest(comparisons: Sequence[Comparison], results: Results) -> "Figure":
-    """Differences to the baseline with their 95% intervals, a row each, in the order of the study.
+    """Differences to baselines with their 95% intervals, a row each, in the order of the study.
 
     Args:
         comparisons: the variants of one place.
         results: of the study.
     """
-    figure = _figure(7.0, 1.5 + 0.36 * len(comparisons))
+    one = len(results.baselines) == 1
+    figure = _figure(7.0, 1.5 + (0.36 if one else 0.56) * len(comparisons))
     axes = figure.subplots()
     axes.axvline(0, color="0.5", linewidth=1, linestyle="--")
     for row, each in enumerate(comparisons):
@@ -75,13 +76,14 @@ def forest(comparisons: Sequence[Comparison], results: Results) -> "Figure":
         # Not by colour alone: a filled marker can be told apart.
         filling = colour if each.differs else "white"
         axes.plot(each.found.difference, row, "o", markersize=7, color=colour, markerfacecolor=filling)
-    axes.set_yticks(range(len(comparisons)), [_name(results.label(each.variant)) for each in comparisons])
+    names = [(_name(results.label(each.variant)), _name(results.label(each.baseline))) for each in comparisons]
+    rows = [name if one else f"{name}\nto {baseline}" for name, baseline in names]
+    axes.set_yticks(range(len(comparisons)), rows)
     axes.set_ylim(len(comparisons) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
     place = comparisons[0].place
-    _label(
-        axes, f"difference to {_name(results.label(results.baseline))}, 95% interval (filled: p < 0.05 after Holm)", ""
-    )
+    to = f" to {names[0][1]}" if one else ""
+    _label(axes, f"difference{to}, 95% interval (filled: p < 0.05 after Holm)", "")
     axes.xaxis.label.set_fontsize(10)
     axes.set_title(f"{_name(place_name(place))}, step {place.budget}", fontsize=12)
     return figure
@@ -97,10 +99,11 @@ def learning_curves(results: Results, figure_name: str, benchmark: str) -> "Figu
     """
     columns = min(_COLUMNS, len(results.compared))
     rows = -(-len(results.compared) // columns)
-    figure = _figure(max(5.0, 3.1 * columns), 0.7 + 2.5 * rows)
+    one = len(results.baselines) == 1
+    figure = _figure(max(5.0, 3.1 * columns), 0.7 + (2.5 if one else 2.7) * rows)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, variant in zip(panels, results.compared, strict=False):
-        for name, colour, style in ((results.baseline, "0.45", "--"), (variant, "tab:blue", "-")):
+        for name, colour, style in ((results.baseline_of(variant), "0.45", "--"), (variant, "tab:blue", "-")):
             places = [Place(figure_name, benchmark, budget) for budget in results.budgets]
             runs = np.stack([run_figures(results, name, place) for place in places])
             mean = runs.mean(1)
@@ -108,7 +111,8 @@ def learning_curves(results: Results, figure_name: str, benchmark: str) -> "Figu
                 spread = runs.std(1, ddof=1)
                 axes.fill_between(results.budgets, mean - spread, mean + spread, alpha=0.2, color=colour, linewidth=0)
             axes.plot(results.budgets, mean, style, marker="o", markersize=4, color=colour)
-        axes.set_title(_name(results.label(variant)), fontsize=11)
+        beside = "" if one else f"\nbeside {_name(results.label(results.baseline_of(variant)))}"
+        axes.set_title(_name(results.label(variant)) + beside, fontsize=11)
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=10)
     for place, axes in enumerate(panels):
@@ -116,7 +120,7 @@ def learning_curves(results: Results, figure_name: str, benchmark: str) -> "Figu
         axes.tick_params(labelbottom=place + columns >= len(results.compared))  # nothing below
     figure.supxlabel("optimizer step", fontsize=11)
     figure.supylabel(_name(place_name(Place(figure_name, benchmark, 0))), fontsize=11)
-    base = _name(results.label(results.baseline))
+    base = _name(results.label(results.baselines[0])) if one else "what it is compared with"
     figure.suptitle(f"solid: variant; dashed: {base}; band: ± 1 std over seeds", fontsize=11)
     return figure
 

@@ -29,11 +29,13 @@ class Variant:
         name: that of its folder.
         label: what the report calls it.
         overrides: what it changes of the base.
+        baseline: name of the variant that it is compared with; its own name for the study's baseline.
     """
 
     name: str
     label: str
     overrides: tuple[str, ...]
+    baseline: str
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Results:
         name: of the study.
         base: configurations under the variants.
         variants: V of them, in the order of the file.
-        baseline: name of the variant that the others are compared with.
+        baseline: name of the variant that the others are compared with, where they don't name another.
         seeds: S of them.
         budgets: optimizer steps at which runs were evaluated, ascending.
         benchmarks: by name, sorted.
@@ -100,11 +102,24 @@ class Results:
         """Seeds of the variant's finished runs."""
         return [seed for seed in self.seeds if self.runs[variant, seed].state == FINISHED]
 
+    def baseline_of(self, variant: str) -> str:
+        """Name of the variant that this one is compared with."""
+        return next(each.baseline for each in self.variants if each.name == variant)
+
+    def paired(self, variant: str) -> list[int]:
+        """Seeds with which both the variant and its baseline have finished."""
+        baseline = set(self.finished(self.baseline_of(variant)))
+        return [seed for seed in self.finished(variant) if seed in baseline]
+
     @property
     def compared(self) -> list[str]:
-        """Variants that share at least one seed with the baseline, which is not among them."""
-        baseline = set(self.finished(self.baseline))
-        return [v.name for v in self.variants if v.name != self.baseline and baseline & set(self.finished(v.name))]
+        """Variants that share at least one seed with their baseline; that of the study is not among them."""
+        return [v.name for v in self.variants if v.name != self.baseline and self.paired(v.name)]
+
+    @property
+    def baselines(self) -> list[str]:
+        """What variants are compared with, each once."""
+        return list(dict.fromkeys(self.baseline_of(name) for name in self.compared))
 
 
 def load_results(folder: Path) -> Results:
@@ -118,13 +133,12 @@ def load_results(folder: Path) -> Results:
             message says which.
     """
     study = _read_study(folder / STUDY)
-    variants = tuple(_variant(each, folder) for each in study["variants"])
-    seeds, budgets = tuple(study["seeds"]), tuple(sorted(study["budgets"]))
     baseline = str(study["baseline"])
-    require(
-        baseline in [variant.name for variant in variants],
-        f"{folder / STUDY}: baseline '{baseline}' is no variant; variants: {', '.join(v.name for v in variants)}",
-    )
+    variants = tuple(_variant(each, baseline, folder) for each in study["variants"])
+    names = [variant.name for variant in variants]
+    unknown = next((each for each in (baseline, *(v.baseline for v in variants)) if each not in names), None)
+    require(unknown is None, f"{folder / STUDY}: baseline '{unknown}' is no variant; variants: {', '.join(names)}")
+    seeds, budgets = tuple(study["seeds"]), tuple(sorted(study["budgets"]))
     runs = {(v.name, seed): _read_run(folder, v.name, seed) for v in variants for seed in seeds}
     reader = _SampleReader(folder)
     finished = [key for key, run in runs.items() if run.state == FINISHED]
@@ -151,7 +165,7 @@ def load_results(folder: Path) -> Results:
     )
     require(
         bool(results.compared),
-        f"{folder}: no variant has finished with a seed that the baseline '{baseline}' has finished with too",
+        f"{folder}: no variant has finished with a seed that its baseline, such as '{baseline}', has finished with too",
     )
     return results
 
@@ -180,14 +194,15 @@ def _read_study(path: Path) -> dict[str, Any]:
     return study
 
 
-def _variant(content: Any, folder: Path) -> Variant:
+def _variant(content: Any, baseline: str, folder: Path) -> Variant:
     valid = isinstance(content, dict) and isinstance(content.get("name"), str)
     require(valid, f"{folder / STUDY}: each of variants must have a name, got {content}")
     name = content["name"]
     plain = Path(name).name == name and name not in ("", ".", "..")
     require(plain, f"{folder / STUDY}: variants: '{name}' is no name for a folder")
     overrides = tuple(map(str, content.get("overrides") or ()))
-    return Variant(name, str(content.get("label") or name), overrides)
+    own = name if name == baseline else str(content.get("baseline") or baseline)
+    return Variant(name, str(content.get("label") or name), overrides, own)
 
 
 def _read_run(folder: Path, variant: str, seed: int) -> Run:

@@ -153,7 +153,7 @@ def _known(results: Results, comparisons: Sequence[Comparison], sections: Sequen
     return {
         "results": results,
         "final": final,
-        "baseline": results.label(results.baseline),
+        "title": _heading(results),
         "conclusion": conclusion(main, results),
         "caveats": caveats(results, comparisons),
         "sections": sections,
@@ -163,6 +163,13 @@ def _known(results: Results, comparisons: Sequence[Comparison], sections: Sequen
         "method": method(results),
         "sources": SOURCES,
     }
+
+
+def _heading(results: Results) -> str:
+    number, baselines = len(results.variants), [results.label(name) for name in results.baselines]
+    if len(baselines) > 1:
+        return f"Study {results.name}: {number} variants, against {' and '.join(baselines)}"
+    return f"Study {results.name}: {number - 1} variant{'s' if number > 2 else ''} against {baselines[0]}"
 
 
 def _sections(results: Results, comparisons: Sequence[Comparison]) -> list[Section]:
@@ -187,13 +194,15 @@ def _title(place: Place, results: Results) -> str:
 
 def _forest(number: int, place: Place, family: Sequence[Comparison], results: Results) -> Picture:
     figure = forest(family, results)
-    alt = f"Differences in {place_name(place)} to {results.label(results.baseline)}, with 95% intervals"
+    baselines = " and ".join(map(results.label, results.baselines))
+    alt = f"Differences in {place_name(place)} to {baselines}, with 95% intervals"
     return _picture(figure, _file_name(number, "forest", place), alt)
 
 
 def _curves(number: int, place: Place, results: Results) -> Picture:
     figure = learning_curves(results, place.figure, place.benchmark)
-    alt = f"{place_name(place)} by optimizer step, each variant beside {results.label(results.baseline)}"
+    baselines = " or ".join(map(results.label, results.baselines))
+    alt = f"{place_name(place)} by optimizer step, each variant beside {baselines}"
     return _picture(figure, _file_name(number, "curves", place), alt)
 
 

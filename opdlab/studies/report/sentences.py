@@ -97,7 +97,7 @@ def _smallest(judged: Sequence[Comparison], family: Sequence[Comparison], result
 
 def sentence(comparison: Comparison, results: Results) -> str:
     """What can be said of one variant at one place."""
-    name, base = results.label(comparison.variant), results.label(results.baseline)
+    name, base = results.label(comparison.variant), results.label(comparison.baseline)
     found, bounds = comparison.found, comparison.interval
     if not comparison.has_interval:
         return (
@@ -129,7 +129,7 @@ def _equals(value: float) -> str:
 
 
 def conclusion(comparisons: Sequence[Comparison], results: Results) -> list[str]:
-    """A sentence for each figure, at the largest budget and over all benchmarks.
+    """A sentence for each figure and baseline, at the largest budget and over all benchmarks.
 
     Args:
         comparisons: all of one place, for each place to conclude on, one after another.
@@ -138,16 +138,22 @@ def conclusion(comparisons: Sequence[Comparison], results: Results) -> list[str]
     families: dict[Place, list[Comparison]] = {}
     for each in comparisons:
         families.setdefault(each.place, []).append(each)
-    return [_conclude(place, family, results) for place, family in families.items()]
+    return [
+        _conclude(place, baseline, family, results)
+        for place, family in families.items()
+        for baseline in dict.fromkeys(each.baseline for each in family)
+    ]
 
 
-def _conclude(place: Place, family: Sequence[Comparison], results: Results) -> str:
-    base, where = results.label(results.baseline), place_name(place)
-    judged = [each for each in family if each.has_interval]
+def _conclude(place: Place, baseline: str, corrected: Sequence[Comparison], results: Results) -> str:
+    """What can be said of the variants with this baseline; they are corrected for all at the place."""
+    base, where = results.label(baseline), place_name(place)
+    corrected = [each for each in corrected if each.has_interval]
+    judged = [each for each in corrected if each.baseline == baseline]
     if not judged:
         return f"{where}: with one seed and one problem nothing can be told apart from {base}."
-    if not any(each.differs for each in family):
-        smallest = _smallest(judged, judged, results)
+    if not any(each.differs for each in judged):
+        smallest = _smallest(judged, corrected, results)
         return (
             f"{where}: nothing can be told apart from {base} at this size. "
             f"{smallest[0].upper()}{smallest[1:]}.{_mend(judged)}"
@@ -156,7 +162,7 @@ def _conclude(place: Place, family: Sequence[Comparison], results: Results) -> s
     for side, sign in (("better", 1), ("worse", -1)):
         names = [
             f"{results.label(each.variant)} ({number(each.found.difference, True)})"
-            for each in family
+            for each in judged
             if each.differs and sign * each.found.difference > 0
         ]
         if names:
@@ -164,7 +170,7 @@ def _conclude(place: Place, family: Sequence[Comparison], results: Results) -> s
     rest = [each for each in judged if not each.differs]
     if rest:
         names = [results.label(each.variant) for each in rest]
-        said.append(f"cannot be told apart from it: {', '.join(names)} ({_smallest(rest, judged, results)})")
+        said.append(f"cannot be told apart from it: {', '.join(names)} ({_smallest(rest, corrected, results)})")
     return f"{where}: {'; '.join(said)}."
 
 
@@ -205,5 +211,5 @@ def caveats(results: Results, comparisons: Sequence[Comparison]) -> list[str]:
         )
     left_out = [v.label for v in results.variants if v.name not in (*results.compared, results.baseline)]
     if left_out:
-        said.append(f"Not compared, since no finished run shares a seed with the baseline: {', '.join(left_out)}.")
+        said.append(f"Not compared, since no finished run shares a seed with its baseline: {', '.join(left_out)}.")
     return said

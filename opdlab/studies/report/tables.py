@@ -90,22 +90,27 @@ def csv_text(records: Sequence[dict[str, Any]]) -> str:
     return file.getvalue()
 
 
-_COMPARED = ("variant", "baseline", "variant's", "difference", "95% interval")
+_COMPARED = ("variant", "compared with", "baseline's", "variant's", "difference", "95% interval")
 _JUDGED = ("P(better)", "p", "p (Holm)", "seeds", "ahead in", "detectable", "seeds for 0.05")
 
 
 def comparison_table(comparisons: Sequence[Comparison], results: Results) -> Table:
     """The variants of one place, a row each."""
-    return Table((*_COMPARED, *_JUDGED), [(results.label(each.variant), *_cells(each)) for each in comparisons])
+    rows = [(*_names(each, results), *_cells(each)) for each in comparisons]
+    return Table((*_COMPARED, *_JUDGED), rows, num_names=2)
 
 
 def comparisons_table(comparisons: Sequence[Comparison], results: Results) -> Table:
     """The same for many places, which are named in the first columns."""
     rows = [
-        (each.place.figure, each.place.benchmark, str(each.place.budget), results.label(each.variant), *_cells(each))
+        (each.place.figure, each.place.benchmark, str(each.place.budget), *_names(each, results), *_cells(each))
         for each in comparisons
     ]
-    return Table(("figure", "benchmark", "step", *_COMPARED, *_JUDGED), rows, num_names=4)
+    return Table(("figure", "benchmark", "step", *_COMPARED, *_JUDGED), rows, num_names=5)
+
+
+def _names(each: Comparison, results: Results) -> tuple[str, str]:
+    return results.label(each.variant), results.label(each.baseline)
 
 
 def _cells(each: Comparison) -> list[str]:
@@ -135,7 +140,7 @@ def comparison_records(comparisons: Sequence[Comparison], results: Results) -> l
             "step": each.place.budget,
             "variant": each.variant,
             "label": results.label(each.variant),
-            "baseline": results.baseline,
+            "baseline": each.baseline,
             "baseline_mean": each.baseline_mean,
             "variant_mean": each.variant_mean,
             "difference": each.found.difference,

@@ -47,6 +47,7 @@ class SyntheticStudy:
         num_samples: answers to each problem.
         seed_std: of a run's mean.
         labels: by variant, where there is one.
+        baselines: by variant, where it is not compared with the first.
         collapsed: variants that answer nothing right.
     """
 
@@ -57,6 +58,7 @@ class SyntheticStudy:
     num_samples: int = 8
     seed_std: float = 0.02
     labels: Mapping[str, str] = field(default_factory=dict)
+    baselines: Mapping[str, str] = field(default_factory=dict)
     collapsed: Sequence[str] = ()
 
     def write(self, folder: Path) -> Path:
@@ -67,6 +69,7 @@ class SyntheticStudy:
                 "name": name,
                 "overrides": [f"--model.gate={name}"],
                 **({"label": self.labels[name]} if name in self.labels else {}),
+                **({"baseline": self.baselines[name]} if name in self.baselines else {}),
             }
             for name in names
         ]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from markdown_it import MarkdownIt
 from numpy.typing import NDArray
 
@@ -175,7 +176,7 @@ def test_missing_runs_are_named_and_left_out_pairwise(tmp_path: Path) -> None:
     for line in ("| none | 0 | missing |", "| a | 1 | unfinished |", "| a | 2 | failed |"):
         assert line in text
     assert "6 of 16 runs have not finished" in text
-    assert "Not compared, since no finished run shares a seed with the baseline: c." in text
+    assert "Not compared, since no finished run shares a seed with its baseline: c." in text
 
 
 def _study_of(folder: Path, correct: dict[str, list[Array]], num_problems: int) -> Path:
@@ -204,7 +205,7 @@ def test_where_nothing_varies_nothing_is_known(tmp_path: Path) -> None:
     assert "a and none have the same figure on every problem and seed." in text
     (row,) = [line for line in (report.parent / "tables/comparisons.md").read_text().splitlines() if "pass@8" in line]
     cells = [cell.strip() for cell in row.split("|")]
-    assert (cells[7], cells[8], cells[-3], cells[-2]) == ("0.000", "-", "-", "-")
+    assert (cells[8], cells[9], cells[-3], cells[-2]) == ("0.000", "-", "-", "-")
 
 
 def test_a_constant_difference_has_no_interval(tmp_path: Path) -> None:
@@ -241,6 +242,39 @@ def test_the_conclusion_can_be_printed(tmp_path: Path) -> None:
     assert lines[2].startswith("With two or three seeds")
     text = report.write().read_text().replace("\\", "").replace("&lt;", "<")
     assert all(line in text for line in lines)
+
+
+def test_a_variant_may_have_a_baseline_of_its_own(tmp_path: Path) -> None:
+    """Figures are those of a study with that baseline alone; p values are corrected for all variants."""
+    effects, seeds = {"none": 0.0, "other": 0.25, "gated": 0.25, "span": 0.0}, range(8)
+    folder = SyntheticStudy(effects, seeds, [20, 40], baselines={"gated": "other"}).write(tmp_path / "two")
+    report = write_report(folder)
+    rows = {(row["variant"], row["figure"], row["step"]): row for row in read_csv(report)}
+    assert {name: rows[name, "pass@1", "40"]["baseline"] for name in ("other", "gated", "span")} == {
+        "other": "none",
+        "gated": "other",
+        "span": "none",
+    }
+    shutil.copytree(folder, tmp_path / "one")
+    study = yaml.safe_load((folder / "study.yaml").read_text())
+    study["variants"] = [{"name": "gated"}, {"name": "other"}]
+    (tmp_path / "one" / "study.yaml").write_text(yaml.safe_dump(study | {"baseline": "other"}))
+    (alone,) = [r for r in read_csv(write_report(tmp_path / "one")) if (r["figure"], r["step"]) == ("pass@1", "40")]
+    gated = rows["gated", "pass@1", "40"]
+    for key in ("baseline_mean", "variant_mean", "difference", "standard_error", "seeds_ahead"):
+        assert gated[key] == alone[key]
+    assert float(gated["p_holm"]) >= float(alone["p_holm"])
+    assert float(gated["detectable_difference"]) > float(alone["detectable_difference"])
+    text = report.read_text()
+    assert text.startswith("# Study synthetic: 4 variants, against none and other")
+    assert re.search(r"pass@1 on toy: better than none: other .*cannot be told apart from it: span \(", text)
+    assert re.search(
+        r"pass@1 on toy: nothing can be told apart from other at this size.*correction for 3 variants", text
+    )
+    assert "- gated cannot be told apart from other: " in text
+    assert "| gated | gated | other | " in text
+    figures = "".join(part.decode() for name, part in files(report).items() if name.endswith(".md"))
+    assert "by optimizer step, each variant beside none or other" in figures
 
 
 # -- what cannot be compared ------------------------------------------------------------------------------------------
@@ -304,6 +338,12 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
             (f / "study.yaml").read_text().replace("baseline: none", "baseline: x")
         ),
         "baseline 'x' is no variant",
+    ),
+    "baseline of a variant unknown": (
+        lambda f: (f / "study.yaml").write_text(
+            (f / "study.yaml").read_text().replace("name: a", "name: a\n  baseline: y")
+        ),
+        "baseline 'y' is no variant",
     ),
     "path": (
         lambda f: (f / "study.yaml").write_text((f / "study.yaml").read_text().replace("name: a", "name: ../a")),
