@@ -48,8 +48,8 @@ def members(study: Path) -> Iterator[tuple[str, bytes]]:
         content = file.read_bytes()
         if file.suffix == ".jsonl":
             content = b"".join(map(without_texts, content.splitlines()))
-        # Where the study lay is nobody's business.
-        content = content.replace(str(study.absolute()).encode(), f"runs/studies/{study.name}".encode())
+        # Where studies lay is nobody's business; a run may have been taken from another one beside this.
+        content = content.replace(f"{study.absolute().parent}/".encode(), b"runs/studies/")
         yield file.relative_to(study).as_posix(), content
 
 
