@@ -56,6 +56,7 @@ def test_a_known_effect_is_found_and_a_collapse_too(report: Path) -> None:
     assert float(collapsed["high"]) < 0
     text = report.read_text()
     assert "pass@1 on the mean over benchmarks: better than none: span (+" in text
+    assert "With four to seven seeds p is a little too small" in text
     assert re.search(
         r"cannot be told apart from it: block64 \(the smallest difference that this study would detect", text
     )
