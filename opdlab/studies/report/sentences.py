@@ -202,8 +202,8 @@ def caveats(results: Results, comparisons: Sequence[Comparison]) -> list[str]:
         said.append("With two or three seeds, how much runs vary is hardly known, and the intervals are wide for it.")
     if any(4 <= each.num_seeds < 8 for each in comparisons):
         said.append(
-            "With four to seven seeds p is a little too small: of simulated studies of four seeds in which all variants "
-            "were equal, up to 7% called one different."
+            "With four to seven seeds p is a little too small: of simulated studies of four seeds in which all "
+            "variants were equal, up to 7% called one different."
         )
     for name, benchmark in results.benchmarks.items():
         if len(benchmark.problems) == 1:
