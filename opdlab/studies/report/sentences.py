@@ -170,7 +170,7 @@ def _conclude(place: Place, baseline: str, corrected: Sequence[Comparison], resu
     rest = [each for each in judged if not each.differs]
     if rest:
         names = [results.label(each.variant) for each in rest]
-        said.append(f"cannot be told apart from it: {', '.join(names)} ({_smallest(rest, corrected, results)})")
+        said.append(f"cannot be told apart from {base}: {', '.join(names)} ({_smallest(rest, corrected, results)})")
     return f"{where}: {'; '.join(said)}."
 
 
