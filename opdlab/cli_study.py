@@ -93,7 +93,8 @@ def _run_parser() -> ArgumentParser:
     run.add_argument(
         "--share",
         type=str,
-        nargs="*",
+        nargs="+",
+        action="extend",  # so that it may also be given several times
         default=[],
         metavar="DIR",
         help="Other studies, whose equal runs are taken over.",

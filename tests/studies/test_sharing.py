@@ -49,6 +49,19 @@ def test_equal_runs_are_taken_over_whatever_their_name(
     assert "taken over" not in capsys.readouterr().out
 
 
+def test_every_share_counts(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Several folders after one ``--share``, and several of them."""
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    plan(empty, variants=[TOKEN], baseline="token", seeds=[5]).settle()
+    file = write(tmp_path, variants=[NONE], seeds=[0])
+    shares = ["--share", str(finished), str(empty / "study"), "--share", str(empty / "study")]
+    assert study_run(monkeypatch, file, *shares) == 0
+    assert "1 runs taken over" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "changes",
     [
