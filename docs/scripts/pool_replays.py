@@ -14,7 +14,11 @@ from pathlib import Path
 import numpy as np
 
 GATE = ("gate", "statistic", "normalization", "tau")
-FIGURES = {"effective_sample_size": "effective sample size", "fresh_change": "change"}
+FIGURES = {
+    "effective_sample_size": "effective sample size",
+    "ungated_norm_ratio": "norm / ungated",
+    "fresh_change": "change",
+}
 Means = dict[tuple[str, ...], dict[str, float]]
 
 
@@ -23,9 +27,10 @@ def run_means(lines: Iterable[dict[str, str]]) -> Means:
 
     Example:
         >>> line = {"gate": "span", "statistic": "max", "normalization": "mean", "tau": "1.0", "fresh_cosine": "0.5"}
-        >>> line |= {"effective_sample_size": "0.9", "fresh_ceiling": "0.8"}
-        >>> run_means([line | {"fresh_change": "0.1"}, line | {"fresh_change": "0.3"}])["span", "max", "mean", "1"]
-        {'effective_sample_size': 0.9, 'fresh_change': 0.2, 'fresh_cosine': 0.5, 'fresh_ceiling': 0.8}
+        >>> line |= {"effective_sample_size": "0.9", "ungated_norm_ratio": "1.5", "fresh_ceiling": "0.8"}
+        >>> found = run_means([line | {"fresh_change": "0.1"}, line | {"fresh_change": "0.3"}])
+        >>> [round(value, 3) for value in found["span", "max", "mean", "1"].values()]
+        [0.9, 1.5, 0.2, 0.5, 0.8]
     """
     rows: dict[tuple[str, ...], list[list[float]]] = defaultdict(list)
     names = [*FIGURES, "fresh_cosine", "fresh_ceiling"]
@@ -51,11 +56,11 @@ def table(runs: Sequence[Means]) -> str:
     ungated = [run["none", "", "", ""] for run in runs]
     cosine, ceiling = (np.mean([run[name] for run in ungated]) for name in ("fresh_cosine", "fresh_ceiling"))
     lines = [f"{len(runs)} runs; cosine with the fresh gradient without a gate {cosine:.3f}, ceiling {ceiling:.3f}", ""]
-    lines += [f"| {' | '.join((*GATE, *FIGURES.values()))} |", f"|{'---|' * 4}{'--:|' * 2}"]
+    lines += [f"| {' | '.join((*GATE, *FIGURES.values()))} |", f"|{'---|' * 4}{'--:|' * len(FIGURES)}"]
     for gate in (gate for gate in runs[0] if gate[0] != "none" and all(gate in run for run in runs)):
-        size = f"{np.mean([run[gate]['effective_sample_size'] for run in runs]):.2f}"
+        size, norm = (f"{np.mean([run[gate][name] for run in runs]):.2f}" for name in list(FIGURES)[:2])
         change = spread([run[gate]["fresh_change"] for run in runs])
-        lines.append(f"| {' | '.join([*(part or '-' for part in gate), size, change])} |")
+        lines.append(f"| {' | '.join([*(part or '-' for part in gate), size, norm, change])} |")
     return "\n".join(lines)
 
 

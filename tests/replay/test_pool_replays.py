@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "docs/scripts/pool_replays.py"
-NAMES = ("gate", "statistic", "normalization", "tau", "effective_sample_size", "fresh_change", "fresh_cosine")
+NAMES = (
+    "gate",
+    "statistic",
+    "normalization",
+    "tau",
+    "effective_sample_size",
+    "ungated_norm_ratio",
+    "fresh_change",
+    "fresh_cosine",
+)
 
 
 def write(run: Path, changes: list[float]) -> Path:
@@ -18,8 +27,8 @@ def write(run: Path, changes: list[float]) -> Path:
         writer = csv.writer(file)
         writer.writerow((*NAMES, "fresh_ceiling"))
         for change in changes:
-            writer.writerow(("none", "", "", "", 1.0, 0.0, 0.5, 0.6))
-            writer.writerow(("block64", "signed_mean", "mean", 5.0, 0.9, change, 0.5 + change, 0.6))
+            writer.writerow(("none", "", "", "", 1.0, 1.0, 0.0, 0.5, 0.6))
+            writer.writerow(("block64", "signed_mean", "mean", 5.0, 0.9, 0.7, change, 0.5 + change, 0.6))
     return run
 
 
@@ -32,7 +41,7 @@ def test_runs_are_what_is_counted(
     runpy.run_path(str(SCRIPT), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "2 runs; cosine with the fresh gradient without a gate 0.500, ceiling 0.600"
-    assert lines[-1] == "| block64 | signed_mean | mean | 5 | 0.90 | +0.040 ± 0.020 |"
+    assert lines[-1] == "| block64 | signed_mean | mean | 5 | 0.90 | 0.70 | +0.040 ± 0.020 |"
 
 
 @pytest.mark.parametrize("name", ["run_means", "spread"])

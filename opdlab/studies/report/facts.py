@@ -2,7 +2,9 @@
 
 import json
 import shlex
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from opdlab.studies.report.load import FINISHED, Results, Run
@@ -20,7 +22,7 @@ def facts(results: Results) -> dict[str, str]:
         "seeds": _numbers(results.seeds),
         "budgets, optimizer steps": _numbers(results.budgets),
         "evaluated on": ", ".join(sizes),
-        "runs": f"{len(finished)} of {len(results.runs)} finished",
+        "runs": f"{len(finished)} of {len(results.runs)} finished{_taken_over(finished)}",
         "time": f"{seconds / 3600:.2f} hours in all runs together",
         "machine": _several(finished, "machine"),
         "versions": _several(finished, "versions"),
@@ -28,6 +30,12 @@ def facts(results: Results) -> dict[str, str]:
     if command := _command(results):
         found["command of a run"] = command
     return found
+
+
+def _taken_over(runs: Sequence[Run]) -> str:
+    """Which runs another study has made: what both report, they report of the same samples."""
+    studies = Counter(Path(str(run.record["taken_from"])).parents[2].name for run in runs if "taken_from" in run.record)
+    return "".join(f", {number} of them taken over from {study}" for study, number in studies.items())
 
 
 def _numbers(values: Sequence[int]) -> str:

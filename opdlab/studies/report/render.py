@@ -166,10 +166,8 @@ def _known(results: Results, comparisons: Sequence[Comparison], sections: Sequen
 
 
 def _heading(results: Results) -> str:
-    number, baselines = len(results.variants), [results.label(name) for name in results.baselines]
-    if len(baselines) > 1:
-        return f"Study {results.name}: {number} variants, against {' and '.join(baselines)}"
-    return f"Study {results.name}: {number - 1} variant{'s' if number > 2 else ''} against {baselines[0]}"
+    number, baselines = len(results.variants) - 1, " or ".join(map(results.label, results.baselines))
+    return f"Study {results.name}: {number} variant{'s' if number > 1 else ''} against {baselines}"
 
 
 def _sections(results: Results, comparisons: Sequence[Comparison]) -> list[Section]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from opdlab.evaluation.figures import MEAN
 from opdlab.studies.report.compare import TARGET, Comparison, Place
 from opdlab.studies.report.load import FINISHED, Results
+from opdlab.studies.report.statistics import LEVEL
 
 _POWER = "with a probability of 80%, at 5% two-sided"
 _RATES = "rates differ by 1 at most"
@@ -106,13 +107,17 @@ def sentence(comparison: Comparison, results: Results) -> str:
         )
     span = f"95% interval {number(bounds.low, True)} to {number(bounds.high, True)}"
     span = span if found.varies else "on every problem and seed"
-    numbers = f"{number(found.difference, True)}, {span}, p {_equals(comparison.adjusted_p)} after Holm"
+    after = " after Holm" if len(results.compared) > 1 else ""
+    numbers = f"{number(found.difference, True)}, {span}, p {_equals(comparison.adjusted_p)}{after}"
     if comparison.differs:
         side = "better" if found.difference > 0 else "worse"
         return f"{name} is {side} than {base}: {numbers}."
     if not found.varies and number(found.difference) == "0.000":
         return f"{name} and {base} have the same figure on every problem and seed."
-    return f"{name} cannot be told apart from {base}: {numbers}; {_would_be_detected(comparison)}."
+    alone = ""
+    if after and comparison.interval.p < LEVEL:
+        alone = f"; alone it would be (p {_equals(bounds.p)}), among {len(results.compared)} variants it is not"
+    return f"{name} cannot be told apart from {base}: {numbers}{alone}; {_would_be_detected(comparison)}."
 
 
 def _would_be_detected(comparison: Comparison) -> str:
@@ -120,7 +125,7 @@ def _would_be_detected(comparison: Comparison) -> str:
         return f"what would be detected is {_unknown([comparison])}"
     if comparison.detectable > 1:
         return f"no difference would be detected at this size, since {_RATES}"
-    return f"a difference of {number(comparison.detectable)} would be detected"
+    return f"a difference of {number(comparison.detectable)} would be detected four times out of five"
 
 
 def _equals(value: float) -> str:
