@@ -1,9 +1,9 @@
 """Puts a study's report and its samples into a folder of the documentation.
 
-``python docs/scripts/pack_study.py runs/studies/NAME docs/results/NAME`` copies the report with its figures and tables,
-and packs what it is made from into ``study.tar.xz``: the study, the record of each run, and its sample lines without
-the texts of problems and responses, which seeds give again. Unpacked, ``opdlab study report NAME`` makes the same
-report.
+``python docs/scripts/pack_study.py runs/studies/NAME docs/results/NAME`` copies the report with its figures (PNG) and
+tables, and packs what it is made from into ``study.tar.xz``: the study, the record of each run, and its sample lines
+without the texts of problems and responses, which seeds give again. Unpacked, ``opdlab study report NAME`` makes the
+same report.
 """
 
 import io
@@ -35,7 +35,7 @@ def pack(study: Path, target: Path) -> None:
         with tarfile.open(archive) as packed:
             packed.extractall(folder, filter="data")
         report = make_report(Path(folder) / study.name).write().parent
-        shutil.copytree(report, target, ignore=shutil.ignore_patterns("report.html", "tables"), dirs_exist_ok=True)
+        shutil.copytree(report, target, ignore=shutil.ignore_patterns("*.html", "*.svg", "tables"), dirs_exist_ok=True)
         shutil.copytree(report / "tables", target / "tables", ignore=shutil.ignore_patterns("*.md"))
 
 
