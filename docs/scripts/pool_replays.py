@@ -1,8 +1,8 @@
 """Change of the cosine with the fresh gradient under each gate, over the replays of several runs.
 
 ``python docs/scripts/pool_replays.py RUN...`` reads ``RUN/replay/replay.csv`` of each, as ``opdlab replay RUN`` writes
-it, and prints a Markdown table: mean over runs of a run's mean over its steps, ± standard error over runs. Steps of one
-run share a student, so that runs are what is counted.
+it, and prints a Markdown table: mean over runs of a run's mean over its stale steps, ± standard error over runs. Steps
+of one run share a student, so that runs are what is counted.
 """
 
 import argparse
@@ -23,18 +23,18 @@ Means = dict[tuple[str, ...], dict[str, float]]
 
 
 def run_means(lines: Iterable[dict[str, str]]) -> Means:
-    """Mean over the steps of a run, for each gate.
+    """Mean over the steps of a run whose rollouts are stale, for each gate.
 
     Example:
         >>> line = {"gate": "span", "statistic": "max", "normalization": "mean", "tau": "1.0", "fresh_cosine": "0.5"}
-        >>> line |= {"effective_sample_size": "0.9", "ungated_norm_ratio": "1.5", "fresh_ceiling": "0.8"}
+        >>> line |= {"effective_sample_size": "0.9", "ungated_norm_ratio": "1.5", "fresh_ceiling": "0.8", "age": "7.0"}
         >>> found = run_means([line | {"fresh_change": "0.1"}, line | {"fresh_change": "0.3"}])
         >>> [round(value, 3) for value in found["span", "max", "mean", "1"].values()]
         [0.9, 1.5, 0.2, 0.5, 0.8]
     """
     rows: dict[tuple[str, ...], list[list[float]]] = defaultdict(list)
     names = [*FIGURES, "fresh_cosine", "fresh_ceiling"]
-    for line in lines:
+    for line in (line for line in lines if float(line["age"]) > 0):
         tau = f"{float(line['tau']):g}" if line["tau"] else ""
         rows[line["gate"], line["statistic"], line["normalization"], tau].append([float(line[name]) for name in names])
     return {gate: dict(zip(names, np.mean(found, axis=0).tolist(), strict=True)) for gate, found in rows.items()}

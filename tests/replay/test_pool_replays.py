@@ -9,6 +9,7 @@ import pytest
 
 SCRIPT = Path(__file__).parents[2] / "docs/scripts/pool_replays.py"
 NAMES = (
+    "age",
     "gate",
     "statistic",
     "normalization",
@@ -19,16 +20,18 @@ NAMES = (
     "fresh_cosine",
 )
 
+FRESH = 0.5  # a change at a step whose rollouts are fresh does not count
+
 
 def write(run: Path, changes: list[float]) -> Path:
-    """A replay with two gates; one of them changes the cosine by so much at each step."""
+    """A replay with two gates; one of them changes the cosine by so much at each step after a fresh one."""
     (run / "replay").mkdir(parents=True)
     with (run / "replay" / "replay.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow((*NAMES, "fresh_ceiling"))
-        for change in changes:
-            writer.writerow(("none", "", "", "", 1.0, 1.0, 0.0, 0.5, 0.6))
-            writer.writerow(("block64", "signed_mean", "mean", 5.0, 0.9, 0.7, change, 0.5 + change, 0.6))
+        for age, change in enumerate([FRESH, *changes]):
+            writer.writerow((age, "none", "", "", "", 1.0, 1.0, 0.0, 0.5, 0.6))
+            writer.writerow((age, "block64", "signed_mean", "mean", 5.0, 0.9, 0.7, change, 0.5 + change, 0.6))
     return run
 
 

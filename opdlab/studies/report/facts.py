@@ -34,7 +34,8 @@ def facts(results: Results) -> dict[str, str]:
 
 def _taken_over(runs: Sequence[Run]) -> str:
     """Which runs another study has made: what both report, they report of the same samples."""
-    studies = Counter(Path(str(run.record["taken_from"])).parents[2].name for run in runs if "taken_from" in run.record)
+    folders = [Path(str(run.record["taken_from"])) for run in runs if "taken_from" in run.record]
+    studies = Counter(folder.parent.parent.parent.name for folder in folders)  # STUDY/runs/VARIANT/seed-N
     return "".join(f", {number} of them taken over from {study}" for study, number in studies.items())
 
 

@@ -115,7 +115,7 @@ def sentence(comparison: Comparison, results: Results) -> str:
     if not found.varies and number(found.difference) == "0.000":
         return f"{name} and {base} have the same figure on every problem and seed."
     alone = ""
-    if after and comparison.interval.p < LEVEL:
+    if after and bounds.p < LEVEL:
         alone = f"; alone it would be (p {_equals(bounds.p)}), among {len(results.compared)} variants it is not"
     return f"{name} cannot be told apart from {base}: {numbers}{alone}; {_would_be_detected(comparison)}."
 
