@@ -379,4 +379,4 @@ def console() -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit("run the console script `opdlab`: as __main__, subclasses of third parties fail to match")
+    raise SystemExit("run `opdlab` or `python -m opdlab`: as __main__, subclasses of third parties fail to match")

@@ -1,7 +1,9 @@
 """The command line as a user meets it, in this process."""
 
+import os
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -276,6 +278,14 @@ def test_a_signal_in_the_first_evaluation_stops(
     assert opdlab(_stopper(tmp_path, "on_validation_batch_start", name)) == code
     assert capsys.readouterr().err.endswith("opdlab: stopped\n")
     assert not (tmp_path / "runs/quickstart/version_0/checkpoints").exists()
+
+
+def test_ctrl_c_is_heard_while_the_libraries_load(tmp_path: Path) -> None:
+    (tmp_path / "lightning.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    command = [sys.executable, "-m", "opdlab", "gates"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{README.parent}"}
+    stopped = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (stopped.returncode, stopped.stdout, stopped.stderr) == (130, "", "opdlab: stopped\n")
 
 
 @pytest.mark.parametrize("slurm", [False, True])

@@ -1,0 +1,17 @@
+"""Starts the command line: ``opdlab``, or ``python -m opdlab``."""
+
+import sys
+
+
+def start() -> None:
+    """Entry point of the ``opdlab`` command. Loading the libraries takes seconds, in which Ctrl-C is heard too."""
+    try:
+        from opdlab.cli import console
+    except KeyboardInterrupt:
+        print("opdlab: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    console()
+
+
+if __name__ == "__main__":
+    start()
