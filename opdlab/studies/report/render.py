@@ -28,6 +28,7 @@ from opdlab.studies.report.tables import (
     figure_records,
     figures_table,
     markdown_text,
+    run_records,
 )
 from opdlab.viewer.text import visible
 
@@ -233,7 +234,7 @@ def _table_files(results: Results, comparisons: Sequence[Comparison]) -> dict[st
     for name, (table, rows) in tables.items():
         texts = {"md": table.markdown(), "csv": csv_text(rows), "tex": table.latex()}
         files |= {f"tables/{name}.{kind}": text.encode("utf-8", "replace") for kind, text in texts.items()}
-    return files
+    return files | {"tables/runs.csv": csv_text(run_records(results)).encode("utf-8", "replace")}
 
 
 def _write(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -2,8 +2,9 @@
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from opdlab.studies.report.compare import Comparison, Place, benchmark_names, figure_names, run_figures
 from opdlab.studies.report.load import Results
 from opdlab.studies.report.sentences import detectable, number, p_value
+from opdlab.studies.report.statistics import Array
 from opdlab.viewer.text import visible
 
 _MARKDOWN = {ord(char): f"\\{char}" for char in r"\`*_{}[]#|~$!"} | {
@@ -165,18 +167,29 @@ def comparison_records(comparisons: Sequence[Comparison], results: Results) -> l
 def figure_records(results: Results) -> list[dict[str, Any]]:
     """Mean and spread over runs of every variant, at every budget, for CSV."""
     records = []
-    for budget in results.budgets:
-        for figure in figure_names(results):
-            for benchmark in benchmark_names(results):
-                for variant in results.variants:
-                    if not results.finished(variant.name):
-                        continue
-                    runs = run_figures(results, variant.name, Place(figure, benchmark, budget))
-                    spread = float(runs.std(ddof=1)) if len(runs) > 1 else np.nan
-                    known = {"figure": figure, "benchmark": benchmark, "step": budget, "variant": variant.name}
-                    found = {"mean": float(runs.mean()), "std_over_seeds": spread, "seeds": len(runs)}
-                    records.append({**known, "label": variant.label, **found})
+    for known, runs in _figures(results):
+        spread = float(runs.std(ddof=1)) if len(runs) > 1 else np.nan
+        records.append(known | {"mean": float(runs.mean()), "std_over_seeds": spread, "seeds": len(runs)})
     return records
+
+
+def run_records(results: Results) -> list[dict[str, Any]]:
+    """The figures of every run, at every budget, for CSV."""
+    return [
+        known | {"seed": seed, "value": float(value)}
+        for known, runs in _figures(results)
+        for seed, value in zip(results.finished(known["variant"]), runs, strict=True)
+    ]
+
+
+def _figures(results: Results) -> Iterator[tuple[dict[str, Any], Array]]:
+    """Each figure of each variant that has finished runs: what it is, and that of each run, [S]."""
+    for budget, figure, benchmark in product(results.budgets, figure_names(results), benchmark_names(results)):
+        for variant in results.variants:
+            if results.finished(variant.name):
+                names = {"variant": variant.name, "label": variant.label}
+                known = {"figure": figure, "benchmark": benchmark, "step": budget, **names}
+                yield known, run_figures(results, variant.name, Place(figure, benchmark, budget))
 
 
 def figures_table(records: Sequence[dict[str, Any]]) -> Table:

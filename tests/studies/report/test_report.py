@@ -62,6 +62,32 @@ def test_a_known_effect_is_found_and_a_collapse_too(report: Path) -> None:
     )
 
 
+def test_a_collapsed_run_among_sound_ones_is_named(tmp_path: Path) -> None:
+    """And only that one; what a variant does with every seed is no outlier."""
+    seeds = range(10)
+    study = SyntheticStudy({"none": 0.0, "odd": 0.0}, seeds=seeds, seed_std=0.005, collapsed=["odd"]).write(tmp_path)
+    write_samples(evaluation(study, "none", 3, 40), "toy", np.zeros((24, 8), bool))
+    report = write_report(study)
+    (said,) = [line for line in report.read_text().splitlines() if "far from the others" in line]
+    assert "of their variant, which weigh on means and intervals: none seed 3 (0.000). A difference" in said
+    runs = [row for row in read_csv(report, "runs") if (row["figure"], row["step"]) == ("pass@1", "40")]
+    assert [(row["variant"], row["seed"]) for row in runs] == [(v, str(s)) for v in ("none", "odd") for s in seeds]
+    assert [row["seed"] for row in runs if row["variant"] == "none" and float(row["value"]) == 0] == ["3"]
+    (mean,) = {row["value"] for row in runs if row["variant"] == "odd"}
+    assert float(mean) == 0
+
+
+def test_seeds_that_differ_little_are_no_outliers(tmp_path: Path) -> None:
+    study = SyntheticStudy({"none": 0.0, "odd": 0.0}, seeds=range(10), seed_std=0.0).write(tmp_path)
+    rights = np.zeros((24, 8), bool)
+    rights[:12] = True
+    for seed in range(10):
+        write_samples(evaluation(study, "none", seed, 40), "toy", rights)
+    rights[12] = True  # 13 of 24 problems, 0.04 more than all the others
+    write_samples(evaluation(study, "none", 4, 40), "toy", rights)
+    assert "none seed 4" not in write_report(study).read_text()
+
+
 def test_figures_are_the_plain_ones(report: Path) -> None:
     """Means as the sample lines have them, unweighted over benchmarks."""
     folder = report.parents[1]
@@ -87,7 +113,7 @@ def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
     stale = folder / "report" / "figures" / "99-forest-gone.png"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of an earlier report")
-    assert len(files(first)) == 2 + 6 + 4
+    assert len(files(first)) == 2 + 7 + 4
     assert files(write_report(folder)) == files(first)
 
 
