@@ -89,6 +89,32 @@ def forest(comparisons: Sequence[Comparison], results: Results) -> "Figure":
     return figure
 
 
+def every_run(results: Results, place: Place) -> "Figure":
+    """The figure of every run, a row for each variant; a collapsed run, which a mean hides, is seen.
+
+    Within a row runs stand by seed, so that those of one seed have the same height in all rows.
+
+    Args:
+        results: of the study.
+        place: what figure.
+    """
+    variants = [each.name for each in results.variants if results.finished(each.name)]
+    figure = _figure(7.0, 1.3 + 0.45 * len(variants))
+    axes = figure.subplots()
+    heights = dict(zip(results.seeds, np.linspace(-0.3, 0.3, len(results.seeds)), strict=True))
+    for row, variant in enumerate(variants):
+        runs = run_figures(results, variant, place)
+        axes.plot(runs, [row + heights[seed] for seed in results.finished(variant)], "o", color="tab:blue", alpha=0.5)
+        axes.plot([runs.mean()] * 2, [row - 0.4, row + 0.4], color="0.2", linewidth=1.5)
+    axes.set_yticks(range(len(variants)), [_name(results.label(each)) for each in variants])
+    axes.set_ylim(len(variants) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    _label(axes, "dots: runs, one below the other by seed; line: their mean", "")
+    axes.xaxis.label.set_fontsize(10)
+    axes.set_title(f"{_name(place_name(place))}, step {place.budget}", fontsize=12)
+    return figure
+
+
 def learning_curves(results: Results, figure_name: str, benchmark: str) -> "Figure":
     """Mean over seeds at each budget, ± one standard deviation over seeds, a panel for each variant.
 

@@ -10,7 +10,6 @@ SOURCES = (
     "Satterthwaite, An approximate distribution of estimates of variance components, Biometrics Bulletin 2 (1946)",
     "Holm, A simple sequentially rejective multiple test procedure, Scandinavian Journal of Statistics 6 (1979)",
     "Chen et al., Evaluating Large Language Models Trained on Code, arXiv 2107.03374 (pass@k)",
-    "Iglewicz & Hoaglin, How to Detect and Handle Outliers, ASQC Quality Press 1993 (modified z-score above 3.5)",
     "Miller, Adding Error Bars to Evals, arXiv 2411.00640 (the problem as the unit)",
 )
 

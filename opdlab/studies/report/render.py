@@ -15,7 +15,7 @@ from markupsafe import Markup
 from opdlab.errors import UsageError
 from opdlab.studies.report.compare import Comparison, Place, benchmark_names, compare
 from opdlab.studies.report.facts import facts, missing_table, variants_table
-from opdlab.studies.report.figures import drawing, forest, learning_curves, save
+from opdlab.studies.report.figures import drawing, every_run, forest, learning_curves, save
 from opdlab.studies.report.load import Results, load_results
 from opdlab.studies.report.method import SOURCES, method
 from opdlab.studies.report.sentences import caveats, conclusion, place_name, sentence
@@ -69,7 +69,7 @@ class Section:
         title: of it.
         table: a row for each variant.
         sentences: one for each.
-        pictures: forest plot, and learning curves where there are several budgets.
+        pictures: forest plot, every run, and learning curves where there are several budgets.
     """
 
     title: str
@@ -177,7 +177,7 @@ def _sections(results: Results, comparisons: Sequence[Comparison]) -> list[Secti
     with drawing():
         for number, (place, group) in enumerate(groupby(final, key=lambda each: each.place), 1):
             family = list(group)
-            pictures = [_forest(number, place, family, results)]
+            pictures = [_forest(number, place, family, results), _runs(number, place, results)]
             if len(results.budgets) > 1:
                 pictures.append(_curves(number, place, results))
             said = [sentence(each, results) for each in family]
@@ -196,6 +196,11 @@ def _forest(number: int, place: Place, family: Sequence[Comparison], results: Re
     baselines = " and ".join(map(results.label, results.baselines))
     alt = f"Differences in {place_name(place)} to {baselines}, with 95% intervals"
     return _picture(figure, _file_name(number, "forest", place), alt)
+
+
+def _runs(number: int, place: Place, results: Results) -> Picture:
+    alt = f"{place_name(place)} of every run, by variant and seed"
+    return _picture(every_run(results, place), _file_name(number, "runs", place), alt)
 
 
 def _curves(number: int, place: Place, results: Results) -> Picture:

@@ -2,12 +2,10 @@
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from opdlab.evaluation.figures import MEAN
-from opdlab.studies.report.compare import TARGET, Comparison, Place, benchmark_names, run_figures
+from opdlab.studies.report.compare import TARGET, Comparison, Place
 from opdlab.studies.report.load import FINISHED, Results
-from opdlab.studies.report.statistics import LEVEL, outlying
+from opdlab.studies.report.statistics import LEVEL
 
 _POWER = "with a probability of 80%, at 5% two-sided"
 _RATES = "rates differ by 1 at most"
@@ -197,21 +195,6 @@ def _mend(judged: Sequence[Comparison]) -> str:
     return f" For {TARGET} it would take about {max(known)} seeds."
 
 
-def outlying_runs(results: Results) -> list[str]:
-    """Runs whose pass@1 at the largest budget is far from that of the variant's others, with their figure.
-
-    Args:
-        results: of the study.
-    """
-    place = Place("pass@1", benchmark_names(results)[0], results.budgets[-1])
-    found = []
-    for variant in (each for each in results.variants if results.finished(each.name)):
-        seeds, runs = results.finished(variant.name), run_figures(results, variant.name, place)
-        far = outlying(runs) & (np.abs(runs - np.median(runs)) > TARGET)  # what is less is no matter
-        found += [f"{variant.label} seed {seeds[i]} ({number(runs[i])})" for i in far.nonzero()[0]]
-    return found
-
-
 def caveats(results: Results, comparisons: Sequence[Comparison]) -> list[str]:
     """What limits the comparisons: few seeds, few problems, runs that lack."""
     said = []
@@ -226,11 +209,6 @@ def caveats(results: Results, comparisons: Sequence[Comparison]) -> list[str]:
         said.append(
             "With four to seven seeds p is a little too small: of simulated studies of four seeds in which all "
             "variants were equal, up to 7% called one different."
-        )
-    if far := outlying_runs(results):
-        said.append(
-            f"Runs far from the others of their variant, which weigh on means and intervals: {', '.join(far)}. A "
-            "difference may be theirs: see what is left of it without these seeds."
         )
     for name, benchmark in results.benchmarks.items():
         if len(benchmark.problems) == 1:

@@ -53,29 +53,6 @@ def problem_scores(num_correct: NDArray[np.int64], num_samples: int, k: int) -> 
     return table[num_correct]
 
 
-def outlying(values: Array) -> NDArray[np.bool_]:
-    """Which of at least 8 values lie far from the others: a modified z-score above 3.5.
-
-    That is 0.6745 times the distance from the median over the median of these distances (Iglewicz & Hoaglin, "How to
-    Detect and Handle Outliers", 1993).
-
-    Args:
-        values: [S].
-
-    Returns:
-        [S]; all False where there are fewer values.
-
-    Example:
-        >>> outlying(np.array([0.50, 0.52, 0.49, 0.51, 0.00, 0.53, 0.48, 0.50])).nonzero()[0].tolist()
-        [4]
-    """
-    if len(values) < 8:
-        return np.zeros(len(values), bool)
-    distances = np.abs(values - np.median(values))
-    far: NDArray[np.bool_] = 0.6745 * distances > 3.5 * np.median(distances)
-    return far
-
-
 @dataclass(frozen=True)
 class Estimate:
     """A mean difference and how well it is known.

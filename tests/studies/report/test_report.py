@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from opdlab.errors import UsageError
 from opdlab.studies.report import make_report, write_report
+from opdlab.studies.report.compare import Place
+from opdlab.studies.report.figures import every_run
 from opdlab.studies.report.load import load_results
 from tests.studies.report.synthetic_study import SyntheticStudy, evaluation, write_samples
 
@@ -62,30 +64,27 @@ def test_a_known_effect_is_found_and_a_collapse_too(report: Path) -> None:
     )
 
 
-def test_a_collapsed_run_among_sound_ones_is_named(tmp_path: Path) -> None:
-    """And only that one; what a variant does with every seed is no outlier."""
-    seeds = range(10)
-    study = SyntheticStudy({"none": 0.0, "odd": 0.0}, seeds=seeds, seed_std=0.005, collapsed=["odd"]).write(tmp_path)
+def test_every_run_is_drawn_and_tabulated(tmp_path: Path) -> None:
+    """One of ten runs collapsed, another is missing: each dot is at its figure, and at the height of its seed."""
+    study = SyntheticStudy({"none": 0.0, "span": 0.0}, seeds=range(10), budgets=[40]).write(tmp_path)
     write_samples(evaluation(study, "none", 3, 40), "toy", np.zeros((24, 8), bool))
+    shutil.rmtree(study / "runs/span/seed-5")
     report = write_report(study)
-    (said,) = [line for line in report.read_text().splitlines() if "far from the others" in line]
-    assert "of their variant, which weigh on means and intervals: none seed 3 (0.000). A difference" in said
-    runs = [row for row in read_csv(report, "runs") if (row["figure"], row["step"]) == ("pass@1", "40")]
-    assert [(row["variant"], row["seed"]) for row in runs] == [(v, str(s)) for v in ("none", "odd") for s in seeds]
-    assert [row["seed"] for row in runs if row["variant"] == "none" and float(row["value"]) == 0] == ["3"]
-    (mean,) = {row["value"] for row in runs if row["variant"] == "odd"}
-    assert float(mean) == 0
-
-
-def test_seeds_that_differ_little_are_no_outliers(tmp_path: Path) -> None:
-    study = SyntheticStudy({"none": 0.0, "odd": 0.0}, seeds=range(10), seed_std=0.0).write(tmp_path)
-    rights = np.zeros((24, 8), bool)
-    rights[:12] = True
-    for seed in range(10):
-        write_samples(evaluation(study, "none", seed, 40), "toy", rights)
-    rights[12] = True  # 13 of 24 problems, 0.04 more than all the others
-    write_samples(evaluation(study, "none", 4, 40), "toy", rights)
-    assert "none seed 4" not in write_report(study).read_text()
+    runs = {
+        (row["variant"], row["seed"]): float(row["value"])
+        for row in read_csv(report, "runs")
+        if row["figure"] == "pass@1"
+    }
+    assert len(runs) == 19
+    assert [key for key, value in runs.items() if value == 0] == [("none", "3")]
+    assert {path.name for path in (report.parent / "figures").glob("*runs*.png")} == {
+        f"0{n}-runs-pass{k}-toy.png" for n, k in ((1, 1), (2, 8))
+    }
+    axes = every_run(load_results(study), Place("pass@1", "toy", 40)).axes[0]
+    dots = [line for line in axes.lines if line.get_marker() == "o"]
+    assert np.concatenate([line.get_xdata() for line in dots]).tolist() == list(runs.values())
+    none, span = (np.asarray(line.get_ydata()) for line in dots)
+    assert np.allclose(np.delete(none, 5) + 1, span)
 
 
 def test_figures_are_the_plain_ones(report: Path) -> None:
@@ -113,7 +112,7 @@ def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
     stale = folder / "report" / "figures" / "99-forest-gone.png"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of an earlier report")
-    assert len(files(first)) == 2 + 7 + 4
+    assert len(files(first)) == 2 + 7 + 6
     assert files(write_report(folder)) == files(first)
 
 
@@ -126,7 +125,7 @@ def test_page_stands_alone(report: Path) -> None:
     assert "<script" not in page
     assert "\u202e" not in page
     sources = re.findall(r'src="([^"]*)"', page)
-    assert len(sources) == 2 * 6  # forest and curves of two figures on two benchmarks and their mean
+    assert len(sources) == 3 * 6  # forest, runs and curves of two figures on two benchmarks and their mean
     for source in sources:
         head, _, content = source.partition(",")
         assert head == "data:image/svg+xml;base64"
