@@ -110,14 +110,21 @@ def sentence(comparison: Comparison, results: Results) -> str:
     after = " after Holm" if len(results.compared) > 1 else ""
     numbers = f"{number(found.difference, True)}, {span}, p {_equals(comparison.adjusted_p)}{after}"
     if comparison.differs:
-        side = "better" if found.difference > 0 else "worse"
-        return f"{name} is {side} than {base}: {numbers}."
+        return f"{name} is {_side(comparison)} {base}: {numbers}."
     if not found.varies and number(found.difference) == "0.000":
         return f"{name} and {base} have the same figure on every problem and seed."
     alone = ""
     if after and bounds.p < LEVEL:
         alone = f"; alone it would be (p {_equals(bounds.p)}), among {len(results.compared)} variants it is not"
     return f"{name} cannot be told apart from {base}: {numbers}{alone}; {_would_be_detected(comparison)}."
+
+
+def _side(comparison: Comparison) -> str:
+    """On which side of its baseline a variant is that can be told from it; one seed says nothing of other runs."""
+    up = comparison.found.difference > 0
+    if comparison.num_seeds == 1:
+        return "on this one seed ahead of" if up else "on this one seed behind"
+    return "better than" if up else "worse than"
 
 
 def _would_be_detected(comparison: Comparison) -> str:
@@ -163,15 +170,11 @@ def _conclude(place: Place, baseline: str, corrected: Sequence[Comparison], resu
             f"{where}: nothing can be told apart from {base} at this size. "
             f"{smallest[0].upper()}{smallest[1:]}.{_mend(judged)}"
         )
-    said = []
-    for side, sign in (("better", 1), ("worse", -1)):
-        names = [
-            f"{results.label(each.variant)} ({number(each.found.difference, True)})"
-            for each in judged
-            if each.differs and sign * each.found.difference > 0
-        ]
-        if names:
-            said.append(f"{side} than {base}: {', '.join(names)}")
+    sides: dict[str, list[str]] = {}
+    for each in sorted((each for each in judged if each.differs), key=lambda each: each.found.difference < 0):
+        named = f"{results.label(each.variant)} ({number(each.found.difference, True)})"
+        sides.setdefault(_side(each), []).append(named)
+    said = [f"{side} {base}: {', '.join(names)}" for side, names in sides.items()]
     rest = [each for each in judged if not each.differs]
     if rest:
         names = [results.label(each.variant) for each in rest]

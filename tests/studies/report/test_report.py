@@ -188,6 +188,17 @@ def test_a_single_seed_has_no_interval_over_seeds(tmp_path: Path) -> None:
     assert mean["std_over_seeds"] == ""
 
 
+@pytest.mark.parametrize(("effect", "side"), [(0.3, "ahead of"), (-0.3, "behind")])
+def test_one_seed_is_never_enough_for_better_or_worse(tmp_path: Path, effect: float, side: str) -> None:
+    """Its interval covers problems alone, and may leave out 0 for the luck of a run."""
+    study = SyntheticStudy({"none": 0.0, "a": effect}, seeds=[3], budgets=[40], benchmarks={"toy": 200})
+    text = write_report(study.write(tmp_path)).read_text()
+    assert f"pass@1 on toy: on this one seed {side} none: a (" in text
+    assert f"- a is on this one seed {side} none: " in text
+    assert "better than" not in text
+    assert "worse than" not in text
+
+
 def test_missing_runs_are_named_and_left_out_pairwise(tmp_path: Path) -> None:
     folder = SyntheticStudy({"none": 0.0, "a": 0.1, "b": 0.0, "c": 0.0}, budgets=[40]).write(tmp_path)
     runs = folder / "runs"
