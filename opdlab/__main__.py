@@ -14,4 +14,5 @@ def start() -> None:
 
 
 if __name__ == "__main__":
+    sys.argv[0] = "opdlab"  # what messages on usage call it
     start()

@@ -280,6 +280,13 @@ def test_a_signal_in_the_first_evaluation_stops(
     assert not (tmp_path / "runs/quickstart/version_0/checkpoints").exists()
 
 
+def test_the_package_is_run_under_the_name_of_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "opdlab", "--help"]
+    environment = {**os.environ, "PYTHONPATH": str(README.parent)}
+    shown = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert shown.stdout.startswith("usage: opdlab ")
+
+
 def test_ctrl_c_is_heard_while_the_libraries_load(tmp_path: Path) -> None:
     (tmp_path / "lightning.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
     command = [sys.executable, "-m", "opdlab", "gates"]

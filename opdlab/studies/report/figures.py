@@ -70,11 +70,12 @@ def forest(comparisons: Sequence[Comparison], results: Results) -> "Figure":
     axes = figure.subplots()
     axes.axvline(0, color="0.5", linewidth=1, linestyle="--")
     for row, each in enumerate(comparisons):
-        colour = _UNCLEAR if not each.differs else _BETTER if each.found.difference > 0 else _WORSE
+        found = each.differs and each.num_seeds > 1  # one seed says nothing of other runs
+        colour = _UNCLEAR if not found else _BETTER if each.found.difference > 0 else _WORSE
         if each.found.varies:
             axes.plot([each.interval.low, each.interval.high], [row, row], color=colour, linewidth=2)
         # Not by colour alone: a filled marker can be told apart.
-        filling = colour if each.differs else "white"
+        filling = colour if found else "white"
         axes.plot(each.found.difference, row, "o", markersize=7, color=colour, markerfacecolor=filling)
     names = [(_name(results.label(each.variant)), _name(results.label(each.baseline))) for each in comparisons]
     rows = [name if one else f"{name}\nto {baseline}" for name, baseline in names]
@@ -83,7 +84,8 @@ def forest(comparisons: Sequence[Comparison], results: Results) -> "Figure":
     axes.grid(axis="x", alpha=0.3)
     place = comparisons[0].place
     to = f" to {names[0][1]}" if one else ""
-    _label(axes, f"difference{to}, 95% interval (filled: p < 0.05 after Holm)", "")
+    alone = ", and not one seed alone" if any(each.num_seeds == 1 for each in comparisons) else ""
+    _label(axes, f"difference{to}, 95% interval (filled: p < 0.05 after Holm{alone})", "")
     axes.xaxis.label.set_fontsize(10)
     axes.set_title(f"{_name(place_name(place))}, step {place.budget}", fontsize=12)
     return figure

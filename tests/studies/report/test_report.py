@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from opdlab.errors import UsageError
 from opdlab.studies.report import make_report, write_report
-from opdlab.studies.report.compare import Place
-from opdlab.studies.report.figures import every_run
+from opdlab.studies.report.compare import Place, compare
+from opdlab.studies.report.figures import every_run, forest
 from opdlab.studies.report.load import load_results
 from tests.studies.report.synthetic_study import SyntheticStudy, evaluation, write_samples
 
@@ -194,6 +194,9 @@ def test_one_seed_is_never_enough_for_better_or_worse(tmp_path: Path, effect: fl
     """Its interval covers problems alone, and may leave out 0 for the luck of a run."""
     study = SyntheticStudy({"none": 0.0, "a": effect}, seeds=[3], budgets=[40], benchmarks={"toy": 200})
     text = write_report(study.write(tmp_path)).read_text()
+    results = load_results(tmp_path)
+    axes = forest([each for each in compare(results) if each.place.figure == "pass@1"], results).axes[0]
+    assert [line.get_markerfacecolor() for line in axes.lines if line.get_marker() == "o"] == ["white"]
     assert f"pass@1 on toy: on this one seed {side} none: a (" in text
     assert f"- a is on this one seed {side} none: " in text
     assert "better than" not in text
