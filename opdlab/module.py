@@ -34,6 +34,7 @@ from opdlab.policies import (
 from opdlab.policies.language_model import Scored
 from opdlab.policies.loading import DType
 from opdlab.policies.offload import keep_from_strategy
+from opdlab.policies.sampler import uses_own_loop
 from opdlab.registry import suggestion
 from opdlab.rollouts import Minibatch, Pool, Rollouts, Targets
 from opdlab.rollouts.batch import StopReason
@@ -156,6 +157,7 @@ class OPDModule(EvaluationModule):
         )
         check_token_bound(max_tokens_per_microbatch)
         self.student = student
+        uses_own_loop(student.model)  # says at the start of a run if sampling will be slow
         self.student.max_tokens = max_tokens_per_microbatch  # before the snapshot is made, which has it too
         # Not a submodule: it is frozen, must not enter checkpoints, and is no business of the strategy's wrapping.
         self.__dict__["teacher"] = teacher

@@ -4,14 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opdlab.errors import UsageError
 
 _BACKEND = "inductor"
-# Arguments of a layer that are given where it decodes with a cache.
-_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
 
 
 def require_compiler(path: str) -> None:
@@ -60,7 +58,8 @@ def _unless_decoding(layer: nn.Module) -> Callable[..., Any]:
 
     # The arguments decide and nothing outside, since checkpointed layers are called again in the backward pass.
     def call(*inputs: Any, **options: Any) -> Any:
-        decoding = options.get("use_cache") or any(options.get(name) is not None for name in _CACHES)
+        # A cache is found by its type: architectures and versions of transformers name the argument differently.
+        decoding = options.get("use_cache") or any(isinstance(value, Cache) for value in (*inputs, *options.values()))
         return (plain if decoding else compiled)(*inputs, **options)
 
     return call

@@ -23,9 +23,9 @@ from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
 )
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
-from transformers.distributed.fsdp import is_fsdp_managed_module
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 
 # Whenever rows leave or enter the whole cache is copied: rows leave once this share of them is done. Half as much and
 # twice as much were slower on a CPU.
@@ -34,8 +34,9 @@ LEAVE_SHARE = 0.125
 # rows of about one length had better begin together, because those that enter later are padded to the width of others.
 ENTER_SHARE = 0.5
 
-# What of generate is left out here, and must hence be nothing special.
-_STANDARD = (
+# Parts of `generate` that this loop replaces. A model that overrides one of them decodes in a way of its own. A version of
+# transformers that lacks one of these names has no such part.
+_REPLACED = (
     "generate",
     "prepare_inputs_for_generation",
     "_prefill",
@@ -43,31 +44,48 @@ _STANDARD = (
     "_prepare_position_ids_for_generation",
     "_update_model_kwargs_for_generation",
 )
+# Names of the argument of `forward` that takes the cache: transformers 5.24 renamed it.
+_CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 
-def can_select_rows(model: PreTrainedModel) -> bool:
-    """Whether :class:`Decoding` knows everything that this model carries from one token to the next.
+def why_not_selectable(model: PreTrainedModel) -> str | None:
+    """Return why :class:`Decoding` cannot decode with this model; None if it can.
 
-    That is: keys and values in plain or sliding-window layers, a mask and positions. Not states of another kind (Mamba
-    and other hybrids), layers that share their cache, chunked attention, inputs that a model prepares in its own way,
-    or weights sharded over processes that must keep step.
+    It handles models that carry only keys and values, in plain or sliding-window layers, from one token to the next. It
+    does not handle other states (Mamba and other hybrids), layers that share a cache, chunked attention, models that
+    prepare their inputs in their own way, or weights that are sharded over processes, which must run in step.
+
+    Args:
+        model: a causal language model.
+
+    Returns:
+        The first reason found, as the end of a sentence, for one line of the log.
     """
     inputs = inspect.signature(model.forward).parameters
-    return (
-        all(getattr(type(model), name) is getattr(GenerationMixin, name) for name in _STANDARD)
-        and {"attention_mask", "position_ids", "past_key_values"} <= inputs.keys()
-        and not (model.config.is_encoder_decoder or model._is_stateful or model.is_remote_code())
-        and not (is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
-        and model._supports_default_dynamic_cache()
-        and _has_plain_layers(model)
-    )
-
-
-def _has_plain_layers(model: PreTrainedModel) -> bool:
+    overridden = [
+        name for name in _REPLACED if getattr(type(model), name, None) is not getattr(GenerationMixin, name, None)
+    ]
+    if overridden:
+        return f"it overrides {overridden[0]} of transformers"
+    if missing := {"attention_mask", "position_ids"} - inputs.keys():
+        return f"its forward takes no {min(missing)}"
+    if not inputs.keys() & set(_CACHE_ARGUMENTS):
+        return f"its forward takes none of the arguments {', '.join(_CACHE_ARGUMENTS)}"
+    if model.is_remote_code():
+        return "its code is not part of transformers"
+    if is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model):
+        return "its weights are sharded over processes"
+    if model.config.is_encoder_decoder or model._is_stateful or not model._supports_default_dynamic_cache():
+        return "it carries more than keys and values from token to token"
     config = model.config.get_text_config(decoder=True)
     layers = DynamicCache(config=config).layers
     plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-    return bool(layers) and plain and "chunked_attention" not in get_layer_types_and_kwargs(config)[0]
+    # A chunked layer has a sliding-window cache, but its attention does not slide.
+    kinds = getattr(config, "layer_types", None)
+    chunked = getattr(config, "attention_chunk_size", None) if kinds is None else "chunked_attention" in kinds
+    if not layers or not plain or chunked:
+        return "its cache has layers other than plain and sliding-window attention"
+    return None
 
 
 def look_every(device: torch.device) -> int:
@@ -98,7 +116,7 @@ class Decoding:
         """Decode; ``generate`` calls this.
 
         Args:
-            model: one that :func:`can_select_rows`.
+            model: one for which :func:`why_not_selectable` returns None.
             input_ids: [number of prompts, P], padded on the left.
             logits_processor: temperature and top_p; it is given no tokens.
             generation_config: how many tokens, and where to stop.
@@ -111,12 +129,15 @@ class Decoding:
         mask = model_kwargs.get("attention_mask")
         lengths = (torch.ones_like(input_ids) if mask is None else mask).sum(1)
         num_rows, max_new_tokens = len(input_ids) * self._num_samples, generation_config.max_new_tokens
+        cache_argument = next(name for name in _CACHE_ARGUMENTS if name in inspect.signature(model.forward).parameters)
         loop = _Loop(
             model,
             {name: model_kwargs[name] for name in ("use_cache", "logits_to_keep") if name in model_kwargs},
             logits_processor,
             generation_config.eos_token_id,
-            model_kwargs["past_key_values"],
+            cache_argument,
+            # Found by its type: `generate` and a model may name the argument differently.
+            next(value for value in model_kwargs.values() if isinstance(value, Cache)),
             prompts=input_ids,
             lengths=lengths,
             # The last column takes what is drawn for rows that are done.
@@ -196,6 +217,7 @@ class _Loop:
         options: of its forward pass.
         processor: of the logits.
         stop_ids: tokens that end a response.
+        cache_argument: name of the argument of ``forward`` that takes the cache.
         empty_cache: to be copied.
         prompts: [number of prompts, P] long, padded on the left.
         lengths: [number of prompts] long, tokens of a prompt.
@@ -206,6 +228,7 @@ class _Loop:
     options: dict[str, Any]
     processor: LogitsProcessorList
     stop_ids: Sequence[int]
+    cache_argument: str
     empty_cache: Cache
     prompts: Tensor
     lengths: Tensor
@@ -232,7 +255,7 @@ class _Loop:
             input_ids=self.prompts[prompts, -width:],
             attention_mask=(positions >= 0).long(),
             position_ids=positions.clamp(min=0),
-            past_key_values=cache,
+            **{self.cache_argument: cache},
             **self.options,
         ).logits[:, -1]
         remaining = torch.full_like(of_row, self.output.shape[1] - 1)
@@ -250,7 +273,7 @@ class _Loop:
                 input_ids=rows.tokens[:, None],
                 attention_mask=None if rows.mask is None else rows.mask[:, : rows.width + 1],
                 position_ids=rows.lengths[:, None],
-                past_key_values=rows.cache,
+                **{self.cache_argument: rows.cache},
                 **self.options,
             ).logits[:, -1]
             rows.width += 1

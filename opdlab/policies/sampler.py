@@ -3,17 +3,19 @@
 Shapes: B rollouts, P prompt tokens (padded on the left), T response tokens.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from opdlab.errors import require
-from opdlab.policies.decoding import Decoding, can_select_rows
+from opdlab.policies.decoding import Decoding, why_not_selectable
 from opdlab.policies.language_model import LanguageModel
 from opdlab.progress import Progress, SilentProgress
 from opdlab.rollouts.batch import StopReason
@@ -70,6 +72,25 @@ class Samples(NamedTuple):
     stop_reasons: Tensor
 
 
+def uses_own_loop(model: PreTrainedModel) -> bool:
+    """Return True if a model is sampled by :class:`opdlab.policies.decoding.Decoding`.
+
+    If it is not, transformers' own loop samples it, and one line says so and why, once in a process.
+
+    Args:
+        model: a causal language model.
+    """
+    reason = why_not_selectable(model)
+    if reason is not None:
+        _announce_fallback(type(model).__name__, reason)
+    return reason is None
+
+
+@functools.cache
+def _announce_fallback(architecture: str, reason: str) -> None:
+    rank_zero_info(f"sampling: {architecture} is decoded by transformers' own loop, which is slower, because {reason}")
+
+
 class Sampler:
     """Samples responses from a language model.
 
@@ -99,7 +120,7 @@ class Sampler:
         width = max(map(len, prompts))
         masks = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
         padded = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
-        decode = self._decode if can_select_rows(model.model) else self._decode_in_chunks
+        decode = self._decode if uses_own_loop(model.model) else self._decode_in_chunks
         total = len(prompts) * config.num_samples * config.max_new_tokens
         with (progress or SilentProgress()).task("sampling", total) as advance:
             tokens = decode(model, padded, masks, seed, advance)

@@ -26,7 +26,7 @@ from tests.toy_run import STUDENT, Run
 
 def test_generate_samples_as_opdlab_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # With transformers' loop, which draws its random numbers as the exported model will.
-    monkeypatch.setattr("opdlab.policies.sampler.can_select_rows", lambda model: False)
+    monkeypatch.setattr("opdlab.policies.sampler.uses_own_loop", lambda model: False)
     model = LanguageModel(STUDENT)
     model.stop_ids = [1, 12]  # the tokenizer's, and one of a generation config
     model.model.generation_config.repetition_penalty = 5.0  # opdlab leaves it out, so the export must too

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Cache,
     GenerationConfig,
     GPT2Config,
     JambaConfig,
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 from opdlab.policies import LanguageModel, decoding
-from opdlab.policies.decoding import Decoding, can_select_rows, draw
+from opdlab.policies.decoding import Decoding, draw, why_not_selectable
 from opdlab.tasks.toy.chain import chain_problems
 from tests.policies.tiny_models import COMMON, CONFIGS, IDS
 
@@ -163,10 +164,11 @@ class _Passes:
         self.widths: list[int] = []
         forward = model.forward
 
-        def recording(input_ids: Tensor, past_key_values: Any, **options: Any) -> Any:
+        def recording(input_ids: Tensor, **options: Any) -> Any:
+            [cache] = [value for value in options.values() if isinstance(value, Cache)]
             self.shapes.append((input_ids.shape[0], input_ids.shape[1]))
-            self.widths.append(past_key_values.get_seq_length() + input_ids.shape[1])
-            return forward(input_ids=input_ids, past_key_values=past_key_values, **options)
+            self.widths.append(cache.get_seq_length() + input_ids.shape[1])
+            return forward(input_ids=input_ids, **options)
 
         recording.__signature__ = inspect.signature(forward)  # type: ignore[attr-defined]
         monkeypatch.setattr(model, "forward", recording)
@@ -263,17 +265,17 @@ UNKNOWN: dict[str, Callable[[], Any]] = {
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_known_models(name: str) -> None:
-    assert can_select_rows(random_model(CONFIGS[name]()))
+    assert why_not_selectable(random_model(CONFIGS[name]())) is None
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_models_that_carry_something_else_are_left_to_transformers(name: str) -> None:
-    assert not can_select_rows(random_model(UNKNOWN[name]()))
+    assert why_not_selectable(random_model(UNKNOWN[name]())) is not None
 
 
 def test_an_encoder_is_left_to_transformers() -> None:
     config = T5Config(vocab_size=38, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    assert not can_select_rows(T5ForConditionalGeneration(config))
+    assert why_not_selectable(T5ForConditionalGeneration(config)) is not None
 
 
 @pytest.mark.parametrize("method", ["prepare_inputs_for_generation", "_update_model_kwargs_for_generation"])
@@ -281,21 +283,21 @@ def test_models_that_generate_in_a_way_of_their_own_are_left_to_transformers(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = small_model(38)
-    assert can_select_rows(model)
+    assert why_not_selectable(model) is None
     monkeypatch.setattr(type(model), method, lambda self, *args, **kwargs: None)
-    assert not can_select_rows(model)
+    assert why_not_selectable(model) is not None
 
 
 def test_models_with_a_state_of_their_own_are_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LlamaForCausalLM, "_is_stateful", True)
-    assert not can_select_rows(small_model(38))
+    assert why_not_selectable(small_model(38)) is not None
 
 
 def test_sharded_models_are_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     for function in ("is_deepspeed_zero3_enabled", "is_fsdp_managed_module"):
         with monkeypatch.context() as patch:
             patch.setattr(decoding, function, lambda *args: True)
-            assert not can_select_rows(small_model(38))
+            assert why_not_selectable(small_model(38)) is not None
 
 
 def test_draw_follows_the_probabilities() -> None:

@@ -42,7 +42,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 @pytest.fixture(autouse=True, params=["own loop", "loop of transformers"])
 def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param != "own loop":
-        monkeypatch.setattr(sampler, "can_select_rows", lambda model: False)
+        monkeypatch.setattr(sampler, "uses_own_loop", lambda model: False)
 
 
 def sample(model: LanguageModel, seed: int = 0, prompts: list[list[int]] = PROMPTS, **options: Any) -> Samples:
