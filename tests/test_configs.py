@@ -5,6 +5,8 @@ stacked on the quickstart, as its users would.
 """
 
 import json
+import re
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -183,10 +185,21 @@ def test_paper_configurations_are_the_papers(monkeypatch: pytest.MonkeyPatch) ->
     assert all(config == rest[0] for config in rest)  # they differ in nothing else
 
 
+def test_the_papers_smaller_mini_batch_as_its_readme_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = (CONFIGS / "paper/README.md").read_text().replace("\\\n", " ")
+    command = re.search(r"^opdlab fit (.* --data\.reuse\.batch_size 8 .*)$", readme, re.MULTILINE)
+    assert command is not None
+    config = parsed(shlex.split(command[1]), monkeypatch)
+    check_paper_hyperparameters(config)
+    assert config.behavior_refresh.every_n_steps == 8  # the steps of a pool: the first is without drift
+
+
 def check_paper_hyperparameters(config: Any) -> None:
     for sampling in (config.model.sampling, config.model.eval_sampling):
         figures = (sampling.num_samples, sampling.temperature, sampling.top_p, sampling.max_new_tokens)
         assert figures == (8, 1.0, 0.9, 16384)
+    assert config.model.student.init_args.path == "Qwen/Qwen3-1.7B-Base"
+    assert config.model.teacher.init_args.path == "Thinking-Space/Qwen3-4B-Base-GRPO"
     assert config.model.optimizer.init_args.lr == 2e-6
     assert config.data.max_prompt_tokens == 2048
     assert set(config.data.benchmarks) == {"math500", "aime24", "aime25", "amc23"}

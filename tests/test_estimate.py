@@ -339,7 +339,7 @@ def opdlab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def paper_models(folder: Path) -> list[str]:
-    """Folders with the published sizes of Qwen3-1.7B-Base and Qwen3-4B, and no weights."""
+    """Folders with the published sizes of Qwen3-1.7B-Base and Qwen3-4B-Base, and no weights."""
     same = {"vocab_size": 151936, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True}
     student = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}
     teacher = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}

@@ -13,7 +13,7 @@ from opdlab.errors import require
 Reference = Literal["behavior", "current"]
 
 # exp(20) is 5e8: a ratio beyond it carries no information, and without a bound one token overflows the batch. The
-# bound of the paper's code base.
+# paper's code base has this bound on the importance weight of its KL term, not in its policy loss.
 _MAX_LOG_RATIO = 20.0
 
 
