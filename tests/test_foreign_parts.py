@@ -1,0 +1,197 @@
+"""Private parts of other packages: each is listed here, exists in the installed versions, and does what it is used for.
+
+A release of another package may rename any of them. The tests then fail here, with the name, instead of in a feature
+that switches itself off.
+"""
+
+import ast
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from opdlab.policies import LanguageModel, Sampler, SamplingConfig
+from opdlab.policies.decoding import Decoding, why_not_selectable
+from tests.toy_run import STUDENT
+
+ROOT = Path(__file__).parents[1]
+
+# Private name -> (module, class or object that has it, what opdlab needs it for).
+ATTRIBUTES = {
+    "_is_stateful": ("transformers", "PreTrainedModel", "which models the decoding loop can take"),
+    "_supports_default_dynamic_cache": ("transformers", "GenerationMixin", "which models the decoding loop can take"),
+    "_attn_implementation": ("transformers", "PretrainedConfig", "whether rows may be packed"),
+    "_hf_peft_config_loaded": ("transformers", "PreTrainedModel", "whether a model has an adapter"),
+    "_call_impl": ("torch.nn", "Module", "compiled layers that decode as they are"),
+    "_compiled_call_impl": ("torch.nn", "Module", "compiled layers that decode as they are"),
+    "_apply": ("torch.nn", "Module", "a snapshot that stays on the host"),
+    "_set_params_and_buffers_to_ignore_for_model": (
+        "torch.nn.parallel",
+        "DistributedDataParallel",
+        "a snapshot that stays on the host",
+    ),
+    "_get_file_writer": ("torch.utils.tensorboard", "SummaryWriter", "hyperparameters with their metrics"),
+    "_logger_connector": ("lightning.pytorch", "Trainer()", "the metrics of a run's last step"),
+    "_last_global_step_saved": ("lightning.pytorch.callbacks", "ModelCheckpoint()", "no checkpoint twice"),
+    "_init_progress": ("lightning.pytorch.callbacks", "RichProgressBar", "the line below the bars"),
+    "_stop_progress": ("lightning.pytorch.callbacks", "RichProgressBar", "the line below the bars"),
+    "_add_task": ("lightning.pytorch.callbacks", "RichProgressBar", "bars for sampling and scoring"),
+    "_update": ("lightning.pytorch.callbacks", "RichProgressBar", "the bar of a resumed run"),
+    "_get": ("lightning.pytorch.cli", "LightningCLI", "model and data of a parsed configuration"),
+    "_subcommand_parsers": ("lightning.pytorch.cli", "LightningCLI.__init__", "the keys that exist, for messages"),
+    "_actions": ("jsonargparse", "ArgumentParser()", "the options that exist, for messages"),
+    "_buffers": ("torch.nn", "Module()", "buffers that a model replaced while it was on the device"),
+    "_Inequality": ("sympy.core.relational", "", "inequalities among parsed answers"),
+    "_to_sync": ("torchmetrics", "MeanMetric()", "whether a metric is summed over processes"),
+    "_exit": ("os", "", "ends a fork without the parent's clean-up"),
+}
+MODULES = {
+    "torch._inductor.cpp_builder": ("get_cpp_compiler", "whether torch finds a compiler"),
+    "torch._inductor.exc": ("InvalidCxxCompiler", "whether torch finds a compiler"),
+}
+
+
+def sources() -> Iterator[tuple[Path, ast.Module]]:
+    for folder in ("opdlab", "strategies", "callbacks"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            if not any(part.is_symlink() for part in (path, *path.parents)):
+                yield path, ast.parse(path.read_text())
+
+
+def private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name != "_"
+
+
+def definitions(cls: ast.ClassDef) -> set[str]:
+    """Return the private attributes that a class sets: methods, class variables, `self._name = …`."""
+    found = {node.name for node in cls.body if isinstance(node, ast.FunctionDef)}
+    for node in ast.walk(cls):
+        if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+            found |= {node.id} if isinstance(node, ast.Name) else set()
+            found |= {node.attr} if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "self" else set()
+    return {name for name in found if private(name)}
+
+
+def foreign_attributes() -> set[str]:
+    """Return the private attributes that opdlab reads or sets and that no class of its own defines."""
+    classes = {node.name: node for _, tree in sources() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
+    own = {name: definitions(cls) for name, cls in classes.items()}
+
+    def inherited(name: str) -> set[str]:
+        bases = [ast.unparse(base).partition("[")[0] for base in classes[name].bases]
+        return own[name].union(*(inherited(base) for base in bases if base in classes))
+
+    foreign: set[str] = set()
+    seen: set[int] = set()
+    for name, cls in classes.items():
+        for node in ast.walk(cls):
+            if isinstance(node, ast.Attribute) and private(node.attr) and ast.unparse(node.value) in ("self", "cls"):
+                seen.add(id(node))
+                foreign |= {node.attr} - inherited(name)
+    everywhere: set[str] = set().union(*own.values())
+    for _, tree in sources():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and private(node.attr) and id(node) not in seen:
+                constant = node.attr.isupper()  # of another module of ours
+                ours = node.attr in everywhere and ast.unparse(node.value) != "super()"
+                foreign |= set() if constant or ours else {node.attr}
+    return foreign
+
+
+def test_every_private_part_of_another_package_is_listed() -> None:
+    modules = set()
+    for _, tree in sources():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith("opdlab"):
+                assert not any(private(alias.name) for alias in node.names), ast.unparse(node)
+                if any(private(part) for part in node.module.split(".")):
+                    modules.add(node.module)
+    assert foreign_attributes() == set(ATTRIBUTES)
+    assert modules == set(MODULES)
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_it_exists(name: str) -> None:
+    module, owner, use = ATTRIBUTES[name]
+    holder: Any = importlib.import_module(module)
+    if owner.endswith(".__init__"):
+        # Set while it parses: found in the code, since an instance would need a command line.
+        init = getattr(holder, owner.removesuffix(".__init__"))
+        assert name in {n for method in vars(init).values() for n in getattr(_code(method), "co_names", ())}, use
+        return
+    if owner:
+        holder = getattr(holder, owner.removesuffix("()"))
+        holder = holder() if owner.endswith("()") else holder
+    assert hasattr(holder, name), f"{module}.{owner} has no {name} any more, which opdlab needs for {use}"
+
+
+def _code(method: object) -> object:
+    return getattr(method, "__code__", None)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_private_modules_exist(module: str) -> None:
+    name, use = MODULES[module]
+    assert hasattr(importlib.import_module(module), name), use
+
+
+# -- what they are for -----------------------------------------------------------------------------------------------
+
+
+def smollm2() -> Any:
+    """Return a small model of SmolLM2's architecture, random."""
+    config = LlamaConfig(
+        vocab_size=38,
+        hidden_size=18,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+        rope_theta=100_000,
+        attention_bias=False,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("architecture", ["toy", "SmolLM2"])
+def test_the_decoding_loop_is_on(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LanguageModel(STUDENT)
+    if architecture == "SmolLM2":
+        model.model = smollm2()
+    assert why_not_selectable(model.model) is None
+    calls = []
+    plain = Decoding.__call__
+
+    def recorded(self: Decoding, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self)
+        return plain(self, *args, **kwargs)
+
+    monkeypatch.setattr(Decoding, "__call__", recorded)
+    samples = Sampler(SamplingConfig(num_samples=2, max_new_tokens=5)).sample(model, [[5, 6, 7], [8, 9]], seed=0)
+    assert samples.tokens.shape[0] == 4
+    assert len(calls) == 1
+
+
+def test_a_model_that_cannot_use_the_loop_is_told_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = LanguageModel(STUDENT)
+    monkeypatch.setattr(type(model.model), "_is_stateful", True)
+    sampler = Sampler(SamplingConfig(max_new_tokens=3))
+    with caplog.at_level("INFO"):
+        for seed in (0, 1):
+            sampler.sample(model, [[5, 6, 7]], seed=seed)
+    lines = [record.getMessage() for record in caplog.records if "transformers' own loop" in record.getMessage()]
+    assert lines == [
+        "sampling: Qwen3ForCausalLM is decoded by transformers' own loop, which is slower, because it carries more "
+        "than keys and values from token to token"
+    ]
