@@ -1,9 +1,10 @@
 """What a training step costs, and how long training takes to a given accuracy.
 
-Three programs do the same distillation, each in a process of its own, one after the other, round by round:
+Four programs do the same distillation, each in a process of its own, one after the other, round by round:
 
 - ``opdlab`` (``step_opdlab.py``): Lightning's Trainer with the module, data, callbacks and logger that the command line
   sets up.
+- ``opdlab_generate`` (``step_opdlab_generate.py``): the same, sampled by transformers' own loop instead of opdlab's.
 - ``bare`` (``step_bare.py``): a plain torch loop that does the same work on as many tokens, without Lightning and
   without a log.
 - ``trl`` (``step_trl.py``): TRL's ``DistillationTrainer``: full-vocabulary reverse KL on fresh rollouts at each step,
@@ -29,7 +30,7 @@ from typing import Any
 from common import machine, median, pairwise_ratios, run_child, spread, versions
 from step_common import CASES, PARTS, Task, endless
 
-PROGRAMS = ("opdlab", "bare", "trl")
+PROGRAMS = ("opdlab", "opdlab_generate", "bare", "trl")
 PACKAGES = ("torch", "lightning", "transformers", "trl", "accelerate")
 FIGURES = {
     "seconds_per_step": "s a step",
@@ -89,7 +90,7 @@ class Options:
         )
         reached = f", pass@1 {answer['history'][-1][2]:.3f} after {answer['steps']} steps" if answer["history"] else ""
         print(
-            f"{program:7} {answer['seconds']:7.2f} s, {answer['seconds_per_step']:.3f} s a step"
+            f"{program:15} {answer['seconds']:7.2f} s, {answer['seconds_per_step']:.3f} s a step"
             f"{reached} (load {answer['load_average']:.1f})",
             file=sys.stderr,
         )
@@ -273,7 +274,7 @@ def measure(given: argparse.Namespace, measurements: list[str], models: Path) ->
             check_equal_tokens(runs, steps * case.batch_size * case.max_new_tokens)
         results["step"] = compare_steps(runs)
     if "target" in measurements:
-        compared = [program for program in programs if program != "bare"]
+        compared = [program for program in programs if program in ("opdlab", "trl")]
         runs = options.rounds_of(compared, lambda number: Task(given.case, models, given.max_steps, number, target))
         results["target"] = compare_targets(runs)
     rows = [row for name in measurements for rows in results[name]["runs"].values() for row in rows]
