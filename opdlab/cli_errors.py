@@ -4,11 +4,13 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
 from opdlab.errors import UsageError, last_refusal
+from opdlab.packages import package_trouble
 from opdlab.registry import suggestion
 
 _HELP = "opdlab fit --help"
@@ -48,6 +50,8 @@ def explain(error: BaseException, keys: Iterable[str] = (), *, command: str = _H
         'save_pools is maybe, but must be true or false'
     """
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+    if not isinstance(error, UsageError) and (said := _not_importable(error, text)) is not None:
+        return said
     text = re.sub(r'^Parser key "([^"]+)": ', r"\1: ", text)
     if match := re.search(r"Problem with given class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text):
         options = options_of(match[1])
@@ -64,6 +68,21 @@ def explain(error: BaseException, keys: Iterable[str] = (), *, command: str = _H
     if "invalid choice" in text or 'expected "subcommand"' in text:
         return f"{text}; or give `gates`, which lists the registered gates, or `estimate`"
     return text
+
+
+def _not_importable(error: BaseException, text: str) -> str | None:
+    """What is missing where the class of a class path cannot be imported; None where that is not what is wrong."""
+    trouble, written = package_trouble(error), re.search(r"given class_path '(([\w]+)[\w.]*)'", text)
+    if trouble is None or written is None:
+        return None
+    key = re.search(r'Parser key "([^"]+)"', text)
+    where = key[1] if key else written[1]
+    if f"No module named '{written[2]}'" in text:  # a name that the user made up is not one to install
+        return (
+            f"{where} is {written[1]}, but there is no module '{written[2]}': check the name, install its package, or "
+            f"start the command in the folder that holds it"
+        )
+    return f"{where} {trouble}"
 
 
 def _wrong_value(key: str, text: str) -> str | None:
@@ -122,18 +141,46 @@ def _nearest(key: str, known: list[str], command: str) -> str:
     return f"; did you mean '{section}.{near[0]}'?" if near else f"; its section has {', '.join(siblings)}"
 
 
-def root_usage_error(error: BaseException) -> BaseException:
+def root_usage_error(error: BaseException, config: Mapping[str, Any] | None = None) -> BaseException:
     """Return the :class:`UsageError` that is behind ``error``, or ``error`` where there is none.
 
     A value that may be of several types is tried with each. The parser then raises an error of its own that quotes
     what each has said, and is raised from the first alone.
+
+    Args:
+        error: of the parser.
+        config: as plain values; the key whose class lacks a package is looked up in it.
     """
+    seen: list[BaseException] = []
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, UsageError):
+    while cause is not None and cause not in seen and not isinstance(cause, UsageError):
+        seen.append(cause)
         cause = cause.__cause__
-    if cause is None and (said := last_refusal(within=str(error))) is not None:
+    if isinstance(cause, UsageError):
+        return cause
+    if (said := last_refusal(within=str(error))) is not None:
         return UsageError(said)
-    return cause or error
+    if (trouble := package_trouble(error)) is not None:
+        quoted = re.search(r"given class_path '([\w.]+)'", str(error))
+        key = _key_of(quoted[1], config or {}) if quoted else None
+        return UsageError(f"{key or (quoted[1] if quoted else 'opdlab')} {trouble}")
+    return error
+
+
+def _key_of(class_path: str, config: Any) -> str | None:
+    """Return the key that has a class, or None.
+
+    Example:
+        >>> _key_of("a.B", {"trainer": {"max_steps": 1, "logger": {"class_path": "a.B"}}})
+        'trainer.logger'
+    """
+    below = enumerate(config) if isinstance(config, list) else config.items() if isinstance(config, dict) else ()
+    for name, value in below:
+        if isinstance(value, dict) and value.get("class_path") == class_path:
+            return str(name)
+        if (key := _key_of(class_path, value)) is not None:
+            return f"{name}.{key}"
+    return None
 
 
 def options_of(class_path: str) -> list[str]:

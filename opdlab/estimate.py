@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from opdlab.errors import UsageError
+from opdlab.packages import package_trouble, require_package
 from opdlab.policies.adapters import AdapterConfig, attach_adapter
 from opdlab.policies.loading import ADAPTER_CONFIG, adapter_base, resolve
 from opdlab.scoring.head import MAX_TILE_LOGITS
@@ -265,6 +266,8 @@ def model_size(options: Mapping[str, Any], precision: str | int | None) -> Model
     more = {key: options[key] for key in ("revision", "trust_remote_code") if options.get(key)}
     source = resolve(path, with_config=False)  # config.json is enough, and AutoConfig says if it is missing
     gguf = {"gguf_file": options["gguf_file"]} if options.get("gguf_file") else {}
+    if gguf:
+        require_package("gguf", f"model '{path}'", "gguf")
     try:
         config = AutoConfig.from_pretrained(source, **more, **gguf)
         with torch.device("meta"):
@@ -275,6 +278,8 @@ def model_size(options: Mapping[str, Any], precision: str | int | None) -> Model
     except UsageError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        if (trouble := package_trouble(error)) is not None:
+            raise UsageError(f"model '{path}' {trouble}") from error
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UsageError(
             f"the configuration of model '{path}' cannot be read: check the name, the connection and, for a gated "

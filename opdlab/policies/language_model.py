@@ -19,6 +19,7 @@ from opdlab.policies.adapters import (
     keep_adapter_only,
     load_adapter,
     put_back_frozen,
+    require_peft,
     save_adapter,
     take_off_adapter,
 )
@@ -157,6 +158,8 @@ class LanguageModel(nn.Module):
         self, source: ModelSource, adapter: AdapterConfig | None
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         base = adapter_base(self.path)
+        if base is not None or adapter is not None:
+            require_peft(self.path if base is not None else None)  # before the weights are read, which may take long
         source = replace(source, path=base or self.path)
         model, tokenizer = source.load()
         resolved = resolve(source.path, with_config=False)

@@ -1,7 +1,6 @@
 """Reading models and tokenizers from folders, the hub, GGUF files and adapter folders; what cannot work is refused."""
 
 import importlib.resources
-import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from opdlab.errors import UsageError, require
+from opdlab.packages import is_installed, package_trouble, require_package
 from opdlab.policies.tokenizers import StopTokens
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -46,11 +46,7 @@ class ModelSource:
             f"quantization is '{self.quantization}', but must be one of {', '.join(get_args(Quantization))}",
         )
         for package, extra in self._packages():
-            require(
-                importlib.util.find_spec(package) is not None,
-                f"model '{self.path}' needs the package {package}, which is not installed: "
-                f"pip install 'opdlab[{extra}]'",
-            )
+            require_package(package, f"model '{self.path}'", extra)
         source = resolve(self.path, with_config=self.gguf_file is None)
         options = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         options |= {"gguf_file": self.gguf_file} if self.gguf_file else {}
@@ -105,18 +101,30 @@ class ModelSource:
             yield
         except Exception as error:  # the parsers of damaged files raise all kinds, tokenizers' a bare Exception
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            of_attention = isinstance(error, ImportError) or "attn_implementation" in first_line
-            if self.attn_implementation and of_attention:
-                raise UsageError(
-                    f"model '{self.path}': attn_implementation '{self.attn_implementation}' cannot be used: "
-                    f"{first_line}; leave it out for the default"
-                ) from error
+            kernel = self.attn_implementation
+            if kernel and (isinstance(error, ImportError) or "attn_implementation" in first_line):
+                reason = f"attn_implementation '{kernel}' cannot be used: {first_line.rstrip('.')}"
+                raise UsageError(f"model '{self.path}': {reason}; {_kernel_mend(kernel, error)}") from error
+            if (trouble := package_trouble(error)) is not None:  # a tokenizer's or a quantized model's package
+                raise UsageError(f"model '{self.path}' {trouble}") from error
             hint = (
                 "check that the folder is complete"
                 if Path(source).is_dir()
                 else "check the name and the connection, or give a folder written by save_pretrained"
             )
             raise UsageError(f"model '{self.path}' cannot be loaded: {hint} ({first_line})") from error
+
+
+def _kernel_mend(kernel: str, error: Exception) -> str:
+    """Return what to do where an attention kernel cannot be used, with the command that installs its package."""
+    default = "leave it out for the default"
+    if not isinstance(error, ImportError):
+        return default
+    if kernel.endswith("flash_attention_2") and not is_installed("flash_attn"):
+        return f"pip install flash-attn --no-build-isolation, or {default}"
+    if not is_installed("kernels") and ("/" in kernel or "flash_attention" in kernel):
+        return f"pip install 'transformers[kernels]', or {default}"
+    return default
 
 
 def resolve(path: str, with_config: bool = True) -> str:

@@ -33,6 +33,7 @@ from tests.policies.tiny_models import CONFIGS, rollouts, save_random
 from tests.test_resume import SaveAt
 from tests.toy_run import STUDENT, TEACHER, Run
 
+pytestmark = pytest.mark.usefixtures("peft_pair")
 MakeRun = Callable[..., Run]
 HEAD = AdapterConfig(r=2, alpha=4, target_modules=["q_proj", "lm_head"])
 TOKENS = torch.tensor([[5, 6, 7, 8, 9, 20, 11]])

@@ -1,7 +1,7 @@
 """Adapters: small updates on shared weights, in small checkpoints, agreeing with peft."""
 
-import importlib.util
 import json
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +21,7 @@ from tests.policies.tiny_models import CONFIGS, rollouts, save_random
 from tests.test_resume import SaveAt
 from tests.toy_run import STUDENT, Run
 
+pytestmark = pytest.mark.usefixtures("peft_pair")
 MakeRun = Callable[..., Run]
 SMALL = AdapterConfig(r=2, alpha=4, target_modules=["q_proj", "down_proj"])
 
@@ -211,10 +212,9 @@ def test_targets_that_do_not_exist(qwen3: Path) -> None:
 
 def test_peft_is_missing(qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     LanguageModel(str(qwen3), adapter=SMALL).save(tmp_path)
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else found(name, *rest))
+    monkeypatch.setitem(sys.modules, "peft", None)
     for path, adapter in ((qwen3, SMALL), (tmp_path, None)):
-        with pytest.raises(UsageError, match=r"needs the package peft, .* pip install 'opdlab\[peft\]'"):
+        with pytest.raises(UsageError, match=r"needs peft, .* pip install 'opdlab\[peft\]'"):
             LanguageModel(str(path), adapter=adapter)
 
 

@@ -47,6 +47,7 @@ def gradients(model: LanguageModel) -> tuple[Tensor, list[Tensor]]:
     return logprobs.detach(), list(torch.autograd.grad((logprobs * weights).sum(), trained, allow_unused=False))
 
 
+@pytest.mark.usefixtures("peft_pair")
 @pytest.mark.parametrize(
     ("adapter", "budget", "gradient_checkpointing"),
     [
@@ -114,6 +115,7 @@ def test_names_and_files_are_the_same(qwen3: str, graphs: list[int], tmp_path: P
         assert file.read_bytes() == (tmp_path / "compiled" / file.name).read_bytes()
 
 
+@pytest.mark.usefixtures("peft_pair")
 def test_the_teacher_below_an_adapter_is_not_compiled(qwen3: str, graphs: list[int]) -> None:
     student = LanguageModel(qwen3, adapter=AdapterConfig(r=2, target_modules=["q_proj"]), compile=True)
     student.score(rollouts())

@@ -306,6 +306,7 @@ def test_strategies_that_place_weights_are_refused() -> None:
             keep_from_strategy(root, "behavior", strategy, "model.behavior.offload")
 
 
+@pytest.mark.usefixtures("peft_pair")
 def test_an_adapters_snapshot_is_refused() -> None:
     student = LanguageModel(STUDENT, adapter=AdapterConfig(r=2))
     with pytest.raises(UsageError, match="behavior.offload is true, but a student with an adapter shares its weights"):

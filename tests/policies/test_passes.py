@@ -164,6 +164,7 @@ def test_losses_are_those_of_a_padded_batch(
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.usefixtures("peft_pair")
 @pytest.mark.parametrize("adapter", [None, AdapterConfig(r=2), AdapterConfig(r=2, use_dora=True)])
 def test_adapters_and_checkpointed_layers(
     folders: dict[str, str], adapter: AdapterConfig | None, gradient_checkpointing: bool, layout: str

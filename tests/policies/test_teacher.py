@@ -1,6 +1,6 @@
 """The local teacher: its targets are those of the model itself, and a foreign vocabulary is refused."""
 
-import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,11 +204,8 @@ def test_additional_tokens_are_refused() -> None:
 
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_quantization_needs_its_package(plain: Path, quantization: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == "bitsandbytes" else found(name, *rest)
-    )
-    with pytest.raises(UsageError, match=r"needs the package bitsandbytes, .* pip install 'opdlab\[bitsandbytes\]'"):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UsageError, match=r"needs bitsandbytes, .* pip install 'opdlab\[bitsandbytes\]'"):
         LocalTeacher(str(plain), quantization=quantization)
 
 

@@ -71,6 +71,7 @@ def test_behavior_logprobs_that_the_step_fills_in_are_recorded(make_run: MakeRun
     assert torch.equal(rollouts.behavior_logprobs, own)
 
 
+@pytest.mark.usefixtures("peft_pair")
 def test_only_the_adapter_is_recorded(make_run: MakeRun) -> None:
     student = LanguageModel(STUDENT, adapter=AdapterConfig(r=2, target_modules=["q_proj"]))
     run, folder, watcher = record_run(make_run, [2], 2, student=student)
@@ -136,6 +137,7 @@ def test_damaged_records_are_refused(make_run: MakeRun, damage: Callable[[Path],
         read_record(path)
 
 
+@pytest.mark.usefixtures("peft_pair")
 def test_weights_that_are_damaged_or_of_another_model_are_refused(make_run: MakeRun) -> None:
     run, folder, watcher = record_run(make_run, [1], 1)
     record = read_record(record_folders(folder)[1])

@@ -114,6 +114,10 @@ def test_a_configuration_that_cannot_run_is_found_before_anything_runs(
         (["run", "paper-toi-mild"], "did you mean 'paper-toy-mild'?"),
         (["run", "tiny.yaml", "--jobs", "0"], "--jobs is 0"),
         (["run", "tiny.yaml", "--cluster", "slurm"], "timeout_min"),
+        (
+            ["run", "tiny.yaml", "--cluster", "slurm", "--parameters.timeout_min", "9"],
+            "--cluster slurm cannot be used: ",
+        ),
         (["run", "tiny.yaml", "--cluster", "moon"], "--cluster moon cannot be used"),
         (["run", "tiny.yaml", "--parameters.timeuot", "3"], "'timeuot', but the local cluster knows: timeout_min"),
         (["run", "tiny.yaml", "--folder", "tiny.yaml/x"], "cannot be written"),

@@ -1,0 +1,190 @@
+"""Optional packages: one line with the command that mends it where one is missing, broken, or of a wrong version."""
+
+import importlib.metadata
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from importlib.util import find_spec
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.version import InvalidVersion, Version
+
+from opdlab.errors import UsageError
+
+# Where transformers keeps the lowest version that it works with. A name that is gone is not compared.
+_LOWEST = {
+    "accelerate": ("transformers.utils.import_utils", "ACCELERATE_MIN_VERSION"),
+    "bitsandbytes": ("transformers.utils.import_utils", "BITSANDBYTES_MIN_VERSION"),
+    "gguf": ("transformers.utils.import_utils", "GGUF_MIN_VERSION"),
+    "peft": ("transformers.integrations.peft", "MIN_PEFT_VERSION"),
+}
+# Modules whose distribution has another name, apart from underscores.
+_DISTRIBUTIONS = {"PIL": "pillow", "google": "protobuf", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+_REQUIREMENT = re.compile(r"Requirement '([^']+)' not met")  # lightning_utilities' RequirementCache
+_COMMAND = re.compile(r"pip install (?:-U |--upgrade )?(?:'[^']+'|\"[^\"]+\"|[\w\-.\[\],<>=~!]*[\w\]])")
+
+
+def require_package(name: str, why: str, extra: str) -> None:
+    """Import an optional package, or refuse to go on.
+
+    Args:
+        name: of its module, which is also that of its distribution.
+        why: the key or file that needs it, with which the message begins.
+        extra: the extra of opdlab that installs it.
+
+    Raises:
+        UsageError: it is missing, cannot be imported, or transformers asks for another version.
+
+    Example:
+        >>> require_package("no_such_package", "model.student.adapter", "peft")
+        Traceback (most recent call last):
+        ...
+        opdlab.errors.UsageError: model.student.adapter needs no-such-package, which is not installed: pip install
+        'opdlab[peft]'
+    """
+    command = f"pip install 'opdlab[{extra}]'"
+    if not is_installed(name):
+        raise UsageError(f"{why} needs {_distribution(name)}, which is not installed: {command}")
+    try:
+        import_module(name)
+    except Exception as error:  # libraries that cannot be loaded raise OSError, RuntimeError, …
+        missing = isinstance(error, ModuleNotFoundError) and (error.name or name).partition(".")[0] != name
+        mend = command if missing else f"pip install --force-reinstall --no-deps {name}"
+        said = f"importing {name} {_version(name)} fails ({_first_line(error)})"
+        raise UsageError(f"{why} needs {name}, but {said}: {mend}") from error
+    if (reason := refusal(name)) is not None:
+        raise UsageError(f"{why}: {reason}: {command}, which takes a pair that works")
+
+
+def is_installed(name: str) -> bool:
+    """True if a module can be found; a folder that only has its name (``wandb/`` holds runs) is not the module."""
+    try:
+        spec = find_spec(name)
+    except (ImportError, ValueError):  # ValueError: a stand-in without a spec in sys.modules
+        return False
+    return spec is not None and spec.origin is not None
+
+
+def refusal(name: str) -> str | None:
+    """Return why transformers refuses the installed version of a package, or None.
+
+    Example:
+        >>> refusal("torch") is None  # transformers keeps no lowest version of it where opdlab looks
+        True
+    """
+    lowest = None
+    with suppress(ImportError, AttributeError, KeyError):
+        module, constant = _LOWEST[name]
+        lowest = str(getattr(import_module(module), constant))
+    return _refused(name, lowest) if lowest is not None else None
+
+
+def _refused(name: str, lowest: str) -> str | None:
+    installed = _version(name)
+    with suppress(InvalidVersion):
+        if installed and Version(installed) < Version(lowest):
+            return f"transformers {_version('transformers')} refuses {name} {installed} (it asks for {lowest} or newer)"
+    return None
+
+
+@contextmanager
+def working_pair(name: str, why: str, extra: str) -> Iterator[None]:
+    """Require a package, and refuse in one line if transformers and the package fail together inside the block.
+
+    :func:`require_package` compares versions by a private name of transformers, which may go; and two versions may
+    fit by number and still not work together.
+
+    Args:
+        name: as in :func:`require_package`.
+        why: likewise.
+        extra: likewise.
+
+    Raises:
+        UsageError: as :func:`require_package`; or what is called inside lacks a name, or refuses a version.
+    """
+    require_package(name, why, extra)
+    try:
+        yield
+    except UsageError:
+        raise
+    except (ImportError, AttributeError, ValueError) as error:
+        line = _first_line(error)
+        if isinstance(error, ValueError) and not ("version" in line and name in line.lower()):
+            raise
+        lowest = re.search(r">= ?(\d[\w.]*)", line)
+        reason = _refused(name, lowest[1].rstrip(".")) if lowest else None
+        pair = f"transformers {_version('transformers')} and {name} {_version(name)}"
+        reason = reason or f"{pair} do not work together ({line})"
+        raise UsageError(f"{why}: {reason}: pip install 'opdlab[{extra}]', which takes a pair that works") from error
+
+
+def package_trouble(error: BaseException) -> str | None:
+    """Return what a failed import behind an error says, with the command that mends it; None where there is none.
+
+    Args:
+        error: its causes are looked through too.
+
+    Example:
+        >>> package_trouble(ModuleNotFoundError("No module named 'no_such_package'", name="no_such_package"))
+        'needs no-such-package, which is not installed: pip install no-such-package'
+        >>> package_trouble(ImportError("Using X requires Y: `pip install 'Y>=2'`"))
+        "needs a package (Using X requires Y): pip install 'Y>=2'"
+    """
+    seen: list[BaseException] = []  # `raise error from error` makes a circle
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        if isinstance(cause, ImportError) and (said := _told(cause)) is not None:
+            return said
+        seen.append(cause)
+        cause = cause.__cause__
+    return None
+
+
+def _told(error: ImportError) -> str | None:
+    top = (error.name or "").partition(".")[0]
+    if top == "opdlab":  # a mistake of opdlab's own
+        return None
+    line = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError) and top and not is_installed(top):
+        wanted = "opdlab" if _is_own_requirement(_distribution(top)) else _distribution(top)
+        return f"needs {_distribution(top)}, which is not installed: pip install {wanted}"
+    with suppress(TypeError, InvalidRequirement):
+        required = Requirement(_REQUIREMENT.search(line)[1])  # type: ignore[index] # TypeError where nothing matches
+        if (installed := _version(required.name)) is None:
+            return f"needs {required.name}, which is not installed: pip install {required.name}"
+        return f"needs {required}, but {installed} is installed: pip install -U '{required}'"
+    if command := _COMMAND.search(line):
+        reason = line[: command.start()].rstrip(" `:'\"")
+        return f"needs a package ({reason}): {command[0]}"
+    installed = _version(top) if top else None
+    if installed is None:
+        return None
+    return f"needs {top}, but importing {top} {installed} fails ({line}): pip install --upgrade {_distribution(top)}"
+
+
+def _is_own_requirement(name: str) -> bool:
+    """True if opdlab requires a distribution without an extra, so that ``pip install opdlab`` brings it."""
+    try:
+        lines = importlib.metadata.requires("opdlab") or []
+    except importlib.metadata.PackageNotFoundError:  # read from a checkout that is not installed
+        return False
+    return any(Requirement(line).name == name for line in lines if "extra ==" not in line)
+
+
+def _distribution(module: str) -> str:
+    return _DISTRIBUTIONS.get(module, module.replace("_", "-"))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(_distribution(name))
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+__all__ = ["is_installed", "package_trouble", "refusal", "require_package", "working_pair"]
