@@ -59,11 +59,14 @@ test-lowest: .venv-uv/bin/uv ## the lowest versions that pyproject.toml allows
 	$(PYTHON) -m venv .venv-uv
 	.venv-uv/bin/python -m pip install --quiet --disable-pip-version-check uv
 
-# Without what only CUDA builds of torch need, so that they and CPU builds satisfy the file.
+# Without what only CUDA builds of torch need, so that they and CPU builds satisfy the file; and with a torch that
+# package indexes have as a CPU build.
+TORCH := torch<2.14
 constraints: .venv-uv/bin/uv ## write constraints.txt anew, from the ranges in pyproject.toml
+	echo '$(TORCH)' >.venv-uv/torch.txt
 	{ echo '# Versions with which `make test` has passed. Written by `make constraints`; `make demo` and `make test` install these.'; \
 	  .venv-uv/bin/uv pip compile --quiet --upgrade --universal --fork-strategy fewest --python-version 3.11 --all-extras \
-	  --no-annotate --no-header pyproject.toml | grep -vE '^(cuda|nvidia|triton)'; } >constraints.new
+	  --constraint .venv-uv/torch.txt --no-annotate --no-header pyproject.toml | grep -vE '^(cuda|nvidia|triton)'; } >constraints.new
 	mv constraints.new constraints.txt
 
 lint: $(INSTALLED)

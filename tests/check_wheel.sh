@@ -5,6 +5,10 @@ venv_python=$(cd "$(dirname "$2")" && pwd)/$(basename "$2")
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 "$venv_python" -m build --wheel --outdir "$folder/dist" . >"$folder/log" 2>&1 || { cat "$folder/log"; exit 1; }
+if grep -n "is absent from the .packages. configuration" "$folder/log"; then
+  echo "setuptools takes a folder with data for a package that is missing in pyproject.toml" >&2
+  exit 1
+fi
 "$venv_python" -m pip install --quiet --no-deps --target "$folder/site" "$folder"/dist/*.whl
 cd "$folder"
 # The editable install of the same package is found later on the path than PYTHONPATH.
@@ -24,3 +28,6 @@ print("wheel: imports, configurations, gates, toy models and page templates are 
 PY
 PYTHONPATH="$folder/site" "$venv_python" -m opdlab.tasks.toy.make_models --help >/dev/null
 PYTHONPATH="$folder/site" "$venv_python" -c "from opdlab.cli import main; raise SystemExit(main(['gates']))"
+PYTHONPATH="$folder/site" "$venv_python" -m opdlab fit -c quickstart --trainer.max_steps 2 --trainer.enable_progress_bar false \
+  --model.eval_sampling.num_samples 2 --model.evaluation.teacher false --model.evaluation.pass_at '[1]'
+test -f runs/quickstart/version_0/student/model.safetensors

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 # Files of the repository, and the pages that they are.
 PAGES = {
     "ARCHITECTURE.md": "project/architecture.md",
+    "CONTRIBUTING.md": "project/contributing.md",
     "CHANGELOG.md": "project/changelog.md",
     "configs/README.md": "project/configurations.md",
     "configs/paper/README.md": "project/paper_runs.md",
