@@ -13,8 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from opdlab.accumulation import gate_inputs, join_gate_inputs, split_gates
-from opdlab.data.datamodule import EvaluationBatch, PromptDataModule
-from opdlab.data.prompts import Prompt
+from opdlab.data.datamodule import PromptDataModule
 from opdlab.diagnostics import StepRecord, StepTrace, hidden_gradient_norms, merge_records, step_metrics, step_record
 from opdlab.errors import UsageError, require
 from opdlab.evaluation import EvaluationConfig, EvaluationModule, Evaluator, NoTeacher, submit_answers
@@ -26,7 +25,6 @@ from opdlab.policies import (
     LanguageModel,
     SamplingConfig,
     Teacher,
-    TeacherRequest,
     check_same_vocabulary,
     single_token_ids,
     warn_of_stop_tokens,
@@ -35,9 +33,9 @@ from opdlab.policies.language_model import Scored
 from opdlab.policies.loading import DType
 from opdlab.policies.offload import keep_from_strategy
 from opdlab.registry import suggestion
-from opdlab.rollouts import Minibatch, Pool, Rollouts, Targets
-from opdlab.rollouts.batch import StopReason
+from opdlab.rollouts import Pool
 from opdlab.rollouts.masking import mask_first_occurrences
+from opdlab.types import EvaluationBatch, Minibatch, Prompt, Rollouts, StopReason, Targets, TeacherRequest
 
 _CHECKPOINT_KEY = "opdlab"
 

@@ -18,8 +18,8 @@ from opdlab.gating import GateInputs, build_gate
 from opdlab.module import NonFiniteLossError, OPDModule
 from opdlab.objectives import Objective, SampledTokenOPD, TeacherTopK
 from opdlab.policies import BehaviorPolicy, LanguageModel, LocalTeacher, SamplingConfig, TeacherRequest
-from opdlab.rollouts.batch import trimmed
 from opdlab.tasks.toy.problems import ChainProblems
+from opdlab.types import trimmed
 from tests.toy_run import STUDENT, TEACHER, Run
 
 MakeRun = Callable[..., Run]

@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -45,7 +46,11 @@ PUBLIC = {
     "opdlab.tasks": [
         *("BoxedVerifier", "ExactMatchVerifier", "MathVerifier", "NumericVerifier", "Verdict", "Verifier"),
     ],
-    "opdlab.rollouts": ["Minibatch", "Pool", "RolloutLoader", "Rollouts", "StopReason", "Targets"],
+    "opdlab.types": [
+        *("EvaluationBatch", "Minibatch", "Problem", "Prompt", "Rollouts", "StopReason", "Targets", "TeacherRequest"),
+        *("id_dtype", "trimmed"),
+    ],
+    "opdlab.rollouts": ["Minibatch", "Pool", "ReuseConfig", "RolloutLoader", "Rollouts", "StopReason", "Targets"],
     "opdlab.policies": [
         *("AdapterConfig", "BaseTeacher", "StopTokens", "single_token_ids", "warn_of_stop_tokens"),
         *("BehaviorPolicy", "LanguageModel", "LocalTeacher", "Sampler", "Samples", "SamplingConfig", "Scored"),
@@ -76,6 +81,22 @@ def test_public_names(module: str) -> None:
     assert [name for name in PUBLIC[module] if not hasattr(imported, name)] == []
     if hasattr(imported, "__all__"):
         assert sorted(imported.__all__) == sorted(PUBLIC[module])
+
+
+def test_the_package_offers_its_public_names_lazily() -> None:
+    code = (
+        "import sys, opdlab; heavy = {'torch', 'lightning', 'transformers'} & set(sys.modules); "
+        "assert not heavy, heavy; print(*(getattr(opdlab, name) for name in dir(opdlab) if name in opdlab.__all__))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "OPDModule" in result.stdout
+    with pytest.raises(AttributeError, match="module 'opdlab' has no attribute 'Nothing'"):
+        opdlab.Nothing  # noqa: B018
+
+
+def test_type_checkers_see_every_public_name() -> None:
+    names = set(re.findall(r"^    from opdlab\S* import \w+ as (\w+)$", Path(opdlab.__file__).read_text(), re.M))
+    assert names | {"__version__"} == set(opdlab.__all__)
 
 
 def test_every_package_is_listed_for_the_wheel() -> None:

@@ -12,37 +12,14 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from opdlab.data.cleaning import CleaningAccount, CleaningConfig, clean
-from opdlab.data.prompts import ProblemSource, Prompt, PromptSet, prompt_set
-from opdlab.data.reuse import ReuseConfig
+from opdlab.data.prompts import ProblemSource, PromptSet, prompt_set
 from opdlab.errors import require
+from opdlab.rollouts import ReuseConfig, RolloutLoader
 from opdlab.tasks.verifier import Verifier
+from opdlab.types import EvaluationBatch, Prompt
 
 if TYPE_CHECKING:
     from opdlab.module import OPDModule
-    from opdlab.rollouts.loader import RolloutLoader
-
-
-@dataclass(frozen=True)
-class EvaluationBatch:
-    """Problems of one benchmark.
-
-    Args:
-        benchmark: its name.
-        prompts: the problems' prompts.
-        verifier: checks the answers.
-    """
-
-    benchmark: str
-    prompts: Sequence[Prompt]
-    verifier: Verifier | None
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def to(self, device: object, non_blocking: bool = False) -> "EvaluationBatch":
-        """Nothing to move: Lightning calls this for every batch."""
-        del device, non_blocking
-        return self
 
 
 class _Problems(Dataset[Prompt]):
@@ -149,10 +126,8 @@ class PromptDataModule(pl.LightningDataModule):
         module: OPDModule = self.trainer.lightning_module  # type: ignore[assignment]
         return module
 
-    def train_dataloader(self) -> "RolloutLoader":
+    def train_dataloader(self) -> RolloutLoader:
         """The rollout loader: it asks the module for a pool whenever it needs one."""
-        from opdlab.rollouts.loader import RolloutLoader
-
         assert self.trainer is not None
         assert self.train_prompts is not None
         return RolloutLoader(

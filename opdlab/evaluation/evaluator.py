@@ -6,17 +6,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from opdlab.data.datamodule import EvaluationBatch
 from opdlab.evaluation.config import EvaluationConfig
 from opdlab.evaluation.figures import MEAN, BenchmarkMetrics, over_benchmarks
 from opdlab.evaluation.samples import Sample, SampleFolder
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.sampler import Sampler, SamplingConfig
-from opdlab.policies.teacher import Teacher, TeacherRequest
+from opdlab.policies.teacher import Teacher
 from opdlab.progress import Progress
-from opdlab.rollouts.batch import Rollouts, StopReason
 from opdlab.seeds import derive_seed
 from opdlab.tasks.verifier import Verdict
+from opdlab.types import EvaluationBatch, Rollouts, StopReason, TeacherRequest
 
 Verdicts = Callable[[], list[Verdict]]
 

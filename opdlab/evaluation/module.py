@@ -9,15 +9,15 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
-from opdlab.data.datamodule import EvaluationBatch, PromptDataModule
+from opdlab.data.datamodule import PromptDataModule
 from opdlab.errors import UsageError
 from opdlab.evaluation.evaluator import Evaluator
 from opdlab.evaluation.samples import SampleFolder
 from opdlab.evaluation.settings import evaluation_settings, versions
 from opdlab.policies.language_model import LanguageModel
-from opdlab.policies.teacher import LocalTeacher, Teacher, TeacherRequest
+from opdlab.policies.teacher import LocalTeacher, Teacher
 from opdlab.progress import Progress, SilentProgress
-from opdlab.rollouts.batch import Rollouts, Targets
+from opdlab.types import EvaluationBatch, Rollouts, Targets, TeacherRequest
 
 
 class NoTeacher(Teacher):

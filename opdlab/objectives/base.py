@@ -10,9 +10,8 @@ from typing import Literal
 from torch import Tensor
 
 from opdlab.policies.language_model import Scored
-from opdlab.policies.teacher import TeacherRequest
 from opdlab.registry import Registry
-from opdlab.rollouts.batch import Rollouts, Targets
+from opdlab.types import Rollouts, Targets, TeacherRequest
 
 Reduction = Literal["token_mean", "sequence_mean"]
 

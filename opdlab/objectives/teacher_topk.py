@@ -4,9 +4,8 @@ from opdlab.errors import require
 from opdlab.objectives.base import Objective, PositionLosses, register_objective
 from opdlab.objectives.functional import teacher_topk_loss
 from opdlab.policies.language_model import Scored
-from opdlab.policies.teacher import TeacherRequest
-from opdlab.rollouts.batch import Rollouts, Targets
 from opdlab.scoring import support_statistics
+from opdlab.types import Rollouts, Targets, TeacherRequest
 
 
 @register_objective("teacher_topk")

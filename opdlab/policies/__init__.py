@@ -4,8 +4,9 @@ from opdlab.policies.adapters import AdapterConfig
 from opdlab.policies.behavior import BehaviorPolicy
 from opdlab.policies.language_model import LanguageModel, Scored
 from opdlab.policies.sampler import Sampler, Samples, SamplingConfig
-from opdlab.policies.teacher import BaseTeacher, LocalTeacher, Teacher, TeacherRequest
+from opdlab.policies.teacher import BaseTeacher, LocalTeacher, Teacher
 from opdlab.policies.tokenizers import StopTokens, check_same_vocabulary, single_token_ids, warn_of_stop_tokens
+from opdlab.types import TeacherRequest
 
 __all__ = [
     "AdapterConfig",

@@ -13,7 +13,7 @@ from opdlab.policies.loading import DType
 from opdlab.policies.offload import Conversion, on_device, pin_memory, without_moving
 from opdlab.policies.sampler import Sampler, SamplingConfig
 from opdlab.progress import Progress, SilentProgress
-from opdlab.rollouts.batch import Rollouts
+from opdlab.types import Rollouts
 
 
 class BehaviorPolicy(nn.Module):

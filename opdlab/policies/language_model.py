@@ -36,8 +36,8 @@ from opdlab.policies.loading import (
     stop_tokens_of,
 )
 from opdlab.policies.passes import FedRows, attention_may_pack, keeps_packed_rows_apart, last_hidden_state
-from opdlab.rollouts.batch import Rollouts
 from opdlab.scoring import Head, TokenStatistics, token_statistics
+from opdlab.types import Rollouts
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
 from opdlab.policies.lengths import recomputed_first
-from opdlab.rollouts.batch import Rollouts
+from opdlab.types import Rollouts
 
 # Tokens [R, W] and further arguments of the model's forward -> hidden states [R, W, H].
 Forward = Callable[[Tensor, Mapping[str, Any]], Tensor]

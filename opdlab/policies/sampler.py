@@ -16,8 +16,8 @@ from opdlab.errors import require
 from opdlab.policies.decoding import Decoding, can_select_rows
 from opdlab.policies.language_model import LanguageModel
 from opdlab.progress import Progress, SilentProgress
-from opdlab.rollouts.batch import StopReason
 from opdlab.seeds import derive_seed, seeded
+from opdlab.types import StopReason
 
 Advance: TypeAlias = Callable[[int], None]
 

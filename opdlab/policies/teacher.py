@@ -5,7 +5,6 @@ Shapes: B rollouts, T response tokens, K support.
 
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,23 +16,8 @@ from opdlab.policies.loading import DType, Quantization
 from opdlab.policies.offload import on_device
 from opdlab.policies.tokenizers import StopTokens
 from opdlab.progress import Progress, SilentProgress
-from opdlab.rollouts.batch import Rollouts, Targets, id_dtype
 from opdlab.scoring import topk_with_statistics
-
-
-@dataclass(frozen=True)
-class TeacherRequest:
-    """What an objective asks of the teacher, besides the log-probability of every sampled token.
-
-    Args:
-        top_k: size of the support whose ids and logits are wanted; 0 for none.
-        vocab_size: tokens that the student knows too: only these may enter the support. None for all.
-        entropy: whether the entropy of the teacher's distribution is wanted.
-    """
-
-    top_k: int = 0
-    vocab_size: int | None = None
-    entropy: bool = False
+from opdlab.types import Rollouts, Targets, TeacherRequest, id_dtype
 
 
 class Teacher(ABC):

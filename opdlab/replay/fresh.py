@@ -13,8 +13,8 @@ from opdlab.objectives import loss_shares
 from opdlab.replay.gradients import Autocast, StepGradients
 from opdlab.replay.record import RecordedStep
 from opdlab.rollouts import Minibatch
-from opdlab.rollouts.batch import trimmed
 from opdlab.seeds import derive_seed
+from opdlab.types import trimmed
 
 Tokens = tuple[int, ...]
 

@@ -1,6 +1,7 @@
 """Rollouts, and the loader that reuses them."""
 
-from opdlab.rollouts.batch import Minibatch, Rollouts, StopReason, Targets
 from opdlab.rollouts.loader import Pool, RolloutLoader
+from opdlab.rollouts.reuse import ReuseConfig
+from opdlab.types import Minibatch, Rollouts, StopReason, Targets
 
-__all__ = ["Minibatch", "Pool", "RolloutLoader", "Rollouts", "StopReason", "Targets"]
+__all__ = ["Minibatch", "Pool", "ReuseConfig", "RolloutLoader", "Rollouts", "StopReason", "Targets"]

@@ -8,11 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from opdlab.data.prompts import Prompt
-from opdlab.data.reuse import ReuseConfig
 from opdlab.errors import require
-from opdlab.rollouts.batch import Minibatch, Rollouts, Targets, trimmed
+from opdlab.rollouts.reuse import ReuseConfig
 from opdlab.seeds import derive_seed
+from opdlab.types import Minibatch, Prompt, Rollouts, Targets, trimmed
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from transformers import GPT2Config, OPTConfig, Qwen3Config
 from opdlab.errors import UsageError
 from opdlab.policies import LanguageModel
 from opdlab.policies.lengths import length_groups
-from opdlab.rollouts.batch import Rollouts
 from opdlab.tasks.toy import chain_tokenizer
+from opdlab.types import Rollouts
 from tests.policies.tiny_models import COMMON, CONFIGS, IDS, rollouts, save_random
 
 

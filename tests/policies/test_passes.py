@@ -16,7 +16,7 @@ from opdlab.gating import build_gate
 from opdlab.objectives import Objective, SampledTokenOPD, TeacherTopK, loss_shares, reduce_losses
 from opdlab.policies import AdapterConfig, LanguageModel, Scored
 from opdlab.policies.passes import attention_may_pack, keeps_packed_rows_apart
-from opdlab.rollouts.batch import Rollouts, Targets
+from opdlab.types import Rollouts, Targets
 from tests.policies.tiny_models import COMMON, CONFIGS, save_random
 
 # Largest error in float64; Gemma's norms reckon in float32 all the same.

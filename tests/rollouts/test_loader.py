@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from opdlab.data.prompts import Problem, Prompt
 from opdlab.errors import UsageError
 from opdlab.rollouts import Minibatch, Pool, RolloutLoader, Rollouts, Targets
+from opdlab.types import Problem, Prompt
 
 PROMPTS = [Prompt(i, Problem(str(i), str(i), None), (i,)) for i in range(11)]
 

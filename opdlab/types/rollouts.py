@@ -1,4 +1,4 @@
-"""What a rollout is: tokens, who sampled them, and what the teacher said of them.
+"""Rollouts, the teacher's targets for them, and the minibatches made of both.
 
 Shapes: B rollouts, P prompt tokens (padded on the left), T response tokens (from column 0, padded on the right),
 K support. Log-probabilities are in nats, at the sampling temperature.
@@ -7,12 +7,10 @@ K support. Log-probabilities are in nats, at the sampling temperature.
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-
-R = TypeVar("R", bound="_Rows")
 
 
 class StopReason(IntEnum):
@@ -25,7 +23,7 @@ class StopReason(IntEnum):
 
 
 class _Rows:
-    """Tensors that share their first dimension, cut and moved together."""
+    """Tensors that share their first dimension, so that they are cut and moved together."""
 
     def map(self, function: Any) -> Self:
         """Apply ``function`` to every tensor field."""
@@ -52,14 +50,15 @@ class _Rows:
 
 @dataclass(frozen=True)
 class Rollouts(_Rows):
-    """Sampled responses and the behavior policy's account of them.
+    """Sampled responses, and their log-probabilities under the behavior policy.
 
     Args:
         prompt_tokens: [B, P] long, padded on the left.
         prompt_mask: [B, P] bool.
         tokens: [B, T] long: the response, its stop token included.
         mask: [B, T] bool: valid response positions.
-        behavior_logprobs: [B, T] float32, nats: under the policy that sampled; 0 where the mask is 0.
+        behavior_logprobs: [B, T] float32, nats: under the policy that sampled (``old_log_prob`` in verl); 0 where the
+            mask is 0.
         stop_reasons: [B] long, see :class:`StopReason`.
         rollout_ids: [B] long, unique within a run.
         prompt_ids: [B] long, the prompt's row in the prompt set.
@@ -68,6 +67,24 @@ class Rollouts(_Rows):
         temperature: at which it was sampled and is scored.
         correct: [B] int8: 1 where the verifier accepts the answer, 0 where it does not, -1 where none was asked; or
             None where the training problems have no verifier.
+
+    Example:
+        One prompt of two tokens, answered twice: by three tokens of which the last is the stop token, and by one.
+
+        >>> rollouts = Rollouts(
+        ...     prompt_tokens=torch.tensor([[5, 9], [5, 9]]),
+        ...     prompt_mask=torch.ones(2, 2, dtype=torch.bool),
+        ...     tokens=torch.tensor([[7, 3, 1], [1, 0, 0]]),
+        ...     mask=torch.tensor([[True, True, True], [True, False, False]]),
+        ...     behavior_logprobs=torch.tensor([[-0.1, -2.3, -0.5], [-1.2, 0.0, 0.0]]),
+        ...     stop_reasons=torch.tensor([StopReason.EOS, StopReason.EOS]),
+        ...     rollout_ids=torch.tensor([0, 1]),
+        ...     prompt_ids=torch.tensor([0, 0]),
+        ...     sampled_at_step=torch.tensor([8, 8]),
+        ...     snapshot_step=torch.tensor([8, 8]),
+        ... )
+        >>> len(rollouts), rollouts.num_tokens, rollouts.rows(torch.tensor([1])).tokens
+        (2, tensor([3, 1]), tensor([[1, 0, 0]]))
     """
 
     prompt_tokens: Tensor
@@ -104,7 +121,7 @@ def id_dtype(vocab_size: int) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Targets(_Rows):
-    """What the teacher said of rollouts. Computed once per pool, never changed.
+    """The teacher's scores of rollouts. Computed once per buffer of rollouts, never changed.
 
     Args:
         logprobs: [B, T] float32, nats: of the sampled tokens; 0 where the mask is 0.
@@ -112,7 +129,19 @@ class Targets(_Rows):
             smallest type that holds every id (:func:`id_dtype`), which not every operation takes: ``.long()`` first.
         support_logits: [B, T, K] float32: their logits at the sampling temperature, or None.
         support_mass: [B, T] float32: the teacher's probability of the support, 0 to 1, or None.
-        entropy: [B, T] float32, nats: of the teacher's next-token distribution, or None where nobody asks for it.
+        entropy: [B, T] float32, nats: of the teacher's next-token distribution, or None if it is not requested.
+
+    Example:
+        A support of two tokens at each of the three positions of one rollout.
+
+        >>> targets = Targets(
+        ...     logprobs=torch.tensor([[-0.2, -1.9, -0.4]]),
+        ...     support_ids=torch.tensor([[[7, 4], [8, 3], [1, 2]]], dtype=torch.uint8),
+        ...     support_logits=torch.tensor([[[3.1, 0.4], [1.0, 0.9], [2.2, 0.1]]]),
+        ...     support_mass=torch.tensor([[0.97, 0.71, 0.92]]),
+        ... )
+        >>> targets.support_logits.shape
+        torch.Size([1, 3, 2])
     """
 
     logprobs: Tensor
@@ -120,6 +149,25 @@ class Targets(_Rows):
     support_logits: Tensor | None = None
     support_mass: Tensor | None = None
     entropy: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TeacherRequest:
+    """What an objective asks of the teacher, besides the log-probability of every sampled token.
+
+    Args:
+        top_k: K, size of the support whose ids and logits are wanted; 0 for none.
+        vocab_size: tokens that the student knows too: only these may enter the support. None for all.
+        entropy: whether the entropy of the teacher's distribution is wanted.
+
+    Example:
+        >>> TeacherRequest(top_k=32)
+        TeacherRequest(top_k=32, vocab_size=None, entropy=False)
+    """
+
+    top_k: int = 0
+    vocab_size: int | None = None
+    entropy: bool = False
 
 
 @dataclass(frozen=True)
@@ -177,6 +225,3 @@ def trimmed(rollouts: Rollouts, targets: Targets) -> tuple[Rollouts, Targets]:
         behavior_logprobs=rollouts.behavior_logprobs[:, :length],
     )
     return cut, targets.map(lambda tensor: tensor[:, :length])
-
-
-__all__ = ["Minibatch", "Rollouts", "StopReason", "Targets", "id_dtype", "trimmed"]
