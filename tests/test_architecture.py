@@ -1,7 +1,7 @@
 """The way through the package: no import cycle, neither of files nor of rooms."""
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -9,9 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"opdlab": "opdlab", "strategies": "opdlab.strategies", "callbacks": "opdlab.callbacks"}
-# The registry imports a plug-in's module by a name that it is handed; no import statement names it. The package's own
-# face names everything, and nothing imports it.
+# The package's own face names everything, and nothing imports it.
 FACE = "opdlab"
+# The command line names the modules of all commands. (The registry's built-ins are a string that it is handed.)
+TABLES = {FACE, "opdlab.cli", "opdlab.cli.commands"}
 # Rooms that are split off another one.
 ROOMS = {"opdlab.tasks.toy": "opdlab.toy"}
 
@@ -27,17 +28,22 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imported_names(tree: ast.AST, package: str) -> Iterator[str]:
-    """Yield what a file imports: at the top, inside functions, for type checkers, and by a name in a string."""
+def imports_of(tree: ast.AST, package: str, known: Container[str]) -> Iterator[str]:
+    """Yield what a file imports: at the top, inside functions, for type checkers, and by a name in a string.
+
+    Args:
+        tree: the file.
+        package: that the file stands in.
+        known: names of modules: what is imported from a package may be one of its modules.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            parent = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            base = ".".join([*parent, *([node.module] if node.module else [])])
+            parents = package.split(".")[: 1 - node.level or None] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
             for alias in node.names:
-                yield base
-                yield f"{base}.{alias.name}"
+                yield f"{base}.{alias.name}" if f"{base}.{alias.name}" in known else base
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if called in ("import_module", "__import__"):
@@ -49,23 +55,9 @@ def file_graph() -> dict[str, set[str]]:
     files, graph = modules(), {}
     for module, file in files.items():
         package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-        names = set(imported_names(ast.parse(file.read_text(encoding="utf-8")), package))
-        # `from package import module` counts for the module and not for its package.
-        below = {name.rpartition(".")[0] for name in names & files.keys() if name.rpartition(".")[0] in names}
-        graph[module] = {name for name in names & files.keys() if name not in (module, FACE)}
-        graph[module] -= {package for package in below if _only_a_path(file, package, files)}
+        names = set(imports_of(ast.parse(file.read_text(encoding="utf-8")), package, files))
+        graph[module] = (names & files.keys()) - {module, FACE} if module not in TABLES else set()
     return graph
-
-
-def _only_a_path(file: Path, package: str, files: Mapping[str, Path]) -> bool:
-    """Return whether a file takes nothing but modules from a package."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import) and package in (alias.name for alias in node.names):
-            return False
-        if isinstance(node, ast.ImportFrom) and node.module == package:
-            if any(f"{package}.{alias.name}" not in files for alias in node.names):
-                return False
-    return True
 
 
 def room_graph() -> dict[str, set[str]]:

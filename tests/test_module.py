@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from opdlab.accumulation import join_gate_inputs, split_gates
 from opdlab.data.prompts import prompt_set
 from opdlab.errors import UsageError
 from opdlab.evaluation import EvaluationConfig
@@ -19,6 +18,7 @@ from opdlab.module import NonFiniteLossError, OPDModule
 from opdlab.objectives import Objective, SampledTokenOPD, TeacherTopK
 from opdlab.policies import BehaviorPolicy, LanguageModel, LocalTeacher, SamplingConfig, TeacherRequest
 from opdlab.tasks.toy.problems import ChainProblems
+from opdlab.training import join_gate_inputs, split_gates
 from opdlab.types import trimmed
 from tests.toy_run import STUDENT, TEACHER, Run
 
@@ -30,6 +30,7 @@ class Watch(Callback):
 
     def __init__(self) -> None:
         self.batches: list[Any] = []
+        self.traces: list[Any] = []
         self.snapshots: list[torch.Tensor] = []
         self.students: list[torch.Tensor] = []
 
@@ -38,6 +39,7 @@ class Watch(Callback):
     ) -> None:
         assert isinstance(pl_module, OPDModule)
         self.batches.append(batch)
+        self.traces.append(outputs["trace"])
         # Copied before BehaviorRefresh acts only if this callback stands before it; see the test.
         self.snapshots.append(torch.cat([p.flatten() for p in pl_module.behavior.parameters()]).clone())
         self.students.append(torch.cat([p.detach().flatten() for p in pl_module.student.parameters()]).clone())
@@ -77,7 +79,7 @@ def test_first_minibatch_after_a_refresh_and_a_fresh_pool_has_no_drift(make_run:
 def test_the_snapshot_scores_only_what_the_students_own_pass_does_not(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, objective: Objective, accumulate: int
 ) -> None:
-    def run(equal: bool, reads: bool) -> tuple[Run, Watch, list[int]]:
+    def run(equal: bool) -> tuple[Run, Watch, list[int]]:
         watch, scored = Watch(), []
         made = make_run(objective=objective, refresh=4, accumulate=accumulate, callbacks=(watch,))
         policy = made.module.behavior.policy
@@ -87,24 +89,22 @@ def test_the_snapshot_scores_only_what_the_students_own_pass_does_not(
             return LanguageModel.score_in_chunks(policy, rollouts, batch_size)
 
         monkeypatch.setattr(policy, "score_in_chunks", counted)
-        monkeypatch.setattr(objective, "reads_behavior", reads, raising=False)
         if not equal:
             monkeypatch.setattr(made.module.behavior, "equals", lambda student: False)
         made.fit(8)
         return made, watch, scored
 
-    by_snapshot, seen, rows = run(equal=False, reads=True)
+    by_snapshot, seen, rows = run(equal=False)
     assert rows == [16, 16]  # two pools of 16 rollouts, in optimizer batches of 8
-    for reads in (objective.reads_behavior, True):
-        by_student, own, fewer = run(equal=True, reads=reads)
-        assert fewer == [8, 8]
-        torch.testing.assert_close(by_student.recorder.losses, by_snapshot.recorder.losses, rtol=1e-4, atol=1e-6)
-        assert by_student.recorder.steps[5]["train/drift/max"] == 0  # the second pool's first step
-        for mine, theirs in zip(own.batches, seen.batches, strict=True):
-            assert torch.equal(mine.rollouts.rollout_ids, theirs.rollouts.rollout_ids)
-            torch.testing.assert_close(
-                mine.rollouts.behavior_logprobs, theirs.rollouts.behavior_logprobs, rtol=0, atol=1e-3
-            )
+    by_student, own, fewer = run(equal=True)
+    assert fewer == [8, 8]
+    torch.testing.assert_close(by_student.recorder.losses, by_snapshot.recorder.losses, rtol=1e-4, atol=1e-6)
+    assert by_student.recorder.steps[5]["train/drift/max"] == 0  # the second pool's first step
+    for mine, theirs in zip(own.traces, seen.traces, strict=True):
+        assert torch.equal(mine.rollouts.rollout_ids, theirs.rollouts.rollout_ids)
+        torch.testing.assert_close(
+            mine.rollouts.behavior_logprobs, theirs.rollouts.behavior_logprobs, rtol=0, atol=1e-3
+        )
 
 
 def test_a_snapshot_that_is_not_the_student_scores_everything(make_run: MakeRun) -> None:
@@ -121,13 +121,13 @@ def test_reused_rollouts_keep_their_targets_to_the_bit(make_run: MakeRun) -> Non
     watch = Watch()
     make_run(callbacks=(watch,)).fit(4)  # two passes over one pool
     seen: dict[int, list[Any]] = {}
-    for batch in watch.batches:
+    for batch, trace in zip(watch.batches, watch.traces, strict=True):
         for row, rollout_id in enumerate(batch.rollouts.rollout_ids.tolist()):
             length = int(batch.rollouts.num_tokens[row])
             seen.setdefault(rollout_id, []).append(
                 (
                     batch.rollouts.tokens[row, :length],
-                    batch.rollouts.behavior_logprobs[row, :length],
+                    trace.rollouts.behavior_logprobs[row, :length],
                     batch.targets.logprobs[row, :length],
                     batch.targets.support_ids[row, :length],
                     batch.targets.support_logits[row, :length],

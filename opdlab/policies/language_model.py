@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,15 @@ from opdlab.policies.loading import (
     stop_tokens_of,
 )
 from opdlab.policies.passes import FedRows, attention_may_pack, keeps_packed_rows_apart, last_hidden_state
-from opdlab.scoring import Head, TokenStatistics, token_statistics
-from opdlab.types import Rollouts
+from opdlab.scoring import Head, TokenStatistics, support_statistics, token_statistics
+from opdlab.types import Rollouts, Targets
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A model's account of rollouts: hidden states of the valid positions, and the head to score them with.
+    """A model's hidden states at the valid positions of rollouts, and the head that turns them into log-probabilities.
+
+    Each pass over the head is made once, however often its results are asked for.
 
     Args:
         hidden: [N, H], one row per valid response position, in row-major order.
@@ -55,17 +57,43 @@ class Scored:
     head: Head
     mask: Tensor
     tokens: Tensor
+    # By the support's tensor, which is kept so that no other one can take its id.
+    _supports: dict[int, tuple[Tensor, Tensor, TokenStatistics]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def statistics(self) -> TokenStatistics:
-        """Log-probability (differentiable), entropy and log-normalizer of every valid position, each [N].
-
-        Computed once, whoever asks.
-        """
+        """Return log-probability (differentiable), entropy and log-normalizer of every valid position, each [N]."""
         return self._statistics
 
     @cached_property
     def _statistics(self) -> TokenStatistics:
         return token_statistics(self.hidden, self.head, self.tokens)
+
+    def support_statistics(self, support_ids: Tensor) -> tuple[Tensor, TokenStatistics]:
+        """Return the logits of a support (differentiable), and :meth:`statistics` without gradient, in one pass.
+
+        Args:
+            support_ids: [B, T, K] integers, such as :attr:`opdlab.types.Targets.support_ids`.
+
+        Returns:
+            Logits [N, K] and statistics, each [N].
+        """
+        if id(support_ids) not in self._supports:
+            chosen = support_ids.long()[self.mask]
+            found = support_statistics(self.hidden, self.head, self.tokens, chosen)
+            self._supports[id(support_ids)] = (support_ids, *found)
+        return self._supports[id(support_ids)][1:]
+
+    def own_logprobs(self, targets: Targets) -> Tensor:
+        """Return the model's log-probabilities of the sampled tokens, [B, T] nats, detached.
+
+        Args:
+            targets: with a support, they come from the pass over the head that its logits need anyway.
+        """
+        ids = targets.support_ids
+        statistics = self.statistics() if ids is None else self.support_statistics(ids)[1]
+        return self.padded(statistics.logprobs.detach())
 
     def padded(self, values: Tensor) -> Tensor:
         """[N, …] -> [B, T, …], zeros where the mask is 0; differentiable."""
@@ -132,13 +160,8 @@ class LanguageModel(nn.Module):
         named = self.named_parameters(remove_duplicate=False) if self.has_adapter else ()
         self.frozen_keys = frozenset(name for name, parameter in named if not parameter.requires_grad)
         self.group_lengths = True
-        """Whether rows of similar length go through the model together: not where other processes must keep step."""
         self.max_tokens: int | None = None
-        """Tokens, padding included, that go through the model at once, activations kept; None for no bound.
-
-        Not where other processes must keep step: theirs would be in another number of passes."""
         self.accumulate_head_grad = False
-        """See :class:`opdlab.scoring.Head`; for whoever knows that nothing hooks into the head's gradient."""
         self._packing: tuple[tuple[torch.device, str], bool] | None = None
         self._compile = compile
         self.register_state_dict_post_hook(keep_adapter_only)  # type: ignore[no-untyped-call]
@@ -152,6 +175,28 @@ class LanguageModel(nn.Module):
         check_head(self.model, self.path, len(self.tokenizer))
         if gradient_checkpointing:
             self._checkpoint_gradients()
+
+    def configure_passes(
+        self,
+        *,
+        group_lengths: bool | None = None,
+        max_tokens: int | None = None,
+        accumulate_head_grad: bool | None = None,
+    ) -> None:
+        """Change how rows go through the model where it scores; what is None stays as it is.
+
+        Args:
+            group_lengths: whether rows of similar length go together (at first they do). Not where other processes
+                must take as many passes: theirs would be grouped differently.
+            max_tokens: tokens, padding included, that go through the model at once, activations kept; no bound at
+                first. Not where other processes must take as many passes.
+            accumulate_head_grad: see :class:`opdlab.scoring.Head` (at first it does not). Only if nothing hooks into
+                the head's gradient.
+        """
+        self.group_lengths = self.group_lengths if group_lengths is None else group_lengths
+        self.max_tokens = self.max_tokens if max_tokens is None else max_tokens
+        if accumulate_head_grad is not None:
+            self.accumulate_head_grad = accumulate_head_grad
 
     def _load(
         self, source: ModelSource, adapter: AdapterConfig | None
@@ -263,6 +308,12 @@ class LanguageModel(nn.Module):
         lengths = rollouts.prompt_mask.sum(1) + rollouts.mask.sum(1)
         for rows in torch.split(lengths.argsort(descending=True, stable=True), batch_size):
             yield rows, self.score(rollouts.rows(rows).to(self.device))
+
+    def responses(self, rollouts: Rollouts) -> list[str]:
+        """Return the text of each response, without special tokens."""
+        rows = zip(rollouts.tokens.tolist(), rollouts.num_tokens.tolist(), strict=True)
+        texts: list[str] = self.tokenizer.batch_decode([r[:n] for r, n in rows], skip_special_tokens=True)
+        return texts
 
     def save(self, folder: Path, merge: bool = False) -> None:
         """Write model and tokenizer as a Hugging Face folder.

@@ -5,12 +5,13 @@ Shapes: B rollouts, T response tokens, K support.
 
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from opdlab.errors import require
+from opdlab.errors import UsageError, require
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.loading import DType, Quantization
 from opdlab.policies.offload import on_device
@@ -41,6 +42,25 @@ class Teacher(ABC):
     def to(self, device: torch.device) -> None:
         """Move whatever the teacher holds; nothing by default."""
         del device
+
+
+class NoTeacher(Teacher):
+    """Stands where a teacher is not needed, so that none is loaded: a model that is evaluated and not trained."""
+
+    def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
+        """Refuse."""
+        raise UsageError("model.teacher is NoTeacher, which scores nothing: give a teacher")
+
+
+@dataclass(frozen=True)
+class TeacherHolder:
+    """Holds a teacher for a module without making it a submodule.
+
+    A teacher may itself be a ``torch.nn.Module``. It is frozen, must not enter checkpoints, and must not be wrapped by
+    the trainer's strategy.
+    """
+
+    teacher: Teacher
 
 
 class LocalTeacher(Teacher):

@@ -4,7 +4,7 @@ Nothing here computes or loads anything. A problem becomes a prompt, the behavio
 teacher adds targets, and a minibatch of both is what a training step gets.
 """
 
-from opdlab.types.problems import EvaluationBatch, Problem, Prompt
+from opdlab.types.problems import EvaluationBatch, Problem, Prompt, Verdicts
 from opdlab.types.rollouts import Minibatch, Rollouts, StopReason, Targets, TeacherRequest, id_dtype, trimmed
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "StopReason",
     "Targets",
     "TeacherRequest",
+    "Verdicts",
     "id_dtype",
     "trimmed",
 ]

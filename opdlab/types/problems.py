@@ -1,9 +1,13 @@
 """Problems, the prompts made from them, and the batches in which they are evaluated."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from opdlab.tasks.verifier import Verifier
+from opdlab.tasks.verifier import Verdict, Verifier
+from opdlab.types.rollouts import Rollouts
+
+Verdicts = Callable[[], list[Verdict]]
+"""Waits for the verdicts of responses that are being checked."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,21 @@ class EvaluationBatch:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def submit(self, texts: Sequence[str], rollouts: Rollouts) -> Verdicts | None:
+        """Have responses checked, without waiting for the verdicts.
+
+        Args:
+            texts: [B], the responses.
+            rollouts: B of them, on prompts of this batch.
+
+        Returns:
+            A function that waits for the B verdicts; None if there is no verifier.
+        """
+        if self.verifier is None:
+            return None
+        golds = {prompt.index: prompt.problem.answer or "" for prompt in self.prompts}
+        return self.verifier.submit(texts, [golds[index] for index in rollouts.prompt_ids.tolist()])
 
     def to(self, device: object, non_blocking: bool = False) -> "EvaluationBatch":
         """Return the batch itself: Lightning calls this for every batch, and there is nothing to move."""

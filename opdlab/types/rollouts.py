@@ -4,7 +4,6 @@ Shapes: B rollouts, P prompt tokens (padded on the left), T response tokens (fro
 K support. Log-probabilities are in nats, at the sampling temperature.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from typing import Any, Self
@@ -172,35 +171,44 @@ class TeacherRequest:
 
 @dataclass(frozen=True)
 class Minibatch:
-    """What a training step gets: some rows of an optimizer batch, and what is known of the whole batch.
+    """Some rows of an optimizer batch, and the sizes of the whole batch: what a training step gets.
 
     Args:
-        rollouts: this micro-batch's rollouts.
+        rollouts: this micro-batch's rollouts, B of them.
         targets: the teacher's targets for them.
+        rows: [B] long, on the host: the rollouts' rows in the buffer.
         num_tokens: valid response tokens in the optimizer batch: the denominator of ``token_mean``.
         num_rollouts: rollouts with at least one valid token in the optimizer batch: that of ``sequence_mean``.
         micro_batches: all micro-batches of the optimizer batch in order, this one included: what the gate normalises
-            over. Left on the host until they are needed.
-        position: which of ``micro_batches`` this one is.
-        reuse_epoch: passes over the pool before this one.
-        pool_metrics: figures of the pool's sampling and scoring, by name.
-        keep_behavior: where the student is itself the policy that sampled, nobody has scored this optimizer batch yet.
-            The student's log-probabilities are then the behavior's: the training step fills them in, and hands them to
-            this function, [B, T], for the passes to come. None where they are there.
+            over. They stay on the host until they are needed.
+        position: index of this micro-batch in ``micro_batches``.
+        reuse_epoch: passes over the buffer before this one.
+        pool_metrics: metrics of the buffer's sampling and scoring, by name.
+        behavior_known: False if the behavior log-probabilities of the optimizer batch are not computed yet. This is so
+            only where the student still equals the policy that sampled: its own log-probabilities are the behavior's.
+
+    Example:
+        >>> zeros, mask = torch.zeros(1).long(), torch.tensor([[True, True]])
+        >>> rollouts = Rollouts(*2 * (torch.tensor([[7, 1]]), mask), torch.tensor([[-0.1, -0.5]]), *5 * (zeros,))
+        >>> targets = Targets(torch.tensor([[-0.2, -0.4]]))
+        >>> batch = Minibatch(rollouts, targets, torch.tensor([3]), 2, 1, ((rollouts, targets),), 0, 0, {})
+        >>> len(batch), batch.is_last
+        (1, True)
     """
 
     rollouts: Rollouts
     targets: Targets
+    rows: Tensor
     num_tokens: int
     num_rollouts: int
     micro_batches: tuple[tuple[Rollouts, Targets], ...]
     position: int
     reuse_epoch: int
     pool_metrics: dict[str, float]
-    keep_behavior: Callable[[Tensor], None] | None = None
+    behavior_known: bool = True
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Minibatch":
-        """Move this micro-batch; its siblings stay where they are."""
+        """Return the micro-batch on a device; its siblings stay where they are."""
         return replace(
             self,
             rollouts=self.rollouts.to(device, non_blocking=non_blocking),
@@ -210,9 +218,22 @@ class Minibatch:
     def __len__(self) -> int:
         return len(self.rollouts)
 
+    @property
+    def is_last(self) -> bool:
+        """True if the optimizer steps after this micro-batch."""
+        return self.position + 1 == len(self.micro_batches)
+
 
 def trimmed(rollouts: Rollouts, targets: Targets) -> tuple[Rollouts, Targets]:
-    """Drop the columns that are padding in every row: prompts on the left, responses on the right."""
+    """Return the rows without the columns that are padding in all of them: of prompts left, of responses right.
+
+    Example:
+        >>> zeros, mask = torch.zeros(1).long(), torch.tensor([[True, False]])
+        >>> rollouts = Rollouts(*2 * (torch.tensor([[1, 0]]), mask), torch.tensor([[-0.5, 0.0]]), *5 * (zeros,))
+        >>> cut, targets = trimmed(rollouts, Targets(torch.tensor([[-0.4, 0.0]])))
+        >>> cut.tokens.shape, targets.logprobs.shape
+        (torch.Size([1, 1]), torch.Size([1, 1]))
+    """
     skip = int(rollouts.prompt_mask.any(0).int().argmax()) if rollouts.prompt_mask.numel() else 0
     used = rollouts.mask.any(0)
     length = int(used.nonzero().max()) + 1 if bool(used.any()) else 1
