@@ -1,6 +1,5 @@
-"""The class path under which configurations name the LightningModule; it is defined in :mod:`opdlab.training`."""
+"""The import path of the LightningModule, which is defined in :mod:`opdlab.training`."""
 
-from opdlab.policies import BehaviorConfig
-from opdlab.training import NonFiniteLossError, OPDModule
-
-__all__ = ["BehaviorConfig", "NonFiniteLossError", "OPDModule"]
+from opdlab.policies import BehaviorConfig as BehaviorConfig
+from opdlab.training import NonFiniteLossError as NonFiniteLossError
+from opdlab.training import OPDModule as OPDModule

@@ -1,11 +1,18 @@
 """The way through the package: no import cycle, neither of files nor of rooms."""
 
 import ast
-from collections.abc import Container, Iterator, Mapping
+import sys
+from collections.abc import Callable, Container, Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
+
+from opdlab.module import OPDModule
+from opdlab.objectives import TeacherTopK
+from tests.toy_run import Run
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"opdlab": "opdlab", "strategies": "opdlab.strategies", "callbacks": "opdlab.callbacks"}
@@ -102,3 +109,44 @@ def test_no_module_imports_the_face_of_the_package(module: str) -> None:
 def test_the_ground_floor_stands_on_little() -> None:
     floor = {name for module, names in file_graph().items() if module.startswith("opdlab.types") for name in names}
     assert {".".join(name.split(".")[:2]) for name in floor} <= {"opdlab.types", "opdlab.tasks", "opdlab.verifiers"}
+
+
+class CalledFunctions:
+    """Records which functions of the package run; lambdas and comprehensions are not counted."""
+
+    def __init__(self) -> None:
+        self.functions: set[tuple[str, str]] = set()
+        self.longest: list[str] = []
+        self._chain: list[str] = []
+
+    def __call__(self, frame: FrameType, event: str, _: Any) -> None:
+        code = frame.f_code
+        file = Path(code.co_filename).resolve()
+        if code.co_name.startswith("<") or not any(file.is_relative_to(ROOT / folder) for folder in PACKAGES):
+            return
+        if event == "call":
+            self.functions.add((str(file.relative_to(ROOT)), code.co_qualname))
+            self._chain.append(code.co_qualname)
+            self.longest = max(self.longest, list(self._chain), key=len)
+        elif event == "return":
+            self._chain.pop()
+
+
+def test_a_training_step_is_a_short_way(make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[CalledFunctions] = []
+    training_step = OPDModule.training_step
+
+    def watched(self: OPDModule, batch: Any, batch_idx: int) -> Any:
+        steps.append(CalledFunctions())
+        sys.setprofile(steps[-1])
+        try:
+            return training_step(self, batch, batch_idx)
+        finally:
+            sys.setprofile(None)
+
+    monkeypatch.setattr(OPDModule, "training_step", watched)
+    make_run(gate="block64", objective=TeacherTopK(k=32)).fit(2)
+    plain = steps[1]  # the first one also keeps the behavior log-probabilities
+    assert len(plain.functions) <= 50, sorted(plain.functions)
+    assert len({file for file, _ in plain.functions}) <= 16
+    assert len(plain.longest) <= 7, plain.longest

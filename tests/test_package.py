@@ -48,20 +48,25 @@ PUBLIC = {
     ],
     "opdlab.types": [
         *("EvaluationBatch", "Minibatch", "Problem", "Prompt", "Rollouts", "StopReason", "Targets", "TeacherRequest"),
-        *("id_dtype", "trimmed"),
+        *("Verdicts", "id_dtype", "trimmed"),
     ],
-    "opdlab.rollouts": ["Minibatch", "Pool", "ReuseConfig", "RolloutLoader", "Rollouts", "StopReason", "Targets"],
+    "opdlab.rollouts": [
+        *("Collector", "Minibatch", "Pool", "ReuseConfig", "RolloutLoader", "Rollouts", "StopReason", "Targets"),
+    ],
     "opdlab.policies": [
         *("AdapterConfig", "BaseTeacher", "StopTokens", "single_token_ids", "warn_of_stop_tokens"),
         *("BehaviorPolicy", "LanguageModel", "LocalTeacher", "Sampler", "Samples", "SamplingConfig", "Scored"),
-        *("Teacher", "TeacherRequest", "check_same_vocabulary"),
+        *("BehaviorConfig", "NoTeacher", "Teacher", "TeacherHolder", "TeacherRequest", "check_same_vocabulary"),
     ],
     "opdlab.data": [
         *("Benchmark", "ChatTemplate", "CleaningAccount", "CleaningConfig", "DapoMath17k", "EvaluationBatch"),
         *("JsonlProblems", "Problem", "ProblemSource", "Prompt", "PromptDataModule", "PromptSet", "RawTemplate"),
         *("ReuseConfig", "TableProblems", "Template", "prompt_set"),
     ],
-    "opdlab.module": ["OPDModule"],
+    "opdlab.training": [
+        *("NonFiniteLossError", "OPDModule", "ScoredBatch", "gate_inputs", "join_gate_inputs", "score_batch"),
+        "split_gates",
+    ],
     "opdlab.replay": [
         *("GateSummary", "Grid", "RecordedStep", "ReplayConfig", "ReplayedStep", "Replayer", "Variant"),
         *("expand", "read_record", "record_folders", "summarise"),
@@ -92,6 +97,14 @@ def test_the_package_offers_its_public_names_lazily() -> None:
     assert "OPDModule" in result.stdout
     with pytest.raises(AttributeError, match="module 'opdlab' has no attribute 'Nothing'"):
         opdlab.Nothing  # noqa: B018
+
+
+def test_the_module_keeps_its_import_path() -> None:
+    # Saved configurations and programs name it.
+    from opdlab.module import BehaviorConfig, NonFiniteLossError, OPDModule
+
+    assert OPDModule is opdlab.OPDModule
+    assert {cls.__module__.split(".")[1] for cls in (BehaviorConfig, NonFiniteLossError)} == {"policies", "training"}
 
 
 def test_type_checkers_see_every_public_name() -> None:

@@ -34,8 +34,9 @@ def head_of(model: PreTrainedModel, temperature: float = 1.0) -> Head:
     scale = float(getattr(config, "logit_scale", None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)
-    layer = output_layer(model)
-    low_rank = low_rank_of(model.get_output_embeddings())
+    layer, low_rank = model.get_output_embeddings(), None
+    if hasattr(layer, "get_base_layer"):  # it has an adapter
+        layer, low_rank = base_of(layer), low_rank_of(layer)
     return Head(layer.weight, getattr(layer, "bias", None), scale, softcap, temperature, low_rank=low_rank)
 
 

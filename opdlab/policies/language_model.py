@@ -24,7 +24,6 @@ from opdlab.policies.adapters import (
 )
 from opdlab.policies.compiling import compile_layers, require_compiler
 from opdlab.policies.heads import check_head, head_of, output_layer
-from opdlab.policies.lengths import length_groups, length_packs
 from opdlab.policies.loading import (
     DType,
     ModelSource,
@@ -35,7 +34,8 @@ from opdlab.policies.loading import (
     resolve,
     stop_tokens_of,
 )
-from opdlab.policies.passes import FedRows, attention_may_pack, keeps_packed_rows_apart, last_hidden_state
+from opdlab.policies.packing import attention_may_pack, keeps_packed_rows_apart
+from opdlab.policies.passes import FedRows, length_groups, length_packs
 from opdlab.scoring import Head, TokenStatistics, support_statistics, token_statistics
 from opdlab.types import Rollouts, Targets
 
@@ -270,31 +270,24 @@ class LanguageModel(nn.Module):
         """
         if self._compile:
             compile_layers(self.model)
+        # Whether rows may stand end to end is found out once for each device and attention kernel.
+        place = (next(self.model.parameters()).device, self.model.config._attn_implementation)
+        if self._packing is None or self._packing[0] != place:
+            self._packing = place, attention_may_pack(self.model) and keeps_packed_rows_apart(self.model)
+        packed = self._packing[1]
         rows = FedRows(rollouts)
-        packed = self._packs()
-        groups = self._groups(rows.lengths, packed)
+        if packed:
+            groups = length_packs(rows.lengths, self.max_tokens)
+        elif self.group_lengths:
+            groups = length_groups(rows.lengths, max_tokens=self.max_tokens)
+        else:
+            groups = [list(range(len(rollouts)))]
         if not groups:  # nothing is valid; a pass all the same, as other processes have one
             groups, packed = [list(range(len(rollouts)))], False
         hidden = rows.states(self._hidden_states, groups, packed, self.max_tokens)
-        head = replace(self.head(rollouts.temperature), accumulate_grad=self.accumulate_head_grad)
+        head = replace(head_of(self.model, rollouts.temperature), accumulate_grad=self.accumulate_head_grad)
         valid = rollouts.mask.bool()
         return Scored(hidden, head, valid, rollouts.tokens[valid])
-
-    def _groups(self, lengths: list[int], packed: bool) -> list[list[int]]:
-        if packed:
-            return length_packs(lengths, self.max_tokens)
-        if self.group_lengths:
-            return length_groups(lengths, max_tokens=self.max_tokens)
-        return [list(range(len(lengths)))]
-
-    def _packs(self) -> bool:
-        """Whether rows may stand end to end; found out once for each device and attention kernel."""
-        if not attention_may_pack(self.model):
-            return False
-        place = (self.device, self.model.config._attn_implementation)
-        if self._packing is None or self._packing[0] != place:
-            self._packing = place, keeps_packed_rows_apart(self.model)
-        return self._packing[1]
 
     @torch.no_grad()
     def score_in_chunks(self, rollouts: Rollouts, batch_size: int) -> Iterator[tuple[Tensor, Scored]]:
@@ -362,4 +355,5 @@ class LanguageModel(nn.Module):
         self.model.train()
 
     def _hidden_states(self, tokens: Tensor, attention: Mapping[str, Any]) -> Tensor:
-        return last_hidden_state(self.model.base_model, tokens, attention)
+        hidden: Tensor = self.model.base_model(input_ids=tokens, use_cache=False, **attention).last_hidden_state
+        return hidden

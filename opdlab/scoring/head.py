@@ -91,8 +91,11 @@ class Head:
         return self.accumulate_grad and self.weight.is_leaf and self.weight.requires_grad
 
     def gathered(self) -> "Head":
-        """The same with whole tensors, where they are sharded over processes (DTensors); differentiable."""
-        return self._with(whole)
+        """Return the head with whole tensors, where they are sharded over processes (DTensors); differentiable."""
+        # The tensors are asked, since not every build of torch has the class.
+        if not any(hasattr(tensor, "full_tensor") for tensor in self.tensors):
+            return self
+        return self._with(lambda tensor: getattr(tensor, "full_tensor", lambda: tensor)())
 
     def detached(self) -> "Head":
         """The same, none of whose tensors takes a gradient."""
@@ -175,12 +178,6 @@ class LogitTiles:
         if head.bias is not None:
             z += head.bias[ids]
         return head.transform_(z)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A DTensor's whole tensor. Asked of the tensor, since not every build of torch has the class."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:

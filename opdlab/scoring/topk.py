@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from opdlab.scoring.head import Head, LogitTiles, autocast_at_the_door, places, tiles, wide_dtype
-from opdlab.scoring.normalizer import OnlineSoftmax
-from opdlab.scoring.statistics import TokenStatistics
+from opdlab.scoring.statistics import OnlineSoftmax, TokenStatistics
 
 
 class TopK(NamedTuple):
@@ -65,6 +64,4 @@ def _topk_with_statistics(
             values[rows], best = both.topk(k, dim=1)
             ids[rows] = torch.cat([ids[rows], new_places + columns.start], dim=1).gather(1, best)
         softmax.add(rows, logits)
-    normalizer = softmax.log_normalizer
-    statistics = TokenStatistics(target_logits.view(-1) - normalizer, softmax.entropy, normalizer, softmax.max_logit)
-    return TopK(ids, values), statistics
+    return TopK(ids, values), softmax.statistics(target_logits.view(-1))

@@ -29,19 +29,16 @@ class ScoredBatch:
     inputs: GateInputs
 
 
-def known_rollouts(batch: Minibatch, scored: Scored) -> Rollouts:
-    """Return the batch's rollouts with behavior log-probabilities.
+def with_own_behavior(batch: Minibatch, scored: Scored) -> Rollouts:
+    """Return the rollouts of a batch whose behavior log-probabilities are not computed yet, with the student's own.
 
-    Where they are not computed yet the student still is the behavior policy, so its own ones are taken, detached: the
-    drift is then exactly 0, whatever the precision.
+    The student still is the behavior policy there, so they are the same, and the drift is exactly 0 in any precision.
     """
-    if batch.behavior_known:
-        return batch.rollouts
     return replace(batch.rollouts, behavior_logprobs=scored.own_logprobs(batch.targets))
 
 
 def score_batch(student: LanguageModel, objective: Objective, batch: Minibatch, step: int) -> ScoredBatch:
-    """Return a micro-batch's scores, losses and gate inputs; the training step begins with the same four lines.
+    """Return a micro-batch's scores, losses and gate inputs, as the first lines of the training step do.
 
     Args:
         student: on the batch's device.
@@ -50,7 +47,7 @@ def score_batch(student: LanguageModel, objective: Objective, batch: Minibatch, 
         step: optimizer steps taken before.
     """
     scored = student.score(batch.rollouts)
-    rollouts = known_rollouts(batch, scored)
+    rollouts = batch.rollouts if batch.behavior_known else with_own_behavior(batch, scored)
     positions = objective.position_losses(scored, rollouts, batch.targets)
     return ScoredBatch(scored, positions, gate_inputs(rollouts, batch.targets, positions, step))
 
@@ -118,8 +115,6 @@ class AccumulationWindow:
             student: scores the other micro-batches.
             objective: gives their losses, which a gate may look at.
         """
-        if len(batch.micro_batches) == 1 or gate.uniform:
-            return gate(inputs)
         if self._gates is None:
             parts = []
             for position, (rollouts, targets) in enumerate(batch.micro_batches):
@@ -134,10 +129,11 @@ class AccumulationWindow:
 
     def finish(self, batch: Minibatch, record: StepRecord) -> StepRecord | None:
         """Add a micro-batch's record; at the last one, return the optimizer batch's and begin a new window."""
-        self._records.append(record)
-        if not batch.is_last:
+        records = [*self._records, record]
+        if batch.position + 1 < len(batch.micro_batches):
+            self._records = records
             return None
-        records, self._records, self._gates = self._records, [], None
+        self._records, self._gates = [], None
         return merge_records(records)
 
     def state_dict(self, student: LanguageModel) -> dict[str, Any]:

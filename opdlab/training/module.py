@@ -26,7 +26,7 @@ from opdlab.policies import (
 from opdlab.policies.offload import keep_from_strategy
 from opdlab.rollouts import Collector, Pool
 from opdlab.training import checks
-from opdlab.training.accumulation import AccumulationWindow, gate_inputs, known_rollouts
+from opdlab.training.accumulation import AccumulationWindow, gate_inputs, with_own_behavior
 from opdlab.types import Minibatch, Prompt
 
 
@@ -160,7 +160,7 @@ class OPDModule(EvaluationModule):
     def training_step(self, batch: Minibatch, batch_idx: int) -> dict[str, Any]:
         """Return a micro-batch's loss, and its :class:`StepTrace` for callbacks: score, weigh, reduce."""
         scored = self.student.score(batch.rollouts)
-        rollouts = known_rollouts(batch, scored)
+        rollouts = batch.rollouts if batch.behavior_known else with_own_behavior(batch, scored)
         positions = self.objective.position_losses(scored, rollouts, batch.targets)
         inputs = gate_inputs(rollouts, batch.targets, positions, self.global_step)
         if not batch.behavior_known:
@@ -168,7 +168,11 @@ class OPDModule(EvaluationModule):
             # computed is kept for the passes to come, and the snapshot need not run over these rows.
             buffer: Any = self.trainer.train_dataloader
             buffer.fill_behavior(batch.rows, rollouts.behavior_logprobs)
-        gates = self._window.gates(self.gate, batch, inputs, self.student, self.objective)
+        alone = len(batch.micro_batches) == 1
+        if alone or self.gate.uniform:
+            gates = self.gate(inputs)
+        else:  # normalised over the whole optimizer batch
+            gates = self._window.gates(self.gate, batch, inputs, self.student, self.objective)
         counts: tuple[float, ...] = (batch.num_tokens, batch.num_rollouts)
         if self.trainer.world_size > 1:
             summed = torch.tensor(counts, dtype=torch.float64, device=self.device)
@@ -181,7 +185,8 @@ class OPDModule(EvaluationModule):
         values = {"entropy": positions.entropy, **positions.metrics}
         gap = batch.targets.logprobs - positions.logprobs
         record = step_record(inputs, gates, teacher_gap=gap, **values) | {"loss": loss.detach().view(1)}
-        if (whole := self._window.finish(batch, record)) is not None:
+        whole = record if alone else self._window.finish(batch, record)
+        if whole is not None:
             self._log_step(batch, whole, gates.tau)
         norms = None
         if self._wants_gradient_norms:
@@ -214,7 +219,7 @@ class OPDModule(EvaluationModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Minibatch, batch_idx: int) -> None:
         """Log the time of the update, and the rate at which tokens are trained on, all waiting included."""
-        if not batch.is_last:
+        if batch.position + 1 < len(batch.micro_batches):
             return
         now = time.perf_counter()
         self.log("time/update_seconds", now - self._update_started)

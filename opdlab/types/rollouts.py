@@ -192,8 +192,8 @@ class Minibatch:
         >>> rollouts = Rollouts(*2 * (torch.tensor([[7, 1]]), mask), torch.tensor([[-0.1, -0.5]]), *5 * (zeros,))
         >>> targets = Targets(torch.tensor([[-0.2, -0.4]]))
         >>> batch = Minibatch(rollouts, targets, torch.tensor([3]), 2, 1, ((rollouts, targets),), 0, 0, {})
-        >>> len(batch), batch.is_last
-        (1, True)
+        >>> len(batch), batch.rows, batch.behavior_known
+        (1, tensor([3]), True)
     """
 
     rollouts: Rollouts
@@ -217,11 +217,6 @@ class Minibatch:
 
     def __len__(self) -> int:
         return len(self.rollouts)
-
-    @property
-    def is_last(self) -> bool:
-        """True if the optimizer steps after this micro-batch."""
-        return self.position + 1 == len(self.micro_batches)
 
 
 def trimmed(rollouts: Rollouts, targets: Targets) -> tuple[Rollouts, Targets]:

@@ -15,7 +15,7 @@ from transformers import GPT2Config, OPTConfig, Qwen3Config
 
 from opdlab.errors import UsageError
 from opdlab.policies import LanguageModel
-from opdlab.policies.lengths import length_groups
+from opdlab.policies.passes import length_groups
 from opdlab.tasks.toy import chain_tokenizer
 from opdlab.types import Rollouts
 from tests.policies.tiny_models import COMMON, CONFIGS, IDS, rollouts, save_random

@@ -14,7 +14,7 @@ from transformers.integrations.flex_attention import WrappedFlexAttention
 from opdlab.gating import build_gate
 from opdlab.objectives import Objective, SampledTokenOPD, TeacherTopK, loss_shares, reduce_losses
 from opdlab.policies import AdapterConfig, LanguageModel, Scored
-from opdlab.policies.passes import attention_may_pack, keeps_packed_rows_apart
+from opdlab.policies.packing import attention_may_pack, keeps_packed_rows_apart
 from opdlab.training import gate_inputs
 from opdlab.types import Rollouts, Targets
 from tests.policies.tiny_models import COMMON, CONFIGS, save_random
