@@ -16,7 +16,14 @@ from opdlab.evaluation import EvaluationConfig
 from opdlab.gating import GateInputs, build_gate
 from opdlab.module import NonFiniteLossError, OPDModule
 from opdlab.objectives import Objective, SampledTokenOPD, TeacherTopK
-from opdlab.policies import BehaviorPolicy, LanguageModel, LocalTeacher, SamplingConfig, TeacherRequest
+from opdlab.policies import (
+    BehaviorPolicy,
+    LanguageModel,
+    LocalTeacher,
+    SamplingConfig,
+    TeacherRequest,
+    language_model,
+)
 from opdlab.tasks.toy.problems import ChainProblems
 from opdlab.training import join_gate_inputs, split_gates
 from opdlab.types import trimmed
@@ -105,6 +112,30 @@ def test_the_snapshot_scores_only_what_the_students_own_pass_does_not(
         torch.testing.assert_close(
             mine.rollouts.behavior_logprobs, theirs.rollouts.behavior_logprobs, rtol=0, atol=1e-3
         )
+
+
+@pytest.mark.parametrize("objective", [TeacherTopK(k=8), SampledTokenOPD()], ids=["lsm", "sampled"])
+def test_the_step_that_fills_in_the_behavior_makes_one_pass_over_the_head(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, objective: Objective
+) -> None:
+    passes: list[str] = []
+
+    def counted(name: str) -> Any:
+        function = getattr(language_model, name)
+
+        def call(*arguments: Any) -> Any:
+            if torch.is_grad_enabled():  # not the snapshot's
+                passes.append(name)
+            return function(*arguments)
+
+        return call
+
+    # The passes cannot be told from the outside: they are only slow.
+    for name in ("token_statistics", "support_statistics"):
+        monkeypatch.setattr(language_model, name, counted(name))
+    make_run(objective=objective).fit(2)
+    assert len(passes) == 2
+    assert len(set(passes)) == 1
 
 
 def test_a_snapshot_that_is_not_the_student_scores_everything(make_run: MakeRun) -> None:

@@ -46,8 +46,7 @@ class EvaluationModule(pl.LightningModule):
         self.student = student
         self._held = TeacherHolder(teacher)
         self.evaluator = Evaluator(evaluation, sampling, [])
-        # Replaced by `evaluating`. In a tuple, so that the model of another role is not registered as a submodule.
-        self._evaluated: tuple[_Evaluated, ...] = ()
+        self._evaluated: _Evaluated | None = None  # instead of the student
 
     @property
     def teacher(self) -> Teacher:
@@ -83,7 +82,7 @@ class EvaluationModule(pl.LightningModule):
             subfolder: of ``model.evaluation.samples``, where there are several evaluations in it; samples of other
                 settings in there are replaced.
         """
-        before, self._evaluated = self._evaluated, (_Evaluated(name, model, subfolder),)
+        before, self._evaluated = self._evaluated, _Evaluated(name, model, subfolder)
         try:
             yield
         finally:
@@ -99,12 +98,13 @@ class EvaluationModule(pl.LightningModule):
 
     @property
     def _current(self) -> _Evaluated:
-        return self._evaluated[0] if self._evaluated else _Evaluated("val", self.student)
+        return self._evaluated or _Evaluated("val", self.student)
 
     def on_validation_epoch_start(self) -> None:
         """Reset the metrics, and open the folder of the samples."""
         current = self._current
-        current.model.to(self.device)
+        if self._evaluated is not None:
+            current.model.to(self.device)
         self.evaluator.close()  # an earlier evaluation that failed may hold the same files
         folder = None
         if self.data is not None:

@@ -63,7 +63,7 @@ class StepGradients:
         for place, (batch, share) in enumerate(zip(batches, shares, strict=True)):
             account = self._run(place)
             with autocast():
-                norms = hidden_gradient_norms(module.objective, account.scored, batch.rollouts, batch.targets)
+                norms = hidden_gradient_norms(module.objective, account.scored, account.rollouts, batch.targets)
             self.inputs.append(account.inputs)
             self.importance.append(norms * share)
             if len(batches) == 1:

@@ -19,11 +19,13 @@ class ScoredBatch:
     """A micro-batch with the student's scores and losses, before the gate weighs it.
 
     Args:
+        rollouts: with behavior log-probabilities.
         scored: the student's hidden states; their graph is alive where gradients are on.
         positions: the objective's losses.
         inputs: of the gate, detached.
     """
 
+    rollouts: Rollouts
     scored: Scored
     positions: PositionLosses
     inputs: GateInputs
@@ -49,7 +51,7 @@ def score_batch(student: LanguageModel, objective: Objective, batch: Minibatch, 
     scored = student.score(batch.rollouts)
     rollouts = batch.rollouts if batch.behavior_known else with_own_behavior(batch, scored)
     positions = objective.position_losses(scored, rollouts, batch.targets)
-    return ScoredBatch(scored, positions, gate_inputs(rollouts, batch.targets, positions, step))
+    return ScoredBatch(rollouts, scored, positions, gate_inputs(rollouts, batch.targets, positions, step))
 
 
 def gate_inputs(rollouts: Rollouts, targets: Targets, positions: PositionLosses, step: int = 0) -> GateInputs:
