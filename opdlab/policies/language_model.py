@@ -35,7 +35,7 @@ from opdlab.policies.loading import (
     stop_tokens_of,
 )
 from opdlab.policies.packing import attention_may_pack, keeps_packed_rows_apart
-from opdlab.policies.passes import FedRows, length_groups, length_packs
+from opdlab.policies.passes import PackedRows, length_groups, length_packs
 from opdlab.scoring import Head, TokenStatistics, support_statistics, token_statistics
 from opdlab.types import Rollouts, Targets
 
@@ -275,7 +275,7 @@ class LanguageModel(nn.Module):
         if self._packing is None or self._packing[0] != place:
             self._packing = place, attention_may_pack(self.model) and keeps_packed_rows_apart(self.model)
         packed = self._packing[1]
-        rows = FedRows(rollouts)
+        rows = PackedRows(rollouts)
         if packed:
             groups = length_packs(rows.lengths, self.max_tokens)
         elif self.group_lengths:

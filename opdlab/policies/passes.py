@@ -41,7 +41,7 @@ class Pass:
         return forward(self.tokens, self.attention).flatten(0, 1)[self.wanted]
 
 
-class FedRows:
+class PackedRows:
     """Rollouts with every row moved to column 0, so that padding follows it.
 
     Causal attention then needs no mask for padding, which is faster, and lets torch take the kernels that accept none.

@@ -186,7 +186,7 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 
 
 @contextmanager
-def autocast_at_the_door(hidden: Tensor) -> Iterator[Tensor]:
+def autocast_inputs(hidden: Tensor) -> Iterator[Tensor]:
     """Cast the hidden states as autocast would, and switch it off inside.
 
     The backward pass runs without autocast and must repeat the same logits.

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opdlab.scoring.gradients import HeadGradients
-from opdlab.scoring.head import Head, LogitTiles, LowRank, autocast_at_the_door, places, tiles
+from opdlab.scoring.head import Head, LogitTiles, LowRank, autocast_inputs, places, tiles
 
 
 class TokenStatistics(NamedTuple):
@@ -106,7 +106,7 @@ def token_statistics(hidden: Tensor, head: Head, targets: Tensor) -> TokenStatis
     """
     head = head.gathered()
     ahead = torch.is_grad_enabled() and hidden.requires_grad and not head.trained
-    with autocast_at_the_door(hidden) as states:
+    with autocast_inputs(hidden) as states:
         outputs: tuple[Tensor, ...] = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
             states, *head.tensors, targets, head, ahead
         )

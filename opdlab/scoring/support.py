@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opdlab.scoring.gradients import HeadGradients, pieces
-from opdlab.scoring.head import Head, LogitTiles, LowRank, autocast_at_the_door, wide_dtype
+from opdlab.scoring.head import Head, LogitTiles, LowRank, autocast_inputs, wide_dtype
 from opdlab.scoring.statistics import TokenStatistics, vocabulary_pass
 
 
@@ -31,7 +31,7 @@ def support_statistics(hidden: Tensor, head: Head, targets: Tensor, support: Ten
     """
     head = head.gathered()
     ids = support.long()
-    with autocast_at_the_door(hidden) as states:
+    with autocast_inputs(hidden) as states:
         with torch.no_grad():
             softmax, chosen = vocabulary_pass(states, head, torch.cat([ids, targets[:, None]], dim=1))
             statistics = softmax.statistics(chosen[:, -1])
@@ -74,7 +74,7 @@ def support_logits(
         True
     """
     head = Head(weight, bias, scale, softcap, temperature, low_rank=low_rank).gathered()
-    with autocast_at_the_door(hidden) as states:
+    with autocast_inputs(hidden) as states:
         logits: Tensor = _SupportLogits.apply(  # type: ignore[no-untyped-call]
             states, *head.tensors, support.long(), head, None
         )

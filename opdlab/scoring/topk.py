@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opdlab.scoring.head import Head, LogitTiles, autocast_at_the_door, places, tiles, wide_dtype
+from opdlab.scoring.head import Head, LogitTiles, autocast_inputs, places, tiles, wide_dtype
 from opdlab.scoring.statistics import OnlineSoftmax, TokenStatistics
 
 
@@ -40,7 +40,7 @@ def topk_with_statistics(
     Returns:
         The top K and the :class:`TokenStatistics`.
     """
-    with autocast_at_the_door(hidden) as states:
+    with autocast_inputs(hidden) as states:
         return _topk_with_statistics(states, head.gathered(), targets, k, vocab_size or head.weight.shape[0])
 
 
