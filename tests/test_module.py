@@ -24,6 +24,7 @@ from opdlab.policies import (
     TeacherRequest,
     language_model,
 )
+from opdlab.policies.passes import Pass
 from opdlab.tasks.toy.problems import ChainProblems
 from opdlab.training import join_gate_inputs, split_gates
 from opdlab.types import trimmed
@@ -331,13 +332,14 @@ def test_a_bound_on_tokens_changes_no_step(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, objective: Objective, accumulate: int
 ) -> None:
     passes: list[int] = []
-    forward = LanguageModel._hidden_states
+    states = Pass.states
 
-    def counted(model: LanguageModel, tokens: torch.Tensor, attention: Any) -> torch.Tensor:
-        passes.append(tokens.numel())
-        return forward(model, tokens, attention)
+    def counted(one: Pass, model: Any) -> torch.Tensor:
+        passes.append(one.tokens.numel())
+        return states(one, model)
 
-    monkeypatch.setattr(LanguageModel, "_hidden_states", counted)
+    # Of all models in the run, and not while they sample: a hook on a model would count that too.
+    monkeypatch.setattr(Pass, "states", counted)
 
     def run(budget: int | None) -> tuple[list[float], torch.Tensor, int]:
         passes.clear()

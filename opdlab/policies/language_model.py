@@ -1,7 +1,7 @@
 """A Hugging Face causal language model, and the one path by which its log-probabilities are taken."""
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,20 +15,23 @@ from opdlab.errors import require
 from opdlab.policies.adapters import (
     AdapterConfig,
     attach_adapter,
+    base_of,
     has_adapter,
     keep_adapter_only,
     load_adapter,
+    low_rank_of,
     put_back_frozen,
     save_adapter,
     take_off_adapter,
 )
 from opdlab.policies.compiling import compile_layers, require_compiler
-from opdlab.policies.heads import check_head, head_of, output_layer
+from opdlab.policies.heads import check_head, output_layer
 from opdlab.policies.loading import (
     DType,
     ModelSource,
     Quantization,
     adapter_base,
+    checkpoint_gradients,
     has_tokenizer,
     quiet_bars,
     resolve,
@@ -172,9 +175,13 @@ class LanguageModel(nn.Module):
             # Padding is always masked, so any token serves; reusing the stop token is the usual choice.
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.stop_ids[0])
         self.tokenizer.padding_side = "left"
-        check_head(self.model, self.path, len(self.tokenizer))
+        require(
+            isinstance(getattr(output_layer(self.model), "weight", None), Tensor),
+            f"model '{self.path}' has no output layer: give a causal language model",
+        )
+        check_head(self.model, self.head(), self.path, len(self.tokenizer))
         if gradient_checkpointing:
-            self._checkpoint_gradients()
+            checkpoint_gradients(self.model, self.path)
 
     def configure_passes(
         self,
@@ -259,8 +266,15 @@ class LanguageModel(nn.Module):
         return int(output_layer(self.model).weight.shape[0])
 
     def head(self, temperature: float = 1.0) -> Head:
-        """The model's head, with the scale and soft cap that its architecture applies."""
-        return head_of(self.model, temperature)
+        """Return the model's head, with the scale and soft cap of its architecture, and what an adapter adds to it."""
+        config = self.model.config.get_text_config()
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        layer, low_rank = self.model.get_output_embeddings(), None
+        if hasattr(layer, "get_base_layer"):  # it has an adapter
+            layer, low_rank = base_of(layer), low_rank_of(layer)
+        return Head(layer.weight, getattr(layer, "bias", None), scale, softcap, temperature, low_rank=low_rank)
 
     def score(self, rollouts: Rollouts) -> Scored:
         """Run the model over prompts and responses and return what scores the responses.
@@ -284,8 +298,8 @@ class LanguageModel(nn.Module):
             groups = [list(range(len(rollouts)))]
         if not groups:  # nothing is valid; a pass all the same, as other processes have one
             groups, packed = [list(range(len(rollouts)))], False
-        hidden = rows.states(self._hidden_states, groups, packed, self.max_tokens)
-        head = replace(head_of(self.model, rollouts.temperature), accumulate_grad=self.accumulate_head_grad)
+        hidden = rows.states(self.model.base_model, groups, packed, self.max_tokens)
+        head = replace(self.head(rollouts.temperature), accumulate_grad=self.accumulate_head_grad)
         valid = rollouts.mask.bool()
         return Scored(hidden, head, valid, rollouts.tokens[valid])
 
@@ -339,21 +353,3 @@ class LanguageModel(nn.Module):
             all(Path(folder).resolve() != Path(path).expanduser().resolve() for path in origins),
             f"export.folder is '{folder}', where the student's weights come from: give another folder",
         )
-
-    def _checkpoint_gradients(self) -> None:
-        require(
-            self.model.supports_gradient_checkpointing,
-            f"model '{self.path}' ({type(self.model).__name__}) has no gradient checkpointing in transformers: "
-            "set gradient_checkpointing to false",
-        )
-        # Renamed in transformers 5.
-        enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-        self.model.disable_input_require_grads()  # a hook that only reentrant checkpointing needs
-        # transformers loads in eval mode, in which nothing is checkpointed, and Lightning leaves modes as they are.
-        # Dropout is off, so train mode changes nothing else.
-        self.model.train()
-
-    def _hidden_states(self, tokens: Tensor, attention: Mapping[str, Any]) -> Tensor:
-        hidden: Tensor = self.model.base_model(input_ids=tokens, use_cache=False, **attention).last_hidden_state
-        return hidden

@@ -4,8 +4,7 @@ Shapes: H hidden size; R x W tokens of a pass.
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +19,6 @@ _COMPARED = (7, 5, 9)
 _ROUNDING, _NARROW_ROUNDING = 1e-3, 5e-2
 # Share of it that any state may change by where only what stands before it does: shapes, and so rounding, are the same.
 _LEAK = 1e-2
-
-
-def last_hidden_state(model: Callable[..., Any], tokens: Tensor, attention: Mapping[str, Any]) -> Tensor:
-    """What the model below the head makes of the tokens: [R, W] -> [R, W, H]."""
-    hidden: Tensor = model(input_ids=tokens, use_cache=False, **attention).last_hidden_state
-    return hidden
 
 
 def packed_attention(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
@@ -74,7 +67,11 @@ def keeps_packed_rows_apart(model: PreTrainedModel) -> bool:
     Args:
         model: on the device that it is to run on.
     """
-    forward = partial(last_hidden_state, model.base_model)
+
+    def forward(tokens: Tensor, attention: Mapping[str, Any]) -> Tensor:
+        states: Tensor = model.base_model(input_ids=tokens, use_cache=False, **attention).last_hidden_state
+        return states
+
     device, size = model.device, model.config.get_text_config().vocab_size
     place = torch.arange(sum(_COMPARED), device=device)
     tokens = place * max(1, size // len(place))  # from all over the vocabulary: the first ones are often hardly trained

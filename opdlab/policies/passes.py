@@ -18,9 +18,6 @@ from torch.utils.checkpoint import checkpoint
 from opdlab.policies.packing import packed_attention
 from opdlab.types import Rollouts
 
-# Tokens [R, W] and further arguments of the model's forward -> hidden states [R, W, H].
-Forward = Callable[[Tensor, Mapping[str, Any]], Tensor]
-
 
 @dataclass(frozen=True)
 class Pass:
@@ -36,9 +33,10 @@ class Pass:
     wanted: Tensor
     attention: Mapping[str, Any] = field(default_factory=dict)
 
-    def states(self, forward: Forward) -> Tensor:
-        """Return the wanted hidden states, [n, H]."""
-        return forward(self.tokens, self.attention).flatten(0, 1)[self.wanted]
+    def states(self, model: Callable[..., Any]) -> Tensor:
+        """Return the wanted hidden states, [n, H], of the model below the head."""
+        hidden: Tensor = model(input_ids=self.tokens, use_cache=False, **self.attention).last_hidden_state
+        return hidden.flatten(0, 1)[self.wanted]
 
 
 class PackedRows:
@@ -65,11 +63,13 @@ class PackedRows:
         self._tokens = torch.cat([rollouts.prompt_tokens, rollouts.tokens], dim=1)
         self._row, self._position = valid.nonzero(as_tuple=True)  # of each valid position
 
-    def states(self, forward: Forward, groups: Sequence[Sequence[int]], packed: bool, max_tokens: int | None) -> Tensor:
+    def states(
+        self, model: Callable[..., Any], groups: Sequence[Sequence[int]], packed: bool, max_tokens: int | None
+    ) -> Tensor:
         """Run the model over all rows.
 
         Args:
-            forward: runs the model.
+            model: the model below the head.
             groups: indices of the rows of each pass; rows of length 0 may be left out.
             packed: whether a group's rows stand end to end, instead of one below the other.
             max_tokens: whose activations may exist at a time where gradients are wanted, see
@@ -87,9 +87,9 @@ class PackedRows:
         passes, order_of_states = self._passes(groups, packed)
         states = [
             # Dropout is off, so no state of a random generator has to be kept.
-            checkpoint(one.states, forward, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(one.states, model, use_reentrant=False, preserve_rng_state=False)
             if number < num_again
-            else one.states(forward)
+            else one.states(model)
             for number, one in enumerate(passes)
         ]
         return states[0] if len(states) == 1 else torch.cat(states)[order_of_states.argsort()]

@@ -6,6 +6,7 @@ Shapes: N positions, H hidden size, V vocabulary, C of its columns, r rank.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -145,6 +146,7 @@ class Head:
         return (logits * (self.temperature / self.softcap)).square_().neg_().add_(1.0).mul_(factor)
 
 
+@dataclass(frozen=True)
 class LogitTiles:
     """Logits of N positions, of which a tile at a time is made: float32 or wider, without a graph.
 
@@ -153,16 +155,20 @@ class LogitTiles:
         hidden: [N, H].
     """
 
-    def __init__(self, head: Head, hidden: Tensor) -> None:
-        self.head, self.hidden = head, hidden
-        self.reduced = None if head.low_rank is None else head.low_rank.reduce(hidden)
-        """[N, r], what the low-rank update makes of the hidden states."""
+    head: Head
+    hidden: Tensor
+
+    @cached_property
+    def reduced(self) -> Tensor:
+        """[N, r]: the hidden states multiplied with the low-rank update's first factor, if the head has one."""
+        assert self.head.low_rank is not None
+        return self.head.low_rank.reduce(self.hidden)
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """[N', C]."""
         head, hidden = self.head, self.hidden[rows]
         z = product(hidden, head.weight[columns].to(hidden.dtype).T)
-        if head.low_rank is not None and self.reduced is not None:
+        if head.low_rank is not None:
             z.addmm_(self.reduced[rows], head.low_rank.up[columns].to(z.dtype).T)
         if head.bias is not None:
             z += head.bias[columns]
@@ -172,7 +178,7 @@ class LogitTiles:
         """[N', K]: logits of some ids [N', K] alone."""
         head, hidden, dtype = self.head, self.hidden[rows, :, None], wide_dtype(self.hidden)
         z = torch.bmm(head.weight[ids].to(dtype), hidden.to(dtype))
-        if head.low_rank is not None and self.reduced is not None:
+        if head.low_rank is not None:
             z.baddbmm_(head.low_rank.up[ids].to(dtype), self.reduced[rows, :, None])
         z = z.squeeze(-1)
         if head.bias is not None:

@@ -46,13 +46,9 @@ def test_scores_in_groups_of_similar_length(qwen3: Path, monkeypatch: pytest.Mon
     batch.mask[1] = False  # nothing of it is scored
     batch.mask[3, 2] = False  # a hole: attended to, but not scored
     passes: list[tuple[int, ...]] = []
-    forward = model._hidden_states
-
-    def counted(tokens: Tensor, attention: Any) -> Tensor:
-        passes.append(tuple(tokens.shape))
-        return forward(tokens, attention)
-
-    monkeypatch.setattr(model, "_hidden_states", counted)
+    model.model.base_model.register_forward_pre_hook(
+        lambda _, __, inputs: passes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
 
     def gradients() -> tuple[Tensor, Any]:
         scored = model.score(batch)

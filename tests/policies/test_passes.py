@@ -111,16 +111,14 @@ def check_equal(ours: list[Tensor], wanted: list[Tensor], tolerance: float) -> N
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance * max(1.0, float(other.abs().max())))
 
 
-def watched(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
+def watched(model: LanguageModel) -> list[Call]:
     """Shapes of the passes that the model takes, and whether they were packed."""
     calls: list[Call] = []
-    forward = model._hidden_states
 
-    def counted(tokens: Tensor, attention: Any) -> Tensor:
-        calls.append((tuple(tokens.shape), bool(attention)))
-        return forward(tokens, attention)
+    def count(_: Any, __: Any, inputs: dict[str, Any]) -> None:
+        calls.append((tuple(inputs["input_ids"].shape), "position_ids" in inputs))
 
-    monkeypatch.setattr(model, "_hidden_states", counted)
+    model.model.base_model.register_forward_pre_hook(count, with_kwargs=True)
     return calls
 
 
@@ -206,7 +204,7 @@ def test_passes_stay_within_the_budget(
     folders: dict[str, str], monkeypatch: pytest.MonkeyPatch, budget: int, layout: str
 ) -> None:
     model, batch = LanguageModel(folders["qwen3"]), random_rollouts(8)
-    calls = watched(model, monkeypatch)
+    calls = watched(model)
     model.max_tokens = budget
     scored = model.score(batch)
     forward = list(calls)
@@ -254,7 +252,7 @@ def test_nothing_is_checkpointed_without_gradient(folders: dict[str, str], monke
     model, batch = LanguageModel(folders["qwen3"]), random_rollouts(8)
     model.max_tokens = 40
     snapshot = model.snapshot()
-    calls = watched(snapshot, monkeypatch)
+    calls = watched(snapshot)
     ((_, scored),) = snapshot.score_in_chunks(batch, len(batch))
     assert len(calls) > 2
     with torch.no_grad():
@@ -279,7 +277,7 @@ def test_rows_are_packed_with_flex_attention(
     )
     monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     model, batch = LanguageModel(folders[kind], attn_implementation="flex_attention"), random_rollouts(10)
-    calls = watched(model, monkeypatch)
+    calls = watched(model)
     with torch.no_grad():
         wanted = padded_batch(LanguageModel(folders[kind]), batch).hidden
         for budget in (None, 60):
@@ -341,7 +339,7 @@ def test_rows_are_packed_with_flash_attention(
     model.model.config._attn_implementation = "flash_attention_2"
     for budget in (40, None):
         flash.clear()
-        calls = watched(model, monkeypatch)
+        calls = watched(model)
         model.max_tokens = budget
         check_equal(weighted_gradients(model, model.score(batch)), wanted, EXACT[kind])
         assert all(packed and rows == 1 for (rows, _), packed in calls)
@@ -356,7 +354,7 @@ def test_layers_that_carry_on_into_the_next_row_are_found_out(
 ) -> None:
     force_packing(monkeypatch)
     model, batch = LanguageModel(folders[kind]), random_rollouts(12)
-    calls = watched(model, monkeypatch)
+    calls = watched(model)
     model.max_tokens = 60
     with torch.no_grad():
         hidden = model.score(batch).hidden
