@@ -15,6 +15,7 @@ from opdlab.gating import build_gate
 from opdlab.objectives import Objective, SampledTokenOPD, TeacherTopK, loss_shares, reduce_losses
 from opdlab.policies import AdapterConfig, LanguageModel, Scored
 from opdlab.policies.packing import attention_may_pack, keeps_packed_rows_apart
+from opdlab.policies.passes import Pass
 from opdlab.training import gate_inputs
 from opdlab.types import Rollouts, Targets
 from tests.policies.tiny_models import COMMON, CONFIGS, save_random
@@ -111,14 +112,18 @@ def check_equal(ours: list[Tensor], wanted: list[Tensor], tolerance: float) -> N
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance * max(1.0, float(other.abs().max())))
 
 
-def watched(model: LanguageModel) -> list[Call]:
+def watched(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """Shapes of the passes that the model takes, and whether they were packed."""
     calls: list[Call] = []
+    states = Pass.states
 
-    def count(_: Any, __: Any, inputs: dict[str, Any]) -> None:
-        calls.append((tuple(inputs["input_ids"].shape), "position_ids" in inputs))
+    def counted(one: Pass, base: Any) -> Tensor:
+        if base is model.model.base_model:
+            calls.append((tuple(one.tokens.shape), bool(one.attention)))
+        return states(one, base)
 
-    model.model.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    # A hook on the model would count the comparison of packed rows too.
+    monkeypatch.setattr(Pass, "states", counted)
     return calls
 
 
@@ -204,7 +209,7 @@ def test_passes_stay_within_the_budget(
     folders: dict[str, str], monkeypatch: pytest.MonkeyPatch, budget: int, layout: str
 ) -> None:
     model, batch = LanguageModel(folders["qwen3"]), random_rollouts(8)
-    calls = watched(model)
+    calls = watched(model, monkeypatch)
     model.max_tokens = budget
     scored = model.score(batch)
     forward = list(calls)
@@ -252,7 +257,7 @@ def test_nothing_is_checkpointed_without_gradient(folders: dict[str, str], monke
     model, batch = LanguageModel(folders["qwen3"]), random_rollouts(8)
     model.max_tokens = 40
     snapshot = model.snapshot()
-    calls = watched(snapshot)
+    calls = watched(snapshot, monkeypatch)
     ((_, scored),) = snapshot.score_in_chunks(batch, len(batch))
     assert len(calls) > 2
     with torch.no_grad():
@@ -277,7 +282,7 @@ def test_rows_are_packed_with_flex_attention(
     )
     monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     model, batch = LanguageModel(folders[kind], attn_implementation="flex_attention"), random_rollouts(10)
-    calls = watched(model)
+    calls = watched(model, monkeypatch)
     with torch.no_grad():
         wanted = padded_batch(LanguageModel(folders[kind]), batch).hidden
         for budget in (None, 60):
@@ -339,7 +344,7 @@ def test_rows_are_packed_with_flash_attention(
     model.model.config._attn_implementation = "flash_attention_2"
     for budget in (40, None):
         flash.clear()
-        calls = watched(model)
+        calls = watched(model, monkeypatch)
         model.max_tokens = budget
         check_equal(weighted_gradients(model, model.score(batch)), wanted, EXACT[kind])
         assert all(packed and rows == 1 for (rows, _), packed in calls)
@@ -354,7 +359,7 @@ def test_layers_that_carry_on_into_the_next_row_are_found_out(
 ) -> None:
     force_packing(monkeypatch)
     model, batch = LanguageModel(folders[kind]), random_rollouts(12)
-    calls = watched(model)
+    calls = watched(model, monkeypatch)
     model.max_tokens = 60
     with torch.no_grad():
         hidden = model.score(batch).hidden
