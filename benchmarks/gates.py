@@ -43,7 +43,7 @@ def child(gate: str, steps: int) -> None:
     from lightning.pytorch import Callback, Trainer, seed_everything
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    import opdlab.module
+    import opdlab.training.module
     from opdlab.callbacks import BehaviorRefresh, GateMonitor, SampleLogger
     from opdlab.data import PromptDataModule, ReuseConfig
     from opdlab.gating import build_gate
@@ -74,7 +74,8 @@ def child(gate: str, steps: int) -> None:
     samples = SampleLogger(every_n_steps=EVERY)
     for hook in ("on_train_batch_start", "on_train_batch_end"):
         setattr(samples, hook, watch.around("pages", getattr(samples, hook)))
-    opdlab.module.hidden_gradient_norms = watch.around("norms", opdlab.module.hidden_gradient_norms)
+    training = opdlab.training.module
+    training.hidden_gradient_norms = watch.around("norms", training.hidden_gradient_norms)
     toy = "package://opdlab.tasks.toy/models"
     module = OPDModule(  # as in configs/quickstart.yaml
         LanguageModel(f"{toy}/student"),

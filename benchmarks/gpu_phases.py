@@ -12,11 +12,11 @@ from gpu_models import Plan
 
 sys.path.insert(0, str(REPOSITORY))
 
-from opdlab.accumulation import gate_inputs
 from opdlab.gating import build_gate
 from opdlab.objectives import TeacherTopK, loss_shares, reduce_losses
 from opdlab.policies import BehaviorPolicy, LanguageModel, LocalTeacher, SamplingConfig, TeacherRequest
 from opdlab.rollouts import Rollouts
+from opdlab.training import gate_inputs
 
 
 class Resident:
@@ -35,7 +35,7 @@ class Resident:
         shape = plan.students[student]
         path = shape.save(folder / "student", getattr(torch, dtype), device)
         self.student = LanguageModel(path, dtype, gradient_checkpointing=True).to(device)  # type: ignore[arg-type]
-        self.student.accumulate_head_grad = True
+        self.student.configure_passes(accumulate_head_grad=True)
         rows, length = plan.sampled
         self.behavior = BehaviorPolicy(self.student, SamplingConfig(max_new_tokens=length, batch_size=rows))
         self.behavior.to(device)

@@ -65,7 +65,7 @@ class Updates:
             Qwen3ForCausalLM(config).save_pretrained(folder)
             AutoTokenizer.from_pretrained(TOY_MODELS / "student").save_pretrained(folder)
             self.student = LanguageModel(folder)
-        self.student.accumulate_head_grad = True
+        self.student.configure_passes(accumulate_head_grad=True)
         self._size, self._objective, self._gate = size, TeacherTopK(size.k), build_gate("block64", tau=1.0)
 
     def run(self, batch: int, length: int, lengths: Any = None) -> dict[str, float]:
@@ -78,9 +78,9 @@ class Updates:
         """
         import torch
 
-        from opdlab.accumulation import gate_inputs
         from opdlab.objectives import loss_shares, reduce_losses
         from opdlab.rollouts import Rollouts, Targets
+        from opdlab.training import gate_inputs
 
         vocabulary, k = self._size.vocabulary, self._size.k
         mask, ids = torch.ones(batch, length, dtype=torch.bool), torch.zeros(batch, dtype=torch.long)

@@ -23,12 +23,13 @@ from step_common import (
 
 from opdlab.callbacks import BehaviorRefresh, GateMonitor
 from opdlab.data import PromptDataModule, ReuseConfig
-from opdlab.data.prompts import Problem, ProblemSource
+from opdlab.data.prompts import ProblemSource
 from opdlab.gating import build_gate
 from opdlab.module import OPDModule
 from opdlab.objectives import TeacherTopK
 from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig
 from opdlab.tasks.toy.problems import ChainProblems
+from opdlab.types import Problem
 
 
 class Prompts(ProblemSource):

@@ -84,15 +84,8 @@ class GateMonitor(StepCallback):
         """
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         assert isinstance(pl_module, OPDModule)
-        pl_module.trace_gradients |= self.looks_at(trainer) and bool(trainer.loggers)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """See :meth:`StepCallback.on_train_batch_end`."""
-        assert isinstance(pl_module, OPDModule)
-        pl_module.trace_gradients = False
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self.looks_at(trainer) and trainer.loggers:
+            pl_module.request_gradient_norms()
 
     def on_trace(self, trainer: pl.Trainer, trace: StepTrace) -> None:
         """Sum up by age."""

@@ -15,8 +15,6 @@ from rich.filesize import pick_unit_and_suffix
 from rich.text import Text
 from torch import Tensor
 
-from opdlab.module import OPDModule
-
 _RATE = "train/tokens_per_second"
 # What the line says, most important first: a format, and the logged figures that it is of.
 _ITEMS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -98,11 +96,9 @@ class LabProgressBar(RichProgressBar):
         self._fetched_at = -1
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let the module report here; what was shown of another run or stage is over."""
+        """Forget what was shown of another run or stage."""
         super().setup(trainer, pl_module, stage)
         self._line.items, self._figures, self._fetched_at = (), {}, -1
-        if isinstance(pl_module, OPDModule):
-            pl_module.progress = self
 
     # -- figures -------------------------------------------------------------------------------------------------
 

@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlab.callbacks.step_callback import StepCallback
 from opdlab.data.datamodule import PromptDataModule
-from opdlab.data.prompts import Problem
 from opdlab.diagnostics import StepTrace
 from opdlab.errors import require
 from opdlab.module import OPDModule
+from opdlab.types import Problem
 from opdlab.viewer import (
     INDEX,
     RolloutText,

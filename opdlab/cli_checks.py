@@ -11,11 +11,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from opdlab.callbacks import BehaviorRefresh, GateMonitor, HFExport, PoolRecorder, SampleLogger
 from opdlab.data import PromptDataModule
 from opdlab.data.cleaning import CleaningConfig
-from opdlab.data.reuse import ReuseConfig
 from opdlab.errors import UsageError
 from opdlab.evaluation.config import EvaluationConfig
-from opdlab.module import check_token_bound
 from opdlab.policies import SamplingConfig
+from opdlab.rollouts import ReuseConfig
+from opdlab.training.checks import check_token_bound
 
 # Each has its own section of the configuration.
 CALLBACKS: Mapping[str, type[Callback]] = {

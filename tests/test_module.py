@@ -10,16 +10,24 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 
-from opdlab.accumulation import join_gate_inputs, split_gates
 from opdlab.data.prompts import prompt_set
 from opdlab.errors import UsageError
 from opdlab.evaluation import EvaluationConfig
 from opdlab.gating import GateInputs, build_gate
 from opdlab.module import NonFiniteLossError, OPDModule
 from opdlab.objectives import Objective, SampledTokenOPD, TeacherTopK
-from opdlab.policies import BehaviorPolicy, LanguageModel, LocalTeacher, SamplingConfig, TeacherRequest
-from opdlab.rollouts.batch import trimmed
+from opdlab.policies import (
+    BehaviorPolicy,
+    LanguageModel,
+    LocalTeacher,
+    SamplingConfig,
+    TeacherRequest,
+    language_model,
+)
+from opdlab.policies.passes import Pass
 from opdlab.tasks.toy.problems import ChainProblems
+from opdlab.training import join_gate_inputs, split_gates
+from opdlab.types import trimmed
 from tests.toy_run import STUDENT, TEACHER, Run
 
 MakeRun = Callable[..., Run]
@@ -30,6 +38,7 @@ class Watch(Callback):
 
     def __init__(self) -> None:
         self.batches: list[Any] = []
+        self.traces: list[Any] = []
         self.snapshots: list[torch.Tensor] = []
         self.students: list[torch.Tensor] = []
 
@@ -38,6 +47,7 @@ class Watch(Callback):
     ) -> None:
         assert isinstance(pl_module, OPDModule)
         self.batches.append(batch)
+        self.traces.append(outputs["trace"])
         # Copied before BehaviorRefresh acts only if this callback stands before it; see the test.
         self.snapshots.append(torch.cat([p.flatten() for p in pl_module.behavior.parameters()]).clone())
         self.students.append(torch.cat([p.detach().flatten() for p in pl_module.student.parameters()]).clone())
@@ -77,7 +87,7 @@ def test_first_minibatch_after_a_refresh_and_a_fresh_pool_has_no_drift(make_run:
 def test_the_snapshot_scores_only_what_the_students_own_pass_does_not(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, objective: Objective, accumulate: int
 ) -> None:
-    def run(equal: bool, reads: bool) -> tuple[Run, Watch, list[int]]:
+    def run(equal: bool) -> tuple[Run, Watch, list[int]]:
         watch, scored = Watch(), []
         made = make_run(objective=objective, refresh=4, accumulate=accumulate, callbacks=(watch,))
         policy = made.module.behavior.policy
@@ -87,24 +97,46 @@ def test_the_snapshot_scores_only_what_the_students_own_pass_does_not(
             return LanguageModel.score_in_chunks(policy, rollouts, batch_size)
 
         monkeypatch.setattr(policy, "score_in_chunks", counted)
-        monkeypatch.setattr(objective, "reads_behavior", reads, raising=False)
         if not equal:
             monkeypatch.setattr(made.module.behavior, "equals", lambda student: False)
         made.fit(8)
         return made, watch, scored
 
-    by_snapshot, seen, rows = run(equal=False, reads=True)
+    by_snapshot, seen, rows = run(equal=False)
     assert rows == [16, 16]  # two pools of 16 rollouts, in optimizer batches of 8
-    for reads in (objective.reads_behavior, True):
-        by_student, own, fewer = run(equal=True, reads=reads)
-        assert fewer == [8, 8]
-        torch.testing.assert_close(by_student.recorder.losses, by_snapshot.recorder.losses, rtol=1e-4, atol=1e-6)
-        assert by_student.recorder.steps[5]["train/drift/max"] == 0  # the second pool's first step
-        for mine, theirs in zip(own.batches, seen.batches, strict=True):
-            assert torch.equal(mine.rollouts.rollout_ids, theirs.rollouts.rollout_ids)
-            torch.testing.assert_close(
-                mine.rollouts.behavior_logprobs, theirs.rollouts.behavior_logprobs, rtol=0, atol=1e-3
-            )
+    by_student, own, fewer = run(equal=True)
+    assert fewer == [8, 8]
+    torch.testing.assert_close(by_student.recorder.losses, by_snapshot.recorder.losses, rtol=1e-4, atol=1e-6)
+    assert by_student.recorder.steps[5]["train/drift/max"] == 0  # the second pool's first step
+    for mine, theirs in zip(own.traces, seen.traces, strict=True):
+        assert torch.equal(mine.rollouts.rollout_ids, theirs.rollouts.rollout_ids)
+        torch.testing.assert_close(
+            mine.rollouts.behavior_logprobs, theirs.rollouts.behavior_logprobs, rtol=0, atol=1e-3
+        )
+
+
+@pytest.mark.parametrize("objective", [TeacherTopK(k=8), SampledTokenOPD()], ids=["lsm", "sampled"])
+def test_the_step_that_fills_in_the_behavior_makes_one_pass_over_the_head(
+    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, objective: Objective
+) -> None:
+    passes: list[str] = []
+
+    def counted(name: str) -> Any:
+        function = getattr(language_model, name)
+
+        def call(*arguments: Any) -> Any:
+            if torch.is_grad_enabled():  # not the snapshot's
+                passes.append(name)
+            return function(*arguments)
+
+        return call
+
+    # The passes cannot be told from the outside: they are only slow.
+    for name in ("token_statistics", "support_statistics"):
+        monkeypatch.setattr(language_model, name, counted(name))
+    make_run(objective=objective).fit(2)
+    assert len(passes) == 2
+    assert len(set(passes)) == 1
 
 
 def test_a_snapshot_that_is_not_the_student_scores_everything(make_run: MakeRun) -> None:
@@ -121,13 +153,13 @@ def test_reused_rollouts_keep_their_targets_to_the_bit(make_run: MakeRun) -> Non
     watch = Watch()
     make_run(callbacks=(watch,)).fit(4)  # two passes over one pool
     seen: dict[int, list[Any]] = {}
-    for batch in watch.batches:
+    for batch, trace in zip(watch.batches, watch.traces, strict=True):
         for row, rollout_id in enumerate(batch.rollouts.rollout_ids.tolist()):
             length = int(batch.rollouts.num_tokens[row])
             seen.setdefault(rollout_id, []).append(
                 (
                     batch.rollouts.tokens[row, :length],
-                    batch.rollouts.behavior_logprobs[row, :length],
+                    trace.rollouts.behavior_logprobs[row, :length],
                     batch.targets.logprobs[row, :length],
                     batch.targets.support_ids[row, :length],
                     batch.targets.support_logits[row, :length],
@@ -300,13 +332,14 @@ def test_a_bound_on_tokens_changes_no_step(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, objective: Objective, accumulate: int
 ) -> None:
     passes: list[int] = []
-    forward = LanguageModel._hidden_states
+    states = Pass.states
 
-    def counted(model: LanguageModel, tokens: torch.Tensor, attention: Any) -> torch.Tensor:
-        passes.append(tokens.numel())
-        return forward(model, tokens, attention)
+    def counted(one: Pass, model: Any) -> torch.Tensor:
+        passes.append(one.tokens.numel())
+        return states(one, model)
 
-    monkeypatch.setattr(LanguageModel, "_hidden_states", counted)
+    # Of all models in the run, and not while they sample: a hook on a model would count that too.
+    monkeypatch.setattr(Pass, "states", counted)
 
     def run(budget: int | None) -> tuple[list[float], torch.Tensor, int]:
         passes.clear()

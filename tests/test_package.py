@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -45,18 +46,27 @@ PUBLIC = {
     "opdlab.tasks": [
         *("BoxedVerifier", "ExactMatchVerifier", "MathVerifier", "NumericVerifier", "Verdict", "Verifier"),
     ],
-    "opdlab.rollouts": ["Minibatch", "Pool", "RolloutLoader", "Rollouts", "StopReason", "Targets"],
+    "opdlab.types": [
+        *("EvaluationBatch", "Minibatch", "Problem", "Prompt", "Rollouts", "StopReason", "Targets", "TeacherRequest"),
+        *("Verdicts", "id_dtype", "trimmed"),
+    ],
+    "opdlab.rollouts": [
+        *("Collector", "Minibatch", "Pool", "ReuseConfig", "RolloutLoader", "Rollouts", "StopReason", "Targets"),
+    ],
     "opdlab.policies": [
         *("AdapterConfig", "BaseTeacher", "StopTokens", "single_token_ids", "warn_of_stop_tokens"),
         *("BehaviorPolicy", "LanguageModel", "LocalTeacher", "Sampler", "Samples", "SamplingConfig", "Scored"),
-        *("Teacher", "TeacherRequest", "check_same_vocabulary"),
+        *("BehaviorConfig", "NoTeacher", "Teacher", "TeacherHolder", "TeacherRequest", "check_same_vocabulary"),
     ],
     "opdlab.data": [
         *("Benchmark", "ChatTemplate", "CleaningAccount", "CleaningConfig", "DapoMath17k", "EvaluationBatch"),
         *("JsonlProblems", "Problem", "ProblemSource", "Prompt", "PromptDataModule", "PromptSet", "RawTemplate"),
         *("ReuseConfig", "TableProblems", "Template", "prompt_set"),
     ],
-    "opdlab.module": ["OPDModule"],
+    "opdlab.training": [
+        *("NonFiniteLossError", "OPDModule", "ScoredBatch", "gate_inputs", "join_gate_inputs", "score_batch"),
+        "split_gates",
+    ],
     "opdlab.replay": [
         *("GateSummary", "Grid", "RecordedStep", "ReplayConfig", "ReplayedStep", "Replayer", "Variant"),
         *("expand", "read_record", "record_folders", "summarise"),
@@ -76,6 +86,30 @@ def test_public_names(module: str) -> None:
     assert [name for name in PUBLIC[module] if not hasattr(imported, name)] == []
     if hasattr(imported, "__all__"):
         assert sorted(imported.__all__) == sorted(PUBLIC[module])
+
+
+def test_the_package_offers_its_public_names_lazily() -> None:
+    code = (
+        "import sys, opdlab; heavy = {'torch', 'lightning', 'transformers'} & set(sys.modules); "
+        "assert not heavy, heavy; print(*(getattr(opdlab, name) for name in dir(opdlab) if name in opdlab.__all__))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "OPDModule" in result.stdout
+    with pytest.raises(AttributeError, match="module 'opdlab' has no attribute 'Nothing'"):
+        opdlab.Nothing  # noqa: B018
+
+
+def test_the_module_keeps_its_import_path() -> None:
+    # Saved configurations and programs name it.
+    from opdlab.module import BehaviorConfig, NonFiniteLossError, OPDModule
+
+    assert OPDModule is opdlab.OPDModule
+    assert {cls.__module__.split(".")[1] for cls in (BehaviorConfig, NonFiniteLossError)} == {"policies", "training"}
+
+
+def test_type_checkers_see_every_public_name() -> None:
+    names = set(re.findall(r"^    from opdlab\S* import \w+ as (\w+)$", Path(opdlab.__file__).read_text(), re.M))
+    assert names | {"__version__"} == set(opdlab.__all__)
 
 
 def test_every_package_is_listed_for_the_wheel() -> None:

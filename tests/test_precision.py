@@ -17,6 +17,7 @@ from torch import Tensor
 from opdlab.data import PromptDataModule, ReuseConfig
 from opdlab.module import OPDModule
 from opdlab.objectives import TeacherTopK
+from opdlab.policies import BehaviorPolicy
 from opdlab.scoring import Head, support_statistics, token_statistics
 from opdlab.scoring.head import LogitTiles
 from opdlab.tasks.toy.problems import ChainProblems
@@ -84,7 +85,7 @@ def test_a_snapshot_scored_in_another_precision_is_seen_as_drift(
 
     monkeypatch.setattr(OPDModule, "collect", in_float32)
     # Else the first step's own pass stands in for the snapshot's.
-    monkeypatch.setattr(OPDModule, "_same_policy", lambda self: False)
+    monkeypatch.setattr(BehaviorPolicy, "equals", lambda self, student: False)
     assert fresh_drift(run(tmp_path, "bf16-mixed", steps=1))[0] > 1e-2
 
 

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from opdlab.data.prompts import Problem
 from opdlab.diagnostics import StepTrace
 from opdlab.gating import GateInputs, build_gate
 from opdlab.rollouts import Rollouts
+from opdlab.types import Problem
 from opdlab.viewer import (
     RolloutText,
     choose_rollouts,

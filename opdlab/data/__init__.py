@@ -2,12 +2,13 @@
 
 from opdlab.data.benchmarks import Benchmark, DapoMath17k
 from opdlab.data.cleaning import CleaningAccount, CleaningConfig
-from opdlab.data.datamodule import EvaluationBatch, PromptDataModule
+from opdlab.data.datamodule import PromptDataModule
 from opdlab.data.jsonl import JsonlProblems
-from opdlab.data.prompts import Problem, ProblemSource, Prompt, PromptSet, prompt_set
-from opdlab.data.reuse import ReuseConfig
+from opdlab.data.prompts import ProblemSource, PromptSet, prompt_set
 from opdlab.data.tables import TableProblems
 from opdlab.data.templates import ChatTemplate, RawTemplate, Template
+from opdlab.rollouts import ReuseConfig
+from opdlab.types import EvaluationBatch, Problem, Prompt
 
 __all__ = [
     "Benchmark",

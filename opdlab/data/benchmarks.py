@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from opdlab.data.jsonl import JsonlProblems
-from opdlab.data.prompts import Problem, ProblemSource
+from opdlab.data.prompts import ProblemSource
 from opdlab.data.rows import RowProblems
 from opdlab.data.tables import TableProblems
 from opdlab.data.templates import REASONING_SUFFIX, RawTemplate, Template
@@ -15,6 +15,7 @@ from opdlab.errors import require
 from opdlab.registry import suggestion
 from opdlab.tasks.math_verifier import MathVerifier
 from opdlab.tasks.verifier import Verifier
+from opdlab.types import Problem
 
 
 def _as_written(answer: str) -> str:

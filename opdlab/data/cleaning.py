@@ -5,8 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from opdlab.data.overlap import BenchmarkIndex, Suspect, normalized
-from opdlab.data.prompts import Problem
 from opdlab.errors import require
+from opdlab.types import Problem
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """The data module: prompts for training, problems for evaluation."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import partial
 
 import lightning.pytorch as pl
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
@@ -12,37 +12,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from opdlab.data.cleaning import CleaningAccount, CleaningConfig, clean
-from opdlab.data.prompts import ProblemSource, Prompt, PromptSet, prompt_set
-from opdlab.data.reuse import ReuseConfig
+from opdlab.data.prompts import ProblemSource, PromptSet, prompt_set
 from opdlab.errors import require
+from opdlab.rollouts import Pool, ReuseConfig, RolloutLoader
 from opdlab.tasks.verifier import Verifier
-
-if TYPE_CHECKING:
-    from opdlab.module import OPDModule
-    from opdlab.rollouts.loader import RolloutLoader
-
-
-@dataclass(frozen=True)
-class EvaluationBatch:
-    """Problems of one benchmark.
-
-    Args:
-        benchmark: its name.
-        prompts: the problems' prompts.
-        verifier: checks the answers.
-    """
-
-    benchmark: str
-    prompts: Sequence[Prompt]
-    verifier: Verifier | None
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def to(self, device: object, non_blocking: bool = False) -> "EvaluationBatch":
-        """Nothing to move: Lightning calls this for every batch."""
-        del device, non_blocking
-        return self
+from opdlab.types import EvaluationBatch, Prompt
 
 
 class _Problems(Dataset[Prompt]):
@@ -97,6 +71,8 @@ class PromptDataModule(pl.LightningDataModule):
         self.train_prompts: PromptSet | None = None
         self.cleaning_account: CleaningAccount | None = None
         self.benchmarks: dict[str, PromptSet] = {}
+        self._collect: Callable[..., Pool] | None = None
+        self._samples_per_prompt = 1
 
     def check_reuse(self, samples_per_prompt: int, micro_batches: int) -> None:
         """Refuse sizes of pools and batches that do not fit together; see :meth:`ReuseConfig.check`."""
@@ -107,9 +83,19 @@ class PromptDataModule(pl.LightningDataModule):
         """Checks answers to training prompts, where their source has gold answers."""
         return self.train_source.verifier
 
-    def setup(self, stage: str) -> None:
-        """Tokenize what the stage needs."""
-        self.prepare(self._module.student.tokenizer, training=stage == "fit")
+    def connect(
+        self, tokenizer: PreTrainedTokenizerBase, collect: Callable[..., Pool], samples_per_prompt: int, training: bool
+    ) -> None:
+        """Take from the model what its data needs; the LightningModule calls this in its ``setup``.
+
+        Args:
+            tokenizer: the student's.
+            collect: samples and labels rollouts; it is also given this data's ``verifier``, which may be None.
+            samples_per_prompt: rollouts that ``collect`` returns for each prompt.
+            training: whether training problems are needed too.
+        """
+        self._collect, self._samples_per_prompt = collect, samples_per_prompt
+        self.prepare(tokenizer, training)
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, training: bool) -> None:
         """Read and tokenize, once: benchmarks first, since training problems are compared with them.
@@ -143,22 +129,15 @@ class PromptDataModule(pl.LightningDataModule):
         rank_zero_info(f"train: problems from {source.name}: {self.cleaning_account}")
         return prompts
 
-    @property
-    def _module(self) -> "OPDModule":
-        assert self.trainer is not None
-        module: OPDModule = self.trainer.lightning_module  # type: ignore[assignment]
-        return module
-
-    def train_dataloader(self) -> "RolloutLoader":
-        """The rollout loader: it asks the module for a pool whenever it needs one."""
-        from opdlab.rollouts.loader import RolloutLoader
-
+    def train_dataloader(self) -> RolloutLoader:
+        """The rollout loader, which collects a pool whenever it needs one."""
         assert self.trainer is not None
         assert self.train_prompts is not None
+        assert self._collect is not None
         return RolloutLoader(
             self.train_prompts.prompts,
-            self._module.collect,
-            samples_per_prompt=self._module.sampling.num_samples,
+            partial(self._collect, verifier=self.train_verifier),
+            samples_per_prompt=self._samples_per_prompt,
             prompts_per_pool=self.reuse.prompts_per_pool,
             batch_size=self.reuse.batch_size,
             micro_batches=self.trainer.accumulate_grad_batches,

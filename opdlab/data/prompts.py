@@ -10,38 +10,11 @@ from transformers import PreTrainedTokenizerBase
 from opdlab.data.templates import RawTemplate, Template
 from opdlab.errors import UsageError, require
 from opdlab.tasks.verifier import Verifier
+from opdlab.types import Problem, Prompt
+
+__all__ = ["Problem", "ProblemSource", "Prompt", "PromptSet", "prompt_set"]
 
 _CHUNK = 1024  # problems tokenized at a time
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A problem as its source has it.
-
-    Args:
-        id: unique within the source.
-        text: the problem.
-        answer: the gold answer, or None where there is none.
-    """
-
-    id: str
-    text: str
-    answer: str | None
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A problem as the student reads it.
-
-    Args:
-        index: row in the prompt set.
-        problem: what it was made from.
-        tokens: token ids, special tokens of the template included.
-    """
-
-    index: int
-    problem: Problem
-    tokens: tuple[int, ...]
 
 
 class ProblemSource(ABC):

@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-from opdlab.data.prompts import Problem, ProblemSource
+from opdlab.data.prompts import ProblemSource
 from opdlab.data.templates import Template
 from opdlab.errors import require
 from opdlab.registry import suggestion
 from opdlab.tasks.verifier import Verifier
+from opdlab.types import Problem
 
 
 class RowProblems(ProblemSource):

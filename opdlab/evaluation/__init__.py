@@ -1,10 +1,11 @@
 """Sampling answers to problems, checking them, keeping them, and counting: what a validation step does."""
 
 from opdlab.evaluation.config import EvaluationConfig
-from opdlab.evaluation.evaluator import Evaluator, submit_answers
+from opdlab.evaluation.evaluator import Evaluator
 from opdlab.evaluation.figures import BenchmarkMetrics
-from opdlab.evaluation.module import EvaluationModule, NoTeacher
+from opdlab.evaluation.module import EvaluationModule
 from opdlab.evaluation.samples import Sample, SampleFolder
+from opdlab.policies import NoTeacher
 
 __all__ = [
     "BenchmarkMetrics",
@@ -14,5 +15,4 @@ __all__ = [
     "NoTeacher",
     "Sample",
     "SampleFolder",
-    "submit_answers",
 ]

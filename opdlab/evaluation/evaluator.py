@@ -1,24 +1,20 @@
 """Sampling answers to problems, having them checked while the next ones are sampled, and counting."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from opdlab.data.datamodule import EvaluationBatch
 from opdlab.evaluation.config import EvaluationConfig
 from opdlab.evaluation.figures import MEAN, BenchmarkMetrics, over_benchmarks
 from opdlab.evaluation.samples import Sample, SampleFolder
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.sampler import Sampler, SamplingConfig
-from opdlab.policies.teacher import Teacher, TeacherRequest
+from opdlab.policies.teacher import Teacher
 from opdlab.progress import Progress
-from opdlab.rollouts.batch import Rollouts, StopReason
 from opdlab.seeds import derive_seed
-from opdlab.tasks.verifier import Verdict
-
-Verdicts = Callable[[], list[Verdict]]
+from opdlab.types import EvaluationBatch, Rollouts, StopReason, TeacherRequest, Verdicts
 
 
 @dataclass(frozen=True)
@@ -79,9 +75,10 @@ class Evaluator(nn.Module):
             return
         try:
             seed = derive_seed("evaluation", self.config.seed, batch.benchmark, *seed_parts)
-            rollouts = self._sample(model, batch, seed, progress)
-            texts = decode_responses(model, rollouts)
-            verdicts = submit_answers(texts, rollouts, batch)
+            samples = self.sampler.sample(model, [prompt.tokens for prompt in batch.prompts], seed, progress)
+            rollouts = samples.rollouts([p.index for p in batch.prompts], self.sampler.config.temperature)
+            texts = model.responses(rollouts)
+            verdicts = batch.submit(texts, rollouts)
             reverse_kl = _reverse_kl(model, teacher, rollouts) if teacher is not None else None
         except BaseException:
             self.finish()  # the former batch is sampled and perhaps checked: keep it, whatever happened to this one
@@ -132,21 +129,6 @@ class Evaluator(nn.Module):
         assert isinstance(metrics, BenchmarkMetrics)
         metrics.update(samples)
 
-    def _sample(self, model: LanguageModel, batch: EvaluationBatch, seed: int, progress: Progress) -> Rollouts:
-        samples = self.sampler.sample(model, [prompt.tokens for prompt in batch.prompts], seed, progress)
-        return Rollouts(
-            *samples[:4],
-            behavior_logprobs=torch.zeros(samples.tokens.shape),
-            stop_reasons=samples.stop_reasons,
-            rollout_ids=torch.arange(len(samples.tokens)),
-            prompt_ids=torch.tensor([p.index for p in batch.prompts]).repeat_interleave(
-                self.sampler.config.num_samples
-            ),
-            sampled_at_step=torch.zeros(len(samples.tokens), dtype=torch.long),
-            snapshot_step=torch.zeros(len(samples.tokens), dtype=torch.long),
-            temperature=self.sampler.config.temperature,
-        )
-
 
 def _samples(
     batch: EvaluationBatch, rollouts: Rollouts, texts: list[str], seed: int, reverse_kl: list[float] | None
@@ -182,27 +164,3 @@ def _reverse_kl(model: LanguageModel, teacher: Teacher, rollouts: Rollouts, batc
         logprobs = scored.padded(scored.statistics().logprobs).cpu()
         sums[rows] = ((logprobs - targets.logprobs[rows]) * rollouts.mask[rows]).double().sum(1)
     return (sums / rollouts.num_tokens).tolist()
-
-
-def submit_answers(texts: list[str], rollouts: Rollouts, batch: EvaluationBatch) -> Verdicts | None:
-    """Have responses checked, without waiting.
-
-    Args:
-        texts: of the rollouts, see :func:`decode_responses`.
-        rollouts: B of them, on prompts of the batch.
-        batch: gold answers and verifier.
-
-    Returns:
-        A function that waits for the B verdicts; None where there is no verifier.
-    """
-    if batch.verifier is None:
-        return None
-    by_index = {prompt.index: prompt.problem.answer or "" for prompt in batch.prompts}
-    return batch.verifier.submit(texts, [by_index[index] for index in rollouts.prompt_ids.tolist()])
-
-
-def decode_responses(model: LanguageModel, rollouts: Rollouts) -> list[str]:
-    """Text of each response, without special tokens."""
-    rows = zip(rollouts.tokens.tolist(), rollouts.num_tokens.tolist(), strict=True)
-    texts: list[str] = model.tokenizer.batch_decode([r[:n] for r, n in rows], skip_special_tokens=True)
-    return texts

@@ -3,66 +3,80 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.trainer.states import TrainerFn
 
-from opdlab.data.datamodule import EvaluationBatch, PromptDataModule
-from opdlab.errors import UsageError
+from opdlab.data.datamodule import PromptDataModule
+from opdlab.errors import require
+from opdlab.evaluation.config import EvaluationConfig
 from opdlab.evaluation.evaluator import Evaluator
-from opdlab.evaluation.samples import SampleFolder
-from opdlab.evaluation.settings import evaluation_settings, versions
-from opdlab.policies.language_model import LanguageModel
-from opdlab.policies.teacher import LocalTeacher, Teacher, TeacherRequest
+from opdlab.evaluation.folder import sample_folder
+from opdlab.evaluation.settings import versions
+from opdlab.policies import LanguageModel, NoTeacher, SamplingConfig, Teacher, TeacherHolder
 from opdlab.progress import Progress, SilentProgress
-from opdlab.rollouts.batch import Rollouts, Targets
-
-
-class NoTeacher(Teacher):
-    """Stands where a teacher is not needed, so that none is loaded: a model that is evaluated and not trained."""
-
-    def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
-        """Refuse."""
-        raise UsageError("model.teacher is NoTeacher, which scores nothing: give a teacher")
+from opdlab.types import EvaluationBatch
 
 
 @dataclass(frozen=True)
 class _Evaluated:
-    name: str = "val"
-    model: LanguageModel | None = None
+    name: str
+    model: LanguageModel
     subfolder: str = ""
 
 
 class EvaluationModule(pl.LightningModule):
-    """Samples answers to the data module's benchmarks, and logs what came out."""
+    """Samples answers to the data module's benchmarks, and logs their metrics.
 
-    student: LanguageModel
-    teacher: Teacher
-    evaluator: Evaluator
+    Args:
+        student: the model that is evaluated.
+        teacher: to which the reverse KL is measured, if it is; never a submodule.
+        evaluation: see :class:`EvaluationConfig`.
+        sampling: how answers are sampled.
+    """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, student: LanguageModel, teacher: Teacher, evaluation: EvaluationConfig, sampling: SamplingConfig
+    ) -> None:
         super().__init__()
-        self.progress: Progress = SilentProgress()
-        self._evaluated = _Evaluated()
+        evaluation.check(sampling)
+        require(
+            not (isinstance(teacher, NoTeacher) and evaluation.reverse_kl),
+            "model.evaluation.reverse_kl is true, but model.teacher is NoTeacher: give a teacher",
+        )
+        self.student = student
+        self._held = TeacherHolder(teacher)
+        self.evaluator = Evaluator(evaluation, sampling, [])
+        self._evaluated: _Evaluated | None = None  # instead of the student
+
+    @property
+    def teacher(self) -> Teacher:
+        """The teacher, which is no submodule."""
+        return self._held.teacher
+
+    @property
+    def data(self) -> PromptDataModule | None:
+        """The trainer's data module; None if the trainer has another kind, or none."""
+        data = getattr(self.trainer, "datamodule", None)
+        return data if isinstance(data, PromptDataModule) else None
+
+    @property
+    def progress(self) -> Progress:
+        """The trainer's callback that shows bars, or one that shows nothing."""
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined] # set by Lightning's connector
+        return next((each for each in callbacks if isinstance(each, Progress)), SilentProgress())
 
     def setup(self, stage: str) -> None:
         """Make the metrics of the data module's benchmarks."""
-        names = self._data.benchmarks if isinstance(self._data, PromptDataModule) else []
+        names = self.data.benchmarks if self.data is not None else {}
         if list(self.evaluator.metrics) != list(names):
             self.evaluator = Evaluator(self.evaluator.config, self.evaluator.sampler.config, names).to(self.device)
-
-    @property
-    def _data(self) -> object:
-        return getattr(self.trainer, "datamodule", None)
 
     @contextmanager
     def evaluating(self, name: str, model: LanguageModel, subfolder: str = "") -> Iterator[None]:
         """Evaluate ``model`` instead of the student.
 
         Args:
-            name: figures are logged under it instead of ``val``.
+            name: metrics are logged under it instead of ``val``.
             model: moved to this module's device when the evaluation starts; before, Lightning may have this module
                 on the host.
             subfolder: of ``model.evaluation.samples``, where there are several evaluations in it; samples of other
@@ -74,76 +88,42 @@ class EvaluationModule(pl.LightningModule):
         finally:
             self._evaluated = before
 
-    @property
-    def _model(self) -> LanguageModel:
-        return self._evaluated.model or self.student
-
     def validation_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sample answers to a batch of problems, and have them checked."""
         teacher = self.teacher if self.evaluator.config.reverse_kl else None
         if teacher is not None:
             teacher.to(self.device)
-        self.evaluator.evaluate(self._model, batch, (batch_idx, self.trainer.global_rank), self.progress, teacher)
+        model = self._current.model
+        self.evaluator.evaluate(model, batch, (batch_idx, self.trainer.global_rank), self.progress, teacher)
+
+    @property
+    def _current(self) -> _Evaluated:
+        return self._evaluated or _Evaluated("val", self.student)
 
     def on_validation_epoch_start(self) -> None:
-        """Count anew."""
-        if self._evaluated.model is not None:
-            self._evaluated.model.to(self.device)
+        """Reset the metrics, and open the folder of the samples."""
+        current = self._current
+        if self._evaluated is not None:
+            current.model.to(self.device)
         self.evaluator.close()  # an earlier evaluation that failed may hold the same files
-        self.evaluator.start(self._sample_folder())
+        folder = None
+        if self.data is not None:
+            folder = sample_folder(
+                self, self.teacher, self.data, self.evaluator, current.model, current.name, current.subfolder
+            )
+        self.evaluator.start(folder)
 
     def on_validation_epoch_end(self) -> None:
-        """Log every benchmark's figures and their mean, and keep them beside the samples."""
+        """Log every benchmark's metrics and their mean, and keep them beside the samples."""
         self.evaluator.finish()
         figures = self.evaluator.compute()
-        self.log_dict({f"{self._evaluated.name}/{key}": value for key, value in figures.items()}, sync_dist=True)
+        self.log_dict({f"{self._current.name}/{key}": value for key, value in figures.items()}, sync_dist=True)
         if (folder := self.evaluator.folder) is not None:
             self.evaluator.close()
             values = {key: float(value) for key, value in figures.items()}
             folder.write_results({"figures": values, "settings": folder.settings, "versions": versions()})
 
-    def test_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """The same as :meth:`validation_step`."""
-        self.validation_step(batch, batch_idx, dataloader_idx)
-
-    def on_test_epoch_start(self) -> None:
-        """The same as :meth:`on_validation_epoch_start`."""
-        self.on_validation_epoch_start()
-
-    def on_test_epoch_end(self) -> None:
-        """The same as :meth:`on_validation_epoch_end`."""
-        self.on_validation_epoch_end()
-
-    # -- samples on disk -----------------------------------------------------------------------------------------
-
-    def _sample_folder(self) -> SampleFolder | None:
-        root, trainer = self.evaluator.config.samples, self.trainer
-        if root is None or trainer.sanity_checking or not isinstance(self._data, PromptDataModule):
-            return None
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        subfolder = f"{self._evaluated.name}-step-{self.global_step}" if fitting else self._evaluated.subfolder
-        return SampleFolder(
-            Path(root) / subfolder,
-            self._settings(self._data),
-            rank=trainer.global_rank,
-            replace=bool(subfolder),  # within a run, the run is what its folder tells of
-            barrier=trainer.strategy.barrier,
-        )
-
-    def _settings(self, data: PromptDataModule) -> dict[str, Any]:
-        config = self.evaluator.config
-        teacher = self.teacher.model if config.reverse_kl and isinstance(self.teacher, LocalTeacher) else None
-        checkpoint = str(self.trainer.ckpt_path) if self.trainer.ckpt_path is not None else None
-        return evaluation_settings(
-            self._model,
-            self.evaluator.sampler.config,
-            data.benchmarks,
-            teacher=teacher,
-            about={"checkpoint": checkpoint, "step": self.global_step},
-            model__evaluation__reverse_kl=config.reverse_kl,
-            model__evaluation__seed=config.seed,
-            data__eval_batch_size=data.eval_batch_size,
-            trainer__precision=str(self.trainer.precision),
-            trainer__devices=self.trainer.world_size,
-            trainer__accelerator=self.device.type,
-        )
+    # Tests are validations: the hooks of the one are those of the other.
+    test_step = validation_step
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_epoch_end = on_validation_epoch_end

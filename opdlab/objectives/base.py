@@ -10,16 +10,15 @@ from typing import Literal
 from torch import Tensor
 
 from opdlab.policies.language_model import Scored
-from opdlab.policies.teacher import TeacherRequest
 from opdlab.registry import Registry
-from opdlab.rollouts.batch import Rollouts, Targets
+from opdlab.types import Rollouts, Targets, TeacherRequest
 
 Reduction = Literal["token_mean", "sequence_mean"]
 
 
 @dataclass(frozen=True)
 class PositionLosses:
-    """An objective's account of a micro-batch.
+    """Losses and statistics of the positions of a micro-batch.
 
     Args:
         losses: [B, T], differentiable; 0 where the mask is 0.
@@ -35,11 +34,11 @@ class PositionLosses:
 
 
 class Objective(ABC):
-    """Turns a scored micro-batch into position losses. Says what it needs of the teacher."""
+    """Base of all objectives: turns a scored micro-batch into position losses, and says what the teacher must deliver.
 
-    reads_behavior = True
-    """Whether the losses depend on ``rollouts.behavior_logprobs``. Where the student is the policy that sampled, these
-    are taken from its own pass: beforehand for an objective that reads them, else from what it returns."""
+    An objective that needs logits of the teacher's support takes them from :meth:`Scored.support_statistics`, and
+    log-probabilities from :meth:`Scored.statistics`: each is one pass over the head, which is made once.
+    """
 
     @property
     def request(self) -> TeacherRequest:

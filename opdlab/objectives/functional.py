@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from opdlab.errors import require
+from opdlab.errors import UsageError, require
 
 Reference = Literal["behavior", "current"]
 
@@ -98,7 +98,8 @@ def teacher_topk_loss(student_support_logits: Tensor, teacher_support_logits: Te
         Fu et al., arXiv 2603.25562.
     """
     k = student_support_logits.shape[-1]
-    require(k >= 2, f"k is {k}, but must be at least 2: renormalised over a single token the loss is always zero")
+    if k < 2:
+        raise UsageError(f"k is {k}, but must be at least 2: renormalised over a single token the loss is always zero")
     log_p = student_support_logits.log_softmax(-1)
     log_q = teacher_support_logits.detach().to(log_p.dtype).log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)

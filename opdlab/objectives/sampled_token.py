@@ -6,7 +6,7 @@ from opdlab.errors import require
 from opdlab.objectives.base import Objective, PositionLosses, register_objective
 from opdlab.objectives.functional import Reference, clip_binds, sampled_token_loss
 from opdlab.policies.language_model import Scored
-from opdlab.rollouts.batch import Rollouts, Targets
+from opdlab.types import Rollouts, Targets
 
 
 @register_objective("sampled_token")

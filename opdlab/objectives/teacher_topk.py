@@ -4,9 +4,7 @@ from opdlab.errors import require
 from opdlab.objectives.base import Objective, PositionLosses, register_objective
 from opdlab.objectives.functional import teacher_topk_loss
 from opdlab.policies.language_model import Scored
-from opdlab.policies.teacher import TeacherRequest
-from opdlab.rollouts.batch import Rollouts, Targets
-from opdlab.scoring import support_statistics
+from opdlab.types import Rollouts, Targets, TeacherRequest
 
 
 @register_objective("teacher_topk")
@@ -22,8 +20,6 @@ class TeacherTopK(Objective):
     Raises:
         UsageError: k is below 2.
     """
-
-    reads_behavior = False
 
     def __init__(self, k: int = 32) -> None:
         require(
@@ -42,9 +38,7 @@ class TeacherTopK(Objective):
         assert targets.support_ids is not None
         assert targets.support_logits is not None
         assert targets.support_mass is not None
-        logits, statistics = support_statistics(
-            student.hidden, student.head, student.tokens, targets.support_ids.long()[student.mask]
-        )
+        logits, statistics = student.support_statistics(targets.support_ids)
         losses = student.padded(teacher_topk_loss(logits, targets.support_logits[student.mask]))
         support = logits.detach()
         mass = (support.logsumexp(-1) - statistics.log_normalizer).exp()

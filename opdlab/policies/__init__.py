@@ -1,24 +1,28 @@
 """Language models in their roles: student, behavior snapshot, sampler, teacher."""
 
 from opdlab.policies.adapters import AdapterConfig
-from opdlab.policies.behavior import BehaviorPolicy
+from opdlab.policies.behavior import BehaviorConfig, BehaviorPolicy
 from opdlab.policies.language_model import LanguageModel, Scored
 from opdlab.policies.sampler import Sampler, Samples, SamplingConfig
-from opdlab.policies.teacher import BaseTeacher, LocalTeacher, Teacher, TeacherRequest
+from opdlab.policies.teacher import BaseTeacher, LocalTeacher, NoTeacher, Teacher, TeacherHolder
 from opdlab.policies.tokenizers import StopTokens, check_same_vocabulary, single_token_ids, warn_of_stop_tokens
+from opdlab.types import TeacherRequest
 
 __all__ = [
     "AdapterConfig",
     "BaseTeacher",
+    "BehaviorConfig",
     "BehaviorPolicy",
     "LanguageModel",
     "LocalTeacher",
+    "NoTeacher",
     "Sampler",
     "Samples",
     "SamplingConfig",
     "Scored",
     "StopTokens",
     "Teacher",
+    "TeacherHolder",
     "TeacherRequest",
     "check_same_vocabulary",
     "single_token_ids",

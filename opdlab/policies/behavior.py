@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,9 +12,26 @@ from opdlab.errors import require
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.loading import DType
 from opdlab.policies.offload import Conversion, on_device, pin_memory, without_moving
-from opdlab.policies.sampler import Sampler, SamplingConfig
+from opdlab.policies.sampler import Sampler, SamplingConfig, uses_own_loop
 from opdlab.progress import Progress, SilentProgress
-from opdlab.rollouts.batch import Rollouts
+from opdlab.types import Rollouts
+
+
+@dataclass(frozen=True)
+class BehaviorConfig:
+    """The behavior snapshot.
+
+    Args:
+        dtype: of its weights; null keeps the student's. A narrower one makes the drift of fresh rollouts its rounding
+            error instead of 0.
+        score_batch_size: rollouts scored at a time.
+        offload: keep the weights in the host's memory, and a copy on the device only while it samples and scores. On a
+            CPU it changes nothing. Not with an adapter, nor with FSDP or DeepSpeed.
+    """
+
+    dtype: DType | None = None
+    score_batch_size: int = 32
+    offload: bool = False
 
 
 class BehaviorPolicy(nn.Module):
@@ -60,6 +78,7 @@ class BehaviorPolicy(nn.Module):
             )
             self.policy.to(getattr(torch, dtype))
         self.sampler = Sampler(sampling)
+        uses_own_loop(self.policy.model)  # says at the start of a run if sampling will be slow
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.step: Tensor
         self._score_batch_size = score_batch_size
@@ -102,6 +121,7 @@ class BehaviorPolicy(nn.Module):
         prompt_ids: Sequence[int],
         *,
         seed: int,
+        num_samples: int | None = None,
         first_rollout_id: int = 0,
         step: int = 0,
         unscored: Tensor | None = None,
@@ -113,49 +133,37 @@ class BehaviorPolicy(nn.Module):
             prompts: token ids of each prompt.
             prompt_ids: the prompts' rows in the prompt set.
             seed: decides what is sampled.
+            num_samples: responses per prompt; None for the configured number.
             first_rollout_id: number of the first rollout; the others count on.
             step: optimizer steps taken so far.
-            unscored: rows whose log-probabilities are left 0, since somebody else knows them.
+            unscored: rows whose log-probabilities are left 0, because the training step fills them in.
             progress: where to show a bar.
 
         Returns:
             ``len(prompts) * num_samples`` rollouts, on the host.
         """
+        progress = progress or SilentProgress()
+        config = self.sampler.config
+        sampler = self.sampler if num_samples is None else Sampler(replace(config, num_samples=num_samples))
         with on_device(self.policy, self._device) if self.offload else nullcontext():
-            rollouts = self._sample(prompts, prompt_ids, seed, first_rollout_id, step, progress or SilentProgress())
-            self._score(rollouts, unscored, progress or SilentProgress())
-        return rollouts
+            rollouts = sampler.sample(self.policy, prompts, seed, progress).rollouts(
+                prompt_ids,
+                config.temperature,
+                first_rollout_id=first_rollout_id,
+                step=step,
+                snapshot_step=int(self.step),
+            )
+            return replace(rollouts, behavior_logprobs=self._logprobs(rollouts, unscored, progress))
 
-    def _sample(
-        self,
-        prompts: Sequence[Sequence[int]],
-        prompt_ids: Sequence[int],
-        seed: int,
-        first_rollout_id: int,
-        step: int,
-        progress: Progress,
-    ) -> Rollouts:
-        samples = self.sampler.sample(self.policy, prompts, seed, progress)
-        num_rollouts = samples.tokens.shape[0]
-        return Rollouts(
-            *samples[:4],
-            behavior_logprobs=torch.zeros(samples.tokens.shape),
-            stop_reasons=samples.stop_reasons,
-            rollout_ids=torch.arange(first_rollout_id, first_rollout_id + num_rollouts),
-            prompt_ids=torch.tensor(prompt_ids).repeat_interleave(self.sampler.config.num_samples),
-            sampled_at_step=torch.full((num_rollouts,), step),
-            snapshot_step=torch.full((num_rollouts,), int(self.step)),
-            temperature=self.sampler.config.temperature,
-        )
-
-    def _score(self, rollouts: Rollouts, unscored: Tensor | None, progress: Progress) -> None:
+    def _logprobs(self, rollouts: Rollouts, unscored: Tensor | None, progress: Progress) -> Tensor:
+        logprobs = torch.zeros(rollouts.tokens.shape)
         wanted = torch.ones(len(rollouts), dtype=torch.bool)
         if unscored is not None:
             wanted[unscored] = False
-        wanted = wanted.nonzero().view(-1)
-        if not len(wanted):  # the whole pool is the next optimizer batch
-            return
-        with progress.task("scoring (behavior)", len(wanted)) as advance:
-            for rows, scored in self.policy.score_in_chunks(rollouts.rows(wanted), self._score_batch_size):
-                rollouts.behavior_logprobs[wanted[rows]] = scored.padded(scored.statistics().logprobs).cpu()
-                advance(len(rows))
+        rows = wanted.nonzero().view(-1)
+        if len(rows):  # otherwise the next optimizer batch is all there is
+            with progress.task("scoring (behavior)", len(rows)) as advance:
+                for chunk, scored in self.policy.score_in_chunks(rollouts.rows(rows), self._score_batch_size):
+                    logprobs[rows[chunk]] = scored.padded(scored.statistics().logprobs).cpu()
+                    advance(len(chunk))
+        return logprobs

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from opdlab.errors import UsageError, require
-from opdlab.policies.adapters import base_of, low_rank_of
+from opdlab.errors import UsageError
+from opdlab.policies.adapters import base_of
 from opdlab.scoring import Head
 
 # The logits that the comparison goes up to. A soft cap far above what a model puts out is the identity on its logits
@@ -28,34 +28,19 @@ def output_layer(model: PreTrainedModel) -> nn.Linear:
     return layer
 
 
-def head_of(model: PreTrainedModel, temperature: float = 1.0) -> Head:
-    """The model's head, with the scale and soft cap that its architecture applies, and what an adapter adds to it."""
-    config = model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
-    layer = output_layer(model)
-    low_rank = low_rank_of(model.get_output_embeddings())
-    return Head(layer.weight, getattr(layer, "bias", None), scale, softcap, temperature, low_rank=low_rank)
-
-
 @torch.no_grad()
-def check_head(model: PreTrainedModel, path: str, num_tokens: int) -> None:
+def check_head(model: PreTrainedModel, head: Head, path: str, num_tokens: int) -> None:
     """Compare our head with the model's own on a few tokens, on its hidden states as they are and much enlarged.
 
     Args:
         model: in eval mode.
+        head: ours, at temperature 1.
         path: named in the message.
         num_tokens: size of the vocabulary that the tokenizer knows.
 
     Raises:
         UsageError: the logits differ: the architecture does something to them that :class:`Head` does not know.
     """
-    require(
-        isinstance(getattr(output_layer(model), "weight", None), Tensor),
-        f"model '{path}' has no output layer: give a causal language model",
-    )
-    head = head_of(model)
     tokens = torch.arange(min(8, num_tokens), device=head.weight.device).view(1, -1)
     with _attention_of_any_device(model):
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]

@@ -1,8 +1,8 @@
 """A Hugging Face causal language model, and the one path by which its log-probabilities are taken."""
 
 import copy
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,35 +15,40 @@ from opdlab.errors import require
 from opdlab.policies.adapters import (
     AdapterConfig,
     attach_adapter,
+    base_of,
     has_adapter,
     keep_adapter_only,
     load_adapter,
+    low_rank_of,
     put_back_frozen,
     require_peft,
     save_adapter,
     take_off_adapter,
 )
 from opdlab.policies.compiling import compile_layers, require_compiler
-from opdlab.policies.heads import check_head, head_of, output_layer
-from opdlab.policies.lengths import length_groups, length_packs
+from opdlab.policies.heads import check_head, output_layer
 from opdlab.policies.loading import (
     DType,
     ModelSource,
     Quantization,
     adapter_base,
+    checkpoint_gradients,
     has_tokenizer,
     quiet_bars,
     resolve,
     stop_tokens_of,
 )
-from opdlab.policies.passes import FedRows, attention_may_pack, keeps_packed_rows_apart, last_hidden_state
-from opdlab.rollouts.batch import Rollouts
-from opdlab.scoring import Head, TokenStatistics, token_statistics
+from opdlab.policies.packing import attention_may_pack, keeps_packed_rows_apart
+from opdlab.policies.passes import PackedRows, length_groups, length_packs
+from opdlab.scoring import Head, TokenStatistics, support_statistics, token_statistics
+from opdlab.types import Rollouts, Targets
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A model's account of rollouts: hidden states of the valid positions, and the head to score them with.
+    """A model's hidden states at the valid positions of rollouts, and the head that turns them into log-probabilities.
+
+    Each pass over the head is made once, however often its results are asked for.
 
     Args:
         hidden: [N, H], one row per valid response position, in row-major order.
@@ -56,17 +61,43 @@ class Scored:
     head: Head
     mask: Tensor
     tokens: Tensor
+    # By the support's tensor, which is kept so that no other one can take its id.
+    _supports: dict[int, tuple[Tensor, Tensor, TokenStatistics]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def statistics(self) -> TokenStatistics:
-        """Log-probability (differentiable), entropy and log-normalizer of every valid position, each [N].
-
-        Computed once, whoever asks.
-        """
+        """Return log-probability (differentiable), entropy and log-normalizer of every valid position, each [N]."""
         return self._statistics
 
     @cached_property
     def _statistics(self) -> TokenStatistics:
         return token_statistics(self.hidden, self.head, self.tokens)
+
+    def support_statistics(self, support_ids: Tensor) -> tuple[Tensor, TokenStatistics]:
+        """Return the logits of a support (differentiable), and :meth:`statistics` without gradient, in one pass.
+
+        Args:
+            support_ids: [B, T, K] integers, such as :attr:`opdlab.types.Targets.support_ids`.
+
+        Returns:
+            Logits [N, K] and statistics, each [N].
+        """
+        if id(support_ids) not in self._supports:
+            chosen = support_ids.long()[self.mask]
+            found = support_statistics(self.hidden, self.head, self.tokens, chosen)
+            self._supports[id(support_ids)] = (support_ids, *found)
+        return self._supports[id(support_ids)][1:]
+
+    def own_logprobs(self, targets: Targets) -> Tensor:
+        """Return the model's log-probabilities of the sampled tokens, [B, T] nats, detached.
+
+        Args:
+            targets: with a support, they come from the pass over the head that its logits need anyway.
+        """
+        ids = targets.support_ids
+        statistics = self.statistics() if ids is None else self.support_statistics(ids)[1]
+        return self.padded(statistics.logprobs.detach())
 
     def padded(self, values: Tensor) -> Tensor:
         """[N, …] -> [B, T, …], zeros where the mask is 0; differentiable."""
@@ -133,13 +164,8 @@ class LanguageModel(nn.Module):
         named = self.named_parameters(remove_duplicate=False) if self.has_adapter else ()
         self.frozen_keys = frozenset(name for name, parameter in named if not parameter.requires_grad)
         self.group_lengths = True
-        """Whether rows of similar length go through the model together: not where other processes must keep step."""
         self.max_tokens: int | None = None
-        """Tokens, padding included, that go through the model at once, activations kept; None for no bound.
-
-        Not where other processes must keep step: theirs would be in another number of passes."""
         self.accumulate_head_grad = False
-        """See :class:`opdlab.scoring.Head`; for whoever knows that nothing hooks into the head's gradient."""
         self._packing: tuple[tuple[torch.device, str], bool] | None = None
         self._compile = compile
         self.register_state_dict_post_hook(keep_adapter_only)  # type: ignore[no-untyped-call]
@@ -150,9 +176,35 @@ class LanguageModel(nn.Module):
             # Padding is always masked, so any token serves; reusing the stop token is the usual choice.
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.stop_ids[0])
         self.tokenizer.padding_side = "left"
-        check_head(self.model, self.path, len(self.tokenizer))
+        require(
+            isinstance(getattr(output_layer(self.model), "weight", None), Tensor),
+            f"model '{self.path}' has no output layer: give a causal language model",
+        )
+        check_head(self.model, self.head(), self.path, len(self.tokenizer))
         if gradient_checkpointing:
-            self._checkpoint_gradients()
+            checkpoint_gradients(self.model, self.path)
+
+    def configure_passes(
+        self,
+        *,
+        group_lengths: bool | None = None,
+        max_tokens: int | None = None,
+        accumulate_head_grad: bool | None = None,
+    ) -> None:
+        """Change how rows go through the model where it scores; what is None stays as it is.
+
+        Args:
+            group_lengths: whether rows of similar length go together (at first they do). Not where other processes
+                must take as many passes: theirs would be grouped differently.
+            max_tokens: tokens, padding included, that go through the model at once, activations kept; no bound at
+                first. Not where other processes must take as many passes.
+            accumulate_head_grad: see :class:`opdlab.scoring.Head` (at first it does not). Only if nothing hooks into
+                the head's gradient.
+        """
+        self.group_lengths = self.group_lengths if group_lengths is None else group_lengths
+        self.max_tokens = self.max_tokens if max_tokens is None else max_tokens
+        if accumulate_head_grad is not None:
+            self.accumulate_head_grad = accumulate_head_grad
 
     def _load(
         self, source: ModelSource, adapter: AdapterConfig | None
@@ -217,8 +269,15 @@ class LanguageModel(nn.Module):
         return int(output_layer(self.model).weight.shape[0])
 
     def head(self, temperature: float = 1.0) -> Head:
-        """The model's head, with the scale and soft cap that its architecture applies."""
-        return head_of(self.model, temperature)
+        """Return the model's head, with the scale and soft cap of its architecture, and what an adapter adds to it."""
+        config = self.model.config.get_text_config()
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        layer, low_rank = self.model.get_output_embeddings(), None
+        if hasattr(layer, "get_base_layer"):  # it has an adapter
+            layer, low_rank = base_of(layer), low_rank_of(layer)
+        return Head(layer.weight, getattr(layer, "bias", None), scale, softcap, temperature, low_rank=low_rank)
 
     def score(self, rollouts: Rollouts) -> Scored:
         """Run the model over prompts and responses and return what scores the responses.
@@ -228,31 +287,24 @@ class LanguageModel(nn.Module):
         """
         if self._compile:
             compile_layers(self.model)
-        rows = FedRows(rollouts)
-        packed = self._packs()
-        groups = self._groups(rows.lengths, packed)
+        # Whether rows may stand end to end is found out once for each device and attention kernel.
+        place = (next(self.model.parameters()).device, self.model.config._attn_implementation)
+        if self._packing is None or self._packing[0] != place:
+            self._packing = place, attention_may_pack(self.model) and keeps_packed_rows_apart(self.model)
+        packed = self._packing[1]
+        rows = PackedRows(rollouts)
+        if packed:
+            groups = length_packs(rows.lengths, self.max_tokens)
+        elif self.group_lengths:
+            groups = length_groups(rows.lengths, max_tokens=self.max_tokens)
+        else:
+            groups = [list(range(len(rollouts)))]
         if not groups:  # nothing is valid; a pass all the same, as other processes have one
             groups, packed = [list(range(len(rollouts)))], False
-        hidden = rows.states(self._hidden_states, groups, packed, self.max_tokens)
+        hidden = rows.states(self.model.base_model, groups, packed, self.max_tokens)
         head = replace(self.head(rollouts.temperature), accumulate_grad=self.accumulate_head_grad)
         valid = rollouts.mask.bool()
         return Scored(hidden, head, valid, rollouts.tokens[valid])
-
-    def _groups(self, lengths: list[int], packed: bool) -> list[list[int]]:
-        if packed:
-            return length_packs(lengths, self.max_tokens)
-        if self.group_lengths:
-            return length_groups(lengths, max_tokens=self.max_tokens)
-        return [list(range(len(lengths)))]
-
-    def _packs(self) -> bool:
-        """Whether rows may stand end to end; found out once for each device and attention kernel."""
-        if not attention_may_pack(self.model):
-            return False
-        place = (self.device, self.model.config._attn_implementation)
-        if self._packing is None or self._packing[0] != place:
-            self._packing = place, keeps_packed_rows_apart(self.model)
-        return self._packing[1]
 
     @torch.no_grad()
     def score_in_chunks(self, rollouts: Rollouts, batch_size: int) -> Iterator[tuple[Tensor, Scored]]:
@@ -266,6 +318,12 @@ class LanguageModel(nn.Module):
         lengths = rollouts.prompt_mask.sum(1) + rollouts.mask.sum(1)
         for rows in torch.split(lengths.argsort(descending=True, stable=True), batch_size):
             yield rows, self.score(rollouts.rows(rows).to(self.device))
+
+    def responses(self, rollouts: Rollouts) -> list[str]:
+        """Return the text of each response, without special tokens."""
+        rows = zip(rollouts.tokens.tolist(), rollouts.num_tokens.tolist(), strict=True)
+        texts: list[str] = self.tokenizer.batch_decode([r[:n] for r, n in rows], skip_special_tokens=True)
+        return texts
 
     def save(self, folder: Path, merge: bool = False) -> None:
         """Write model and tokenizer as a Hugging Face folder.
@@ -298,20 +356,3 @@ class LanguageModel(nn.Module):
             all(Path(folder).resolve() != Path(path).expanduser().resolve() for path in origins),
             f"export.folder is '{folder}', where the student's weights come from: give another folder",
         )
-
-    def _checkpoint_gradients(self) -> None:
-        require(
-            self.model.supports_gradient_checkpointing,
-            f"model '{self.path}' ({type(self.model).__name__}) has no gradient checkpointing in transformers: "
-            "set gradient_checkpointing to false",
-        )
-        # Renamed in transformers 5.
-        enable = getattr(self.model, "activation_checkpointing_enable", self.model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-        self.model.disable_input_require_grads()  # a hook that only reentrant checkpointing needs
-        # transformers loads in eval mode, in which nothing is checkpointed, and Lightning leaves modes as they are.
-        # Dropout is off, so train mode changes nothing else.
-        self.model.train()
-
-    def _hidden_states(self, tokens: Tensor, attention: Mapping[str, Any]) -> Tensor:
-        return last_hidden_state(self.model.base_model, tokens, attention)

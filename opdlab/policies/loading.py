@@ -210,6 +210,30 @@ def unmark_quantized(model: PreTrainedModel) -> None:
             delattr(holder, name)
 
 
+def checkpoint_gradients(model: PreTrainedModel, path: str) -> None:
+    """Have a model keep no activations within its layers, but compute them again in the backward pass.
+
+    Args:
+        model: loaded, in eval mode.
+        path: named in the message.
+
+    Raises:
+        UsageError: the architecture cannot.
+    """
+    require(
+        model.supports_gradient_checkpointing,
+        f"model '{path}' ({type(model).__name__}) has no gradient checkpointing in transformers: "
+        "set gradient_checkpointing to false",
+    )
+    # Renamed in transformers 5.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    model.disable_input_require_grads()  # a hook that only reentrant checkpointing needs
+    # transformers loads in eval mode, in which nothing is checkpointed, and Lightning leaves modes as they are.
+    # Dropout is off, so train mode changes nothing else.
+    model.train()
+
+
 @contextmanager
 def quiet_bars() -> Iterator[None]:
     """Silence transformers' bars for loading and saving weights: they would tear our own."""

@@ -18,8 +18,8 @@ from opdlab.errors import require
 from opdlab.policies.decoding import Decoding, why_not_selectable
 from opdlab.policies.language_model import LanguageModel
 from opdlab.progress import Progress, SilentProgress
-from opdlab.rollouts.batch import StopReason
 from opdlab.seeds import derive_seed, seeded
+from opdlab.types import Rollouts, StopReason
 
 Advance: TypeAlias = Callable[[int], None]
 
@@ -70,6 +70,39 @@ class Samples(NamedTuple):
     tokens: Tensor
     mask: Tensor
     stop_reasons: Tensor
+
+    def rollouts(
+        self,
+        prompt_ids: Sequence[int],
+        temperature: float,
+        *,
+        first_rollout_id: int = 0,
+        step: int = 0,
+        snapshot_step: int = 0,
+    ) -> Rollouts:
+        """Return the responses as rollouts whose log-probabilities are not computed yet: they are 0.
+
+        Args:
+            prompt_ids: each prompt's row in its prompt set; all prompts have the same number of responses.
+            temperature: at which they were sampled.
+            first_rollout_id: number of the first rollout; the others count on.
+            step: optimizer steps taken so far.
+            snapshot_step: optimizer steps taken when the policy that sampled took its weights.
+        """
+        count = len(self.tokens)
+        return Rollouts(
+            self.prompt_tokens,
+            self.prompt_mask,
+            self.tokens,
+            self.mask,
+            behavior_logprobs=torch.zeros(self.tokens.shape),
+            stop_reasons=self.stop_reasons,
+            rollout_ids=torch.arange(first_rollout_id, first_rollout_id + count),
+            prompt_ids=torch.tensor(prompt_ids).repeat_interleave(count // len(prompt_ids)),
+            sampled_at_step=torch.full((count,), step),
+            snapshot_step=torch.full((count,), snapshot_step),
+            temperature=temperature,
+        )
 
 
 def uses_own_loop(model: PreTrainedModel) -> bool:

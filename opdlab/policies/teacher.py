@@ -11,29 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from opdlab.errors import require
+from opdlab.errors import UsageError, require
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.loading import DType, Quantization
 from opdlab.policies.offload import on_device
 from opdlab.policies.tokenizers import StopTokens
 from opdlab.progress import Progress, SilentProgress
-from opdlab.rollouts.batch import Rollouts, Targets, id_dtype
 from opdlab.scoring import topk_with_statistics
-
-
-@dataclass(frozen=True)
-class TeacherRequest:
-    """What an objective asks of the teacher, besides the log-probability of every sampled token.
-
-    Args:
-        top_k: size of the support whose ids and logits are wanted; 0 for none.
-        vocab_size: tokens that the student knows too: only these may enter the support. None for all.
-        entropy: whether the entropy of the teacher's distribution is wanted.
-    """
-
-    top_k: int = 0
-    vocab_size: int | None = None
-    entropy: bool = False
+from opdlab.types import Rollouts, Targets, TeacherRequest, id_dtype
 
 
 class Teacher(ABC):
@@ -57,6 +42,25 @@ class Teacher(ABC):
     def to(self, device: torch.device) -> None:
         """Move whatever the teacher holds; nothing by default."""
         del device
+
+
+class NoTeacher(Teacher):
+    """Stands where a teacher is not needed, so that none is loaded: a model that is evaluated and not trained."""
+
+    def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
+        """Refuse."""
+        raise UsageError("model.teacher is NoTeacher, which scores nothing: give a teacher")
+
+
+@dataclass(frozen=True)
+class TeacherHolder:
+    """Holds a teacher for a module without making it a submodule.
+
+    A teacher may itself be a ``torch.nn.Module``. It is frozen, must not enter checkpoints, and must not be wrapped by
+    the trainer's strategy.
+    """
+
+    teacher: Teacher
 
 
 class LocalTeacher(Teacher):

@@ -12,9 +12,8 @@ from opdlab.module import OPDModule
 from opdlab.objectives import loss_shares
 from opdlab.replay.gradients import Autocast, StepGradients
 from opdlab.replay.record import RecordedStep
-from opdlab.rollouts import Minibatch
-from opdlab.rollouts.batch import trimmed
 from opdlab.seeds import derive_seed
+from opdlab.types import Minibatch, Problem, Prompt, trimmed
 
 Tokens = tuple[int, ...]
 
@@ -56,17 +55,19 @@ def fresh_gradients(
         [len(draws), P] float32.
     """
     module.behavior.refresh(module.student, record.facts.step)
-    prompts = [prompt for draw in draws for prompt in draw]
-    with torch.no_grad(), autocast():
-        sampled = module.behavior.sample(
-            prompts,
-            list(range(len(prompts))),
-            seed=seed,
-            step=record.facts.step,
-            unscored=torch.arange(len(prompts)),
-            progress=module.progress,
-        )
-        rollouts, targets = module.teach(sampled)
+    prompts = [
+        Prompt(index, Problem(str(index), "", None), tokens)
+        for index, tokens in enumerate(tokens for draw in draws for tokens in draw)
+    ]
+    pool = module.collector.collect(
+        prompts,
+        seed=seed,
+        num_samples=1,
+        step=record.facts.step,
+        unscored=torch.arange(len(prompts)),
+        autocast=autocast,
+    )
+    rollouts, targets = pool.rollouts, pool.targets
     # Of several processes the record has one's share of the step; a fresh batch counts as much.
     part = float(sum(b.shares.sum() for b in record.batches)) if record.facts.num_processes > 1 else 1.0
     found = []
@@ -78,15 +79,16 @@ def fresh_gradients(
         batches = [
             Minibatch(
                 *piece,
+                rows=chunk,
                 num_tokens=total,
                 num_rollouts=non_empty,
                 micro_batches=pieces,
                 position=position,
                 reuse_epoch=0,
                 pool_metrics={},
-                keep_behavior=_known,
+                behavior_known=False,
             ).to(module.device)
-            for position, piece in enumerate(pieces)
+            for position, (piece, chunk) in enumerate(zip(pieces, chunks, strict=True))
         ]
         shares = [
             part * loss_shares(b.rollouts.mask, reduction=module.reduction, num_tokens=total, num_rollouts=non_empty)
@@ -94,7 +96,3 @@ def fresh_gradients(
         ]
         found.append(StepGradients(module, batches, shares, record.facts.step, autocast).gradient())
     return torch.stack(found)
-
-
-def _known(logprobs: Tensor) -> None:
-    """The training step fills in the rollouts at hand; nobody else needs them."""

@@ -10,17 +10,18 @@ Shapes: V gates, N valid positions of the step, P trained parameters, D referenc
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from opdlab.diagnostics import hidden_gradient_norms
 from opdlab.gating import GateInputs
-from opdlab.module import OPDModule, ScoredBatch
+from opdlab.module import OPDModule
 from opdlab.objectives import reduce_losses
-from opdlab.rollouts import Minibatch
 from opdlab.seeds import derive_seed
+from opdlab.training import ScoredBatch, score_batch
+from opdlab.types import Minibatch
 
 # Numbers that are kept of a gradient: of a larger model a sketch, whose inner products are off by about
 # 1 / sqrt(2^22) = 0.05% of the product of the norms.
@@ -62,7 +63,7 @@ class StepGradients:
         for place, (batch, share) in enumerate(zip(batches, shares, strict=True)):
             account = self._run(place)
             with autocast():
-                norms = hidden_gradient_norms(module.objective, account.scored, batch.rollouts, batch.targets)
+                norms = hidden_gradient_norms(module.objective, account.scored, account.rollouts, batch.targets)
             self.inputs.append(account.inputs)
             self.importance.append(norms * share)
             if len(batches) == 1:
@@ -73,10 +74,7 @@ class StepGradients:
             return self._account
         batch = self._batches[place]
         with torch.enable_grad(), self._autocast():
-            account = self._module.score_batch(batch, self._step)
-        if batch.keep_behavior is not None:  # they are filled in now
-            self._batches = [replace(b, keep_behavior=None) if b is batch else b for b in self._batches]
-        return account
+            return score_batch(self._module.student, self._module.objective, batch, self._step)
 
     def losses(self, weights: Sequence[Tensor]) -> list[float]:
         """Each micro-batch's part of the step's loss, by the same sums as in training, nats."""

@@ -12,11 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opdlab.accumulation import join_gate_inputs, split_gates
 from opdlab.errors import require
 from opdlab.gating import GateInputs
 from opdlab.module import OPDModule
-from opdlab.policies import Sampler, TeacherRequest
 from opdlab.replay.fresh import Tokens, fresh_gradients, other_prompts, recorded_prompts
 from opdlab.replay.gradients import (
     LEAST_TOLERANCE,
@@ -28,8 +26,9 @@ from opdlab.replay.gradients import (
 )
 from opdlab.replay.record import RecordedBatch, RecordedStep
 from opdlab.replay.variants import Grid, Variant, expand
-from opdlab.rollouts import Minibatch
 from opdlab.seeds import derive_seed
+from opdlab.training import join_gate_inputs, split_gates
+from opdlab.types import Minibatch, TeacherRequest
 
 Value = float | int | str | bool | None
 Row = dict[str, Value]
@@ -114,8 +113,8 @@ class Replayer:
     ) -> None:
         self._module, self._grid, self._config = module, grid, config
         self._autocast, self._prompts = autocast, prompts
-        module.behavior.sampler = Sampler(replace(module.sampling, num_samples=1))
-        module.student.accumulate_head_grad = False  # gradients are asked for, not added to `.grad`
+        # Gradients are asked for, not added to `.grad`.
+        module.student.configure_passes(accumulate_head_grad=False)
         module.teacher.to(module.device)
         self.skipped: dict[str, str] = {}
         """Gates that a record could not serve, and why."""
@@ -168,6 +167,7 @@ class Replayer:
             Minibatch(
                 part.rollouts,
                 part.targets,
+                torch.arange(len(part.rollouts)),
                 num_tokens=int(num_tokens.sum()),
                 num_rollouts=int((num_tokens > 0).sum()),
                 micro_batches=tuple((each.rollouts, each.targets) for each in parts),

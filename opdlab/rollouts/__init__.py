@@ -1,6 +1,8 @@
-"""Rollouts, and the loader that reuses them."""
+"""Rollouts, the collector that samples and labels them, and the loader that reuses them."""
 
-from opdlab.rollouts.batch import Minibatch, Rollouts, StopReason, Targets
+from opdlab.rollouts.collector import Collector
 from opdlab.rollouts.loader import Pool, RolloutLoader
+from opdlab.rollouts.reuse import ReuseConfig
+from opdlab.types import Minibatch, Rollouts, StopReason, Targets
 
-__all__ = ["Minibatch", "Pool", "RolloutLoader", "Rollouts", "StopReason", "Targets"]
+__all__ = ["Collector", "Minibatch", "Pool", "ReuseConfig", "RolloutLoader", "Rollouts", "StopReason", "Targets"]

@@ -1,18 +1,16 @@
 """Rollout reuse: pools of rollouts, each sampled lazily, scored once, and trained on for several passes."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from opdlab.data.prompts import Prompt
-from opdlab.data.reuse import ReuseConfig
 from opdlab.errors import require
-from opdlab.rollouts.batch import Minibatch, Rollouts, Targets, trimmed
+from opdlab.rollouts.reuse import ReuseConfig
 from opdlab.seeds import derive_seed
+from opdlab.types import Minibatch, Prompt, Rollouts, Targets, trimmed
 
 
 @dataclass(frozen=True)
@@ -22,9 +20,9 @@ class Pool:
     Args:
         rollouts: all rollouts of the pool.
         targets: the teacher's, computed once.
-        metrics: figures of the sampling and scoring, by name.
-        first_batch_unscored: the behavior log-probabilities of the first optimizer batch are still to come, see
-            :attr:`Minibatch.keep_behavior`.
+        metrics: of the sampling and scoring, by name.
+        first_batch_unscored: True if the behavior log-probabilities of the first optimizer batch were left to the
+            training step, see :meth:`RolloutLoader.fill_behavior`.
     """
 
     rollouts: Rollouts
@@ -34,10 +32,18 @@ class Pool:
 
 
 class Collect(Protocol):
-    """Samples and scores a pool: :meth:`opdlab.module.OPDModule.collect`."""
+    """Samples and labels a pool: :meth:`opdlab.rollouts.Collector.collect`, as the module calls it."""
 
     def __call__(self, prompts: Sequence[Prompt], *, seed: int, first_rollout_id: int, first_batch: Tensor) -> Pool:
-        """Return the rollouts of ``prompts``; ``first_batch`` are the rows that are trained on first."""
+        """Return the rollouts of ``prompts``.
+
+        Args:
+            prompts: what to sample from.
+            seed: decides what is sampled.
+            first_rollout_id: number of the pool's first rollout.
+            first_batch: [B] long, rows of the first optimizer batch: their behavior log-probabilities may be left to
+                the training step.
+        """
 
 
 class RolloutLoader:
@@ -114,7 +120,7 @@ class RolloutLoader:
         while self._pool_index < self.pools_per_epoch:
             if self._pool is None or self._cursor == 0:
                 self._pool = self._next_pool()
-            yield from self._rest_of_pool(self._pool)
+            yield from self._rest_of_pool()
             if self._pool_index == self.pools_per_epoch - 1:
                 return
             self._pool_index, self._cursor = self._pool_index + 1, 0
@@ -133,14 +139,13 @@ class RolloutLoader:
             first_batch=self._row_order(0)[: self._batch_size],
         )
 
-    def _rest_of_pool(self, pool: Pool) -> Iterator[Minibatch]:
+    def _rest_of_pool(self) -> Iterator[Minibatch]:
         first = self._cursor // self._micro_batches
         batches_per_pass = self._pool_size // self._batch_size
         for batch in range(first, self._reuse_epochs * batches_per_pass):
             reuse_epoch, number = divmod(batch, batches_per_pass)
-            order = self._row_order(reuse_epoch)[number * self._batch_size :][: self._batch_size]
-            unscored = pool.first_batch_unscored and batch == 0
-            minibatches = self._optimizer_batch(pool, order, reuse_epoch, unscored)
+            rows = self._row_order(reuse_epoch)[number * self._batch_size :][: self._batch_size]
+            minibatches = self._optimizer_batch(rows, reuse_epoch, is_first=batch == 0)
             for minibatch in minibatches[self._cursor % self._micro_batches :]:
                 self._cursor += 1
                 yield minibatch
@@ -149,28 +154,40 @@ class RolloutLoader:
         seed = derive_seed("rows", self._seed, self._rank, self._epoch, self._pool_index, reuse_epoch)
         return torch.randperm(self._pool_size, generator=torch.Generator().manual_seed(seed))
 
-    def _optimizer_batch(self, pool: Pool, rows: Tensor, reuse_epoch: int, unscored: bool) -> list[Minibatch]:
+    def _optimizer_batch(self, rows: Tensor, reuse_epoch: int, is_first: bool) -> list[Minibatch]:
+        pool = self._pool
+        assert pool is not None
         num_tokens = pool.rollouts.num_tokens[rows]
         total, non_empty = int(num_tokens.sum()), int((num_tokens > 0).sum())
         chunks = rows.chunk(self._micro_batches)
         parts = tuple(trimmed(pool.rollouts.rows(part), pool.targets.rows(part)) for part in chunks)
-
-        def keep_behavior(part: Tensor, logprobs: Tensor) -> None:
-            pool.rollouts.behavior_logprobs[part, : logprobs.shape[1]] = logprobs.cpu()
-
         return [
             Minibatch(
                 *part,
+                rows=chunks[position],
                 num_tokens=total,
                 num_rollouts=non_empty,
                 micro_batches=parts,
                 position=position,
                 reuse_epoch=reuse_epoch,
                 pool_metrics=pool.metrics,
-                keep_behavior=partial(keep_behavior, chunks[position]) if unscored else None,
+                behavior_known=not (is_first and pool.first_batch_unscored),
             )
             for position, part in enumerate(parts)
         ]
+
+    def fill_behavior(self, rows: Tensor, logprobs: Tensor) -> None:
+        """Keep behavior log-probabilities that a training step has computed, for the passes to come.
+
+        Args:
+            rows: [B] long, on the host: rows of the pool in use.
+            logprobs: [B, T] nats, detached: under the policy that sampled.
+        """
+        assert self._pool is not None
+        rollouts = self._pool.rollouts
+        behavior = rollouts.behavior_logprobs.clone()
+        behavior[rows, : logprobs.shape[1]] = logprobs.cpu()
+        self._pool = replace(self._pool, rollouts=replace(rollouts, behavior_logprobs=behavior))
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader stands; the pool itself only while it is still in use. Tensors and plain values only."""

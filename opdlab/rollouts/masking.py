@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import torch
 
-from opdlab.rollouts.batch import Rollouts
+from opdlab.types import Rollouts
 
 
 def mask_first_occurrences(rollouts: Rollouts, token_ids: Sequence[int]) -> Rollouts:

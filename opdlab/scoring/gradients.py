@@ -43,7 +43,7 @@ class HeadGradients:
         self._weight = self._weight_buffer() if needs_weight else None
         self._columns: Tensor | None = None  # float32 sum of the columns that are under way, of a narrower weight
         self._update: _UpdateGradients | None = None
-        if head.low_rank is not None and logits.reduced is not None:
+        if head.low_rank is not None:
             needed = (needs_hidden, needs_down, needs_up)
             self._update = _UpdateGradients(head.low_rank, logits.reduced, needed)
 

@@ -6,6 +6,7 @@ Shapes: N positions, H hidden size, V vocabulary, C of its columns, r rank.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -91,8 +92,11 @@ class Head:
         return self.accumulate_grad and self.weight.is_leaf and self.weight.requires_grad
 
     def gathered(self) -> "Head":
-        """The same with whole tensors, where they are sharded over processes (DTensors); differentiable."""
-        return self._with(whole)
+        """Return the head with whole tensors, where they are sharded over processes (DTensors); differentiable."""
+        # The tensors are asked, since not every build of torch has the class.
+        if not any(hasattr(tensor, "full_tensor") for tensor in self.tensors):
+            return self
+        return self._with(lambda tensor: getattr(tensor, "full_tensor", lambda: tensor)())
 
     def detached(self) -> "Head":
         """The same, none of whose tensors takes a gradient."""
@@ -142,6 +146,7 @@ class Head:
         return (logits * (self.temperature / self.softcap)).square_().neg_().add_(1.0).mul_(factor)
 
 
+@dataclass(frozen=True)
 class LogitTiles:
     """Logits of N positions, of which a tile at a time is made: float32 or wider, without a graph.
 
@@ -150,16 +155,20 @@ class LogitTiles:
         hidden: [N, H].
     """
 
-    def __init__(self, head: Head, hidden: Tensor) -> None:
-        self.head, self.hidden = head, hidden
-        self.reduced = None if head.low_rank is None else head.low_rank.reduce(hidden)
-        """[N, r], what the low-rank update makes of the hidden states."""
+    head: Head
+    hidden: Tensor
+
+    @cached_property
+    def reduced(self) -> Tensor:
+        """[N, r]: the hidden states multiplied with the low-rank update's first factor, if the head has one."""
+        assert self.head.low_rank is not None
+        return self.head.low_rank.reduce(self.hidden)
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """[N', C]."""
         head, hidden = self.head, self.hidden[rows]
         z = product(hidden, head.weight[columns].to(hidden.dtype).T)
-        if head.low_rank is not None and self.reduced is not None:
+        if head.low_rank is not None:
             z.addmm_(self.reduced[rows], head.low_rank.up[columns].to(z.dtype).T)
         if head.bias is not None:
             z += head.bias[columns]
@@ -169,18 +178,12 @@ class LogitTiles:
         """[N', K]: logits of some ids [N', K] alone."""
         head, hidden, dtype = self.head, self.hidden[rows, :, None], wide_dtype(self.hidden)
         z = torch.bmm(head.weight[ids].to(dtype), hidden.to(dtype))
-        if head.low_rank is not None and self.reduced is not None:
+        if head.low_rank is not None:
             z.baddbmm_(head.low_rank.up[ids].to(dtype), self.reduced[rows, :, None])
         z = z.squeeze(-1)
         if head.bias is not None:
             z += head.bias[ids]
         return head.transform_(z)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A DTensor's whole tensor. Asked of the tensor, since not every build of torch has the class."""
-    gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -189,7 +192,7 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 
 
 @contextmanager
-def autocast_at_the_door(hidden: Tensor) -> Iterator[Tensor]:
+def autocast_inputs(hidden: Tensor) -> Iterator[Tensor]:
     """Cast the hidden states as autocast would, and switch it off inside.
 
     The backward pass runs without autocast and must repeat the same logits.

@@ -1,6 +1,6 @@
 """Log-probability and entropy of sampled tokens.
 
-Shapes: N positions, H hidden size, V vocabulary. Log-probabilities and entropies are in nats.
+Shapes: N positions, H hidden size, V vocabulary, C of its columns. Log-probabilities and entropies are in nats.
 """
 
 from typing import Any, NamedTuple
@@ -10,8 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opdlab.scoring.gradients import HeadGradients
-from opdlab.scoring.head import Head, LogitTiles, LowRank, autocast_at_the_door, places, tiles, wide_dtype
-from opdlab.scoring.normalizer import OnlineSoftmax
+from opdlab.scoring.head import Head, LogitTiles, LowRank, autocast_inputs, places, tiles
 
 
 class TokenStatistics(NamedTuple):
@@ -28,6 +27,66 @@ class TokenStatistics(NamedTuple):
     entropy: Tensor
     log_normalizer: Tensor
     max_logit: Tensor
+
+
+class OnlineSoftmax:
+    """Sums over the vocabulary for each of N positions, fed tile by tile.
+
+    What was summed is rescaled whenever a larger logit comes: Milakov & Gimelshein, arXiv 1805.02867.
+
+    Args:
+        num_rows: N.
+        like: gives device and dtype, float32 or wider.
+        hidden_size: H, to also sum rows of a matrix by their probability; 0 does not.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 1.0, 2.0]])
+        >>> softmax = OnlineSoftmax(1, logits)
+        >>> for tile in logits.split(2, dim=1):
+        ...     _ = softmax.add(slice(0, 1), tile.clone())
+        >>> softmax.statistics(logits[:, 0]).logprobs, logits.log_softmax(1)[:, 0]
+        (tensor([-2.4076]), tensor([-2.4076]))
+    """
+
+    def __init__(self, num_rows: int, like: Tensor, hidden_size: int = 0) -> None:
+        # Not -inf, whose differences are not numbers.
+        self.max_logit = like.new_full((num_rows,), torch.finfo(like.dtype).min)
+        self._sum = like.new_zeros(num_rows)  # of exp(z - max)
+        self._moment = like.new_zeros(num_rows)  # of exp(z - max) * (z - max)
+        self._rows = like.new_zeros(num_rows, hidden_size)  # of exp(z - max) * a row of the matrix
+
+    def add(self, rows: slice, logits: Tensor) -> Tensor:
+        """Take a tile of logits [N', C], which is overwritten, and return ``exp(z - max)`` [N', C]."""
+        before = self.max_logit[rows]
+        largest = torch.maximum(before, logits.amax(1))
+        shift = before - largest
+        factor = shift.exp()
+        logits -= largest[:, None]
+        exponentials = logits.exp()
+        # A logit of -inf has probability 0 and must count 0, not 0 * -inf.
+        logits.clamp_(min=torch.finfo(logits.dtype).min)
+        moment = torch.bmm(exponentials[:, None], logits[:, :, None]).view(-1)
+        self._moment[rows] = (self._moment[rows] + shift * self._sum[rows]) * factor + moment
+        self._sum[rows] = self._sum[rows] * factor + exponentials.sum(1)
+        self._rows[rows] *= factor[:, None]
+        self.max_logit[rows] = largest
+        return exponentials
+
+    def add_rows(self, rows: slice, summed: Tensor) -> None:
+        """Add ``exp(z - max) @ matrix`` [N', H] of the tile that was taken last."""
+        self._rows[rows] += summed
+
+    def statistics(self, target_logits: Tensor) -> TokenStatistics:
+        """Return the statistics of targets with these logits, [N], once every tile has been added."""
+        log_sum = self._sum.log()
+        normalizer = self.max_logit + log_sum
+        entropy = log_sum - self._moment / self._sum
+        return TokenStatistics(target_logits - normalizer, entropy, normalizer, self.max_logit)
+
+    @property
+    def expected_rows(self) -> Tensor:
+        """Mean of the matrix's rows under the distribution, [N, H]."""
+        return self._rows / self._sum[:, None]
 
 
 def token_statistics(hidden: Tensor, head: Head, targets: Tensor) -> TokenStatistics:
@@ -47,7 +106,7 @@ def token_statistics(hidden: Tensor, head: Head, targets: Tensor) -> TokenStatis
     """
     head = head.gathered()
     ahead = torch.is_grad_enabled() and hidden.requires_grad and not head.trained
-    with autocast_at_the_door(hidden) as states:
+    with autocast_inputs(hidden) as states:
         outputs: tuple[Tensor, ...] = _TokenStatistics.apply(  # type: ignore[no-untyped-call]
             states, *head.tensors, targets, head, ahead
         )
@@ -69,15 +128,14 @@ class _TokenStatistics(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         softmax, chosen = vocabulary_pass(hidden, head, targets[:, None], hidden.shape[1] if ahead else 0)
         target_logits = chosen.squeeze(1)
-        normalizer = softmax.log_normalizer
+        statistics = softmax.statistics(target_logits)
         ctx.head, ctx.ahead = head, ahead
         if ahead:
             ctx.save_for_backward(_hidden_gradient(head, softmax, targets, target_logits).to(hidden.dtype))
         else:
-            ctx.save_for_backward(hidden, weight, bias, down, up, targets, normalizer)
-        others = (softmax.entropy, normalizer, softmax.max_logit)
-        ctx.mark_non_differentiable(*others)
-        return target_logits - normalizer, *others
+            ctx.save_for_backward(hidden, weight, bias, down, up, targets, statistics.log_normalizer)
+        ctx.mark_non_differentiable(*statistics[1:])
+        return tuple(statistics)
 
     @staticmethod
     @once_differentiable
@@ -100,7 +158,7 @@ class _TokenStatistics(torch.autograd.Function):
 
 def vocabulary_pass(hidden: Tensor, head: Head, ids: Tensor, hidden_size: int = 0) -> tuple[OnlineSoftmax, Tensor]:
     """Sums over the vocabulary, with the head's rows if ``hidden_size`` is theirs; and the logits of ids, [N, K]."""
-    like = hidden.new_empty(0, dtype=wide_dtype(hidden))
+    like = hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
     softmax = OnlineSoftmax(hidden.shape[0], like, hidden_size)
     chosen = like.new_zeros(ids.shape)
     made = LogitTiles(head, hidden)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opdlab.scoring.gradients import HeadGradients, pieces
-from opdlab.scoring.head import Head, LogitTiles, LowRank, autocast_at_the_door, wide_dtype
+from opdlab.scoring.head import Head, LogitTiles, LowRank, autocast_inputs, wide_dtype
 from opdlab.scoring.statistics import TokenStatistics, vocabulary_pass
 
 
@@ -30,11 +30,15 @@ def support_statistics(hidden: Tensor, head: Head, targets: Tensor, support: Ten
         The logits [N, K], and the statistics; float32, or float64 for float64 inputs.
     """
     head = head.gathered()
-    with autocast_at_the_door(hidden) as states:
-        logits, *statistics = _SupportLogits.apply(  # type: ignore[no-untyped-call]
-            states, *head.tensors, support.long(), head, targets
+    ids = support.long()
+    with autocast_inputs(hidden) as states:
+        with torch.no_grad():
+            softmax, chosen = vocabulary_pass(states, head, torch.cat([ids, targets[:, None]], dim=1))
+            statistics = softmax.statistics(chosen[:, -1])
+        logits: Tensor = _SupportLogits.apply(  # type: ignore[no-untyped-call]
+            states, *head.tensors, ids, head, chosen[:, :-1].contiguous()
         )
-    return logits, TokenStatistics(*statistics)
+    return logits, statistics
 
 
 def support_logits(
@@ -70,10 +74,10 @@ def support_logits(
         True
     """
     head = Head(weight, bias, scale, softcap, temperature, low_rank=low_rank).gathered()
-    with autocast_at_the_door(hidden) as states:
+    with autocast_inputs(hidden) as states:
         logits: Tensor = _SupportLogits.apply(  # type: ignore[no-untyped-call]
             states, *head.tensors, support.long(), head, None
-        )[0]
+        )
     return logits
 
 
@@ -88,26 +92,19 @@ class _SupportLogits(torch.autograd.Function):
         up: Tensor | None,
         support: Tensor,
         head: Head,
-        targets: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        others: tuple[Tensor, ...] = ()
-        if targets is None:
-            logits = _gathered_logits(hidden, head, support)
-        else:
-            softmax, chosen = vocabulary_pass(hidden, head, torch.cat([support, targets[:, None]], dim=1))
-            logits, normalizer = chosen[:, :-1].contiguous(), softmax.log_normalizer
-            others = (chosen[:, -1] - normalizer, softmax.entropy, normalizer, softmax.max_logit)
+        known: Tensor | None,  # the logits, where a pass over the vocabulary has come across them
+    ) -> Tensor:
+        logits = _gathered_logits(hidden, head, support) if known is None else known
         ctx.save_for_backward(hidden, weight, bias, down, up, support, logits)
         ctx.head = head
-        ctx.mark_non_differentiable(*others)
-        return logits, *others
+        return logits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, *_, support, logits = ctx.saved_tensors
         sums = HeadGradients(ctx, LogitTiles(ctx.head, hidden))
-        sums.add_support(support, gradients[0] * ctx.head.slope(logits))
+        sums.add_support(support, gradient * ctx.head.slope(logits))
         return *sums.returned(), None, None, None
 
 

@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from opdlab.scoring.head import Head, LogitTiles, autocast_at_the_door, places, tiles, wide_dtype
-from opdlab.scoring.normalizer import OnlineSoftmax
-from opdlab.scoring.statistics import TokenStatistics
+from opdlab.scoring.head import Head, LogitTiles, autocast_inputs, places, tiles, wide_dtype
+from opdlab.scoring.statistics import OnlineSoftmax, TokenStatistics
 
 
 class TopK(NamedTuple):
@@ -41,7 +40,7 @@ def topk_with_statistics(
     Returns:
         The top K and the :class:`TokenStatistics`.
     """
-    with autocast_at_the_door(hidden) as states:
+    with autocast_inputs(hidden) as states:
         return _topk_with_statistics(states, head.gathered(), targets, k, vocab_size or head.weight.shape[0])
 
 
@@ -65,6 +64,4 @@ def _topk_with_statistics(
             values[rows], best = both.topk(k, dim=1)
             ids[rows] = torch.cat([ids[rows], new_places + columns.start], dim=1).gather(1, best)
         softmax.add(rows, logits)
-    normalizer = softmax.log_normalizer
-    statistics = TokenStatistics(target_logits.view(-1) - normalizer, softmax.entropy, normalizer, softmax.max_logit)
-    return TopK(ids, values), statistics
+    return TopK(ids, values), softmax.statistics(target_logits.view(-1))

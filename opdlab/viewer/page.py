@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor
 
-from opdlab.data.prompts import Problem
+from opdlab.types import Problem
 from opdlab.viewer.quantities import color_scale, quantities
 from opdlab.viewer.rollouts import ShownRollout
 from opdlab.viewer.summary import PageSummary, read_summary, summarize

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from opdlab.data.prompts import Problem
+from opdlab.types import Problem
 from opdlab.viewer import RolloutText, render_page, visible, write_page
 from tests.browser.conftest import Watched
 from tests.viewer_pages import HOSTILE, plain_text, shown

@@ -28,7 +28,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from opdlab.accumulation import join_gate_inputs
 from opdlab.callbacks import GateMonitor, SampleLogger, gate_monitor
 from opdlab.callbacks.step_callback import StepCallback
 from opdlab.callbacks.tensorboard import LAYOUT
@@ -39,6 +38,7 @@ from opdlab.diagnostics.plots import by_age as by_age_picture
 from opdlab.errors import Stopped, UsageError
 from opdlab.gating import GateInputs, GateStrategy, build_gate
 from opdlab.objectives import SampledTokenOPD
+from opdlab.training import join_gate_inputs
 from tests.test_resume import SaveAt
 from tests.toy_run import Run
 
@@ -164,10 +164,9 @@ def test_effects_agree_with_what_the_module_logs(make_run: MakeRun, tmp_path: Pa
 
 
 def test_gradients_are_asked_for_at_monitored_steps_only(make_run: MakeRun, tmp_path: Path) -> None:
-    run, traces = fit(make_run, tmp_path, 5, GateMonitor(every_n_steps=2), accumulate=2)
+    _, traces = fit(make_run, tmp_path, 5, GateMonitor(every_n_steps=2), accumulate=2)
     asked = {step: [trace.gradient_norms is not None for trace in parts] for step, parts in traces.steps.items()}
     assert asked == {step: [step % 2 == 0] * 2 for step in range(1, 6)}
-    assert not run.module.trace_gradients
 
 
 class Alive(Callback):

@@ -22,19 +22,20 @@ def write(path: Path, *texts: str) -> str:
 def make(tmp_path: Path, *texts: str, **options: Any) -> PromptDataModule:
     train = JsonlProblems(write(tmp_path / "train.jsonl", *texts))
     benchmark = JsonlProblems(write(tmp_path / "held_out.jsonl", "86 a+7", "5 a*2", "12345678901234567890"))
-    data = PromptDataModule(train, {"held_out": benchmark}, max_prompt_tokens=10, **options)
-    student = SimpleNamespace(tokenizer=chain_tokenizer())
-    data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(student=student))  # type: ignore[assignment]
-    return data
+    return PromptDataModule(train, {"held_out": benchmark}, max_prompt_tokens=10, **options)
+
+
+def prepare(data: PromptDataModule, training: bool = True) -> None:
+    data.prepare(chain_tokenizer(), training)
 
 
 def test_the_account_is_printed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = make(tmp_path, "86 a+7", "1 a+1", "1  a+1", "1 a+1 b+2 c+3", "2 a+2")
     with caplog.at_level(logging.INFO):
-        data.setup("validate")
+        prepare(data, training=False)
         assert data.train_prompts is None
-        data.setup("fit")
-        data.setup("fit")
+        prepare(data)
+        prepare(data)
     assert data.train_prompts is not None
     assert [prompt.problem.text for prompt in data.train_prompts.prompts] == ["1 a+1", "2 a+2"]
     assert [prompt.index for prompt in data.train_prompts.prompts] == [0, 1]
@@ -50,18 +51,18 @@ def test_the_account_is_printed(tmp_path: Path, caplog: pytest.LogCaptureFixture
 
 def test_cleaning_can_be_switched_off(tmp_path: Path) -> None:
     data = make(tmp_path, "86 a+7", "1 a+1", "1 a+1", clean=CleaningConfig(deduplicate=False, decontaminate=False))
-    data.setup("fit")
+    prepare(data)
     assert data.train_prompts is not None
     assert len(data.train_prompts) == 3
 
 
 def test_nothing_left(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"data.clean leaves nothing of .*2 contaminated.*data.clean.decontaminate"):
-        make(tmp_path, "86 a+7", "5  a*2").setup("fit")
+        prepare(make(tmp_path, "86 a+7", "5  a*2"))
     with pytest.raises(UsageError, match="train.jsonl holds no problems"):
-        make(tmp_path).setup("fit")
+        prepare(make(tmp_path))
     with pytest.raises(UsageError, match="max_prompt_tokens is 10, but every prompt"):
-        make(tmp_path, "1 a+1 b+2 c+3").setup("fit")
+        prepare(make(tmp_path, "1 a+1 b+2 c+3"))
 
 
 @pytest.mark.parametrize(
@@ -125,8 +126,8 @@ def test_the_shipped_pieces_stack(
 
 def test_fewer_problems_than_processes(tmp_path: Path) -> None:
     data = make(tmp_path, "1 a+1")
-    data.setup("validate")
-    data.trainer.world_size = 3  # type: ignore[union-attr,misc]
+    prepare(data, training=False)
+    data.trainer = SimpleNamespace(world_size=3)  # type: ignore[assignment]
     with pytest.raises(UsageError, match=r"data.benchmarks.held_out has 2 problems for 3 processes: give fewer"):
         data.val_dataloader()
     data.trainer.world_size = 1  # type: ignore[union-attr,misc]

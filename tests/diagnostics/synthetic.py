@@ -5,13 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opdlab.accumulation import gate_inputs
 from opdlab.diagnostics import StepTrace, hidden_gradient_norms
 from opdlab.gating import GateInputs, Gates
 from opdlab.objectives import Objective, PositionLosses, Reduction, loss_shares
 from opdlab.policies import Scored
 from opdlab.rollouts import Rollouts, Targets
 from opdlab.scoring import Head
+from opdlab.training import gate_inputs
 
 VOCABULARY, HIDDEN, SUPPORT = 19, 6, 4
 

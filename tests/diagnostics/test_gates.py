@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from opdlab.accumulation import join_gate_inputs, split_gates
 from opdlab.diagnostics.ages import MAX_AGES, add_to_age_table, age_scalars, new_age_table, read_ages
 from opdlab.diagnostics.gates import (
     WEIGHT_BINS,
@@ -25,6 +24,7 @@ from opdlab.diagnostics.history import BlockHistory
 from opdlab.diagnostics.trace import StepTrace
 from opdlab.gating import build_gate
 from opdlab.objectives import Objective, Reduction, SampledTokenOPD, TeacherTopK, reduce_losses
+from opdlab.training import join_gate_inputs, split_gates
 from tests.diagnostics.synthetic import MicroBatch, batch_shares, micro_batch
 
 

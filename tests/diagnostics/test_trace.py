@@ -66,7 +66,7 @@ class Asker(Callback):
         self.traces: list[object] = []
 
     def on_train_batch_start(self, trainer: object, pl_module: object, batch: object, batch_idx: int) -> None:
-        pl_module.trace_gradients = True  # type: ignore[attr-defined]
+        pl_module.request_gradient_norms()  # type: ignore[attr-defined]
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
         self.traces.append(outputs["trace"])

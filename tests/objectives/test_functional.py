@@ -17,8 +17,8 @@ from opdlab.errors import UsageError
 from opdlab.objectives import SampledTokenOPD, TeacherTopK, loss_shares, reduce_losses
 from opdlab.objectives.functional import clip_binds, sampled_token_loss, teacher_topk_loss
 from opdlab.policies.language_model import Scored
-from opdlab.rollouts.batch import Rollouts, Targets
 from opdlab.scoring import Head
+from opdlab.types import Rollouts, Targets
 
 Reference = Literal["behavior", "current"]
 

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-import opdlab.policies.heads
 from opdlab.diagnostics import hidden_gradient_norms
 from opdlab.errors import UsageError
 from opdlab.estimate import model_size
@@ -242,7 +241,7 @@ def test_the_head_is_compared_with_the_adapter_on(llama: Path, tmp_path: Path, m
     LanguageModel(str(tmp_path))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert set(config["target_modules"]) == {"q_proj", "lm_head"}
-    monkeypatch.setattr(opdlab.policies.heads, "low_rank_of", lambda layer: None)
+    monkeypatch.setattr("opdlab.policies.language_model.low_rank_of", lambda layer: None)
     with pytest.raises(UsageError, match="changes its logits in a way that opdlab does not know"):
         LanguageModel(str(tmp_path))
 

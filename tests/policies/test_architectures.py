@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from opdlab.errors import UsageError
 from opdlab.policies import LanguageModel
-from opdlab.rollouts.batch import Rollouts
+from opdlab.types import Rollouts
 from tests.policies.tiny_models import COMMON, CONFIGS, RESPONSE_LENGTHS, rollouts, save_random
 
 

@@ -15,9 +15,9 @@ from transformers import GPT2Config, OPTConfig, Qwen3Config
 
 from opdlab.errors import UsageError
 from opdlab.policies import LanguageModel
-from opdlab.policies.lengths import length_groups
-from opdlab.rollouts.batch import Rollouts
+from opdlab.policies.passes import length_groups
 from opdlab.tasks.toy import chain_tokenizer
+from opdlab.types import Rollouts
 from tests.policies.tiny_models import COMMON, CONFIGS, IDS, rollouts, save_random
 
 
@@ -46,13 +46,9 @@ def test_scores_in_groups_of_similar_length(qwen3: Path, monkeypatch: pytest.Mon
     batch.mask[1] = False  # nothing of it is scored
     batch.mask[3, 2] = False  # a hole: attended to, but not scored
     passes: list[tuple[int, ...]] = []
-    forward = model._hidden_states
-
-    def counted(tokens: Tensor, attention: Any) -> Tensor:
-        passes.append(tuple(tokens.shape))
-        return forward(tokens, attention)
-
-    monkeypatch.setattr(model, "_hidden_states", counted)
+    model.model.base_model.register_forward_pre_hook(
+        lambda _, __, inputs: passes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
 
     def gradients() -> tuple[Tensor, Any]:
         scored = model.score(batch)

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from opdlab.policies.lengths import length_groups, length_packs, recomputed_first
+from opdlab.policies.passes import length_groups, length_packs, recomputed_first
 
 BOUNDS = [None, 1, 40, 97, 500, 10**9]
 

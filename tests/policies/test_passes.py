@@ -11,12 +11,13 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import JambaConfig, Lfm2Config
 from transformers.integrations.flex_attention import WrappedFlexAttention
 
-from opdlab.accumulation import gate_inputs
 from opdlab.gating import build_gate
 from opdlab.objectives import Objective, SampledTokenOPD, TeacherTopK, loss_shares, reduce_losses
 from opdlab.policies import AdapterConfig, LanguageModel, Scored
-from opdlab.policies.passes import attention_may_pack, keeps_packed_rows_apart
-from opdlab.rollouts.batch import Rollouts, Targets
+from opdlab.policies.packing import attention_may_pack, keeps_packed_rows_apart
+from opdlab.policies.passes import Pass
+from opdlab.training import gate_inputs
+from opdlab.types import Rollouts, Targets
 from tests.policies.tiny_models import COMMON, CONFIGS, save_random
 
 # Largest error in float64; Gemma's norms reckon in float32 all the same.
@@ -114,13 +115,15 @@ def check_equal(ours: list[Tensor], wanted: list[Tensor], tolerance: float) -> N
 def watched(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
     """Shapes of the passes that the model takes, and whether they were packed."""
     calls: list[Call] = []
-    forward = model._hidden_states
+    states = Pass.states
 
-    def counted(tokens: Tensor, attention: Any) -> Tensor:
-        calls.append((tuple(tokens.shape), bool(attention)))
-        return forward(tokens, attention)
+    def counted(one: Pass, base: Any) -> Tensor:
+        if base is model.model.base_model:
+            calls.append((tuple(one.tokens.shape), bool(one.attention)))
+        return states(one, base)
 
-    monkeypatch.setattr(model, "_hidden_states", counted)
+    # A hook on the model would count the comparison of packed rows too.
+    monkeypatch.setattr(Pass, "states", counted)
     return calls
 
 

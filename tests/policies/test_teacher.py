@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3For
 from opdlab.errors import UsageError
 from opdlab.policies import LocalTeacher, TeacherRequest, check_same_vocabulary
 from opdlab.policies.loading import ModelSource
-from opdlab.rollouts.batch import Rollouts, Targets
 from opdlab.tasks.toy import chain_tokenizer
 from opdlab.tasks.toy.make_models import toy_config
+from opdlab.types import Rollouts, Targets
 
 
 def saved(folder: Path, num_rows: int = 38) -> Path:

@@ -20,8 +20,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from opdlab.rollouts.batch import Rollouts
 from opdlab.tasks.toy import chain_tokenizer
+from opdlab.types import Rollouts
 
 IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
 COMMON = {

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from opdlab.data.prompts import Problem, Prompt
 from opdlab.errors import UsageError
 from opdlab.rollouts import Minibatch, Pool, RolloutLoader, Rollouts, Targets
+from opdlab.types import Problem, Prompt
 
 PROMPTS = [Prompt(i, Problem(str(i), str(i), None), (i,)) for i in range(11)]
 
@@ -135,24 +135,27 @@ def test_state_goes_on_exactly_where_it_was_taken(micro_batches: int, stop: int)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
-def test_what_the_first_batch_says_of_the_behavior_policy_is_kept(micro_batches: int) -> None:
-    def step(batch: Minibatch) -> Minibatch:
-        if batch.keep_behavior is not None:
-            assert bool((batch.rollouts.behavior_logprobs == -1).all())
-            batch.keep_behavior(batch.targets.logprobs)  # the collector's behavior log-probabilities equal these
+def test_behavior_of_the_first_batch_is_filled_in_and_kept(micro_batches: int) -> None:
+    def step(made: RolloutLoader, batch: Minibatch) -> Minibatch:
+        if not batch.behavior_known:
+            before = batch.rollouts.behavior_logprobs.clone()
+            assert bool((before == -1).all())
+            # The collector's behavior log-probabilities equal these.
+            made.fill_behavior(batch.rows, batch.targets.logprobs)
+            assert torch.equal(batch.rollouts.behavior_logprobs, before)  # a batch is never written into
         return batch
 
     # Left and taken up within the first optimizer batch, and after it: pools are two, of three passes of two batches.
     for stop in (1, micro_batches, micro_batches + 1):
         stopped = loader(Collector(unscored=True), micro_batches=micro_batches)
-        first = [step(batch) for batch in islice(stopped, stop)]
+        first = [step(stopped, batch) for batch in islice(stopped, stop)]
         resumed = loader(Collector(unscored=True), micro_batches=micro_batches)
         resumed.load_state_dict(stopped.state_dict())
-        batches = first + [step(batch) for batch in resumed]
-        fresh = [index for index, batch in enumerate(batches) if batch.keep_behavior is not None]
+        batches = first + [step(resumed, batch) for batch in resumed]
+        fresh = [index for index, batch in enumerate(batches) if not batch.behavior_known]
         assert fresh == [*range(micro_batches), *range(6 * micro_batches, 7 * micro_batches)]
         for batch in batches:
-            if batch.keep_behavior is None:
+            if batch.behavior_known:
                 valid = batch.rollouts.mask
                 assert torch.equal(batch.rollouts.behavior_logprobs[valid], batch.targets.logprobs[valid])
 

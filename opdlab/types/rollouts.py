@@ -1,18 +1,15 @@
-"""What a rollout is: tokens, who sampled them, and what the teacher said of them.
+"""Rollouts, the teacher's targets for them, and the minibatches made of both.
 
 Shapes: B rollouts, P prompt tokens (padded on the left), T response tokens (from column 0, padded on the right),
 K support. Log-probabilities are in nats, at the sampling temperature.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-
-R = TypeVar("R", bound="_Rows")
 
 
 class StopReason(IntEnum):
@@ -25,7 +22,7 @@ class StopReason(IntEnum):
 
 
 class _Rows:
-    """Tensors that share their first dimension, cut and moved together."""
+    """Tensors that share their first dimension, so that they are cut and moved together."""
 
     def map(self, function: Any) -> Self:
         """Apply ``function`` to every tensor field."""
@@ -52,14 +49,15 @@ class _Rows:
 
 @dataclass(frozen=True)
 class Rollouts(_Rows):
-    """Sampled responses and the behavior policy's account of them.
+    """Sampled responses, and their log-probabilities under the behavior policy.
 
     Args:
         prompt_tokens: [B, P] long, padded on the left.
         prompt_mask: [B, P] bool.
         tokens: [B, T] long: the response, its stop token included.
         mask: [B, T] bool: valid response positions.
-        behavior_logprobs: [B, T] float32, nats: under the policy that sampled; 0 where the mask is 0.
+        behavior_logprobs: [B, T] float32, nats: under the policy that sampled (``old_log_prob`` in verl); 0 where the
+            mask is 0.
         stop_reasons: [B] long, see :class:`StopReason`.
         rollout_ids: [B] long, unique within a run.
         prompt_ids: [B] long, the prompt's row in the prompt set.
@@ -68,6 +66,24 @@ class Rollouts(_Rows):
         temperature: at which it was sampled and is scored.
         correct: [B] int8: 1 where the verifier accepts the answer, 0 where it does not, -1 where none was asked; or
             None where the training problems have no verifier.
+
+    Example:
+        One prompt of two tokens, answered twice: by three tokens of which the last is the stop token, and by one.
+
+        >>> rollouts = Rollouts(
+        ...     prompt_tokens=torch.tensor([[5, 9], [5, 9]]),
+        ...     prompt_mask=torch.ones(2, 2, dtype=torch.bool),
+        ...     tokens=torch.tensor([[7, 3, 1], [1, 0, 0]]),
+        ...     mask=torch.tensor([[True, True, True], [True, False, False]]),
+        ...     behavior_logprobs=torch.tensor([[-0.1, -2.3, -0.5], [-1.2, 0.0, 0.0]]),
+        ...     stop_reasons=torch.tensor([StopReason.EOS, StopReason.EOS]),
+        ...     rollout_ids=torch.tensor([0, 1]),
+        ...     prompt_ids=torch.tensor([0, 0]),
+        ...     sampled_at_step=torch.tensor([8, 8]),
+        ...     snapshot_step=torch.tensor([8, 8]),
+        ... )
+        >>> len(rollouts), rollouts.num_tokens, rollouts.rows(torch.tensor([1])).tokens
+        (2, tensor([3, 1]), tensor([[1, 0, 0]]))
     """
 
     prompt_tokens: Tensor
@@ -104,7 +120,7 @@ def id_dtype(vocab_size: int) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Targets(_Rows):
-    """What the teacher said of rollouts. Computed once per pool, never changed.
+    """The teacher's scores of rollouts. Computed once per buffer of rollouts, never changed.
 
     Args:
         logprobs: [B, T] float32, nats: of the sampled tokens; 0 where the mask is 0.
@@ -112,7 +128,19 @@ class Targets(_Rows):
             smallest type that holds every id (:func:`id_dtype`), which not every operation takes: ``.long()`` first.
         support_logits: [B, T, K] float32: their logits at the sampling temperature, or None.
         support_mass: [B, T] float32: the teacher's probability of the support, 0 to 1, or None.
-        entropy: [B, T] float32, nats: of the teacher's next-token distribution, or None where nobody asks for it.
+        entropy: [B, T] float32, nats: of the teacher's next-token distribution, or None if it is not requested.
+
+    Example:
+        A support of two tokens at each of the three positions of one rollout.
+
+        >>> targets = Targets(
+        ...     logprobs=torch.tensor([[-0.2, -1.9, -0.4]]),
+        ...     support_ids=torch.tensor([[[7, 4], [8, 3], [1, 2]]], dtype=torch.uint8),
+        ...     support_logits=torch.tensor([[[3.1, 0.4], [1.0, 0.9], [2.2, 0.1]]]),
+        ...     support_mass=torch.tensor([[0.97, 0.71, 0.92]]),
+        ... )
+        >>> targets.support_logits.shape
+        torch.Size([1, 3, 2])
     """
 
     logprobs: Tensor
@@ -123,36 +151,64 @@ class Targets(_Rows):
 
 
 @dataclass(frozen=True)
-class Minibatch:
-    """What a training step gets: some rows of an optimizer batch, and what is known of the whole batch.
+class TeacherRequest:
+    """What an objective asks of the teacher, besides the log-probability of every sampled token.
 
     Args:
-        rollouts: this micro-batch's rollouts.
+        top_k: K, size of the support whose ids and logits are wanted; 0 for none.
+        vocab_size: tokens that the student knows too: only these may enter the support. None for all.
+        entropy: whether the entropy of the teacher's distribution is wanted.
+
+    Example:
+        >>> TeacherRequest(top_k=32)
+        TeacherRequest(top_k=32, vocab_size=None, entropy=False)
+    """
+
+    top_k: int = 0
+    vocab_size: int | None = None
+    entropy: bool = False
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """Some rows of an optimizer batch, and the sizes of the whole batch: what a training step gets.
+
+    Args:
+        rollouts: this micro-batch's rollouts, B of them.
         targets: the teacher's targets for them.
+        rows: [B] long, on the host: the rollouts' rows in the buffer.
         num_tokens: valid response tokens in the optimizer batch: the denominator of ``token_mean``.
         num_rollouts: rollouts with at least one valid token in the optimizer batch: that of ``sequence_mean``.
         micro_batches: all micro-batches of the optimizer batch in order, this one included: what the gate normalises
-            over. Left on the host until they are needed.
-        position: which of ``micro_batches`` this one is.
-        reuse_epoch: passes over the pool before this one.
-        pool_metrics: figures of the pool's sampling and scoring, by name.
-        keep_behavior: where the student is itself the policy that sampled, nobody has scored this optimizer batch yet.
-            The student's log-probabilities are then the behavior's: the training step fills them in, and hands them to
-            this function, [B, T], for the passes to come. None where they are there.
+            over. They stay on the host until they are needed.
+        position: index of this micro-batch in ``micro_batches``.
+        reuse_epoch: passes over the buffer before this one.
+        pool_metrics: metrics of the buffer's sampling and scoring, by name.
+        behavior_known: False if the behavior log-probabilities of the optimizer batch are not computed yet. This is so
+            only where the student still equals the policy that sampled: its own log-probabilities are the behavior's.
+
+    Example:
+        >>> zeros, mask = torch.zeros(1).long(), torch.tensor([[True, True]])
+        >>> rollouts = Rollouts(*2 * (torch.tensor([[7, 1]]), mask), torch.tensor([[-0.1, -0.5]]), *5 * (zeros,))
+        >>> targets = Targets(torch.tensor([[-0.2, -0.4]]))
+        >>> batch = Minibatch(rollouts, targets, torch.tensor([3]), 2, 1, ((rollouts, targets),), 0, 0, {})
+        >>> len(batch), batch.rows, batch.behavior_known
+        (1, tensor([3]), True)
     """
 
     rollouts: Rollouts
     targets: Targets
+    rows: Tensor
     num_tokens: int
     num_rollouts: int
     micro_batches: tuple[tuple[Rollouts, Targets], ...]
     position: int
     reuse_epoch: int
     pool_metrics: dict[str, float]
-    keep_behavior: Callable[[Tensor], None] | None = None
+    behavior_known: bool = True
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Minibatch":
-        """Move this micro-batch; its siblings stay where they are."""
+        """Return the micro-batch on a device; its siblings stay where they are."""
         return replace(
             self,
             rollouts=self.rollouts.to(device, non_blocking=non_blocking),
@@ -164,7 +220,15 @@ class Minibatch:
 
 
 def trimmed(rollouts: Rollouts, targets: Targets) -> tuple[Rollouts, Targets]:
-    """Drop the columns that are padding in every row: prompts on the left, responses on the right."""
+    """Return the rows without the columns that are padding in all of them: of prompts left, of responses right.
+
+    Example:
+        >>> zeros, mask = torch.zeros(1).long(), torch.tensor([[True, False]])
+        >>> rollouts = Rollouts(*2 * (torch.tensor([[1, 0]]), mask), torch.tensor([[-0.5, 0.0]]), *5 * (zeros,))
+        >>> cut, targets = trimmed(rollouts, Targets(torch.tensor([[-0.4, 0.0]])))
+        >>> cut.tokens.shape, targets.logprobs.shape
+        (torch.Size([1, 1]), torch.Size([1, 1]))
+    """
     skip = int(rollouts.prompt_mask.any(0).int().argmax()) if rollouts.prompt_mask.numel() else 0
     used = rollouts.mask.any(0)
     length = int(used.nonzero().max()) + 1 if bool(used.any()) else 1
@@ -177,6 +241,3 @@ def trimmed(rollouts: Rollouts, targets: Targets) -> tuple[Rollouts, Targets]:
         behavior_logprobs=rollouts.behavior_logprobs[:, :length],
     )
     return cut, targets.map(lambda tensor: tensor[:, :length])
-
-
-__all__ = ["Minibatch", "Rollouts", "StopReason", "Targets", "id_dtype", "trimmed"]

@@ -1,0 +1,62 @@
+"""Where the samples of an evaluation are kept."""
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
+
+from opdlab.data import PromptDataModule
+from opdlab.evaluation.evaluator import Evaluator
+from opdlab.evaluation.samples import SampleFolder
+from opdlab.evaluation.settings import evaluation_settings
+from opdlab.policies import LanguageModel, LocalTeacher, Teacher
+
+
+def sample_folder(
+    module: pl.LightningModule,
+    teacher: Teacher,
+    data: PromptDataModule,
+    evaluator: Evaluator,
+    model: LanguageModel,
+    name: str,
+    subfolder: str,
+) -> SampleFolder | None:
+    """Return the folder into which an evaluation writes its samples; None if it keeps none.
+
+    Args:
+        module: that evaluates; its trainer is attached.
+        teacher: to which the reverse KL is measured, if it is.
+        data: whose benchmarks are evaluated.
+        evaluator: says what is evaluated, and how.
+        model: the model that is sampled from.
+        name: of the evaluation, such as ``val``.
+        subfolder: used outside of training, where a folder has several evaluations.
+    """
+    config, trainer = evaluator.config, module.trainer
+    if config.samples is None or trainer.sanity_checking:
+        return None
+    fitting = trainer.state.fn == TrainerFn.FITTING
+    subfolder = f"{name}-step-{module.global_step}" if fitting else subfolder
+    settings = evaluation_settings(
+        model,
+        evaluator.sampler.config,
+        data.benchmarks,
+        teacher=teacher.model if config.reverse_kl and isinstance(teacher, LocalTeacher) else None,
+        about={
+            "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path is not None else None,
+            "step": module.global_step,
+        },
+        model__evaluation__reverse_kl=config.reverse_kl,
+        model__evaluation__seed=config.seed,
+        data__eval_batch_size=data.eval_batch_size,
+        trainer__precision=str(trainer.precision),
+        trainer__devices=trainer.world_size,
+        trainer__accelerator=module.device.type,
+    )
+    return SampleFolder(
+        Path(config.samples) / subfolder,
+        settings,
+        rank=trainer.global_rank,
+        replace=bool(subfolder),  # within a run, its folder belongs to the run alone
+        barrier=trainer.strategy.barrier,
+    )

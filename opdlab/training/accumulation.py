@@ -1,0 +1,156 @@
+"""The optimizer batch under way: micro-batches scored one by one, and gates normalised over all of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from opdlab.diagnostics import StepRecord, merge_records
+from opdlab.gating import GateInputs, Gates, GateStrategy
+from opdlab.objectives import Objective, PositionLosses
+from opdlab.policies import LanguageModel, Scored
+from opdlab.types import Minibatch, Rollouts, Targets
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """A micro-batch with the student's scores and losses, before the gate weighs it.
+
+    Args:
+        rollouts: with behavior log-probabilities.
+        scored: the student's hidden states; their graph is alive where gradients are on.
+        positions: the objective's losses.
+        inputs: of the gate, detached.
+    """
+
+    rollouts: Rollouts
+    scored: Scored
+    positions: PositionLosses
+    inputs: GateInputs
+
+
+def with_own_behavior(batch: Minibatch, scored: Scored) -> Rollouts:
+    """Return the rollouts of a batch whose behavior log-probabilities are not computed yet, with the student's own.
+
+    The student still is the behavior policy there, so they are the same, and the drift is exactly 0 in any precision.
+    """
+    return replace(batch.rollouts, behavior_logprobs=scored.own_logprobs(batch.targets))
+
+
+def score_batch(student: LanguageModel, objective: Objective, batch: Minibatch, step: int) -> ScoredBatch:
+    """Return a micro-batch's scores, losses and gate inputs, as the first lines of the training step do.
+
+    Args:
+        student: on the batch's device.
+        objective: gives the losses.
+        batch: on the student's device.
+        step: optimizer steps taken before.
+    """
+    scored = student.score(batch.rollouts)
+    rollouts = batch.rollouts if batch.behavior_known else with_own_behavior(batch, scored)
+    positions = objective.position_losses(scored, rollouts, batch.targets)
+    return ScoredBatch(rollouts, scored, positions, gate_inputs(rollouts, batch.targets, positions, step))
+
+
+def gate_inputs(rollouts: Rollouts, targets: Targets, positions: PositionLosses, step: int = 0) -> GateInputs:
+    """Return the gate's inputs for a scored micro-batch, after so many optimizer steps."""
+    return GateInputs(
+        tokens=rollouts.tokens,
+        mask=rollouts.mask,
+        behavior_logprobs=rollouts.behavior_logprobs,
+        current_logprobs=positions.logprobs,
+        teacher_logprobs=targets.logprobs,
+        position_losses=positions.losses.detach(),
+        entropy=positions.entropy,
+        teacher_entropy=targets.entropy,
+        correct=None if rollouts.correct is None else rollouts.correct[:, None].expand_as(rollouts.mask),
+        step=step,
+    )
+
+
+def join_gate_inputs(parts: Sequence[GateInputs]) -> GateInputs:
+    """Return micro-batches as one batch, padded on the right to the longest."""
+    width = max(part.mask.shape[1] for part in parts)
+
+    def joined(name: str) -> Tensor:
+        tensors = [getattr(part, name) for part in parts]
+        return torch.cat([nn.functional.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
+
+    tensors: dict[str, Any] = {name: joined(name) for name in parts[0].tensors()}
+    return replace(parts[0], **tensors)
+
+
+def split_gates(gates: Gates, parts: Sequence[GateInputs]) -> list[Gates]:
+    """Return each micro-batch's part of the gates of joined inputs: the reverse of :func:`join_gate_inputs`."""
+    rows = [part.mask.shape[0] for part in parts]
+    fields = (gates.weights, gates.segment_ids, gates.segment_drift)
+    pieces = zip(*(tensor.split_with_sizes(rows) for tensor in fields), strict=True)
+    return [
+        replace(Gates(*(tensor[:, : part.mask.shape[1]] for tensor in piece)), tau=gates.tau)
+        for piece, part in zip(pieces, parts, strict=True)
+    ]
+
+
+class AccumulationWindow:
+    """The state of the optimizer batch under way, while its micro-batches come in."""
+
+    def __init__(self) -> None:
+        self._gates: list[Gates] | None = None  # of each micro-batch, once they are computed
+        self._records: list[StepRecord] = []
+        self._restored_gradients: dict[str, Tensor] = {}
+
+    def gates(
+        self, gate: GateStrategy, batch: Minibatch, inputs: GateInputs, student: LanguageModel, objective: Objective
+    ) -> Gates:
+        """Return a micro-batch's weights, normalised over its whole optimizer batch.
+
+        The student does not change while an optimizer batch is accumulated, so the drift of its later micro-batches
+        is known beforehand: at the first one they are scored without gradient. That costs a forward pass, and makes
+        accumulation equal to one large batch for every gate.
+
+        Args:
+            gate: the gate.
+            batch: on the student's device.
+            inputs: of the gate, for this micro-batch.
+            student: scores the other micro-batches.
+            objective: gives their losses, which a gate may look at.
+        """
+        if self._gates is None:
+            parts = []
+            for position, (rollouts, targets) in enumerate(batch.micro_batches):
+                if position == batch.position:
+                    parts.append(inputs)
+                    continue
+                with torch.no_grad():
+                    sibling = replace(batch, rollouts=rollouts, targets=targets).to(student.device)
+                    parts.append(score_batch(student, objective, sibling, inputs.step).inputs)
+            self._gates = split_gates(gate(join_gate_inputs(parts)), parts)
+        return self._gates[batch.position]
+
+    def finish(self, batch: Minibatch, record: StepRecord) -> StepRecord | None:
+        """Add a micro-batch's record; at the last one, return the optimizer batch's and begin a new window."""
+        records = [*self._records, record]
+        if batch.position + 1 < len(batch.micro_batches):
+            self._records = records
+            return None
+        self._records, self._gates = [], None
+        return merge_records(records)
+
+    def state_dict(self, student: LanguageModel) -> dict[str, Any]:
+        """Return what a resume inside the window needs: the gradients so far, which Lightning does not save."""
+        gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+        return {"gradients": gradients if self._records else {}, "records": self._records}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the window of a checkpoint; :meth:`restore_gradients` follows when training starts."""
+        self._gates, self._records = None, list(state["records"])
+        self._restored_gradients = state["gradients"]
+
+    def restore_gradients(self, student: LanguageModel) -> None:
+        """Put back the gradients of a checkpoint's window."""
+        parameters = dict(student.named_parameters())
+        for name, gradient in self._restored_gradients.items():
+            parameters[name].grad = gradient.to(parameters[name].device)
+        self._restored_gradients = {}

@@ -1,0 +1,142 @@
+"""Checks of a module, of checkpoints and of losses: each raises one clear message."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
+
+from opdlab.errors import UsageError, require
+from opdlab.gating import GateInputs, GateStrategy
+from opdlab.objectives import Objective, Reduction
+from opdlab.policies import LanguageModel, NoTeacher, Teacher, check_same_vocabulary, warn_of_stop_tokens
+from opdlab.registry import suggestion
+from opdlab.types import Rollouts, Targets, TeacherRequest
+
+CHECKPOINT_KEY = "opdlab"
+
+
+class NonFiniteLossError(UsageError):
+    """The loss became NaN or infinite; the message says at which step, on which rollouts, and where the batch is."""
+
+
+def check_token_bound(tokens: int | None) -> None:
+    """Refuse a ``max_tokens_per_microbatch`` that is out of range."""
+    require(
+        tokens is None or tokens >= 1,
+        f"model.max_tokens_per_microbatch is {tokens}, but must be at least 1: use null for no bound",
+    )
+
+
+def check_reduction(reduction: str) -> None:
+    """Refuse a reduction that does not exist."""
+    choices = get_args(Reduction)
+    require(reduction in choices, f"model.reduction is '{reduction}', but must be one of {', '.join(choices)}")
+
+
+def check_known_needs(gate: GateStrategy) -> None:
+    """Refuse a gate that needs what a training step does not compute."""
+    known = {f.name for f in fields(GateInputs)}
+    for name in gate.needs:
+        require(
+            name in known,
+            f"model.gate is {type(gate).__name__}, which needs '{name}', but a training step computes no such thing"
+            f"{suggestion(name, known) or ';'} there is {', '.join(sorted(known))}",
+        )
+
+
+def teacher_request(
+    student: LanguageModel, teacher: Teacher, objective: Objective, gate: GateStrategy
+) -> TeacherRequest:
+    """Bind the teacher to the student, and return what objective and gate ask of it.
+
+    Raises:
+        UsageError: the vocabularies differ, or K is larger than the shared one.
+    """
+    if isinstance(teacher, NoTeacher):
+        return TeacherRequest()
+    teacher.bind(student)
+    check_same_vocabulary(student.tokenizer, teacher.tokenizer)
+    warn_of_stop_tokens(student.tokenizer, student.stop_tokens, teacher.stop_tokens)
+    # Rows that only pad the embedding to a round size are no tokens.
+    shared = min(student.vocab_size, teacher.vocab_size, len(student.tokenizer))
+    k = objective.request.top_k
+    require(k <= shared, f"objective.k is {k}, but the vocabulary has only {shared} tokens: lower it")
+    return TeacherRequest(k, shared, objective.request.entropy or "teacher_entropy" in gate.needs)
+
+
+def has_whole_weights(trainer: pl.Trainer) -> bool:
+    """Return whether each process holds all weights."""
+    return isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+
+
+def check_precision(trainer: pl.Trainer) -> None:
+    """Refuse a precision that rounds the metrics of evaluations too."""
+    require(
+        not str(trainer.precision).endswith("-true") or trainer.precision == "32-true",
+        f"trainer.precision is {trainer.precision}, which would round what is counted in evaluations too: "
+        "use bf16-mixed, or give the models' dtype",
+    )
+
+
+def check_strategy(trainer: pl.Trainer, max_tokens: int | None) -> None:
+    """Refuse a bound on tokens where weights are sharded."""
+    require(
+        max_tokens is None or has_whole_weights(trainer),
+        f"model.max_tokens_per_microbatch is {max_tokens}, but with trainer.strategy "
+        f"{type(trainer.strategy).__name__} all processes must take as many passes: use null and raise "
+        "trainer.accumulate_grad_batches instead, or take the strategy ddp",
+    )
+
+
+def check_training(teacher: Teacher, gate: GateStrategy, judged: bool) -> None:
+    """Refuse to train without a teacher, or a gate on verdicts without a verifier.
+
+    Args:
+        teacher: of the module.
+        gate: of the module.
+        judged: whether the training problems have a verifier.
+    """
+    require(not isinstance(teacher, NoTeacher), "model.teacher is NoTeacher, but training needs a teacher: give one")
+    require(
+        judged or "correct" not in gate.needs,
+        f"model.gate is {type(gate).__name__}, which needs the verifier's verdict on each rollout, but "
+        "data.train has no verifier: give it one, or take another gate",
+    )
+
+
+def check_checkpoint(checkpoint: dict[str, Any], own: dict[str, Tensor]) -> None:
+    """Refuse a checkpoint that something else wrote, or that is of another model.
+
+    Args:
+        checkpoint: as loaded.
+        own: the module's state.
+    """
+    require(
+        CHECKPOINT_KEY in checkpoint,
+        "ckpt_path is a checkpoint that opdlab did not write: give one from this run's checkpoints folder",
+    )
+    saved = checkpoint["state_dict"]
+    for name in own.keys() | saved.keys():
+        ours, theirs = own.get(name), saved.get(name)
+        if ours is None or theirs is None or ours.shape != theirs.shape:
+            shapes = [str(tuple(t.shape)) if t is not None else "absent" for t in (theirs, ours)]
+            raise UsageError(
+                f"ckpt_path is a checkpoint of another model: {name} is {shapes[0]} in it and {shapes[1]} in "
+                "model.student; resume with the configuration that the run was started with"
+            )
+
+
+def stop_on_non_finite(loss: Tensor, rollouts: Rollouts, targets: Targets, step: int, folder: Path) -> None:
+    """Write the micro-batch of a NaN or infinite loss to a folder, and raise :class:`NonFiniteLossError`."""
+    path = folder / f"non_finite_loss_step_{step}.pt"
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"step": step, "rollouts": rollouts.state_dict(), "targets": targets.state_dict()}, path)
+    raise NonFiniteLossError(
+        f"train/loss is {float(loss.detach())} at step {step} on rollouts "
+        f"{rollouts.rollout_ids.tolist()}; the batch is in {path}: lower the learning rate, "
+        "or look at the batch for infinite log-probabilities"
+    )

@@ -1,0 +1,243 @@
+"""The LightningModule: owns student, behavior snapshot, teacher, objective and gate, and takes the training step."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from opdlab.diagnostics import StepRecord, StepTrace, hidden_gradient_norms, step_metrics, step_record
+from opdlab.evaluation import EvaluationConfig, EvaluationModule
+from opdlab.gating import GateStrategy
+from opdlab.objectives import Objective, Reduction, loss_shares, reduce_losses
+from opdlab.policies import (
+    BehaviorConfig,
+    BehaviorPolicy,
+    LanguageModel,
+    SamplingConfig,
+    Teacher,
+    single_token_ids,
+)
+from opdlab.policies.offload import keep_from_strategy
+from opdlab.rollouts import Collector, Pool
+from opdlab.training import checks
+from opdlab.training.accumulation import AccumulationWindow, gate_inputs, with_own_behavior
+from opdlab.types import Minibatch, Prompt
+
+
+class OPDModule(EvaluationModule):
+    """On-policy distillation of a student from a frozen teacher on gated, reused rollouts.
+
+    Args:
+        student: the model to train.
+        teacher: scores its rollouts; :class:`opdlab.evaluation.NoTeacher` where it is only evaluated.
+        objective: what a position costs.
+        gate: how much each position counts; ``build_gate`` makes one by name.
+        sampling: how rollouts are sampled; log-probabilities are taken at its temperature.
+        eval_sampling: how answers are sampled for evaluation.
+        evaluation: see :class:`EvaluationConfig`.
+        reduction: ``token_mean`` over the optimizer batch's tokens, or ``sequence_mean``.
+        behavior: see :class:`BehaviorConfig`.
+        mask_first: tokens whose first occurrence in each response is left out of the loss, such as ``<think>``; each
+            must be a single token.
+        max_tokens_per_microbatch: tokens, prompts and padding included, that go through the student in one pass with
+            their activations kept; null for no bound. A batch with more is taken in several passes, all but the last
+            of which are computed again in the backward pass: about a third more time, and the activations of one pass
+            at a time. Loss and gradient are those of the whole batch. A longer row goes alone. The snapshot's scoring
+            is bounded too. Not where weights are sharded.
+        optimizer: takes the student's trainable parameters.
+        lr_scheduler: stepped after every optimizer step; none by default.
+
+    Raises:
+        UsageError: vocabularies differ, ``mask_first`` has what is no single token, K is larger than the vocabulary,
+            or an option is out of range.
+    """
+
+    def __init__(
+        self,
+        student: LanguageModel,
+        teacher: Teacher,
+        objective: Objective,
+        gate: GateStrategy,
+        sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
+        eval_sampling: SamplingConfig = SamplingConfig(num_samples=8),  # noqa: B008 - frozen
+        evaluation: EvaluationConfig = EvaluationConfig(),  # noqa: B008 - frozen
+        reduction: Reduction = "token_mean",
+        behavior: BehaviorConfig = BehaviorConfig(),  # noqa: B008 - frozen
+        mask_first: Sequence[str] = (),
+        max_tokens_per_microbatch: int | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__(student, teacher, evaluation, eval_sampling)
+        checks.check_reduction(reduction)
+        checks.check_token_bound(max_tokens_per_microbatch)
+        student.configure_passes(max_tokens=max_tokens_per_microbatch)  # before the snapshot is made, which has it too
+        self.behavior = BehaviorPolicy(student, sampling, **vars(behavior))
+        self.objective, self.gate, self.sampling = objective, gate, sampling
+        self.reduction: Reduction = reduction
+        gate.setup(student.tokenizer)
+        checks.check_known_needs(gate)
+        masked_first = single_token_ids(student.tokenizer, mask_first, "model.mask_first")
+        request = checks.teacher_request(student, teacher, objective, gate)
+        self.collector = Collector(self.behavior, teacher, request, masked_first)
+        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self._window = AccumulationWindow()
+        self._wants_gradient_norms = False
+        self._update_started = 0.0
+        self._step_ended: float | None = None
+
+    # -- setting up ----------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Check that trainer, data and module fit together, and connect the data with the student."""
+        checks.check_precision(self.trainer)
+        checks.check_strategy(self.trainer, self.student.max_tokens)
+        if self.behavior.offload:
+            keep_from_strategy(self, "behavior.policy", self.trainer.strategy, "model.behavior.offload")
+        data = self.data
+        if stage == "fit":
+            checks.check_training(self.teacher, self.gate, data is not None and data.train_verifier is not None)
+            for part in ("behavior", "teacher"):
+                if getattr(self, part).offload and self.trainer.strategy.root_device.type == "cpu":
+                    rank_zero_info(f"model.{part}.offload has no effect on a CPU")
+        if data is not None:
+            data.connect(self.student.tokenizer, self.collect, self.sampling.num_samples, training=stage == "fit")
+        super().setup(stage)
+        self.student.configure_passes(
+            # A sharded model gathers its weights in every pass, of which all processes must take as many.
+            group_lengths=self.whole_weights,
+            # Other strategies hook into gradients to reduce or shard them.
+            accumulate_head_grad=isinstance(self.trainer.strategy, SingleDeviceStrategy),
+        )
+
+    @property
+    def whole_weights(self) -> bool:
+        """True if each process holds all weights."""
+        return checks.has_whole_weights(self.trainer)
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer of the student's trainable parameters, and the scheduler if there is one."""
+        optimizer = self._optimizer([p for p in self.student.parameters() if p.requires_grad])
+        if self._lr_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self._lr_scheduler(optimizer), "interval": "step"},
+        }
+
+    def on_fit_start(self) -> None:
+        """Bring the teacher to the device."""
+        self.teacher.to(self.device)
+
+    def on_train_start(self) -> None:
+        """Put back the gradients of an accumulation window; the optimizer has its own state by now."""
+        self._update_started = time.perf_counter()
+        self._window.restore_gradients(self.student)
+
+    def collect(self, prompts: Sequence[Prompt], *, first_batch: Tensor, **options: Any) -> Pool:
+        """Sample and label rollouts for the loader, see :meth:`opdlab.rollouts.Collector.collect`.
+
+        Where the snapshot equals the student, the next training step's own forward pass scores ``first_batch``.
+        """
+        fresh = self.whole_weights and self.behavior.equals(self.student)
+        return self.collector.collect(
+            prompts,
+            step=self.global_step,
+            unscored=first_batch if fresh else None,
+            autocast=self.trainer.precision_plugin.forward_context,
+            progress=self.progress,
+            **options,
+        )
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Minibatch, batch_idx: int) -> dict[str, Any]:
+        """Return a micro-batch's loss, and its :class:`StepTrace` for callbacks: score, weigh, reduce."""
+        scored = self.student.score(batch.rollouts)
+        rollouts = batch.rollouts if batch.behavior_known else with_own_behavior(batch, scored)
+        positions = self.objective.position_losses(scored, rollouts, batch.targets)
+        inputs = gate_inputs(rollouts, batch.targets, positions, self.global_step)
+        if not batch.behavior_known:
+            # The only place where anything flows back: the student was the behavior policy, so what it has just
+            # computed is kept for the passes to come, and the snapshot need not run over these rows.
+            buffer: Any = self.trainer.train_dataloader
+            buffer.fill_behavior(batch.rows, rollouts.behavior_logprobs)
+        alone = len(batch.micro_batches) == 1
+        if alone or self.gate.uniform:
+            gates = self.gate(inputs)
+        else:  # normalised over the whole optimizer batch
+            gates = self._window.gates(self.gate, batch, inputs, self.student, self.objective)
+        counts: tuple[float, ...] = (batch.num_tokens, batch.num_rollouts)
+        if self.trainer.world_size > 1:
+            summed = torch.tensor(counts, dtype=torch.float64, device=self.device)
+            counts = tuple(self.trainer.strategy.reduce(summed, reduce_op="sum").tolist())
+        shares = loss_shares(rollouts.mask, reduction=self.reduction, num_tokens=counts[0], num_rollouts=counts[1])
+        loss = reduce_losses(positions.losses, gates.weights, shares)
+        if not bool(torch.isfinite(loss)):  # the step's one look at the device
+            folder = Path(self.trainer.default_root_dir)
+            checks.stop_on_non_finite(loss, rollouts, batch.targets, self.global_step, folder)
+        values = {"entropy": positions.entropy, **positions.metrics}
+        gap = batch.targets.logprobs - positions.logprobs
+        record = step_record(inputs, gates, teacher_gap=gap, **values) | {"loss": loss.detach().view(1)}
+        whole = record if alone else self._window.finish(batch, record)
+        if whole is not None:
+            self._log_step(batch, whole, gates.tau)
+        norms = None
+        if self._wants_gradient_norms:
+            norms = hidden_gradient_norms(self.objective, scored, rollouts, batch.targets)
+            self._wants_gradient_norms = False
+        trace = StepTrace(rollouts, batch.reuse_epoch, self.global_step, inputs, gates, shares, values, norms)
+        # Lightning divides by the number of micro-batches and averages over processes, but the denominator already
+        # covers them all.
+        return {"loss": loss * len(batch.micro_batches) * self.trainer.world_size, "trace": trace}
+
+    def request_gradient_norms(self) -> None:
+        """Have the next training step add :attr:`StepTrace.gradient_norms`; a callback asks before each such step."""
+        self._wants_gradient_norms = True
+
+    def _log_step(self, batch: Minibatch, record: StepRecord, tau: Tensor | None) -> None:
+        # Each process has its part of the sum.
+        self.log("train/loss", record.pop("loss").sum(), prog_bar=True, sync_dist=True, reduce_fx="sum")
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by Lightning's logger connector
+        if every <= 0 or (self.global_step + 1) % every:
+            return  # skip metrics that are not logged
+        self.log_dict({**step_metrics(record), **batch.pool_metrics})
+        if tau is not None:
+            self.log("gate/tau", tau)
+        self.log("rollout/age", (self.global_step - batch.rollouts.sampled_at_step).float().mean())
+
+    def on_train_batch_start(self, batch: Minibatch, batch_idx: int) -> None:
+        """Start the clock of the update; what passed since the last step's end was sampling and scoring."""
+        if batch.position == 0:
+            self._update_started = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: Minibatch, batch_idx: int) -> None:
+        """Log the time of the update, and the rate at which tokens are trained on, all waiting included."""
+        if batch.position + 1 < len(batch.micro_batches):
+            return
+        now = time.perf_counter()
+        self.log("time/update_seconds", now - self._update_started)
+        if self._step_ended is not None:
+            self.log("train/tokens_per_second", batch.num_tokens / (now - self._step_ended), prog_bar=True)
+        self._step_ended = now
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what a resume inside an accumulation window needs."""
+        checkpoint[checks.CHECKPOINT_KEY] = self._window.state_dict(self.student)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Check that the checkpoint is of this model, and continue its accumulation window.
+
+        Raises:
+            UsageError: it was written by something else, or for another model.
+        """
+        checks.check_checkpoint(checkpoint, self.state_dict())
+        self._window.load_state_dict(checkpoint[checks.CHECKPOINT_KEY])
