@@ -50,7 +50,7 @@ def child(gate: str, steps: int) -> None:
     from opdlab.module import OPDModule
     from opdlab.objectives import TeacherTopK
     from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig
-    from opdlab.tasks.toy.problems import ChainProblems
+    from opdlab.toy import ChainProblems
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -75,7 +75,7 @@ def child(gate: str, steps: int) -> None:
     for hook in ("on_train_batch_start", "on_train_batch_end"):
         setattr(samples, hook, watch.around("pages", getattr(samples, hook)))
     opdlab.module.hidden_gradient_norms = watch.around("norms", opdlab.module.hidden_gradient_norms)
-    toy = "package://opdlab.tasks.toy/models"
+    toy = "package://opdlab.toy/models"
     module = OPDModule(  # as in configs/quickstart.yaml
         LanguageModel(f"{toy}/student"),
         LocalTeacher(f"{toy}/teacher"),

@@ -19,7 +19,7 @@ from opdlab.module import NonFiniteLossError, OPDModule
 from opdlab.objectives import Objective, SampledTokenOPD, TeacherTopK
 from opdlab.policies import BehaviorPolicy, LanguageModel, LocalTeacher, SamplingConfig, TeacherRequest
 from opdlab.rollouts.batch import trimmed
-from opdlab.tasks.toy.problems import ChainProblems
+from opdlab.toy import ChainProblems
 from tests.toy_run import STUDENT, TEACHER, Run
 
 MakeRun = Callable[..., Run]

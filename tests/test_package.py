@@ -42,9 +42,10 @@ PUBLIC = {
         *("token_statistics", "topk_with_statistics"),
     ],
     "opdlab.metrics": ["MajorityVote", "PassAtK", "ProblemMean"],
-    "opdlab.tasks": [
+    "opdlab.verifiers": [
         *("BoxedVerifier", "ExactMatchVerifier", "MathVerifier", "NumericVerifier", "Verdict", "Verifier"),
     ],
+    "opdlab.toy": ["ChainProblem", "ChainProblems", "chain_problems", "chain_tokenizer"],
     "opdlab.rollouts": ["Minibatch", "Pool", "RolloutLoader", "Rollouts", "StopReason", "Targets"],
     "opdlab.policies": [
         *("AdapterConfig", "BaseTeacher", "StopTokens", "single_token_ids", "warn_of_stop_tokens"),

@@ -15,7 +15,7 @@ from opdlab.data.cleaning import CleaningAccount, CleaningConfig, clean
 from opdlab.data.prompts import ProblemSource, Prompt, PromptSet, prompt_set
 from opdlab.data.reuse import ReuseConfig
 from opdlab.errors import require
-from opdlab.tasks.verifier import Verifier
+from opdlab.verifiers.verifier import Verifier
 
 if TYPE_CHECKING:
     from opdlab.module import OPDModule

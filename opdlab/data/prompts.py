@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlab.data.templates import RawTemplate, Template
 from opdlab.errors import UsageError, require
-from opdlab.tasks.verifier import Verifier
+from opdlab.verifiers.verifier import Verifier
 
 _CHUNK = 1024  # problems tokenized at a time
 

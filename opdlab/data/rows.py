@@ -10,7 +10,7 @@ from opdlab.data.prompts import Problem, ProblemSource
 from opdlab.data.templates import Template
 from opdlab.errors import require
 from opdlab.registry import suggestion
-from opdlab.tasks.verifier import Verifier
+from opdlab.verifiers.verifier import Verifier
 
 
 class RowProblems(ProblemSource):

@@ -16,7 +16,7 @@ from opdlab.policies.teacher import Teacher, TeacherRequest
 from opdlab.progress import Progress
 from opdlab.rollouts.batch import Rollouts, StopReason
 from opdlab.seeds import derive_seed
-from opdlab.tasks.verifier import Verdict
+from opdlab.verifiers.verifier import Verdict
 
 Verdicts = Callable[[], list[Verdict]]
 

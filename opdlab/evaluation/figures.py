@@ -10,7 +10,7 @@ from opdlab.evaluation.samples import Sample
 from opdlab.metrics import MajorityVote, PassAtK, ProblemMean
 from opdlab.metrics.functional import standard_error_of_mean
 from opdlab.rollouts.batch import StopReason
-from opdlab.tasks.verifier import last_boxed
+from opdlab.verifiers.verifier import last_boxed
 
 ERROR_SUFFIX = "_se"
 MEAN = "mean"

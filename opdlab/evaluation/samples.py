@@ -31,7 +31,7 @@ class Sample:
         response: decoded, special tokens left out.
         extracted: the answer found in the response, if any.
         correct: the verdict; None where there is no verifier.
-        reason: why, as :class:`opdlab.tasks.Verdict` has it.
+        reason: why, as :class:`opdlab.verifiers.Verdict` has it.
         stop_reason: ``eos`` or ``length``.
         tokens: length of the response, its stop token included.
         seed: of the batch that the sample was drawn in.

@@ -102,7 +102,7 @@ class LanguageModel(nn.Module):
             stop token, or the model's head does something that opdlab does not know.
 
     Example:
-        >>> model = LanguageModel("package://opdlab.tasks.toy/models/student")
+        >>> model = LanguageModel("package://opdlab.toy/models/student")
         >>> model.vocab_size, len(model.tokenizer), model.stop_ids
         (38, 38, [1])
     """

@@ -17,7 +17,7 @@ from opdlab.errors import UsageError
 from opdlab.policies import LanguageModel
 from opdlab.policies.lengths import length_groups
 from opdlab.rollouts.batch import Rollouts
-from opdlab.tasks.toy import chain_tokenizer
+from opdlab.toy import chain_tokenizer
 from tests.policies.tiny_models import COMMON, CONFIGS, IDS, rollouts, save_random
 
 
@@ -147,7 +147,7 @@ def test_save_and_load(qwen3: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["teacher", "student"])
 def test_shipped_models(name: str) -> None:
-    model = LanguageModel(f"package://opdlab.tasks.toy/models/{name}")
+    model = LanguageModel(f"package://opdlab.toy/models/{name}")
     assert model.tokenizer.get_vocab() == chain_tokenizer().get_vocab()
     assert model.stop_ids == [1]
 
@@ -162,7 +162,7 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 def test_missing_package_or_folder_in_it() -> None:
     assert "no package 'opdlab_nowhere'" in refusal("package://opdlab_nowhere/models")
-    assert "holds no folder 'models/nobody'" in refusal("package://opdlab.tasks.toy/models/nobody")
+    assert "holds no folder 'models/nobody'" in refusal("package://opdlab.toy/models/nobody")
 
 
 def _truncate(path: Path, share: float) -> None:

@@ -13,8 +13,8 @@ from opdlab.errors import UsageError
 from opdlab.policies import LocalTeacher, TeacherRequest, check_same_vocabulary
 from opdlab.policies.loading import ModelSource
 from opdlab.rollouts.batch import Rollouts, Targets
-from opdlab.tasks.toy import chain_tokenizer
-from opdlab.tasks.toy.make_models import toy_config
+from opdlab.toy import chain_tokenizer
+from opdlab.toy.make_models import toy_config
 
 
 def saved(folder: Path, num_rows: int = 38) -> Path:

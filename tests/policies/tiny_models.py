@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from opdlab.rollouts.batch import Rollouts
-from opdlab.tasks.toy import chain_tokenizer
+from opdlab.toy import chain_tokenizer
 
 IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
 COMMON = {

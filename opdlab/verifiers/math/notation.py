@@ -6,7 +6,7 @@ regular expressions and without evaluating anything.
 
 import re
 
-from opdlab.tasks.quantities import known_unit, tidy
+from opdlab.verifiers.quantities import known_unit, tidy
 
 NUMBERS_SIDE_BY_SIDE = re.compile(r"[+-]?[0-9.]++(?: ++[0-9.]++)++(?: *+/ *+[0-9]++)?")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)(?![a-zA-Z])|[{}]")

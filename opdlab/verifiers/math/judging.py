@@ -21,7 +21,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from opdlab.tasks.notation import (
+from opdlab.verifiers.math.notation import (
     NUMBERS_SIDE_BY_SIDE,
     chain,
     differ,
@@ -32,8 +32,8 @@ from opdlab.tasks.notation import (
     without_lead_in,
     words_differ,
 )
-from opdlab.tasks.quantities import Quantity, parse_quantity, same_quantity, tidy, without_assignment
-from opdlab.tasks.verifier import bounded_form
+from opdlab.verifiers.quantities import Quantity, parse_quantity, same_quantity, tidy, without_assignment
+from opdlab.verifiers.verifier import bounded_form
 
 # A child that has grown by more than this is replaced: SymPy's caches keep what it has seen.
 _MAX_GROWTH = 256 << 20
@@ -43,7 +43,7 @@ _EXIT_PARENT_GONE, _EXIT_GROWN, _EXIT_FAILED = range(3)
 
 
 class Judgement(NamedTuple):
-    """What a process says of an answer; the fields of :class:`~opdlab.tasks.Verdict`."""
+    """What a process says of an answer; the fields of :class:`~opdlab.verifiers.Verdict`."""
 
     correct: bool
     extracted: str | None
@@ -56,9 +56,10 @@ class Judgement(NamedTuple):
 def judge(answer: str, gold: str, boxed: bool, decided: Callable[[bool], None] | None = None) -> Judgement:
     r"""Compare an answer with the gold one. Runs for as long as it likes: call it only where it can be killed.
 
-    Where both are plain numbers, :func:`~opdlab.tasks.quantities.same_quantity` decides; otherwise math-verify does, on
-    the text as it stands and then without punctuation and spacing. Vetoes keep math-verify from calling different
-    things equal: :func:`~opdlab.tasks.notation.differ`, and a side of ``a=b=c`` that is another number than the gold.
+    Where both are plain numbers, :func:`~opdlab.verifiers.quantities.same_quantity` decides; otherwise math-verify
+    does, on the text as it stands and then without punctuation and spacing. Vetoes keep math-verify from calling
+    different things equal: :func:`~opdlab.verifiers.math.notation.differ`, and a side of ``a=b=c`` that is another
+    number than the gold.
 
     Args:
         answer: what stands in the box, or the end of a response without a box.

@@ -4,12 +4,12 @@ import itertools
 
 from opdlab.data.prompts import Problem, ProblemSource
 from opdlab.errors import require
-from opdlab.tasks.toy.chain import Split, chain_problems
-from opdlab.tasks.verifier import BoxedVerifier
+from opdlab.toy.chain import Split, chain_problems
+from opdlab.verifiers.verifier import BoxedVerifier
 
 
 class ChainProblems(ProblemSource):
-    """Chains of modular arithmetic; see :mod:`opdlab.tasks.toy.chain`.
+    """Chains of modular arithmetic; see :mod:`opdlab.toy.chain`.
 
     Args:
         num_problems: how many.

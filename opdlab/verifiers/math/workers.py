@@ -13,13 +13,13 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from opdlab.tasks.judging import Judgement
+from opdlab.verifiers.math.judging import Judgement
 
 # Not multiprocessing: it would run the main script again in each process, which imports torch. Its path is ours,
 # since the package may be importable only by what this process did to sys.path.
 _PROGRAM = (
     "import json, sys; fd, path, *limits = json.loads(sys.argv[1]); sys.path[:] = path; "
-    "from multiprocessing.connection import Connection; from opdlab.tasks.judging import serve; "
+    "from multiprocessing.connection import Connection; from opdlab.verifiers.math.judging import serve; "
     "serve(Connection(fd), *limits)"
 )
 _START_LIMIT = 300.0  # seconds; a cold file system on a busy cluster is slow
