@@ -64,10 +64,10 @@ class BehaviorConfig:
 
 
 def check_token_bound(tokens: int | None) -> None:
-    """Refuse a ``max_tokens_per_microbatch`` that is out of range."""
+    """Refuse a ``max_tokens_per_pass`` that is out of range."""
     require(
         tokens is None or tokens >= 1,
-        f"model.max_tokens_per_microbatch is {tokens}, but must be at least 1: use null for no bound",
+        f"model.max_tokens_per_pass is {tokens}, but must be at least 1: use null for no bound",
     )
 
 
@@ -114,7 +114,7 @@ class OPDModule(EvaluationModule):
         behavior: see :class:`BehaviorConfig`.
         mask_first: tokens whose first occurrence in each response is left out of the loss, such as ``<think>``; each
             must be a single token.
-        max_tokens_per_microbatch: tokens, prompts and padding included, that go through the student in one pass with
+        max_tokens_per_pass: tokens, prompts and padding included, that go through the student in one pass with
             their activations kept; null for no bound. A batch with more is taken in several passes, all but the last
             of which are computed again in the backward pass: about a third more time, and the activations of one pass
             at a time. Loss and gradient are those of the whole batch. A longer row goes alone. The snapshot's scoring
@@ -139,7 +139,7 @@ class OPDModule(EvaluationModule):
         reduction: Reduction = "token_mean",
         behavior: BehaviorConfig = BehaviorConfig(),
         mask_first: Sequence[str] = (),
-        max_tokens_per_microbatch: int | None = None,
+        max_tokens_per_pass: int | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -154,9 +154,9 @@ class OPDModule(EvaluationModule):
             reduction in get_args(Reduction),
             f"model.reduction is '{reduction}', but must be one of {', '.join(get_args(Reduction))}",
         )
-        check_token_bound(max_tokens_per_microbatch)
+        check_token_bound(max_tokens_per_pass)
         self.student = student
-        self.student.max_tokens = max_tokens_per_microbatch  # before the snapshot is made, which has it too
+        self.student.max_tokens = max_tokens_per_pass  # before the snapshot is made, which has it too
         # Not a submodule: it is frozen, must not enter checkpoints, and is no business of the strategy's wrapping.
         self.__dict__["teacher"] = teacher
         self.behavior = BehaviorPolicy(student, sampling, **vars(behavior))
@@ -214,7 +214,7 @@ class OPDModule(EvaluationModule):
         self.student.group_lengths = self.whole_weights
         require(
             self.whole_weights or self.student.max_tokens is None,
-            f"model.max_tokens_per_microbatch is {self.student.max_tokens}, but with trainer.strategy "
+            f"model.max_tokens_per_pass is {self.student.max_tokens}, but with trainer.strategy "
             f"{type(self.trainer.strategy).__name__} all processes must take as many passes: use null and raise "
             "trainer.accumulate_grad_batches instead, or take the strategy ddp",
         )

@@ -180,7 +180,7 @@ def test_gates_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -
         ("--model.gate.tau LinearTau --model.gate.tau.num_steps 0", "error: gate.tau.num_steps is 0, but must be at"),
         ("--model.gate.tau LinearTau --model.gate.tau.start -1", "error: gate.tau.start is -1.0, but must lie"),
         ("-c bad_target.yaml", "error: gate.tau.target is 1.5, but must lie between 0 and 1"),
-        ("--model.max_tokens_per_microbatch 0", "model.max_tokens_per_microbatch is 0, but must be at least 1: use"),
+        ("--model.max_tokens_per_pass 0", "model.max_tokens_per_pass is 0, but must be at least 1: use"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(

@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from opdlab.aliases import migrate
 from opdlab.errors import UsageError, require
 from opdlab.evaluation.settings import difference, digest
 
@@ -204,8 +205,8 @@ class SampleFolder:
             stray = next(iter(sorted(self.path.glob("*.jsonl"))), None)
             return f"it has {stray.name} but no {SETTINGS}" if stray else None
         try:
-            return difference(json.loads(path.read_text())["compared"], compared)
-        except (ValueError, KeyError, TypeError):
+            return difference(migrate(json.loads(path.read_text())["compared"]), compared)
+        except (ValueError, KeyError, TypeError, AttributeError):
             return f"its {SETTINGS} cannot be read"
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:
