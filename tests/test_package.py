@@ -38,8 +38,8 @@ PUBLIC = {
     ],
     "opdlab.objectives.functional": ["sampled_token_loss", "teacher_topk_loss"],
     "opdlab.scoring": [
-        *("Head", "LowRank", "TokenStatistics", "TopK", "support_logits", "support_statistics", "token_logprobs"),
-        *("token_statistics", "topk_with_statistics"),
+        *("Head", "LowRank", "TokenStatistics", "TopK", "chosen_logits", "support_logits", "support_statistics"),
+        *("token_logprobs", "token_statistics", "topk_with_statistics"),
     ],
     "opdlab.metrics": ["MajorityVote", "PassAtK", "ProblemMean"],
     "opdlab.verifiers": [
