@@ -6,7 +6,7 @@ from opdlab.data.datamodule import EvaluationBatch, PromptDataModule
 from opdlab.data.jsonl import JsonlProblems
 from opdlab.data.prompts import Problem, ProblemSource, Prompt, PromptSet, prompt_set
 from opdlab.data.reuse import ReuseConfig
-from opdlab.data.tables import TableProblems
+from opdlab.data.table_problems import TableProblems
 from opdlab.data.templates import ChatTemplate, RawTemplate, Template
 
 __all__ = [

@@ -9,7 +9,7 @@ from pathlib import Path
 from opdlab.data.jsonl import JsonlProblems
 from opdlab.data.prompts import Problem, ProblemSource
 from opdlab.data.rows import RowProblems
-from opdlab.data.tables import TableProblems
+from opdlab.data.table_problems import TableProblems
 from opdlab.data.templates import REASONING_SUFFIX, RawTemplate, Template
 from opdlab.errors import require
 from opdlab.registry import suggestion

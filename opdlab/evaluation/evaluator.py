@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from opdlab.data.datamodule import EvaluationBatch
+from opdlab.evaluation.benchmark_metrics import MEAN, BenchmarkMetrics, over_benchmarks
 from opdlab.evaluation.config import EvaluationConfig
-from opdlab.evaluation.figures import MEAN, BenchmarkMetrics, over_benchmarks
 from opdlab.evaluation.samples import Sample, SampleFolder
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.sampler import Sampler, SamplingConfig

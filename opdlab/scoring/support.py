@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opdlab.scoring.gradients import HeadGradients, pieces
 from opdlab.scoring.head import Head, LogitTiles, autocast_at_the_door, wide_dtype
-from opdlab.scoring.statistics import TokenStatistics, vocabulary_pass
+from opdlab.scoring.head_gradients import HeadGradients, pieces
+from opdlab.scoring.logprobs import TokenStatistics, vocabulary_pass
 
 
 def support_statistics(hidden: Tensor, head: Head, targets: Tensor, support: Tensor) -> tuple[Tensor, TokenStatistics]:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from opdlab.scoring.head import Head, LogitTiles, autocast_at_the_door, places, tiles, wide_dtype
+from opdlab.scoring.logprobs import TokenStatistics
 from opdlab.scoring.normalizer import OnlineSoftmax
-from opdlab.scoring.statistics import TokenStatistics
 
 
 class TopK(NamedTuple):

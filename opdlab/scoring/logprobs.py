@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opdlab.scoring.gradients import HeadGradients
 from opdlab.scoring.head import Head, LogitTiles, autocast_at_the_door, places, tiles, wide_dtype
+from opdlab.scoring.head_gradients import HeadGradients
 from opdlab.scoring.normalizer import OnlineSoftmax
 
 
