@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from opdlab.errors import require
-from opdlab.verifiers.math.workers import WorkerPool
+from opdlab.verifiers.math.worker_pool import WorkerPool
 from opdlab.verifiers.quantities import tidy
 from opdlab.verifiers.verifier import Verdict, Verifier, bounded_form, last_boxed
 

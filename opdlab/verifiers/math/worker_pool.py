@@ -19,7 +19,7 @@ from opdlab.verifiers.math.judging import Judgement
 # since the package may be importable only by what this process did to sys.path.
 _PROGRAM = (
     "import json, sys; fd, path, *limits = json.loads(sys.argv[1]); sys.path[:] = path; "
-    "from multiprocessing.connection import Connection; from opdlab.verifiers.math.judging import serve; "
+    "from multiprocessing.connection import Connection; from opdlab.verifiers.math.worker_process import serve; "
     "serve(Connection(fd), *limits)"
 )
 _START_LIMIT = 300.0  # seconds; a cold file system on a busy cluster is slow
