@@ -27,7 +27,7 @@ class ChainProblems(ProblemSource):
 
     @property
     def name(self) -> str:
-        """Names the split."""
+        """Name with the split."""
         return f"toy chains ({self.split})"
 
     def problems(self) -> list[Problem]:

@@ -27,7 +27,7 @@ from opdlab.verifiers.verifier import bounded_form
 
 
 class Judgement(NamedTuple):
-    """What a process says of an answer; the fields of :class:`~opdlab.verifiers.Verdict`."""
+    """The outcome of judging one answer: the fields of :class:`~opdlab.verifiers.Verdict`."""
 
     correct: bool
     extracted: str | None
@@ -35,7 +35,7 @@ class Judgement(NamedTuple):
 
 
 def judge(answer: str, gold: str, boxed: bool, decided: Callable[[bool], None] | None = None) -> Judgement:
-    r"""Compare an answer with the gold one. Runs for as long as it likes: call it only where it can be killed.
+    r"""Compare an answer with the gold one. It has no time limit: call it only in a process that can be killed.
 
     Where both are plain numbers, :func:`~opdlab.verifiers.quantities.same_quantity` decides; otherwise math-verify
     does, on the text as it stands and then without punctuation and spacing. Vetoes keep math-verify from calling
@@ -65,7 +65,7 @@ def judge(answer: str, gold: str, boxed: bool, decided: Callable[[bool], None] |
         decided(equal)
     if equal:
         return Judgement(True, _form(gold, quantities[0]), "equal")
-    if None in quantities and words_differ(answer, gold):  # the canonical form knows no apples
+    if None in quantities and words_differ(answer, gold):  # the canonical form would drop the words
         return Judgement(False, bounded_form(plain_text(answer)), "different")
     return Judgement(False, _form(answer, quantities[1], quantities[0]), "different")
 
@@ -122,7 +122,7 @@ def _is_inequality(expression: Any) -> bool:
 
 
 def _chain_holds(answer: str, gold: str) -> bool:
-    """Whether each number in ``a=b=c`` equals the gold answer; true for all that is no chain of equations."""
+    """True if each number in ``a=b=c`` equals the gold answer, or the answer is not a chain of equations."""
     sides = chain(answer)
     gold = without_assignment(gold)
     if "=" in gold or len(sides) < 2:
@@ -145,16 +145,16 @@ _NUMBER_BEFORE_PARENTHESIS = re.compile(r"(?<![\w^.])([0-9]+(?:\.[0-9]+)?)\s*(?=
 
 
 def _form(text: str, quantity: Quantity | None, gold: Quantity | None = None) -> str:
-    """The canonical form, or where it cannot be made, as that of a number with too many digits, the text."""
+    """Return the canonical form, or the text if there is none, as for a number with too many digits."""
     try:
         return canonical(text, quantity, gold)
-    except Exception:  # of SymPy, whatever it is: equality is decided already
+    except Exception:  # SymPy raises all kinds; equality is decided already
         return bounded_form(tidy(text))
 
 
 @functools.lru_cache(maxsize=1024)
 def canonical(text: str, quantity: Quantity | None, gold: Quantity | None = None) -> str:
-    r"""One string for the many ways to write an answer: ``\frac{2}{4}``, ``0.5`` and ``1/2`` are ``1/2``.
+    r"""Return one string for the many ways to write an answer: ``\frac{2}{4}``, ``0.5`` and ``1/2`` are ``1/2``.
 
     Numbers become integers or fractions, sets are sorted, expressions are evaluated by SymPy, words lose ``\text`` and
     case. A unit is kept only where the gold answer has another one. At most 200 characters.
@@ -193,7 +193,7 @@ def _evaluated(expression: Any) -> str:
 
 
 def _is_small_polynomial(expression: Any) -> bool:
-    """Whether multiplying it out is cheap."""
+    """True if multiplying it out is cheap."""
     import sympy
 
     powers = expression.atoms(sympy.Pow)

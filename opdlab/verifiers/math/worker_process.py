@@ -24,7 +24,7 @@ _MAX_GROWTH = 256 << 20
 _IDLE, _BUSY, _DIFFERENT, _EQUAL = range(4)
 _EXIT_PARENT_GONE, _EXIT_GROWN, _EXIT_FAILED = range(3)
 
-# Loads SymPy and what the grammar caches as it meets new notations, before any answer's clock runs: each fork has it.
+# Judged before any time limit runs: loads SymPy and fills the grammar's caches, which every fork inherits.
 _WARM_UP = (
     (r"\frac{x}{2} + \sqrt{3}", r"\sqrt{3} + 0.5x"),
     (r"\left( 3, \frac{\pi}{2} \right)", r"(3, -\frac{\pi}{2})"),
@@ -35,7 +35,7 @@ _WARM_UP = (
 
 
 def serve(channel: Connection, time_limit: float, memory_limit: int) -> None:
-    """Judge what comes through the channel until it closes.
+    """Judge the answers that come through the channel until it closes.
 
     Args:
         channel: receives ``[answer, gold, boxed]`` as JSON, one at a time, and sends back the :class:`Judgement`.
@@ -45,7 +45,7 @@ def serve(channel: Connection, time_limit: float, memory_limit: int) -> None:
     _limit_memory(memory_limit << 20)
     for name in ("math_verify", "latex2sympy2_extended"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     for answer, gold in _WARM_UP:
@@ -106,7 +106,7 @@ def _judge_safely(request: bytes, state: mmap.mmap) -> bytes:
         judgement = judge(answer, gold, boxed, decided)
     except MemoryError:
         judgement = Judgement(False, None, "memory limit")
-    except Exception as error:  # whatever a hostile answer makes math-verify raise is that answer's fault
+    except Exception as error:  # an answer that makes math-verify fail is wrong
         judgement = Judgement(False, None, f"not understood ({type(error).__name__})")
     if judgement.reason not in ("equal", "different") and state[0] in (_EQUAL, _DIFFERENT):
         judgement = _of_the_killed(state[0], 0)
@@ -114,5 +114,5 @@ def _judge_safely(request: bytes, state: mmap.mmap) -> bytes:
 
 
 def _peak_memory() -> int:
-    """Bytes; the system call counts in KiB, except on macOS."""
+    """Return the peak resident memory in bytes; the system call counts in KiB, except on macOS."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
