@@ -97,7 +97,7 @@ docs-pictures: $(INSTALLED) ## draw the gate pages' pictures and print their tab
 	$(BIN)/python docs/scripts/gate_table.py
 
 toy-models: $(INSTALLED) ## train the shipped toy models anew (about five minutes)
-	OMP_NUM_THREADS=2 $(BIN)/python -m opdlab.tasks.toy.make_models opdlab/tasks/toy/models | tee opdlab/tasks/toy/models/RECORD.txt
+	OMP_NUM_THREADS=2 $(BIN)/python -m opdlab.toy.make_models opdlab/toy/models | tee opdlab/toy/models/RECORD.txt
 
 clean:
 	rm -rf $(VENV) .venv-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache runs site

@@ -20,8 +20,7 @@ from types import ModuleType
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-_TASKS = REPOSITORY / "opdlab" / "tasks"
-TOY_MODELS = _TASKS / "toy" / "models"
+TOY_MODELS = REPOSITORY / "opdlab" / "toy" / "models"
 
 
 # -- processes -------------------------------------------------------------------------------------------------------
@@ -191,7 +190,7 @@ def _load(name: str, path: Path) -> ModuleType:
 
 def toy_problems(split: str, count: int) -> list[tuple[str, str]]:
     """Return prompts and answers: the first of the stream that the configurations use too."""
-    chains = _load("opdlab_benchmark_chain", _TASKS / "toy" / "chain.py").chain_problems(split, seed=0)
+    chains = _load("opdlab_benchmark_chain", REPOSITORY / "opdlab" / "toy" / "chain.py").chain_problems(split, seed=0)
     return [(chain.prompt, chain.answer) for chain, _ in zip(chains, range(count), strict=False)]
 
 
@@ -205,8 +204,8 @@ class ToyEvaluation:
     """
 
     def __init__(self, num_problems: int = 64, num_samples: int = 8, max_new_tokens: int = 176) -> None:
-        verifier = _load("opdlab_benchmark_verifier", _TASKS / "verifier.py").BoxedVerifier(at_end=True)
-        self._verifier = verifier
+        module = _load("opdlab_benchmark_verifier", REPOSITORY / "opdlab" / "verifiers" / "verifier.py")
+        self._verifier = module.BoxedVerifier(at_end=True)
         self._problems = toy_problems("held_out", num_problems)
         self._num_samples, self._max_new_tokens = num_samples, max_new_tokens
 

@@ -29,9 +29,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(REPOSITORY))
 
+from opdlab.diagnostics.gate_metrics import gate_tensors, read_gates, step_positions, to_host
+
 from opdlab.diagnostics import StepTrace
 from opdlab.diagnostics.ages import add_to_age_table, new_age_table
-from opdlab.diagnostics.gates import gate_tensors, read_gates, step_positions, to_host
 from opdlab.gating import GateInputs, build_gate
 from opdlab.objectives import TeacherTopK
 from opdlab.policies import LanguageModel
@@ -41,7 +42,7 @@ GATES = ("none", "token", "sequence", "block32", "block64", "block128", "span")
 FIGURES = ("ages", "gathered", "figures", "read")
 REFERENCE = "exp"
 NEWLINE = 7
-TOY = "package://opdlab.tasks.toy/models/student"
+TOY = "package://opdlab.toy/models/student"
 UPDATE_SHAPE = 4, 512
 SUPPORT = 32
 MAX_BLOCKS = 64  # GateMonitor's default

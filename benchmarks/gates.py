@@ -50,7 +50,7 @@ def child(gate: str, steps: int) -> None:
     from opdlab.module import OPDModule
     from opdlab.objectives import TeacherTopK
     from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig
-    from opdlab.tasks.toy.problems import ChainProblems
+    from opdlab.toy import ChainProblems
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -76,7 +76,7 @@ def child(gate: str, steps: int) -> None:
         setattr(samples, hook, watch.around("pages", getattr(samples, hook)))
     training = opdlab.training.module
     training.hidden_gradient_norms = watch.around("norms", training.hidden_gradient_norms)
-    toy = "package://opdlab.tasks.toy/models"
+    toy = "package://opdlab.toy/models"
     module = OPDModule(  # as in configs/quickstart.yaml
         LanguageModel(f"{toy}/student"),
         LocalTeacher(f"{toy}/teacher"),

@@ -40,7 +40,7 @@ class Resident:
         self.behavior = BehaviorPolicy(self.student, SamplingConfig(max_new_tokens=length, batch_size=rows))
         self.behavior.to(device)
         path = plan.teacher.save(folder / "teacher", torch.bfloat16, device)
-        self.teacher = LocalTeacher(path, "bfloat16", batch_size=1)
+        self.teacher = LocalTeacher(path, dtype="bfloat16", batch_size=1)
         self.teacher.to(device)
         self.optimizer = torch.optim.AdamW([p for p in self.student.parameters() if p.requires_grad], lr=2e-6)
         self.objective, self.gate = TeacherTopK(plan.k), build_gate("block64")

@@ -54,7 +54,7 @@ def child(precision: Any, seed: int, steps: int) -> dict[str, Any]:
 
     from opdlab.callbacks import BehaviorRefresh
     from opdlab.data import PromptDataModule, ReuseConfig
-    from opdlab.tasks.toy.problems import ChainProblems
+    from opdlab.toy import ChainProblems
 
     warnings.filterwarnings("ignore")
     task = SmallTask("toy", TOY_MODELS, steps, seed)

@@ -28,7 +28,7 @@ from opdlab.gating import build_gate
 from opdlab.module import OPDModule
 from opdlab.objectives import TeacherTopK
 from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig
-from opdlab.tasks.toy.problems import ChainProblems
+from opdlab.toy import ChainProblems
 from opdlab.types import Problem
 
 

@@ -23,9 +23,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(REPOSITORY))
 
-from opdlab.tasks import MathVerifier
-from opdlab.tasks.hostile import HOSTILE_ANSWERS
-from opdlab.tasks.judging import judge
+from opdlab.verifiers import MathVerifier
+from opdlab.verifiers.math.judging import judge
+from tests.verifiers.hostile_answers import HOSTILE_ANSWERS
 
 SETS = ("aime24", "aime25", "amc23", "math500", "gsm8k_test", "dapo_math_17k")
 HONEST = ([r"\boxed{\frac{2}{4}}", r"\boxed{2}", r"\boxed{x^2 - 1}"], ["0.5", "1", "(x+1)(x-1)"], [True, False, True])

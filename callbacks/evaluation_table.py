@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from rich.console import Console
 from rich.table import Table
 
-from opdlab.evaluation.figures import ERROR_SUFFIX, MEAN
+from opdlab.evaluation.benchmark_metrics import ERROR_SUFFIX, MEAN
 
 Figures = dict[str, float]
 # What one wants to see at a glance. avg@n is pass@1, and the rest is in the log and in results.json.

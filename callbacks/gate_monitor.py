@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from opdlab.diagnostics.gate_metrics import gate_tensors, read_gates, step_positions, to_host
 
 from opdlab.callbacks.step_callback import StepCallback
 from opdlab.callbacks.tensorboard import write_histograms, write_images, write_layout, writers
 from opdlab.diagnostics import StepTrace
 from opdlab.diagnostics.ages import add_to_age_table, age_scalars, new_age_table, read_ages
-from opdlab.diagnostics.gates import gate_tensors, read_gates, step_positions, to_host
 from opdlab.diagnostics.history import BlockHistory
 from opdlab.errors import require
 from opdlab.module import OPDModule

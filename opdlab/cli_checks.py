@@ -40,7 +40,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     sampling, reuse = SamplingConfig(**model["sampling"]), ReuseConfig(**data["reuse"])
     EvaluationConfig(**model["evaluation"]).check(SamplingConfig(**model["eval_sampling"]))
     reuse.check(sampling.num_samples, config["trainer"]["accumulate_grad_batches"])
-    check_token_bound(model["max_tokens_per_microbatch"])
+    check_token_bound(model["max_tokens_per_pass"])
     # Its sources, which may read files, are left as they are written.
     PromptDataModule(**{**data, "reuse": reuse, "clean": CleaningConfig(**data["clean"])})
     for section, cls in CALLBACKS.items():

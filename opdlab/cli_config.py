@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from jsonargparse import set_loader
 
+from opdlab.aliases import migrate, migrate_text, warn_of_old_names
 from opdlab.errors import UsageError, require
 from opdlab.gating import gate_registry
 from opdlab.objectives.base import objective_registry
@@ -27,9 +28,10 @@ _OBEYED: set[str] = set()
 
 
 def _load_yaml(text: str) -> Any:
-    """Load YAML, and put class paths where registered names stand."""
+    """Load YAML, replace old names, and put class paths where registered names stand."""
     loaded = yaml.safe_load(text)
     if isinstance(loaded, dict):
+        loaded = migrate(loaded)
         if (extended := loaded.pop(_EXTENDS, None)) is not None:  # no option of its own
             require(
                 text in _OBEYED,
@@ -87,9 +89,10 @@ def expand_arguments(arguments: Sequence[str]) -> list[str]:
     Raises:
         UsageError: no such configuration, gate or objective.
     """
+    warn_of_old_names("the command line", arguments)
     expanded: list[str] = []
     read: set[str] = set()
-    for argument in arguments:
+    for argument in map(migrate_text, arguments):
         flag, equals, value = _config_flag(argument)
         if expanded and expanded[-1] in _CONFIG_FLAGS:
             flag, value = expanded.pop(), argument
@@ -155,6 +158,8 @@ def config_chain(path: str, extended_by: tuple[str, ...] = ()) -> list[str]:
     except (yaml.YAMLError, OSError, UnicodeDecodeError):
         return [path]  # the parser says what is wrong with it
     require(loaded is not None, f"{path} is empty: give it keys, for example {_EXTENDS}: quickstart")
+    if isinstance(loaded, dict):
+        warn_of_old_names(path, loaded)
     names = loaded.get(_EXTENDS, []) if isinstance(loaded, dict) else []
     names = [names] if isinstance(names, str) else names
     require(

@@ -319,7 +319,7 @@ def _scoring(result: Estimate, config: Any, models: Mapping[str, ModelSize], res
 
 def _tokens_of_pass(config: Any, tokens: int) -> int:
     """How many of a batch's tokens are in the student at a time; a row that is longer than the bound goes alone."""
-    bound = config.model.get("max_tokens_per_microbatch")
+    bound = config.model.get("max_tokens_per_pass")
     return tokens if bound is None else min(tokens, max(bound, _length(config)))
 
 

@@ -14,10 +14,10 @@ from opdlab.data import PromptDataModule
 from opdlab.errors import UsageError, require
 from opdlab.module import OPDModule
 from opdlab.registry import suggestion
-from opdlab.replay.plots import cosines_by_age, sample_sizes, save
+from opdlab.replay.charts import cosines_by_age, sample_sizes, save
+from opdlab.replay.gate_summary import console_table, markdown, step_table, summarise, write_rows
 from opdlab.replay.record import FOLDER, RecordedStep, read_record, record_folders
 from opdlab.replay.steps import ReplayConfig, ReplayedStep, Replayer
-from opdlab.replay.summary import console_table, markdown, step_table, summarise, write_rows
 from opdlab.replay.variants import NORMALIZATIONS, STATISTICS, Grid, gate_class
 
 Build = Callable[[Sequence[str]], tuple[Any, OPDModule, PromptDataModule]]

@@ -255,7 +255,7 @@ def model_size(options: Mapping[str, Any], precision: str | int | None) -> Model
         UsageError: its configuration cannot be read.
 
     Example:
-        >>> model_size({"path": "package://opdlab.tasks.toy/models/student", "dtype": "float32"}, None).parameters
+        >>> model_size({"path": "package://opdlab.toy/models/student", "dtype": "float32"}, None).parameters
         280704
     """
     path = str(options["path"])

@@ -68,7 +68,7 @@ def is_hub_id(path: str) -> bool:
     """Whether ``path`` can only be a hub id: it is well formed, and no folder of that name is here.
 
     Example:
-        >>> is_hub_id("Qwen/Qwen3-4B"), is_hub_id("package://opdlab.tasks.toy/models/student"), is_hub_id(".")
+        >>> is_hub_id("Qwen/Qwen3-4B"), is_hub_id("package://opdlab.toy/models/student"), is_hub_id(".")
         (True, False, False)
     """
     return hub_id_error(path) is None and path.count("/") == 1 and not Path(path).exists()

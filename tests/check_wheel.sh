@@ -22,11 +22,11 @@ from opdlab.viewer import render_page
 assert "site/opdlab" in opdlab.__file__.replace("\\", "/"), opdlab.__file__
 assert "quickstart" in shipped_configs(), shipped_configs()
 assert "block64" in gate_names()
-LanguageModel("package://opdlab.tasks.toy/models/teacher")
+LanguageModel("package://opdlab.toy/models/teacher")
 assert "<title>Rollouts at step 7</title>" in render_page(7, [], [])
 print("wheel: imports, configurations, gates, toy models and page templates are there")
 PY
-PYTHONPATH="$folder/site" "$venv_python" -m opdlab.tasks.toy.make_models --help >/dev/null
+PYTHONPATH="$folder/site" "$venv_python" -m opdlab.toy.make_models --help >/dev/null
 PYTHONPATH="$folder/site" "$venv_python" -c "from opdlab.cli import main; raise SystemExit(main(['gates']))"
 PYTHONPATH="$folder/site" "$venv_python" -m opdlab fit -c quickstart --trainer.max_steps 2 --trainer.enable_progress_bar false \
   --model.eval_sampling.num_samples 2 --model.evaluation.teacher false --model.evaluation.pass_at '[1]'

@@ -20,8 +20,6 @@ PACKAGES = {"opdlab": "opdlab", "strategies": "opdlab.strategies", "callbacks": 
 FACE = "opdlab"
 # The command line names the modules of all commands. (The registry's built-ins are a string that it is handed.)
 TABLES = {FACE, "opdlab.cli", "opdlab.cli.commands"}
-# Rooms that are split off another one.
-ROOMS = {"opdlab.tasks.toy": "opdlab.toy"}
 
 
 def modules() -> dict[str, Path]:
@@ -71,8 +69,7 @@ def room_graph() -> dict[str, set[str]]:
     """Return the rooms that each room imports: a room is what stands directly below the package."""
 
     def room(module: str) -> str:
-        moved = next((new for old, new in ROOMS.items() if module.startswith(old)), module)
-        return ".".join(moved.split(".")[:2])
+        return ".".join(module.split(".")[:2])
 
     graph: dict[str, set[str]] = {}
     for module, names in file_graph().items():
@@ -108,7 +105,7 @@ def test_no_module_imports_the_face_of_the_package(module: str) -> None:
 
 def test_the_ground_floor_stands_on_little() -> None:
     floor = {name for module, names in file_graph().items() if module.startswith("opdlab.types") for name in names}
-    assert {".".join(name.split(".")[:2]) for name in floor} <= {"opdlab.types", "opdlab.tasks", "opdlab.verifiers"}
+    assert {".".join(name.split(".")[:2]) for name in floor} <= {"opdlab.types", "opdlab.verifiers"}
 
 
 class CalledFunctions:

@@ -26,9 +26,9 @@ model:
   eval_sampling: {num_samples: 2, max_new_tokens: 12}
   evaluation: {pass_at: [1, 2]}
 data:
-  train: {class_path: opdlab.tasks.toy.problems.ChainProblems, init_args: {num_problems: 8}}
+  train: {class_path: opdlab.toy.ChainProblems, init_args: {num_problems: 8}}
   benchmarks:
-    toy: {class_path: opdlab.tasks.toy.problems.ChainProblems, init_args: {num_problems: 2, split: held_out}}
+    toy: {class_path: opdlab.toy.ChainProblems, init_args: {num_problems: 2, split: held_out}}
   reuse: {prompts_per_pool: 4, epochs: 2, batch_size: 4}
 checkpoint: {every_n_train_steps: 1}
 gate_monitor: {every_n_steps: 1}
@@ -180,7 +180,7 @@ def test_gates_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -
         ("--model.gate.tau LinearTau --model.gate.tau.num_steps 0", "error: gate.tau.num_steps is 0, but must be at"),
         ("--model.gate.tau LinearTau --model.gate.tau.start -1", "error: gate.tau.start is -1.0, but must lie"),
         ("-c bad_target.yaml", "error: gate.tau.target is 1.5, but must lie between 0 and 1"),
-        ("--model.max_tokens_per_microbatch 0", "model.max_tokens_per_microbatch is 0, but must be at least 1: use"),
+        ("--model.max_tokens_per_pass 0", "model.max_tokens_per_pass is 0, but must be at least 1: use"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(
@@ -219,7 +219,7 @@ def test_training_problems_are_read_before_anything_takes_long(
 
 
 def make_broken_students(folder: Path) -> None:
-    shipped = Path(__file__).parents[1] / "opdlab/tasks/toy/models/student"
+    shipped = Path(__file__).parents[1] / "opdlab/toy/models/student"
     for name in ("half", "other"):
         (folder / name).mkdir()
         for file in shipped.iterdir():

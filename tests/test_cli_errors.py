@@ -38,7 +38,7 @@ def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("max_tokens_per_microbatch abc", "max_tokens_per_microbatch is abc, but must be an integer or null"),
+        ("max_tokens_per_pass abc", "max_tokens_per_pass is abc, but must be an integer or null"),
         ("behavior.offload maybe", "behavior.offload is maybe, but must be true or false"),
         ("behavior.dtype f13", "behavior.dtype is f13, but must be one of float32, bfloat16, float16 or null"),
         ("objective.k x", "objective.k is x, but must be an integer"),
@@ -79,9 +79,9 @@ def test_a_study_and_a_replay_are_asked_for(said: Said) -> None:
 
 
 def test_an_estimate_is_refused_what_a_run_is(said: Said) -> None:
-    message = "model.max_tokens_per_microbatch is 0, but must be at least 1: use null for no bound"
+    message = "model.max_tokens_per_pass is 0, but must be at least 1: use null for no bound"
     for command in ("estimate", "fit"):
-        assert said(f"{command} -c quickstart --model.max_tokens_per_microbatch 0") == message
+        assert said(f"{command} -c quickstart --model.max_tokens_per_pass 0") == message
     assert said("estimate -c quickstart --data.eval_batch_size 0").startswith("data.eval_batch_size is 0")
 
 

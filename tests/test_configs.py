@@ -27,7 +27,7 @@ from opdlab.gating import RuleGate, build_gate, gate_names
 CONFIGS = Path(__file__).parents[1] / "configs"
 NAMES = sorted(shipped_configs())
 PAPER = [name for name in NAMES if name.startswith("paper/") and name != "paper/base"]
-NO_PROCESSES = dict_to_namespace({"class_path": "opdlab.tasks.BoxedVerifier", "init_args": {}})
+NO_PROCESSES = dict_to_namespace({"class_path": "opdlab.verifiers.BoxedVerifier", "init_args": {}})
 CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
 

@@ -228,7 +228,7 @@ def test_the_heads_working_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def update_of(model: PreTrainedModel, rows: int, length: int, bound: int | None) -> Estimate:
     config = Config(
-        model=Config(student=Config(), max_tokens_per_microbatch=bound, sampling=Config(max_new_tokens=length)),
+        model=Config(student=Config(), max_tokens_per_pass=bound, sampling=Config(max_new_tokens=length)),
         data=Config(reuse=Config(batch_size=rows), max_prompt_tokens=0),
         trainer=Config(accumulate_grad_batches=1),
     )
@@ -273,7 +273,7 @@ def test_the_snapshots_scoring_is_bounded_too() -> None:
     for bound in (None, 100):
         model = {"behavior": Config(score_batch_size=4), "teacher": Config(init_args=Config(batch_size=4))}
         config = Config(
-            model=Config(sampling=sampling, max_tokens_per_microbatch=bound, **model),
+            model=Config(sampling=sampling, max_tokens_per_pass=bound, **model),
             data=Config(reuse=reuse, max_prompt_tokens=20),
         )
         result = Estimate()

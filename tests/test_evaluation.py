@@ -24,8 +24,8 @@ from opdlab.evaluation.settings import fingerprint
 from opdlab.metrics.functional import pass_at_k
 from opdlab.policies import LanguageModel, LocalTeacher, Sampler, SamplingConfig
 from opdlab.progress import SilentProgress
-from opdlab.tasks import Verdict, Verifier
-from opdlab.tasks.toy.problems import ChainProblems
+from opdlab.toy import ChainProblems
+from opdlab.verifiers import Verdict, Verifier
 from tests.toy_run import STUDENT, TEACHER, Run
 
 SMALL = """
@@ -36,10 +36,10 @@ model:
   evaluation: {pass_at: [1, 2, 4]}
 data:
   eval_batch_size: 2
-  train: {class_path: opdlab.tasks.toy.problems.ChainProblems, init_args: {num_problems: 8}}
+  train: {class_path: opdlab.toy.ChainProblems, init_args: {num_problems: 8}}
   benchmarks:
-    one: {class_path: opdlab.tasks.toy.problems.ChainProblems, init_args: {num_problems: 11, split: held_out}}
-    two: {class_path: opdlab.tasks.toy.problems.ChainProblems, init_args: {num_problems: 3, split: held_out, seed: 1}}
+    one: {class_path: opdlab.toy.ChainProblems, init_args: {num_problems: 11, split: held_out}}
+    two: {class_path: opdlab.toy.ChainProblems, init_args: {num_problems: 3, split: held_out, seed: 1}}
   reuse: {prompts_per_pool: 4, epochs: 2, batch_size: 4}
 """
 COMMAND = ["validate", "-c", "quickstart", "-c", "small.yaml"]

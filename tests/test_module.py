@@ -25,7 +25,7 @@ from opdlab.policies import (
     language_model,
 )
 from opdlab.policies.passes import Pass
-from opdlab.tasks.toy.problems import ChainProblems
+from opdlab.toy import ChainProblems
 from opdlab.training import join_gate_inputs, split_gates
 from opdlab.types import trimmed
 from tests.toy_run import STUDENT, TEACHER, Run
@@ -314,15 +314,15 @@ def test_support_larger_than_the_vocabulary_is_refused() -> None:
 
 @pytest.mark.parametrize("budget", [0, -1])
 def test_a_bound_on_tokens_below_one_is_refused(make_run: MakeRun, budget: int) -> None:
-    words = f"model.max_tokens_per_microbatch is {budget}, but must be at least 1: use null for no bound"
+    words = f"model.max_tokens_per_pass is {budget}, but must be at least 1: use null for no bound"
     with pytest.raises(UsageError, match=words):
-        make_run(max_tokens_per_microbatch=budget)
+        make_run(max_tokens_per_pass=budget)
 
 
 def test_a_bound_on_tokens_is_refused_where_weights_are_sharded(make_run: MakeRun) -> None:
-    run = make_run(max_tokens_per_microbatch=100)
+    run = make_run(max_tokens_per_pass=100)
     run.module.trainer = pl.Trainer(**{**run.trainer_options, "strategy": ModelParallelStrategy()})
-    with pytest.raises(UsageError, match="max_tokens_per_microbatch is 100, but with .* ModelParallelStrategy"):
+    with pytest.raises(UsageError, match="max_tokens_per_pass is 100, but with .* ModelParallelStrategy"):
         run.module.setup("fit")
 
 
@@ -343,7 +343,7 @@ def test_a_bound_on_tokens_changes_no_step(
 
     def run(budget: int | None) -> tuple[list[float], torch.Tensor, int]:
         passes.clear()
-        run = make_run(objective=objective, accumulate=accumulate, max_tokens_per_microbatch=budget)
+        run = make_run(objective=objective, accumulate=accumulate, max_tokens_per_pass=budget)
         run.fit(4)
         assert run.module.behavior.policy.max_tokens == budget
         weights = torch.cat([p.detach().flatten() for p in run.module.student.parameters()])

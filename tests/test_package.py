@@ -39,11 +39,11 @@ PUBLIC = {
     ],
     "opdlab.objectives.functional": ["sampled_token_loss", "teacher_topk_loss"],
     "opdlab.scoring": [
-        *("Head", "LowRank", "TokenStatistics", "TopK", "support_logits", "support_statistics", "token_logprobs"),
-        *("token_statistics", "topk_with_statistics"),
+        *("Head", "LowRank", "TokenStatistics", "TopK", "chosen_logits", "support_logits", "support_statistics"),
+        *("token_logprobs", "token_statistics", "topk_with_statistics"),
     ],
     "opdlab.metrics": ["MajorityVote", "PassAtK", "ProblemMean"],
-    "opdlab.tasks": [
+    "opdlab.verifiers": [
         *("BoxedVerifier", "ExactMatchVerifier", "MathVerifier", "NumericVerifier", "Verdict", "Verifier"),
     ],
     "opdlab.types": [
@@ -53,6 +53,7 @@ PUBLIC = {
     "opdlab.rollouts": [
         *("Collector", "Minibatch", "Pool", "ReuseConfig", "RolloutLoader", "Rollouts", "StopReason", "Targets"),
     ],
+    "opdlab.toy": ["ChainProblem", "ChainProblems", "chain_problems", "chain_tokenizer"],
     "opdlab.policies": [
         *("AdapterConfig", "BaseTeacher", "StopTokens", "single_token_ids", "warn_of_stop_tokens"),
         *("BehaviorPolicy", "LanguageModel", "LocalTeacher", "Sampler", "Samples", "SamplingConfig", "Scored"),

@@ -20,7 +20,7 @@ from opdlab.objectives import TeacherTopK
 from opdlab.policies import BehaviorPolicy
 from opdlab.scoring import Head, support_statistics, token_statistics
 from opdlab.scoring.head import LogitTiles
-from opdlab.tasks.toy.problems import ChainProblems
+from opdlab.toy import ChainProblems
 from tests.toy_run import Run
 
 STEPS = 20

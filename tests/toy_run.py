@@ -15,11 +15,11 @@ from opdlab.gating import GateStrategy, build_gate
 from opdlab.module import OPDModule
 from opdlab.objectives import Objective, TeacherTopK
 from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig, Teacher
-from opdlab.tasks.toy.problems import ChainProblems
 from opdlab.tau import TauSchedule
+from opdlab.toy import ChainProblems
 
-STUDENT = "package://opdlab.tasks.toy/models/student"
-TEACHER = "package://opdlab.tasks.toy/models/teacher"
+STUDENT = "package://opdlab.toy/models/student"
+TEACHER = "package://opdlab.toy/models/teacher"
 
 
 class Recorder(Callback):

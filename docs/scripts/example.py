@@ -19,7 +19,7 @@ from opdlab.gating import GateInputs, Gates, build_gate
 from opdlab.module import OPDModule
 from opdlab.objectives import TeacherTopK
 from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig
-from opdlab.tasks.toy.problems import ChainProblems
+from opdlab.toy import ChainProblems
 
 FILE = Path(__file__).parents[1] / "example_rollouts.json"
 NUM_ROLLOUTS = 8
@@ -85,10 +85,10 @@ def record() -> dict[str, Any]:
     """Train on a pool as harshly as `-c harsh_reuse` does, and tell of the last step's first rollouts."""
     torch.set_num_threads(1)
     pl.seed_everything(SEED)
-    student = LanguageModel("package://opdlab.tasks.toy/models/student")
+    student = LanguageModel("package://opdlab.toy/models/student")
     module = OPDModule(
         student,
-        LocalTeacher("package://opdlab.tasks.toy/models/teacher"),
+        LocalTeacher("package://opdlab.toy/models/teacher"),
         TeacherTopK(k=32),
         build_gate("none"),
         sampling=SamplingConfig(num_samples=4, max_new_tokens=176),

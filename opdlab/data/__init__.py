@@ -5,7 +5,7 @@ from opdlab.data.cleaning import CleaningAccount, CleaningConfig
 from opdlab.data.datamodule import PromptDataModule
 from opdlab.data.jsonl import JsonlProblems
 from opdlab.data.prompts import ProblemSource, PromptSet, prompt_set
-from opdlab.data.tables import TableProblems
+from opdlab.data.table_problems import TableProblems
 from opdlab.data.templates import ChatTemplate, RawTemplate, Template
 from opdlab.rollouts import ReuseConfig
 from opdlab.types import EvaluationBatch, Problem, Prompt

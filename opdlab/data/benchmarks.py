@@ -9,13 +9,13 @@ from pathlib import Path
 from opdlab.data.jsonl import JsonlProblems
 from opdlab.data.prompts import ProblemSource
 from opdlab.data.rows import RowProblems
-from opdlab.data.tables import TableProblems
+from opdlab.data.table_problems import TableProblems
 from opdlab.data.templates import REASONING_SUFFIX, RawTemplate, Template
 from opdlab.errors import require
 from opdlab.registry import suggestion
-from opdlab.tasks.math_verifier import MathVerifier
-from opdlab.tasks.verifier import Verifier
 from opdlab.types import Problem
+from opdlab.verifiers.math.math_verifier import MathVerifier
+from opdlab.verifiers.verifier import Verifier
 
 
 def _as_written(answer: str) -> str:
@@ -140,7 +140,7 @@ class Benchmark(_PublishedProblems):
         revision: branch, tag or commit on the hub.
         template: turns a problem into a prompt; by default plain text, a new line and "Please reason step by step, and
             put your final answer within \boxed{}."
-        verifier: checks answers; by default a :class:`opdlab.tasks.MathVerifier` that all presets share.
+        verifier: checks answers; by default a :class:`opdlab.verifiers.MathVerifier` that all presets share.
         limit: use only so many problems.
         offset: leave out so many problems first.
 

@@ -15,8 +15,8 @@ from opdlab.data.cleaning import CleaningAccount, CleaningConfig, clean
 from opdlab.data.prompts import ProblemSource, PromptSet, prompt_set
 from opdlab.errors import require
 from opdlab.rollouts import Pool, ReuseConfig, RolloutLoader
-from opdlab.tasks.verifier import Verifier
 from opdlab.types import EvaluationBatch, Prompt
+from opdlab.verifiers.verifier import Verifier
 
 
 class _Problems(Dataset[Prompt]):

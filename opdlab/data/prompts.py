@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlab.data.templates import RawTemplate, Template
 from opdlab.errors import UsageError, require
-from opdlab.tasks.verifier import Verifier
 from opdlab.types import Problem, Prompt
+from opdlab.verifiers.verifier import Verifier
 
 __all__ = ["Problem", "ProblemSource", "Prompt", "PromptSet", "prompt_set"]
 

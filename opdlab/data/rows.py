@@ -10,8 +10,8 @@ from opdlab.data.prompts import ProblemSource
 from opdlab.data.templates import Template
 from opdlab.errors import require
 from opdlab.registry import suggestion
-from opdlab.tasks.verifier import Verifier
 from opdlab.types import Problem
+from opdlab.verifiers.verifier import Verifier
 
 
 class RowProblems(ProblemSource):

@@ -28,7 +28,7 @@ class RawTemplate(Template):
             ``"\nPlease reason step by step, and put your final answer within \\boxed{}."``.
 
     Example:
-        >>> from opdlab.tasks.toy import chain_tokenizer
+        >>> from opdlab.toy import chain_tokenizer
         >>> tokenizer = chain_tokenizer()
         >>> tokenizer.decode(RawTemplate(suffix="\n").tokenize(["86 a+7"], tokenizer)[0])
         '86 a+7\n'

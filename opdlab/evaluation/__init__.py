@@ -1,9 +1,9 @@
 """Sampling answers to problems, checking them, keeping them, and counting: what a validation step does."""
 
+from opdlab.evaluation.benchmark_metrics import BenchmarkMetrics
 from opdlab.evaluation.config import EvaluationConfig
+from opdlab.evaluation.evaluation_module import EvaluationModule
 from opdlab.evaluation.evaluator import Evaluator
-from opdlab.evaluation.figures import BenchmarkMetrics
-from opdlab.evaluation.module import EvaluationModule
 from opdlab.evaluation.samples import Sample, SampleFolder
 from opdlab.policies import NoTeacher
 

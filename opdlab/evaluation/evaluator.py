@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from opdlab.evaluation.benchmark_metrics import MEAN, BenchmarkMetrics, over_benchmarks
 from opdlab.evaluation.config import EvaluationConfig
-from opdlab.evaluation.figures import MEAN, BenchmarkMetrics, over_benchmarks
 from opdlab.evaluation.samples import Sample, SampleFolder
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.sampler import Sampler, SamplingConfig

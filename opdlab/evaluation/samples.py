@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from opdlab.aliases import migrate
 from opdlab.errors import UsageError, require
 from opdlab.evaluation.settings import difference, digest
 
@@ -31,7 +32,7 @@ class Sample:
         response: decoded, special tokens left out.
         extracted: the answer found in the response, if any.
         correct: the verdict; None where there is no verifier.
-        reason: why, as :class:`opdlab.tasks.Verdict` has it.
+        reason: why, as :class:`opdlab.verifiers.Verdict` has it.
         stop_reason: ``eos`` or ``length``.
         tokens: length of the response, its stop token included.
         seed: of the batch that the sample was drawn in.
@@ -204,8 +205,8 @@ class SampleFolder:
             stray = next(iter(sorted(self.path.glob("*.jsonl"))), None)
             return f"it has {stray.name} but no {SETTINGS}" if stray else None
         try:
-            return difference(json.loads(path.read_text())["compared"], compared)
-        except (ValueError, KeyError, TypeError):
+            return difference(migrate(json.loads(path.read_text())["compared"]), compared)
+        except (ValueError, KeyError, TypeError, AttributeError):
             return f"its {SETTINGS} cannot be read"
 
     def _write_json(self, name: str, content: dict[str, Any]) -> None:

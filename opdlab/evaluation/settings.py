@@ -13,7 +13,7 @@ import transformers
 from opdlab.data.prompts import PromptSet
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.sampler import SamplingConfig
-from opdlab.tasks.verifier import Verifier
+from opdlab.verifiers.verifier import Verifier
 from opdlab.version import __version__
 
 _DIGEST_BYTES = 16
@@ -44,7 +44,7 @@ def fingerprint(model: LanguageModel) -> str:
         model: on any device; under a strategy that shards weights, those of this process.
 
     Example:
-        >>> model = LanguageModel("package://opdlab.tasks.toy/models/student")
+        >>> model = LanguageModel("package://opdlab.toy/models/student")
         >>> before = fingerprint(model)
         >>> model.model.model.norm.weight.data[0] += 1e-6
         >>> before == fingerprint(model)

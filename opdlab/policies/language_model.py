@@ -119,7 +119,7 @@ class LanguageModel(nn.Module):
             With flash attention and ``flex_attention`` rows are scored end to end, without padding, if the model
             keeps them apart; elsewhere rows of similar length go together.
         gradient_checkpointing: compute each layer's activations again in the backward pass instead of keeping them:
-            less memory, about a third more time for a training step. Where ``max_tokens_per_microbatch`` has whole
+            less memory, about a third more time for a training step. Where ``max_tokens_per_pass`` has whole
             passes computed again, these run forward three times instead of once: two thirds more time, and of one
             such pass only the layers' inputs are in memory. Sampling is as before.
         gguf_file: name of a GGUF file in ``path``, which is unpacked to ``dtype``. Needs the extra ``gguf``.
@@ -134,7 +134,7 @@ class LanguageModel(nn.Module):
             stop token, or the model's head does something that opdlab does not know.
 
     Example:
-        >>> model = LanguageModel("package://opdlab.tasks.toy/models/student")
+        >>> model = LanguageModel("package://opdlab.toy/models/student")
         >>> model.vocab_size, len(model.tokenizer), model.stop_ids
         (38, 38, [1])
     """

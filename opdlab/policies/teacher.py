@@ -6,6 +6,7 @@ Shapes: B rollouts, T response tokens, K support.
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlab.errors import UsageError, require
 from opdlab.policies.language_model import LanguageModel
-from opdlab.policies.loading import DType, Quantization
+from opdlab.policies.loading import Quantization
 from opdlab.policies.offload import on_device
 from opdlab.policies.tokenizers import StopTokens
 from opdlab.progress import Progress, SilentProgress
@@ -68,16 +69,13 @@ class LocalTeacher(Teacher):
 
     Args:
         path: see :class:`LanguageModel`.
-        dtype: of the weights.
-        revision: branch, tag or commit on the hub.
-        trust_remote_code: run Python code that comes with the model. Leave it off unless you trust its author.
         batch_size: rollouts scored at a time.
-        attn_implementation: transformers' attention kernel.
-        gguf_file: name of a GGUF file in ``path``. Needs the extra ``gguf``.
         quantization: keep the weights in ``4bit`` (NF4) or ``8bit`` and compute in ``dtype``. Needs the extra
             ``bitsandbytes`` and a GPU.
         offload: keep the weights in the host's memory, and a copy on the device only while it scores. Not with
             ``quantization``, whose packed weights have companions outside the parameters.
+        **options: ``dtype``, ``revision``, ``trust_remote_code``, ``attn_implementation`` and ``gguf_file`` of
+            :class:`LanguageModel`.
 
     Raises:
         UsageError: see :class:`LanguageModel`; ``batch_size`` is below 1; or ``offload`` meets ``quantization``.
@@ -86,28 +84,20 @@ class LocalTeacher(Teacher):
     def __init__(
         self,
         path: str,
-        dtype: DType = "float32",
-        revision: str | None = None,
-        trust_remote_code: bool = False,
+        *,
         batch_size: int = 32,
-        attn_implementation: str | None = None,
-        gguf_file: str | None = None,
         quantization: Quantization | None = None,
         offload: bool = False,
+        **options: Any,
     ) -> None:
         require(
             not (offload and quantization),
             f"teacher.offload is true and teacher.quantization '{quantization}', but packed weights cannot leave the "
             "device: set offload to false, or leave quantization out",
         )
+        # The parser offers every option of LanguageModel that is not set here: these serve training alone.
         model = LanguageModel(
-            path,
-            dtype,
-            revision,
-            trust_remote_code,
-            attn_implementation,
-            gguf_file=gguf_file,
-            quantization=quantization,
+            path, quantization=quantization, gradient_checkpointing=False, adapter=None, compile=False, **options
         )
         self._hold(model.requires_grad_(False).eval(), batch_size, offload)
 

@@ -72,7 +72,7 @@ def single_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], k
         UsageError: a text is more than one token; the message names the tokens that it would split into.
 
     Example:
-        >>> from opdlab.tasks.toy import chain_tokenizer
+        >>> from opdlab.toy import chain_tokenizer
         >>> single_token_ids(chain_tokenizer(), ["<eos>"], "model.mask_first")
         [1]
     """

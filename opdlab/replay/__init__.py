@@ -1,8 +1,8 @@
 """Replay of recorded optimizer steps: what any gate would have made of a step, without training again."""
 
+from opdlab.replay.gate_summary import GateSummary, summarise
 from opdlab.replay.record import RecordedStep, read_record, record_folders
 from opdlab.replay.steps import ReplayConfig, ReplayedStep, Replayer
-from opdlab.replay.summary import GateSummary, summarise
 from opdlab.replay.variants import Grid, Variant, expand
 
 __all__ = [

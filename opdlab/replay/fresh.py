@@ -10,8 +10,8 @@ from torch import Tensor
 
 from opdlab.module import OPDModule
 from opdlab.objectives import loss_shares
-from opdlab.replay.gradients import Autocast, StepGradients
 from opdlab.replay.record import RecordedStep
+from opdlab.replay.step_gradients import Autocast, StepGradients
 from opdlab.seeds import derive_seed
 from opdlab.types import Minibatch, Problem, Prompt, trimmed
 

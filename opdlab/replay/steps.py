@@ -16,7 +16,8 @@ from opdlab.errors import require
 from opdlab.gating import GateInputs
 from opdlab.module import OPDModule
 from opdlab.replay.fresh import Tokens, fresh_gradients, other_prompts, recorded_prompts
-from opdlab.replay.gradients import (
+from opdlab.replay.record import RecordedBatch, RecordedStep
+from opdlab.replay.step_gradients import (
     LEAST_TOLERANCE,
     Autocast,
     Products,
@@ -24,7 +25,6 @@ from opdlab.replay.gradients import (
     gradient_products,
     inner_products,
 )
-from opdlab.replay.record import RecordedBatch, RecordedStep
 from opdlab.replay.variants import Grid, Variant, expand
 from opdlab.seeds import derive_seed
 from opdlab.training import join_gate_inputs, split_gates
@@ -46,8 +46,8 @@ class ReplayConfig:
         draws: J, independent batches of fresh rollouts a step, at least 2.
         seed: decides what is sampled.
         other_prompts: whether to compare with fresh rollouts of other prompts too.
-        tolerance: of gates that share backward passes, see :func:`opdlab.replay.gradients.mixtures`; with 0 each has
-            its own.
+        tolerance: of gates that share backward passes, see :func:`opdlab.replay.step_gradients.mixtures`; with 0 each
+            has its own.
     """
 
     draws: int = 4

@@ -12,8 +12,8 @@ from opdlab.policies import BehaviorPolicy, Teacher
 from opdlab.progress import Progress, SilentProgress
 from opdlab.rollouts.loader import Pool
 from opdlab.rollouts.masking import mask_first_occurrences
-from opdlab.tasks.verifier import Verifier
 from opdlab.types import EvaluationBatch, Prompt, StopReason, TeacherRequest
+from opdlab.verifiers.verifier import Verifier
 
 Autocast = Callable[[], AbstractContextManager[None]]
 

@@ -6,8 +6,8 @@ computes a tile's logits again.
 """
 
 from opdlab.scoring.head import Head, LowRank
-from opdlab.scoring.statistics import TokenStatistics, token_logprobs, token_statistics
-from opdlab.scoring.support import support_logits, support_statistics
+from opdlab.scoring.logprobs import TokenStatistics, token_logprobs, token_statistics
+from opdlab.scoring.support import chosen_logits, support_logits, support_statistics
 from opdlab.scoring.topk import TopK, topk_with_statistics
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "LowRank",
     "TokenStatistics",
     "TopK",
+    "chosen_logits",
     "support_logits",
     "support_statistics",
     "token_logprobs",

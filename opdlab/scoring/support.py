@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opdlab.scoring.gradients import HeadGradients, pieces
-from opdlab.scoring.head import Head, LogitTiles, LowRank, autocast_inputs, wide_dtype
-from opdlab.scoring.statistics import TokenStatistics, vocabulary_pass
+from opdlab.scoring.head import Head, LogitTiles, autocast_inputs, wide_dtype
+from opdlab.scoring.head_gradients import HeadGradients, pieces
+from opdlab.scoring.logprobs import TokenStatistics, vocabulary_pass
 
 
 def support_statistics(hidden: Tensor, head: Head, targets: Tensor, support: Tensor) -> tuple[Tensor, TokenStatistics]:
@@ -41,6 +41,25 @@ def support_statistics(hidden: Tensor, head: Head, targets: Tensor, support: Ten
     return logits, statistics
 
 
+def chosen_logits(hidden: Tensor, head: Head, support: Tensor) -> Tensor:
+    """Logits of K chosen tokens per position: K rows of the head are read per position, forward and backward.
+
+    Args:
+        hidden: [N, H]; differentiable.
+        head: its weight, bias and low-rank update are differentiable.
+        support: [N, K] integers, token ids.
+
+    Returns:
+        [N, K] float32 (float64 for float64 inputs).
+    """
+    head = head.gathered()
+    with autocast_inputs(hidden) as states:
+        logits: Tensor = _SupportLogits.apply(  # type: ignore[no-untyped-call]
+            states, *head.tensors, support.long(), head, None
+        )[0]
+    return logits
+
+
 def support_logits(
     hidden: Tensor,
     weight: Tensor,
@@ -50,9 +69,8 @@ def support_logits(
     temperature: float = 1.0,
     softcap: float | None = None,
     scale: float = 1.0,
-    low_rank: LowRank | None = None,
 ) -> Tensor:
-    """Logits of K chosen tokens per position: K rows of the head are read per position, forward and backward.
+    """Logits of K chosen tokens per position: :func:`chosen_logits` for a head given by its parts.
 
     Args:
         hidden: [N, H]; differentiable.
@@ -62,7 +80,6 @@ def support_logits(
         temperature: sampling temperature, above 0.
         softcap: bound of the logits' soft cap, or None.
         scale: factor on the logits.
-        low_rank: what LoRA adds to the weight, or None; differentiable.
 
     Returns:
         [N, K] float32 (float64 for float64 inputs).
@@ -73,12 +90,7 @@ def support_logits(
         >>> torch.allclose(support_logits(hidden, weight, support), (hidden @ weight.T)[:, [0, 3]], atol=1e-5)
         True
     """
-    head = Head(weight, bias, scale, softcap, temperature, low_rank=low_rank).gathered()
-    with autocast_inputs(hidden) as states:
-        logits: Tensor = _SupportLogits.apply(  # type: ignore[no-untyped-call]
-            states, *head.tensors, support.long(), head, None
-        )
-    return logits
+    return chosen_logits(hidden, Head(weight, bias, scale, softcap, temperature), support)
 
 
 class _SupportLogits(torch.autograd.Function):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opdlab.scoring.head import Head, LogitTiles, autocast_inputs, places, tiles, wide_dtype
-from opdlab.scoring.statistics import OnlineSoftmax, TokenStatistics
+from opdlab.scoring.logprobs import OnlineSoftmax, TokenStatistics
 
 
 class TopK(NamedTuple):

@@ -24,10 +24,10 @@ class NonFiniteLossError(UsageError):
 
 
 def check_token_bound(tokens: int | None) -> None:
-    """Refuse a ``max_tokens_per_microbatch`` that is out of range."""
+    """Refuse a ``max_tokens_per_pass`` that is out of range."""
     require(
         tokens is None or tokens >= 1,
-        f"model.max_tokens_per_microbatch is {tokens}, but must be at least 1: use null for no bound",
+        f"model.max_tokens_per_pass is {tokens}, but must be at least 1: use null for no bound",
     )
 
 
@@ -86,7 +86,7 @@ def check_strategy(trainer: pl.Trainer, max_tokens: int | None) -> None:
     """Refuse a bound on tokens where weights are sharded."""
     require(
         max_tokens is None or has_whole_weights(trainer),
-        f"model.max_tokens_per_microbatch is {max_tokens}, but with trainer.strategy "
+        f"model.max_tokens_per_pass is {max_tokens}, but with trainer.strategy "
         f"{type(trainer.strategy).__name__} all processes must take as many passes: use null and raise "
         "trainer.accumulate_grad_batches instead, or take the strategy ddp",
     )

@@ -45,7 +45,7 @@ class OPDModule(EvaluationModule):
         behavior: see :class:`BehaviorConfig`.
         mask_first: tokens whose first occurrence in each response is left out of the loss, such as ``<think>``; each
             must be a single token.
-        max_tokens_per_microbatch: tokens, prompts and padding included, that go through the student in one pass with
+        max_tokens_per_pass: tokens, prompts and padding included, that go through the student in one pass with
             their activations kept; null for no bound. A batch with more is taken in several passes, all but the last
             of which are computed again in the backward pass: about a third more time, and the activations of one pass
             at a time. Loss and gradient are those of the whole batch. A longer row goes alone. The snapshot's scoring
@@ -70,14 +70,14 @@ class OPDModule(EvaluationModule):
         reduction: Reduction = "token_mean",
         behavior: BehaviorConfig = BehaviorConfig(),  # noqa: B008 - frozen
         mask_first: Sequence[str] = (),
-        max_tokens_per_microbatch: int | None = None,
+        max_tokens_per_pass: int | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(student, teacher, evaluation, eval_sampling)
         checks.check_reduction(reduction)
-        checks.check_token_bound(max_tokens_per_microbatch)
-        student.configure_passes(max_tokens=max_tokens_per_microbatch)  # before the snapshot is made, which has it too
+        checks.check_token_bound(max_tokens_per_pass)
+        student.configure_passes(max_tokens=max_tokens_per_pass)  # before the snapshot is made, which has it too
         self.behavior = BehaviorPolicy(student, sampling, **vars(behavior))
         self.objective, self.gate, self.sampling = objective, gate, sampling
         self.reduction: Reduction = reduction

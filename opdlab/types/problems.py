@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from opdlab.tasks.verifier import Verdict, Verifier
 from opdlab.types.rollouts import Rollouts
+from opdlab.verifiers.verifier import Verdict, Verifier
 
 Verdicts = Callable[[], list[Verdict]]
 """Waits for the verdicts of responses that are being checked."""

@@ -1,10 +1,10 @@
 """Rollouts as pages to look at: which tokens drifted, how the gate weighed them, what the teacher thought."""
 
 from opdlab.viewer.page import INDEX, RolloutText, page_name, render_index, render_page, write_page
-from opdlab.viewer.quantities import ColorScale, Quantity, color_scale, quantities
+from opdlab.viewer.page_summary import PageSummary, step_count
 from opdlab.viewer.rollouts import ShownRollout, choose_rollouts
-from opdlab.viewer.summary import PageSummary, step_count
 from opdlab.viewer.text import markdown_literal, visible
+from opdlab.viewer.token_colors import ColorScale, Quantity, color_scale, quantities
 from opdlab.viewer.tokens import token_texts
 
 __all__ = [

@@ -15,9 +15,9 @@ from markupsafe import Markup
 from torch import Tensor
 
 from opdlab.types import Problem
-from opdlab.viewer.quantities import color_scale, quantities
+from opdlab.viewer.page_summary import PageSummary, read_summary, summarize
 from opdlab.viewer.rollouts import ShownRollout
-from opdlab.viewer.summary import PageSummary, read_summary, summarize
+from opdlab.viewer.token_colors import color_scale, quantities
 
 INDEX = "index.html"
 _PAGE = re.compile(r"step-(\d{6,})\.html")

@@ -28,7 +28,7 @@ class ShownRollout:
         tokens: [T] int32: up to the last position that counts in the loss.
         mask: [T] bool: whether it counts in the loss.
         segment_ids: [T] int32, the gate's; -1 where the mask is 0.
-        values: [T] float32 each, by the name of the quantity; see :mod:`opdlab.viewer.quantities`.
+        values: [T] float32 each, by the name of the quantity; see :mod:`opdlab.viewer.token_colors`.
         stop_reason: why it ended.
         correct: the verdict, None where there is none.
         age: optimizer steps since the snapshot that sampled it took the student's weights.

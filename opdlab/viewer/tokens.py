@@ -25,7 +25,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[
         T texts.
 
     Example:
-        >>> from opdlab.tasks.toy import chain_tokenizer
+        >>> from opdlab.toy import chain_tokenizer
         >>> tokenizer = chain_tokenizer()
         >>> token_texts(tokenizer, tokenizer("7\n\\boxed{25}<eos>")["input_ids"])
         ['7', '\n', '\\boxed{', '2', '5', '}', '<eos>']

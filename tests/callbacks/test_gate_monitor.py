@@ -19,6 +19,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
+from opdlab.diagnostics.gate_metrics import to_host
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import Tensor
@@ -33,7 +34,6 @@ from opdlab.callbacks.step_callback import StepCallback
 from opdlab.callbacks.tensorboard import LAYOUT
 from opdlab.diagnostics import StepTrace
 from opdlab.diagnostics.ages import AgeFigures
-from opdlab.diagnostics.gates import to_host
 from opdlab.diagnostics.plots import by_age as by_age_picture
 from opdlab.errors import Stopped, UsageError
 from opdlab.gating import GateInputs, GateStrategy, build_gate

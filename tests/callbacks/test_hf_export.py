@@ -65,7 +65,7 @@ def test_a_run_leaves_a_card_with_its_figures(tmp_path: Path, monkeypatch: pytes
         "data.benchmarks.toy.init_args.num_problems": 2,
         "data.reuse.prompts_per_pool": 16,
     }
-    small = {"data": {"benchmarks": {"toy": {"class_path": "opdlab.tasks.toy.problems.ChainProblems"}}}}
+    small = {"data": {"benchmarks": {"toy": {"class_path": "opdlab.toy.ChainProblems"}}}}
     small["data"]["benchmarks"]["toy"]["init_args"] = {"num_problems": 2, "split": "held_out"}  # type: ignore[assignment]
     Path("small.yaml").write_text(yaml.dump(small))
     del flags["data.benchmarks.toy.init_args.num_problems"]

@@ -10,7 +10,7 @@ import pytest
 from opdlab.data import Benchmark, ChatTemplate, DapoMath17k, Problem
 from opdlab.data.templates import RawTemplate
 from opdlab.errors import UsageError
-from opdlab.tasks import BoxedVerifier, MathVerifier
+from opdlab.verifiers import BoxedVerifier, MathVerifier
 
 REAL_DATA = Path(__file__).parents[2].parent / "shared" / "data"
 

@@ -15,7 +15,7 @@ from opdlab.data import Benchmark, CleaningAccount, CleaningConfig, DapoMath17k,
 from opdlab.data.cleaning import clean
 from opdlab.data.overlap import BenchmarkIndex, ngram_hashes, normalized
 from opdlab.errors import UsageError
-from opdlab.tasks.toy.problems import ChainProblems
+from opdlab.toy import ChainProblems
 
 REAL_DATA = Path(__file__).parents[2].parent / "shared" / "data"
 real_data = pytest.mark.skipif(not REAL_DATA.is_dir(), reason="the benchmark files are not beside this checkout")

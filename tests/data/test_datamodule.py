@@ -11,7 +11,7 @@ import yaml
 from opdlab.cli import EXIT_USAGE, main
 from opdlab.data import Benchmark, CleaningAccount, CleaningConfig, JsonlProblems, PromptDataModule
 from opdlab.errors import UsageError
-from opdlab.tasks.toy import chain_tokenizer
+from opdlab.toy import chain_tokenizer
 
 
 def write(path: Path, *texts: str) -> str:
@@ -74,7 +74,7 @@ def test_nothing_left(tmp_path: Path) -> None:
         (
             {
                 "name": "aime24",
-                "verifier": {"class_path": "opdlab.tasks.MathVerifier", "init_args": {"num_workers": 0}},
+                "verifier": {"class_path": "opdlab.verifiers.MathVerifier", "init_args": {"num_workers": 0}},
             },
             "verifier.num_workers is 0",
         ),

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerFast
 
 from opdlab.data import ChatTemplate, JsonlProblems, Problem, ProblemSource, RawTemplate, prompt_set
 from opdlab.errors import UsageError
-from opdlab.tasks import BoxedVerifier
-from opdlab.tasks.toy import chain_tokenizer
+from opdlab.toy import chain_tokenizer
+from opdlab.verifiers import BoxedVerifier
 
 REAL_DATA = Path(__file__).parents[2].parent / "shared" / "data"
 ROWS = [{"id": f"row-{i}", "problem": f"{i} a+{i}", "answer": str(2 * i)} for i in range(6)]

@@ -5,10 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-
-from opdlab.diagnostics.ages import MAX_AGES, add_to_age_table, age_scalars, new_age_table, read_ages
-from opdlab.diagnostics.gates import (
+from opdlab.diagnostics.gate_metrics import (
     WEIGHT_BINS,
     GateFigures,
     correlation,
@@ -19,6 +16,9 @@ from opdlab.diagnostics.gates import (
     step_positions,
     to_host,
 )
+from torch import Tensor
+
+from opdlab.diagnostics.ages import MAX_AGES, add_to_age_table, age_scalars, new_age_table, read_ages
 from opdlab.diagnostics.histograms import Binning, Histogram, bin_rows, read_histograms
 from opdlab.diagnostics.history import BlockHistory
 from opdlab.diagnostics.trace import StepTrace

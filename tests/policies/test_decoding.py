@@ -26,7 +26,7 @@ from transformers import (
 
 from opdlab.policies import LanguageModel, decoding
 from opdlab.policies.decoding import Decoding, draw, why_not_selectable
-from opdlab.tasks.toy.chain import chain_problems
+from opdlab.toy.chain import chain_problems
 from tests.policies.tiny_models import COMMON, CONFIGS, IDS
 
 STOPS = [1, 5, 6, 7]
@@ -98,7 +98,7 @@ def test_the_likeliest_tokens_are_those_of_plain_generate(name: str, batch_size:
 
 
 def test_the_likeliest_tokens_of_the_toy() -> None:
-    model = LanguageModel("package://opdlab.tasks.toy/models/student")
+    model = LanguageModel("package://opdlab.toy/models/student")
     prompts = [
         model.tokenizer.encode(chain.prompt)[: 40 + 2 * i]
         for i, chain in enumerate(itertools.islice(chain_problems("train", 0), 6))

@@ -16,7 +16,7 @@ from transformers import GPT2Config, OPTConfig, Qwen3Config
 from opdlab.errors import UsageError
 from opdlab.policies import LanguageModel
 from opdlab.policies.passes import length_groups
-from opdlab.tasks.toy import chain_tokenizer
+from opdlab.toy import chain_tokenizer
 from opdlab.types import Rollouts
 from tests.policies.tiny_models import COMMON, CONFIGS, IDS, rollouts, save_random
 
@@ -143,7 +143,7 @@ def test_save_and_load(qwen3: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["teacher", "student"])
 def test_shipped_models(name: str) -> None:
-    model = LanguageModel(f"package://opdlab.tasks.toy/models/{name}")
+    model = LanguageModel(f"package://opdlab.toy/models/{name}")
     assert model.tokenizer.get_vocab() == chain_tokenizer().get_vocab()
     assert model.stop_ids == [1]
 
@@ -158,7 +158,7 @@ def test_missing_folder(tmp_path: Path) -> None:
 
 def test_missing_package_or_folder_in_it() -> None:
     assert "no package 'opdlab_nowhere'" in refusal("package://opdlab_nowhere/models")
-    assert "holds no folder 'models/nobody'" in refusal("package://opdlab.tasks.toy/models/nobody")
+    assert "holds no folder 'models/nobody'" in refusal("package://opdlab.toy/models/nobody")
 
 
 def _truncate(path: Path, share: float) -> None:

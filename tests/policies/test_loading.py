@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, Qwen3Config, 
 
 from opdlab.errors import UsageError
 from opdlab.policies import BehaviorPolicy, LanguageModel, SamplingConfig
-from opdlab.tasks.toy import chain_tokenizer
+from opdlab.toy import chain_tokenizer
 from tests.policies.tiny_models import COMMON, CONFIGS, rollouts, save_random
 
 

@@ -13,8 +13,8 @@ from transformers import GenerationConfig, MambaConfig, Qwen3ForCausalLM
 
 from opdlab.errors import UsageError
 from opdlab.policies import LanguageModel, Sampler, Samples, SamplingConfig, sampler
-from opdlab.tasks.toy import chain_tokenizer
-from opdlab.tasks.toy.make_models import toy_config
+from opdlab.toy import chain_tokenizer
+from opdlab.toy.make_models import toy_config
 from opdlab.types import StopReason
 from tests.policies.tiny_models import IDS, save_random
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3For
 from opdlab.errors import UsageError
 from opdlab.policies import LocalTeacher, TeacherRequest, check_same_vocabulary
 from opdlab.policies.loading import ModelSource
-from opdlab.tasks.toy import chain_tokenizer
-from opdlab.tasks.toy.make_models import toy_config
+from opdlab.toy import chain_tokenizer
+from opdlab.toy.make_models import toy_config
 from opdlab.types import Rollouts, Targets
 
 

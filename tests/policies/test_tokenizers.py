@@ -9,7 +9,7 @@ import pytest
 
 from opdlab.errors import UsageError
 from opdlab.policies import LocalTeacher, StopTokens, single_token_ids, warn_of_stop_tokens
-from opdlab.tasks.toy import chain_tokenizer
+from opdlab.toy import chain_tokenizer
 from tests.policies.tiny_models import CONFIGS, save_random
 from tests.toy_run import Run
 

@@ -20,7 +20,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from opdlab.tasks.toy import chain_tokenizer
+from opdlab.toy import chain_tokenizer
 from opdlab.types import Rollouts
 
 IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}

@@ -21,9 +21,9 @@ model:
   evaluation: {pass_at: [1], teacher: false}
   optimizer: {init_args: {lr: 0.002}}
 data:
-  train: {class_path: opdlab.tasks.toy.problems.ChainProblems, init_args: {num_problems: 8}}
+  train: {class_path: opdlab.toy.ChainProblems, init_args: {num_problems: 8}}
   benchmarks:
-    toy: {class_path: opdlab.tasks.toy.problems.ChainProblems, init_args: {num_problems: 2, split: held_out}}
+    toy: {class_path: opdlab.toy.ChainProblems, init_args: {num_problems: 2, split: held_out}}
   reuse: {prompts_per_pool: 4, epochs: 2, batch_size: 4}
 export: {enabled: false}
 save_pools: true

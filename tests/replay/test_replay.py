@@ -16,7 +16,7 @@ from opdlab.errors import UsageError
 from opdlab.gating import GateInputs, GateStrategy, build_gate
 from opdlab.objectives import SampledTokenOPD, TeacherTopK
 from opdlab.replay import Grid, RecordedStep, ReplayConfig, Replayer, expand, read_record, record_folders
-from opdlab.replay.gradients import mixtures, sketch
+from opdlab.replay.step_gradients import mixtures, sketch
 from opdlab.replay.steps import PLOTTED_TAUS, Row, effective_sample_size
 from opdlab.rollouts import Rollouts
 from opdlab.tau import EffectiveSampleSizeTau

@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import opdlab.scoring.gradients
 import opdlab.scoring.head
+import opdlab.scoring.head_gradients
 
 
 @pytest.fixture(params=[(1, 1), (5, 40), (13, 14 * 13), (4096, 1 << 24)], ids=["logits", "5 x 8", "13 x 14", "whole"])
@@ -14,12 +14,12 @@ def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     rows, logits = request.param
     monkeypatch.setattr(opdlab.scoring.head, "_MAX_TILE_ROWS", rows)
     monkeypatch.setattr(opdlab.scoring.head, "MAX_TILE_LOGITS", logits)
-    monkeypatch.setattr(opdlab.scoring.gradients, "MAX_PIECE", logits)
+    monkeypatch.setattr(opdlab.scoring.head_gradients, "MAX_PIECE", logits)
 
 
 @pytest.fixture(params=[0, 1000], ids=["rows gathered", "whole head"])
 def _backward(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opdlab.scoring.gradients, "_DENSE", request.param)
+    monkeypatch.setattr(opdlab.scoring.head_gradients, "_DENSE", request.param)
 
 
 @pytest.fixture

@@ -16,9 +16,8 @@ import opdlab.scoring.head
 from opdlab.scoring import (
     Head,
     LowRank,
-    support_logits,
+    chosen_logits,
     support_statistics,
-    token_logprobs,
     token_statistics,
     topk_with_statistics,
 )
@@ -120,13 +119,10 @@ def test_what_takes_no_gradient_gets_none(trained: str) -> None:
 @pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize("k", [K, 2 * V])
 @pytest.mark.parametrize("options", HEADS, ids=str)
-def test_functions(options: dict[str, Any], k: int) -> None:
-    model, targets, support = Adapted.make(bias=True), draw(N), draw(N, k)
-    more = {**options, "bias": model.bias, "low_rank": LowRank(model.down, model.up, SCALING)}
+def test_chosen_logits(options: dict[str, Any], k: int) -> None:
+    model, support = Adapted.make(bias=True), draw(N, k)
     expected = model.plain(**options).gather(1, support)
-    compare(support_logits(model.hidden, model.weight, support, **more), expected, model.variables())
-    expected = model.plain(**options).log_softmax(-1)[torch.arange(N), targets]
-    compare(token_logprobs(model.hidden, model.weight, targets, **more), expected, model.variables())
+    compare(chosen_logits(model.hidden, model.head(**options), support), expected, model.variables())
 
 
 @pytest.mark.usefixtures("_tiles")

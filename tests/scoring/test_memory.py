@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-import opdlab.scoring.gradients
 import opdlab.scoring.head
+import opdlab.scoring.head_gradients
 from opdlab.scoring import (
     Head,
     LowRank,
@@ -42,7 +42,7 @@ class _LargestTensor(TorchDispatchMode):
 @pytest.fixture
 def _wide_vocabulary(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(opdlab.scoring.head, "MAX_TILE_LOGITS", 8 * 4096)
-    monkeypatch.setattr(opdlab.scoring.gradients, "MAX_PIECE", 8 * 4096)
+    monkeypatch.setattr(opdlab.scoring.head_gradients, "MAX_PIECE", 8 * 4096)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
@@ -88,7 +88,7 @@ def test_never_holds_all_logits(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["adapter", "adapter and support", "frozen adapter"])
 def test_an_adapter_is_never_multiplied_out(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opdlab.scoring.head, "MAX_TILE_LOGITS", 8 * 512)
-    monkeypatch.setattr(opdlab.scoring.gradients, "MAX_PIECE", 8 * 512)
+    monkeypatch.setattr(opdlab.scoring.head_gradients, "MAX_PIECE", 8 * 512)
     # The update would be as large as the weight, 6 * 4096. Ids of the support, with the target's, are 512 * 33.
     assert _forward_and_backward(kind) <= 512 * 33
 

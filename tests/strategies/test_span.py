@@ -8,7 +8,7 @@ import torch
 from opdlab.errors import UsageError
 from opdlab.gating import GateInputs, Gates
 from opdlab.strategies import SpanGate
-from opdlab.tasks.toy import chain_tokenizer
+from opdlab.toy import chain_tokenizer
 
 # Padding holds newlines, which must not count. Id 0, because that is what the base class puts behind the mask.
 NEWLINE = 0

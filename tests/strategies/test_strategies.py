@@ -25,8 +25,8 @@ from opdlab.strategies import (
     TokenGate,
     TruncatedRatioGate,
 )
-from opdlab.tasks.toy import chain_tokenizer
 from opdlab.testing import GateTester
+from opdlab.toy import chain_tokenizer
 
 GATES: dict[str, Callable[..., GateStrategy]] = {
     "none": NoGate,

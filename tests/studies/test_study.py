@@ -85,8 +85,8 @@ def test_what_is_no_study_is_refused(changes: dict[str, Any], words: str) -> Non
             "variants: 'b': gate.tau.num_steps is 0, but must be at least 1",
         ),
         (
-            {"variants": [variant("none"), variant("b", "--model.max_tokens_per_microbatch=0")]},
-            "variants: 'b': model.max_tokens_per_microbatch is 0, but must be at least 1",
+            {"variants": [variant("none"), variant("b", "--model.max_tokens_per_pass=0")]},
+            "variants: 'b': model.max_tokens_per_pass is 0, but must be at least 1",
         ),
         ({"variants": [variant("none", "--data.max_prompt_tokens=0")]}, "data.max_prompt_tokens is 0"),
         ({"variants": [variant("none", "--gate_monitor.every_n_steps=0")]}, "gate_monitor.every_n_steps is 0"),

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from opdlab.evaluation.figures import MEAN
+from opdlab.evaluation.benchmark_metrics import MEAN
 from opdlab.seeds import derive_seed
 from opdlab.studies.report.load import Results
 from opdlab.studies.report.statistics import (

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from opdlab.evaluation.figures import MEAN
+from opdlab.evaluation.benchmark_metrics import MEAN
 from opdlab.studies.report.compare import TARGET, Comparison, Place
 from opdlab.studies.report.load import FINISHED, Results
 from opdlab.studies.report.statistics import LEVEL

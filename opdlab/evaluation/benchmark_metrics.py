@@ -9,8 +9,8 @@ from opdlab.evaluation.config import EvaluationConfig
 from opdlab.evaluation.samples import Sample
 from opdlab.metrics import MajorityVote, PassAtK, ProblemMean
 from opdlab.metrics.functional import standard_error_of_mean
-from opdlab.tasks.verifier import last_boxed
 from opdlab.types import StopReason
+from opdlab.verifiers.verifier import last_boxed
 
 ERROR_SUFFIX = "_se"
 MEAN = "mean"

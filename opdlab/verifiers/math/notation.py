@@ -1,4 +1,4 @@
-r"""What the text of two answers says that a computer algebra system does not see.
+r"""Differences between two answers that a computer algebra system does not see.
 
 math-verify drops number bases, units, and ``am``, and takes ``11=10`` for 10. The vetoes here refuse such answers, by
 regular expressions and without evaluating anything.
@@ -6,7 +6,7 @@ regular expressions and without evaluating anything.
 
 import re
 
-from opdlab.tasks.quantities import known_unit, tidy
+from opdlab.verifiers.quantities import known_unit, tidy
 
 NUMBERS_SIDE_BY_SIDE = re.compile(r"[+-]?[0-9.]++(?: ++[0-9.]++)++(?: *+/ *+[0-9]++)?")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)(?![a-zA-Z])|[{}]")
@@ -15,7 +15,7 @@ _BASED = re.compile(r"\(?([0-9A-F]*[0-9][0-9A-F]*)\)?_([0-9]+)")
 _CLOCK = re.compile(r"([0-9]{1,2}:[0-9]{2}|[0-9]{1,2}(?= )) *([ap])\.? *m\.?", re.IGNORECASE)
 _TRAILING_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox) *\{([^{}]*)\}((?:\^\{?[0-9]\}?)?)$")
 _NUMBER_AND_WORDS = re.compile(r"[+-]?[0-9][0-9.,/ ]*([a-zA-Z][a-zA-Z. ]{2,})")
-# What makes of several equations a list, or a relation of another kind.
+# Marks of a list of equations, or of another relation than equality.
 _NOT_A_CHAIN = re.compile(
     r",(?![0-9]{3})|;|\\\\|\b(?:or|and)\b|\\(?:quad|lor|land|vee|wedge|cup)|[<>!:~]=?|\\n?[lg]?eq?"
 )
@@ -25,12 +25,12 @@ _ALL_TEXT = re.compile(r"\s*\\text *\{([^{}]*)\}\s*")
 
 
 def plain_text(text: str) -> str:
-    r"""``\text{ Evelyn }.`` and ``Evelyn`` are one; what has other commands, digits or operators keeps them."""
+    r"""Return the text without braces and text commands: ``\text{ Evelyn }.`` becomes ``Evelyn``."""
     return " ".join(_TEXT.sub(" ", tidy(text)).split())
 
 
 def same_text(a: str, b: str) -> bool:
-    """Whether two answers are the same text, for words also in capitals; ``AB`` and ``ab`` may be products.
+    """True if two answers are the same text. Words may differ in case, but ``AB`` and ``ab`` may be products.
 
     Example:
         >>> same_text("True", "true"), same_text("AB", "ab")
@@ -43,7 +43,7 @@ def same_text(a: str, b: str) -> bool:
 
 
 def without_lead_in(text: str) -> str:
-    r"""Take off ``The answer is``.
+    r"""Return the text without ``The answer is`` at its start.
 
     Example:
         >>> without_lead_in(r"\text{The answer is }12"), without_lead_in("The answer is 12")
@@ -56,7 +56,7 @@ def without_lead_in(text: str) -> str:
 
 
 def with_base(text: str) -> str | None:
-    r"""Digits and base, ``2516_8``, or None for what is no number with a base.
+    r"""Return digits and base as ``2516_8``, or None for text that is not a number with a base.
 
     Example:
         >>> with_base("2516_{8}"), with_base("2516"), with_base("x_1")
@@ -67,9 +67,9 @@ def with_base(text: str) -> str | None:
 
 
 def differ(answer: str, gold: str) -> bool:
-    r"""Whether the notation alone says that two answers are not equal.
+    r"""True if the notation alone shows that two answers are not equal.
 
-    So it does for numbers side by side (``2 3/4``, which math-verify reads as 5/4), sets against tuples or intervals,
+    This holds for numbers side by side (``2 3/4``, which math-verify reads as 5/4), sets against tuples or intervals,
     another base than the gold one or none, another time of day, and other words after a number.
 
     Example:
@@ -84,7 +84,7 @@ def differ(answer: str, gold: str) -> bool:
 
 
 def chain(text: str) -> list[str]:
-    r"""The sides of ``a=b=c`` or ``a=b``; nothing for a list of equations or an equals sign in braces.
+    r"""Return the sides of ``a=b=c`` or ``a=b``; none for a list of equations or an equals sign in braces.
 
     Example:
         >>> chain("x=11=10"), chain("x=1, y=2"), chain(r"\sum_{n=1}^3 n")
@@ -111,7 +111,7 @@ def _times_differ(answer: str, gold: str) -> bool:
 
 
 def time_of_day(text: str) -> str | None:
-    """``3:45pm``, or None for what is no time with ``am`` or ``pm``.
+    """Return a time as ``3:45pm``, or None for text that is not a time with ``am`` or ``pm``.
 
     Example:
         >>> time_of_day("3:45 P.M."), time_of_day("3:45")
@@ -122,7 +122,7 @@ def time_of_day(text: str) -> str | None:
 
 
 def words_differ(answer: str, gold: str) -> bool:
-    r"""Whether other words stand after the number, at least one of them in ``\\text``.
+    r"""True if different words follow the number, at least one of them in ``\\text``.
 
     Example:
         >>> words_differ("10 oranges", r"10\text{ apples}"), words_differ("10", r"10\text{ apples}")
@@ -141,7 +141,7 @@ def words_differ(answer: str, gold: str) -> bool:
 
 
 def _words_after(text: str) -> str:
-    """What stands after a number or an expression: words, and a power."""
+    """Return the words after a number or an expression, with their power."""
     text = tidy(text)
     if (match := _TRAILING_TEXT.search(text)) and match.start() > 0:
         return match[1].strip() + re.sub("[{}]", "", match[2])

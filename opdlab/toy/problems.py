@@ -4,12 +4,12 @@ import itertools
 
 from opdlab.data.prompts import Problem, ProblemSource
 from opdlab.errors import require
-from opdlab.tasks.toy.chain import Split, chain_problems
-from opdlab.tasks.verifier import BoxedVerifier
+from opdlab.toy.chain import Split, chain_problems
+from opdlab.verifiers.verifier import BoxedVerifier
 
 
 class ChainProblems(ProblemSource):
-    """Chains of modular arithmetic; see :mod:`opdlab.tasks.toy.chain`.
+    """Chains of modular arithmetic; see :mod:`opdlab.toy.chain`.
 
     Args:
         num_problems: how many.
@@ -27,7 +27,7 @@ class ChainProblems(ProblemSource):
 
     @property
     def name(self) -> str:
-        """Names the split."""
+        """Name with the split."""
         return f"toy chains ({self.split})"
 
     def problems(self) -> list[Problem]:

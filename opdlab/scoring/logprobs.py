@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opdlab.scoring.gradients import HeadGradients
-from opdlab.scoring.head import Head, LogitTiles, LowRank, autocast_inputs, places, tiles
+from opdlab.scoring.head import Head, LogitTiles, autocast_inputs, places, tiles
+from opdlab.scoring.head_gradients import HeadGradients
 
 
 class TokenStatistics(NamedTuple):
@@ -188,9 +188,8 @@ def token_logprobs(
     temperature: float = 1.0,
     softcap: float | None = None,
     scale: float = 1.0,
-    low_rank: LowRank | None = None,
 ) -> Tensor:
-    """Log-probability of each target token, without ever holding [N, V].
+    """Log-probability of each target token: :func:`token_statistics` for a head given by its parts.
 
     Args:
         hidden: [N, H]; differentiable.
@@ -200,7 +199,6 @@ def token_logprobs(
         temperature: sampling temperature, above 0.
         softcap: bound of the logits' soft cap, or None.
         scale: factor on the logits.
-        low_rank: what LoRA adds to the weight, or None; differentiable.
 
     Returns:
         [N] float32 (float64 for float64 inputs), nats.
@@ -212,5 +210,4 @@ def token_logprobs(
         >>> torch.allclose(token_logprobs(hidden, weight, targets, temperature=0.7), plain, atol=1e-5)
         True
     """
-    head = Head(weight, bias, scale, softcap, temperature, low_rank=low_rank)
-    return token_statistics(hidden, head, targets).logprobs
+    return token_statistics(hidden, Head(weight, bias, scale, softcap, temperature), targets).logprobs

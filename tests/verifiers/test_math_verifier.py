@@ -17,10 +17,11 @@ from typing import Any
 import pytest
 
 from opdlab.errors import UsageError
-from opdlab.tasks import MathVerifier, Verdict
-from opdlab.tasks.hostile import HOSTILE_ANSWERS
-from opdlab.tasks.judging import Judgement, _judge_safely, _of_the_killed, canonical, judge
-from opdlab.tasks.workers import WorkerPool, WorkerStartError
+from opdlab.verifiers import MathVerifier, Verdict
+from opdlab.verifiers.math.judging import Judgement, canonical, judge
+from opdlab.verifiers.math.worker_pool import WorkerPool, WorkerStartError
+from opdlab.verifiers.math.worker_process import _judge_safely, _of_the_killed
+from tests.verifiers.hostile_answers import HOSTILE_ANSWERS
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -188,7 +189,7 @@ def test_equal_answers_have_one_form(
 
 
 def test_gold_answers_equal_themselves_also_where_texts_are_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opdlab.tasks.judging.same_text", lambda answer, gold: False)
+    monkeypatch.setattr("opdlab.verifiers.math.judging.same_text", lambda answer, gold: False)
     golds = _golds("math500")[::5]
     assert [gold for gold in golds if not judge(gold, gold, boxed=True).correct] == []
 
@@ -269,7 +270,7 @@ def test_two_threads_first_answers_start_one_pool(monkeypatch: pytest.MonkeyPatc
             time.sleep(0.2)
             super().__init__(*args)
 
-    monkeypatch.setattr("opdlab.tasks.math_verifier.WorkerPool", Slow)
+    monkeypatch.setattr("opdlab.verifiers.math.math_verifier.WorkerPool", Slow)
     verifier = MathVerifier(num_workers=1)
     threads = [threading.Thread(target=verifier.submit, args=([], [])) for _ in range(4)]
     for thread in threads:
@@ -308,16 +309,16 @@ def test_killed_processes_are_replaced() -> None:
     verifier = MathVerifier(num_workers=1, time_limit=30)
     assert verifier.verify([r"\boxed{1}"], ["1"]) == _verdicts("1")
     for victim in ("fork", "process"):
-        process = _children(os.getpid(), "opdlab.tasks.judging")[-1]
+        process = _children(os.getpid(), "opdlab.verifiers.math.worker_process")[-1]
         os.kill(process if victim == "process" else _children(process)[0], signal.SIGKILL)
         assert verifier.verify([r"\boxed{1}"] * 2, ["1", "2"]) == [*_verdicts("1"), Verdict(False, "1", "different")]
 
 
 def test_a_stopped_process_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opdlab.tasks.workers._GRACE", 0.3)
+    monkeypatch.setattr("opdlab.verifiers.math.worker_pool._GRACE", 0.3)
     verifier = MathVerifier(num_workers=1, time_limit=0.2)
     assert verifier.verify([r"\boxed{1}"], ["1"]) == _verdicts("1")
-    process = _children(os.getpid(), "opdlab.tasks.judging")[-1]
+    process = _children(os.getpid(), "opdlab.verifiers.math.worker_process")[-1]
     os.kill(_children(process)[0], signal.SIGSTOP)
     assert verifier.verify([r"\boxed{1}"], ["1"]) == [Verdict(False, "1", "time limit")]
     assert verifier.verify([r"\boxed{1}"], ["1"]) == _verdicts("1")
@@ -338,14 +339,14 @@ def _children(parent: int, command: str = "") -> list[int]:
 
 
 def test_memory_is_bounded() -> None:
-    code = "from opdlab.tasks.judging import _limit_memory; _limit_memory(1 << 30); bytearray(2 << 30)"
+    code = "from opdlab.verifiers.math.worker_process import _limit_memory; _limit_memory(1 << 30); bytearray(2 << 30)"
     result = _python(code)
     assert "MemoryError" in result.stderr
 
 
 @pytest.mark.parametrize("hard", [1 << 29, resource.RLIM_INFINITY])
 def test_memory_limit_stays_within_the_systems(hard: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from opdlab.tasks.judging import _limit_memory
+    from opdlab.verifiers.math.worker_process import _limit_memory
 
     limits: list[object] = []
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (hard, hard))
@@ -361,7 +362,7 @@ def test_errors_are_the_answers_fault(error: Exception, reason: str, monkeypatch
     def fail(*_: object) -> Judgement:
         raise error
 
-    monkeypatch.setattr("opdlab.tasks.judging.judge", fail)
+    monkeypatch.setattr("opdlab.verifiers.math.worker_process.judge", fail)
     state = bytearray(1)
     assert json.loads(_judge_safely(b'["1", "1", true]', state)) == [False, None, reason]  # type: ignore[arg-type]
 
@@ -393,17 +394,18 @@ def _python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 def test_processes_do_not_load_torch(verifier: MathVerifier) -> None:
     """Neither the module that they run nor, as multiprocessing would, the main script."""
-    result = _python("import sys, opdlab.tasks.judging; print({'torch', 'lightning', 'transformers'} & {*sys.modules})")
+    module = "opdlab.verifiers.math.worker_process"
+    result = _python(f"import sys, {module}; print({{'torch', 'lightning', 'transformers'}} & {{*sys.modules}})")
     assert result.stdout.strip() == "set()"
     verifier.verify([r"\boxed{1}"], ["1"])
-    process = _children(os.getpid(), "opdlab.tasks.judging")[-1]
+    process = _children(os.getpid(), "opdlab.verifiers.math.worker_process")[-1]
     assert "torch" not in Path(f"/proc/{process}/maps").read_text()
     assert "torch" in Path("/proc/self/maps").read_text()
 
 
 _SCRIPT = """
 import sys
-from opdlab.tasks import MathVerifier
+from opdlab.verifiers import MathVerifier
 verifier = MathVerifier(num_workers=1, time_limit=2.0)  # no guard of __main__ is needed
 print(verifier.verify([r"\\boxed{1}"] * 2, ["1", "2"])[0].correct, flush=True)
 wait = verifier.submit([r"\\boxed{9^{9^{9^{9^{%d}}}}}" % n for n in range(40)], ["1"] * 40)
@@ -453,7 +455,7 @@ def test_processes_end_with_the_verifier() -> None:
     before = set(_children(os.getpid()))  # of other tests' verifiers
     verifier = MathVerifier(num_workers=1)
     verifier.verify([r"\boxed{1}"], ["1"])
-    (process,) = set(_children(os.getpid(), "opdlab.tasks.judging")) - before
+    (process,) = set(_children(os.getpid(), "opdlab.verifiers.math.worker_process")) - before
     threads = threading.active_count()
     del verifier
     assert not _is_alive(process)
@@ -461,7 +463,7 @@ def test_processes_end_with_the_verifier() -> None:
 
 
 def test_processes_that_cannot_start_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opdlab.tasks.workers._PROGRAM", "raise ImportError('no such thing')")
+    monkeypatch.setattr("opdlab.verifiers.math.worker_pool._PROGRAM", "raise ImportError('no such thing')")
     verifier = MathVerifier(num_workers=1)
     for _ in range(2):
         with pytest.raises(WorkerStartError, match="no process can be started .* ImportError: no such thing"):

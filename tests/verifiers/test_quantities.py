@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opdlab.tasks.hostile import HOSTILE_ANSWERS
-from opdlab.tasks.quantities import parse_quantity, same_quantity
+from opdlab.verifiers.quantities import parse_quantity, same_quantity
+from tests.verifiers.hostile_answers import HOSTILE_ANSWERS
 
 READ = [
     ("12", 12, None),

@@ -8,10 +8,9 @@ import re
 
 import pytest
 
-from opdlab.tasks import BoxedVerifier
-from opdlab.tasks.toy import ChainProblem, chain_problems, chain_tokenizer, make_models
-from opdlab.tasks.toy.chain import Split
-from opdlab.tasks.toy.problems import ChainProblems
+from opdlab.toy import ChainProblem, ChainProblems, chain_problems, chain_tokenizer, make_models
+from opdlab.toy.chain import Split
+from opdlab.verifiers import BoxedVerifier
 
 SPLITS: tuple[Split, ...] = ("sft", "train", "held_out")
 STEP = re.compile(r"([a-k])([-+*])(\d): (\d{1,2})([-+*])(\d)=(\d{1,2})")

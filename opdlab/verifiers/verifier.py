@@ -14,10 +14,10 @@ _DEPTHS = {"{": 1, "}": -1}
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a verifier says of one response.
+    """The outcome for one response.
 
     Args:
-        correct: whether the answer counts as right.
+        correct: whether the answer counts as correct.
         extracted: the answer that was found in the response, or None. Verifiers give answers that they take for equal
             the same text as far as they can, so that a majority vote can count them; at most 200 characters.
         reason: why, in a word or two: ``equal``, ``different``, ``no answer``, ``time limit``, …
@@ -61,7 +61,7 @@ def last_boxed(text: str) -> str | None:
     start = text.rfind(_BOXED)
     if start < 0:
         return None
-    # From the last box on, each character is looked at once, however many braces a hostile text has.
+    # From the last box on, each character is read once, however many braces a hostile text has.
     depth, first = 1, start + len(_BOXED)
     for match in _BRACES.finditer(text, first):
         depth += _DEPTHS.get(match.group(), 0)
@@ -87,7 +87,7 @@ def bounded_form(text: str) -> str:
 
 
 class BoxedVerifier(Verifier):
-    r"""Right when the text in the last ``\boxed{…}`` equals the gold answer, white space at the ends aside.
+    r"""Correct if the text in the last ``\boxed{…}`` equals the gold answer, apart from white space at the ends.
 
     Args:
         at_end: the box must also close the response, as it does in the toy world, where anything after it

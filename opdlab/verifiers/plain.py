@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from opdlab.errors import UsageError, require
-from opdlab.tasks.quantities import parse_number, parse_quantity, tidy, without_assignment
-from opdlab.tasks.verifier import Verdict, Verifier, bounded_form, last_boxed
+from opdlab.verifiers.quantities import parse_number, parse_quantity, tidy, without_assignment
+from opdlab.verifiers.verifier import Verdict, Verifier, bounded_form, last_boxed
 
-# Without a box the answer is looked for at the end; an answer that is further away than this is none.
+# Without a box the answer is looked for at the end; numbers further from the end are ignored.
 _TAIL_CHARACTERS = 2000
 
 
 class ExactMatchVerifier(Verifier):
-    r"""Right when the answer has the same text as the gold one.
+    r"""Correct if the answer has the same text as the gold answer.
 
     ``extracted`` is the text as it is compared.
 
@@ -52,13 +52,13 @@ class ExactMatchVerifier(Verifier):
 
 
 class NumericVerifier(Verifier):
-    r"""Right when the last number of the answer is the gold one, within a tolerance.
+    r"""Correct if the last number of the answer equals the gold number within a tolerance.
 
-    What stands in the last ``\boxed{…}`` is read whole by :func:`~opdlab.tasks.quantities.parse_quantity`, as is the
-    gold answer; where that finds no plain number, or without a box, the last number counts. Such numbers are integers,
-    decimals, fractions (``3/4``, ``\frac{3}{4}``), thousands with commas, and ``1.2e5``. They are compared as exact
-    fractions, and ``extracted`` is that fraction. Units and words are not looked at, and 50 % is 50:
-    :class:`~opdlab.tasks.MathVerifier` is the stricter judge.
+    What stands in the last ``\boxed{…}`` is read whole by :func:`~opdlab.verifiers.quantities.parse_quantity`, as is
+    the gold answer; where that finds no plain number, or without a box, the last number counts. Such numbers are
+    integers, decimals, fractions (``3/4``, ``\frac{3}{4}``), thousands with commas, and ``1.2e5``. They are compared as
+    exact fractions, and ``extracted`` is that fraction. Units and words are ignored, and 50 % is 50:
+    :class:`~opdlab.verifiers.MathVerifier` is stricter.
 
     Args:
         relative_tolerance: as a share of the gold value, at least 0.
@@ -92,7 +92,7 @@ class NumericVerifier(Verifier):
         if wanted is None:
             raise UsageError(
                 f"the gold answer {gold[:80]!r} is not a number that NumericVerifier can read: correct it, or use "
-                "opdlab.tasks.MathVerifier or ExactMatchVerifier"
+                "opdlab.verifiers.MathVerifier or ExactMatchVerifier"
             )
         boxed = last_boxed(response)
         found = None if boxed is None else _plain_number(boxed)

@@ -1,8 +1,8 @@
-"""Train the toy teacher and student that the quickstart distils: ``python -m opdlab.tasks.toy.make_models OUT``.
+"""Train the toy teacher and student that the quickstart distils: ``python -m opdlab.toy.make_models OUT``.
 
 The teacher learns exact traces. The student is an earlier checkpoint of the same run, pushed off course by a few
 steps on traces in which a fifth of the results is random: a deliberately degraded copy, so distilling it back is
-largely recovery. ``opdlab/tasks/toy/models/RECORD.txt`` holds the output of the run that made the shipped weights.
+largely recovery. ``opdlab/toy/models/RECORD.txt`` holds the output of the run that made the shipped weights.
 """
 
 import argparse
@@ -16,8 +16,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from opdlab.tasks.toy.chain import Split, chain_problems, chain_tokenizer
-from opdlab.tasks.verifier import BoxedVerifier
+from opdlab.toy.chain import Split, chain_problems, chain_tokenizer
+from opdlab.verifiers.verifier import BoxedVerifier
 
 BATCH_SIZE = 32
 Examples = Callable[[], tuple[str, str]]

@@ -7,11 +7,11 @@ from fractions import Fraction
 import pytest
 from jsonargparse import ArgumentParser
 
-import opdlab.tasks
+import opdlab.verifiers
 from opdlab.errors import UsageError
-from opdlab.tasks import BoxedVerifier, ExactMatchVerifier, NumericVerifier, Verdict, Verifier
-from opdlab.tasks.hostile import HOSTILE_ANSWERS
-from opdlab.tasks.verifier import last_boxed
+from opdlab.verifiers import BoxedVerifier, ExactMatchVerifier, NumericVerifier, Verdict, Verifier
+from opdlab.verifiers.verifier import last_boxed
+from tests.verifiers.hostile_answers import HOSTILE_ANSWERS
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_tolerances_are_inclusive_and_the_larger_counts() -> None:
 
 
 def test_a_gold_answer_must_be_a_number() -> None:
-    with pytest.raises(UsageError, match="'east' is not a number .* use opdlab.tasks.MathVerifier"):
+    with pytest.raises(UsageError, match="'east' is not a number .* use opdlab.verifiers.MathVerifier"):
         NumericVerifier().verify(["1"], ["east"])
 
 
@@ -186,9 +186,9 @@ def test_bad_tolerances_are_refused(key: str, value: float) -> None:
 def test_verifiers_can_be_given_in_yaml(name: str, options: dict[str, object]) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--verifier", type=Verifier)
-    given = json.dumps({"class_path": f"opdlab.tasks.{name}", "init_args": options})
+    given = json.dumps({"class_path": f"opdlab.verifiers.{name}", "init_args": options})
     verifier = parser.instantiate_classes(parser.parse_args(["--verifier", given])).verifier
-    assert type(verifier) is getattr(opdlab.tasks, name)
+    assert type(verifier) is getattr(opdlab.verifiers, name)
     assert {key: getattr(verifier, key) for key in options} == options
 
 

@@ -1,6 +1,6 @@
 r"""Plain numbers in answers, read strictly and exactly.
 
-Graders of mathematical expressions stumble over how people write plain numbers: to math-verify, ``1 000`` is 0,
+Graders of mathematical expressions misread common ways to write plain numbers: to math-verify, ``1 000`` is 0,
 ``2 3/4`` is 5/4, and ``10 cm`` equals ``10 m``. This module reads such answers as an exact fraction with a unit, by
 regular expressions on bounded text, and reads nothing that could mean something else.
 """
@@ -67,7 +67,7 @@ def parse_quantity(text: str) -> Quantity | None:
 
 
 def same_quantity(gold: Quantity, answer: Quantity) -> bool:
-    """Whether two quantities count as equal.
+    """True if two quantities count as equal.
 
     Values are compared exactly. A decimal of at least six places also equals a fraction that no decimal can equal,
     where it is that fraction rounded. A unit may be missing on one side, but two units must be the same: nothing is
@@ -89,7 +89,7 @@ def same_quantity(gold: Quantity, answer: Quantity) -> bool:
 
 
 def tidy(text: str) -> str:
-    r"""Take off what carries no meaning: dollars around it, spacing commands, punctuation and line breaks at the end.
+    r"""Return the text without dollars around it, spacing commands, and punctuation and line breaks at the end.
 
     Example:
         >>> tidy(r"$\dfrac{1}{2}\,.$"), tidy(r"\left(1,~2\right).")
@@ -104,7 +104,7 @@ def tidy(text: str) -> str:
 
 
 def without_assignment(text: str) -> str:
-    """Take off the ``x =`` before a value.
+    """Return the text without the ``x =`` before a value.
 
     Example:
         >>> without_assignment("x = 5"), without_assignment("2x = 5")
@@ -114,7 +114,7 @@ def without_assignment(text: str) -> str:
 
 
 def known_unit(words: str) -> str | None:
-    """The canonical name of a unit.
+    """Return the canonical name of a unit, or None for an unknown one.
 
     Example:
         >>> known_unit("square feet"), known_unit("apples")
@@ -124,7 +124,7 @@ def known_unit(words: str) -> str | None:
 
 
 def _without_ending(text: str) -> str:
-    """Without punctuation and line breaks at the end; each character is looked at once."""
+    """Return the text without punctuation and line breaks at the end; each character is read once."""
     end = len(text)
     while end and (text[end - 1] in ".,;: " or text.endswith("\\\\", 0, end)):
         end -= 1 if text[end - 1] in ".,;: " else 2
@@ -143,7 +143,7 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def _number_at(text: str, start: int) -> tuple[Fraction, int | None, int] | None:
-    """Value, decimal places and end of the number that starts there."""
+    """Return value, decimal places and end of the number that starts there, or None."""
     for pattern in (_LATEX_FRACTION, _SLASHED_FRACTION):
         if match := pattern.match(text, start):
             whole, *parts = match.groups("")
@@ -164,7 +164,7 @@ def _number_at(text: str, start: int) -> tuple[Fraction, int | None, int] | None
 
 
 def _power_of_ten(exponent: str) -> Fraction | None:
-    """Bounded, since ``10**10**9`` would take all memory."""
+    """Return the power, or None for a large exponent: ``10**10**9`` would take all memory."""
     return Fraction(10) ** int(exponent) if abs(int(exponent)) <= _MAX_EXPONENT else None
 
 
@@ -176,7 +176,7 @@ def _fraction(whole: str, numerator: str, denominator: str) -> Fraction | None:
 
 
 def _suffix(text: str) -> tuple[int, str | None] | None:
-    """Factor and canonical unit of what follows a number; None where it is neither."""
+    """Return factor and canonical unit of the text after a number; None if it is neither."""
     glued = bool(text) and text[0].isalpha()
     words = _TEXT_COMMANDS.sub(" ", text)
     words = re.sub(r"\s+", " ", re.sub(r"[{}]", "", words)).strip()
@@ -210,7 +210,7 @@ def _same_number(a: Quantity, b: Quantity) -> bool:
 
 
 def _is_rounded(decimal: Quantity, exact: Quantity) -> bool:
-    """Whether ``decimal`` is ``exact``, a fraction without an end in decimals, rounded to its places."""
+    """True if ``decimal`` is ``exact``, a fraction without an end in decimals, rounded to its places."""
     if decimal.places is None or decimal.places < _MIN_ROUNDED_PLACES:
         return False
     rest = exact.value.denominator

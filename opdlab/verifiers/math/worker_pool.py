@@ -13,13 +13,13 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from opdlab.tasks.judging import Judgement
+from opdlab.verifiers.math.judging import Judgement
 
 # Not multiprocessing: it would run the main script again in each process, which imports torch. Its path is ours,
 # since the package may be importable only by what this process did to sys.path.
 _PROGRAM = (
     "import json, sys; fd, path, *limits = json.loads(sys.argv[1]); sys.path[:] = path; "
-    "from multiprocessing.connection import Connection; from opdlab.tasks.judging import serve; "
+    "from multiprocessing.connection import Connection; from opdlab.verifiers.math.worker_process import serve; "
     "serve(Connection(fd), *limits)"
 )
 _START_LIMIT = 300.0  # seconds; a cold file system on a busy cluster is slow
@@ -28,7 +28,7 @@ _GRACE = 5.0
 
 
 class WorkerStartError(RuntimeError):
-    """No process can be started: never an answer's fault."""
+    """No process can be started, whatever the answer."""
 
 
 class WorkerPool:
@@ -48,7 +48,7 @@ class WorkerPool:
         self._stopped = False
         self._broken: WorkerStartError | None = None
         self._workers: set[_Worker] = set()
-        # Daemons: an interpreter that ends must not wait for answers that nobody will look at.
+        # Daemons: an interpreter that ends must not wait for answers that nothing reads.
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(num_workers)]
         for thread in self._threads:
             thread.start()
@@ -64,7 +64,7 @@ class WorkerPool:
         return future
 
     def stop(self) -> None:
-        """End all processes, whatever they are at."""
+        """Kill all processes, also those at work."""
         if os.getpid() != self.owner:
             return  # a fork of the parent that ends must not take the parent's processes along
         with self._lock:
@@ -92,7 +92,7 @@ class WorkerPool:
                     worker = None
                     future.set_result(Judgement(False, None, "time limit"))
                 except (EOFError, OSError):
-                    # The process itself died, not the fork of it that judges: hardly the answer's fault, so once more.
+                    # The process itself died, not the fork that judges. The answer is hardly the cause, so try again.
                     self._end(worker)
                     worker = None
                     if reason is None:
@@ -142,7 +142,7 @@ class _Worker:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             pass_fds=[theirs.fileno()],
-            process_group=0,  # to be killed with its forks; and Ctrl-C is the parent's business
+            process_group=0,  # to be killed with its forks; and the parent handles Ctrl-C
             env={**os.environ, "PYTHONHASHSEED": "0"},  # canonical forms are the same in every process
         )
         theirs.close()

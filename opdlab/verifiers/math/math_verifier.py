@@ -8,30 +8,30 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from opdlab.errors import require
-from opdlab.tasks.quantities import tidy
-from opdlab.tasks.verifier import Verdict, Verifier, bounded_form, last_boxed
-from opdlab.tasks.workers import WorkerPool
+from opdlab.verifiers.math.worker_pool import WorkerPool
+from opdlab.verifiers.quantities import tidy
+from opdlab.verifiers.verifier import Verdict, Verifier, bounded_form, last_boxed
 
-# Without a box the answer is looked for at the end of the response; more text only costs time.
+# Without a box the answer is searched for at the end of the response; more text only costs time.
 _TAIL_CHARACTERS = 400
 # No answer to a problem is as long; parsing it would only cost time.
 _MAX_CHARACTERS = 5000
 _MIN_MEMORY = 512
-# One for all, since a verifier must pickle.
+# Of the module, since a verifier must pickle.
 _STARTING = threading.Lock()
 
 
 class MathVerifier(Verifier):
-    r"""Right when the answer is mathematically equal to the gold one.
+    r"""Correct if the answer is mathematically equal to the gold answer.
 
     The answer is what stands in the last ``\boxed{…}``, or without a box whatever math-verify finds at the end of the
-    response. Plain numbers, with units or without, are compared exactly (:mod:`opdlab.tasks.quantities` says what is
-    read how), everything else by math-verify. A right answer's ``extracted`` is the canonical form of the gold answer
-    and a wrong one's its own, as far as SymPy finds it: ``\frac{2}{4}`` and ``0.5`` are both ``1/2``, so that equal
-    answers can be counted as one; where no form is found in time, it is the text. Since only right answers are compared
-    with the gold one, wrong ones may split into more forms than they should.
+    response. Plain numbers, with units or without, are compared exactly (:mod:`opdlab.verifiers.quantities` says what
+    is read how), everything else by math-verify. A right answer's ``extracted`` is the canonical form of the gold
+    answer and a wrong one's its own, as far as SymPy finds it: ``\frac{2}{4}`` and ``0.5`` are both ``1/2``, so that
+    equal answers can be counted as one; where no form is found in time, it is the text. Since only right answers are
+    compared with the gold one, wrong ones may split into more forms than they should.
 
-    Answers are untrusted and never looked at in this process. What takes longer than the limit, or more memory, is
+    Answers are untrusted and never parsed in this process. One that takes longer than the limit, or more memory, is
     wrong; its process is replaced. Processes start with the first answers and end with the verifier.
 
     Args:
@@ -101,7 +101,7 @@ class MathVerifier(Verifier):
 
 
 def _with_form(verdict: Verdict, answer: str, boxed: bool, gold: str) -> Verdict:
-    """Give an answer whose form could not be found its text, so that it has its vote all the same."""
+    """Put the text where no canonical form was found, so that the answer still counts in a majority vote."""
     if verdict.extracted is not None or verdict.reason == "no answer" or not (verdict.correct or boxed):
         return verdict
     text = bounded_form(tidy(gold if verdict.correct else answer))

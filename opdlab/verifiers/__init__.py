@@ -1,0 +1,7 @@
+"""Verifiers decide whether an answer is right; they know nothing of data or training."""
+
+from opdlab.verifiers.math.math_verifier import MathVerifier
+from opdlab.verifiers.plain import ExactMatchVerifier, NumericVerifier
+from opdlab.verifiers.verifier import BoxedVerifier, Verdict, Verifier
+
+__all__ = ["BoxedVerifier", "ExactMatchVerifier", "MathVerifier", "NumericVerifier", "Verdict", "Verifier"]

@@ -1,0 +1,1 @@
+"""Mathematical answers: equality, the canonical form, and the processes that judge untrusted text."""

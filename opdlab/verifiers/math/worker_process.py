@@ -1,0 +1,118 @@
+"""The process that judges mathematical answers, from the inside.
+
+The process that the parent started only forks: a child judges, and the kernel ends the child when an answer's time is
+up, even inside C code. Forking takes a millisecond where a new interpreter with SymPy takes half a second.
+
+This module must stay light: no torch.
+"""
+
+import gc
+import json
+import logging
+import mmap
+import os
+import resource
+import signal
+import sys
+from multiprocessing.connection import Connection
+
+from opdlab.verifiers.math.judging import Judgement, judge
+
+# A child that has grown by more than this is replaced: SymPy's caches keep what it has seen.
+_MAX_GROWTH = 256 << 20
+
+_IDLE, _BUSY, _DIFFERENT, _EQUAL = range(4)
+_EXIT_PARENT_GONE, _EXIT_GROWN, _EXIT_FAILED = range(3)
+
+# Judged before any time limit runs: loads SymPy and fills the grammar's caches, which every fork inherits.
+_WARM_UP = (
+    (r"\frac{x}{2} + \sqrt{3}", r"\sqrt{3} + 0.5x"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3, -\frac{\pi}{2})"),
+    (r"\{1, 2\}", "1, 3"),
+    ("x^2 - 2x + 1 = 0", "y = 2x + 3"),
+    (r"\sin(x) + \log_2 5", r"\cos^2 x - 5!"),
+)
+
+
+def serve(channel: Connection, time_limit: float, memory_limit: int) -> None:
+    """Judge the answers that come through the channel until it closes.
+
+    Args:
+        channel: receives ``[answer, gold, boxed]`` as JSON, one at a time, and sends back the :class:`Judgement`.
+        time_limit: seconds for one answer.
+        memory_limit: MiB of address space.
+    """
+    _limit_memory(memory_limit << 20)
+    for name in ("math_verify", "latex2sympy2_extended"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
+    for answer, gold in _WARM_UP:
+        judge(answer, gold, boxed=True)
+    gc.freeze()  # leave the pages shared with the children alone
+    state = mmap.mmap(-1, 1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # until here it told the parent why this failed
+    channel.send_bytes(b"ready")
+    while True:
+        state[0] = _IDLE
+        child = os.fork()
+        if child == 0:
+            _serve_in_child(channel, state, time_limit)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        if state[0] != _IDLE:
+            channel.send_bytes(json.dumps(_of_the_killed(state[0], status)).encode())
+        elif status in (_EXIT_PARENT_GONE, _EXIT_FAILED):
+            return
+
+
+def _limit_memory(limit: int) -> None:
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
+def _of_the_killed(state: int, status: int) -> Judgement:
+    if state in (_EQUAL, _DIFFERENT):  # only the canonical form took too long
+        return Judgement(state == _EQUAL, None, "equal" if state == _EQUAL else "different")
+    return Judgement(False, None, "time limit" if status == -signal.SIGALRM else "worker died")
+
+
+def _serve_in_child(channel: Connection, state: mmap.mmap, time_limit: float) -> None:
+    code = _EXIT_FAILED
+    try:
+        largest = _peak_memory() + _MAX_GROWTH
+        while _peak_memory() < largest:
+            request = channel.recv_bytes()
+            state[0] = _BUSY
+            signal.setitimer(signal.ITIMER_REAL, time_limit)
+            answer = _judge_safely(request, state)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            state[0] = _IDLE
+            channel.send_bytes(answer)
+        code = _EXIT_GROWN
+    except (EOFError, OSError):
+        code = _EXIT_PARENT_GONE
+    finally:
+        os._exit(code)
+
+
+def _judge_safely(request: bytes, state: mmap.mmap) -> bytes:
+    def decided(equal: bool) -> None:
+        state[0] = _EQUAL if equal else _DIFFERENT
+
+    try:
+        answer, gold, boxed = json.loads(request)
+        judgement = judge(answer, gold, boxed, decided)
+    except MemoryError:
+        judgement = Judgement(False, None, "memory limit")
+    except Exception as error:  # an answer that makes math-verify fail is wrong
+        judgement = Judgement(False, None, f"not understood ({type(error).__name__})")
+    if judgement.reason not in ("equal", "different") and state[0] in (_EQUAL, _DIFFERENT):
+        judgement = _of_the_killed(state[0], 0)
+    return json.dumps(judgement).encode()
+
+
+def _peak_memory() -> int:
+    """Return the peak resident memory in bytes; the system call counts in KiB, except on macOS."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
