@@ -57,7 +57,7 @@ class FilterReweightGate(RuleGate):
         """Where the teacher is sure and the student is not."""
         return (1 + self.alpha) * (1 + self.beta)
 
-    def drift_gate(self, inputs: GateInputs) -> Tensor:
+    def weight(self, inputs: GateInputs) -> Tensor:
         """See the class."""
         assert inputs.teacher_logprobs is not None
         assert inputs.teacher_entropy is not None

@@ -45,12 +45,12 @@ class PrefixGate(RuleGate):
         """The first token's."""
         return 1 + self.gamma
 
-    def drift_gate(self, inputs: GateInputs) -> Tensor:
+    def weight(self, inputs: GateInputs) -> Tensor:
         """See the class; a response on which both agree everywhere has ``1 + gamma`` throughout."""
-        assert inputs.teacher_logprobs is not None
-        wide = inputs.drift.dtype
-        gap = (inputs.teacher_logprobs.to(wide) - inputs.current_logprobs.to(wide)).abs()
+        gap = inputs.teacher_gap
+        assert gap is not None
         # A share of the largest first, so that sums of huge gaps stay finite.
+        gap = gap.abs()
         gap = gap / gap.amax(1, keepdim=True).clamp(min=1e-30) if gap.shape[1] else gap
         before = gap.cumsum(1) - gap
         return 1 + self.gamma * (1 - (before / gap.sum(1, keepdim=True).clamp(min=1e-30)).clamp(max=1))

@@ -42,7 +42,7 @@ class RatioMaskGate(RuleGate):
         _check_band(min_ratio, max_ratio)
         self.min_ratio, self.max_ratio = min_ratio, max_ratio
 
-    def drift_gate(self, inputs: GateInputs) -> Tensor:
+    def weight(self, inputs: GateInputs) -> Tensor:
         """1 inside the band, 0 outside."""
         return _inside(inputs.drift, self.min_ratio, self.max_ratio).to(inputs.drift.dtype)
 
@@ -81,7 +81,7 @@ class TruncatedRatioGate(RuleGate):
         """The cut."""
         return self.max_ratio
 
-    def drift_gate(self, inputs: GateInputs) -> Tensor:
+    def weight(self, inputs: GateInputs) -> Tensor:
         """The truncated ratio."""
         return inputs.drift.clamp(max=math.log(self.max_ratio)).exp()
 
@@ -130,7 +130,7 @@ class SequenceRatioMaskGate(RuleGate):
         """A response is one segment."""
         return torch.zeros_like(inputs.tokens)
 
-    def drift_gate(self, inputs: GateInputs) -> Tensor:
+    def weight(self, inputs: GateInputs) -> Tensor:
         """1 for a response inside the band, 0 for one outside."""
         total = inputs.drift.sum(1, keepdim=True)
         if self.aggregate == "geometric_mean":

@@ -49,11 +49,10 @@ class SignConsistencyGate(RuleGate):
         """Where teacher and verdict agree."""
         return 1 + self.strength
 
-    def drift_gate(self, inputs: GateInputs) -> Tensor:
+    def weight(self, inputs: GateInputs) -> Tensor:
         """See the class."""
-        assert inputs.teacher_logprobs is not None
+        gap = inputs.teacher_gap
+        assert gap is not None
         assert inputs.correct is not None
-        wide = inputs.drift.dtype
-        preference = (inputs.teacher_logprobs.to(wide) - inputs.current_logprobs.to(wide)).sign()
-        verdict = torch.where(inputs.correct < 0, 0, 2 * inputs.correct - 1).to(wide)
-        return 1 + self.strength * preference * verdict
+        verdict = torch.where(inputs.correct < 0, 0, 2 * inputs.correct - 1).to(gap.dtype)
+        return 1 + self.strength * gap.sign() * verdict

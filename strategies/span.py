@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from opdlab.errors import UsageError, require
-from opdlab.gating import GateInputs, GateStrategy, register_gate
+from opdlab.gating import DriftGate, GateInputs, register_gate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 @register_gate("span")
-class SpanGate(GateStrategy):
+class SpanGate(DriftGate):
     r"""Spans of text between newlines, the paper's NewlineSpan (arXiv 2606.24084).
 
     A token whose text holds a newline closes its span and belongs to it. A span shorter than ``min_tokens`` merges
@@ -26,7 +26,7 @@ class SpanGate(GateStrategy):
         min_tokens: shortest span, at least 1.
         max_tokens: longest span, at least ``min_tokens``.
         fallback_tokens: chunk length of a response without a newline, at least 1.
-        options: see :class:`opdlab.gating.GateStrategy`.
+        options: see :class:`opdlab.gating.DriftGate`.
 
     Example:
         >>> tokens = torch.tensor([[5, 5, 1, 5, 1, 5, 5, 5, 1, 5]])  # 1 is the newline

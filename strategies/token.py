@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from opdlab.gating import GateInputs, GateStrategy, register_gate
+from opdlab.gating import DriftGate, GateInputs, register_gate
 
 
 @register_gate("token")
-class TokenGate(GateStrategy):
+class TokenGate(DriftGate):
     """Every token is a segment of its own: the finest gate, and the noisiest.
 
     The paper (arXiv 2606.24084) argues against it but did not run it.
