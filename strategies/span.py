@@ -63,7 +63,7 @@ class SpanGate(DriftGate):
             self.newline_token_ids = [index for index, text in enumerate(texts) if "\n" in text]
 
     def segment_ids(self, inputs: GateInputs) -> Tensor:
-        """Label each position with the column that its span (or chunk of a span) starts in."""
+        """Return, for each position, the column in which its span (or chunk of a span) starts."""
         if self.newline_token_ids is None:
             raise UsageError("gate.newline_token_ids is not known yet: give it, or call gate.setup(tokenizer) first")
         mask = inputs.mask.bool()
@@ -77,7 +77,7 @@ class SpanGate(DriftGate):
         return columns - (columns - start) % chunk
 
     def _span_starts(self, closes: Tensor, lengths: Tensor) -> Tensor:
-        """[B, T]: the first column of the merged span that a column belongs to."""
+        """Return the first column of each column's merged span, [B, T]."""
         num_columns = closes.shape[1]
         columns = torch.arange(num_columns + 1, device=closes.device).expand(closes.shape[0], -1)
         # close[c]: the first closing column at or after c; following[c]: where the span that starts at c ends + 1,

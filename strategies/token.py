@@ -20,5 +20,5 @@ class TokenGate(DriftGate):
     """
 
     def segment_ids(self, inputs: GateInputs) -> Tensor:
-        """One label per column."""
+        """Return one label per column."""
         return torch.arange(inputs.tokens.shape[1], device=inputs.tokens.device).expand_as(inputs.tokens)

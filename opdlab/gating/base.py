@@ -14,7 +14,7 @@ from torch import Tensor
 
 from opdlab.errors import UsageError, require
 from opdlab.gating.normalization import Normalization, NormalizationName, check_choice
-from opdlab.gating.segments import Statistic, dense_ids, segment_mean, segment_statistic
+from opdlab.gating.segments import Statistic, dense_ids, segment_reduce, segment_statistic
 from opdlab.tau import TauSchedule, check_tau
 
 if TYPE_CHECKING:
@@ -222,16 +222,20 @@ class GateStrategy(ABC):
             not labels.is_floating_point(),
             f"{type(self).__name__} returned segment_ids of {labels.dtype}, but must return integers",
         )
-        return self._gates(inputs, dense_ids(labels, inputs.mask))
-
-    def _gates(self, inputs: GateInputs, segments: Tensor) -> Gates:
-        log_weight = self.log_weight(inputs, segments)
+        segments = dense_ids(labels, inputs.mask)
+        gate, tau = self._scheduled(inputs, segments)
+        log_weight = gate.log_weight(inputs, segments)
         self._check_shape("returned weights", log_weight, inputs.tokens)
         return Gates(
             weights=self.normalization(log_weight, inputs.mask).float(),
             segment_ids=segments,
-            segment_drift=segment_mean(inputs.drift, segments, inputs.mask),
+            segment_drift=segment_reduce(inputs.drift, segments, inputs.mask, "mean"),
+            tau=tau,
         )
+
+    def _scheduled(self, inputs: GateInputs, segments: Tensor) -> tuple["GateStrategy", Tensor | None]:
+        """Return the gate that weighs these inputs, and the tau that a schedule has chosen for it."""
+        return self, None
 
     def _check_shape(self, what: str, value: Tensor, tokens: Tensor) -> None:
         require(
@@ -294,15 +298,15 @@ class DriftGate(GateStrategy):
         assert not isinstance(self.tau, TauSchedule)
         return -self.tau * segment_statistic(inputs.drift, segments, inputs.mask, self.statistic)
 
-    def _gates(self, inputs: GateInputs, segments: Tensor) -> Gates:
+    def _scheduled(self, inputs: GateInputs, segments: Tensor) -> tuple[GateStrategy, Tensor | None]:
         if self.uniform or not isinstance(self.tau, TauSchedule):
-            return super()._gates(inputs, segments)
-        # The schedule chooses once, for a copy of the gate: its log_weight then finds a number, and Gates reports it.
+            return self, None
+        # A copy with the schedule's choice: log_weight then finds a number for tau.
         statistic = segment_statistic(inputs.drift, segments, inputs.mask, self.statistic)
         chosen = self.tau(inputs.step, statistic, inputs.mask)
         fixed = copy.copy(self)
         fixed.tau = tau = torch.as_tensor(chosen, dtype=statistic.dtype, device=statistic.device)
-        return replace(super(DriftGate, fixed)._gates(inputs, segments), tau=tau)
+        return fixed, tau
 
 
 class RuleGate(GateStrategy):

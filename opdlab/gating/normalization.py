@@ -58,8 +58,7 @@ class Normalization:
     @property
     def options(self) -> dict[str, Any]:
         """The options as a gate's constructor takes them: ``normalization``, ``rho``, ``low``, ``high``."""
-        options = asdict(self)
-        return {"normalization": options.pop("name"), **options}
+        return {"normalization": self.name, "rho": self.rho, "low": self.low, "high": self.high}
 
     @property
     def unused(self) -> set[str]:
@@ -67,8 +66,8 @@ class Normalization:
         return {"rho", "low", "high"} - _USED.get(self.name, set())
 
     def __repr__(self) -> str:
-        shown = {name: value for name, value in asdict(self).items() if name not in self.unused}
-        return f"Normalization({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
+        shown = [f"{name}={value!r}" for name, value in asdict(self).items() if name not in self.unused]
+        return f"Normalization({', '.join(shown)})"
 
     def __call__(self, log_weight: Tensor, mask: Tensor) -> Tensor:
         """Return the weights, [B, T]; 0 at masked positions.

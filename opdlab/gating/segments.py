@@ -33,10 +33,18 @@ def dense_ids(labels: Tensor, mask: Tensor) -> Tensor:
     return torch.zeros_like(labels).scatter_(1, order, steps.cumsum(1)).masked_fill(~mask, -1)
 
 
-def segment_mean(values: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-    """Return the mean of each position's segment, [B, T]; 0 at masked positions. See :func:`segment_statistic`."""
-    total = _per_segment(values, ids, mask, "sum")
-    count = _per_segment(mask.to(values.dtype), ids, mask, "sum")
+def segment_reduce(values: Tensor, ids: Tensor, mask: Tensor, how: Literal["mean", "amax"]) -> Tensor:
+    """Return the mean, or the maximum with 0, of each position's segment, [B, T]; 0 at masked positions.
+
+    Arguments as those of :func:`segment_statistic`, of any values.
+    """
+    # One more bucket than there can be segments: it takes the masked positions.
+    index = torch.where(mask, ids, values.shape[1])
+    buckets = values.new_zeros(values.shape[0], values.shape[1] + 1)
+    if how == "amax":
+        return buckets.scatter_reduce(1, index, values, "amax").gather(1, index).masked_fill(~mask, 0.0)
+    total = buckets.scatter_reduce(1, index, values, "sum").gather(1, index)
+    count = buckets.scatter_reduce(1, index, mask.to(values.dtype), "sum").gather(1, index)
     return (total / count.clamp(min=1)).masked_fill(~mask, 0.0)
 
 
@@ -59,19 +67,12 @@ def segment_statistic(drift: Tensor, ids: Tensor, mask: Tensor, statistic: Stati
         (tensor([[0., 0., 3.]]), tensor([[1., 1., 3.]]))
     """
     if statistic == "signed_mean":
-        return segment_mean(drift, ids, mask).abs()
+        return segment_reduce(drift, ids, mask, "mean").abs()
     if statistic == "abs_mean":
-        return segment_mean(drift.abs(), ids, mask)
-    peak = _per_segment(drift.abs(), ids, mask, "amax").masked_fill(~mask, 0.0)
+        return segment_reduce(drift.abs(), ids, mask, "mean")
+    peak = segment_reduce(drift.abs(), ids, mask, "amax")
     if statistic == "max":
         return peak
     # Scaled by the segment's largest drift, so that squares neither overflow nor vanish.
     scale = torch.where(peak > 0, peak, torch.ones_like(peak))
-    return segment_mean((drift / scale).square(), ids, mask).sqrt() * peak
-
-
-def _per_segment(values: Tensor, ids: Tensor, mask: Tensor, reduce: str) -> Tensor:
-    # One more bucket than there can be segments: it takes the masked positions.
-    index = torch.where(mask, ids, values.shape[1])
-    buckets = values.new_zeros(values.shape[0], values.shape[1] + 1)
-    return buckets.scatter_reduce_(1, index, values, reduce).gather(1, index)
+    return segment_reduce((drift / scale).square(), ids, mask, "mean").sqrt() * peak
