@@ -18,7 +18,7 @@ from tensorboard.plugins.hparams.metadata import create_summary_metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from torch.utils.tensorboard.summary import hparams
 
-from opdlab.gating import GateStrategy, gate_registry
+from opdlab.gating import DriftGate, GateStrategy, gate_registry
 from opdlab.module import OPDModule
 from opdlab.objectives.base import objective_registry
 from opdlab.policies import AdapterConfig
@@ -76,7 +76,7 @@ def hyperparameters(module: OPDModule, config: Mapping[str, Any]) -> dict[str, V
     optimizer = _options(model["optimizer"])
     values: dict[str, Any] = {
         "gate": _name(gate_registry(), module.gate),
-        **_prefixed("gate", _gate_options(model["gate"])),
+        **_prefixed("gate", _gate_options(module.gate, model["gate"])),
         "objective": _name(objective_registry(), module.objective),
         **_prefixed("objective", _options(model["objective"])),
         "lr": optimizer.pop("lr", None),
@@ -120,9 +120,10 @@ def _options(config: Any) -> dict[str, Any]:
     return dict(config.get("init_args") or {}) if isinstance(config, Mapping) else {}
 
 
-def _gate_options(config: Any) -> dict[str, Any]:
-    """A schedule gets a column of its own, beside that of numbers."""
-    options = _options(config)
+def _gate_options(gate: GateStrategy, config: Any) -> dict[str, Any]:
+    """Return the options that act; a schedule gets a column of its own, beside that of numbers."""
+    options = {**_options(config), "normalization": gate.normalization.name}
+    options = {name: value for name, value in options.items() if name not in gate.unused_options}
     if (name := _class_name(options.get("tau"))) is not None:
         settings = ", ".join(f"{key}={value}" for key, value in _options(options.pop("tau")).items())
         options[_SCHEDULE] = f"{name}({settings})"
@@ -143,7 +144,7 @@ def _experiment(values: Mapping[str, Value], tags: Iterable[str]) -> Experiment:
 
 def _known_options() -> dict[str, Any]:
     gates, objectives = gate_registry(), objective_registry()
-    classes: list[tuple[str, type]] = [("gate", GateStrategy), ("adapter", AdapterConfig)]
+    classes: list[tuple[str, type]] = [("gate", GateStrategy), ("gate", DriftGate), ("adapter", AdapterConfig)]
     classes += [("gate", gates.get(name)) for name in gates.names()]
     classes += [("objective", objectives.get(name)) for name in objectives.names()]
     return {f"gate.{_SCHEDULE}": DATA_TYPE_STRING} | {

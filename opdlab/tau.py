@@ -1,4 +1,4 @@
-"""Schedules of tau, how hard a gate bites: fixed in time, or fitted to the drift that a batch has.
+"""Schedules of tau, the strength of a gate: fixed in time, or fitted to the drift of a batch.
 
 Shapes: B rollouts, T response tokens.
 """

@@ -53,19 +53,21 @@ class GateTester:
         make_gate: builds the gate; called several times.
         tokenizer: given to the gate's ``setup``, as before training; tokens are then drawn from its vocabulary.
         zero_drift_is_uniform: whether drift 0 everywhere gives weight 1 everywhere. Set it to False for a gate whose
-            ``drift_gate`` looks at more than drift.
+            weight depends on more than drift.
         init_args: constructor arguments as a configuration file has them; None takes them from the attributes of
             the same names.
         num_tokens: T of the batch, at least 8. The default is more than one block of any built-in gate.
         seed: of the random batch.
 
     Example:
+        >>> from opdlab.gating import RuleGate
         >>> from opdlab.strategies import Block64Gate
         >>> tester = GateTester(lambda: Block64Gate(tau=2.0))
         >>> tester.run()
         >>> tester.unit_mean()  # a law of its own
-        >>> class RowCountGate(GateStrategy):  # gives a row more weight the more rows come after it
-        ...     def drift_gate(self, inputs):
+        >>> class RowCountGate(RuleGate):  # gives a row more weight the more rows come after it
+        ...     own_normalization = "mean"
+        ...     def weight(self, inputs):
         ...         return torch.arange(len(inputs.mask), 0, -1).unsqueeze(1).expand(inputs.mask.shape)
         >>> GateTester(RowCountGate, zero_drift_is_uniform=False).row_permutation_equivariance()
         Traceback (most recent call last):
@@ -313,9 +315,10 @@ class GateTester:
             return dict(self._init_args)
         keys = ArgumentParser().add_class_arguments(type(gate), "gate", fail_untyped=False)
         names = [key.removeprefix("gate.") for key in keys]
-        missing = [name for name in names if not hasattr(gate, name)]
+        options = gate.normalization.options
+        missing = [name for name in names if name not in options and not hasattr(gate, name)]
         _check(not missing, f"no attribute holds the argument {', '.join(missing)}: store it, or give init_args")
-        return {name: getattr(gate, name) for name in names}
+        return {name: options[name] if name in options else getattr(gate, name) for name in names}
 
     def _check_weights(self, inputs: GateInputs, case: str = "") -> None:
         """Check that weights are finite, at least 0, and have the mean that the gate's normalization promises."""
@@ -331,7 +334,7 @@ class GateTester:
         if not len(valid):
             return
         _check(valid.min().item() >= 0, f"{case}the smallest weight is {valid.min().item()}")
-        if gate.normalization == "none":
+        if gate.normalization.name == "none":
             largest, most = valid.max().item(), gate.max_gate
             _check(largest <= most * (1 + 1e-6), f"{case}the largest weight is {largest}, above {most:g}")
         else:

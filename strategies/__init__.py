@@ -1,4 +1,4 @@
-"""The built-in gates, one file per family. Copy one to write your own."""
+"""The built-in gates, one file per family; copy one to write your own."""
 
 if __name__ != "opdlab.strategies":
     raise ImportError(

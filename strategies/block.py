@@ -6,17 +6,18 @@ import torch
 from torch import Tensor
 
 from opdlab.errors import require
-from opdlab.gating import GateInputs, GateStrategy, register_gate
+from opdlab.gating import DriftGate, GateInputs, register_gate
 
 
-class BlockGate(GateStrategy):
+@register_gate("block")
+class BlockGate(DriftGate):
     """Fixed blocks counted from the first response token; the last one may be short.
 
     Blocks are columns ``0..n-1, n..2n-1, …``. The paper (arXiv 2606.24084) uses n = 64 and tau = 1.
 
     Args:
         block_size: tokens in a block, at least 1.
-        options: see :class:`opdlab.gating.GateStrategy`.
+        options: see :class:`opdlab.gating.DriftGate`.
 
     Example:
         >>> zeros = torch.zeros(1, 5)
@@ -30,7 +31,7 @@ class BlockGate(GateStrategy):
         self.block_size = block_size
 
     def segment_ids(self, inputs: GateInputs) -> Tensor:
-        """The number of the block that a column falls into."""
+        """Return the number of each column's block."""
         columns = torch.arange(inputs.tokens.shape[1], device=inputs.tokens.device)
         return (columns // self.block_size).expand_as(inputs.tokens)
 

@@ -1,4 +1,4 @@
-"""Drop rollouts that the teacher finds unlikely, then weigh tokens by both models' entropies: FiRe-OPD."""
+"""Rollouts that the teacher finds unlikely are dropped, tokens weighted by both models' entropies: FiRe-OPD."""
 
 from typing import Any
 
@@ -11,17 +11,17 @@ from opdlab.gating import GateInputs, RuleGate, register_gate
 
 @register_gate("fire_opd")
 class FilterReweightGate(RuleGate):
-    """Filter, then reweight: rollouts by the teacher's likelihood, tokens by teacher's confidence and student's doubt.
+    """Filters rollouts by the teacher's likelihood, then weights tokens by both models' entropies.
 
     A rollout whose mean teacher log-probability per token lies below the ``dropped`` quantile of the batch gets weight
     0. A token of the others gets ``(1 + alpha * (1 - H_T / max H_T)) * (1 + beta * H_S / max H_S)``, with the
-    teacher's and the student's entropy, each relative to its largest in the batch. Not a gate on drift: it is there to
-    be compared with those.
+    teacher's and the student's entropy, each relative to its largest in the batch. Not a gate on drift: a control
+    for those.
 
     Args:
         dropped: share of the rollouts that are dropped, at least 0 and below 1.
-        alpha: how much the teacher's confidence counts, at least 0.
-        beta: how much the student's entropy counts, at least 0.
+        alpha: strength of the teacher's confidence, at least 0.
+        beta: strength of the student's entropy, at least 0.
         options: see :class:`opdlab.gating.RuleGate`.
 
     Raises:
@@ -54,11 +54,11 @@ class FilterReweightGate(RuleGate):
 
     @property
     def max_gate(self) -> float:
-        """Where the teacher is sure and the student is not."""
+        """``(1 + alpha) * (1 + beta)``: the teacher's entropy is 0, the student's the largest of the batch."""
         return (1 + self.alpha) * (1 + self.beta)
 
-    def drift_gate(self, inputs: GateInputs) -> Tensor:
-        """See the class."""
+    def weight(self, inputs: GateInputs) -> Tensor:
+        """Return the product of both factors, 0 for a dropped rollout."""
         assert inputs.teacher_logprobs is not None
         assert inputs.teacher_entropy is not None
         assert inputs.entropy is not None
@@ -69,7 +69,7 @@ class FilterReweightGate(RuleGate):
         return gate * self._kept(inputs.teacher_logprobs.to(wide), inputs.mask)[:, None]
 
     def _kept(self, logprobs: Tensor, mask: Tensor) -> Tensor:
-        """Which rollouts stay, [B] bool."""
+        """Return True for rollouts that stay, [B] bool."""
         lengths = mask.sum(1)
         likelihood = logprobs.sum(1) / lengths.clamp(min=1)
         some = lengths > 0  # an empty rollout has no likelihood
@@ -78,6 +78,6 @@ class FilterReweightGate(RuleGate):
 
 
 def _relative(entropy: Tensor) -> Tensor:
-    """As a share of the batch's largest; zeros stand where the mask is 0."""
+    """Return entropy as a share of the largest in the batch; it is 0 at masked positions."""
     largest = entropy.amax() if entropy.numel() else entropy.sum()
     return (entropy / largest.clamp(min=1e-6)).clamp(0, 1)

@@ -13,7 +13,7 @@ class PrefixGate(RuleGate):
     """Earlier tokens count more, the more of a response's disagreement with the teacher still lies ahead of them.
 
     ``w_t = 1 + gamma * (1 - sum over u < t of |A_u| / sum over u of |A_u|)``, with ``A`` the teacher's log-probability
-    of the sampled token less the student's. Not a gate on drift: it is there to be compared with those.
+    of the sampled token less the student's. Not a gate on drift: a control for those.
 
     Args:
         gamma: how much more the first token counts than the last, at least 0; 0.5 in the paper.
@@ -42,15 +42,15 @@ class PrefixGate(RuleGate):
 
     @property
     def max_gate(self) -> float:
-        """The first token's."""
+        """The weight of the first token, ``1 + gamma``."""
         return 1 + self.gamma
 
-    def drift_gate(self, inputs: GateInputs) -> Tensor:
-        """See the class; a response on which both agree everywhere has ``1 + gamma`` throughout."""
-        assert inputs.teacher_logprobs is not None
-        wide = inputs.drift.dtype
-        gap = (inputs.teacher_logprobs.to(wide) - inputs.current_logprobs.to(wide)).abs()
+    def weight(self, inputs: GateInputs) -> Tensor:
+        """Return the weights; ``1 + gamma`` throughout a response on which student and teacher agree."""
+        gap = inputs.teacher_gap
+        assert gap is not None
         # A share of the largest first, so that sums of huge gaps stay finite.
+        gap = gap.abs()
         gap = gap / gap.amax(1, keepdim=True).clamp(min=1e-30) if gap.shape[1] else gap
         before = gap.cumsum(1) - gap
         return 1 + self.gamma * (1 - (before / gap.sum(1, keepdim=True).clamp(min=1e-30)).clamp(max=1))

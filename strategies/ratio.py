@@ -14,7 +14,7 @@ Aggregate = Literal["geometric_mean", "product"]
 
 @register_gate("ratio_mask")
 class RatioMaskGate(RuleGate):
-    """A hard trust region: a token counts while ``exp(drift)`` lies in [min_ratio, max_ratio], and not at all outside.
+    """A hard trust region: weight 1 where ``exp(drift)`` lies in [min_ratio, max_ratio], 0 elsewhere.
 
     IcePop's band is [0.5, 5]; prime-rl's has been [0.125, 8] and [0.2, 5]. Both also multiply by the ratio inside,
     which ``sampled_token`` does itself.
@@ -22,8 +22,8 @@ class RatioMaskGate(RuleGate):
     Args:
         min_ratio: lower end of the band, 0 to 1.
         max_ratio: upper end, at least 1.
-        options: see :class:`opdlab.gating.RuleGate`; ``normalization`` is ``none`` unless given: what is masked
-            shrinks the step.
+        options: see :class:`opdlab.gating.RuleGate`; ``normalization`` is ``none`` unless given: masked
+            tokens shrink the step.
 
     Raises:
         UsageError: the band does not hold 1.
@@ -42,8 +42,8 @@ class RatioMaskGate(RuleGate):
         _check_band(min_ratio, max_ratio)
         self.min_ratio, self.max_ratio = min_ratio, max_ratio
 
-    def drift_gate(self, inputs: GateInputs) -> Tensor:
-        """1 inside the band, 0 outside."""
+    def weight(self, inputs: GateInputs) -> Tensor:
+        """Return 1 inside the band, 0 outside."""
         return _inside(inputs.drift, self.min_ratio, self.max_ratio).to(inputs.drift.dtype)
 
 
@@ -51,8 +51,8 @@ class RatioMaskGate(RuleGate):
 class TruncatedRatioGate(RuleGate):
     """Truncated importance weights, ``min(exp(drift), max_ratio)``.
 
-    For objectives that carry no ratio of their own, such as ``teacher_topk``; with ``sampled_token`` it would count
-    twice.
+    For objectives without a ratio of their own, such as ``teacher_topk``; ``sampled_token`` has the ratio in its loss
+    already.
 
     Args:
         max_ratio: where the ratio is cut, at least 1.
@@ -78,11 +78,11 @@ class TruncatedRatioGate(RuleGate):
 
     @property
     def max_gate(self) -> float:
-        """The cut."""
+        """The cut, ``max_ratio``."""
         return self.max_ratio
 
-    def drift_gate(self, inputs: GateInputs) -> Tensor:
-        """The truncated ratio."""
+    def weight(self, inputs: GateInputs) -> Tensor:
+        """Return the truncated ratio."""
         return inputs.drift.clamp(max=math.log(self.max_ratio)).exp()
 
 
@@ -127,11 +127,11 @@ class SequenceRatioMaskGate(RuleGate):
         self.min_ratio, self.max_ratio, self.aggregate = min_ratio, max_ratio, aggregate
 
     def segment_ids(self, inputs: GateInputs) -> Tensor:
-        """A response is one segment."""
+        """Return the same label everywhere: a response is one segment."""
         return torch.zeros_like(inputs.tokens)
 
-    def drift_gate(self, inputs: GateInputs) -> Tensor:
-        """1 for a response inside the band, 0 for one outside."""
+    def weight(self, inputs: GateInputs) -> Tensor:
+        """Return 1 for a response inside the band, 0 for one outside."""
         total = inputs.drift.sum(1, keepdim=True)
         if self.aggregate == "geometric_mean":
             total = total / inputs.mask.sum(1, keepdim=True).clamp(min=1)
@@ -146,5 +146,5 @@ def _check_band(low: float, high: float) -> None:
 
 
 def _inside(log_ratio: Tensor, low: float, high: float) -> Tensor:
-    """Compared as logarithms, which do not overflow."""
+    """True where the ratio lies in [low, high]; compared as logarithms, which do not overflow."""
     return (log_ratio >= (math.log(low) if low else -torch.inf)) & (log_ratio <= math.log(high))

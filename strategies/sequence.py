@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from opdlab.gating import GateInputs, GateStrategy, register_gate
+from opdlab.gating import DriftGate, GateInputs, register_gate
 
 
 @register_gate("sequence")
-class SequenceGate(GateStrategy):
+class SequenceGate(DriftGate):
     """A whole response is one segment: the coarsest gate.
 
     The paper (arXiv 2606.24084) argues against it but did not run it.
@@ -20,13 +20,16 @@ class SequenceGate(GateStrategy):
     """
 
     def segment_ids(self, inputs: GateInputs) -> Tensor:
-        """The same label everywhere."""
+        """Return the same label everywhere."""
         return torch.zeros_like(inputs.tokens)
 
 
 @register_gate("none")
 class NoGate(SequenceGate):
     """Every valid position has weight 1, whatever the drift. Drift is still reported, per response.
+
+    It takes the options of every gate on drift and ignores them, so that sweeps and stacked configurations need no
+    special case.
 
     Example:
         >>> behavior, current = torch.zeros(1, 2), torch.tensor([[9.0, 0.0]])
@@ -36,9 +39,14 @@ class NoGate(SequenceGate):
 
     @property
     def uniform(self) -> bool:
-        """Always: see :class:`GateStrategy`."""
+        """True."""
         return True
 
-    def drift_gate(self, inputs: GateInputs) -> Tensor:
-        """Ones."""
-        return torch.ones_like(inputs.drift)
+    @property
+    def unused_options(self) -> set[str]:
+        """All of them."""
+        return {"tau", "statistic", *self.normalization.options}
+
+    def log_weight(self, inputs: GateInputs, segments: Tensor) -> Tensor:
+        """Return zeros."""
+        return torch.zeros_like(inputs.drift)

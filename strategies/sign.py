@@ -1,4 +1,4 @@
-"""Trust the teacher more where its preference agrees with the verifier's verdict: SG-OPD's sign-consistency gate."""
+"""More weight where the teacher's preference agrees with the verifier's verdict: SG-OPD's sign-consistency gate."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from opdlab.gating import GateInputs, RuleGate, register_gate
 
 @register_gate("sign_consistency")
 class SignConsistencyGate(RuleGate):
-    """``1 + strength`` where teacher and verdict point the same way, ``1 - strength`` where they do not.
+    """``1 + strength`` where teacher and verdict have the same sign, ``1 - strength`` where they differ.
 
     They agree on a token of a correct response that the teacher finds likelier than the student does, and on a token of
-    a wrong response that it finds less likely. Tokens of responses that nobody judged, and tokens on which student and
+    a wrong response that it finds less likely. Tokens of responses without a verdict, and tokens on which student and
     teacher agree exactly, have 1.
 
     Args:
@@ -46,14 +46,13 @@ class SignConsistencyGate(RuleGate):
 
     @property
     def max_gate(self) -> float:
-        """Where teacher and verdict agree."""
+        """``1 + strength``, where teacher and verdict agree."""
         return 1 + self.strength
 
-    def drift_gate(self, inputs: GateInputs) -> Tensor:
-        """See the class."""
-        assert inputs.teacher_logprobs is not None
+    def weight(self, inputs: GateInputs) -> Tensor:
+        """Return ``1 + strength * sign of the teacher gap * verdict``, with verdict 1, -1 or 0."""
+        gap = inputs.teacher_gap
+        assert gap is not None
         assert inputs.correct is not None
-        wide = inputs.drift.dtype
-        preference = (inputs.teacher_logprobs.to(wide) - inputs.current_logprobs.to(wide)).sign()
-        verdict = torch.where(inputs.correct < 0, 0, 2 * inputs.correct - 1).to(wide)
-        return 1 + self.strength * preference * verdict
+        verdict = torch.where(inputs.correct < 0, 0, 2 * inputs.correct - 1).to(gap.dtype)
+        return 1 + self.strength * gap.sign() * verdict

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from opdlab.errors import UsageError, require
-from opdlab.gating import GateInputs, GateStrategy, register_gate
+from opdlab.gating import DriftGate, GateInputs, register_gate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
 @register_gate("span")
-class SpanGate(GateStrategy):
+class SpanGate(DriftGate):
     r"""Spans of text between newlines, the paper's NewlineSpan (arXiv 2606.24084).
 
     A token whose text holds a newline closes its span and belongs to it. A span shorter than ``min_tokens`` merges
@@ -26,7 +26,7 @@ class SpanGate(GateStrategy):
         min_tokens: shortest span, at least 1.
         max_tokens: longest span, at least ``min_tokens``.
         fallback_tokens: chunk length of a response without a newline, at least 1.
-        options: see :class:`opdlab.gating.GateStrategy`.
+        options: see :class:`opdlab.gating.DriftGate`.
 
     Example:
         >>> tokens = torch.tensor([[5, 5, 1, 5, 1, 5, 5, 5, 1, 5]])  # 1 is the newline
@@ -63,7 +63,7 @@ class SpanGate(GateStrategy):
             self.newline_token_ids = [index for index, text in enumerate(texts) if "\n" in text]
 
     def segment_ids(self, inputs: GateInputs) -> Tensor:
-        """Label each position with the column that its span (or chunk of a span) starts in."""
+        """Return, for each position, the column in which its span (or chunk of a span) starts."""
         if self.newline_token_ids is None:
             raise UsageError("gate.newline_token_ids is not known yet: give it, or call gate.setup(tokenizer) first")
         mask = inputs.mask.bool()
@@ -77,7 +77,7 @@ class SpanGate(GateStrategy):
         return columns - (columns - start) % chunk
 
     def _span_starts(self, closes: Tensor, lengths: Tensor) -> Tensor:
-        """[B, T]: the first column of the merged span that a column belongs to."""
+        """Return the first column of each column's merged span, [B, T]."""
         num_columns = closes.shape[1]
         columns = torch.arange(num_columns + 1, device=closes.device).expand(closes.shape[0], -1)
         # close[c]: the first closing column at or after c; following[c]: where the span that starts at c ends + 1,

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from opdlab.gating import GateInputs, GateStrategy, register_gate
+from opdlab.gating import DriftGate, GateInputs, register_gate
 
 
 @register_gate("token")
-class TokenGate(GateStrategy):
+class TokenGate(DriftGate):
     """Every token is a segment of its own: the finest gate, and the noisiest.
 
     The paper (arXiv 2606.24084) argues against it but did not run it.
@@ -20,5 +20,5 @@ class TokenGate(GateStrategy):
     """
 
     def segment_ids(self, inputs: GateInputs) -> Tensor:
-        """One label per column."""
+        """Return one label per column."""
         return torch.arange(inputs.tokens.shape[1], device=inputs.tokens.device).expand_as(inputs.tokens)

@@ -78,6 +78,8 @@ def test_hyperparameters_stand_beside_the_last_pass_at_k(fit: Fit) -> None:
     values = tab.values["version_0"]
     config = yaml.safe_load((RUNS / "version_0/config.yaml").read_text())
     assert (values["gate"], values["gate.tau"], values["gate.statistic"]) == ("span", 2.5, "signed_mean")
+    assert values["gate.normalization"] == "mean"
+    assert not {"gate.rho", "gate.low", "gate.high"} & set(values)  # of other normalizations
     assert (values["objective"], values["objective.k"]) == ("teacher_topk", 32)
     assert values["lr"] == pytest.approx(config["model"]["optimizer"]["init_args"]["lr"])
     assert (values["optimizer"], values["lr_scheduler"]) == ("AdamW", "LinearLR")
@@ -116,7 +118,7 @@ def test_a_run_that_was_killed_and_resumed_is_one_session(fit: Fit) -> None:
 
 
 def test_runs_with_other_options_stand_side_by_side(fit: Fit) -> None:
-    assert fit("--trainer.max_steps", "1") == 0
+    assert fit("--trainer.max_steps", "1", "--model.gate.normalization", "clipped") == 0
     assert fit("--model.objective", "sampled_token", "--model.objective.clip", "0.3", "--model.gate", "none") == 0
     tab = Tab()
     assert set(tab.sessions) == {"version_0", "version_1"}
@@ -124,6 +126,8 @@ def test_runs_with_other_options_stand_side_by_side(fit: Fit) -> None:
     assert "objective.clip" not in tab.values["version_0"]
     assert tab.values["version_1"]["objective.clip"] == 0.3
     assert "objective.k" not in tab.values["version_1"]
+    assert tab.values["version_0"]["gate.high"] == 2.0
+    assert not [name for name in tab.values["version_1"] if name.startswith("gate.")]  # `none` uses no option
     assert set(tab.metrics["version_0"]) == set(tab.metrics["version_1"]) == set(tab.metric_columns)
 
 

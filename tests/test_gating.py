@@ -1,8 +1,10 @@
 """Gates against a plain-Python reference in double precision, written from the definitions and not from the code."""
 
 import math
+import pickle
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import pytest
@@ -13,9 +15,12 @@ from torch import Tensor
 
 from opdlab.errors import UsageError
 from opdlab.gating import (
+    DriftGate,
     GateInputs,
     GateStrategy,
     Normalization,
+    NormalizationName,
+    RuleGate,
     Statistic,
     build_gate,
     dense_ids,
@@ -29,11 +34,14 @@ from opdlab.strategies import (
     Block64Gate,
     Block128Gate,
     BlockGate,
+    FilterReweightGate,
     NoGate,
+    RatioMaskGate,
     SequenceGate,
     SpanGate,
     TokenGate,
 )
+from opdlab.tau import LinearTau
 from opdlab.testing import GateTester
 
 Row = list[int]
@@ -41,7 +49,7 @@ Segmentation = Callable[[Row, Row], Row]  # tokens, valid columns -> a label per
 
 NEWLINES = (0, 4)
 STATISTICS = get_args(Statistic)
-NORMALIZATIONS = get_args(Normalization)
+NORMALIZATIONS = get_args(NormalizationName)
 
 
 # --- the reference -----------------------------------------------------------------------------------------------
@@ -84,7 +92,7 @@ def spans_of(min_tokens: int, max_tokens: int, fallback_tokens: int) -> Segmenta
     return segmentation
 
 
-SEGMENTATIONS: dict[type[GateStrategy], Segmentation] = {
+SEGMENTATIONS: dict[type[DriftGate], Segmentation] = {
     NoGate: lambda tokens, valid: [0 for _ in valid],
     SequenceGate: lambda tokens, valid: [0 for _ in valid],
     TokenGate: lambda tokens, valid: list(valid),
@@ -104,22 +112,22 @@ def reduced(drifts: list[float], statistic: str) -> float:
     return max(abs(d) for d in drifts)
 
 
-def normalized(gates: dict[tuple[int, int], float], gate: GateStrategy) -> dict[tuple[int, int], float]:
+def normalized(gates: dict[tuple[int, int], float], rule: Normalization) -> dict[tuple[int, int], float]:
     def unit(values: dict[tuple[int, int], float]) -> dict[tuple[int, int], float]:
         mean = math.fsum(values.values()) / max(len(values), 1)
         return {position: value / mean for position, value in values.items()}
 
-    if gate.normalization == "none":
+    if rule.name == "none":
         return gates
     weights = unit(gates)
-    if gate.normalization == "residual":
-        return {position: (1 - gate.rho) + gate.rho * w for position, w in weights.items()}
-    if gate.normalization == "clipped":
-        return unit({position: min(max(w, gate.low), gate.high) for position, w in weights.items()})
+    if rule.name == "residual":
+        return {position: (1 - rule.rho) + rule.rho * w for position, w in weights.items()}
+    if rule.name == "clipped":
+        return unit({position: min(max(w, rule.low), rule.high) for position, w in weights.items()})
     return weights
 
 
-def reference(gate: GateStrategy, segmentation: Segmentation, inputs: GateInputs) -> Reference:
+def reference(gate: DriftGate, segmentation: Segmentation, inputs: GateInputs) -> Reference:
     mask, tokens = inputs.mask.tolist(), inputs.tokens.tolist()
     behavior, current = inputs.behavior_logprobs.tolist(), inputs.current_logprobs.tolist()
     assert isinstance(gate.tau, float)
@@ -141,12 +149,12 @@ def reference(gate: GateStrategy, segmentation: Segmentation, inputs: GateInputs
             result.segment_ids[i][t] = numbers.setdefault(label, len(numbers))
             result.segment_drift[i][t] = math.fsum(drifts) / len(drifts)
             gates[i, t] = 1.0 if isinstance(gate, NoGate) else math.exp(-tau * reduced(drifts, gate.statistic))
-    for (i, t), weight in normalized(gates, gate).items():
+    for (i, t), weight in normalized(gates, gate.normalization).items():
         result.weights[i][t] = weight
     return result
 
 
-def assert_matches(gate: GateStrategy, segmentation: Segmentation, inputs: GateInputs, tolerance: float = 1e-6) -> None:
+def assert_matches(gate: DriftGate, segmentation: Segmentation, inputs: GateInputs, tolerance: float = 1e-6) -> None:
     seen, expected = gate(inputs), reference(gate, segmentation, inputs)
     assert seen.segment_ids.tolist() == expected.segment_ids
     for name in ("weights", "segment_drift"):
@@ -198,7 +206,7 @@ def gate_options(draw: st.DrawFn) -> dict[str, Any]:
 @settings(max_examples=50, deadline=None)
 @given(inputs=batches(), options=gate_options())
 def test_gates_without_options_match_the_reference(
-    cls: type[GateStrategy], inputs: GateInputs, options: dict[str, Any]
+    cls: type[DriftGate], inputs: GateInputs, options: dict[str, Any]
 ) -> None:
     assert_matches(cls(**options), SEGMENTATIONS[cls], inputs)
 
@@ -245,7 +253,7 @@ def random_batch(dtype: torch.dtype, num_columns: int, seed: int = 0, prefixes: 
 @pytest.mark.parametrize("statistic", STATISTICS)
 @pytest.mark.parametrize("cls", [*SEGMENTATIONS, SpanGate])
 def test_every_combination_matches_the_reference_on_long_responses(
-    cls: type[GateStrategy], statistic: Statistic, normalization: Normalization, dtype: torch.dtype
+    cls: type[DriftGate], statistic: Statistic, normalization: NormalizationName, dtype: torch.dtype
 ) -> None:
     options: dict[str, Any] = {"statistic": statistic, "normalization": normalization, "rho": 0.7}
     tolerance = 1e-6 if dtype == torch.float64 else 2e-5
@@ -344,16 +352,70 @@ def test_dense_ids_take_any_labels() -> None:
 
 @pytest.mark.parametrize(
     ("gate", "uniform"),
-    [(NoGate(), True), (TokenGate(tau=0), True), (TokenGate(), False), (NoGate(normalization="none"), True)],
+    [
+        (NoGate(), True),
+        (NoGate(normalization="none"), True),
+        (TokenGate(tau=0), True),
+        (TokenGate(), False),
+        (TokenGate(tau=LinearTau(0.0, 0.0)), False),
+        (RatioMaskGate(), False),
+    ],
 )
 def test_uniform_is_said_of_gates_that_never_weigh(gate: GateStrategy, uniform: bool) -> None:
     assert gate.uniform is uniform
 
 
-def test_repr_shows_the_options() -> None:
-    assert repr(BlockGate(8, tau=2.0)) == (
-        "BlockGate(tau=2.0, statistic='signed_mean', normalization='mean', rho=0.5, low=0.5, high=2.0, block_size=8)"
-    )
+SCHEDULE = "LinearTau(start=0.0, end=2.0, num_steps=100)"
+
+
+@pytest.mark.parametrize(
+    ("gate", "shown"),
+    [
+        (BlockGate(8, tau=2.0), "BlockGate(tau=2.0, statistic='signed_mean', normalization='mean', block_size=8)"),
+        (
+            TokenGate(normalization="residual", rho=0.1, low=0.3),
+            "TokenGate(tau=1.0, statistic='signed_mean', normalization='residual', rho=0.1)",
+        ),
+        (
+            TokenGate(LinearTau(end=2.0), "rms", normalization="clipped", high=3.0),
+            f"TokenGate(tau={SCHEDULE}, statistic='rms', normalization='clipped', low=0.5, high=3.0)",
+        ),
+        (RatioMaskGate(), "RatioMaskGate(normalization='none', min_ratio=0.5, max_ratio=5.0)"),
+        (FilterReweightGate(), "FilterReweightGate(normalization='mean', dropped=0.2, alpha=1.0, beta=1.0)"),
+        (NoGate(tau=3.0, statistic="max", normalization="clipped", low=0.1), "NoGate()"),
+    ],
+)
+def test_repr_shows_the_options_that_act(gate: GateStrategy, shown: str) -> None:
+    assert repr(gate) == shown
+
+
+@pytest.mark.parametrize("name", ["token", "block", "ratio_mask", "none"])
+@pytest.mark.parametrize("rule", [Normalization("residual", rho=0.3), Normalization("clipped", low=0.6, high=1.5)])
+def test_a_normalization_may_be_an_object(name: str, rule: Normalization) -> None:
+    inputs = random_batch(torch.float32, 100)
+    named = build_gate(name, normalization=rule.name, rho=rule.rho, low=rule.low, high=rule.high)
+    given = build_gate(name, normalization=rule)
+    assert torch.equal(given(inputs).weights, named(inputs).weights)
+    assert repr(given) == repr(named)
+    assert pickle.loads(pickle.dumps(given)).normalization == rule
+
+
+def test_block_is_registered_beside_its_presets() -> None:
+    inputs = random_batch(torch.float32, 100)
+    assert torch.equal(build_gate("block", block_size=32)(inputs).weights, build_gate("block32")(inputs).weights)
+    assert build_gate("block", block_size=7)(inputs).segment_ids.max() == 99 // 7
+
+
+def test_the_teacher_gap_is_the_teacher_less_the_student() -> None:
+    current = torch.tensor([[1.0, torch.nan]], dtype=torch.float16, requires_grad=True)
+    teacher = torch.tensor([[3.0, 0.0]], dtype=torch.float32, requires_grad=True)
+    inputs = GateInputs(torch.zeros(1, 2).long(), torch.tensor([[1, 0]]), torch.zeros(1, 2), current, teacher)
+    gap = inputs.teacher_gap
+    assert gap is not None
+    assert gap.tolist() == [[2.0, 0.0]]
+    assert gap.dtype == torch.float32
+    assert not gap.requires_grad
+    assert replace(inputs, teacher_logprobs=None).teacher_gap is None
 
 
 # --- what a user can get wrong -----------------------------------------------------------------------------------
@@ -386,6 +448,33 @@ def test_bad_options_are_refused(name: str, options: dict[str, Any], message: st
         build_gate(name, **options)
 
 
+@pytest.mark.parametrize(
+    ("field", "shape"),
+    [
+        ("mask", (2, 1)),
+        ("behavior_logprobs", (5,)),
+        ("current_logprobs", (2, 1)),
+        ("teacher_logprobs", (1, 5)),
+        ("position_losses", (2, 5, 1)),
+        ("correct", (2, 1)),
+    ],
+)
+@pytest.mark.parametrize("gate", [TokenGate(), RatioMaskGate(), NoGate()])
+def test_inputs_of_other_shapes_are_refused(gate: GateStrategy, field: str, shape: tuple[int, ...]) -> None:
+    zeros = torch.zeros(2, 5)
+    changed: dict[str, Any] = {field: torch.zeros(shape)}
+    inputs = replace(GateInputs(zeros.long(), zeros + 1, zeros, zeros), **changed)
+    words = f"{type(gate).__name__} got {field} of shape {list(shape)} for tokens of shape [2, 5]"
+    with pytest.raises(UsageError, match=re.escape(words)):
+        gate(inputs)
+
+
+def test_inputs_that_are_no_matrix_are_refused() -> None:
+    zeros = torch.zeros(5)
+    with pytest.raises(UsageError, match=r"shape \[5\]: both must be \[rollouts, response tokens\]"):
+        TokenGate()(GateInputs(zeros.long(), zeros, zeros, zeros))
+
+
 @pytest.mark.parametrize("size", [0, -3])
 def test_bad_block_sizes_are_refused(size: int) -> None:
     with pytest.raises(UsageError, match=rf"gate\.block_size is {size}"):
@@ -402,43 +491,60 @@ def test_the_bounds_of_the_options_are_allowed() -> None:
 # --- strangers' gates --------------------------------------------------------------------------------------------
 
 
-class ParityGate(GateStrategy):
+class ParityGate(DriftGate):
     """Only segments: even and odd columns."""
 
     def segment_ids(self, inputs: GateInputs) -> Tensor:
         return (torch.arange(inputs.tokens.shape[1], device=inputs.tokens.device) % 2).expand_as(inputs.tokens)
 
 
-class HugeLabelGate(GateStrategy):
+class HugeLabelGate(DriftGate):
     """Labels without order or bound: a hash of the token."""
 
     def segment_ids(self, inputs: GateInputs) -> Tensor:
         return (inputs.tokens % 5 - 2) * 0x123456789ABCDEF
 
 
-class CauchyGate(GateStrategy):
+class CauchyGate(RuleGate):
     """Only another rule."""
 
-    def drift_gate(self, inputs: GateInputs) -> Tensor:
+    own_normalization = "mean"
+
+    def weight(self, inputs: GateInputs) -> Tensor:
         return 1 / (1 + inputs.drift.square())
 
 
-class TeacherGate(GateStrategy):
+class TeacherGate(RuleGate):
     """A rule that looks at more than drift, and at whole rows: it relies on zeros behind the mask."""
 
-    def drift_gate(self, inputs: GateInputs) -> Tensor:
+    needs = ("teacher_logprobs",)
+
+    def weight(self, inputs: GateInputs) -> Tensor:
         assert inputs.teacher_logprobs is not None
         total = inputs.teacher_logprobs.float().sum(1, keepdim=True)
         return (total / inputs.mask.sum(1, keepdim=True).clamp(min=1)).exp().expand(inputs.mask.shape)
 
 
 class NestedGate(CauchyGate):
-    """Overrides nothing itself, as its base does."""
+    """Overrides nothing itself."""
+
+
+class LeastDriftGate(GateStrategy):
+    """Neither base: the raw weight of a pair of tokens, in logarithms, from its smallest drift."""
+
+    def segment_ids(self, inputs: GateInputs) -> Tensor:
+        return (torch.arange(inputs.tokens.shape[1], device=inputs.tokens.device) // 2).expand_as(inputs.tokens)
+
+    def log_weight(self, inputs: GateInputs, segments: Tensor) -> Tensor:
+        return segment_statistic(inputs.drift, segments, inputs.mask, "max") * -2.0
+
+
+GateOfOptions = Callable[..., GateStrategy]
 
 
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
-@pytest.mark.parametrize("cls", [ParityGate, HugeLabelGate, CauchyGate, TeacherGate, NestedGate])
-def test_strangers_gates_obey_the_laws(cls: type[GateStrategy], normalization: Normalization) -> None:
+@pytest.mark.parametrize("cls", [ParityGate, HugeLabelGate, CauchyGate, TeacherGate, NestedGate, LeastDriftGate])
+def test_strangers_gates_obey_the_laws(cls: GateOfOptions, normalization: NormalizationName) -> None:
     tester = GateTester(lambda: cls(normalization=normalization), zero_drift_is_uniform=cls is not TeacherGate)
     tester.run()
     assert "yaml_round_trip" in dict(tester.laws())
@@ -460,40 +566,76 @@ def test_a_strangers_rule_is_normalised_and_its_positions_are_segments() -> None
 
 
 def test_a_strangers_rule_that_is_zero_everywhere_weighs_evenly() -> None:
-    class ZeroGate(GateStrategy):
-        def drift_gate(self, inputs: GateInputs) -> Tensor:
+    class ZeroGate(RuleGate):
+        def weight(self, inputs: GateInputs) -> Tensor:
             return torch.zeros_like(inputs.drift)
 
-    assert ZeroGate()(of_drift([[1.0, 2.0]])).weights.tolist() == [[1.0, 1.0]]
-    assert ZeroGate(normalization="none")(of_drift([[1.0, 2.0]])).weights.tolist() == [[0.0, 0.0]]
+    assert ZeroGate("mean")(of_drift([[1.0, 2.0]])).weights.tolist() == [[1.0, 1.0]]
+    assert ZeroGate()(of_drift([[1.0, 2.0]])).weights.tolist() == [[0.0, 0.0]]
 
 
 def test_a_strangers_rule_may_build_on_the_usual_one() -> None:
     class HardGate(TokenGate):
-        def drift_gate(self, inputs: GateInputs) -> Tensor:
-            return (super().drift_gate(inputs) > 0.5).float()
+        def log_weight(self, inputs: GateInputs, segments: Tensor) -> Tensor:
+            return (super().log_weight(inputs, segments).exp() > 0.5).float().log()
 
-    weights = HardGate()(of_drift([[0.1, 5.0, 0.2, 0.3]])).weights
-    torch.testing.assert_close(weights, torch.tensor([[4 / 3, 0, 4 / 3, 4 / 3]]))
+    for tau in (1.0, LinearTau(1.0, 1.0)):
+        weights = HardGate(tau=tau)(of_drift([[0.1, 5.0, 0.2, 0.3]])).weights
+        torch.testing.assert_close(weights, torch.tensor([[4 / 3, 0, 4 / 3, 4 / 3]]))
 
 
 def test_a_strangers_parameter_gets_no_gradient() -> None:
-    class LearnedGate(GateStrategy):
+    class LearnedGate(RuleGate):
         def __init__(self) -> None:
             super().__init__()
             self.slope = torch.tensor(2.0, requires_grad=True)
 
-        def drift_gate(self, inputs: GateInputs) -> Tensor:
+        def weight(self, inputs: GateInputs) -> Tensor:
             return (-self.slope * inputs.drift.abs()).exp()
 
     assert not LearnedGate()(of_drift([[1.0, 2.0]])).weights.requires_grad
 
 
-def test_a_gate_that_overrides_neither_method_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"EmptyGate must override segment_ids\(inputs\) or drift_gate\(inputs\)"):
+@pytest.mark.parametrize(
+    ("base", "method"), [(GateStrategy, "log_weight"), (DriftGate, "segment_ids"), (RuleGate, "weight")]
+)
+def test_a_gate_without_the_method_of_its_base_cannot_be_built(base: type[GateStrategy], method: str) -> None:
+    with pytest.raises(TypeError, match=rf"EmptyGate.*{method}"):
+        type("EmptyGate", (base,), {})()
 
-        class EmptyGate(GateStrategy):
-            pass
+
+def test_segments_alone_are_told_to_extend_drift_gate() -> None:
+    with pytest.raises(UsageError, match=r"OldGate extends GateStrategy and defines segment_ids: .*DriftGate"):
+
+        class OldGate(GateStrategy):
+            def segment_ids(self, inputs: GateInputs) -> Tensor:
+                return torch.zeros_like(inputs.tokens)
+
+
+@pytest.mark.parametrize(
+    ("gate", "words"),
+    [
+        ("rule", "ColumnGate returned weights of shape [2, 1] for tokens of shape [2, 3]"),
+        ("segments", "RowGate returned segment_ids of shape [3] for tokens of shape [2, 3]"),
+        ("floats", "FloatGate returned segment_ids of torch.float32, but must return integers"),
+    ],
+)
+def test_results_of_another_shape_are_refused(gate: str, words: str) -> None:
+    class ColumnGate(RuleGate):
+        def weight(self, inputs: GateInputs) -> Tensor:
+            return torch.ones(len(inputs.tokens), 1)
+
+    class RowGate(DriftGate):
+        def segment_ids(self, inputs: GateInputs) -> Tensor:
+            return torch.arange(inputs.tokens.shape[1])
+
+    class FloatGate(DriftGate):
+        def segment_ids(self, inputs: GateInputs) -> Tensor:
+            return inputs.drift
+
+    made: GateStrategy = {"rule": ColumnGate, "segments": RowGate, "floats": FloatGate}[gate]()
+    with pytest.raises(UsageError, match=re.escape(words)):
+        made(of_drift([[1.0, 2.0, 3.0]] * 2))
 
 
 def test_a_registered_gate_is_built_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,9 @@ ROOT = Path(__file__).parents[1]
 
 PUBLIC = {
     "opdlab.gating": [
-        "GateInputs",
-        "GateStrategy",
-        "Gates",
-        "build_gate",
-        "gate_names",
-        "register_gate",
+        *("DriftGate", "GateInputs", "GateStrategy", "Gates", "RuleGate"),
+        *("Normalization", "NormalizationName", "Statistic", "dense_ids", "segment_statistic"),
+        *("build_gate", "gate_names", "gate_registry", "register_gate"),
     ],
     "opdlab.strategies": [
         *("Block128Gate", "Block32Gate", "Block64Gate", "BlockGate"),

@@ -91,10 +91,10 @@ def test_suggestion_is_silent_when_nothing_is_near() -> None:
 
 
 PLUGIN = """
-from opdlab.gating import GateStrategy, register_gate
+from opdlab.gating import DriftGate, register_gate
 
 @register_gate("stranger")
-class StrangerGate(GateStrategy):
+class StrangerGate(DriftGate):
     def segment_ids(self, inputs):
         return inputs.tokens
 """

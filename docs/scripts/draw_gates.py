@@ -4,6 +4,7 @@
 """
 
 import pathlib
+from typing import Any
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -37,6 +38,7 @@ def main() -> None:
     save(drift_picture(example), "drift")
     for name in NAMES:
         save(gate_picture(example, name), f"gate-{name}")
+    save(gate_picture(example, "block", block_size=16), "gate-block")
     save(side_by_side(example), "gates-side-by-side")
     save(weight_curves(), "weight-curves")
     save(statistics_picture(example), "statistics")
@@ -57,9 +59,9 @@ def drift_picture(example: Example) -> Figure:
     return figure
 
 
-def gate_picture(example: Example, name: str) -> Figure:
+def gate_picture(example: Example, name: str, **options: Any) -> Figure:
     """The same rollout under one gate: the drift of its segments, and its weights."""
-    gates = example.gates(name, tau=TAU)
+    gates = example.gates(name, tau=TAU, **options)
     figure, (top, bottom) = plt.subplots(2, figsize=(9, 3.9), layout="constrained")
     texts, ids = example.texts[ROW], gates.segment_ids[ROW]
     for axes, values, scale, title, label, extend in (

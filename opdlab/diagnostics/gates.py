@@ -71,13 +71,13 @@ def step_positions(traces: Sequence[StepTrace]) -> StepPositions:
 def _columns(trace: StepTrace) -> list[Tensor]:
     inputs, gates = trace.inputs, trace.gates
     unknown = torch.full_like(gates.weights, torch.nan)
-    teacher, losses, norms = inputs.teacher_logprobs, inputs.position_losses, trace.gradient_norms
+    gap, losses, norms = inputs.teacher_gap, inputs.position_losses, trace.gradient_norms
     return [
         gates.segment_ids,
         gates.weights,
         inputs.drift,
         gates.segment_drift,
-        unknown if teacher is None else teacher - inputs.current_logprobs,
+        unknown if gap is None else gap,
         unknown if losses is None else losses,
         trace.loss_shares,
         unknown if norms is None else norms,

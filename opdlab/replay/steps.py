@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opdlab.errors import require
-from opdlab.gating import GateInputs
+from opdlab.gating import DriftGate, GateInputs, Normalization
 from opdlab.module import OPDModule
 from opdlab.replay.fresh import Tokens, fresh_gradients, other_prompts, recorded_prompts
 from opdlab.replay.record import RecordedBatch, RecordedStep
@@ -226,9 +226,11 @@ def _sample_sizes(variants: Sequence[Variant], inputs: Sequence[GateInputs]) -> 
     """Over a range of taus, of every gate that has one, with the paper's statistic and normalisation."""
     joined = join_gate_inputs(inputs) if len(inputs) > 1 else inputs[0]
     valid, found = joined.mask.bool(), {}
-    for name, gate in {v.gate: v.strategy for v in variants if v.statistic is not None}.items():
+    gates = {v.gate: v.strategy for v in variants if v.tau is not None}
+    for name, gate in gates.items():
+        assert isinstance(gate, DriftGate)
         each = copy.copy(gate)
-        each.statistic, each.normalization = "signed_mean", "mean"
+        each.statistic, each.normalization = "signed_mean", Normalization()
         weights = []
         for tau in PLOTTED_TAUS:
             each.tau = tau

@@ -1,20 +1,21 @@
 """The gates that a step is replayed under: every combination of gate, statistic, normalisation and tau."""
 
 import copy
+import itertools
 import pkgutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, get_args
+from dataclasses import dataclass, field, replace
+from typing import get_args
 
 from transformers import PreTrainedTokenizerBase
 
 from opdlab.errors import UsageError, require
-from opdlab.gating import GateStrategy, Normalization, RuleGate, Statistic, gate_registry
+from opdlab.gating import DriftGate, GateStrategy, NormalizationName, Statistic, gate_registry
 from opdlab.registry import suggestion
 from opdlab.tau import TauSchedule, check_tau
 
 STATISTICS: tuple[str, ...] = get_args(Statistic)
-NORMALIZATIONS: tuple[str, ...] = get_args(Normalization)
+NORMALIZATIONS: tuple[str, ...] = get_args(NormalizationName)
 UNGATED = "none"
 
 
@@ -24,9 +25,9 @@ class Grid:
 
     Args:
         gates: registered names, or class paths; None for all registered gates and the run's own.
-        statistics: of gates that reduce drift over segments; see :class:`opdlab.gating.GateStrategy`.
+        statistics: of gates on drift; see :class:`opdlab.gating.DriftGate`.
         normalizations: see :class:`opdlab.gating.GateStrategy`.
-        taus: per nat, of gates that have one.
+        taus: per nat, of gates on drift.
 
     Raises:
         UsageError: a statistic or normalisation is unknown (the nearest is given), or a tau is out of range.
@@ -132,39 +133,33 @@ def _marked(variants: Sequence[Variant], own: GateStrategy) -> list[Variant]:
 
 
 def _of_gate(name: str, base: GateStrategy, grid: Grid) -> Iterable[Variant]:
-    """Vary only what the gate looks at: a rule of its own has no statistic, and a published control no tau."""
+    """Vary only the options that act: rules other than drift's have neither statistic nor tau."""
     if base.uniform:
         yield _variant(name, base)
         return
-    for normalization in grid.normalizations:
-        for statistic in grid.statistics if _has_statistic(base) else (base.statistic,):
-            for tau in grid.taus if _has_tau(base) else (base.tau,):
-                gate = copy.copy(base)
-                gate.normalization, gate.statistic, gate.tau = normalization, statistic, tau  # type: ignore[assignment] # were checked
-                yield _variant(name, gate)
+    of_drift = list(itertools.product(grid.statistics, grid.taus)) if isinstance(base, DriftGate) else [("", 0.0)]
+    for normalization, (statistic, tau) in itertools.product(grid.normalizations, of_drift):
+        gate = copy.copy(base)
+        gate.normalization = replace(base.normalization, name=normalization)  # type: ignore[arg-type] # was checked
+        if isinstance(gate, DriftGate):
+            gate.statistic, gate.tau = statistic, tau  # type: ignore[assignment] # was checked
+        yield _variant(name, gate)
 
 
 def _variant(name: str, gate: GateStrategy, own: bool = False) -> Variant:
     if gate.uniform:
         return Variant(name, None, None, None, gate, own)
-    tau: Any = None
-    if _has_tau(gate):
-        tau = "schedule" if isinstance(gate.tau, TauSchedule) else float(gate.tau)
-    return Variant(name, gate.statistic if _has_statistic(gate) else None, gate.normalization, tau, gate, own)
-
-
-def _has_statistic(gate: GateStrategy) -> bool:
-    return type(gate).drift_gate is GateStrategy.drift_gate
-
-
-def _has_tau(gate: GateStrategy) -> bool:
-    return not isinstance(gate, RuleGate)
+    if not isinstance(gate, DriftGate):
+        return Variant(name, None, gate.normalization.name, None, gate, own)
+    tau = "schedule" if isinstance(gate.tau, TauSchedule) else float(gate.tau)
+    return Variant(name, gate.statistic, gate.normalization.name, tau, gate, own)
 
 
 def _classes(names: Sequence[str] | None, own: GateStrategy) -> dict[str, type[GateStrategy]]:
     registry = gate_registry()
     if names is None:
-        found = {name: registry.get(name) for name in registry.names()}
+        # Without options of its own `block` is `block64`.
+        found = {name: registry.get(name) for name in registry.names() if name != "block"}
         return found | ({} if type(own) in found.values() else {_name_of(type(own)): type(own)})
     return {name.rpartition(".")[2]: gate_class(name) for name in names}
 

@@ -101,10 +101,9 @@ def _columns(trace: StepTrace) -> dict[str, Tensor]:
         "behavior_logprob": inputs.behavior_logprobs,
         "student_logprob": inputs.current_logprobs,
         "teacher_logprob": inputs.teacher_logprobs,
+        "teacher_gap": inputs.teacher_gap,
         "gradient_norm": trace.gradient_norms,
     }
-    if inputs.teacher_logprobs is not None:
-        values["teacher_gap"] = inputs.teacher_logprobs - inputs.current_logprobs
     return {
         **{f"value/{name}": value.detach().float() for name, value in values.items() if value is not None},
         "prompt_tokens": rollouts.prompt_tokens.masked_fill(~rollouts.prompt_mask, _PADDING),

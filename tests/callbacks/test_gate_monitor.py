@@ -36,7 +36,7 @@ from opdlab.diagnostics import StepTrace
 from opdlab.diagnostics.ages import AgeFigures
 from opdlab.diagnostics.plots import by_age as by_age_picture
 from opdlab.errors import Stopped, UsageError
-from opdlab.gating import GateInputs, GateStrategy, build_gate
+from opdlab.gating import DriftGate, GateInputs, build_gate
 from opdlab.objectives import SampledTokenOPD
 from opdlab.training import join_gate_inputs
 from tests.test_resume import SaveAt
@@ -56,7 +56,7 @@ class Traces(StepCallback):
         self.steps[trainer.global_step] = list(traces)
 
 
-class ThirdsGate(GateStrategy):
+class ThirdsGate(DriftGate):
     """A stranger's gate: thirds of the response."""
 
     def segment_ids(self, inputs: GateInputs) -> Tensor:

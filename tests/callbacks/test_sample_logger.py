@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from opdlab.callbacks import GateMonitor, SampleLogger, sample_logger
 from opdlab.diagnostics import StepTrace
 from opdlab.errors import UsageError
-from opdlab.gating import GateInputs, GateStrategy
+from opdlab.gating import DriftGate, GateInputs
 from opdlab.objectives import SampledTokenOPD
 from opdlab.rollouts import Pool
 from tests.toy_run import Run
@@ -36,7 +36,7 @@ class Keeper(SampleLogger):
         super().on_step(trainer, pl_module, traces)
 
 
-class ParityGate(GateStrategy):
+class ParityGate(DriftGate):
     """Even and odd positions: segments that are no runs."""
 
     def segment_ids(self, inputs: GateInputs) -> torch.Tensor:

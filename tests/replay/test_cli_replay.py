@@ -91,7 +91,7 @@ def test_a_gate_that_the_record_cannot_serve_is_named(run: Path, capsys: pytest.
     code = (
         "from opdlab.gating import RuleGate\n"
         "class Judge(RuleGate):\n    needs = ('verdict',)\n"
-        "    def drift_gate(self, inputs):\n        return inputs.drift.exp()\n"
+        "    def weight(self, inputs):\n        return inputs.drift.exp()\n"
     )
     Path("judges.py").write_text(code)
     assert main(["replay", str(run), "--steps", "2", "--gates", "judges.Judge", "--draws", "2"]) == 0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opdlab.callbacks import PoolRecorder
 from opdlab.errors import UsageError
-from opdlab.gating import GateInputs, GateStrategy, build_gate
+from opdlab.gating import GateInputs, GateStrategy, RuleGate, build_gate
 from opdlab.objectives import SampledTokenOPD, TeacherTopK
 from opdlab.replay import Grid, RecordedStep, ReplayConfig, Replayer, expand, read_record, record_folders
 from opdlab.replay.step_gradients import mixtures, sketch
@@ -178,10 +178,10 @@ def test_other_prompts_are_other_prompts(make_run: MakeRun, monkeypatch: pytest.
 # -- which gates ------------------------------------------------------------------------------------------------------
 
 
-class Verdict(GateStrategy):
+class Verdict(RuleGate):
     needs = ("correct",)
 
-    def drift_gate(self, inputs: GateInputs) -> Tensor:
+    def weight(self, inputs: GateInputs) -> Tensor:
         return torch.ones_like(inputs.drift)
 
 
@@ -200,11 +200,15 @@ def test_the_grid(make_run: MakeRun) -> None:
     assert variants[0].label == "none"
     (mine,) = [v for v in variants if v.own]  # tau 3 is not in the grid
     assert mine.label == "block64 signed_mean mean tau 3"
-    assert all(v.strategy.rho == 0.9 for v in variants if v.gate == "block64")
+    assert all(v.strategy.normalization.rho == 0.9 for v in variants if v.gate == "block64")
     (paper,) = [v for v in expand(Grid(), build_gate("block64"), tokenizer, ())[0] if v.own]
     assert paper.label == "block64 signed_mean mean tau 1"
     scheduled, _ = expand(Grid(gates=("token",)), build_gate("token", tau=EffectiveSampleSizeTau(0.5)), tokenizer, ())
     assert [v.label for v in scheduled if v.own] == ["token signed_mean mean tau schedule"]
+    assert "block" not in {v.gate for v in variants}  # with its default size it is block64
+    resized, _ = expand(Grid(), build_gate("block", block_size=48), tokenizer, ())
+    assert {repr(v.strategy) for v in resized if v.own} == {repr(build_gate("block", block_size=48))}
+    assert "block64" in {v.gate for v in resized}
 
 
 def test_gates_of_ones_own(make_run: MakeRun) -> None:

@@ -165,7 +165,7 @@ def test_a_run_computes_what_a_control_needs(make_run: Callable[..., Run], name:
 class HungryGate(RuleGate):
     needs = ("entropie",)
 
-    def drift_gate(self, inputs: GateInputs) -> Tensor:
+    def weight(self, inputs: GateInputs) -> Tensor:
         return torch.ones_like(inputs.drift)
 
 

@@ -8,7 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from opdlab.gating import GateInputs, Gates, GateStrategy, Normalization, Statistic, gate_names, gate_registry
+from opdlab.gating import (
+    DriftGate,
+    GateInputs,
+    Gates,
+    GateStrategy,
+    NormalizationName,
+    RuleGate,
+    Statistic,
+    gate_names,
+    gate_registry,
+)
 from opdlab.strategies import (
     Block32Gate,
     Block64Gate,
@@ -40,10 +50,10 @@ GATES: dict[str, Callable[..., GateStrategy]] = {
 }
 
 
-@pytest.mark.parametrize("normalization", get_args(Normalization))
+@pytest.mark.parametrize("normalization", get_args(NormalizationName))
 @pytest.mark.parametrize("statistic", get_args(Statistic))
 @pytest.mark.parametrize("name", GATES)
-def test_built_in_gate_obeys_the_laws(name: str, statistic: Statistic, normalization: Normalization) -> None:
+def test_built_in_gate_obeys_the_laws(name: str, statistic: Statistic, normalization: NormalizationName) -> None:
     GateTester(
         lambda: GATES[name](tau=1.5, statistic=statistic, normalization=normalization, rho=0.3, low=0.6, high=1.5),
         tokenizer=chain_tokenizer(),
@@ -61,9 +71,9 @@ CONTROLS: dict[str, tuple[bool, Callable[..., GateStrategy]]] = {
 }
 
 
-@pytest.mark.parametrize("normalization", [None, *get_args(Normalization)])
+@pytest.mark.parametrize("normalization", [None, *get_args(NormalizationName)])
 @pytest.mark.parametrize("name", CONTROLS)
-def test_control_obeys_the_laws(name: str, normalization: Normalization | None) -> None:
+def test_control_obeys_the_laws(name: str, normalization: NormalizationName | None) -> None:
     uniform, make = CONTROLS[name]
     GateTester(
         lambda: make(normalization=normalization, rho=0.3, low=0.6, high=1.5), zero_drift_is_uniform=uniform
@@ -103,13 +113,15 @@ class UniformGate(TokenGate):
         return True
 
 
-class ExplodingGate(GateStrategy):
-    def drift_gate(self, inputs: GateInputs) -> Tensor:
+class ExplodingGate(RuleGate):
+    def weight(self, inputs: GateInputs) -> Tensor:
         return inputs.drift.abs().exp()
 
 
-class NumpyGate(GateStrategy):
-    def drift_gate(self, inputs: GateInputs) -> Tensor:
+class NumpyGate(RuleGate):
+    own_normalization = "mean"
+
+    def weight(self, inputs: GateInputs) -> Tensor:
         return torch.from_numpy(inputs.current_logprobs.numpy()).exp()  # there is no bfloat16 in NumPy
 
 
@@ -128,7 +140,7 @@ class NamelessGate(TokenGate):
         super().__init__(tau=sharpness)
 
 
-class WidthGate(GateStrategy):
+class WidthGate(DriftGate):
     """Halves of the columns: padding moves them."""
 
     def segment_ids(self, inputs: GateInputs) -> Tensor:
