@@ -1,4 +1,4 @@
-"""What the gate does and to which rollouts, in numbers, histograms and pictures."""
+"""Metrics, histograms and pictures of what the gate does, and to which rollouts."""
 
 import time
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ import lightning.pytorch as pl
 from opdlab.callbacks.step_callback import StepCallback
 from opdlab.callbacks.tensorboard import write_histograms, write_images, write_layout, writers
 from opdlab.diagnostics import StepTrace
-from opdlab.diagnostics.ages import add_to_age_table, age_scalars, new_age_table, read_ages
-from opdlab.diagnostics.gates import gate_tensors, read_gates, step_positions, to_host
-from opdlab.diagnostics.history import BlockHistory
+from opdlab.diagnostics.age_metrics import add_to_age_table, age_scalars, new_age_table, read_ages
+from opdlab.diagnostics.block_history import BlockHistory
+from opdlab.diagnostics.gate_metrics import gate_tensors, read_gates, step_positions, to_host
 from opdlab.errors import require
 from opdlab.module import OPDModule
 
@@ -36,7 +36,7 @@ class GateMonitor(StepCallback):
       first time after about three minutes; the clock decides when they are drawn, not what they show.
     - A page of TensorBoard ("Custom scalars") with all that belongs together.
 
-    Figures are of the whole optimizer batch, whatever micro-batches it comes in. Between those steps only sums by age
+    Metrics are of the whole optimizer batch, whatever micro-batches it comes in. Between those steps only sums by age
     are kept, on the device; at such a step everything comes to the host in one copy. Loggers other than TensorBoard's
     get the scalars. With several processes, the first one's share of the batch is shown.
 
@@ -106,14 +106,14 @@ class GateMonitor(StepCallback):
             return
         tensors = gate_tensors(step_positions(traces), self.max_blocks)
         found = to_host({**tensors, "ages": self._recent_ages})
-        figures, recent = read_gates(found), found["ages"]
+        metrics, recent = read_gates(found), found["ages"]
         self._recent_ages.zero_()
         self._ages += recent
-        self._history.add(trainer.global_step, figures.block_weights, figures.block_drift)
+        self._history.add(trainer.global_step, metrics.block_weights, metrics.block_drift)
         for logger in trainer.loggers:
-            logger.log_metrics({**figures.scalars, **age_scalars(recent)}, step=trainer.global_step)
+            logger.log_metrics({**metrics.scalars, **age_scalars(recent)}, step=trainer.global_step)
         for writer in writers(trainer.loggers):
-            write_histograms(writer, figures.histograms, trainer.global_step)
+            write_histograms(writer, metrics.histograms, trainer.global_step)
         if self._may_draw():
             self._draw(trainer)
 
@@ -149,7 +149,7 @@ class GateMonitor(StepCallback):
 
     def _pictures(self) -> dict[str, Any]:
         # Not at the top: matplotlib takes a third of a second, which a short run would feel.
-        from opdlab.diagnostics.plots import block_heat_map, by_age, render
+        from opdlab.diagnostics.gate_plots import block_heat_map, by_age, render
 
         figures = {}
         if self._history.steps:

@@ -13,7 +13,7 @@ class StepCallback(pl.Callback):
     """Gathers the traces of an optimizer step's micro-batches and hands them over when the step is taken.
 
     Override :meth:`on_step`. It is called after optimizer step n, 2n, …, but not after one that a resumed run takes up
-    in the middle of its accumulation window: the traces of the micro-batches before the resume are gone, and figures of
+    in the middle of its accumulation window: the traces of the micro-batches before the resume are gone, and metrics of
     the others would not be those of the step. What has to see every step overrides :meth:`on_trace` as well.
 
     Args:

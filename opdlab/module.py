@@ -314,8 +314,7 @@ class OPDModule(EvaluationModule):
         shares = loss_shares(rollouts.mask, reduction=self.reduction, num_tokens=num_tokens, num_rollouts=num_rollouts)
         loss = reduce_losses(positions.losses, gates.weights, shares)
         self._refuse_non_finite(loss, batch)
-        gap = targets.logprobs - positions.logprobs
-        record = step_record(inputs, gates, entropy=positions.entropy, teacher_gap=gap, **positions.metrics)
+        record = step_record(inputs, gates, entropy=positions.entropy, **positions.metrics)
         self._log_step(batch, {**record, "loss": loss.detach().view(1)}, gates.tau)
         # Lightning divides by the number of micro-batches and averages over processes, but the denominator already
         # covers them all.

@@ -57,6 +57,10 @@ PUBLIC = {
         *("ReuseConfig", "TableProblems", "Template", "prompt_set"),
     ],
     "opdlab.module": ["OPDModule"],
+    "opdlab.diagnostics": [
+        *("Chart", "Metric", "StepRecord", "StepTrace", "find_metric", "hidden_gradient_norms", "merge_records"),
+        *("metric_rows", "register_metric", "step_metrics", "step_record", "teacher_gap"),
+    ],
     "opdlab.replay": [
         *("GateSummary", "Grid", "RecordedStep", "ReplayConfig", "ReplayedStep", "Replayer", "Variant"),
         *("expand", "read_record", "record_folders", "summarise"),

@@ -1,4 +1,4 @@
-"""What a training step leaves for callbacks to look at.
+"""The trace of a training step: its tensors, position by position, for callbacks to look at.
 
 Shapes: B rollouts, T response tokens, N valid positions, H hidden size. Log-probabilities are in nats.
 """
@@ -43,6 +43,18 @@ class StepTrace:
     def age(self) -> Tensor:
         """Optimizer steps since the sampling snapshot took the student's weights, of each rollout; [B] long."""
         return self.step - self.rollouts.snapshot_step
+
+
+def teacher_gap(inputs: GateInputs) -> Tensor | None:
+    """Return ``logq - logpi`` of the sampled tokens: teacher's log-probability less the student's.
+
+    Args:
+        inputs: of the gate.
+
+    Returns:
+        [B, T], nats; None where the teacher's log-probabilities are not known.
+    """
+    return None if inputs.teacher_logprobs is None else inputs.teacher_logprobs - inputs.current_logprobs
 
 
 def hidden_gradient_norms(objective: Objective, scored: Scored, rollouts: Rollouts, targets: Targets) -> Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from opdlab.diagnostics import StepTrace
+from opdlab.diagnostics import StepTrace, teacher_gap
 from opdlab.rollouts import StopReason
 
 _PADDING = -1  # no token id
@@ -101,10 +101,9 @@ def _columns(trace: StepTrace) -> dict[str, Tensor]:
         "behavior_logprob": inputs.behavior_logprobs,
         "student_logprob": inputs.current_logprobs,
         "teacher_logprob": inputs.teacher_logprobs,
+        "teacher_gap": teacher_gap(inputs),
         "gradient_norm": trace.gradient_norms,
     }
-    if inputs.teacher_logprobs is not None:
-        values["teacher_gap"] = inputs.teacher_logprobs - inputs.current_logprobs
     return {
         **{f"value/{name}": value.detach().float() for name, value in values.items() if value is not None},
         "prompt_tokens": rollouts.prompt_tokens.masked_fill(~rollouts.prompt_mask, _PADDING),

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opdlab.diagnostics.ages import AgeFigures
+from opdlab.diagnostics.age_metrics import AgeMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,18 +75,18 @@ def block_heat_map(steps: Sequence[int], values: Tensor, quantity: Literal["weig
     return figure
 
 
-def by_age(figures: AgeFigures) -> "Figure":
+def by_age(metrics: AgeMetrics) -> "Figure":
     """Drift (above) and the spread of weights (below) against the age of the rollouts.
 
     Args:
-        figures: by age, at least one.
+        metrics: by age, at least one.
     """
     from matplotlib.ticker import MaxNLocator
 
     figure = _figure()
     upper, lower = figure.subplots(2, 1, sharex=True)
-    ages, mean, std = (np.array(column) for column in (figures.ages, figures.weight_mean, figures.weight_std))
-    upper.plot(ages, figures.drift, marker="o", markersize=4, color="tab:purple")
+    ages, mean, std = (np.array(column) for column in (metrics.ages, metrics.weight_mean, metrics.weight_std))
+    upper.plot(ages, metrics.drift, marker="o", markersize=4, color="tab:purple")
     upper.set_ylim(bottom=0)
     _label(upper, "", "mean |drift|, nats")
     _title(upper, "Drift and weights by age of the rollouts")

@@ -1,4 +1,4 @@
-"""What heat maps are drawn from: figures of each segment at the steps of a whole run, in bounded memory."""
+"""What heat maps are drawn from: metrics of each segment at the steps of a whole run, in bounded memory."""
 
 from dataclasses import dataclass, field
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a gate does to an optimizer step, as pure functions of the step's traces.
+"""Metrics of what a gate does to an optimizer step, as pure functions of the step's traces.
 
 What runs on the device and what runs on the host are apart: :func:`gate_tensors` queues work and waits for nothing,
 :func:`to_host` is the one copy, :func:`read_gates` makes plain numbers of it.
@@ -22,7 +22,7 @@ from opdlab.diagnostics.histograms import (
     row_counts,
     row_means,
 )
-from opdlab.diagnostics.trace import StepTrace
+from opdlab.diagnostics.trace import StepTrace, teacher_gap
 
 WEIGHT_BINS = Binning(centre=1.0, scale=0.01)
 DRIFT_BINS = Binning(centre=0.0, scale=0.001)
@@ -71,13 +71,13 @@ def step_positions(traces: Sequence[StepTrace]) -> StepPositions:
 def _columns(trace: StepTrace) -> list[Tensor]:
     inputs, gates = trace.inputs, trace.gates
     unknown = torch.full_like(gates.weights, torch.nan)
-    teacher, losses, norms = inputs.teacher_logprobs, inputs.position_losses, trace.gradient_norms
+    gap, losses, norms = teacher_gap(inputs), inputs.position_losses, trace.gradient_norms
     return [
         gates.segment_ids,
         gates.weights,
         inputs.drift,
         gates.segment_drift,
-        unknown if teacher is None else teacher - inputs.current_logprobs,
+        unknown if gap is None else gap,
         unknown if losses is None else losses,
         trace.loss_shares,
         unknown if norms is None else norms,
@@ -97,8 +97,8 @@ def correlation(x: Tensor, y: Tensor, valid: Tensor) -> Tensor:
 
     Example:
         >>> x, valid = torch.tensor([1.0, 2.0, 3.0, 9.0]).double(), torch.tensor([True, True, True, False])
-        >>> correlation(x, -2 * x, valid), correlation(torch.ones(4).double(), x, valid)
-        (tensor(-1.0000, dtype=torch.float64), tensor(nan, dtype=torch.float64))
+        >>> round(correlation(x, -2 * x, valid).item(), 6), correlation(torch.ones(4).double(), x, valid).item()
+        (-1.0, nan)
     """
     both = torch.stack([x, y]).where(valid, 0.0)
     num = valid.sum()
@@ -182,7 +182,7 @@ _SCALARS = (
 
 @torch.no_grad()
 def gate_tensors(positions: StepPositions, max_blocks: int) -> dict[str, Tensor]:
-    """All figures of a step, still on the device; nothing here waits for it.
+    """Return all metrics of a step, still on the device; nothing here waits for it.
 
     Args:
         positions: of the step.
@@ -219,8 +219,8 @@ def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class GateFigures:
-    """A step's figures on the host.
+class GateMetrics:
+    """A step's metrics on the host.
 
     Args:
         scalars: by tag; what is not defined is left out.
@@ -235,8 +235,8 @@ class GateFigures:
     block_drift: Tensor
 
 
-def read_gates(tensors: Mapping[str, Tensor]) -> GateFigures:
-    """Make figures of what :func:`gate_tensors` returned, on the host."""
+def read_gates(tensors: Mapping[str, Tensor]) -> GateMetrics:
+    """Return the metrics of what :func:`gate_tensors` returned, on the host."""
     weights = tensors["weights"]
     blocks = weights[:-1]
     # Edges span all rows, also that of the segments beyond.
@@ -248,7 +248,7 @@ def read_gates(tensors: Mapping[str, Tensor]) -> GateFigures:
         **{f"gate/block/{n:03d}": found for n, found in enumerate(by_place)},
     }
     scalars = dict(zip(_SCALARS, tensors["scalars"].tolist(), strict=True))
-    return GateFigures(
+    return GateMetrics(
         scalars={name: value for name, value in scalars.items() if not math.isnan(value)},
         histograms={name: histogram for name, histogram in drawn.items() if histogram is not None},
         block_weights=row_means(blocks),
