@@ -28,9 +28,9 @@ class GateMonitor(StepCallback):
 
     - Histograms: of the weights in each segment (block, span, …) by its place in the response, ``gate/block/000``,
       ``001``, …; of all weights and drifts: ``gate/weights``, ``gate/token_drift``, ``gate/segment_drift``.
-    - Scalars: what the gate makes of the step's loss and gradient (``gate/loss_ratio``, ``gate/gradient_cosine``, …),
-      what its weights go with (``gate/correlation/…``), and, of all steps since the last that was shown, drift and
-      weights by the age of the rollouts (``age/…``, ``reuse_epoch/…``).
+    - Scalars: the gated step's loss and gradient against the ungated ones (``gate/loss_ratio``,
+      ``gate/gradient_cosine``, …), correlations of the weights (``gate/correlation/…``), and, of all steps since the
+      last that was shown, drift and weights by the age of the rollouts (``age/…``, ``reuse_epoch/…``).
     - Pictures of the whole run: ``gate/heat_map/weight``, ``gate/heat_map/drift``, ``gate/by_age``. They are drawn when
       training ends or is stopped, and before that as often as drawing takes less than 0.5% of the run's time, for the
       first time after about three minutes; the clock decides when they are drawn, not what they show.
@@ -64,7 +64,7 @@ class GateMonitor(StepCallback):
     # -- when ----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Begin anew with a new run; a checkpoint's state comes after this."""
+        """Forget an earlier run; a checkpoint's state is loaded after this."""
         if trainer.global_step == 0:
             self._forget()
 
@@ -95,7 +95,7 @@ class GateMonitor(StepCallback):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_trace(self, trainer: pl.Trainer, trace: StepTrace) -> None:
-        """Sum up by age."""
+        """Add the micro-batch to the sums by age."""
         if trainer.is_global_zero and trainer.loggers:
             self._recent_ages = self._recent_ages.to(trace.gates.weights.device)  # moves once
             add_to_age_table(self._recent_ages, trace)
@@ -123,7 +123,7 @@ class GateMonitor(StepCallback):
             self._draw(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Draw what there is of a run that is stopped, since it may not be resumed."""
+        """Draw a run that is stopped, since it may not be resumed."""
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
             self._draw(trainer)
 
@@ -164,11 +164,11 @@ class GateMonitor(StepCallback):
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values: what the pictures are drawn from, and the sums since the last step shown."""
+        """Return the data of the pictures, and the sums since the last step that was shown."""
         ages, recent = self._ages.clone(), self._recent_ages.cpu().clone()
         return {"history": self._history.state_dict(), "ages": ages, "recent_ages": recent}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with a run's pictures."""
+        """Continue a run's pictures."""
         self._history.load_state_dict(state_dict["history"])
         self._ages, self._recent_ages = (state_dict[name].cpu().clone() for name in ("ages", "recent_ages"))

@@ -17,7 +17,7 @@ from torch import Tensor
 from opdlab.diagnostics.metric_table import progress_items, progress_names
 from opdlab.module import OPDModule
 
-# Their messages go to the standard error that there was when Lightning was imported.
+# Their handlers keep the standard error of the time when Lightning was imported.
 _LOGGERS = ("lightning.pytorch", "lightning.fabric")
 
 
@@ -37,7 +37,7 @@ class SummaryLine:
         self.items: Sequence[str] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield the line, or nothing where there is nothing to say."""
+        """Yield the line; nothing where it has no item."""
         items = list(self.items)  # rendered by another thread
         while items and cell_len(_joined(items)) > options.max_width:
             items.pop()
@@ -46,7 +46,7 @@ class SummaryLine:
 
 
 class LabProgressBar(RichProgressBar):
-    """Lightning's rich progress bar, with bars for sampling and scoring a pool, and a line of metrics below.
+    """Lightning's rich progress bar, with bars for sampling and scoring a buffer, and a line of metrics below.
 
     The bar of training counts the optimizer steps of the whole run, also after a resume. The line shows the metrics
     that have an item in the table of metrics (:attr:`opdlab.diagnostics.Metric.progress`), as last logged: loss, drift
@@ -67,7 +67,7 @@ class LabProgressBar(RichProgressBar):
         self._fetched_at = -1
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let the module report here; what was shown of another run or stage is over."""
+        """Show the module's progress here; forget another run or stage."""
         super().setup(trainer, pl_module, stage)
         self._line.items, self._values, self._fetched_at = (), {}, -1
         if isinstance(pl_module, OPDModule):
@@ -96,7 +96,7 @@ class LabProgressBar(RichProgressBar):
         before, standard_error = self.progress, sys.stderr
         super()._init_progress(trainer)
         if self.progress is not None and self.progress is not before:
-            # What rich says to override; but Lightning leaves no say in which class is made.
+            # rich documents this method for overriding, but Lightning fixes the class.
             bars = self.progress.get_renderables
             self.progress.get_renderables = lambda: [*bars(), self._line]  # type: ignore[method-assign]
             _redirect_messages(standard_error, sys.stderr)  # to rich's, which writes above the bars
@@ -108,24 +108,24 @@ class LabProgressBar(RichProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Optimizer steps of the whole run: the number of batches left in a pass over the prompts says little."""
+        """Optimizer steps of the whole run, instead of the batches in a pass over the prompts."""
         return self.trainer.max_steps if self.trainer.max_steps > 0 else self.trainer.estimated_stepping_batches
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the bar before the first pool is sampled, where a resumed run goes on."""
+        """Show the bar before the first buffer is sampled, at the step where a resumed run continues."""
         super().on_train_start(trainer, pl_module)
         if self.is_enabled:
-            # Unseen until it stands where it should.
+            # Invisible until its position is set.
             self.train_progress_bar_id = self._add_task(self.total_train_batches, self.train_description, visible=False)
             self._update(self.train_progress_bar_id, trainer.global_step)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the bar go on: a pass over the prompts is no unit of interest, and their number has no bound."""
+        """Keep the bar: it counts optimizer steps, not passes over the prompts, whose number has no bound."""
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the bar on; the batch's number would be that within a pass over the prompts."""
+        """Move the bar to the optimizer step; Lightning's batch number starts again with each pass over the prompts."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
     @contextmanager

@@ -30,11 +30,11 @@ class StepCallback(pl.Callback):
         self._traces: list[StepTrace] = []
 
     def looks_at(self, trainer: pl.Trainer) -> bool:
-        """Whether the optimizer step under way is one of those that are looked at."""
+        """True if the callback looks at the current optimizer step."""
         return self.wants(trainer.global_step + 1)
 
     def wants(self, step: int) -> bool:
-        """Whether the optimizer step of this number, counted from 1, is one of those that are looked at."""
+        """True if the callback looks at the optimizer step of this number, counted from 1."""
         return step % self.every_n_steps == 0
 
     def on_train_batch_start(

@@ -12,16 +12,16 @@ from torch import Tensor
 from opdlab.diagnostics.trace import StepTrace
 
 MAX_AGES = 64
-"""Ages are counted apart up to this; the last row holds all that are older."""
+"""Number of rows for ages; the last row holds all older rollouts too."""
 MAX_EPOCHS = 16
-"""Reuse epochs are counted apart up to this; the last row holds all later ones."""
+"""Number of rows for reuse epochs; the last row holds all later ones too."""
 
 _ROWS = MAX_AGES + MAX_EPOCHS
 _COLUMNS = 4  # positions, sum of |d|, sum of w - 1, sum of (w - 1)^2
 
 
 def new_age_table(device: torch.device | str = "cpu") -> Tensor:
-    """Sums of nothing: [ages and then reuse epochs, 4] float64."""
+    """Return an empty table of sums: [ages and then reuse epochs, 4] float64."""
     return torch.zeros(_ROWS, _COLUMNS, dtype=torch.float64, device=device)
 
 

@@ -1,6 +1,6 @@
-"""Figures of gates, as pure functions from numbers to matplotlib figures.
+"""Plots of weights and drift, as pure functions from numbers to matplotlib figures.
 
-matplotlib is imported when a figure is made and not before, and none of its global state is touched: no ``pyplot``, no
+matplotlib is imported when a figure is made and not before, and none of its global state is changed: no ``pyplot``, no
 ``rcParams``. Figures are small with large type, for the cards of TensorBoard.
 """
 
@@ -38,7 +38,7 @@ def _figure() -> "Figure":
 
 
 def render(figure: "Figure") -> NDArray[np.uint8]:
-    """Draw a figure; [height, width, 3]."""
+    """Return the pixels of a figure, [height, width, 3]."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     assert isinstance(figure.canvas, FigureCanvasAgg)
@@ -48,7 +48,7 @@ def render(figure: "Figure") -> NDArray[np.uint8]:
 
 
 def block_heat_map(steps: Sequence[int], values: Tensor, quantity: Literal["weight", "drift"]) -> "Figure":
-    """Segment by segment (upwards) and step by step (to the right), in colours.
+    """Return a heat map: segments upwards, optimizer steps to the right.
 
     Args:
         steps: S optimizer steps, ascending, at least one.
@@ -76,7 +76,7 @@ def block_heat_map(steps: Sequence[int], values: Tensor, quantity: Literal["weig
 
 
 def by_age(metrics: AgeMetrics) -> "Figure":
-    """Drift (above) and the spread of weights (below) against the age of the rollouts.
+    """Return a plot of drift (above) and spread of weights (below) against the age of the rollouts.
 
     Args:
         metrics: by age, at least one.

@@ -66,7 +66,7 @@ def quantities(names: Sequence[str]) -> list[Quantity]:
 
 @dataclass(frozen=True)
 class ColorScale:
-    """From the value without colour to those with the fullest, below and above it.
+    """Range of the colours: the value without colour, and those with the strongest, below and above it.
 
     Args:
         low: values here and below have the fullest colour of the lower side; ``neutral`` where nothing lies below.
@@ -84,7 +84,7 @@ class ColorScale:
 
 
 def color_scale(values: Tensor, neutral: float | None) -> ColorScale:
-    """A scale that covers most values, the same on both sides of the neutral one if there are values on both.
+    """Return a scale that covers most values, the same on both sides of the neutral one if there are values on both.
 
     Args:
         values: [N] float32, of the positions that count; values that are not finite are ignored.

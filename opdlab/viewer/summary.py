@@ -57,7 +57,7 @@ def _range(low: str, high: str) -> str:
 
 
 def read_summary(path: Path) -> PageSummary:
-    """Read the head of a page; an empty summary where there is none, as in pages of earlier versions.
+    """Return the summary in the head of a page; an empty one where there is none, as in pages of earlier versions.
 
     Args:
         path: of the page.

@@ -44,7 +44,7 @@ def logged_names(folder: Path, **options: Any) -> set[str]:
     """The names that a run of two steps with two evaluations logs, with all callbacks that look at a step."""
     callbacks = (GateMonitor(1), SampleLogger(1), PoolRecorder(every_n_steps=1), EvaluationTable(), LabProgressBar())
     run, logger = Run(folder, callbacks=callbacks, max_new_tokens=48, **options), Names()
-    validation = {"limit_val_batches": 1.0, "val_check_interval": 1, "check_val_every_n_epoch": None}
+    validation: dict[str, Any] = {"limit_val_batches": 1.0, "val_check_interval": 1, "check_val_every_n_epoch": None}
     trainer = run.fit(2, logger=logger, enable_progress_bar=True, num_sanity_val_steps=0, **validation)
     assert isinstance(run.module.teacher, LocalTeacher)
     with run.module.evaluating("teacher", run.module.teacher.model):
