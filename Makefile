@@ -92,9 +92,10 @@ docs: $(VENV)/.docs ## the documentation, into site/; open site/index.html
 docs-serve: $(VENV)/.docs ## the documentation while you write it, at http://127.0.0.1:8000
 	$(DOCS) serve
 
-docs-pictures: $(INSTALLED) ## draw the gate pages' pictures and print their table anew, from the numbers in docs/
+docs-pictures: $(INSTALLED) ## draw the gate pages' pictures, print their table, and write the tables of docs/metrics.md
 	$(BIN)/python docs/scripts/draw_gates.py
 	$(BIN)/python docs/scripts/gate_table.py
+	$(BIN)/python docs/scripts/metric_tables.py
 
 toy-models: $(INSTALLED) ## train the shipped toy models anew (about five minutes)
 	OMP_NUM_THREADS=2 $(BIN)/python -m opdlab.toy.make_models opdlab/toy/models | tee opdlab/toy/models/RECORD.txt

@@ -29,10 +29,9 @@ from rich.table import Table
 
 sys.path.insert(0, str(REPOSITORY))
 
-from opdlab.diagnostics.gate_metrics import gate_tensors, read_gates, step_positions, to_host
-
 from opdlab.diagnostics import StepTrace
-from opdlab.diagnostics.ages import add_to_age_table, new_age_table
+from opdlab.diagnostics.age_metrics import add_to_age_table, new_age_table
+from opdlab.diagnostics.gate_metrics import gate_tensors, read_gates, step_positions, to_host
 from opdlab.gating import GateInputs, build_gate
 from opdlab.objectives import TeacherTopK
 from opdlab.policies import LanguageModel

@@ -1,17 +1,17 @@
-"""What the gate does and to which rollouts, in numbers, histograms and pictures."""
+"""Metrics, histograms and pictures of what the gate does, and to which rollouts."""
 
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-from opdlab.diagnostics.gate_metrics import gate_tensors, read_gates, step_positions, to_host
 
 from opdlab.callbacks.step_callback import StepCallback
 from opdlab.callbacks.tensorboard import write_histograms, write_images, write_layout, writers
 from opdlab.diagnostics import StepTrace
-from opdlab.diagnostics.ages import add_to_age_table, age_scalars, new_age_table, read_ages
-from opdlab.diagnostics.history import BlockHistory
+from opdlab.diagnostics.age_metrics import add_to_age_table, age_scalars, new_age_table, read_ages
+from opdlab.diagnostics.block_history import BlockHistory
+from opdlab.diagnostics.gate_metrics import gate_tensors, read_gates, step_positions, to_host
 from opdlab.errors import require
 from opdlab.module import OPDModule
 
@@ -28,15 +28,15 @@ class GateMonitor(StepCallback):
 
     - Histograms: of the weights in each segment (block, span, …) by its place in the response, ``gate/block/000``,
       ``001``, …; of all weights and drifts: ``gate/weights``, ``gate/token_drift``, ``gate/segment_drift``.
-    - Scalars: what the gate makes of the step's loss and gradient (``gate/loss_ratio``, ``gate/gradient_cosine``, …),
-      what its weights go with (``gate/correlation/…``), and, of all steps since the last that was shown, drift and
-      weights by the age of the rollouts (``age/…``, ``reuse_epoch/…``).
+    - Scalars: the gated step's loss and gradient against the ungated ones (``gate/loss_ratio``,
+      ``gate/gradient_cosine``, …), correlations of the weights (``gate/correlation/…``), and, of all steps since the
+      last that was shown, drift and weights by the age of the rollouts (``age/…``, ``reuse_epoch/…``).
     - Pictures of the whole run: ``gate/heat_map/weight``, ``gate/heat_map/drift``, ``gate/by_age``. They are drawn when
       training ends or is stopped, and before that as often as drawing takes less than 0.5% of the run's time, for the
       first time after about three minutes; the clock decides when they are drawn, not what they show.
     - A page of TensorBoard ("Custom scalars") with all that belongs together.
 
-    Figures are of the whole optimizer batch, whatever micro-batches it comes in. Between those steps only sums by age
+    Metrics are of the whole optimizer batch, whatever micro-batches it comes in. Between those steps only sums by age
     are kept, on the device; at such a step everything comes to the host in one copy. Loggers other than TensorBoard's
     get the scalars. With several processes, the first one's share of the batch is shown.
 
@@ -64,7 +64,7 @@ class GateMonitor(StepCallback):
     # -- when ----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Begin anew with a new run; a checkpoint's state comes after this."""
+        """Forget an earlier run; a checkpoint's state is loaded after this."""
         if trainer.global_step == 0:
             self._forget()
 
@@ -88,7 +88,7 @@ class GateMonitor(StepCallback):
             pl_module.request_gradient_norms()
 
     def on_trace(self, trainer: pl.Trainer, trace: StepTrace) -> None:
-        """Sum up by age."""
+        """Add the micro-batch to the sums by age."""
         if trainer.is_global_zero and trainer.loggers:
             self._recent_ages = self._recent_ages.to(trace.gates.weights.device)  # moves once
             add_to_age_table(self._recent_ages, trace)
@@ -99,14 +99,14 @@ class GateMonitor(StepCallback):
             return
         tensors = gate_tensors(step_positions(traces), self.max_blocks)
         found = to_host({**tensors, "ages": self._recent_ages})
-        figures, recent = read_gates(found), found["ages"]
+        metrics, recent = read_gates(found), found["ages"]
         self._recent_ages.zero_()
         self._ages += recent
-        self._history.add(trainer.global_step, figures.block_weights, figures.block_drift)
+        self._history.add(trainer.global_step, metrics.block_weights, metrics.block_drift)
         for logger in trainer.loggers:
-            logger.log_metrics({**figures.scalars, **age_scalars(recent)}, step=trainer.global_step)
+            logger.log_metrics({**metrics.scalars, **age_scalars(recent)}, step=trainer.global_step)
         for writer in writers(trainer.loggers):
-            write_histograms(writer, figures.histograms, trainer.global_step)
+            write_histograms(writer, metrics.histograms, trainer.global_step)
         if self._may_draw():
             self._draw(trainer)
 
@@ -116,7 +116,7 @@ class GateMonitor(StepCallback):
             self._draw(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Draw what there is of a run that is stopped, since it may not be resumed."""
+        """Draw a run that is stopped, since it may not be resumed."""
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
             self._draw(trainer)
 
@@ -142,7 +142,7 @@ class GateMonitor(StepCallback):
 
     def _pictures(self) -> dict[str, Any]:
         # Not at the top: matplotlib takes a third of a second, which a short run would feel.
-        from opdlab.diagnostics.plots import block_heat_map, by_age, render
+        from opdlab.diagnostics.gate_plots import block_heat_map, by_age, render
 
         figures = {}
         if self._history.steps:
@@ -157,11 +157,11 @@ class GateMonitor(StepCallback):
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values: what the pictures are drawn from, and the sums since the last step shown."""
+        """Return the data of the pictures, and the sums since the last step that was shown."""
         ages, recent = self._ages.clone(), self._recent_ages.cpu().clone()
         return {"history": self._history.state_dict(), "ages": ages, "recent_ages": recent}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on with a run's pictures."""
+        """Continue a run's pictures."""
         self._history.load_state_dict(state_dict["history"])
         self._ages, self._recent_ages = (state_dict[name].cpu().clone() for name in ("ages", "recent_ages"))

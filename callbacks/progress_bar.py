@@ -1,4 +1,4 @@
-"""Bars with rates for sampling, scoring and training, and a line with the last step's figures."""
+"""Bars with rates for sampling, scoring and training, and a line with the last step's metrics."""
 
 import logging
 import sys
@@ -11,25 +11,12 @@ import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.filesize import pick_unit_and_suffix
 from rich.text import Text
 from torch import Tensor
 
-_RATE = "train/tokens_per_second"
-# What the line says, most important first: a format, and the logged figures that it is of.
-_ITEMS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("loss {:.4f}", ("train/loss",)),
-    ("drift {:.3f} (max {:.1f})", ("train/drift/token_mean", "train/drift/max")),
-    ("weights {:.2f}\N{EN DASH}{:.2f}", ("gate/min", "gate/max")),
-    ("ESS {:.2f}", ("gate/effective_sample_size",)),
-    ("age {:.3g}", ("rollout/age",)),
-    ("{} tok/s", (_RATE,)),
-)
-_FIGURES = tuple(name for _, names in _ITEMS for name in names)
-# What Lightning would show beside the bar: the run's number, of which it shows the last four characters, and what the
-# line says.
-_NOT_BESIDE = ("v_num", "train/loss", _RATE)
-# Their messages go to the standard error that there was when Lightning was imported.
+from opdlab.diagnostics.metric_table import progress_items, progress_names
+
+# Their handlers keep the standard error of the time when Lightning was imported.
 _LOGGERS = ("lightning.pytorch", "lightning.fabric")
 
 
@@ -49,7 +36,7 @@ class SummaryLine:
         self.items: Sequence[str] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield the line, or nothing where there is nothing to say."""
+        """Yield the line; nothing where it has no item."""
         items = list(self.items)  # rendered by another thread
         while items and cell_len(_joined(items)) > options.max_width:
             items.pop()
@@ -57,32 +44,15 @@ class SummaryLine:
             yield Text(_joined(items), no_wrap=True)
 
 
-def summary_items(figures: Mapping[str, float]) -> list[str]:
-    """What there is to say of a step; items of which a figure is missing are left out.
-
-    Args:
-        figures: by the name under which they are logged, see ``docs/metrics.md``.
-
-    Example:
-        >>> summary_items({"train/loss": 0.01234, "gate/min": 0.71, "rollout/age": 3.0})
-        ['loss 0.0123', 'age 3']
-    """
-    shown = {name: _short(value) if name == _RATE else value for name, value in figures.items()}
-    return [
-        form.format(*(shown[name] for name in names))
-        for form, names in _ITEMS
-        if all(name in figures for name in names)
-    ]
-
-
 class LabProgressBar(RichProgressBar):
-    """Lightning's rich progress bar, with bars for sampling and scoring a pool, and a line of figures below.
+    """Lightning's rich progress bar, with bars for sampling and scoring a buffer, and a line of metrics below.
 
-    The bar of training counts the optimizer steps of the whole run, also where it was resumed. The line shows loss,
-    drift (mean and largest, nats), smallest and largest weight, effective sample size, and age of the rollouts
-    (optimizer steps), and response tokens trained on per second, as last logged: with ``trainer.log_every_n_steps``
-    above 1 drift, weights and age stand until the next logged step. Messages appear above the bars. Where the output is
-    no terminal, all this is printed once, at the end.
+    The bar of training counts the optimizer steps of the whole run, also after a resume. The line shows the metrics
+    that have an item in the table of metrics (:attr:`opdlab.diagnostics.Metric.progress`), as last logged: loss, drift
+    (mean and largest, nats), smallest and largest weight, effective sample size, age of the rollouts (optimizer steps),
+    and response tokens trained on per second. With ``trainer.log_every_n_steps`` above 1, drift, weights and age stay
+    until the next logged step. Messages appear above the bars. Where the output is not a terminal, all this is printed
+    once, at the end.
 
     Args:
         refresh_rate: batches between updates; 0 shows nothing.
@@ -92,28 +62,30 @@ class LabProgressBar(RichProgressBar):
     def __init__(self, refresh_rate: int = 1, console_kwargs: dict[str, Any] | None = None) -> None:
         super().__init__(refresh_rate=refresh_rate, console_kwargs=console_kwargs)
         self._line = SummaryLine()
-        self._figures: dict[str, float] = {}
+        self._values: dict[str, float] = {}
         self._fetched_at = -1
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Forget what was shown of another run or stage."""
         super().setup(trainer, pl_module, stage)
-        self._line.items, self._figures, self._fetched_at = (), {}, -1
+        self._line.items, self._values, self._fetched_at = (), {}, -1
 
-    # -- figures -------------------------------------------------------------------------------------------------
+    # -- metrics -------------------------------------------------------------------------------------------------
 
     def get_metrics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Renew the line; what stands beside the bar is what others logged with ``prog_bar``."""
+        """Renew the line; return what else was logged with ``prog_bar``, which Lightning shows beside the bar."""
         metrics = super().get_metrics(trainer, pl_module)  # Lightning has brought them to the host
-        self._figures |= {name: float(value) for name, value in metrics.items() if name in _FIGURES}  # type: ignore[arg-type]
+        names = progress_names()
+        self._values |= {name: float(value) for name, value in metrics.items() if name in names}  # type: ignore[arg-type]
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined] # set by Lightning's logger connector
         if trainer.global_step != self._fetched_at and every > 0 and trainer.global_step % every == 0:
             self._fetched_at = trainer.global_step
-            self._figures |= _fetch(trainer.callback_metrics, [name for name in _FIGURES if name not in metrics])
-        self._line.items = summary_items(self._figures)
-        return {name: value for name, value in metrics.items() if name not in _NOT_BESIDE}
+            self._values |= _fetch(trainer.callback_metrics, [name for name in names if name not in metrics])
+        self._line.items = progress_items(self._values)
+        # The run's number is left out too: Lightning shows only its last four characters.
+        return {name: value for name, value in metrics.items() if name not in (*names, "v_num")}
 
     # -- the bars ------------------------------------------------------------------------------------------------
 
@@ -121,7 +93,7 @@ class LabProgressBar(RichProgressBar):
         before, standard_error = self.progress, sys.stderr
         super()._init_progress(trainer)
         if self.progress is not None and self.progress is not before:
-            # What rich says to override; but Lightning leaves no say in which class is made.
+            # rich documents this method for overriding, but Lightning fixes the class.
             bars = self.progress.get_renderables
             self.progress.get_renderables = lambda: [*bars(), self._line]  # type: ignore[method-assign]
             _redirect_messages(standard_error, sys.stderr)  # to rich's, which writes above the bars
@@ -133,24 +105,24 @@ class LabProgressBar(RichProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Optimizer steps of the whole run: the number of batches left in a pass over the prompts says little."""
+        """Optimizer steps of the whole run, instead of the batches in a pass over the prompts."""
         return self.trainer.max_steps if self.trainer.max_steps > 0 else self.trainer.estimated_stepping_batches
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Show the bar before the first pool is sampled, where a resumed run goes on."""
+        """Show the bar before the first buffer is sampled, at the step where a resumed run continues."""
         super().on_train_start(trainer, pl_module)
         if self.is_enabled:
-            # Unseen until it stands where it should.
+            # Invisible until its position is set.
             self.train_progress_bar_id = self._add_task(self.total_train_batches, self.train_description, visible=False)
             self._update(self.train_progress_bar_id, trainer.global_step)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let the bar go on: a pass over the prompts is no unit of interest, and their number has no bound."""
+        """Keep the bar: it counts optimizer steps, not passes over the prompts, whose number has no bound."""
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move the bar on; the batch's number would be that within a pass over the prompts."""
+        """Move the bar to the optimizer step; Lightning's batch number starts again with each pass over the prompts."""
         super().on_train_batch_end(trainer, pl_module, outputs, batch, trainer.global_step - 1)
 
     @contextmanager
@@ -184,8 +156,3 @@ def _redirect_messages(before: TextIO, after: TextIO) -> None:
 
 def _joined(items: Sequence[str]) -> str:
     return " · ".join(items)
-
-
-def _short(value: float) -> str:
-    unit, suffix = pick_unit_and_suffix(int(value), ["", "k", "M"], 1000)
-    return f"{value / unit:.1f}{suffix}"

@@ -122,7 +122,7 @@ def rollout_markdown(rollout: ShownRollout, text: RolloutText) -> str:
     """What TensorBoard shows of a rollout: all text of models and data in code blocks, which hold no markup.
 
     Args:
-        rollout: its figures.
+        rollout: its values.
         text: what it says.
     """
     facts = {

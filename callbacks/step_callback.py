@@ -13,7 +13,7 @@ class StepCallback(pl.Callback):
     """Gathers the traces of an optimizer step's micro-batches and hands them over when the step is taken.
 
     Override :meth:`on_step`. It is called after optimizer step n, 2n, …, but not after one that a resumed run takes up
-    in the middle of its accumulation window: the traces of the micro-batches before the resume are gone, and figures of
+    in the middle of its accumulation window: the traces of the micro-batches before the resume are gone, and metrics of
     the others would not be those of the step. What has to see every step overrides :meth:`on_trace` as well.
 
     Args:
@@ -30,11 +30,11 @@ class StepCallback(pl.Callback):
         self._traces: list[StepTrace] = []
 
     def looks_at(self, trainer: pl.Trainer) -> bool:
-        """Whether the optimizer step under way is one of those that are looked at."""
+        """True if the callback looks at the current optimizer step."""
         return self.wants(trainer.global_step + 1)
 
     def wants(self, step: int) -> bool:
-        """Whether the optimizer step of this number, counted from 1, is one of those that are looked at."""
+        """True if the callback looks at the optimizer step of this number, counted from 1."""
         return step % self.every_n_steps == 0
 
     def on_train_batch_start(

@@ -1,4 +1,4 @@
-"""How figures get into TensorBoard: histograms, pictures, and a page that groups the scalars."""
+"""Writing to TensorBoard: histograms, pictures, and a page that groups the scalars."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,64 +8,32 @@ from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
 from opdlab.diagnostics.histograms import Histogram
-
-# Charts by category: lines of all tags that a regular expression matches from their start, or a line in a band
-# (value, lower, upper).
-_Chart = tuple[str, list[str]]
-LAYOUT: dict[str, dict[str, _Chart]] = {
-    "drift": {
-        "drift, nats": ("Multiline", [r"train/drift/(token|segment)_mean$"]),
-        "largest drift, nats": ("Multiline", [r"train/drift/max$"]),
-        "share of positions with drift above 0.1": ("Multiline", [r"train/drift/share_above_0\.1$"]),
-    },
-    "gate": {
-        "weight: mean, min, max": ("Margin", ["gate/mean", "gate/min", "gate/max"]),
-        "weight: standard deviation": ("Multiline", [r"gate/std$"]),
-        "effective sample size": ("Multiline", [r"gate/effective_sample_size$"]),
-        "share of weights below 0.5, above 2": ("Multiline", [r"gate/share_(below|above)_"]),
-        "correlation of the weight with": ("Multiline", [r"gate/correlation/"]),
-    },
-    "gated against ungated step": {
-        "gated / ungated loss": ("Multiline", [r"gate/loss_ratio$"]),
-        "cosine of the gradients": ("Multiline", [r"gate/gradient_cosine$"]),
-        "gated / ungated gradient norm": ("Multiline", [r"gate/gradient_norm_ratio$"]),
-    },
-    "age": {
-        "drift by steps since the refresh, nats": ("Multiline", [r"age/drift/"]),
-        "weight spread by steps since the refresh": ("Multiline", [r"age/weight_std/"]),
-        "mean weight by steps since the refresh": ("Multiline", [r"age/weight_mean/"]),
-        "drift by reuse epoch, nats": ("Multiline", [r"reuse_epoch/drift/"]),
-        "weight spread by reuse epoch": ("Multiline", [r"reuse_epoch/weight_std/"]),
-        "mean weight by reuse epoch": ("Multiline", [r"reuse_epoch/weight_mean/"]),
-    },
-    "loss": {
-        "loss, gated and ungated": ("Multiline", [r"train/loss$", r"gate/ungated_loss$"]),
-        "teacher gap, nats": ("Multiline", [r"train/(teacher_gap|advantage)$"]),
-        "entropy, nats": ("Multiline", [r"train/entropy$"]),
-        "support mass": ("Multiline", [r"train/(teacher|student)_support_mass$"]),
-        "clip share": ("Multiline", [r"train/clip_share$"]),
-    },
-    "rollout": {
-        "length, tokens": ("Multiline", [r"rollout/length$"]),
-        "accuracy, truncated share": ("Multiline", [r"rollout/(accuracy|truncated_share)$"]),
-        "age, steps": ("Multiline", [r"rollout/age$"]),
-    },
-    "validation": {
-        "pass@k, mean of the benchmarks": ("Multiline", [r"val/mean/pass@\d+$"]),
-        "pass@k": ("Multiline", [r"val/(?!mean/)[^/]+/pass@\d+$"]),
-        "length, tokens": ("Multiline", [r"val/(?!mean/)[^/]+/length$"]),
-    },
-}
+from opdlab.diagnostics.metric_table import Metric, chart_layout
 
 
 def writers(loggers: Sequence[Logger]) -> list[SummaryWriter]:
-    """The writers of those loggers that are TensorBoard's."""
+    """Return the writers of those loggers that are TensorBoard's."""
     return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
 
 
+def layout() -> dict[str, dict[str, tuple[str, list[str]]]]:
+    """Return the charts of the page "Custom scalars", as ``SummaryWriter.add_custom_scalars`` takes them.
+
+    A ``Multiline`` chart has a line for each name that one of its regular expressions matches, a ``Margin`` chart a
+    line in a band, given by the names of value, lower and upper bound.
+    """
+    return {page: {title: _chart(rows) for title, rows in charts.items()} for page, charts in chart_layout().items()}
+
+
+def _chart(rows: Sequence[Metric]) -> tuple[str, list[str]]:
+    if any(row.chart is not None and row.chart.band for row in rows):
+        return "Margin", [row.name for row in rows]
+    return "Multiline", [row.pattern for row in rows]
+
+
 def write_layout(writer: SummaryWriter) -> None:
-    """Set up the page of custom scalars, once for each writer."""
-    writer.add_custom_scalars(LAYOUT)
+    """Set up the page "Custom scalars", once for each writer."""
+    writer.add_custom_scalars(layout())
 
 
 def write_histograms(writer: SummaryWriter, histograms: Mapping[str, Histogram], step: int) -> None:

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opdlab.cli import EXIT_USAGE, main
+from opdlab.diagnostics import find_metric, metric_rows
 from opdlab.policies import Sampler
 
 README = Path(__file__).parents[1] / "README.md"
@@ -65,27 +66,10 @@ def test_a_run_leaves_everything_in_its_folder(
     events = EventAccumulator(str(run), size_guidance={"histograms": 0})
     events.Reload()
     scalars = set(events.Tags()["scalars"])
-    for name in documented_scalars():
-        assert name in scalars or name.startswith(("train/advantage", "train/clip_share", "gate/tau")), name
     assert "gate/block/000" in events.Tags()["histograms"]
-    assert {name for name in scalars if "/" in name} <= documented_scalars() | OTHER_SCALARS
-
-
-# The run is two steps long; age 0 is documented for all.
-OTHER_SCALARS = {f"age/{name}/001" for name in ("drift", "weight_mean", "weight_std")}
-
-
-def documented_scalars() -> set[str]:
-    text = (README.parent / "docs/metrics.md").read_text()
-    names = {name for row in text.splitlines() if row.startswith("| `") for name in re.findall(r"`(\w+/[^`]+)`", row)}
-    expanded = set()
-    for name in names - {"val/<benchmark>/reverse_kl", "val/<benchmark>/reverse_kl_se"}:
-        name = name.replace("<age>", "000").replace("<epoch>", "0")
-        name = name.replace("@n", "@2")  # samples a problem in SMALL
-        for k in "12" if "@k" in name else " ":
-            for prefix in ("val/toy", "val/mean", "teacher/toy", "teacher/mean"):
-                expanded.add(name.replace("val/<benchmark>", prefix).replace("@k", f"@{k}"))
-    return {name for name in expanded if not name.startswith("model")}
+    assert sorted(name for name in scalars if find_metric(name) is None) == []
+    rows = {row.name for row in metric_rows() if not any(row.matches(name) for name in scalars)}
+    assert rows == {"train/advantage", "train/clip_share", "gate/tau", "val/<benchmark>/reverse_kl"}
 
 
 def test_resume_goes_on_in_the_same_folder(opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from opdlab.cli import OPDCLI, main
@@ -20,7 +19,7 @@ from opdlab.cli_config import expand_arguments
 from opdlab.cli_replay import parser as replay_parser
 from opdlab.cli_study import find_study
 from opdlab.cli_study import parser as study_parser
-from opdlab.diagnostics import step_metrics
+from opdlab.diagnostics import metric_table
 from opdlab.gating import DriftGate, GateStrategy, RuleGate, gate_names, gate_registry
 from opdlab.objectives.base import objective_registry
 from opdlab.studies.plan import make_plan
@@ -139,10 +138,9 @@ def test_the_table_of_gates_has_the_examples_figures(monkeypatch: pytest.MonkeyP
     assert "\n".join(lines) in (DOCS / "gates/index.md").read_text()
 
 
-def test_every_logged_figure_of_a_step_is_explained() -> None:
-    record = {name: torch.ones(2) for name in ("drift", "segment_drift", "weight", "entropy", "teacher_gap")}
-    text = (DOCS / "metrics.md").read_text()
-    assert [name for name in step_metrics(record) if f"`{name}`" not in text] == []
+def test_the_tables_of_metrics_are_up_to_date() -> None:
+    script, text = runpy.run_path(str(DOCS / "scripts/metric_tables.py")), (DOCS / "metrics.md").read_text()
+    assert script["page"](text) == text, "run python docs/scripts/metric_tables.py"
 
 
 # -- code and command lines -------------------------------------------------------------------------------------------
@@ -154,6 +152,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(gate_registry(), "_classes", dict(gate_registry()._classes))
+    monkeypatch.setattr(metric_table, "_TABLE", dict(metric_table._TABLE))
     yield tmp_path
     for name in [name for name in sys.modules if (tmp_path / f"{name}.py").is_file()]:
         del sys.modules[name]

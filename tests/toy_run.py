@@ -58,6 +58,7 @@ class Run:
         num_problems: int = 16,
         student: LanguageModel | None = None,
         teacher: Teacher | None = None,
+        evaluation: EvaluationConfig | None = None,
         **options: Any,
     ) -> None:
         torch.manual_seed(0)
@@ -69,7 +70,7 @@ class Run:
             build_gate(gate, tau=tau) if isinstance(gate, str) else gate,
             sampling=sampling,
             eval_sampling=SamplingConfig(num_samples=2, max_new_tokens=8),
-            evaluation=EvaluationConfig(pass_at=(1, 2)),
+            evaluation=evaluation or EvaluationConfig(pass_at=(1, 2)),
             reduction=reduction,
             optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr),
             **options,

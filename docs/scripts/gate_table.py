@@ -5,7 +5,7 @@ from torch import Tensor
 
 from opdlab.diagnostics import step_metrics, step_record
 
-FIGURES = ("gate/min", "gate/max", "gate/std", "gate/effective_sample_size")
+METRICS = ("gate/min", "gate/max", "gate/std", "gate/effective_sample_size")
 
 
 def table(example: Example) -> list[str]:
@@ -14,13 +14,13 @@ def table(example: Example) -> list[str]:
 
 
 def _line(example: Example, name: str) -> str:
-    hard, mild = (_figures(example, name, tau) for tau in (TAU, 1.0))
+    hard, mild = (_metrics(example, name, tau) for tau in (TAU, 1.0))
     segments = int(example.gates(name).segment_ids[ROW].max()) + 1
-    cells = [f"{hard[figure].item():.2f} ({mild[figure].item():.2f})" for figure in FIGURES]
+    cells = [f"{hard[metric].item():.2f} ({mild[metric].item():.2f})" for metric in METRICS]
     return f"| `{name}` | {segments} | {' | '.join(cells)} |"
 
 
-def _figures(example: Example, name: str, tau: float) -> dict[str, Tensor]:
+def _metrics(example: Example, name: str, tau: float) -> dict[str, Tensor]:
     return step_metrics(step_record(example.inputs, example.gates(name, tau=tau)))
 
 

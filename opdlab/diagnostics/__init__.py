@@ -1,6 +1,23 @@
-"""What is measured of a training step, as pure functions. Nothing here knows how it is shown."""
+"""Metrics of a training step, as pure functions, and the table of all logged scalars.
 
+Nothing here knows when something is logged; callbacks and loggers do.
+"""
+
+from opdlab.diagnostics import built_in_metrics as built_in_metrics
+from opdlab.diagnostics.metric_table import Chart, Metric, find_metric, metric_rows, register_metric
 from opdlab.diagnostics.trace import StepTrace, hidden_gradient_norms
 from opdlab.diagnostics.training_metrics import StepRecord, merge_records, step_metrics, step_record
 
-__all__ = ["StepRecord", "StepTrace", "hidden_gradient_norms", "merge_records", "step_metrics", "step_record"]
+__all__ = [
+    "Chart",
+    "Metric",
+    "StepRecord",
+    "StepTrace",
+    "find_metric",
+    "hidden_gradient_norms",
+    "merge_records",
+    "metric_rows",
+    "register_metric",
+    "step_metrics",
+    "step_record",
+]

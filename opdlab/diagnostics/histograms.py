@@ -27,11 +27,11 @@ class Binning:
     num_bins: int = 64
 
     def compress(self, values: Tensor) -> Tensor:
-        """X -> u."""
+        """Return u of the values."""
         return torch.asinh((values - self.centre) / self.scale)
 
     def edges(self, low: Tensor, high: Tensor) -> Tensor:
-        """Edges of the bins between two scalars, [K + 1]."""
+        """Return the edges of the bins between two scalars, [K + 1]."""
         ends = self.compress(torch.stack([low, high]))
         steps = torch.linspace(0, 1, self.num_bins + 1, dtype=ends.dtype)
         edges = self.centre + self.scale * torch.sinh(ends[0] + (ends[1] - ends[0]) * steps)
@@ -41,7 +41,7 @@ class Binning:
 
 @dataclass(frozen=True)
 class Histogram:
-    """What a logger needs of a histogram. Only its bins are approximate.
+    """A histogram as loggers take it. Only its bins are approximate.
 
     Args:
         min: least value.
@@ -67,10 +67,10 @@ _MIN, _MAX, _SUM, _SQUARES, _COUNTS = range(5)
 
 
 def bin_rows(values: Tensor, rows: Tensor, num_rows: int, binning: Binning) -> Tensor:
-    """Sort values into one histogram per row, all rows with the same edges.
+    """Return one histogram of values per row, all rows with the same edges.
 
-    Only operations with a result of known size, so that an accelerator is not waited for; ``torch.bincount`` and
-    boolean indices are none.
+    Only operations whose result has a known size, so that nothing waits for an accelerator: no ``torch.bincount``, no
+    boolean indices.
 
     Args:
         values: [M] float64.
@@ -94,24 +94,24 @@ def bin_rows(values: Tensor, rows: Tensor, num_rows: int, binning: Binning) -> T
 
 
 def merged_rows(table: Tensor) -> Tensor:
-    """The histogram of all rows together, [1, 4 + K]."""
+    """Return the histogram of all rows together, [1, 4 + K]."""
     merged = table.sum(0, keepdim=True)
     merged[0, _MIN], merged[0, _MAX] = table[:, _MIN].amin(), table[:, _MAX].amax()
     return merged
 
 
 def row_counts(table: Tensor) -> Tensor:
-    """Number of values in each row, [R]."""
+    """Return the number of values in each row, [R]."""
     return table[:, _COUNTS:].sum(1)
 
 
 def row_means(table: Tensor) -> Tensor:
-    """Mean of each row's values, [R]; NaN where it has none."""
+    """Return the mean of each row's values, [R]; NaN where it has none."""
     return table[:, _SUM] / row_counts(table)
 
 
 def read_histograms(table: Tensor, binning: Binning) -> list[Histogram | None]:
-    """Histograms of a table that is on the host; None for a row without values.
+    """Return the histograms of a table on the host; None for a row without values.
 
     Args:
         table: [R, 4 + K], see :func:`bin_rows`: all of its rows, between which the edges are shared.

@@ -1,4 +1,4 @@
-"""What a training step leaves for callbacks to look at.
+"""The trace of a training step: its tensors, position by position, for callbacks to look at.
 
 Shapes: B rollouts, T response tokens, N valid positions, H hidden size. Log-probabilities are in nats.
 """
@@ -16,18 +16,18 @@ from opdlab.rollouts import Rollouts, Targets
 
 @dataclass(frozen=True)
 class StepTrace:
-    """A micro-batch as the gate and the objective saw it: position by position, detached, on the module's device.
+    """Inputs and outputs of gate and objective for a micro-batch, detached, on the module's device.
 
     Args:
         rollouts: B of them.
         reuse_epoch: passes over the rollouts' pool before this one.
         step: optimizer steps taken before this one.
-        inputs: what the gate saw: drift, teacher's log-probabilities, position losses.
-        gates: what it returned.
-        loss_shares: [B, T]: what a position's loss is multiplied by, besides its weight, in the optimizer batch's
-            loss: 1 over the number of tokens for ``token_mean``. 0 where the mask is 0.
-        values: further quantities of positions by name, each [B, T]: ``entropy``, and what the objective adds.
-        gradient_norms: see :func:`hidden_gradient_norms`; None where no callback had asked for it.
+        inputs: of the gate: drift, teacher's log-probabilities, position losses.
+        gates: output of the gate.
+        loss_shares: [B, T]: factor of a position's loss, besides its weight, in the optimizer batch's loss:
+            1 over the number of tokens for ``token_mean``. 0 where the mask is 0.
+        values: [B, T] each, by name: ``entropy``, and further values of the objective.
+        gradient_norms: see :func:`hidden_gradient_norms`; None where no callback asked for it.
     """
 
     rollouts: Rollouts
@@ -46,7 +46,7 @@ class StepTrace:
 
 
 def hidden_gradient_norms(objective: Objective, scored: Scored, rollouts: Rollouts, targets: Targets) -> Tensor:
-    """Norm of the gradient of each position's loss at the student's last hidden state there.
+    """Return the norm of the gradient of each position's loss at the student's last hidden state there.
 
     A position's loss depends on the hidden state of that position alone, so all of them come from one backward pass
     through the head, and none through the model. Neither graph nor gradients of the step under way are touched.

@@ -60,8 +60,7 @@ def sampled_token_loss(
     require(reference in ("behavior", "current"), f"reference is '{reference}', but must be behavior or current")
     require(clip is None or 0 < clip < 1, f"clip is {clip}, but must lie between 0 and 1, or be null for none")
     require(dual_clip is None or dual_clip > 1, f"dual_clip is {dual_clip}, but must be above 1, or be null for none")
-    minuend = behavior_logprobs if reference == "behavior" else logprobs
-    advantage = (teacher_logprobs - minuend).detach()
+    advantage = teacher_advantage(logprobs, behavior_logprobs, teacher_logprobs, reference)
     if advantage_clamp is not None:
         advantage = advantage.clamp(-advantage_clamp, advantage_clamp)
     ratio = (logprobs - behavior_logprobs.detach()).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
@@ -72,6 +71,28 @@ def sampled_token_loss(
     if dual_clip is None:
         return loss
     return torch.where(advantage < 0, torch.minimum(loss, -dual_clip * advantage), loss)
+
+
+def teacher_advantage(
+    logprobs: Tensor, behavior_logprobs: Tensor, teacher_logprobs: Tensor, reference: Reference
+) -> Tensor:
+    """Return the advantage ``logq - logpi_ref`` of the sampled tokens, detached.
+
+    Args:
+        logprobs: [B, T], nats; of the student.
+        behavior_logprobs: [B, T], nats; of the policy that sampled.
+        teacher_logprobs: [B, T], nats.
+        reference: ``logpi_ref`` is the behavior policy's or the current student's.
+
+    Returns:
+        [B, T], nats.
+
+    Example:
+        >>> teacher_advantage(torch.tensor([-3.0]), torch.tensor([-2.0]), torch.tensor([-0.5]), "behavior")
+        tensor([1.5000])
+    """
+    minuend = behavior_logprobs if reference == "behavior" else logprobs
+    return (teacher_logprobs - minuend).detach()
 
 
 def teacher_topk_loss(student_support_logits: Tensor, teacher_support_logits: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 
 from opdlab.errors import require
 from opdlab.objectives.base import Objective, PositionLosses, register_objective
-from opdlab.objectives.functional import Reference, clip_binds, sampled_token_loss
+from opdlab.objectives.functional import Reference, clip_binds, sampled_token_loss, teacher_advantage
 from opdlab.policies.language_model import Scored
 from opdlab.types import Rollouts, Targets
 
@@ -54,8 +54,7 @@ class SampledTokenOPD(Objective):
             dual_clip=self.dual_clip,
             advantage_clamp=self.advantage_clamp,
         )
-        minuend = rollouts.behavior_logprobs if self.reference == "behavior" else logprobs.detach()
-        advantage = targets.logprobs - minuend
+        advantage = teacher_advantage(logprobs, rollouts.behavior_logprobs, targets.logprobs, self.reference)
         metrics = {"advantage": advantage}
         if self.clip is not None:
             metrics["clip_share"] = clip_binds(logprobs, rollouts.behavior_logprobs, advantage, self.clip).float()

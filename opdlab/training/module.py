@@ -183,8 +183,7 @@ class OPDModule(EvaluationModule):
             folder = Path(self.trainer.default_root_dir)
             checks.stop_on_non_finite(loss, rollouts, batch.targets, self.global_step, folder)
         values = {"entropy": positions.entropy, **positions.metrics}
-        gap = batch.targets.logprobs - positions.logprobs
-        record = step_record(inputs, gates, teacher_gap=gap, **values) | {"loss": loss.detach().view(1)}
+        record = step_record(inputs, gates, **values) | {"loss": loss.detach().view(1)}
         whole = record if alone else self._window.finish(batch, record)
         if whole is not None:
             self._log_step(batch, whole, gates.tau)

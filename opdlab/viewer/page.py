@@ -72,7 +72,7 @@ def render_index(pages: Mapping[int, PageSummary], run: str) -> str:
         pages: what is known of each, by its step, rising.
         run: what to call the run.
     """
-    columns = list(dict.fromkeys(name for page in pages.values() for name in page.figures))
+    columns = list(dict.fromkeys(name for page in pages.values() for name in page.metrics))
     facts = next((page.facts for page in reversed(list(pages.values())) if page.facts), {})
     known = {"pages": pages, "columns": columns, "facts": facts, "run": run}
     return _environment().get_template("index.html").render(**_assets(), **known)

@@ -1,4 +1,4 @@
-"""A few figures of a page, which stand in its head and are read from there when the index is written."""
+"""The summary of a page: a few metrics in its head, which are read again when the index is written."""
 
 import json
 import re
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from opdlab.diagnostics.metric_table import metric_title
 from opdlab.viewer.rollouts import ShownRollout
 
 # JSON between single quotes in which <, >, & and ' are written as \u003c and so on; before all text of models.
@@ -15,23 +16,23 @@ _HEAD = 1 << 14  # bytes of a page; the summary is within the first few hundred
 
 @dataclass(frozen=True)
 class PageSummary:
-    """What the index tells of a page.
+    """A page's row in the index.
 
     Args:
-        figures: of the page's rollouts, as they are shown, by name.
+        metrics: of the page's rollouts, as they are shown, by label.
         facts: of the run.
     """
 
-    figures: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, str] = field(default_factory=dict)
     facts: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, dict[str, str]]:
-        """For the head of the page."""
+        """Return the content of the page's head."""
         return asdict(self)
 
 
 def summarize(rollouts: Sequence[ShownRollout], facts: dict[str, str]) -> PageSummary:
-    """Count and range over the rollouts of a page.
+    """Return counts and ranges over the rollouts of a page.
 
     Args:
         rollouts: of the page.
@@ -42,13 +43,13 @@ def summarize(rollouts: Sequence[ShownRollout], facts: dict[str, str]) -> PageSu
     verdicts = [rollout.correct for rollout in rollouts if rollout.correct is not None]
     drifts = [rollout.mean_drift for rollout in rollouts]
     ages = [rollout.age for rollout in rollouts]
-    figures = {
+    metrics = {
         "rollouts shown": f"{len(rollouts)} of {rollouts[0].num_ranked}",
         "correct": f"{sum(verdicts)} of {len(verdicts)}" if verdicts else "unchecked",
-        "mean abs(drift), nats": _range(f"{min(drifts):.3g}", f"{max(drifts):.3g}"),
-        "age, steps": _range(str(min(ages)), str(max(ages))),
+        metric_title("train/drift/token_mean"): _range(f"{min(drifts):.3g}", f"{max(drifts):.3g}"),
+        metric_title("rollout/age"): _range(str(min(ages)), str(max(ages))),
     }
-    return PageSummary(figures, facts)
+    return PageSummary(metrics, facts)
 
 
 def _range(low: str, high: str) -> str:
@@ -56,7 +57,7 @@ def _range(low: str, high: str) -> str:
 
 
 def read_summary(path: Path) -> PageSummary:
-    """Read the head of a page; an empty summary where there is none, as in pages of earlier versions.
+    """Return the summary in the head of a page; an empty one where there is none, as in pages of earlier versions.
 
     Args:
         path: of the page.
@@ -67,17 +68,18 @@ def read_summary(path: Path) -> PageSummary:
         read = json.loads(found[1]) if found else {}
     except (OSError, ValueError):
         return PageSummary()
-    return PageSummary(*(_strings(read, name) for name in ("figures", "facts")))
+    # Pages of earlier versions have their metrics under "figures".
+    return PageSummary(_strings(read, "metrics") or _strings(read, "figures"), _strings(read, "facts"))
 
 
 def _strings(read: object, name: str) -> dict[str, str]:
-    """What a page says under a name; nothing where it was not us who wrote it."""
+    """Return the texts of a page under a name; nothing where the page was not written here."""
     part = read.get(name) if isinstance(read, dict) else None
     return {key: str(value) for key, value in part.items()} if isinstance(part, dict) else {}
 
 
 def step_count(steps: int) -> str:
-    """A number of optimizer steps in words.
+    """Return a number of optimizer steps in words.
 
     Example:
         >>> step_count(1), step_count(0)

@@ -1,4 +1,4 @@
-"""Which rollouts of a step are shown, and what is known of each of their positions.
+"""The rollouts of a step that are shown, with the values of each of their positions.
 
 Shapes: B rollouts, P prompt tokens, T response tokens. Log-probabilities are in nats.
 """
@@ -56,7 +56,7 @@ class ShownRollout:
 
 
 def choose_rollouts(traces: Sequence[StepTrace], num_rollouts: int) -> list[ShownRollout]:
-    """Take rollouts of a step that differ in drift, from the most drifted to the least.
+    """Return rollouts of a step that differ in drift, from the most drifted to the least.
 
     The step's rollouts that have a token in the loss are ranked by the mean of the absolute drift over those tokens,
     the earlier rollout first among equals. Shown are ``num_rollouts`` evenly spaced ranks from the first to the last,
@@ -84,13 +84,13 @@ def choose_rollouts(traces: Sequence[StepTrace], num_rollouts: int) -> list[Show
 
 
 def _spaced(total: Tensor, number: int) -> Tensor:
-    """``number`` ranks from 0 to ``total - 1``, which stays on the device."""
+    """Return ``number`` ranks from 0 to ``total - 1``, which stays on the device."""
     share = torch.linspace(0, 1, number, device=total.device)
     return (share * (total - 1).clamp(min=0)).round().long()
 
 
 def _columns(trace: StepTrace) -> dict[str, Tensor]:
-    """What is shown, of all rollouts of a micro-batch: [B], [B, P] and [B, T]."""
+    """Return the columns that are shown, of all rollouts of a micro-batch: [B], [B, P] and [B, T]."""
     rollouts, inputs = trace.rollouts, trace.inputs
     values = {
         **trace.values,
@@ -120,7 +120,7 @@ def _columns(trace: StepTrace) -> dict[str, Tensor]:
 
 
 def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack micro-batches, padded to the longest of them."""
+    """Return the stacked micro-batches, padded to the longest of them."""
     joined = {}
     for name in (name for name in parts[0] if all(name in part for part in parts)):
         tensors = [part[name] for part in parts]
@@ -133,7 +133,7 @@ def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copy long and float32 tensors in one piece, bit by bit; ids are below 2^31."""
+    """Return long and float32 tensors on the host, by one copy, bit for bit; ids are below 2^31."""
     words = [t.view(torch.int32) if t.is_floating_point() else t.to(torch.int32) for t in tensors.values()]
     flat = torch.cat([word.flatten() for word in words]).cpu()
     pieces = torch.split(flat, [word.numel() for word in words])

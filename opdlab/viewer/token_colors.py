@@ -1,4 +1,4 @@
-"""What tokens can be coloured by: names, units, and the range of the colours."""
+"""Quantities that tokens can be coloured by: names, units, and the range of the colours."""
 
 import math
 from collections.abc import Sequence
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from opdlab.diagnostics import metric_rows
 
 # Share of the values that the colours cover: a single token with a drift of 20 nats must not wash out the rest.
 COVERED = 0.99
@@ -18,8 +20,8 @@ class Quantity:
 
     Args:
         name: as in :class:`opdlab.viewer.ShownRollout`.
-        label: what the page calls it.
-        unit: what it is measured in; empty for pure numbers.
+        label: its name on the page.
+        unit: empty for a number without a unit.
         meaning: one line.
         neutral: the value without colour; None: 0 where there are both signs, or the end that is nearer to 0.
     """
@@ -31,39 +33,40 @@ class Quantity:
     neutral: float | None = 0.0
 
 
-_KNOWN = (
+# Values of positions whose mean is not logged. Those that are logged have a row ``train/NAME`` in the table of metrics.
+_NOT_LOGGED = (
     Quantity("drift", "drift", "nats", "student's log-probability less that of the behavior snapshot that sampled"),
     Quantity("segment_drift", "segment drift", "nats", "mean drift of the position's segment, as the gate sees it"),
-    Quantity("weight", "weight", "", "what the gate multiplies the position's loss with", 1.0),
-    Quantity("advantage", "advantage", "nats", "teacher's log-probability less the reference policy's"),
+    Quantity("weight", "weight", "", "factor of the position's loss, from the gate", 1.0),
     Quantity("position_loss", "position loss", "nats", "the objective's loss before the gate"),
-    Quantity("teacher_gap", "teacher gap", "nats", "teacher's log-probability less the student's"),
     Quantity("teacher_logprob", "teacher log-probability", "nats", "of the sampled token"),
     Quantity("student_logprob", "student log-probability", "nats", "of the sampled token, when the step was taken"),
     Quantity("behavior_logprob", "behavior log-probability", "nats", "of the sampled token, when it was sampled"),
-    Quantity("entropy", "entropy", "nats", "of the student's next-token distribution"),
-    Quantity("clip_share", "clipped", "", "1 where the PPO clip binds"),
-    Quantity("teacher_support_mass", "teacher's support mass", "", "teacher's probability of its top K tokens", 1.0),
-    Quantity("student_support_mass", "student's support mass", "", "student's probability of the same tokens", 1.0),
     Quantity("gradient_norm", "gradient norm", "nats per unit", "of the position's loss at the last hidden state"),
 )
+_NEUTRAL = {"teacher_support_mass": 1.0, "student_support_mass": 1.0}
 
 
 def quantities(names: Sequence[str]) -> list[Quantity]:
-    """The quantities of these names: those that are known in their order, then others under their own name.
+    """Return the quantities of these names: those with a label in a fixed order, then others under their own name.
 
     Example:
-        >>> [quantity.label for quantity in quantities(["my_value", "entropy", "drift"])]
-        ['drift', 'entropy', 'my value']
+        >>> [quantity.label for quantity in quantities(["my_value", "entropy", "teacher_gap", "drift"])]
+        ['drift', 'teacher gap', 'entropy', 'my value']
     """
-    known = [quantity for quantity in _KNOWN if quantity.name in names]
+    rows = {row.name.removeprefix("train/"): row for row in metric_rows() if row.name.startswith("train/")}
+    logged = (
+        Quantity(name, row.label, "" if row.unit == "share" else row.unit, row.meaning, _NEUTRAL.get(name, 0.0))
+        for name, row in rows.items()
+    )
+    known = [quantity for quantity in (*_NOT_LOGGED, *logged) if quantity.name in names]
     others = sorted(set(names) - {quantity.name for quantity in known})
     return known + [Quantity(name, name.replace("_", " "), neutral=None) for name in others]
 
 
 @dataclass(frozen=True)
 class ColorScale:
-    """From the value without colour to those with the fullest, below and above it.
+    """Range of the colours: the value without colour, and those with the strongest, below and above it.
 
     Args:
         low: values here and below have the fullest colour of the lower side; ``neutral`` where nothing lies below.
@@ -81,10 +84,10 @@ class ColorScale:
 
 
 def color_scale(values: Tensor, neutral: float | None) -> ColorScale:
-    """A scale that covers most values, the same on both sides of the neutral one if there are values on both.
+    """Return a scale that covers most values, the same on both sides of the neutral one if there are values on both.
 
     Args:
-        values: [N] float32, of the positions that count; what is not finite has no say.
+        values: [N] float32, of the positions that count; values that are not finite are ignored.
         neutral: see :class:`Quantity`.
 
     Example:

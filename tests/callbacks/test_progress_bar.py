@@ -19,7 +19,8 @@ from rich.console import Console, RenderableType
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from opdlab.callbacks import LabProgressBar
-from opdlab.callbacks.progress_bar import SummaryLine, summary_items
+from opdlab.callbacks.progress_bar import SummaryLine
+from opdlab.diagnostics.metric_table import progress_items
 from tests.toy_run import Run
 
 
@@ -72,7 +73,7 @@ def _own_console() -> Iterator[None]:
     rich.reconfigure()
 
 
-def figures_in(line: str) -> list[float]:
+def numbers_in(line: str) -> list[float]:
     return [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", line)]
 
 
@@ -87,8 +88,8 @@ def test_the_line_says_what_was_logged(tmp_path: Path) -> None:
             logged[f"{name}"]
             for name in ("train/loss", "train/drift/token_mean", "train/drift/max", "gate/min", "gate/max")
         ] + [logged["gate/effective_sample_size"], logged["rollout/age"]]
-        assert figures_in(line)[: len(values)] == pytest.approx(values, abs=0.05)
-        assert figures_in(line)[0] == pytest.approx(values[0], abs=5e-5)
+        assert numbers_in(line)[: len(values)] == pytest.approx(values, abs=0.05)
+        assert numbers_in(line)[0] == pytest.approx(values[0], abs=5e-5)
     assert len({line for _, line in terminal.frames.at.values()}) == 4
     assert re.fullmatch(
         r"loss \S+ · drift \S+ \(max \S+\) · weights \S+ · ESS \S+ · age \d · [\d.]+k? tok/s",
@@ -99,7 +100,7 @@ def test_the_line_says_what_was_logged(tmp_path: Path) -> None:
 def test_eighty_columns_hold_all_but_the_rate(tmp_path: Path) -> None:
     worst = {"train/loss": -0.0123, "train/drift/token_mean": 0.2, "train/drift/max": 20.9, "gate/min": 0.07}
     worst |= {"gate/max": 12.3, "gate/effective_sample_size": 0.9, "rollout/age": 12.5}
-    assert len(" · ".join(summary_items(worst))) <= 80
+    assert len(" · ".join(progress_items(worst))) <= 80
     terminal = Terminal(tmp_path, width=80)
     terminal.fit(3)
     bar, line = terminal.frames.at[3]
@@ -116,7 +117,7 @@ def test_a_narrow_terminal_shows_the_first_items_that_fit() -> None:
         assert printed(line, width).rstrip("\n") == " · ".join(items[: sum(length <= width for length in lengths)])
 
 
-def test_between_logged_steps_the_last_figures_stand(tmp_path: Path) -> None:
+def test_between_logged_steps_the_last_metrics_stay(tmp_path: Path) -> None:
     terminal = Terminal(tmp_path)
     terminal.fit(5, log_every_n_steps=3)
     lines = {step: frame[-1] for step, frame in terminal.frames.at.items()}
@@ -125,7 +126,7 @@ def test_between_logged_steps_the_last_figures_stand(tmp_path: Path) -> None:
     drift = {step: re.findall("drift.*age", lines[step]) for step in (3, 4, 5)}
     assert drift[3]
     assert drift[3] == drift[4] == drift[5]
-    assert len({figures_in(line)[0] for line in lines.values()}) == 5  # the loss moves on
+    assert len({numbers_in(line)[0] for line in lines.values()}) == 5  # the loss moves on
 
 
 def test_without_logging_the_loss_is_left(tmp_path: Path) -> None:
@@ -235,7 +236,7 @@ def test_hardly_more_is_fetched_than_by_lightnings_own_bar(tmp_path: Path, monke
     own = fetches_by_step(RichProgressBar, tmp_path, monkeypatch)
     ours = fetches_by_step(LabProgressBar, tmp_path, monkeypatch)
     extra = [more - less for more, less in zip(ours, own, strict=True)]
-    # Lightning fetches what was logged with `prog_bar`, two figures, whenever it is asked for logged figures.
+    # Lightning fetches what was logged with `prog_bar`, two metrics, whenever it is asked for logged metrics.
     assert extra == [0, 0, 0, 0, 2, 0, 0]
 
 

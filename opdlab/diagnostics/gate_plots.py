@@ -1,6 +1,6 @@
-"""Figures of gates, as pure functions from numbers to matplotlib figures.
+"""Plots of weights and drift, as pure functions from numbers to matplotlib figures.
 
-matplotlib is imported when a figure is made and not before, and none of its global state is touched: no ``pyplot``, no
+matplotlib is imported when a figure is made and not before, and none of its global state is changed: no ``pyplot``, no
 ``rcParams``. Figures are small with large type, for the cards of TensorBoard.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opdlab.diagnostics.ages import AgeFigures
+from opdlab.diagnostics.age_metrics import AgeMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -38,7 +38,7 @@ def _figure() -> "Figure":
 
 
 def render(figure: "Figure") -> NDArray[np.uint8]:
-    """Draw a figure; [height, width, 3]."""
+    """Return the pixels of a figure, [height, width, 3]."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     assert isinstance(figure.canvas, FigureCanvasAgg)
@@ -48,7 +48,7 @@ def render(figure: "Figure") -> NDArray[np.uint8]:
 
 
 def block_heat_map(steps: Sequence[int], values: Tensor, quantity: Literal["weight", "drift"]) -> "Figure":
-    """Segment by segment (upwards) and step by step (to the right), in colours.
+    """Return a heat map: segments upwards, optimizer steps to the right.
 
     Args:
         steps: S optimizer steps, ascending, at least one.
@@ -75,18 +75,18 @@ def block_heat_map(steps: Sequence[int], values: Tensor, quantity: Literal["weig
     return figure
 
 
-def by_age(figures: AgeFigures) -> "Figure":
-    """Drift (above) and the spread of weights (below) against the age of the rollouts.
+def by_age(metrics: AgeMetrics) -> "Figure":
+    """Return a plot of drift (above) and spread of weights (below) against the age of the rollouts.
 
     Args:
-        figures: by age, at least one.
+        metrics: by age, at least one.
     """
     from matplotlib.ticker import MaxNLocator
 
     figure = _figure()
     upper, lower = figure.subplots(2, 1, sharex=True)
-    ages, mean, std = (np.array(column) for column in (figures.ages, figures.weight_mean, figures.weight_std))
-    upper.plot(ages, figures.drift, marker="o", markersize=4, color="tab:purple")
+    ages, mean, std = (np.array(column) for column in (metrics.ages, metrics.weight_mean, metrics.weight_std))
+    upper.plot(ages, metrics.drift, marker="o", markersize=4, color="tab:purple")
     upper.set_ylim(bottom=0)
     _label(upper, "", "mean |drift|, nats")
     _title(upper, "Drift and weights by age of the rollouts")

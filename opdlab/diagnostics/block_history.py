@@ -1,4 +1,4 @@
-"""What heat maps are drawn from: figures of each segment at the steps of a whole run, in bounded memory."""
+"""Weight and drift of each segment at the steps of a whole run, for heat maps, in bounded memory."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,17 +38,17 @@ class BlockHistory:
 
     @property
     def values(self) -> Tensor:
-        """[2, max_blocks, steps]: weights, and drift in nats."""
+        """Weights, and drift in nats; [2, max_blocks, steps]."""
         if not self._columns:
             return torch.empty(2, self.max_blocks, 0)
         return torch.stack(self._columns, dim=-1)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values."""
+        """Return the state: tensors and plain values."""
         return {"steps": self.steps, "values": self.values, "offered": self._offered, "stride": self._stride}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state, also one with another number of segments."""
+        """Continue from a state, also one with another number of segments."""
         self.steps, self._offered, self._stride = list(state["steps"]), state["offered"], state["stride"]
         values: Tensor = state["values"].cpu()
         missing = self.max_blocks - values.shape[1]  # below 0 it cuts

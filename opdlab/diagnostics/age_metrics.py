@@ -12,16 +12,16 @@ from torch import Tensor
 from opdlab.diagnostics.trace import StepTrace
 
 MAX_AGES = 64
-"""Ages are counted apart up to this; the last row holds all that are older."""
+"""Number of rows for ages; the last row holds all older rollouts too."""
 MAX_EPOCHS = 16
-"""Reuse epochs are counted apart up to this; the last row holds all later ones."""
+"""Number of rows for reuse epochs; the last row holds all later ones too."""
 
 _ROWS = MAX_AGES + MAX_EPOCHS
 _COLUMNS = 4  # positions, sum of |d|, sum of w - 1, sum of (w - 1)^2
 
 
 def new_age_table(device: torch.device | str = "cpu") -> Tensor:
-    """Sums of nothing: [ages and then reuse epochs, 4] float64."""
+    """Return an empty table of sums: [ages and then reuse epochs, 4] float64."""
     return torch.zeros(_ROWS, _COLUMNS, dtype=torch.float64, device=device)
 
 
@@ -43,7 +43,7 @@ def add_to_age_table(table: Tensor, trace: StepTrace) -> None:
 
 
 @dataclass(frozen=True)
-class AgeFigures:
+class AgeMetrics:
     """Means over the valid positions of each age that occurred, oldest last.
 
     Args:
@@ -61,23 +61,23 @@ class AgeFigures:
     weight_std: list[float]
 
 
-def read_ages(table: Tensor) -> tuple[AgeFigures, AgeFigures]:
-    """Figures by age, and by reuse epoch, of a table on the host."""
+def read_ages(table: Tensor) -> tuple[AgeMetrics, AgeMetrics]:
+    """Return metrics by age, and by reuse epoch, of a table on the host."""
     by_age, by_epoch = table[:MAX_AGES], table[MAX_AGES:]
-    return _figures(by_age), _figures(by_epoch)
+    return _metrics(by_age), _metrics(by_epoch)
 
 
-def _figures(sums: Tensor) -> AgeFigures:
+def _metrics(sums: Tensor) -> AgeMetrics:
     ages = sums[:, 0].nonzero().flatten()
     num, drift, excess, squares = sums[ages].unbind(1)
     mean = excess / num
     std = (squares / num - mean.square()).clamp(min=0).sqrt()
     columns = (ages, num.long(), drift / num, 1 + mean, std)
-    return AgeFigures(*(column.tolist() for column in columns))
+    return AgeMetrics(*(column.tolist() for column in columns))
 
 
 def age_scalars(table: Tensor) -> dict[str, float]:
-    """Figures of a table on the host, by the tag under which they are logged.
+    """Return the metrics of a table on the host, by the name under which they are logged.
 
     Example:
         >>> table = new_age_table()
@@ -86,8 +86,8 @@ def age_scalars(table: Tensor) -> dict[str, float]:
         {'age/drift/003': 0.2, 'age/weight_mean/003': 1.1, 'age/weight_std/003': 0.141}
     """
     scalars = {}
-    for family, digits, figures in zip(("age", "reuse_epoch"), (3, 1), read_ages(table), strict=True):
+    for family, digits, metrics in zip(("age", "reuse_epoch"), (3, 1), read_ages(table), strict=True):
         for name in ("drift", "weight_mean", "weight_std"):
-            for age, value in zip(figures.ages, getattr(figures, name), strict=True):
+            for age, value in zip(metrics.ages, getattr(metrics, name), strict=True):
                 scalars[f"{family}/{name}/{age:0{digits}d}"] = value
     return scalars

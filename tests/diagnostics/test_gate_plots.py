@@ -9,8 +9,8 @@ import torch
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
-from opdlab.diagnostics.ages import AgeFigures
-from opdlab.diagnostics.plots import block_heat_map, by_age, render
+from opdlab.diagnostics.age_metrics import AgeMetrics
+from opdlab.diagnostics.gate_plots import block_heat_map, by_age, render
 
 
 def mesh_of(figure: Figure) -> QuadMesh:
@@ -48,7 +48,7 @@ def test_heat_map_of_drift_has_its_unit_and_takes_zeros() -> None:
 
 
 def test_by_age_shows_drift_and_spread() -> None:
-    figure = by_age(AgeFigures([0, 1, 4], [10, 10, 10], [0.0, 0.1, 0.3], [1.0, 1.0, 0.9], [0.0, 0.1, 0.2]))
+    figure = by_age(AgeMetrics([0, 1, 4], [10, 10, 10], [0.0, 0.1, 0.3], [1.0, 1.0, 0.9], [0.0, 0.1, 0.2]))
     upper, lower = figure.axes
     assert upper.lines[0].get_xydata().tolist() == [[0, 0], [1, 0.1], [4, 0.3]]  # type: ignore[union-attr]
     band = lower.collections[0].get_paths()[0].vertices
@@ -58,7 +58,7 @@ def test_by_age_shows_drift_and_spread() -> None:
 
 
 def test_a_figure_becomes_pixels() -> None:
-    image = render(by_age(AgeFigures([3], [10], [0.1], [1.0], [0.1])))
+    image = render(by_age(AgeMetrics([3], [10], [0.1], [1.0], [0.1])))
     assert image.dtype == np.uint8
     assert image.shape[2] == 3
     assert image.min() < 100 < 255 == image.max()
@@ -76,9 +76,9 @@ def watching(name, namespace=None, *rest, **options):
     return ours(name, namespace, *rest, **options)
 builtins.__import__ = watching
 import opdlab.callbacks, opdlab.cli, torch
-from opdlab.diagnostics import plots
+from opdlab.diagnostics import gate_plots
 assert imported == [], imported
-plots.render(plots.block_heat_map([1], torch.ones(1, 1), "weight"))
+gate_plots.render(gate_plots.block_heat_map([1], torch.ones(1, 1), "weight"))
 assert "matplotlib.figure" in imported
 assert "matplotlib.pyplot" not in imported
 """

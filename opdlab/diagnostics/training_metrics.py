@@ -1,6 +1,7 @@
-"""What is logged of a training step, as pure functions of the step's valid positions.
+"""Metrics of a training step, as pure functions of the step's valid positions.
 
-Shapes: N valid positions of an optimizer batch. Log-probabilities are in nats. ``docs/metrics.md`` explains each name.
+Shapes: B rollouts, T response tokens, N valid positions of an optimizer batch. Log-probabilities are in nats. Each name
+has a row in :mod:`opdlab.diagnostics.built_in_metrics`.
 """
 
 from collections.abc import Sequence
@@ -13,34 +14,36 @@ from opdlab.gating import GateInputs, Gates
 # Values of the valid positions by name, each [N] (``loss`` is a single number).
 StepRecord = dict[str, Tensor]
 
-# Positions with more drift than this many nats count as drifted.
+# Positions with more drift than this, nats, count as drifted; the name of the metric has the number too.
 DRIFTED = 0.1
 
 
 def step_record(inputs: GateInputs, gates: Gates, **values: Tensor) -> StepRecord:
-    """Gather what :func:`step_metrics` needs of one micro-batch.
+    """Return what :func:`step_metrics` needs of one micro-batch.
 
     Args:
-        inputs: what the gate saw.
-        gates: what it returned.
-        values: further [B, T] tensors.
+        inputs: of the gate.
+        gates: its output.
+        values: [B, T] each; further values of positions, which are averaged.
     """
-    mask = inputs.mask.bool()
+    mask, gap = inputs.mask.bool(), inputs.teacher_gap
     tensors = {"drift": inputs.drift, "segment_drift": gates.segment_drift, "weight": gates.weights, **values}
+    if gap is not None:
+        tensors["teacher_gap"] = gap
     return {name: tensor.detach()[mask].float() for name, tensor in tensors.items()}
 
 
 def merge_records(records: Sequence[StepRecord]) -> StepRecord:
-    """Join the records of an optimizer batch's micro-batches."""
+    """Return the joined records of an optimizer batch's micro-batches."""
     return {name: torch.cat([record[name] for record in records]) for name in records[0]}
 
 
 def step_metrics(record: StepRecord) -> dict[str, Tensor]:
-    """Figures of one optimizer step, each a scalar, by the name under which it is logged.
+    """Return the metrics of one optimizer step, each a scalar, by the name under which it is logged.
 
     Args:
-        record: ``drift``, ``segment_drift``, ``weight``, ``entropy``, ``teacher_gap`` and whatever the objective adds;
-            every name that is not listed here is averaged.
+        record: ``drift``, ``segment_drift``, ``weight``, and what else the step has of each position (``entropy``,
+            ``teacher_gap``, values of the objective): ``name`` is averaged and logged as ``train/name``.
 
     Example:
         >>> values = torch.tensor([0.0, 0.5])

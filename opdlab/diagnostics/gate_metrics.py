@@ -1,7 +1,7 @@
-"""What a gate does to an optimizer step, as pure functions of the step's traces.
+"""Metrics of what a gate does to an optimizer step, as pure functions of the step's traces.
 
-What runs on the device and what runs on the host are apart: :func:`gate_tensors` queues work and waits for nothing,
-:func:`to_host` is the one copy, :func:`read_gates` makes plain numbers of it.
+Device and host are apart: :func:`gate_tensors` queues work on the device and does not wait for it, :func:`to_host` is
+the one copy, :func:`read_gates` returns plain numbers.
 
 Shapes: B rollouts, T response tokens, M positions of all micro-batches of a step, valid or not. Drift is in nats.
 """
@@ -45,7 +45,7 @@ class StepPositions:
         segment_drift: of its segment, nats.
         teacher_gap: logq - logpi, nats; NaN where the teacher's log-probabilities are not known.
         losses: of the position, nats.
-        shares: what the loss is multiplied by besides the weight; see :class:`StepTrace`.
+        shares: factors of the losses besides the weights; see :class:`StepTrace`.
         gradient_norms: see :class:`StepTrace`; NaN where they were not asked for.
     """
 
@@ -61,7 +61,7 @@ class StepPositions:
 
 
 def step_positions(traces: Sequence[StepTrace]) -> StepPositions:
-    """Gather a step's positions on the device."""
+    """Return a step's positions, on the device."""
     flat = [torch.stack([column.double() for column in _columns(trace)]).flatten(1) for trace in traces]
     valid = torch.cat([trace.inputs.mask.bool().flatten() for trace in traces])
     ids, *columns = torch.cat(flat, 1).where(valid, 0.0).unbind()
@@ -85,7 +85,7 @@ def _columns(trace: StepTrace) -> list[Tensor]:
 
 
 def correlation(x: Tensor, y: Tensor, valid: Tensor) -> Tensor:
-    """Pearson's correlation over valid positions; NaN where x or y does not vary beyond the rounding of float32.
+    """Return Pearson's correlation over valid positions; NaN where x or y does not vary beyond the rounding of float32.
 
     Args:
         x: [M] float64.
@@ -97,8 +97,8 @@ def correlation(x: Tensor, y: Tensor, valid: Tensor) -> Tensor:
 
     Example:
         >>> x, valid = torch.tensor([1.0, 2.0, 3.0, 9.0]).double(), torch.tensor([True, True, True, False])
-        >>> round(float(correlation(x, -2 * x, valid)), 6), correlation(torch.ones(4).double(), x, valid)
-        (-1.0, tensor(nan, dtype=torch.float64))
+        >>> round(correlation(x, -2 * x, valid).item(), 6), correlation(torch.ones(4).double(), x, valid).item()
+        (-1.0, nan)
     """
     both = torch.stack([x, y]).where(valid, 0.0)
     num = valid.sum()
@@ -111,7 +111,7 @@ def correlation(x: Tensor, y: Tensor, valid: Tensor) -> Tensor:
 
 
 def gradient_effect(weights: Tensor, shares: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Angle and length of the gated gradient against the ungated one, at the student's last hidden states.
+    """Return angle and length of the gated gradient against the ungated one, at the student's last hidden states.
 
     The optimizer batch's loss is ``L = sum_n c_n w_n l_n``, and without the gate ``sum_n c_n l_n``, with the shares c
     and detached weights w. Position n's loss depends on the last hidden state h_n of that position alone, so the
@@ -154,7 +154,7 @@ def gradient_effect(weights: Tensor, shares: Tensor, norms: Tensor) -> tuple[Ten
 
 
 def loss_effect(weights: Tensor, shares: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss without the gate, ``sum c l``, and what the gate makes of it: ``sum c w l / sum c l``.
+    """Return the loss without the gate, ``sum c l``, and the ratio of the gated loss to it, ``sum c w l / sum c l``.
 
     Args:
         weights: w, [M] float64.
@@ -163,7 +163,7 @@ def loss_effect(weights: Tensor, shares: Tensor, losses: Tensor) -> tuple[Tensor
 
     Returns:
         Ungated loss and ratio, scalars. The ratio is NaN where losses of either sign (sampled-token) cancel to less
-        than 1% of ``sum c |l|``: there it says nothing.
+        than 1% of ``sum c |l|``: there it is noise.
     """
     ungated, absolute = (shares * losses).sum(), (shares * losses).abs().sum()
     ratio = (shares * weights * losses).sum() / ungated
@@ -182,7 +182,7 @@ _SCALARS = (
 
 @torch.no_grad()
 def gate_tensors(positions: StepPositions, max_blocks: int) -> dict[str, Tensor]:
-    """All figures of a step, still on the device; nothing here waits for it.
+    """Return all metrics of a step, still on the device; nothing here waits for it.
 
     Args:
         positions: of the step.
@@ -212,15 +212,15 @@ def gate_tensors(positions: StepPositions, max_blocks: int) -> dict[str, Tensor]
 
 
 def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Bring float64 tensors to the host in one copy."""
+    """Return float64 tensors on the host, by one copy."""
     flat = torch.cat([tensor.flatten() for tensor in tensors.values()]).cpu()
     parts = flat.split_with_sizes([tensor.numel() for tensor in tensors.values()])
     return {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
 
 
 @dataclass(frozen=True)
-class GateFigures:
-    """A step's figures on the host.
+class GateMetrics:
+    """A step's metrics on the host.
 
     Args:
         scalars: by tag; what is not defined is left out.
@@ -235,8 +235,8 @@ class GateFigures:
     block_drift: Tensor
 
 
-def read_gates(tensors: Mapping[str, Tensor]) -> GateFigures:
-    """Make figures of what :func:`gate_tensors` returned, on the host."""
+def read_gates(tensors: Mapping[str, Tensor]) -> GateMetrics:
+    """Return the metrics of what :func:`gate_tensors` returned, on the host."""
     weights = tensors["weights"]
     blocks = weights[:-1]
     # Edges span all rows, also that of the segments beyond.
@@ -248,7 +248,7 @@ def read_gates(tensors: Mapping[str, Tensor]) -> GateFigures:
         **{f"gate/block/{n:03d}": found for n, found in enumerate(by_place)},
     }
     scalars = dict(zip(_SCALARS, tensors["scalars"].tolist(), strict=True))
-    return GateFigures(
+    return GateMetrics(
         scalars={name: value for name, value in scalars.items() if not math.isnan(value)},
         histograms={name: histogram for name, histogram in drawn.items() if histogram is not None},
         block_weights=row_means(blocks),

@@ -1,13 +1,17 @@
-"""Figures of gating against autograd, numpy, and plain loops."""
+"""Metrics of gating against autograd, numpy, and plain loops."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
+from opdlab.diagnostics.age_metrics import MAX_AGES, add_to_age_table, age_scalars, new_age_table, read_ages
+from opdlab.diagnostics.block_history import BlockHistory
 from opdlab.diagnostics.gate_metrics import (
     WEIGHT_BINS,
-    GateFigures,
+    GateMetrics,
     correlation,
     gate_tensors,
     gradient_effect,
@@ -16,11 +20,7 @@ from opdlab.diagnostics.gate_metrics import (
     step_positions,
     to_host,
 )
-from torch import Tensor
-
-from opdlab.diagnostics.ages import MAX_AGES, add_to_age_table, age_scalars, new_age_table, read_ages
 from opdlab.diagnostics.histograms import Binning, Histogram, bin_rows, read_histograms
-from opdlab.diagnostics.history import BlockHistory
 from opdlab.diagnostics.trace import StepTrace
 from opdlab.gating import build_gate
 from opdlab.objectives import Objective, Reduction, SampledTokenOPD, TeacherTopK, reduce_losses
@@ -40,7 +40,7 @@ def traced(
     return batches, [b.trace(objective, g, c) for b, g, c in zip(batches, gates, shares, strict=True)]
 
 
-def figures_of(traces: list[StepTrace], max_blocks: int = 64) -> GateFigures:
+def metrics_of(traces: list[StepTrace], max_blocks: int = 64) -> GateMetrics:
     return read_gates(to_host(gate_tensors(step_positions(traces), max_blocks)))
 
 
@@ -72,7 +72,7 @@ def test_effect_on_the_gradient_is_that_of_autograd(objective: Objective, reduct
         return total, torch.cat(pieces)
 
     (gated_loss, gated), (loss, ungated) = gradient(True), gradient(False)
-    scalars = figures_of(traces).scalars
+    scalars = metrics_of(traces).scalars
     cosine = float(gated @ ungated / gated.norm() / ungated.norm())
     assert scalars["gate/gradient_cosine"] == pytest.approx(cosine, rel=1e-6)
     assert scalars["gate/gradient_norm_ratio"] == pytest.approx(float(gated.norm() / ungated.norm()), rel=1e-6)
@@ -99,13 +99,13 @@ def test_what_is_undefined_is_left_out() -> None:
     assert loss_effect(one, one, zero)[1].isnan()
     assert float(loss_effect(2 * one, one, one)[1]) == 2
     _, traces = traced(TeacherTopK(k=4), gate="none")
-    scalars = figures_of(traces).scalars
+    scalars = metrics_of(traces).scalars
     assert not any("correlation" in name for name in scalars)
     assert scalars["gate/gradient_cosine"] == pytest.approx(1)
     assert scalars["gate/gradient_norm_ratio"] == pytest.approx(1)
     assert scalars["gate/loss_ratio"] == pytest.approx(1)
     bare = [replace(trace, gradient_norms=None) for trace in traces]
-    assert not any("gradient" in name for name in figures_of(bare).scalars)
+    assert not any("gradient" in name for name in metrics_of(bare).scalars)
 
 
 def test_correlations_are_those_of_numpy() -> None:
@@ -113,7 +113,7 @@ def test_correlations_are_those_of_numpy() -> None:
     weights = joined(traces, "gates", "weights")
     gap = joined(traces, "inputs", "teacher_logprobs") - joined(traces, "inputs", "current_logprobs")
     losses = joined(traces, "inputs", "position_losses")
-    scalars = figures_of(traces).scalars
+    scalars = metrics_of(traces).scalars
     expected = np.corrcoef([weights, gap, losses])[0]
     assert scalars["gate/correlation/teacher_gap"] == pytest.approx(expected[1])
     assert scalars["gate/correlation/position_loss"] == pytest.approx(expected[2])
@@ -131,19 +131,19 @@ def test_rounding_correlates_with_nothing() -> None:
 @pytest.mark.parametrize(("gate", "max_blocks"), [("block32", 64), ("token", 64), ("token", 3)])
 def test_histograms_hold_every_valid_position_once(gate: str, max_blocks: int) -> None:
     _, traces = traced(TeacherTopK(k=4), gate=gate)
-    figures = figures_of(traces, max_blocks)
+    metrics = metrics_of(traces, max_blocks)
     ids, weights = joined(traces, "gates", "segment_ids"), joined(traces, "gates", "weights")
-    blocks = [name for name in figures.histograms if name.startswith("gate/block/")]
+    blocks = [name for name in metrics.histograms if name.startswith("gate/block/")]
     assert blocks == [f"gate/block/{n:03d}" for n in range(min(int(ids.max()) + 1, max_blocks))]
     drift = joined(traces, "inputs", "drift")
     for n, name in enumerate(blocks):
-        assert_holds(figures.histograms[name], weights[ids == n])
-        assert float(figures.block_weights[n]) == pytest.approx(weights[ids == n].mean())
-        assert float(figures.block_drift[n]) == pytest.approx(abs(drift[ids == n]).mean())
-    assert figures.block_weights[len(blocks) :].isnan().all()
-    assert_holds(figures.histograms["gate/weights"], weights)
-    assert_holds(figures.histograms["gate/token_drift"], drift)
-    assert_holds(figures.histograms["gate/segment_drift"], joined(traces, "gates", "segment_drift"))
+        assert_holds(metrics.histograms[name], weights[ids == n])
+        assert float(metrics.block_weights[n]) == pytest.approx(weights[ids == n].mean())
+        assert float(metrics.block_drift[n]) == pytest.approx(abs(drift[ids == n]).mean())
+    assert metrics.block_weights[len(blocks) :].isnan().all()
+    assert_holds(metrics.histograms["gate/weights"], weights)
+    assert_holds(metrics.histograms["gate/token_drift"], drift)
+    assert_holds(metrics.histograms["gate/segment_drift"], joined(traces, "gates", "segment_drift"))
 
 
 def assert_holds(histogram: Histogram, values: np.ndarray) -> None:
@@ -173,16 +173,16 @@ def test_equal_values_and_no_values_make_histograms() -> None:
     assert read_histograms(bin_rows(ones, torch.ones(5).long(), 1, WEIGHT_BINS), WEIGHT_BINS) == [None]
 
 
-def test_a_step_without_a_valid_position_has_no_figures() -> None:
+def test_a_step_without_a_valid_position_has_no_metrics() -> None:
     batch = micro_batch(0, lengths=(4, 4))
     mask = torch.zeros(2, 4).bool()
     objective = TeacherTopK(k=4)
     inputs = batch.inputs(objective)
     trace = batch.trace(objective, build_gate("block32")(inputs), mask.double())
     empty = replace(trace, inputs=replace(inputs, mask=mask))
-    figures = figures_of([empty])
-    assert figures.histograms == {}
-    assert figures.scalars == {"gate/ungated_loss": 0.0}
+    metrics = metrics_of([empty])
+    assert metrics.histograms == {}
+    assert metrics.scalars == {"gate/ungated_loss": 0.0}
 
 
 # -- by age ----------------------------------------------------------------------------------------------------------
