@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from opdlab.callbacks import StopCheckpoint
-from opdlab.cli_runs import check_checkpoint
-from opdlab.errors import UsageError
+from opdlab.errors import STOP_SIGNALS, UsageError
+from opdlab.run_folder import check_checkpoint
 from tests.toy_run import Run
 
 MakeRun = Callable[..., Run]
@@ -79,7 +79,7 @@ class SendSignal(Callback):
             signal.raise_signal(self.signum)
 
 
-@pytest.mark.parametrize(("accumulate", "signum"), [(1, signal.SIGINT), (4, signal.SIGINT), (1, signal.SIGTERM)])
+@pytest.mark.parametrize(("accumulate", "signum"), [(4, signal.SIGINT), *((1, signum) for signum in STOP_SIGNALS)])
 def test_a_signal_finishes_the_step_and_saves(
     make_run: MakeRun, tmp_path: Path, accumulate: int, signum: signal.Signals
 ) -> None:

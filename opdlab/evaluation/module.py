@@ -13,10 +13,11 @@ from opdlab.data.datamodule import EvaluationBatch, PromptDataModule
 from opdlab.errors import UsageError
 from opdlab.evaluation.evaluator import Evaluator
 from opdlab.evaluation.samples import SampleFolder
-from opdlab.evaluation.settings import evaluation_settings, versions
+from opdlab.evaluation.settings import evaluation_settings
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.teacher import LocalTeacher, Teacher, TeacherRequest
 from opdlab.progress import Progress, SilentProgress
+from opdlab.records import package_versions
 from opdlab.rollouts.batch import Rollouts, Targets
 
 
@@ -100,7 +101,7 @@ class EvaluationModule(pl.LightningModule):
         if (folder := self.evaluator.folder) is not None:
             self.evaluator.close()
             values = {key: float(value) for key, value in figures.items()}
-            folder.write_results({"figures": values, "settings": folder.settings, "versions": versions()})
+            folder.write_results({"figures": values, "settings": folder.settings, "versions": package_versions()})
 
     def test_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """The same as :meth:`validation_step`."""
@@ -140,10 +141,11 @@ class EvaluationModule(pl.LightningModule):
             data.benchmarks,
             teacher=teacher,
             about={"checkpoint": checkpoint, "step": self.global_step},
-            model__evaluation__reverse_kl=config.reverse_kl,
-            model__evaluation__seed=config.seed,
-            data__eval_batch_size=data.eval_batch_size,
-            trainer__precision=str(self.trainer.precision),
-            trainer__devices=self.trainer.world_size,
-            trainer__accelerator=self.device.type,
+            evaluation={"reverse_kl": config.reverse_kl, "seed": config.seed},
+            eval_batch_size=data.eval_batch_size,
+            trainer={
+                "precision": str(self.trainer.precision),
+                "devices": self.trainer.world_size,
+                "accelerator": self.device.type,
+            },
         )

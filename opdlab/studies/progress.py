@@ -6,7 +6,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from opdlab.studies.folder import PROGRESS, read_json, write_json
+from opdlab.records import read_json, write_json
+from opdlab.studies.schema import PROGRESS
 
 _SECONDS = 1.0  # between writes: steps may be much shorter
 

@@ -9,8 +9,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from opdlab.studies.folder import FAILED
-from opdlab.studies.launch import FINISHED, RUNNING, WAITING, Launcher, RunState
+from opdlab.studies.launch import Launcher, RunState
+from opdlab.studies.schema import FAILED, FINISHED, RUNNING, WAITING
 
 _MARKS = {WAITING: ("·", "dim"), RUNNING: ("…", "yellow"), FINISHED: ("✓", "green"), FAILED: ("✗", "red")}
 _MAX_COLUMNS = 20  # seeds shown one by one; beyond, runs are counted

@@ -14,11 +14,11 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from opdlab.studies.folder import RunFolder, evaluation_is_complete
 
 from opdlab.cli import EXIT_USAGE
 from opdlab.evaluation.samples import SampleFolder
 from opdlab.module import OPDModule
-from opdlab.studies.folder import RunFolder, evaluation_is_complete
 from opdlab.studies.job import Job, RunSpec
 from opdlab.studies.launch import Cluster, Launcher
 from opdlab.studies.plan import make_plan

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from opdlab.studies.folder import RUN
 
 from opdlab.cli import EXIT_USAGE
 from opdlab.studies import sharing
-from opdlab.studies.folder import RUN
 from opdlab.studies.plan import Plan, make_plan
 from opdlab.studies.sharing import take_over
 from opdlab.studies.study import read_study
