@@ -12,7 +12,8 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from opdlab.errors import STOP_SIGNALS, Stopped, catching_signals
+from opdlab.errors import Stopped
+from opdlab.processes import STOP_SIGNALS, catching_signals
 
 _SAME_SECONDS = 1.0  # a scheduler and the process that it watches may both tell of one stop
 

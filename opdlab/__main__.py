@@ -2,7 +2,7 @@
 
 import sys
 
-from opdlab.lifeline import hold_lifeline
+from opdlab.processes import hold_lifeline
 
 
 def start() -> None:

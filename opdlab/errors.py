@@ -1,17 +1,7 @@
 """The one kind of error that a user can cause and mend, and the signals that stop a run."""
 
 import signal
-import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
-from typing import Any
-
-# Signals that ask a program to stop: Ctrl-C, a scheduler, a closed terminal, a scheduler's warning. Windows lacks some.
-_NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-STOP_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
-_HANGUP = getattr(signal, "SIGHUP", None)
 
 # What was refused lately; texts alone, since an error holds on to all that its frames hold.
 _REFUSALS: deque[str] = deque(maxlen=16)
@@ -45,24 +35,6 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signum: int = signal.SIGINT) -> None:
         super().__init__(signum)
         self.signum = signum
-
-
-@contextmanager
-def catching_signals(
-    handler: Callable[[int, FrameType | None], Any], signums: Sequence[int] = STOP_SIGNALS
-) -> Iterator[dict[int, Any]]:
-    """Install a handler for signals while the block runs; yields the handlers before, by signal.
-
-    Nothing is installed outside the main thread, where Python delivers signals, and for SIGHUP under ``nohup``.
-    """
-    main = threading.current_thread() is threading.main_thread()
-    ignored = {signum for signum in signums if signum == _HANGUP and signal.getsignal(signum) == signal.SIG_IGN}
-    before = {signum: signal.signal(signum, handler) for signum in signums if main and signum not in ignored}
-    try:
-        yield before
-    finally:
-        for signum, former in before.items():
-            signal.signal(signum, signal.SIG_DFL if former is None else former)  # None: not installed by Python
 
 
 def exit_code(stopped: BaseException | None) -> int:

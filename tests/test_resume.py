@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from opdlab.callbacks import StopCheckpoint
-from opdlab.errors import STOP_SIGNALS, UsageError
+from opdlab.errors import UsageError
+from opdlab.processes import STOP_SIGNALS
 from opdlab.run_folder import check_checkpoint
 from tests.toy_run import Run
 
@@ -90,11 +91,13 @@ def test_a_signal_finishes_the_step_and_saves(
     stopped.trainer_options["callbacks"] += [SendSignal(signum), interrupt]
     stopped.trainer_options["enable_checkpointing"] = True
     before = signal.getsignal(signal.SIGINT)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     try:
         with pytest.raises(SystemExit):
             stopped.fit(8)
     finally:
         signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
+        signal.signal(signal.SIGHUP, hangup)
     assert interrupt.path is not None
     resumed = make_run(accumulate=accumulate)
     resumed.fit(8, ckpt_path=interrupt.path)

@@ -14,8 +14,8 @@ from types import FrameType
 
 from submitit.helpers import Checkpointable
 
-from opdlab.errors import UsageError, catching_signals
-from opdlab.lifeline import LIFELINE
+from opdlab.errors import UsageError
+from opdlab.processes import LIFELINE, catching_signals
 from opdlab.records import write_json
 from opdlab.run_folder import check_checkpoint
 from opdlab.studies.schema import (
@@ -95,7 +95,7 @@ class Job(Checkpointable):
     The run is a child process in a process group of its own, so that a terminal's signals do not reach it twice.
     Signals of this process are forwarded to it, and its checkpoint is waited for; then they go to who handled them
     before, such as submitit, which queues a preempted job again. The child ends with this process, see
-    :mod:`opdlab.lifeline`. Results are in the run's folder alone, so that they survive whoever started the job.
+    :mod:`opdlab.processes`. Results are in the run's folder alone, so that they survive whoever started the job.
 
     Args:
         tied: kill the run once the study's process has ended, which its lock tells.

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import submitit
 import torch
 
-from opdlab.errors import STOP_SIGNALS, UsageError, catching_signals, require
+from opdlab.errors import UsageError, require
+from opdlab.processes import STOP_SIGNALS, catching_signals
 from opdlab.studies.job import Job, RunSpec
 from opdlab.studies.schema import FAILED, FINISHED, LAUNCH, RUNNING, WAITING, lock_holder
 

@@ -78,28 +78,27 @@ class StudyTable:
         return f"{', '.join(parts)}; {clock(time.monotonic() - self._began)}{rest}"
 
     def _seconds_left(self) -> float | None:
-        """From the mean time of what has finished, at so many runs at a time."""
+        """Estimate from the mean time of what has finished, at so many runs at a time."""
         runs = self._launcher.runs
         took = [seconds for run in runs if run.state == FINISHED and (seconds := run.spec.run_folder.seconds) > 0]
         if not took:
             return None
         mean = sum(took) / len(took)
-        under_way = [run for run in runs if run.state == RUNNING]
-        rests = [max(mean - (time.monotonic() - run.since), 0.0) for run in under_way]
+        rests = [max(mean - (time.monotonic() - run.since), 0.0) for run in runs if run.state == RUNNING]
         waiting = self._launcher.count()[WAITING]
         return max((sum(rests) + mean * waiting) / self._launcher.jobs, max(rests, default=0.0))
 
     def _view(self) -> Group:
         runs = self._launcher.runs
         seeds = list(dict.fromkeys(run.spec.seed for run in runs))
+        single = len(seeds) <= _MAX_COLUMNS
         table = Table(box=None, padding=(0, 1, 0, 0))
         table.add_column("variant", no_wrap=True)
-        columns = [str(seed) for seed in seeds] if len(seeds) <= _MAX_COLUMNS else ["runs"]
-        for column in columns:
-            table.add_column(column, justify="right", no_wrap=True)
+        for column in seeds if single else ["runs"]:
+            table.add_column(str(column), justify="right", no_wrap=True)
         for variant in dict.fromkeys(run.spec.variant for run in runs):
             own = [run for run in runs if run.spec.variant == variant]
-            table.add_row(variant, *([_cell(run) for run in own] if len(columns) == len(own) else [_counts(own)]))
+            table.add_row(variant, *(map(_cell, own) if single else [_counts(own)]))
         lines = [Text(self.summary())]
         if self._launcher.stopping:
             lines.append(Text("stopping: runs finish their step and save a checkpoint (again to stop at once)"))

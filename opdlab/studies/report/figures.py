@@ -100,10 +100,10 @@ def every_run(results: Results, place: Place) -> "Figure":
         results: of the study.
         place: what figure.
     """
-    variants = [each.name for each in results.variants if results.finished(each.name)]
+    variants = [each.name for each in results.study.variants if results.finished(each.name)]
     figure = _figure(7.0, 1.3 + 0.45 * len(variants))
     axes = figure.subplots()
-    heights = dict(zip(results.seeds, np.linspace(-0.3, 0.3, len(results.seeds)), strict=True))
+    heights = dict(zip(results.study.seeds, np.linspace(-0.3, 0.3, len(results.study.seeds)), strict=True))
     for row, variant in enumerate(variants):
         runs = run_figures(results, variant, place)
         axes.plot(runs, [row + heights[seed] for seed in results.finished(variant)], "o", color="tab:blue", alpha=0.5)

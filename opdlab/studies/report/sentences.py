@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from opdlab.evaluation.figures import MEAN
 from opdlab.studies.report.compare import TARGET, Comparison, Place
-from opdlab.studies.report.load import FINISHED, Results
+from opdlab.studies.report.load import Results
 from opdlab.studies.report.statistics import LEVEL
 
 _POWER = "with a probability of 80%, at 5% two-sided"
@@ -216,13 +216,16 @@ def caveats(results: Results, comparisons: Sequence[Comparison]) -> list[str]:
     for name, benchmark in results.benchmarks.items():
         if len(benchmark.problems) == 1:
             said.append(f"{name} has one problem: intervals cover the choice of seeds only.")
-    lacking = [run for run in results.runs.values() if run.state != FINISHED]
-    if lacking:
+    if results.lacking:
         said.append(
-            f"{len(lacking)} of {len(results.runs)} runs have not finished. A seed counts in a comparison only where "
-            "both sides have it."
+            f"{len(results.lacking)} of {len(results.runs)} runs have not finished. A seed counts in a comparison only "
+            "where both sides have it."
         )
-    left_out = [v.label for v in results.variants if v.name not in (*results.compared, results.baseline)]
+    left_out = [
+        results.label(v.name)
+        for v in results.study.variants
+        if v.name not in (*results.compared, results.study.baseline)
+    ]
     if left_out:
         said.append(f"Not compared, since no finished run shares a seed with its baseline: {', '.join(left_out)}.")
     return said
