@@ -16,24 +16,9 @@ from submitit.helpers import Checkpointable
 
 from opdlab.errors import UsageError
 from opdlab.processes import LIFELINE, catching_signals
-from opdlab.records import write_json
 from opdlab.run_folder import check_checkpoint
-from opdlab.studies.schema import (
-    EVALUATIONS,
-    FAILED,
-    FINISHED,
-    LOG,
-    PROGRESS,
-    RUN,
-    SAMPLES,
-    VERSION,
-    Record,
-    RunFolder,
-    evaluation_is_complete,
-    evaluation_path,
-    lock_holder,
-    locked,
-)
+from opdlab.studies import schema
+from opdlab.studies.schema import FAILED, FINISHED, Record, RunFolder
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _POLL_SECONDS = 0.25
@@ -115,7 +100,7 @@ class Job(Checkpointable):
         with catching_signals(note) as before:
             # The launcher has masked some, so that a terminal's would not end this process while it loads.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, before)
-            with locked(spec.folder) as mine:
+            with schema.locked(spec.folder) as mine:
                 if mine and not spec.run_folder.finished:
                     _Attempt(spec, signals, self._tied).make()
         for signum in dict.fromkeys(signals):
@@ -138,16 +123,16 @@ class _Attempt:
 
     def make(self) -> None:
         """Train from the newest checkpoint, and write how that ended unless it was stopped."""
-        (self._spec.folder / RUN).unlink(missing_ok=True)
+        (self._spec.folder / schema.RUN).unlink(missing_ok=True)
         started, earlier = time.monotonic(), self._folder.seconds
         try:
             code = self._train()
         except Exception:
-            with (self._spec.folder / LOG).open("a") as log:
+            with self._folder.log.open("a") as log:
                 traceback.print_exc(file=log)
             code = 1
         seconds = earlier + time.monotonic() - started
-        write_json(self._spec.folder / PROGRESS, {"step": self._folder.step, "seconds": seconds})
+        self._folder.write_progress(self._folder.step, seconds)
         if code == 0:
             self._settle()
         elif not self._signals:
@@ -160,8 +145,8 @@ class _Attempt:
             self._share_first_evaluation()
             return self._opdlab("fit")
         path, step = checkpoint
-        evaluation = evaluation_path(self._folder.samples, step)
-        if step in self._spec.evaluated_at[:-1] and not evaluation_is_complete(evaluation):
+        evaluation = schema.evaluation_path(self._folder.samples, step)
+        if step in self._spec.evaluated_at[:-1] and not schema.evaluation_is_complete(evaluation):
             # Lightning goes on behind the evaluation that was due when the checkpoint was written.
             options = ("--model.evaluation.samples", str(evaluation), "--ckpt_path", str(path))
             if (code := self._opdlab("validate", *options)) != 0:
@@ -177,7 +162,7 @@ class _Attempt:
         others = {LIFELINE: str(reading), "PYTHONUNBUFFERED": "1", "SLURM_JOB_NAME": "interactive"}
         sent = 0
         try:
-            with (spec.folder / LOG).open("ab") as log:
+            with self._folder.log.open("ab") as log:
                 child = subprocess.Popen(
                     [sys.executable, "-m", "opdlab", command, *spec.arguments, *options],
                     stdin=subprocess.DEVNULL,
@@ -191,7 +176,7 @@ class _Attempt:
                 for signum in self._signals[sent:]:
                     child.send_signal(signum)
                     sent += 1
-                if self._tied and lock_holder(spec.study) is None:
+                if self._tied and schema.lock_holder(spec.study) is None:
                     self._signals.append(signal.SIGKILL)
                     os.killpg(child.pid, signal.SIGKILL)
                 with suppress(subprocess.TimeoutExpired):
@@ -203,7 +188,7 @@ class _Attempt:
 
     def _newest_checkpoint(self) -> tuple[Path, int] | None:
         """Return the newest checkpoint that can be read, and its step; those that a kill cut off are deleted."""
-        found = self._spec.folder.glob(f"{VERSION}/checkpoints/*.ckpt")
+        found = self._folder.checkpoints.glob("*.ckpt")
         for path in sorted(found, key=lambda file: file.stat().st_mtime_ns, reverse=True):
             try:
                 return path, check_checkpoint(path)
@@ -217,22 +202,23 @@ class _Attempt:
         The evaluation itself sees whether weights and settings are the same, and samples anew where they are not.
         """
         for sibling in self._spec.siblings:
-            found = [evaluation_path(path, 0) for path in (sibling / EVALUATIONS, *sibling.glob(f"{SAMPLES}/*"))]
-            if complete := next(filter(evaluation_is_complete, found), None):
-                with suppress(OSError, shutil.Error):  # it may be moved just now
-                    shutil.copytree(complete, evaluation_path(self._folder.samples, 0), dirs_exist_ok=True)
-                return
+            places = (RunFolder(sibling, ()).evaluations, *sibling.glob(f"{schema.SAMPLES}/*"))
+            for first in (schema.evaluation_path(place, 0) for place in places):
+                if schema.evaluation_is_complete(first):
+                    with suppress(OSError, shutil.Error):  # it may be moved just now
+                        shutil.copytree(first, self._folder.samples / first.name, dirs_exist_ok=True)
+                    return
 
     def _settle(self) -> None:
         """Write how the run ended, after its samples were put in their place if all are there."""
-        final = self._spec.folder / EVALUATIONS
+        final = self._folder.evaluations
         if self._folder.is_complete(self._folder.samples):
             shutil.rmtree(final, ignore_errors=True)
             self._folder.samples.replace(final)
         if not self._folder.is_complete(final):
             self._spec.write_record(FAILED, ("it ended, but its evaluations are not complete: see its log",))
             return
-        shutil.rmtree(self._spec.folder / SAMPLES, ignore_errors=True)
+        shutil.rmtree(self._spec.folder / schema.SAMPLES, ignore_errors=True)
         if not self._spec.keep_checkpoints:
-            shutil.rmtree(self._spec.folder / VERSION / "checkpoints", ignore_errors=True)
+            shutil.rmtree(self._folder.checkpoints, ignore_errors=True)
         self._spec.write_record(FINISHED)

@@ -197,15 +197,34 @@ class RunFolder:
         """Seconds that all attempts took."""
         return float(read_json(self.path / PROGRESS).get("seconds", 0.0))
 
+    def write_progress(self, step: int, seconds: float) -> None:
+        """Write how far the run is."""
+        write_json(self.path / PROGRESS, {"step": step, "seconds": seconds})
+
+    @property
+    def log(self) -> Path:
+        """What the run printed."""
+        return self.path / LOG
+
     @property
     def samples(self) -> Path:
-        """Where `opdlab fit` writes this run's evaluations."""
+        """Where `opdlab fit` writes the evaluations while the run lasts."""
         return fit_samples_folder(str(self.path / SAMPLES), self.path / VERSION)
+
+    @property
+    def evaluations(self) -> Path:
+        """Where the evaluations are once the run has ended."""
+        return self.path / EVALUATIONS
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where `opdlab fit` writes checkpoints."""
+        return self.path / VERSION / "checkpoints"
 
     @property
     def finished(self) -> bool:
         """Whether the run has ended and all its evaluations are complete."""
-        return self.record.state == FINISHED and self.is_complete(self.path / EVALUATIONS)
+        return self.record.state == FINISHED and self.is_complete(self.evaluations)
 
     @property
     def holder(self) -> dict[str, Any] | None:
@@ -225,7 +244,7 @@ class RunFolder:
     def last_lines(self, number: int = 8) -> list[str]:
         """Return the end of what the run printed; of what its job printed if the run printed nothing."""
         logs = sorted((self.path / LAUNCH).glob("*_log.err"), key=lambda file: file.stat().st_mtime)
-        for log in (self.path / LOG, *logs[-1:]):
+        for log in (self.log, *logs[-1:]):
             try:
                 with log.open("rb") as file:
                     file.seek(max(0, log.stat().st_size - _TAIL_BYTES))

@@ -12,6 +12,7 @@ import yaml
 
 from opdlab.errors import UsageError, require
 from opdlab.registry import suggestion
+from opdlab.studies.schema import STUDY
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MAX_SEED = 2**32 - 1
@@ -108,11 +109,8 @@ class Study:
     def _check_baselines(self, names: Sequence[str]) -> None:
         own = {f"variants: baseline of '{each.name}'": each.baseline for each in self.variants if each.baseline}
         for key, baseline in {"baseline": self.baseline, **own}.items():
-            hint = suggestion(baseline, names) or ";"
-            require(
-                baseline in names,
-                f"{key} is '{baseline}', which is no variant{hint} variants: {', '.join(names)}",
-            )
+            known = f"{suggestion(baseline, names) or ';'} variants: {', '.join(names)}"
+            require(baseline in names, f"{key} is '{baseline}', which is no variant{known}")
         for variant in self.variants:
             require(
                 variant.baseline is None or self.baseline != variant.name != variant.baseline,
@@ -121,20 +119,12 @@ class Study:
             )
 
     def _check_numbers(self) -> None:
-        for key, values, lowest, highest, range_, example in (
-            ("seeds", self.seeds, 0, _MAX_SEED, f"a seed must be from 0 to {_MAX_SEED}", "at least one, as in [0, 1]"),
-            (
-                "budgets",
-                self.budgets,
-                1,
-                math.inf,
-                "a budget is a number of optimizer steps, at least 1",
-                "some, as in [40]",
-            ),
-        ):
-            require(bool(values), f"{key} is empty: give {example}")
+        seeds, steps = f"numbers from 0 to {_MAX_SEED}", "optimizer steps, at least 1"
+        for key, lowest, highest, meaning in (("seeds", 0, _MAX_SEED, seeds), ("budgets", 1, math.inf, steps)):
+            values = getattr(self, key)
+            require(bool(values), f"{key} is empty: give {meaning}, for example [40]")
             wrong = next((value for value in values if not lowest <= value <= highest), None)
-            require(wrong is None, f"{key} has {wrong}, but {range_}")
+            require(wrong is None, f"{key} has {wrong}, but must be {meaning}")
             repeated = _repeated(values)
             require(repeated is None, f"{key} has {repeated} twice: take one out")
         require(self.threads is None or self.threads >= 1, f"threads is {self.threads}: give at least 1, or null")
@@ -244,7 +234,7 @@ def read_study(path: Path) -> Study:
     Raises:
         UsageError: the file is missing, or something in it is wrong; see :func:`parse_study`.
     """
-    file = path / "study.yaml" if path.is_dir() else path
+    file = path / STUDY if path.is_dir() else path
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
