@@ -76,7 +76,7 @@ class SendSignal(Callback):
         self.signum = signum
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 5:
+        for _ in range(2 if batch_idx == 5 else 0):  # at once they are one: a scheduler tells all processes of a job
             signal.raise_signal(self.signum)
 
 

@@ -145,6 +145,14 @@ def start(spec: RunSpec) -> Any:
     return process
 
 
+def until_gone(pid: int) -> None:
+    until(lambda: not alive(pid), seconds=10)
+
+
+def until_beyond(spec: RunSpec, step: int) -> None:
+    until(lambda: spec.run_folder.step > step)
+
+
 # Checkpoints are written at steps 2 and 4, so that the evaluations there are due when a run goes on from them.
 @pytest.mark.parametrize(
     "kills",
@@ -166,7 +174,7 @@ def test_a_run_killed_twice_writes_the_same_lines(
         job.join()
         pids = json.loads((spec.folder / "watch.json").read_text())
         assert job.exitcode == (0 if kill[2] == "run" else -signal.SIGKILL)
-        until(lambda pid=pids["run"]: not alive(pid), seconds=5)
+        until_gone(pids["run"])
         assert spec.run_folder.record.state == ("failed" if kill[2] == "run" else "unfinished")
         assert not spec.run_folder.finished
         assert not (spec.folder / "evaluations").exists()
@@ -188,7 +196,7 @@ def test_signals_are_forwarded_and_the_checkpoint_is_waited_for(tmp_path: Path) 
         signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
         job = start(spec)
         signal.signal(signal.SIGHUP, hangup)
-        until(lambda last=step: spec.run_folder.step > last)
+        until_beyond(spec, step)
         os.kill(job.pid, signum)
         job.join()
         saved = torch.load(spec.folder / "version_0/checkpoints/interrupted.ckpt", weights_only=True)["global_step"]
@@ -210,7 +218,8 @@ def test_no_run_outlives_its_study(tmp_path: Path, whom: str, monkeypatch: pytes
     pids = json.loads((run.path / "watch.json").read_text())
     assert alive(pids["run"])
     os.kill(study.pid if whom == "study" else pids["job"], signal.SIGKILL)
-    until(lambda: not alive(pids["run"]) and not alive(pids["job"]), seconds=10)
+    until_gone(pids["run"])
+    until_gone(pids["job"])
     message = study.communicate()[1]
     assert run.record.state == ("unfinished" if whom == "study" else "failed")
     assert ("its process ended without a result" in message) == (whom == "job")
@@ -223,7 +232,7 @@ def start_study(file: Path) -> "subprocess.Popen[str]":
 
 
 def test_a_run_that_somebody_has_is_left_alone_and_waited_for(spec: RunSpec) -> None:
-    with spec.run_folder.locked() as mine:
+    with locked(spec.folder) as mine:
         assert mine
         assert spec.run_folder.holder == {"pid": os.getpid(), "host": os.uname().nodename}
         Job()(spec)  # returns at once

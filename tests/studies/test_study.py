@@ -204,7 +204,7 @@ def test_configurations_are_migrated_before_they_are_compared(begun: Path, monke
         before.settle()
 
     def migrated(config: dict[str, Any]) -> dict[str, Any]:
-        return json.loads(json.dumps(config).replace("opdlab.strategies", "opdlab.moved"))
+        return dict(json.loads(json.dumps(config).replace("opdlab.strategies", "opdlab.moved")))
 
     monkeypatch.setattr(planning, "migrated", migrated)
     monkeypatch.setattr(schema, "migrated", migrated)

@@ -154,7 +154,7 @@ def make_report(folder: Path) -> Report:
     first, labels = benchmark_names(results)[0], " or ".join(map(results.label, results.baselines))
     number = len(results.study.variants) - 1
     main = [each for each in comparisons if (each.place.budget, each.place.benchmark) == (results.budgets[-1], first)]
-    known = {
+    known: dict[str, Any] = {
         "results": results,
         "final": results.budgets[-1],
         "title": f"Study {results.study.name}: {number} variant{'s' if number > 1 else ''} against {labels}",
