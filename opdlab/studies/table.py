@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -48,10 +48,15 @@ class StudyTable:
         if not self._console.is_terminal:
             yield
             return
-        with Live(self._view(), console=self._console, auto_refresh=False) as self._live:
+        self._live = Live(self._view(), console=self._console, auto_refresh=False)
+        self._live.start()
+        try:
             yield
-            self._live.update(self._view(), refresh=True)
-        self._live = None
+        finally:
+            with suppress(OSError):
+                self._live.update(self._view(), refresh=True)
+                self._live.stop()
+            self._live = None
 
     def changed(self, run: RunState) -> None:
         """See :class:`opdlab.studies.launch.Watcher`."""
@@ -61,13 +66,15 @@ class StudyTable:
             begun = "stopped" if self._launcher.stopping else "to be started again"
             state = begun if run.state == WAITING else run.state
             line = f"{run.spec.variant} seed {run.spec.seed}: {state}{took} ({self.summary()})"
-            self._console.print(line, highlight=False, soft_wrap=True)
+            with suppress(OSError):  # nobody reads any more; runs must still end as they should
+                self._console.print(line, highlight=False, soft_wrap=True)
 
     def tick(self) -> None:
         """See :class:`opdlab.studies.launch.Watcher`."""
         if self._live is not None and time.monotonic() - self._drawn > _REDRAW_SECONDS:
             self._drawn = time.monotonic()
-            self._live.update(self._view(), refresh=True)
+            with suppress(OSError):  # the terminal was closed
+                self._live.update(self._view(), refresh=True)
 
     def summary(self) -> str:
         """Counts, the time so far, and an estimate of what is left."""
