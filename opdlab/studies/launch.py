@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import submitit
@@ -159,8 +158,8 @@ class Launcher:
         Returns:
             The signal, if one has.
         """
-        with catching_signals(self._note):
-            while self._unfinished():
+        with catching_signals(lambda signum, _: self._signals.append(signum)):
+            while self.count()[RUNNING] or (self.count()[WAITING] and not self._signals):
                 self._look(watcher)
                 self._stop()
                 self._start(watcher)
@@ -168,10 +167,6 @@ class Launcher:
                 if self.count()[RUNNING] or self._signals:
                     time.sleep(_POLL_SECONDS)
         return self._signals[0] if self._signals else None
-
-    def _unfinished(self) -> bool:
-        states = self.count()
-        return bool(states[RUNNING] or (states[WAITING] and not self._signals))
 
     def _start(self, watcher: Watcher) -> None:
         taken = {run.slot for run in self.runs if run.state == RUNNING}
@@ -197,11 +192,12 @@ class Launcher:
 
     def _look(self, watcher: Watcher) -> None:
         for run in self.runs:
-            if run.state != RUNNING or not self._is_over(run):
+            if run.state != RUNNING:
                 continue
-            run.state = self._outcome(run)
-            run.told.clear()
-            watcher.changed(run)
+            if run.job.done() if run.job is not None else run.spec.run_folder.holder is None:
+                run.state = self._outcome(run)
+                run.told.clear()
+                watcher.changed(run)
 
     def _outcome(self, run: RunState) -> str:
         folder = run.spec.run_folder
@@ -212,16 +208,6 @@ class Launcher:
         run.spec.write_record(FAILED, (*folder.last_lines(), "its process ended without a result: was it killed?"))
         return FAILED
 
-    def _is_over(self, run: RunState) -> bool:
-        if run.job is not None:
-            return bool(run.job.done())
-        return run.spec.run_folder.holder is None
-
-    # -- stopping ------------------------------------------------------------------------------------------------
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        self._signals.append(signum)
-
     @property
     def stopping(self) -> bool:
         """Whether a signal has come."""
@@ -229,10 +215,10 @@ class Launcher:
 
     def _stop(self) -> None:
         """Pass each signal on, once: the first asks runs to save a checkpoint, a later one to stop at once."""
-        for run in self.runs if self._signals else ():
+        for run in [each for each in self.runs if each.state == RUNNING and self._signals]:
             holder = run.spec.run_folder.holder or {}
             pid = int(holder.get("pid", 0)) if holder.get("host") == socket.gethostname() else 0
-            if run.state != RUNNING or run.told[pid] == len(self._signals):
+            if run.told[pid] == len(self._signals):
                 continue
             signum = self._signals[run.told[pid]]
             run.told[pid] += 1

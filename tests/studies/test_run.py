@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from opdlab.cli import EXIT_USAGE
 from opdlab.records import flat, read_settings
 from opdlab.studies.job import Job, RunSpec
-from opdlab.studies.launch import Cluster, Launcher
+from opdlab.studies.launch import Cluster, Launcher, RunState
 from opdlab.studies.schema import RunFolder, evaluation_is_complete, locked
 from tests.studies.tiny import ROOT, WATCH, alive, content, lines, plan, study_run, until, write
 
@@ -232,29 +233,35 @@ def start_study(file: Path) -> "subprocess.Popen[str]":
 
 
 def test_a_run_that_somebody_has_is_left_alone_and_waited_for(spec: RunSpec) -> None:
-    with locked(spec.folder) as mine:
-        assert mine
-        assert spec.run_folder.holder == {"pid": os.getpid(), "host": os.uname().nodename}
-        Job()(spec)  # returns at once
-        assert not (spec.folder / "run.json").exists()
+    """It gets the study's signals too."""
+    held = FORK.Event()
 
-        class Watcher:
-            seen: list[str] = []  # noqa: RUF012
+    def hold() -> None:
+        with locked(spec.folder) as mine:
+            assert mine
+            held.set()
+            time.sleep(60)
 
-            def changed(self, run: Any) -> None:
-                self.seen.append(run.state)
+    holder = FORK.Process(target=hold)
+    holder.start()
+    assert held.wait(60)
+    assert spec.run_folder.holder == {"pid": holder.pid, "host": os.uname().nodename}
+    Job()(spec)  # returns at once
+    assert not (spec.folder / "run.json").exists()
+    seen: list[str] = []
 
-            def tick(self) -> None:
-                launcher._note(signal.SIGTERM, None)
+    class Watcher:
+        def changed(self, run: RunState) -> None:
+            seen.append(run.state)
 
-        launcher = Launcher([spec], Cluster("debug"), jobs=1)
-        told: list[int] = []
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr(os, "kill", lambda pid, signum: told.append(pid))
-            monkeypatch.setattr(launcher, "_is_over", lambda run: bool(told))
-            assert launcher.run(Watcher()) == signal.SIGTERM
-    assert Watcher.seen == ["running", "waiting"]
-    assert told == [os.getpid()]
+        def tick(self) -> None:
+            if seen == ["running"]:
+                signal.raise_signal(signal.SIGTERM)
+
+    assert Launcher([spec], Cluster("debug"), jobs=1).run(Watcher()) == signal.SIGTERM
+    assert seen == ["running", "waiting"]
+    holder.join()
+    assert holder.exitcode == -signal.SIGTERM
 
 
 def test_half_an_evaluation_is_not_complete(whole: Path, tmp_path: Path) -> None:

@@ -86,9 +86,8 @@ def _smallest(judged: Sequence[Comparison], family: Sequence[Comparison], result
     unknown = [each for each in judged if not each.knows_detectable]
     if not known:
         return f"what this study would detect is {_unknown(unknown)}"
-    said = (
-        f"the smallest difference that this study would detect {_POWER}{_after(family)}, is {detectable_range(known)}"
-    )
+    after = f", after correction for {len(family)} variants" if len(family) > 1 else ""
+    said = f"the smallest difference that this study would detect {_POWER}{after}, is {detectable_range(known)}"
     if min(known) > 1:
         said += f", so that it can find no difference here at all: {_RATES}"
     if unknown:
@@ -180,10 +179,6 @@ def _conclude(place: Place, baseline: str, corrected: Sequence[Comparison], resu
         names = [results.label(each.variant) for each in rest]
         said.append(f"cannot be told apart from {base}: {', '.join(names)} ({_smallest(rest, corrected, results)})")
     return f"{where}: {'; '.join(said)}."
-
-
-def _after(judged: Sequence[Comparison]) -> str:
-    return f", after correction for {len(judged)} variants" if len(judged) > 1 else ""
 
 
 def _mend(judged: Sequence[Comparison]) -> str:
