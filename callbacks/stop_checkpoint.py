@@ -1,7 +1,8 @@
 """Stopping, by a signal or at the end, without losing anything."""
 
 import signal
-import threading
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -12,15 +13,19 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from opdlab.errors import Stopped
+from opdlab.processes import STOP_SIGNALS, catching_signals
+
+_SAME_SECONDS = 1.0  # a scheduler and the process that it watches may both tell of one stop
 
 
 class StopCheckpoint(Checkpoint):
-    """Writes a checkpoint when training stops: after its last step, or on Ctrl-C or SIGTERM, which finish the step.
+    """Writes a checkpoint when training stops: after its last step, or on a signal, which finishes the step.
 
-    A checkpoint taken in the middle of a step would hold half an update, and a loader that is one minibatch ahead. A
-    second signal stops at once, without a checkpoint. SIGTERM is left to Lightning where there are several processes,
-    which it tells each other, and under SLURM, where it queues the job again. A ``Checkpoint``, so that Lightning calls
-    it after all other callbacks; put it behind other checkpoints, so that it sees what they have saved.
+    A checkpoint taken in the middle of a step would hold half an update, and a loader that is one minibatch ahead.
+    Signals are Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2; a second one, at least a second later, stops at once,
+    without a checkpoint. All but Ctrl-C are left to Lightning where there are several processes, which it tells each
+    other, and under SLURM, where it queues the job again. A ``Checkpoint``, so that Lightning calls it after all other
+    callbacks; put it behind other checkpoints, so that it sees what they have saved.
 
     Args:
         dirpath: folder for ``interrupted.ckpt`` and ``final.ckpt``; ``checkpoints`` in the run's folder by default.
@@ -32,19 +37,20 @@ class StopCheckpoint(Checkpoint):
         self.path: Path | None = None
         """The checkpoint that was written, once one was."""
         self._signum: int | None = None
-        self._previous: dict[int, Any] = {}
+        self._since = 0.0
+        self._listening = ExitStack()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen for signals, in the main thread, where Python delivers them."""
-        if threading.current_thread() is not threading.main_thread():
-            return
+        """Listen for signals."""
         alone = trainer.world_size == 1 and not SLURMEnvironment.detect()
-        for signum in (signal.SIGINT, signal.SIGTERM) if alone else (signal.SIGINT,):
-            self._previous[signum] = signal.signal(signum, self._handle)
+        self._listening.enter_context(catching_signals(self._handle, STOP_SIGNALS if alone else (signal.SIGINT,)))
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self._signum is not None:
+            if time.monotonic() - self._since < _SAME_SECONDS:
+                return
             raise Stopped(signum)
+        self._since = time.monotonic()
         self._signum = signum
         name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
         rank_zero_info(f"\n{name}: finishing this step, then saving a checkpoint (again to stop at once)")
@@ -67,18 +73,13 @@ class StopCheckpoint(Checkpoint):
         trainer.save_checkpoint(folder / name)
         self.path = folder / name
 
-    def _stop_listening(self) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-        self._previous = {}
-
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the signals back."""
-        self._stop_listening()
+        self._listening.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Give the signals back."""
-        self._stop_listening()
+        self._listening.close()
 
 
 def _is_last_step(trainer: pl.Trainer) -> bool:

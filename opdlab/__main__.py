@@ -2,9 +2,12 @@
 
 import sys
 
+from opdlab.processes import hold_lifeline
+
 
 def start() -> None:
     """Entry point of the ``opdlab`` command. Loading the libraries takes seconds, in which Ctrl-C is heard too."""
+    hold_lifeline()
     try:
         from opdlab.cli import console
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 Everything a user can get wrong ends in one line on standard error and exit code 2.
 """
 
+import json
 import logging
 import signal
 import sys
@@ -30,14 +31,15 @@ from opdlab.cli_errors import explain, root_usage_error
 from opdlab.cli_estimate import print_estimate, refuse_oversized
 from opdlab.cli_hparams import log_hyperparameters
 from opdlab.cli_replay import replay
-from opdlab.cli_runs import check_checkpoint, find_checkpoint, fit_samples_folder, run_folder_for, samples_folder_for
+from opdlab.cli_study import study_command
 from opdlab.data import PromptDataModule
 from opdlab.errors import Stopped, UsageError, exit_code
-from opdlab.evaluation.samples import RESULTS
 from opdlab.gating import gate_registry
 from opdlab.module import OPDModule
 from opdlab.packages import package_trouble
 from opdlab.policies import LanguageModel, LocalTeacher
+from opdlab.records import RESULTS
+from opdlab.run_folder import check_checkpoint, find_checkpoint, fit_samples_folder, run_folder_for, samples_folder_for
 
 EXIT_USAGE = 2
 _ABOUT = (
@@ -259,6 +261,41 @@ class _EstimateCLI(OPDCLI):
         self.subcommand = None  # nothing is run
 
 
+class _ParseCLI(OPDCLI):
+    """Parses what ``fit`` takes, and builds nothing."""
+
+    def before_instantiate_classes(self) -> None:
+        """Nothing: no folder is made."""
+
+    def instantiate_classes(self) -> None:
+        """Nothing: models would be loaded."""
+
+    def after_instantiate_classes(self) -> None:
+        self.subcommand = None  # nothing is run
+
+
+class FitParser:
+    """The parser of ``opdlab fit``, for many configurations: it is made once, since that takes longer than to parse."""
+
+    def __init__(self) -> None:
+        self._cli: _ParseCLI | None = None
+
+    def __call__(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """Return the configuration that ``opdlab fit`` makes of ``arguments``, checked, as plain values."""
+        before, arguments = sys.argv, ["fit", *expand_arguments(arguments)]
+        try:
+            sys.argv = [before[0], *([] if self._cli else arguments)]
+            if self._cli is None:
+                self._cli = _ParseCLI()
+            else:
+                self._cli.parse_arguments(self._cli.parser, arguments)
+        finally:
+            sys.argv = before
+        config: dict[str, Any] = json.loads(json.dumps(self._cli.config.fit.as_dict(), default=str))
+        check_config(config)
+        return config
+
+
 class _BuildCLI(OPDCLI):
     """Parses what ``fit`` takes and builds model and data, but no trainer."""
 
@@ -298,9 +335,7 @@ def _run(arguments: Sequence[str]) -> int:
         list_gates()
         return 0
     if list(arguments[:1]) == ["study"]:
-        from opdlab.cli_study import study_command  # it imports this module
-
-        return study_command(arguments[1:])
+        return study_command(arguments[1:], FitParser())
     if list(arguments[:1]) == ["replay"]:
         replay(arguments[1:], _build)
         return 0

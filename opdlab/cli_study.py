@@ -1,24 +1,25 @@
 """``opdlab study``: run the variants of a study, and report on them."""
 
-import fcntl
 import importlib.resources
 import re
 import sys
 from argparse import ArgumentError
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
+from opdlab.cli_config import config_path, shipped_configs
 from opdlab.cli_errors import explain
 from opdlab.errors import UsageError, require
 from opdlab.registry import suggestion
-from opdlab.studies.folder import FAILED
-from opdlab.studies.launch import FINISHED, Cluster, Launcher, RunState, default_jobs
-from opdlab.studies.plan import Plan, make_plan
+from opdlab.studies.launch import Cluster, Launcher, RunState, default_jobs
+from opdlab.studies.plan import Plan, Resolve, make_plan
+from opdlab.studies.schema import FAILED, FINISHED, locked
 from opdlab.studies.sharing import take_over
 from opdlab.studies.study import Study, read_study
 from opdlab.studies.table import StudyTable
@@ -32,8 +33,12 @@ _WANTED = {
 }
 
 
-def study_command(arguments: Sequence[str]) -> int:
+def study_command(arguments: Sequence[str], resolve: Resolve) -> int:
     """Run ``opdlab study ARGUMENTS`` and return the exit code: 1 if a run has failed, 128 + n after signal n.
+
+    Args:
+        arguments: behind the name of the command.
+        resolve: the parser of ``opdlab fit``.
 
     Raises:
         UsageError: something in the arguments, the study or its folder is wrong.
@@ -51,7 +56,7 @@ def study_command(arguments: Sequence[str]) -> int:
         report = make_report(Path(config.report.folder))
         print(*report.conclusion, f"report: {report.write()}", sep="\n")
         return 0
-    return _run(config.run)
+    return _run(config.run, resolve)
 
 
 def _explain(error: ArgumentError, command: str) -> str:
@@ -140,15 +145,21 @@ def _list() -> int:
     return 0
 
 
-def _run(options: Namespace) -> int:
+def _run(options: Namespace, resolve: Resolve) -> int:
     study = read_study(find_study(options.study))
     if options.threads is not None:
-        study = Study(**{**vars(study), "threads": options.threads})
+        study = replace(study, threads=options.threads)
     folder = Path(options.folder or _ROOT / study.name)
     cluster = Cluster(options.cluster, options.parameters)
     require(options.jobs is None or options.jobs >= 1, f"--jobs is {options.jobs}: give at least 1")
-    plan = make_plan(study, folder)
-    with _alone(folder):
+    plan = plan_study(study, folder, resolve)
+    with ExitStack() as stack:
+        try:
+            mine = stack.enter_context(locked(folder))  # two launchers would start runs twice
+        except OSError as error:
+            fault = f"--folder is '{folder}', which cannot be written ({error.strerror}): give another"
+            raise UsageError(fault) from error
+        require(mine, f"{folder} is in use by another `opdlab study run`: wait for it, or give another --folder")
         cluster.check(folder)
         plan.settle()
         if shared := take_over(plan.runs(), [Path(other) for other in options.share]):
@@ -156,22 +167,11 @@ def _run(options: Namespace) -> int:
         return _launch(plan, cluster, options.jobs)
 
 
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold the study's folder: two launchers would start runs twice."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = (folder / "lock").open("a")
-    except OSError as error:
-        raise UsageError(f"--folder is '{folder}', which cannot be written ({error.strerror}): give another") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(
-                f"{folder} is in use by another `opdlab study run`: wait for it, or give another --folder"
-            ) from error
-        yield
+def plan_study(study: Study, folder: Path, resolve: Resolve) -> Plan:
+    """Settle the names of a study's base, and resolve and check every variant; see :func:`make_plan`."""
+    shipped = {file.resolve(): name for name, file in shipped_configs().items()}
+    paths = [Path(config_path(name)).resolve() for name in study.base]
+    return make_plan(replace(study, base=[shipped.get(path, str(path)) for path in paths]), folder, resolve)
 
 
 def _launch(plan: Plan, cluster: Cluster, jobs: int | None) -> int:
@@ -204,5 +204,5 @@ def _print_failure(run: RunState) -> None:
     print(
         f"{run.spec.variant} seed {run.spec.seed} failed; {run.spec.folder} has its log, which ends:", file=sys.stderr
     )
-    for line in run.spec.run_folder.record.get("last_lines", []):
+    for line in run.spec.run_folder.record.last_lines:
         print(f"    {line}", file=sys.stderr)

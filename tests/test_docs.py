@@ -14,15 +14,14 @@ from typing import Any
 import pytest
 import yaml
 
-from opdlab.cli import OPDCLI, main
+from opdlab.cli import OPDCLI, FitParser, main
 from opdlab.cli_config import expand_arguments
 from opdlab.cli_replay import parser as replay_parser
-from opdlab.cli_study import find_study
+from opdlab.cli_study import find_study, plan_study
 from opdlab.cli_study import parser as study_parser
 from opdlab.diagnostics import metric_table
 from opdlab.gating import DriftGate, GateStrategy, RuleGate, gate_names, gate_registry
 from opdlab.objectives.base import objective_registry
-from opdlab.studies.plan import make_plan
 from opdlab.studies.study import read_study
 from tests.test_package import PUBLIC
 
@@ -215,7 +214,7 @@ def test_command_lines_parse(page: Path, folder: Path, parser: Any, capsys: pyte
         if subcommand == "study":
             options = study_parser().parse_args(arguments)
             if options.subcommand == "run":
-                make_plan(read_study(find_study(options.run.study)), folder / "study")
+                plan_study(read_study(find_study(options.run.study)), folder / "study", FitParser())
             continue
         subcommand = {"estimate": "fit"}.get(subcommand, subcommand)
         try:

@@ -168,8 +168,8 @@ def test_any_other_setting_is_refused_by_name(
         ("--model.eval_sampling.temperature", "0.7"): "model.eval_sampling.temperature is 1.0 there and 0.7 now",
         ("--model.evaluation.seed", "5"): "model.evaluation.seed is 0 there and 5 now",
         ("--data.eval_batch_size", "3"): "data.eval_batch_size is 2 there and 3 now",
-        ("--model.student.path", STUDENT): "model.student (its weights) is ",
-        ("--data.benchmarks.one.init_args.seed", "9"): "data.benchmarks.one (prompts) is ",
+        ("--model.student.path", STUDENT): "model.student.weights is ",
+        ("--data.benchmarks.one.init_args.seed", "9"): "data.benchmarks.one.prompts is ",
     }
     for flags, words in cases.items():
         capsys.readouterr()
@@ -209,7 +209,7 @@ def test_training_keeps_samples_only_when_asked(opdlab: Callable[..., int], tmp_
         f"kept/version_1/{name}" for name in ("teacher-step-1", "val-step-0", "val-step-1")
     ]
     settings = [json.loads((tmp_path / name / "settings.json").read_text())["compared"] for name in names]
-    weights = [each["model.student (its weights)"] for each in settings]
+    weights = [each["model"]["student"]["weights"] for each in settings]
     assert len(set(weights)) == 3
     assert weights[0] == fingerprint(LanguageModel(TEACHER))
     # A run of another root with the same number leaves them alone.

@@ -11,8 +11,9 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from opdlab.callbacks import StopCheckpoint
-from opdlab.cli_runs import check_checkpoint
 from opdlab.errors import UsageError
+from opdlab.processes import STOP_SIGNALS
+from opdlab.run_folder import check_checkpoint
 from tests.toy_run import Run
 
 MakeRun = Callable[..., Run]
@@ -75,11 +76,11 @@ class SendSignal(Callback):
         self.signum = signum
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 5:
+        for _ in range(2 if batch_idx == 5 else 0):  # at once they are one: a scheduler tells all processes of a job
             signal.raise_signal(self.signum)
 
 
-@pytest.mark.parametrize(("accumulate", "signum"), [(1, signal.SIGINT), (4, signal.SIGINT), (1, signal.SIGTERM)])
+@pytest.mark.parametrize(("accumulate", "signum"), [(4, signal.SIGINT), *((1, signum) for signum in STOP_SIGNALS)])
 def test_a_signal_finishes_the_step_and_saves(
     make_run: MakeRun, tmp_path: Path, accumulate: int, signum: signal.Signals
 ) -> None:
@@ -90,11 +91,13 @@ def test_a_signal_finishes_the_step_and_saves(
     stopped.trainer_options["callbacks"] += [SendSignal(signum), interrupt]
     stopped.trainer_options["enable_checkpointing"] = True
     before = signal.getsignal(signal.SIGINT)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     try:
         with pytest.raises(SystemExit):
             stopped.fit(8)
     finally:
         signal.signal(signal.SIGINT, before)  # Lightning leaves it ignored
+        signal.signal(signal.SIGHUP, hangup)
     assert interrupt.path is not None
     resumed = make_run(accumulate=accumulate)
     resumed.fit(8, ckpt_path=interrupt.path)

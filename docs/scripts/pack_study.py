@@ -15,8 +15,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from opdlab.studies.folder import EVALUATIONS, RUN, RUNS, STUDY, VARIANTS
 from opdlab.studies.report import make_report
+from opdlab.studies.schema import EVALUATIONS, RUN, RUNS, STUDY, VARIANTS
 
 TEXTS = ("problem", "response")
 

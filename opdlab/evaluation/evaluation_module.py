@@ -11,9 +11,9 @@ from opdlab.errors import require
 from opdlab.evaluation.config import EvaluationConfig
 from opdlab.evaluation.evaluator import Evaluator
 from opdlab.evaluation.folder import sample_folder
-from opdlab.evaluation.settings import versions
 from opdlab.policies import LanguageModel, NoTeacher, SamplingConfig, Teacher, TeacherHolder
 from opdlab.progress import Progress, SilentProgress
+from opdlab.records import package_versions
 from opdlab.types import EvaluationBatch
 
 
@@ -121,7 +121,7 @@ class EvaluationModule(pl.LightningModule):
         if (folder := self.evaluator.folder) is not None:
             self.evaluator.close()
             values = {key: float(value) for key, value in figures.items()}
-            folder.write_results({"figures": values, "settings": folder.settings, "versions": versions()})
+            folder.write_results({"figures": values, "settings": folder.settings, "versions": package_versions()})
 
     # Tests are validations: the hooks of the one are those of the other.
     test_step = validation_step

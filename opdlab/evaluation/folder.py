@@ -46,12 +46,13 @@ def sample_folder(
             "checkpoint": str(trainer.ckpt_path) if trainer.ckpt_path is not None else None,
             "step": module.global_step,
         },
-        model__evaluation__reverse_kl=config.reverse_kl,
-        model__evaluation__seed=config.seed,
-        data__eval_batch_size=data.eval_batch_size,
-        trainer__precision=str(trainer.precision),
-        trainer__devices=trainer.world_size,
-        trainer__accelerator=module.device.type,
+        evaluation={"reverse_kl": config.reverse_kl, "seed": config.seed},
+        eval_batch_size=data.eval_batch_size,
+        trainer={
+            "precision": str(trainer.precision),
+            "devices": trainer.world_size,
+            "accelerator": module.device.type,
+        },
     )
     return SampleFolder(
         Path(config.samples) / subfolder,

@@ -11,12 +11,8 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from opdlab.aliases import migrate
 from opdlab.errors import UsageError, require
-from opdlab.evaluation.settings import difference, digest
-
-SETTINGS, RESULTS = "settings.json", "results.json"
-SETTINGS_PLACEHOLDER = "{settings}"
+from opdlab.records import RESULTS, SETTINGS, SETTINGS_PLACEHOLDER, difference, digest, read_settings, write_json
 
 
 @dataclass(frozen=True)
@@ -126,7 +122,7 @@ class SampleFolder:
 
     Args:
         folder: where; ``{settings}`` in it is replaced by a digest of what is compared.
-        settings: ``compared``: whatever the samples depend on, by the key that the user knows; ``about``: the rest.
+        settings: ``compared``: what the samples depend on, as a tree of configuration keys; the rest is not compared.
         rank: this process.
         replace: throw samples of other settings away instead of refusing them.
         barrier: waits for all processes.
@@ -164,7 +160,7 @@ class SampleFolder:
                     for file in [*self.path.glob("*.jsonl"), self.path / RESULTS]:
                         file.unlink(missing_ok=True)
                 if differs is not None or not (self.path / SETTINGS).exists():
-                    self._write_json(SETTINGS, settings)
+                    write_json(self.path / SETTINGS, settings)
         barrier()
 
     def take(self, benchmark: str, keys: Sequence[tuple[str, int]]) -> list[Sample] | None:
@@ -186,7 +182,7 @@ class SampleFolder:
         """Write ``results.json``, from the first process."""
         if self._rank == 0:
             with self._explained():
-                self._write_json(RESULTS, results)
+                write_json(self.path / RESULTS, results)
 
     def close(self) -> None:
         """Let go of the files."""
@@ -204,15 +200,8 @@ class SampleFolder:
         if not path.exists():
             stray = next(iter(sorted(self.path.glob("*.jsonl"))), None)
             return f"it has {stray.name} but no {SETTINGS}" if stray else None
-        try:
-            return difference(migrate(json.loads(path.read_text())["compared"]), compared)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            return f"its {SETTINGS} cannot be read"
-
-    def _write_json(self, name: str, content: dict[str, Any]) -> None:
-        part = self.path / f"{name}.part"
-        part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        part.replace(self.path / name)  # at once, so that no half of it is ever read
+        theirs = read_settings(self.path)
+        return f"its {SETTINGS} cannot be read" if theirs is None else difference(theirs, compared)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

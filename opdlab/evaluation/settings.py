@@ -6,32 +6,19 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import lightning
 import torch
-import transformers
 
 from opdlab.data.prompts import PromptSet
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.sampler import SamplingConfig
+from opdlab.records import digest
 from opdlab.verifiers.verifier import Verifier
-from opdlab.version import __version__
 
 _DIGEST_BYTES = 16
 # Of a Hugging Face configuration: says where a model came from, not what it computes.
 _ORIGIN_KEYS = ("_name_or_path", "transformers_version", "_commit_hash", "name_or_path")
 # Of a verifier: have no influence on its verdicts.
 _SPEED_OPTIONS = ("num_workers",)
-
-
-def digest(value: Any) -> str:
-    """Hexadecimal digest of anything that JSON can hold.
-
-    Example:
-        >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}), digest([1, 2]) == digest([2, 1])
-        (True, False)
-    """
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode("utf-8", "backslashreplace"), digest_size=_DIGEST_BYTES).hexdigest()
 
 
 @torch.no_grad()
@@ -85,42 +72,37 @@ def evaluation_settings(
     *,
     teacher: LanguageModel | None,
     about: Mapping[str, Any],
-    **others: Any,
+    evaluation: Mapping[str, Any],
+    eval_batch_size: int,
+    trainer: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Content of ``settings.json``.
+    """Return the content of ``settings.json``: what is compared, by the keys of the configuration, and what is not.
 
     Args:
         model: the model that is evaluated.
         sampling: how it is sampled from.
         benchmarks: what it is evaluated on.
-        teacher: to which the reverse KL is measured, if it is.
-        about: said but not compared.
-        others: compared, by the key that the user knows, with ``__`` for its dots.
+        teacher: the model to which the reverse KL is measured, if it is.
+        about: not compared.
+        evaluation: options of ``model.evaluation``.
+        eval_batch_size: problems in a batch, whose place seeds it.
+        trainer: options of the trainer.
+
+    Returns:
+        Under ``compared``: ``{"model": {"student": {"weights": "c7e0…"}, "eval_sampling": {"num_samples": 8, …}, …},
+        "data": {"benchmarks": {"toy": {"num_problems": 256, …}}, …}, "trainer": {…}}``.
     """
     compared = {
-        "model.student (its weights)": fingerprint(model),
-        "model.teacher (its weights)": fingerprint(teacher) if teacher is not None else None,
-        **{f"model.eval_sampling.{key}": value for key, value in asdict(sampling).items()},
-        **{key.replace("__", "."): value for key, value in others.items()},
+        "model": {
+            "student": {"weights": fingerprint(model)},
+            "teacher": {"weights": fingerprint(teacher) if teacher is not None else None},
+            "eval_sampling": asdict(sampling),
+            "evaluation": dict(evaluation),
+        },
+        "data": {
+            "eval_batch_size": eval_batch_size,
+            "benchmarks": {name: benchmark_settings(prompts) for name, prompts in benchmarks.items()},
+        },
+        "trainer": dict(trainer),
     }
-    for name, prompts in benchmarks.items():
-        settings = benchmark_settings(prompts)
-        compared |= {f"data.benchmarks.{name} ({key})": value for key, value in settings.items()}
     return {"model": model.path, **about, "compared": compared}
-
-
-def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
-    """Name the keys in which two settings differ, or None.
-
-    Example:
-        >>> difference({"seed": 0, "top_p": 1.0}, {"seed": 1, "top_p": 1.0})
-        'seed is 0 there and 1 now'
-    """
-    keys = [key for key in [*ours, *(theirs.keys() - ours.keys())] if theirs.get(key) != ours.get(key)]
-    return ", ".join(f"{key} is {theirs.get(key)} there and {ours.get(key)} now" for key in keys) or None
-
-
-def versions() -> dict[str, str]:
-    """Versions of what figures may depend on."""
-    packages = {"torch": torch, "transformers": transformers, "lightning": lightning}
-    return {"opdlab": __version__} | {name: str(package.__version__) for name, package in packages.items()}

@@ -1,50 +1,39 @@
-"""One run of a study, in a process of its own."""
+"""One run of a study: ``opdlab fit`` in a child process, and what becomes of its folder."""
 
-import contextlib
 import os
-import platform
 import shutil
 import signal
+import subprocess
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from submitit.helpers import Checkpointable
 
-from opdlab.errors import Stopped, UsageError
-from opdlab.studies.folder import (
-    EVALUATIONS,
-    FAILED,
-    FINISHED,
-    LOG,
-    PROGRESS,
-    RUN,
-    SAMPLES,
-    RunFolder,
-    evaluation_is_complete,
-    write_json,
-)
+from opdlab.errors import UsageError
+from opdlab.processes import LIFELINE, catching_signals
+from opdlab.run_folder import check_checkpoint
+from opdlab.studies import schema
+from opdlab.studies.schema import FAILED, FINISHED, Record, RunFolder
 
-_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-_VERSION = "version_0"
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What a run's process has to know.
+    """What a job has to know.
 
     Args:
         variant: name.
         seed: of the run.
         folder: of the run.
         arguments: of ``opdlab fit``, without a checkpoint.
-        evaluated_at: optimizer steps at which it is evaluated.
+        evaluated_at: optimizer steps after which the run is evaluated.
         threads: CPU threads; None leaves them to PyTorch.
         keep_checkpoints: whether they are kept when the run has finished.
         digest: of all that decides the run's results, see :class:`opdlab.studies.plan.Plan`.
@@ -66,172 +55,170 @@ class RunSpec:
         """The folder, and what is in it."""
         return RunFolder(self.folder, self.evaluated_at)
 
+    @property
+    def study(self) -> Path:
+        """The folder of the study."""
+        return self.folder.parents[2]
+
+    def write_record(self, state: str, last_lines: tuple[str, ...] = ()) -> None:
+        """Write ``run.json``."""
+        Record(
+            variant=self.variant,
+            seed=self.seed,
+            state=state,
+            command=("opdlab", "fit", *self.arguments),
+            seconds=round(self.run_folder.seconds, 3),
+            threads=self.threads,
+            digest=self.digest,
+            last_lines=last_lines,
+        ).write(self.folder)
+
 
 class Job(Checkpointable):
     """Runs ``opdlab fit`` from where an earlier attempt was stopped. Schedulers that preempt it may start it again.
 
-    Whatever comes out is in the run's folder, so that it survives whoever started it; nothing is raised.
+    The run is a child process in a process group of its own, so that a terminal's signals do not reach it twice.
+    Signals of this process are forwarded to it, and its checkpoint is waited for; then they go to who handled them
+    before, such as submitit, which queues a preempted job again. The child ends with this process, see
+    :mod:`opdlab.processes`. Results are in the run's folder alone, so that they survive whoever started the job.
+
+    Args:
+        tied: kill the run once the study's process has ended, which its lock tells.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tied: bool = False) -> None:
         super().__init__()
+        self._tied = tied
 
     def __call__(self, spec: RunSpec) -> None:
         """Run, unless another process has the folder or the run has finished."""
-        with _sigterm_stops(), spec.run_folder.locked() as mine:
-            if not mine or spec.run_folder.finished:
-                return
-            (spec.folder / RUN).unlink(missing_ok=True)
-            try:
-                code = _run(spec)
-            except Stopped:
-                return
-            if code not in _STOPPED:
-                _settle(spec, code)
+        signals: list[int] = []
+
+        def note(signum: int, frame: FrameType | None) -> None:
+            signals.append(signum)
+
+        with catching_signals(note) as before:
+            # The launcher has masked some, so that a terminal's would not end this process while it loads.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, before)
+            with schema.locked(spec.folder) as mine:
+                if mine and not spec.run_folder.finished:
+                    _Attempt(spec, signals, self._tied).make()
+        for signum in dict.fromkeys(signals):
+            if callable(handler := before.get(signum)):
+                handler(signum, None)
 
 
-def _run(spec: RunSpec) -> int:
-    argv = list(sys.argv)
-    log = (spec.folder / LOG).open("a", buffering=1)
-    with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        try:
-            return _train(spec)
-        except Exception:
-            traceback.print_exc(file=log)
-            return 1
-        finally:
-            sys.argv = argv
-
-
-def _train(spec: RunSpec) -> int:
-    started = time.monotonic()
-    import torch  # here, so that the number of threads is known to all its libraries
-
-    if spec.threads is not None:
-        torch.set_num_threads(spec.threads)
-    sys.argv = [sys.argv[0]]
-    resume: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
-    if (checkpoint := _newest_checkpoint(spec.folder)) is None:
-        spec.run_folder.clean()
-        _share_first_evaluation(spec)
-    else:
-        path, step = checkpoint
-        resume = ("--ckpt_path", str(path))
-        evaluation = _samples_folder(spec) / f"val-step-{step}"
-        if step in spec.evaluated_at[:-1] and not evaluation_is_complete(evaluation):
-            # Lightning goes on behind the evaluation that was due when the checkpoint was written.
-            missing = ("--model.evaluation.samples", str(evaluation), *resume)
-    earlier = spec.run_folder.seconds
-    try:
-        return _fit(spec, missing, resume)
-    finally:
-        seconds = earlier + time.monotonic() - started
-        write_json(spec.folder / PROGRESS, {"step": spec.run_folder.step, "seconds": seconds})
-
-
-def _fit(spec: RunSpec, missing: tuple[str, ...], resume: tuple[str, ...]) -> int:
-    from opdlab.cli import main
-
-    if missing and (code := main(["validate", *spec.arguments, *missing])) != 0:
-        return code
-    return main(["fit", *spec.arguments, *resume])
-
-
-def _newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
-    """The newest checkpoint that can be read, and its step; those that a kill cut off are deleted."""
-    from opdlab.cli_runs import check_checkpoint
-
-    found = folder.glob(f"{_VERSION}/checkpoints/*.ckpt")
-    for path in sorted(found, key=lambda file: file.stat().st_mtime_ns, reverse=True):
-        try:
-            return path, check_checkpoint(path)
-        except UsageError:
-            path.unlink()
-    return None
-
-
-def _samples_folder(spec: RunSpec) -> Path:
-    from opdlab.cli_runs import fit_samples_folder
-
-    return fit_samples_folder(str(spec.folder / SAMPLES), spec.folder / _VERSION)
-
-
-def _share_first_evaluation(spec: RunSpec) -> None:
-    """Take over the evaluation before training from another run with this seed.
-
-    The evaluation itself sees whether weights and settings are the same, and samples anew where they are not.
-    """
-    for sibling in spec.siblings:
-        for first in [sibling / EVALUATIONS / "val-step-0", *sibling.glob(f"{SAMPLES}/*/val-step-0")]:
-            if evaluation_is_complete(first):
-                with contextlib.suppress(OSError, shutil.Error):  # it may be moved just now
-                    shutil.copytree(first, _samples_folder(spec) / first.name, dirs_exist_ok=True)
-                    return
-
-
-def _settle(spec: RunSpec, code: int) -> None:
-    """Say how the run ended, having put its samples in their place if all are there."""
-    folder, samples = spec.run_folder, _samples_folder(spec)
-    final = spec.folder / EVALUATIONS
-    if code == 0 and folder.is_complete(samples):
-        if final.exists():
-            shutil.rmtree(final)
-        samples.replace(final)
-    if code == 0 and folder.is_complete(final):
-        shutil.rmtree(spec.folder / SAMPLES, ignore_errors=True)
-        if not spec.keep_checkpoints:
-            shutil.rmtree(spec.folder / _VERSION / "checkpoints", ignore_errors=True)
-        write_record(spec, FINISHED)
-    elif code == 0:
-        write_record(spec, FAILED, ["it ended, but its evaluations are not complete: see its log"])
-    else:
-        write_record(spec, FAILED, folder.last_lines())
-
-
-def write_record(spec: RunSpec, state: str, lines: list[str] | None = None) -> None:
-    """Write ``run.json``.
+class _Attempt:
+    """An attempt to bring a run to its end.
 
     Args:
         spec: of the run.
-        state: ``finished`` or ``failed``.
-        lines: the last that it printed.
+        signals: those that have come; the list grows.
+        tied: see :class:`Job`.
     """
-    content: dict[str, Any] = {
-        "variant": spec.variant,
-        "seed": spec.seed,
-        "state": state,
-        "command": ["opdlab", "fit", *spec.arguments],
-        "seconds": round(spec.run_folder.seconds, 3),
-        "threads": spec.threads,
-        "machine": {"host": platform.node(), "system": platform.platform(), "cpus": os.cpu_count()},
-        "versions": {"python": platform.python_version(), **package_versions()},
-        "digest": spec.digest,
-    }
-    write_json(spec.folder / RUN, content | ({"last_lines": lines} if lines else {}))
 
+    def __init__(self, spec: RunSpec, signals: list[int], tied: bool) -> None:
+        self._spec, self._signals, self._tied = spec, signals, tied
+        self._folder = spec.run_folder
 
-def package_versions() -> dict[str, str]:
-    """Versions of what results may depend on."""
-    from opdlab.evaluation.settings import versions
+    def make(self) -> None:
+        """Train from the newest checkpoint, and write how that ended unless it was stopped."""
+        (self._spec.folder / schema.RUN).unlink(missing_ok=True)
+        started, earlier = time.monotonic(), self._folder.seconds
+        try:
+            code = self._train()
+        except Exception:
+            with self._folder.log.open("a") as log:
+                traceback.print_exc(file=log)
+            code = 1
+        seconds = earlier + time.monotonic() - started
+        self._folder.write_progress(self._folder.step, seconds)
+        if code == 0:
+            self._settle()
+        elif not self._signals:
+            self._spec.write_record(FAILED, tuple(self._folder.last_lines()))
 
-    return versions()
+    def _train(self) -> int:
+        checkpoint = self._newest_checkpoint()
+        if checkpoint is None:
+            self._folder.clean()
+            self._share_first_evaluation()
+            return self._opdlab("fit")
+        path, step = checkpoint
+        evaluation = schema.evaluation_path(self._folder.samples, step)
+        if step in self._spec.evaluated_at[:-1] and not schema.evaluation_is_complete(evaluation):
+            # Lightning goes on behind the evaluation that was due when the checkpoint was written.
+            options = ("--model.evaluation.samples", str(evaluation), "--ckpt_path", str(path))
+            if (code := self._opdlab("validate", *options)) != 0:
+                return code
+        return self._opdlab("fit", "--ckpt_path", str(path))
 
+    def _opdlab(self, command: str, *options: str) -> int:
+        """Run a command of opdlab in a child process; returns its exit code, -n after signal n."""
+        spec = self._spec
+        reading, writing = os.pipe()
+        threads = {} if spec.threads is None else dict.fromkeys(_THREADS, str(spec.threads))
+        # Under SLURM, Lightning would queue the job again by itself: this name tells it to leave that alone.
+        others = {LIFELINE: str(reading), "PYTHONUNBUFFERED": "1", "SLURM_JOB_NAME": "interactive"}
+        sent = 0
+        try:
+            with self._folder.log.open("ab") as log:
+                child = subprocess.Popen(
+                    [sys.executable, "-m", "opdlab", command, *spec.arguments, *options],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, **threads, **others},
+                    pass_fds=(reading,),
+                    process_group=0,
+                )
+            while child.poll() is None:
+                for signum in self._signals[sent:]:
+                    child.send_signal(signum)
+                    sent += 1
+                if self._tied and schema.lock_holder(spec.study) is None:
+                    self._signals.append(signal.SIGKILL)
+                    os.killpg(child.pid, signal.SIGKILL)
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(_POLL_SECONDS)
+            return child.returncode
+        finally:
+            os.close(reading)
+            os.close(writing)
 
-def _stop(signum: int, frame: FrameType | None) -> None:
-    raise Stopped(signum)
+    def _newest_checkpoint(self) -> tuple[Path, int] | None:
+        """Return the newest checkpoint that can be read, and its step; those that a kill cut off are deleted."""
+        found = self._folder.checkpoints.glob("*.ckpt")
+        for path in sorted(found, key=lambda file: file.stat().st_mtime_ns, reverse=True):
+            try:
+                return path, check_checkpoint(path)
+            except UsageError:
+                path.unlink()
+        return None
 
+    def _share_first_evaluation(self) -> None:
+        """Copy the evaluation before training from another run with this seed.
 
-@contextlib.contextmanager
-def _sigterm_stops() -> Iterator[None]:
-    """Stop on SIGTERM from the beginning; ``opdlab fit`` has handlers of its own while it runs."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _stop)
-    try:
-        yield
-    except Stopped:
-        pass
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        The evaluation itself sees whether weights and settings are the same, and samples anew where they are not.
+        """
+        for sibling in self._spec.siblings:
+            places = (RunFolder(sibling, ()).evaluations, *sibling.glob(f"{schema.SAMPLES}/*"))
+            for first in (schema.evaluation_path(place, 0) for place in places):
+                if schema.evaluation_is_complete(first):
+                    with suppress(OSError, shutil.Error):  # it may be moved just now
+                        shutil.copytree(first, self._folder.samples / first.name, dirs_exist_ok=True)
+                    return
+
+    def _settle(self) -> None:
+        """Write how the run ended, after its samples were put in their place if all are there."""
+        final = self._folder.evaluations
+        if self._folder.is_complete(self._folder.samples):
+            shutil.rmtree(final, ignore_errors=True)
+            self._folder.samples.replace(final)
+        if not self._folder.is_complete(final):
+            self._spec.write_record(FAILED, ("it ended, but its evaluations are not complete: see its log",))
+            return
+        shutil.rmtree(self._spec.folder / schema.SAMPLES, ignore_errors=True)
+        if not self._spec.keep_checkpoints:
+            shutil.rmtree(self._folder.checkpoints, ignore_errors=True)
+        self._spec.write_record(FINISHED)

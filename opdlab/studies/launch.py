@@ -3,36 +3,28 @@
 import os
 import signal
 import socket
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import submitit
 import torch
-from submitit.core.utils import environment_variables
 
 from opdlab.errors import UsageError, require
-from opdlab.studies.folder import FAILED, LAUNCH
-from opdlab.studies.job import Job, RunSpec, write_record
+from opdlab.processes import STOP_SIGNALS, catching_signals
+from opdlab.studies.job import Job, RunSpec
+from opdlab.studies.schema import FAILED, FINISHED, LAUNCH, RUNNING, WAITING, lock_holder
 
-WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _LOCAL = ("timeout_min", "gpus_per_node", "visible_gpus", "setup", "signal_delay_s", "stderr_to_stdout")
 _LOCAL_TIMEOUT_MIN = 60 * 24 * 365  # submitit's own default would end a run after 2 minutes
 _POLL_SECONDS = 0.25
-
-
-class Executor(Protocol):
-    """What of a submitit executor is used."""
-
-    def submit(self, fn: Callable[..., Any], *args: Any) -> Any:
-        """Start a function, or queue it."""
+# What a terminal sends reaches all its processes, and would end submitit's within a second. It is left to this process,
+# which tells the job. submitit's passes SIGTERM on.
+_MASKED = set(STOP_SIGNALS) - {signal.SIGTERM}
 
 
 @dataclass(frozen=True)
@@ -50,7 +42,7 @@ class Cluster:
     name: str = "local"
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
-    def executor(self, folder: Path, slot: int = 0) -> Executor:
+    def executor(self, folder: Path, slot: int = 0) -> submitit.Executor:
         """One for a single run.
 
         Args:
@@ -166,8 +158,8 @@ class Launcher:
         Returns:
             The signal, if one has.
         """
-        with self._listening():
-            while self._unfinished():
+        with catching_signals(lambda signum, _: self._signals.append(signum)):
+            while self.count()[RUNNING] or (self.count()[WAITING] and not self._signals):
                 self._look(watcher)
                 self._stop()
                 self._start(watcher)
@@ -175,10 +167,6 @@ class Launcher:
                 if self.count()[RUNNING] or self._signals:
                     time.sleep(_POLL_SECONDS)
         return self._signals[0] if self._signals else None
-
-    def _unfinished(self) -> bool:
-        states = self.count()
-        return bool(states[RUNNING] or (states[WAITING] and not self._signals))
 
     def _start(self, watcher: Watcher) -> None:
         taken = {run.slot for run in self.runs if run.state == RUNNING}
@@ -195,56 +183,30 @@ class Launcher:
 
     def _submit(self, spec: RunSpec, slot: int) -> Any:
         executor = self._cluster.executor(spec.folder / LAUNCH, slot)
-        threads = {} if spec.threads is None else dict.fromkeys(_THREADS, str(spec.threads))
-        # Ctrl-C reaches all processes of a terminal, and submitit's would kill the run within a second. It is left to
-        # this process, which asks the run to stop; a mask is inherited, and what comes meanwhile is not lost.
-        masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        tied = self._cluster.name == "local" and lock_holder(spec.study) is not None
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, _MASKED)  # inherited; the job undoes it
         try:
-            with environment_variables(**threads):
-                return executor.submit(Job(), spec)
+            return executor.submit(Job(tied), spec)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 
     def _look(self, watcher: Watcher) -> None:
         for run in self.runs:
-            if run.state != RUNNING or not self._is_over(run):
+            if run.state != RUNNING:
                 continue
-            run.state = self._outcome(run)
-            run.told.clear()
-            watcher.changed(run)
+            if run.job.done() if run.job is not None else run.spec.run_folder.holder is None:
+                run.state = self._outcome(run)
+                run.told.clear()
+                watcher.changed(run)
 
     def _outcome(self, run: RunState) -> str:
         folder = run.spec.run_folder
-        if folder.finished or folder.failed:
+        if folder.finished or folder.record.state == FAILED:
             return FINISHED if folder.finished else FAILED
-        if self._cluster.name == "debug" and not self._signals:
-            self._signals.append(signal.SIGINT)  # the run has caught it, in this very process
         if self._signals or run.job is None or folder.holder is not None:
             return WAITING
-        write_record(run.spec, FAILED, [*folder.last_lines(), "its process ended without a result: was it killed?"])
+        run.spec.write_record(FAILED, (*folder.last_lines(), "its process ended without a result: was it killed?"))
         return FAILED
-
-    def _is_over(self, run: RunState) -> bool:
-        if run.job is not None:
-            return bool(run.job.done())
-        return run.spec.run_folder.holder is None
-
-    # -- stopping ------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {signum: signal.signal(signum, self._note) for signum in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        self._signals.append(signum)
 
     @property
     def stopping(self) -> bool:
@@ -252,23 +214,18 @@ class Launcher:
         return bool(self._signals)
 
     def _stop(self) -> None:
-        """Pass each signal on, once: the first asks runs to save a checkpoint, the second to stop at once."""
-        for run in self.runs if self._signals else ():
-            if run.state != RUNNING:
-                continue
+        """Pass each signal on, once: the first asks runs to save a checkpoint, a later one to stop at once."""
+        for run in [each for each in self.runs if each.state == RUNNING and self._signals]:
             holder = run.spec.run_folder.holder or {}
             pid = int(holder.get("pid", 0)) if holder.get("host") == socket.gethostname() else 0
-            if not pid and run.job is not None and self._cluster.name == "local":
-                pid = int(run.job.job_id)  # submitit's process, which passes it on to a run that is just starting
-            if run.told[pid] < len(self._signals):
-                run.told[pid] += 1
-                _terminate(pid, run.job)
-
-
-def _terminate(pid: int, job: Any) -> None:
-    if not pid:
-        if job is not None:
-            job.cancel(check=False)
-        return
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGTERM)
+            if run.told[pid] == len(self._signals):
+                continue
+            signum = self._signals[run.told[pid]]
+            run.told[pid] += 1
+            with suppress(ProcessLookupError):
+                if pid:
+                    os.kill(pid, signum)
+                elif run.job is not None and self._cluster.name == "local":
+                    os.kill(int(run.job.job_id), signal.SIGTERM)  # submitit's process; the run is just starting
+                elif run.job is not None:
+                    run.job.cancel(check=False)

@@ -1,61 +1,33 @@
 """What a study comes down to: a resolved configuration for each variant, and a command for each run."""
 
-import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from opdlab.cli import OPDCLI
-from opdlab.cli_checks import check_config
-from opdlab.cli_config import config_path, expand_arguments, shipped_configs
+from opdlab.aliases import migrate
 from opdlab.errors import UsageError, require
-from opdlab.evaluation.settings import difference, digest
-from opdlab.studies.folder import RUNS, SAMPLES, STUDY, VARIANTS
+from opdlab.records import difference, digest, flat
 from opdlab.studies.job import RunSpec
+from opdlab.studies.schema import RUN, RUNS, SAMPLES, STUDY, VARIANTS, read_variant, run_path, write_variant
 from opdlab.studies.study import OWN_KEYS, Study, Variant, read_study
 
 # Keys of a resolved configuration that a study decides, or that name files and not what is in them. The steps to train
 # for stay: a schedule may depend on them.
 _LEFT_OUT = {"config", *OWN_KEYS} - {"trainer.max_steps"}
 _FIXED = ("base", "overrides", "budgets", "threads")
+# Options of the trainer with which a run might not be evaluated in full at every budget, and what they may be.
+_WHOLE: Mapping[str, tuple[Any, ...]] = {
+    "limit_val_batches": (None, 1.0),
+    "max_epochs": (None, -1),
+    "max_time": (None,),
+    "fast_dev_run": (None, False),
+    "overfit_batches": (None, 0.0),
+    "logger": (None, True),
+}
 
-
-class _ParseOnly(OPDCLI):
-    """Parses what ``fit`` takes, and builds nothing."""
-
-    def before_instantiate_classes(self) -> None:
-        """Nothing: no folder is made."""
-
-    def instantiate_classes(self) -> None:
-        """Nothing: models would be loaded."""
-
-    def after_instantiate_classes(self) -> None:
-        self.subcommand = None  # nothing is run
-
-
-class _Resolver:
-    """The command line's own parser; made once, since that takes longer than to parse."""
-
-    def __init__(self) -> None:
-        self._cli: _ParseOnly | None = None
-
-    def resolve(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """The configuration that ``opdlab fit`` makes of ``arguments``, as plain values."""
-        before, arguments = sys.argv, ["fit", *expand_arguments(arguments)]
-        try:
-            if self._cli is None:
-                sys.argv = [before[0], *arguments]
-                self._cli = _ParseOnly()
-            else:
-                sys.argv = before[:1]
-                self._cli.parse_arguments(self._cli.parser, arguments)
-        finally:
-            sys.argv = before
-        config = self._cli.config.fit.as_dict()
-        plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
-        return plain
+Resolve = Callable[[Sequence[str]], Mapping[str, Any]]
+"""Returns the configuration that ``opdlab fit`` makes of its arguments, as plain values, or raises a UsageError."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +45,7 @@ class Plan:
     resolved: Mapping[str, Mapping[str, Any]]
 
     def runs(self) -> list[RunSpec]:
-        """Every run: all variants with the first seed, then with the next, so that a study cut short is balanced."""
+        """Return every run: all variants with the first seed, then with the next, so that a part is balanced too."""
         return [self._spec(variant, seed) for seed in self.study.seeds for variant in self.study.variants]
 
     def _spec(self, variant: Variant, seed: int) -> RunSpec:
@@ -87,152 +59,118 @@ class Plan:
             "model.evaluation.seed": seed,
             "model.evaluation.samples": folder / SAMPLES,
             "trainer.default_root_dir": folder,
+            # It only writes beside the run, so it is in the command but not in what is compared.
+            "trainer.callbacks+": "opdlab.studies.progress.StepFile",
+            "trainer.callbacks.folder": folder,
         }
-        arguments = [*variant_arguments(self.study, variant), *(f"--{key}={value}" for key, value in own.items())]
-        # It only writes beside the run, so it is in the command but not in what is compared.
-        arguments += ["--trainer.callbacks+=opdlab.studies.progress.StepFile", f"--trainer.callbacks.folder={folder}"]
-        others = [other.name for other in self.study.variants if other.name != variant.name]
         return RunSpec(
             variant=variant.name,
             seed=seed,
             folder=folder,
-            arguments=tuple(arguments),
+            arguments=(*_arguments(self.study, variant), *(f"--{key}={value}" for key, value in own.items())),
             evaluated_at=self.study.evaluated_at,
             threads=self.study.threads,
             keep_checkpoints=self.study.keep_checkpoints,
             digest=digest([self.resolved[variant.name], self.study.threads]),
-            siblings=tuple(run_path(self.folder, other, seed) for other in others),
+            siblings=tuple(
+                run_path(self.folder, other.name, seed) for other in self.study.variants if other.name != variant.name
+            ),
         )
 
     def settle(self) -> None:
-        """Write the study and its variants' configurations into its folder, or see that they are those of its runs.
-
-        Variants and seeds may be added.
+        """Write the study and its variants' configurations into its folder. Variants and seeds may be added.
 
         Raises:
-            UsageError: the study has runs, and something that they depend on is another now.
+            UsageError: the folder has runs that depend on something that has changed since.
         """
         if (self.folder / STUDY).exists():
-            self._compare(read_study(self.folder))
-        (self.folder / VARIANTS).mkdir(parents=True, exist_ok=True)
+            changes = self._changes(read_study(self.folder))
+            require(
+                not changes,
+                f"{self.folder} has runs of another study: {changes}; change it back, or give another --folder",
+            )
         for name, config in self.resolved.items():
-            (self.folder / VARIANTS / f"{name}.json").write_text(json.dumps(config, indent=2) + "\n")
+            write_variant(self.folder, name, config)
         (self.folder / STUDY).write_text(self.study.as_yaml(), encoding="utf-8")
 
-    def _compare(self, before: Study) -> None:
-        has_runs = {v.name for v in before.variants if any((self.folder / RUNS / v.name).glob("seed-*/*"))}
-        if not has_runs:
-            return
-        changes = difference(_fixed(before), _fixed(self.study)) or ""
+    def _changes(self, before: Study) -> str | None:
+        begun = [each for each in before.variants if any((self.folder / RUNS / each.name).glob("seed-*/*"))]
+        if not begun:
+            return None
+        if changes := difference(_fixed(before), _fixed(self.study)):
+            return changes
         ours = {variant.name: variant for variant in self.study.variants}
-        for variant in before.variants:
-            if variant.name in has_runs:
-                changes = changes or self._change_of(variant, ours.get(variant.name))
+        for variant in begun:
+            where, now = f"variants: '{variant.name}'", ours.get(variant.name)
+            if now is None:
+                return f"{where} is gone, but has runs"
+            if now.overrides != variant.overrides:
+                return f"{where}: overrides is {variant.overrides} there and {now.overrides} now"
+            theirs = read_variant(self.folder, variant.name)
+            if not theirs:
+                return f"{where}: its configuration in {VARIANTS}/ cannot be read"
+            if changes := difference(theirs, self.resolved[variant.name]):
+                return f"{where}: {changes}"
         gone = [seed for seed in before.seeds if seed not in self.study.seeds]
-        gone = [seed for seed in gone if any((self.folder / RUNS).glob(f"*/seed-{seed}/run.json"))]
-        changes = changes or (f"seeds has no {gone[0]} any more, which has runs" if gone else "")
-        require(
-            not changes,
-            f"{self.folder} has runs of another study: {changes}; change it back, or give another --folder",
-        )
-
-    def _change_of(self, before: Variant, now: Variant | None) -> str:
-        where = f"variants: '{before.name}'"
-        if now is None:
-            return f"{where} is gone, but has runs"
-        if before.overrides != now.overrides:
-            return f"{where}: overrides is {before.overrides} there and {now.overrides} now"
-        try:
-            theirs = json.loads((self.folder / VARIANTS / f"{before.name}.json").read_text())
-        except (OSError, ValueError):
-            return f"{where}: its configuration in {VARIANTS}/ cannot be read"
-        differs = difference(theirs, self.resolved[before.name])
-        return f"{where}: {differs}" if differs else ""
+        gone = [seed for seed in gone if any((self.folder / RUNS).glob(f"*/seed-{seed}/{RUN}"))]
+        return f"seeds has no {gone[0]} any more, which has runs" if gone else None
 
 
 def _fixed(study: Study) -> dict[str, Any]:
     return {key: getattr(study, key) if key != "budgets" else sorted(study.budgets) for key in _FIXED}
 
 
-def run_path(study_folder: Path, variant: str, seed: int) -> Path:
-    """The folder of a run."""
-    return study_folder / RUNS / variant / f"seed-{seed}"
-
-
-def variant_arguments(study: Study, variant: Variant) -> list[str]:
-    """What ``opdlab fit`` is given for a variant, whatever the seed."""
+def _arguments(study: Study, variant: Variant) -> list[str]:
+    """Return what ``opdlab fit`` is given for a variant, whatever the seed."""
     arguments = [part for name in study.base for part in ("-c", name)] + [*study.overrides, *variant.overrides]
     steps = (f"--trainer.max_steps={study.max_steps}", "--trainer.check_val_every_n_epoch=null")
     return [*arguments, *steps, "--trainer.num_sanity_val_steps=0"]
 
 
-def make_plan(study: Study, folder: Path) -> Plan:
+def make_plan(study: Study, folder: Path, resolve: Resolve) -> Plan:
     """Resolve and check every variant.
+
+    Args:
+        study: with the names of its base settled, so that they mean the same from any folder.
+        folder: of the study.
+        resolve: see :data:`Resolve`.
 
     Raises:
         UsageError: a configuration is missing, a key unknown or its value refused, or a run would not be evaluated at
             the budgets.
     """
-    study = Study(**{**vars(study), "base": [_settled(name) for name in study.base]})
-    resolver, resolved = _Resolver(), {}
+    resolved = {}
     for variant in study.variants:
         try:
-            config = _resolve(resolver, study, variant)
+            config = _resolve(resolve, study, variant)
         except UsageError as error:
-            raise UsageError(f"{_blamed(resolver, study, variant, str(error))}: {error}") from error
-        flat = _flat(config)
-        resolved[variant.name] = {key: value for key, value in flat.items() if key not in _LEFT_OUT}
+            raise UsageError(f"{_blamed(resolve, study, variant, str(error))}: {error}") from error
+        resolved[variant.name] = {key: value for key, value in config.items() if key not in _LEFT_OUT}
     return Plan(study, folder.absolute(), resolved)
 
 
-def _resolve(resolver: _Resolver, study: Study, variant: Variant) -> dict[str, Any]:
-    config = resolver.resolve([*variant_arguments(study, variant), "--seed_everything=false"])
-    _check(config)
-    return config
-
-
-def _blamed(resolver: _Resolver, study: Study, variant: Variant, fault: str) -> str:
-    """Where a fault lies: in what all variants have, if that is refused likewise without the variant's own."""
-    for part, overrides in (("base", []), ("overrides", study.overrides)):
-        try:
-            _resolve(resolver, replace(study, overrides=overrides), replace(variant, overrides=[]))
-        except UsageError as error:
-            if str(error) == fault:
-                return part
-    return f"variants: '{variant.name}'"
-
-
-def _settled(name: str) -> str:
-    """A shipped configuration by its name, a file by its whole path."""
-    path = Path(config_path(name)).resolve()
-    shipped = {file.resolve(): known for known, file in shipped_configs().items()}
-    return shipped.get(path, str(path))
-
-
-def _flat(value: Any, key: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {key: value}
-    parts = [_flat(part, f"{key}.{name}" if key else str(name)) for name, part in value.items()]
-    return {name: leaf for part in parts for name, leaf in part.items()}
-
-
-def _check(config: dict[str, Any]) -> None:
-    """Build what is cheap to build, and see that every run trains to its end and is evaluated."""
-    trainer = config["trainer"]
-    benchmarks = config["data"].get("benchmarks")
-    require(bool(benchmarks), "data.benchmarks is empty, so that nothing would be evaluated: give at least one")
-    whole = {
-        "limit_val_batches": (None, 1.0),
-        "max_epochs": (None, -1),
-        "max_time": (None,),
-        "fast_dev_run": (None, False),
-        "overfit_batches": (None, 0.0),
-        "logger": (None, True),
-    }
-    for key, allowed in whole.items():
-        value = trainer.get(key)
+def _resolve(resolve: Resolve, study: Study, variant: Variant) -> dict[str, Any]:
+    """Return a variant's configuration by dotted key, after a check that every run ends and is evaluated."""
+    config = resolve([*_arguments(study, variant), "--seed_everything=false"])
+    require(
+        bool(config["data"].get("benchmarks")),
+        "data.benchmarks is empty, so that nothing would be evaluated: give at least one",
+    )
+    for key, allowed in _WHOLE.items():
+        value = config["trainer"].get(key)
         require(
             value in allowed or (key == "logger" and isinstance(value, dict | list)),
             f"trainer.{key} is {value}, with which a run may not be evaluated in full at every budget: leave it out",
         )
-    check_config(config)
+    return migrate(flat(dict(config)))
+
+
+def _blamed(resolve: Resolve, study: Study, variant: Variant, fault: str) -> str:
+    """Return where a fault lies: in what all variants have, if that is refused likewise without the variant's own."""
+    for part, overrides in (("base", []), ("overrides", study.overrides)):
+        try:
+            _resolve(resolve, replace(study, overrides=overrides), replace(variant, overrides=[]))
+        except UsageError as error:
+            if str(error) == fault:
+                return part
+    return f"variants: '{variant.name}'"

@@ -6,7 +6,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from opdlab.studies.folder import PROGRESS, read_json, write_json
+from opdlab.studies.schema import RunFolder
 
 _SECONDS = 1.0  # between writes: steps may be much shorter
 
@@ -19,9 +19,8 @@ class StepFile(Callback):
     """
 
     def __init__(self, folder: str) -> None:
-        self.path = Path(folder) / PROGRESS
-        self._began = time.monotonic()
-        self._earlier = float(read_json(self.path).get("seconds", 0.0))
+        self._folder = RunFolder(Path(folder), ())
+        self._began = time.monotonic() - self._folder.seconds
         self._written = 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
@@ -29,4 +28,4 @@ class StepFile(Callback):
         now = time.monotonic()
         if trainer.is_global_zero and (now - self._written >= _SECONDS or trainer.global_step >= trainer.max_steps):
             self._written = now
-            write_json(self.path, {"step": trainer.global_step, "seconds": self._earlier + now - self._began})
+            self._folder.write_progress(trainer.global_step, now - self._began)

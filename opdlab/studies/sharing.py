@@ -2,11 +2,13 @@
 
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from opdlab.errors import require
-from opdlab.studies.folder import EVALUATIONS, RUN, RUNS, STUDY, RunFolder, write_json
-from opdlab.studies.job import RunSpec, package_versions
+from opdlab.records import package_versions
+from opdlab.studies.job import RunSpec
+from opdlab.studies.schema import EVALUATIONS, RUN, RUNS, STUDY, RunFolder, locked
 
 
 def take_over(specs: Iterable[RunSpec], studies: Sequence[Path]) -> int:
@@ -30,26 +32,16 @@ def take_over(specs: Iterable[RunSpec], studies: Sequence[Path]) -> int:
     for spec in specs:
         if (spec.folder / RUN).exists() or (spec.folder / EVALUATIONS).exists():
             continue
-        for source in _candidates(spec, studies):
+        paths = [path for study in studies for path in sorted((study / RUNS).glob(f"*/seed-{spec.seed}"))]
+        for source in (RunFolder(path, spec.evaluated_at) for path in paths):
             record = source.record
-            alike = record.get("digest") == spec.digest and record.get("versions", {}).items() >= versions.items()
+            alike = record.digest == spec.digest and record.versions.items() >= versions.items()
             if alike and source.finished:
-                _copy(source, spec)
+                with locked(spec.folder) as mine:
+                    if mine:
+                        shutil.copytree(source.path / EVALUATIONS, spec.folder / EVALUATIONS, dirs_exist_ok=True)
+                        # It comes last: it is what makes a run count.
+                        replace(record, variant=spec.variant, taken_from=str(source.path)).write(spec.folder)
                 taken += 1
                 break
     return taken
-
-
-def _candidates(spec: RunSpec, studies: Sequence[Path]) -> Iterable[RunFolder]:
-    for study in studies:
-        for path in sorted((study / RUNS).glob(f"*/seed-{spec.seed}")):
-            yield RunFolder(path, spec.evaluated_at)
-
-
-def _copy(source: RunFolder, spec: RunSpec) -> None:
-    # The record comes last: it is what makes a run count.
-    with spec.run_folder.locked() as mine:
-        if mine:
-            shutil.copytree(source.path / EVALUATIONS, spec.folder / EVALUATIONS, dirs_exist_ok=True)
-            made = {"variant": spec.variant, "taken_from": str(source.path)}
-            write_json(spec.folder / RUN, source.record | made)

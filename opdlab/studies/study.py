@@ -1,10 +1,10 @@
-"""What a study is: a file that is checked before anything runs."""
+"""The file of a study, checked before anything runs."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
-from math import gcd
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,11 @@ import yaml
 
 from opdlab.errors import UsageError, require
 from opdlab.registry import suggestion
+from opdlab.studies.schema import STUDY
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MAX_SEED = 2**32 - 1
-# What a study decides for each run; an override of one of them would break the pairing, or lose the samples.
+# Keys that a study sets for each run: an override would break the pairing, or lose the samples.
 OWN_KEYS = {
     "seed_everything": "seeds",
     "data.seed": "seeds",
@@ -40,8 +41,8 @@ class Variant:
         baseline: name of the variant that this one is compared with; the study's by default.
 
     Raises:
-        UsageError: the name is none for a folder, or an override has not the form ``--key=value`` or is of a key that
-            the study itself decides.
+        UsageError: the name is not a valid folder name, or an override does not have the form ``--key=value`` or sets
+            a key that the study decides.
     """
 
     name: str
@@ -74,8 +75,8 @@ class Study:
         keep_checkpoints: keep the checkpoints of finished runs.
 
     Raises:
-        UsageError: see the messages: names that are no folder names or come twice, nothing to run, a baseline that is
-            no variant, values out of range.
+        UsageError: a name is not a valid folder name or comes twice, there is nothing to run, a baseline is no variant,
+            or a value is out of range; the message says which.
 
     Example:
         >>> gates = [Variant(gate, [f"--model.gate={gate}"]) for gate in ("none", "span")]
@@ -108,11 +109,8 @@ class Study:
     def _check_baselines(self, names: Sequence[str]) -> None:
         own = {f"variants: baseline of '{each.name}'": each.baseline for each in self.variants if each.baseline}
         for key, baseline in {"baseline": self.baseline, **own}.items():
-            require(
-                baseline in names,
-                f"{key} is '{baseline}', which is no variant"
-                f"{suggestion(baseline, names) or ';'} variants: {', '.join(names)}",
-            )
+            known = f"{suggestion(baseline, names) or ';'} variants: {', '.join(names)}"
+            require(baseline in names, f"{key} is '{baseline}', which is no variant{known}")
         for variant in self.variants:
             require(
                 variant.baseline is None or self.baseline != variant.name != variant.baseline,
@@ -121,17 +119,23 @@ class Study:
             )
 
     def _check_numbers(self) -> None:
-        require(bool(self.seeds), "seeds is empty: give at least one, for example [0, 1, 2, 3]")
-        wrong = next((seed for seed in self.seeds if not 0 <= seed <= _MAX_SEED), None)
-        require(wrong is None, f"seeds has {wrong}, but a seed must be from 0 to {_MAX_SEED}")
-        repeated = _repeated(self.seeds)
-        require(repeated is None, f"seeds has {repeated} twice: it would be the same run; take one out")
-        require(bool(self.budgets), "budgets is empty: give the optimizer steps to evaluate at, for example [40]")
-        wrong = next((budget for budget in self.budgets if budget < 1), None)
-        require(wrong is None, f"budgets has {wrong}, but a budget is a number of optimizer steps, at least 1")
-        repeated = _repeated(self.budgets)
-        require(repeated is None, f"budgets has {repeated} twice: take one out")
+        seeds, steps = f"numbers from 0 to {_MAX_SEED}", "optimizer steps, at least 1"
+        for key, lowest, highest, meaning in (("seeds", 0, _MAX_SEED, seeds), ("budgets", 1, math.inf, steps)):
+            values = getattr(self, key)
+            require(bool(values), f"{key} is empty: give {meaning}, for example [40]")
+            wrong = next((value for value in values if not lowest <= value <= highest), None)
+            require(wrong is None, f"{key} has {wrong}, but must be {meaning}")
+            repeated = _repeated(values)
+            require(repeated is None, f"{key} has {repeated} twice: take one out")
         require(self.threads is None or self.threads >= 1, f"threads is {self.threads}: give at least 1, or null")
+
+    def label(self, name: str) -> str:
+        """Return what a report calls a variant."""
+        return next(each.label for each in self.variants if each.name == name) or name
+
+    def baseline_of(self, name: str) -> str:
+        """Return the name of the variant that a variant is compared with; its own for the study's baseline."""
+        return next(each.baseline for each in self.variants if each.name == name) or self.baseline
 
     @property
     def max_steps(self) -> int:
@@ -141,7 +145,7 @@ class Study:
     @property
     def interval(self) -> int:
         """Optimizer steps between evaluations."""
-        return gcd(*self.budgets)
+        return math.gcd(*self.budgets)
 
     @property
     def evaluated_at(self) -> tuple[int, ...]:
@@ -149,12 +153,9 @@ class Study:
         return tuple(range(self.interval, self.max_steps + 1, self.interval))
 
     def as_yaml(self) -> str:
-        """The study as a file that :func:`read_study` reads."""
-        content = asdict(self)
-        for variant in content["variants"]:
-            for key in ("label", "baseline"):
-                if variant[key] is None:
-                    del variant[key]
+        """Return the study as a file that :func:`read_study` reads."""
+        variants = [{key: value for key, value in asdict(v).items() if value is not None} for v in self.variants]
+        content = {**asdict(self), "variants": variants}
         text: str = yaml.safe_dump(content, sort_keys=False, width=120, allow_unicode=True)
         return text
 
@@ -167,7 +168,7 @@ def _check_name(name: str, key: str) -> None:
 
 
 def check_overrides(overrides: Sequence[str], where: str) -> None:
-    """Refuse what has not the form ``--key=value``, or is a key that the study decides."""
+    """Refuse overrides without the form ``--key=value``, and those of keys that the study decides."""
     for override in overrides:
         key, equals, _ = override.removeprefix("--").partition("=")
         require(
@@ -183,7 +184,7 @@ def _repeated(values: Iterable[Any]) -> Any:
 
 
 def parse_study(content: Any) -> Study:
-    """Make a study of what its file holds.
+    """Return the study that the content of a file describes.
 
     Raises:
         UsageError: a key is unknown, missing, or of the wrong type; or see :class:`Study`.
@@ -197,7 +198,9 @@ def parse_study(content: Any) -> Study:
     from jsonargparse import ArgumentParser
 
     require(isinstance(content, dict), "it holds no keys: see the shipped studies for an example")
-    for cls, section in [(Study, content), *((Variant, each) for each in _dicts(content.get("variants")))]:
+    variants = content.get("variants")
+    variants = [each for each in variants if isinstance(each, dict)] if isinstance(variants, list) else []
+    for cls, section in [(Study, content), *((Variant, each) for each in variants)]:
         known = [each.name for each in fields(cls)]
         for key in section:
             hint = suggestion(str(key), known) or ";"
@@ -205,22 +208,14 @@ def parse_study(content: Any) -> Study:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Study)
     try:
-        config = parser.parse_object(content)
-        return Study(**{**config.as_dict(), "variants": [Variant(**_plain(variant)) for variant in config["variants"]]})
+        config = parser.parse_object(content).as_dict()
+        # Depending on its version, jsonargparse has made a Variant already.
+        made = [vars(v) if isinstance(v, Variant) else dict(v) for v in config["variants"]]
+        return Study(**{**config, "variants": [Variant(**each) for each in made]})
     except UsageError:
         raise
-    except (TypeError, ValueError, KeyError) as error:
-        raise UsageError(_explain(error)) from error
     except Exception as error:  # argparse's own is no ValueError
         raise UsageError(_explain(error)) from error
-
-
-def _dicts(value: Any) -> list[dict[str, Any]]:
-    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
-
-
-def _plain(variant: Any) -> dict[str, Any]:
-    return dict(variant.as_dict()) if hasattr(variant, "as_dict") else asdict(variant)
 
 
 def _explain(error: Exception) -> str:
@@ -234,12 +229,12 @@ def _explain(error: Exception) -> str:
 
 
 def read_study(path: Path) -> Study:
-    """Read a study's file, or ``study.yaml`` of its folder; configurations of its base may lie beside the file.
+    """Read a study's file, or ``study.yaml`` in its folder; configurations of its base may lie beside the file.
 
     Raises:
-        UsageError: there is none, or something in it is wrong; see :func:`parse_study`.
+        UsageError: the file is missing, or something in it is wrong; see :func:`parse_study`.
     """
-    file = path / "study.yaml" if path.is_dir() else path
+    file = path / STUDY if path.is_dir() else path
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -250,10 +245,8 @@ def read_study(path: Path) -> Study:
         study = parse_study(content)
     except UsageError as error:
         raise UsageError(f"{file}: {error}") from error
-    beside = [_beside(name, file.parent) for name in study.base]
-    return Study(**{**vars(study), "base": beside})
-
-
-def _beside(name: str, folder: Path) -> str:
-    found = next((f for f in (folder / name, folder / f"{name}.yaml") if f.is_file()), None)
-    return str(found.resolve()) if found is not None else name
+    base = []
+    for name in study.base:
+        beside = (path for path in (file.parent / name, file.parent / f"{name}.yaml") if path.is_file())
+        base.append(str(next((path.resolve() for path in beside), name)))
+    return replace(study, base=base)

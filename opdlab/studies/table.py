@@ -2,15 +2,15 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from opdlab.studies.folder import FAILED
-from opdlab.studies.launch import FINISHED, RUNNING, WAITING, Launcher, RunState
+from opdlab.studies.launch import Launcher, RunState
+from opdlab.studies.schema import FAILED, FINISHED, RUNNING, WAITING
 
 _MARKS = {WAITING: ("·", "dim"), RUNNING: ("…", "yellow"), FINISHED: ("✓", "green"), FAILED: ("✗", "red")}
 _MAX_COLUMNS = 20  # seeds shown one by one; beyond, runs are counted
@@ -48,10 +48,15 @@ class StudyTable:
         if not self._console.is_terminal:
             yield
             return
-        with Live(self._view(), console=self._console, auto_refresh=False) as self._live:
+        self._live = Live(self._view(), console=self._console, auto_refresh=False)
+        self._live.start()
+        try:
             yield
-            self._live.update(self._view(), refresh=True)
-        self._live = None
+        finally:
+            with suppress(OSError):
+                self._live.update(self._view(), refresh=True)
+                self._live.stop()
+            self._live = None
 
     def changed(self, run: RunState) -> None:
         """See :class:`opdlab.studies.launch.Watcher`."""
@@ -61,13 +66,15 @@ class StudyTable:
             begun = "stopped" if self._launcher.stopping else "to be started again"
             state = begun if run.state == WAITING else run.state
             line = f"{run.spec.variant} seed {run.spec.seed}: {state}{took} ({self.summary()})"
-            self._console.print(line, highlight=False, soft_wrap=True)
+            with suppress(OSError):  # nobody reads any more; runs must still end as they should
+                self._console.print(line, highlight=False, soft_wrap=True)
 
     def tick(self) -> None:
         """See :class:`opdlab.studies.launch.Watcher`."""
         if self._live is not None and time.monotonic() - self._drawn > _REDRAW_SECONDS:
             self._drawn = time.monotonic()
-            self._live.update(self._view(), refresh=True)
+            with suppress(OSError):  # the terminal was closed
+                self._live.update(self._view(), refresh=True)
 
     def summary(self) -> str:
         """Counts, the time so far, and an estimate of what is left."""
@@ -78,28 +85,27 @@ class StudyTable:
         return f"{', '.join(parts)}; {clock(time.monotonic() - self._began)}{rest}"
 
     def _seconds_left(self) -> float | None:
-        """From the mean time of what has finished, at so many runs at a time."""
+        """Estimate from the mean time of what has finished, at so many runs at a time."""
         runs = self._launcher.runs
         took = [seconds for run in runs if run.state == FINISHED and (seconds := run.spec.run_folder.seconds) > 0]
         if not took:
             return None
         mean = sum(took) / len(took)
-        under_way = [run for run in runs if run.state == RUNNING]
-        rests = [max(mean - (time.monotonic() - run.since), 0.0) for run in under_way]
+        rests = [max(mean - (time.monotonic() - run.since), 0.0) for run in runs if run.state == RUNNING]
         waiting = self._launcher.count()[WAITING]
         return max((sum(rests) + mean * waiting) / self._launcher.jobs, max(rests, default=0.0))
 
     def _view(self) -> Group:
         runs = self._launcher.runs
         seeds = list(dict.fromkeys(run.spec.seed for run in runs))
+        single = len(seeds) <= _MAX_COLUMNS
         table = Table(box=None, padding=(0, 1, 0, 0))
         table.add_column("variant", no_wrap=True)
-        columns = [str(seed) for seed in seeds] if len(seeds) <= _MAX_COLUMNS else ["runs"]
-        for column in columns:
-            table.add_column(column, justify="right", no_wrap=True)
+        for column in seeds if single else ["runs"]:
+            table.add_column(str(column), justify="right", no_wrap=True)
         for variant in dict.fromkeys(run.spec.variant for run in runs):
             own = [run for run in runs if run.spec.variant == variant]
-            table.add_row(variant, *([_cell(run) for run in own] if len(columns) == len(own) else [_counts(own)]))
+            table.add_row(variant, *(map(_cell, own) if single else [_counts(own)]))
         lines = [Text(self.summary())]
         if self._launcher.stopping:
             lines.append(Text("stopping: runs finish their step and save a checkpoint (again to stop at once)"))

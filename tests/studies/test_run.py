@@ -3,28 +3,23 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 
 from opdlab.cli import EXIT_USAGE
-from opdlab.evaluation.samples import SampleFolder
-from opdlab.module import OPDModule
-from opdlab.studies.folder import RunFolder, evaluation_is_complete
+from opdlab.records import flat, read_settings
 from opdlab.studies.job import Job, RunSpec
-from opdlab.studies.launch import Cluster, Launcher
-from opdlab.studies.plan import make_plan
-from opdlab.studies.progress import StepFile
-from opdlab.studies.study import read_study
-from tests.studies.tiny import content, lines, study_run, write
+from opdlab.studies.launch import Cluster, Launcher, RunState
+from opdlab.studies.schema import RunFolder, evaluation_is_complete, locked
+from tests.studies.tiny import ROOT, WATCH, alive, content, lines, plan, study_run, until, write
 
 # submitit's debug executor leaves its log files for the garbage collector to close.
 pytestmark = [
@@ -34,34 +29,35 @@ pytestmark = [
 FORK = multiprocessing.get_context("fork")
 
 
+@pytest.fixture(autouse=True)
+def runs_find_this_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study with every run finished, and the prompts that each run sampled from, in their order."""
+    """A study with every run finished."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        collect = OPDModule.collect
-
-        def recorded(self: OPDModule, prompts: Any, **options: Any) -> Any:
-            record = [[prompt.problem.id for prompt in prompts], options["seed"]]
-            with (Path(self.trainer.default_root_dir) / "pools.jsonl").open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            return collect(self, prompts, **options)
-
-        monkeypatch.setattr(OPDModule, "collect", recorded)
+        before = list(sys.argv)
         assert study_run(monkeypatch, write(folder)) == 0
+        assert sys.argv == ["opdlab"] != before
     return folder / "runs/studies/tiny"
 
 
 def test_variants_with_one_seed_are_paired(whole: Path) -> None:
     for seed in (0, 1):
         none, token = (whole / f"runs/{name}/seed-{seed}" for name in ("none", "token"))
-        assert (none / "pools.jsonl").read_text() == (token / "pools.jsonl").read_text() != ""
+        (theirs, *more), (ours, *rest) = batches(none), batches(token)
+        assert theirs == ours  # the same prompts, answered with the same seed
+        assert [prompts for prompts, _ in more] == [prompts for prompts, _ in rest] != []
         for step in (2, 4):
             theirs, ours = (keys(run, step) for run in (none, token))
             assert theirs == ours
             assert len(theirs) == 6
-    assert pools(whole, 0)[0][0] != pools(whole, 1)[0][0]  # other prompts first
-    assert pools(whole, 0)[0][1] != pools(whole, 1)[0][1]  # sampled with another seed
+    zero, one = (batches(whole / f"runs/none/seed-{seed}")[0] for seed in (0, 1))
+    assert zero[0] != one[0]
+    assert zero[1] != one[1]
     first, other = (keys(whole / f"runs/none/seed-{seed}", 4) for seed in (0, 1))
     assert [key[:2] for key in first] == [key[:2] for key in other]  # the same problems
     assert not {key[2] for key in first} & {key[2] for key in other}
@@ -76,8 +72,8 @@ def keys(run: Path, step: int) -> list[tuple[str, int, int]]:
     return [(sample["id"], sample["sample"], sample["seed"]) for sample in samples]
 
 
-def pools(study: Path, seed: int) -> list[Any]:
-    return [json.loads(line) for line in (study / f"runs/none/seed-{seed}/pools.jsonl").read_text().splitlines()]
+def batches(run: Path) -> list[Any]:
+    return [json.loads(line) for line in (run / "batches.jsonl").read_text().splitlines()]
 
 
 def test_a_run_leaves_what_the_report_needs_and_no_more(whole: Path) -> None:
@@ -131,9 +127,7 @@ def test_a_failed_run_is_told_of_and_does_not_stop_the_others(
 def test_two_on_one_folder_are_refused(
     whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from opdlab.cli_study import _alone
-
-    with _alone(whole):
+    with locked(whole):
         assert study_run(monkeypatch, write(whole.parents[2])) == EXIT_USAGE
     assert "is in use by another `opdlab study run`" in capsys.readouterr().err
 
@@ -141,92 +135,133 @@ def test_two_on_one_folder_are_refused(
 # -- killed -----------------------------------------------------------------------------------------------------------
 
 
-def kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def in_evaluation(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kill after the first batch of the evaluation at a step is written."""
-    write = SampleFolder.write
-
-    def killing(self: SampleFolder, samples: Any) -> None:
-        write(self, samples)
-        if self.path.name == f"val-step-{step}":
-            kill()
-
-    monkeypatch.setattr(SampleFolder, "write", killing)
-
-
-def in_training(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kill at the end of a step."""
-
-    def killing(self: StepFile, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == step:
-            kill()
-
-    monkeypatch.setattr(StepFile, "on_train_batch_end", killing)
-
-
 @pytest.fixture
 def spec(tmp_path: Path) -> RunSpec:
-    return make_plan(read_study(write(tmp_path)), tmp_path / "study").runs()[1]
+    return plan(tmp_path).runs()[1]
+
+
+def start(spec: RunSpec) -> Any:
+    process = FORK.Process(target=Job(), args=(spec,))
+    process.start()
+    return process
+
+
+def until_gone(pid: int) -> None:
+    until(lambda: not alive(pid), seconds=10)
+
+
+def until_beyond(spec: RunSpec, step: int) -> None:
+    until(lambda: spec.run_folder.step > step)
 
 
 # Checkpoints are written at steps 2 and 4, so that the evaluations there are due when a run goes on from them.
 @pytest.mark.parametrize(
     "kills",
     [
-        [(in_evaluation, 0), (in_training, 1)],
-        [(in_training, 3), (in_evaluation, 4)],
-        [(in_evaluation, 2), (in_training, 3)],
+        [("evaluate", 0, "job"), ("train", 1, "run")],
+        [("train", 3, "job"), ("evaluate", 4, "run")],
+        [("evaluate", 2, "run"), ("train", 3, "job")],
     ],
     ids=["before-the-first-checkpoint", "in-training-and-at-the-end", "in-an-evaluation"],
 )
 def test_a_run_killed_twice_writes_the_same_lines(
-    spec: RunSpec, whole: Path, kills: list[tuple[Callable[..., None], int]]
+    spec: RunSpec, whole: Path, kills: list[tuple[str, int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place, step in kills:
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            place(step, monkeypatch)
-            process = FORK.Process(target=Job(), args=(spec,))
-            process.start()
-            process.join()
-        assert process.exitcode == -signal.SIGKILL
+    """Whether the run is killed or its job, which the run must not outlive."""
+    for kill in kills:
+        monkeypatch.setenv(WATCH, json.dumps(kill))
+        (spec.folder / "watch.json").unlink(missing_ok=True)
+        job = start(spec)
+        job.join()
+        pids = json.loads((spec.folder / "watch.json").read_text())
+        assert job.exitcode == (0 if kill[2] == "run" else -signal.SIGKILL)
+        until_gone(pids["run"])
+        assert spec.run_folder.record.state == ("failed" if kill[2] == "run" else "unfinished")
         assert not spec.run_folder.finished
         assert not (spec.folder / "evaluations").exists()
         assert spec.run_folder.holder is None
+    monkeypatch.delenv(WATCH)
     Job()(spec)
     assert spec.run_folder.finished, (spec.folder / "log.txt").read_text()
-    ours = {file: text for file, text in lines(spec.folder.parents[2]).items() if "token/seed-0" in file}
+    ours = {file: text for file, text in lines(spec.study).items() if "token/seed-0" in file}
     theirs = {file: text for file, text in lines(whole).items() if "token/seed-0" in file}
     assert ours == theirs
     assert len(ours) == 3
 
 
-def test_a_run_that_somebody_has_is_left_alone_and_waited_for(spec: RunSpec) -> None:
-    with spec.run_folder.locked() as mine:
-        assert mine
-        assert spec.run_folder.holder == {"pid": os.getpid(), "host": os.uname().nodename}
-        Job()(spec)  # returns at once
+def test_signals_are_forwarded_and_the_checkpoint_is_waited_for(tmp_path: Path) -> None:
+    """Each makes a run of many steps save and end, which is no failure; the next attempt goes on from there."""
+    (spec, *_) = plan(tmp_path, budgets=[5000]).runs()
+    step, hangup = 0, signal.getsignal(signal.SIGHUP)
+    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+        job = start(spec)
+        signal.signal(signal.SIGHUP, hangup)
+        until_beyond(spec, step)
+        os.kill(job.pid, signum)
+        job.join()
+        saved = torch.load(spec.folder / "version_0/checkpoints/interrupted.ckpt", weights_only=True)["global_step"]
+        assert step < saved < 5000
+        step = saved
         assert not (spec.folder / "run.json").exists()
+        assert spec.run_folder.holder is None
+        name = "Ctrl-C" if signum == signal.SIGINT else signum.name
+        assert f"{name}: finishing this step" in (spec.folder / "log.txt").read_text()
 
-        class Watcher:
-            seen: list[str] = []  # noqa: RUF012
 
-            def changed(self, run: Any) -> None:
-                self.seen.append(run.state)
+@pytest.mark.parametrize("whom", ["study", "job"])
+def test_no_run_outlives_its_study(tmp_path: Path, whom: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed with SIGKILL, which nobody can handle."""
+    monkeypatch.setenv(WATCH, json.dumps(["evaluate", 0, "wait"]))
+    study = start_study(write(tmp_path, variants=content()["variants"][:1], seeds=[0], budgets=[5000]))
+    run = RunFolder(tmp_path / "runs/studies/tiny/runs/none/seed-0", (5000,))
+    until((run.path / "watch.json").exists)
+    pids = json.loads((run.path / "watch.json").read_text())
+    assert alive(pids["run"])
+    os.kill(study.pid if whom == "study" else pids["job"], signal.SIGKILL)
+    until_gone(pids["run"])
+    until_gone(pids["job"])
+    message = study.communicate()[1]
+    assert run.record.state == ("unfinished" if whom == "study" else "failed")
+    assert ("its process ended without a result" in message) == (whom == "job")
 
-            def tick(self) -> None:
-                launcher._note(signal.SIGTERM, None)
 
-        launcher = Launcher([spec], Cluster("debug"), jobs=1)
-        told: list[int] = []
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            monkeypatch.setattr("opdlab.studies.launch._terminate", lambda pid, job: told.append(pid))
-            monkeypatch.setattr(launcher, "_is_over", lambda run: bool(told))
-            assert launcher.run(Watcher()) == signal.SIGTERM
-    assert Watcher.seen == ["running", "waiting"]
-    assert told == [os.getpid()]
+def start_study(file: Path) -> "subprocess.Popen[str]":
+    """``opdlab study run`` as a process of its own, with two runs at a time."""
+    command = [sys.executable, "-m", "opdlab", "study", "run", str(file), "--jobs", "2"]
+    return subprocess.Popen(command, cwd=file.parent, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_run_that_somebody_has_is_left_alone_and_waited_for(spec: RunSpec) -> None:
+    """It gets the study's signals too."""
+    held = FORK.Event()
+
+    def hold() -> None:
+        with locked(spec.folder) as mine:
+            assert mine
+            held.set()
+            time.sleep(60)
+
+    holder = FORK.Process(target=hold)
+    holder.start()
+    assert held.wait(60)
+    assert spec.run_folder.holder == {"pid": holder.pid, "host": os.uname().nodename}
+    Job()(spec)  # returns at once
+    assert not (spec.folder / "run.json").exists()
+    seen: list[str] = []
+
+    class Watcher:
+        def changed(self, run: RunState) -> None:
+            seen.append(run.state)
+
+        def tick(self) -> None:
+            if seen == ["running"]:
+                signal.raise_signal(signal.SIGTERM)
+
+    assert Launcher([spec], Cluster("debug"), jobs=1).run(Watcher()) == signal.SIGTERM
+    assert seen == ["running", "waiting"]
+    holder.join()
+    assert holder.exitcode == -signal.SIGTERM
 
 
 def test_half_an_evaluation_is_not_complete(whole: Path, tmp_path: Path) -> None:
@@ -235,39 +270,53 @@ def test_half_an_evaluation_is_not_complete(whole: Path, tmp_path: Path) -> None
     assert not evaluation_is_complete(tmp_path / "nothing")
 
 
+def test_settings_of_earlier_versions_are_read(whole: Path, tmp_path: Path) -> None:
+    """They were flat, by the text that messages showed; so archives of studies stay finished."""
+    run = shutil.copytree(whole / "runs/none/seed-0", tmp_path / "run")
+    for place in run.glob("evaluations/*/settings.json"):
+        content = json.loads(place.read_text())
+        now = content["compared"]
+        assert now["data"]["benchmarks"]["toy"]["num_problems"] == 3
+        benchmarks = {
+            f"data.benchmarks.{name} ({key})": value
+            for name, benchmark in now["data"].pop("benchmarks").items()
+            for key, value in benchmark.items()
+        }
+        weights = {f"model.{who} (its weights)": now["model"].pop(who)["weights"] for who in ("student", "teacher")}
+        place.write_text(json.dumps(content | {"compared": {**flat(now), **benchmarks, **weights}}))
+        original = whole / "runs/none/seed-0" / place.parent.relative_to(run)
+        assert read_settings(place.parent) == read_settings(original) != {}
+    assert RunFolder(run, (2, 4)).finished
+    lines = run / "evaluations/val-step-4/toy-0.jsonl"
+    lines.write_text("".join(lines.read_text().splitlines(keepends=True)[:-1]))
+    assert not RunFolder(run, (2, 4)).finished
+
+
 @pytest.mark.slow
 def test_a_study_stopped_and_killed_on_the_way_ends_the_same(tmp_path: Path, whole: Path) -> None:
     """Real processes: SIGTERM to the study while both runs train, SIGKILL to a run, then to its end."""
     file = write(tmp_path, variants=content()["variants"], seeds=[0])
     folder = tmp_path / "runs/studies/tiny"
-    command = [sys.executable, "-c", "from opdlab.cli import console; console()", "study", "run", str(file)]
-
-    def start() -> "subprocess.Popen[str]":
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-        pipe = subprocess.PIPE
-        return subprocess.Popen([*command, "--jobs", "2"], cwd=tmp_path, env=environment, stderr=pipe, text=True)
-
-    def until(holds: Callable[[], bool]) -> None:
-        began = time.monotonic()
-        while not holds():
-            assert time.monotonic() - began < 120
-            time.sleep(0.02)
-
     token = RunFolder(folder / "runs/token/seed-0", (2, 4))
-    study = start()
+    study = start_study(file)
     until(lambda: any(folder.glob("runs/*/*/samples/*/val-step-0/toy-0.jsonl")))
     study.terminate()
     assert "to go on, run the same command" in study.communicate()[1]
     assert study.returncode == 128 + signal.SIGTERM
     assert token.holder is None
-    study = start()
+    study = start_study(file)
     until(lambda: token.holder is not None and any(token.path.glob("samples/*/val-step-2/toy-0.jsonl")))
     holder = token.holder
     assert holder is not None
     os.kill(int(holder["pid"]), signal.SIGKILL)
     assert "token seed 0 failed" in study.communicate()[1]
     assert study.returncode == 1
-    study = start()
+    study = start_study(file)
+    until(lambda: token.holder is not None and RunFolder(folder / "runs/none/seed-0", (2, 4)).finished)
+    study.kill()
+    study.communicate()
+    until(lambda: token.holder is None, seconds=10)
+    study = start_study(file)
     study.communicate()
     assert study.returncode == 0
     theirs = {file: text for file, text in lines(whole).items() if "seed-0" in file}

@@ -7,12 +7,9 @@ from typing import Any
 import pytest
 
 from opdlab.cli import EXIT_USAGE
-from opdlab.studies import sharing
-from opdlab.studies.folder import RUN
-from opdlab.studies.plan import Plan, make_plan
+from opdlab.studies.schema import RUN
 from opdlab.studies.sharing import take_over
-from opdlab.studies.study import read_study
-from tests.studies.tiny import lines, study_run, write
+from tests.studies.tiny import lines, plan, study_run, write
 
 NONE = {"name": "none", "overrides": ["--model.gate=none"]}
 PLAIN = {"name": "plain", "overrides": ["--model.gate=none"], "label": "the same by another name"}
@@ -26,10 +23,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as monkeypatch:
         assert study_run(monkeypatch, write(folder, variants=[NONE], seeds=[0])) == 0
     return folder / "runs/studies/tiny"
-
-
-def plan(folder: Path, **changes: Any) -> Plan:
-    return make_plan(read_study(write(folder, **changes)), folder / "study")
 
 
 def test_equal_runs_are_taken_over_whatever_their_name(
@@ -78,13 +71,15 @@ def test_other_runs_are_not(finished: Path, tmp_path: Path, changes: dict[str, A
     assert not list(tmp_path.rglob(RUN))
 
 
-def test_nor_is_half_a_run_or_one_of_other_versions(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nor_is_half_a_run_or_one_of_other_versions(finished: Path, tmp_path: Path) -> None:
     wanted = plan(tmp_path, variants=[NONE], seeds=[0])
-    with monkeypatch.context() as patch:
-        patch.setattr(sharing, "package_versions", lambda: {"torch": "1.0"})
+    record = finished / "runs/none/seed-0" / RUN
+    content = json.loads(record.read_text())
+    assert content["versions"].keys() >= {"python", "opdlab", "torch", "transformers", "lightning"}
+    for package in ("opdlab", "torch"):
+        record.write_text(json.dumps(content | {"versions": content["versions"] | {package: "0.0.1"}}))
         assert take_over(wanted.runs(), [finished]) == 0
+    record.write_text(json.dumps(content))
     samples = finished / "runs/none/seed-0/evaluations/val-step-4/toy-0.jsonl"
     text = samples.read_text()
     samples.write_text(text[: text.rindex("{")])  # a line less

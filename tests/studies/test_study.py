@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import yaml
 
-from opdlab.cli import EXIT_USAGE, main
-from opdlab.cli_study import shipped_studies
+from opdlab.cli import EXIT_USAGE, FitParser, main
+from opdlab.cli_study import plan_study, shipped_studies
 from opdlab.errors import UsageError
-from opdlab.studies.plan import Plan, make_plan
+from opdlab.studies import plan as planning
+from opdlab.studies import schema
 from opdlab.studies.study import parse_study, read_study
-from tests.studies.tiny import SHORT, content, study_run, write
+from tests.studies.tiny import SHORT, content, plan, study_run, write
 
 
 def variant(name: str, *overrides: str) -> dict[str, Any]:
@@ -27,9 +28,9 @@ def variant(name: str, *overrides: str) -> dict[str, Any]:
         ({"variants": [{"nam": "none"}]}, "unknown key 'nam'; did you mean 'name'? keys of a variant: name, overrides"),
         ({"seeds": None}, "seeds is missing"),
         ({"seeds": ["a"]}, "seeds has a, but must be of type int"),
-        ({"seeds": []}, "seeds is empty: give at least one"),
+        ({"seeds": []}, "seeds is empty: give numbers from 0"),
         ({"seeds": [3, 1, 3]}, "seeds has 3 twice"),
-        ({"seeds": [-1]}, "seeds has -1, but a seed must be from 0"),
+        ({"seeds": [-1]}, "seeds has -1, but must be numbers from 0"),
         ({"variants": []}, "variants is empty"),
         ({"variants": [variant("a"), variant("a")], "baseline": "a"}, "variants has the name 'a' twice"),
         ({"variants": [variant("a"), variant("A")], "baseline": "a"}, "variants has the name 'a' twice"),
@@ -48,7 +49,7 @@ def variant(name: str, *overrides: str) -> dict[str, Any]:
             {"variants": [{"name": "none", "baseline": "a"}, variant("a")]},
             "variants: baseline of 'none' is 'a', but 'none' is that of the study: leave it out",
         ),
-        ({"budgets": [0]}, "budgets has 0, but a budget is a number of optimizer steps"),
+        ({"budgets": [0]}, "budgets has 0, but must be optimizer steps, at least 1"),
         ({"budgets": []}, "budgets is empty"),
         ({"budgets": [2, 2]}, "budgets has 2 twice"),
         ({"threads": 0}, "threads is 0"),
@@ -141,15 +142,11 @@ def test_a_command_that_cannot_work_is_one_line(
 # -- a study edited after runs exist ----------------------------------------------------------------------------------
 
 
-def planned(folder: Path, **changes: Any) -> Plan:
-    return make_plan(read_study(write(folder, **changes)), folder / "study")
-
-
 @pytest.fixture
 def begun(tmp_path: Path) -> Path:
     """A study with a run of variant ``none`` and seed 0."""
     (tmp_path / "mine.yaml").write_text("data: {max_prompt_tokens: 64}")
-    planned(tmp_path, base=["quickstart", "mine"]).settle()
+    plan(tmp_path, base=["quickstart", "mine"]).settle()
     run = tmp_path / "study/runs/none/seed-0"
     run.mkdir(parents=True)
     (run / "run.json").write_text(json.dumps({"state": "failed"}))
@@ -176,7 +173,7 @@ TOKEN = content()["variants"][1]
 )
 def test_a_study_that_was_edited_says_what_changed(begun: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError) as caught:
-        planned(begun, **{"base": BASE, **changes}).settle()
+        plan(begun, **{"base": BASE, **changes}).settle()
     assert words in str(caught.value)
     assert "give another --folder" in str(caught.value)
 
@@ -184,22 +181,40 @@ def test_a_study_that_was_edited_says_what_changed(begun: Path, changes: dict[st
 def test_a_base_file_that_was_edited_is_noticed(begun: Path) -> None:
     (begun / "mine.yaml").write_text("data: {max_prompt_tokens: 65}")
     with pytest.raises(UsageError, match="'none': data.max_prompt_tokens is 64 there and 65 now"):
-        planned(begun, base=BASE).settle()
+        plan(begun, base=BASE).settle()
 
 
 def test_what_a_variant_is_compared_with_may_be_changed(begun: Path) -> None:
     """It is of the report alone."""
     more = [content()["variants"][0], {"name": "token", "overrides": ["--model.gate=token"], "baseline": "none"}]
-    planned(begun, base=BASE, variants=more).settle()
+    plan(begun, base=BASE, variants=more).settle()
     assert read_study(begun / "study").variants[1].baseline == "none"
 
 
 def test_variants_and_seeds_may_be_added_and_what_has_no_runs_changed(begun: Path) -> None:
     more = [content()["variants"][0], variant("token", "--model.gate=token"), variant("span", "--model.gate=span")]
-    plan = planned(begun, base=BASE, variants=more, seeds=[0, 7])
-    plan.settle()
-    assert len(plan.runs()) == 6
-    assert read_study(begun / "study") == plan.study
+    made = plan(begun, base=BASE, variants=more, seeds=[0, 7])
+    made.settle()
+    assert len(made.runs()) == 6
+    assert read_study(begun / "study") == made.study
+
+
+def test_configurations_are_migrated_before_they_are_compared(begun: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class that has moved is the same class: its old name stands in the folder, and in the digest its new one."""
+    before = plan(begun, base=BASE)
+    stored = begun / "study/variants/none.json"
+    stored.write_text(stored.read_text().replace("opdlab.strategies", "opdlab.moved"))
+    with pytest.raises(UsageError, match=r"model.gate.class_path is opdlab.moved"):
+        before.settle()
+
+    def migrated(config: dict[str, Any]) -> dict[str, Any]:
+        return dict(json.loads(json.dumps(config).replace("opdlab.strategies", "opdlab.moved")))
+
+    monkeypatch.setattr(planning, "migrate", migrated)
+    monkeypatch.setattr(schema, "migrate", migrated)
+    after = plan(begun, base=BASE)
+    after.settle()
+    assert after.runs()[0].digest != before.runs()[0].digest
 
 
 @pytest.mark.parametrize("name", shipped_studies())
@@ -207,8 +222,8 @@ def test_shipped_studies_are_sound_and_explained(name: str, tmp_path: Path) -> N
     file = shipped_studies()[name]
     study = read_study(file)
     assert study.name == name
-    plan = make_plan(study, tmp_path)
-    assert len({json.dumps(config, sort_keys=True) for config in plan.resolved.values()}) == len(study.variants)
+    made = plan_study(study, tmp_path, FitParser())
+    assert len({json.dumps(config, sort_keys=True) for config in made.resolved.values()}) == len(study.variants)
     for line in file.read_text().splitlines():
         assert "#" in line or line.startswith("  - "), line  # every key is explained
     assert yaml.safe_load(file.read_text()).keys() >= {"variants", "seeds", "budgets"}

@@ -1,7 +1,8 @@
 """Every variant against its baseline, by figure, benchmark and budget."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 
@@ -145,62 +146,46 @@ def compare(results: Results) -> list[Comparison]:
     Args:
         results: of the study.
     """
-    found: dict[Place, dict[str, Comparison]] = {}
-    for budget in results.budgets:
-        for seeds, variants in _by_seeds(results).items():
-            for comparison in _compare_group(results, budget, seeds, variants):
-                found.setdefault(comparison.place, {})[comparison.variant] = comparison
-    places = [
-        Place(figure, benchmark, budget)
-        for budget in results.budgets
-        for figure in figure_names(results)
-        for benchmark in benchmark_names(results)
-    ]
-    return [each for place in places for each in _adjusted([found[place][name] for name in results.compared])]
-
-
-def _by_seeds(results: Results) -> dict[tuple[int, ...], list[str]]:
-    """Variants that share the same seeds with their baselines are resampled together."""
-    groups: dict[tuple[int, ...], list[str]] = {}
+    groups: dict[tuple[int, ...], list[str]] = {}  # variants that share seeds with their baselines: resampled together
     for variant in results.compared:
         groups.setdefault(tuple(results.paired(variant)), []).append(variant)
-    return groups
+    found = {
+        (each.place, each.variant): each
+        for budget, (seeds, variants) in product(results.budgets, groups.items())
+        for each in _compare_group(results, budget, seeds, variants)
+    }
+    places = product(results.budgets, figure_names(results), benchmark_names(results))
+    families = [[found[Place(figure, name, budget), v] for v in results.compared] for budget, figure, name in places]
+    return [each for family in families for each in _adjusted(family)]
 
 
 def _compare_group(results: Results, budget: int, seeds: tuple[int, ...], variants: Sequence[str]) -> list[Comparison]:
-    keys = [(figure, variant) for figure in figure_names(results) for variant in variants]
-    pairs = [_pair(results, budget, seeds, figure, variant) for figure, variant in keys]
+    keys = list(product(figure_names(results).items(), variants))
+    pairs = [
+        [scores(results, name, seeds, budget, k) for name in (variant, results.baseline_of(variant))]
+        for (_, k), variant in keys
+    ]
     cells = {name: np.stack([theirs[name] - ours[name] for theirs, ours in pairs]) for name in results.benchmarks}
-    resampled = crossed_bootstrap(list(cells.values()), derive_seed("report", results.name, budget))
-    places = benchmark_names(results)
+    resampled = crossed_bootstrap(list(cells.values()), derive_seed("report", results.study.name, budget))
     by_place = {MEAN: resampled.mean(1)} | {name: resampled[:, index] for index, name in enumerate(cells)}
     return [
         _comparison(
             Place(figure, name, budget),
             (variant, results.baseline_of(variant)),
-            pair=[_chosen(side, name) for side in pair],
+            pair=[list(side.values()) if name == MEAN else [side[name]] for side in pair],
             resampled=by_place[name][:, index],
         )
-        for index, ((figure, variant), pair) in enumerate(zip(keys, pairs, strict=True))
-        for name in places
+        for index, (((figure, _), variant), pair) in enumerate(zip(keys, pairs, strict=True))
+        for name in benchmark_names(results)
     ]
-
-
-def _pair(
-    results: Results, budget: int, seeds: tuple[int, ...], figure: str, variant: str
-) -> tuple[dict[str, Array], dict[str, Array]]:
-    k = figure_names(results)[figure]
-    baseline = results.baseline_of(variant)
-    return scores(results, variant, seeds, budget, k), scores(results, baseline, seeds, budget, k)
-
-
-def _chosen(side: Mapping[str, Array], name: str) -> list[Array]:
-    return list(side.values()) if name == MEAN else [side[name]]
 
 
 def _comparison(place: Place, names: tuple[str, str], *, pair: Sequence[list[Array]], resampled: Array) -> Comparison:
     theirs, ours = (np.mean([cells.mean(1) for cells in side], axis=0) for side in pair)
     found = estimate([one - other for one, other in zip(*pair, strict=True)])
+    bounds = interval(found, resampled, derive_seed("report", "chi-square"))
+    # The truth lies between -1 and 1, so an interval that is cut there covers it as often.
+    low, high = np.clip([bounds.low, bounds.high], -1, 1) if found.varies else (np.nan, np.nan)
     return Comparison(
         place=place,
         variant=names[0],
@@ -211,35 +196,23 @@ def _comparison(place: Place, names: tuple[str, str], *, pair: Sequence[list[Arr
         baseline_mean=float(ours.mean()),
         variant_mean=float(theirs.mean()),
         found=found,
-        interval=_of_rates(found, interval(found, resampled, derive_seed("report", "chi-square"))),
+        interval=replace(bounds, low=float(low), high=float(high)),
         adjusted_p=np.nan,
         detectable=np.nan,
         seeds_needed=None,
     )
 
 
-def _of_rates(found: Estimate, bounds: Interval) -> Interval:
-    """The truth lies between -1 and 1, so an interval that is cut there covers it as often."""
-    low, high = np.clip([bounds.low, bounds.high], -1, 1) if found.varies else (np.nan, np.nan)
-    return replace(bounds, low=float(low), high=float(high))
-
-
-def _detectable(found: Estimate, num_seeds: int, num_comparisons: int) -> float:
-    if num_seeds == 1 or not found.varies:
-        return np.nan
-    return detectable_difference(found.standard_error, found.degrees_of_freedom, num_comparisons)
-
-
 def _adjusted(family: Sequence[Comparison]) -> list[Comparison]:
     """The variants of one place, with what depends on how many they are."""
     number = sum(each.has_interval for each in family)
-    adjusted = holm([each.interval.p for each in family])
-    return [
-        replace(
-            each,
-            adjusted_p=p,
-            detectable=_detectable(each.found, each.num_seeds, max(number, 1)),
-            seeds_needed=seeds_needed(each.found, each.num_seeds, TARGET, number) if each.num_seeds > 1 else None,
-        )
-        for each, p in zip(family, adjusted, strict=True)
-    ]
+    adjusted = []
+    for each, p in zip(family, holm([each.interval.p for each in family]), strict=True):
+        detectable, needed = np.nan, None
+        if each.num_seeds > 1:
+            needed = seeds_needed(each.found, each.num_seeds, TARGET, number)
+            if each.found.varies:
+                freedom = each.found.degrees_of_freedom
+                detectable = detectable_difference(each.found.standard_error, freedom, max(number, 1))
+        adjusted.append(replace(each, adjusted_p=p, detectable=detectable, seeds_needed=needed))
+    return adjusted

@@ -1,40 +1,40 @@
 """How a study was made: what it took, on what, and what is missing."""
 
-import json
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opdlab.studies.report.load import FINISHED, Results, Run
+from opdlab.studies.report.load import Results
 from opdlab.studies.report.tables import Table
+from opdlab.studies.schema import FINISHED, Record
 
 
 def facts(results: Results) -> dict[str, str]:
     """Size, time, machine and versions, by name."""
     finished = [run for run in results.runs.values() if run.state == FINISHED]
-    seconds = sum(float(run.record.get("seconds") or 0) for run in finished)
+    seconds = sum(run.seconds for run in finished)
     sizes = [f"{name}: {len(b.problems)} problems x {b.num_samples}" for name, b in results.benchmarks.items()]
     found = {
-        "base": ", ".join(results.base) or "-",
+        "base": ", ".join(results.study.base),
         "baseline": ", ".join(map(results.label, results.baselines)),
-        "seeds": _numbers(results.seeds),
+        "seeds": _numbers(results.study.seeds),
         "budgets, optimizer steps": _numbers(results.budgets),
         "evaluated on": ", ".join(sizes),
         "runs": f"{len(finished)} of {len(results.runs)} finished{_taken_over(finished)}",
         "time": f"{seconds / 3600:.2f} hours in all runs together",
-        "machine": _several(finished, "machine"),
-        "versions": _several(finished, "versions"),
+        "machine": _several([run.machine for run in finished]),
+        "versions": _several([run.versions for run in finished]),
     }
-    if command := _command(results):
-        found["command of a run"] = command
-    return found
+    # How the baseline's first run was started; the others differ by overrides, seed and folder.
+    first = results.runs[results.study.baseline, results.finished(results.study.baseline)[0]]
+    return found | ({"command of a run": shlex.join(first.command)} if first.command else {})
 
 
-def _taken_over(runs: Sequence[Run]) -> str:
+def _taken_over(runs: Sequence[Record]) -> str:
     """Which runs another study has made: what both report, they report of the same samples."""
-    folders = [Path(str(run.record["taken_from"])) for run in runs if "taken_from" in run.record]
+    folders = [Path(run.taken_from) for run in runs if run.taken_from]
     studies = Counter(folder.parent.parent.parent.name for folder in folders)  # STUDY/runs/VARIANT/seed-N
     return "".join(f", {number} of them taken over from {study}" for study, number in studies.items())
 
@@ -56,36 +56,23 @@ def _numbers(values: Sequence[int]) -> str:
     return ", ".join(text for part in parts for text in part)
 
 
-def _several(runs: Sequence[Run], key: str) -> str:
+def _several(values: Sequence[Mapping[str, Any]]) -> str:
     """All the values that runs have, each once."""
-    return "; ".join(dict.fromkeys(_text(run.record[key]) for run in runs if run.record.get(key))) or "-"
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {part}" for key, part in value.items())
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _command(results: Results) -> str:
-    """How the study's baseline's first run was started; the others differ by overrides, seed and folder."""
-    command = results.runs[results.baseline, results.finished(results.baseline)[0]].record.get("command")
-    return shlex.join(map(str, command)) if isinstance(command, list) else str(command or "")
+    texts = (", ".join(f"{key} {part}" for key, part in value.items()) for value in values)
+    return "; ".join(dict.fromkeys(filter(None, texts))) or "-"
 
 
 def variants_table(results: Results) -> Table:
     """Names, labels, what each is compared with, and overrides."""
-    rows = [
-        (v.label, v.name, results.label(v.baseline) if v.baseline != v.name else "-", " ".join(v.overrides) or "-")
-        for v in results.variants
-    ]
+    rows = []
+    for each in results.study.variants:
+        base = results.baseline_of(each.name)
+        other = results.label(base) if base != each.name else "-"
+        rows.append((results.label(each.name), each.name, other, " ".join(each.overrides) or "-"))
     return Table(("variant", "folder", "compared with", "overrides"), rows, num_names=4)
 
 
 def missing_table(results: Results) -> Table | None:
     """Runs that do not count, and why; None where all have finished."""
-    lacking = [run for run in results.runs.values() if run.state != FINISHED]
-    if not lacking:
-        return None
-    rows = [(results.label(run.variant), str(run.seed), run.state) for run in lacking]
-    return Table(("variant", "seed", "state"), rows, num_names=3)
+    rows = [(results.label(run.variant), str(run.seed), run.state) for run in results.lacking]
+    return Table(("variant", "seed", "state"), rows, num_names=3) if rows else None

@@ -79,15 +79,10 @@ def forest(comparisons: Sequence[Comparison], results: Results) -> "Figure":
         axes.plot(each.found.difference, row, "o", markersize=7, color=colour, markerfacecolor=filling)
     names = [(_name(results.label(each.variant)), _name(results.label(each.baseline))) for each in comparisons]
     rows = [name if one else f"{name}\nto {baseline}" for name, baseline in names]
-    axes.set_yticks(range(len(comparisons)), rows)
-    axes.set_ylim(len(comparisons) - 0.5, -0.5)
-    axes.grid(axis="x", alpha=0.3)
-    place = comparisons[0].place
     to = f" to {names[0][1]}" if one else ""
     alone = ", and not one seed alone" if any(each.num_seeds == 1 for each in comparisons) else ""
-    _label(axes, f"difference{to}, 95% interval (filled: p < 0.05 after Holm{alone})", "")
-    axes.xaxis.label.set_fontsize(10)
-    axes.set_title(f"{_name(place_name(place))}, step {place.budget}", fontsize=12)
+    label = f"difference{to}, 95% interval (filled: p < 0.05 after Holm{alone})"
+    _label(axes, rows, label, comparisons[0].place)
     return figure
 
 
@@ -100,20 +95,16 @@ def every_run(results: Results, place: Place) -> "Figure":
         results: of the study.
         place: what figure.
     """
-    variants = [each.name for each in results.variants if results.finished(each.name)]
+    variants = [each.name for each in results.study.variants if results.finished(each.name)]
     figure = _figure(7.0, 1.3 + 0.45 * len(variants))
     axes = figure.subplots()
-    heights = dict(zip(results.seeds, np.linspace(-0.3, 0.3, len(results.seeds)), strict=True))
+    heights = dict(zip(results.study.seeds, np.linspace(-0.3, 0.3, len(results.study.seeds)), strict=True))
     for row, variant in enumerate(variants):
         runs = run_figures(results, variant, place)
         axes.plot(runs, [row + heights[seed] for seed in results.finished(variant)], "o", color="tab:blue", alpha=0.5)
         axes.plot([runs.mean()] * 2, [row - 0.4, row + 0.4], color="0.2", linewidth=1.5)
-    axes.set_yticks(range(len(variants)), [_name(results.label(each)) for each in variants])
-    axes.set_ylim(len(variants) - 0.5, -0.5)
-    axes.grid(axis="x", alpha=0.3)
-    _label(axes, "dots: runs, one below the other by seed; line: their mean", "")
-    axes.xaxis.label.set_fontsize(10)
-    axes.set_title(f"{_name(place_name(place))}, step {place.budget}", fontsize=12)
+    rows = [_name(results.label(each)) for each in variants]
+    _label(axes, rows, "dots: runs, one below the other by seed; line: their mean", place)
     return figure
 
 
@@ -153,7 +144,11 @@ def learning_curves(results: Results, figure_name: str, benchmark: str) -> "Figu
     return figure
 
 
-def _label(axes: "Axes", x: str, y: str) -> None:
-    axes.set_xlabel(x, fontsize=12)
-    axes.set_ylabel(y, fontsize=12)
+def _label(axes: "Axes", rows: Sequence[str], label: str, place: Place) -> None:
+    """Name the rows of a picture, the first on top, its horizontal axis and its place."""
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel(label, fontsize=10)
     axes.tick_params(labelsize=11)
+    axes.set_title(f"{_name(place_name(place))}, step {place.budget}", fontsize=12)

@@ -30,12 +30,12 @@ from opdlab.studies.report.tables import (
     markdown_text,
     run_records,
 )
+from opdlab.studies.schema import REPORT
 from opdlab.viewer.text import visible
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-REPORT = "report"
 _KINDS = ("png", "svg", "md", "csv", "tex")
 
 
@@ -101,7 +101,19 @@ class Report:
         Raises:
             UsageError: the folder cannot be written.
         """
-        _write(self.folder, self.files)
+        try:
+            for name, content in self.files.items():
+                path = self.folder / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part = path.with_name(f"{path.name}.part")
+                part.write_bytes(content)
+                part.replace(path)
+            for path in (path for part in ("tables", "figures") for path in (self.folder / part).iterdir()):
+                if path.suffix[1:] in _KINDS and path.relative_to(self.folder).as_posix() not in self.files:
+                    path.unlink()
+        except OSError as error:
+            fault = f"{self.folder} cannot be written ({error.strerror or error}): mend that, and report again"
+            raise UsageError(fault) from error
         return self.folder / "report.md"
 
 
@@ -139,22 +151,13 @@ def make_report(folder: Path) -> Report:
     for picture in (each for section in sections for each in section.pictures):
         files[f"figures/{picture.name}.png"], files[f"figures/{picture.name}.svg"] = picture.png, picture.svg
     files |= _table_files(results, comparisons)
-    known = _known(results, comparisons, sections)
-    for name, environment in (("report.md", _markdown()), ("report.html", _html())):
-        # A lone surrogate, which a name from a YAML file may hold, has no UTF-8; visible() has written it out before.
-        files[name] = environment.get_template(name).render(known).encode("utf-8", "replace")
-    heading = f"at optimizer step {known['final']}:"
-    lines = [heading, *(f"- {text}" for text in known["conclusion"]), *known["caveats"]]
-    return Report(folder / REPORT, files, [" ".join(visible(line).split()) for line in lines])
-
-
-def _known(results: Results, comparisons: Sequence[Comparison], sections: Sequence[Section]) -> dict[str, Any]:
-    final, first = results.budgets[-1], benchmark_names(results)[0]
-    main = [each for each in comparisons if each.place.budget == final and each.place.benchmark == first]
-    return {
+    first, labels = benchmark_names(results)[0], " or ".join(map(results.label, results.baselines))
+    number = len(results.study.variants) - 1
+    main = [each for each in comparisons if (each.place.budget, each.place.benchmark) == (results.budgets[-1], first)]
+    known: dict[str, Any] = {
         "results": results,
-        "final": final,
-        "title": _heading(results),
+        "final": results.budgets[-1],
+        "title": f"Study {results.study.name}: {number} variant{'s' if number > 1 else ''} against {labels}",
         "conclusion": conclusion(main, results),
         "caveats": caveats(results, comparisons),
         "sections": sections,
@@ -164,50 +167,37 @@ def _known(results: Results, comparisons: Sequence[Comparison], sections: Sequen
         "method": method(results),
         "sources": SOURCES,
     }
-
-
-def _heading(results: Results) -> str:
-    number, baselines = len(results.variants) - 1, " or ".join(map(results.label, results.baselines))
-    return f"Study {results.name}: {number} variant{'s' if number > 1 else ''} against {baselines}"
+    for name, environment in (("report.md", _markdown()), ("report.html", _html())):
+        # A lone surrogate, which a name from a YAML file may hold, has no UTF-8; visible() has written it out before.
+        files[name] = environment.get_template(name).render(known).encode("utf-8", "replace")
+    heading = f"at optimizer step {known['final']}:"
+    lines = [heading, *(f"- {text}" for text in known["conclusion"]), *known["caveats"]]
+    return Report(folder / REPORT, files, [" ".join(visible(line).split()) for line in lines])
 
 
 def _sections(results: Results, comparisons: Sequence[Comparison]) -> list[Section]:
     final = [each for each in comparisons if each.place.budget == results.budgets[-1]]
+    averages = sorted({f"avg@{benchmark.num_samples}" for benchmark in results.benchmarks.values()})
+    labels = list(map(results.label, results.baselines))
     found = []
     with drawing():
         for number, (place, group) in enumerate(groupby(final, key=lambda each: each.place), 1):
-            family = list(group)
-            pictures = [_forest(number, place, family, results), _runs(number, place, results)]
+            family, name = list(group), place_name(place)
+            drawn = {
+                "forest": (
+                    forest(family, results),
+                    f"Differences in {name} to {' and '.join(labels)}, with 95% intervals",
+                ),
+                "runs": (every_run(results, place), f"{name} of every run, by variant and seed"),
+            }
             if len(results.budgets) > 1:
-                pictures.append(_curves(number, place, results))
+                alt = f"{name} by optimizer step, each variant beside {' or '.join(labels)}"
+                drawn["curves"] = (learning_curves(results, place.figure, place.benchmark), alt)
+            pictures = [_picture(figure, _file_name(number, kind, place), alt) for kind, (figure, alt) in drawn.items()]
+            also = f" (the same as {', '.join(averages)})" if place.figure == "pass@1" else ""
             said = [sentence(each, results) for each in family]
-            found.append(Section(_title(place, results), comparison_table(family, results), said, pictures))
+            found.append(Section(f"{name}{also}", comparison_table(family, results), said, pictures))
     return found
-
-
-def _title(place: Place, results: Results) -> str:
-    averages = sorted({f"avg@{benchmark.num_samples}" for benchmark in results.benchmarks.values()})
-    also = f" (the same as {', '.join(averages)})" if place.figure == "pass@1" else ""
-    return f"{place_name(place)}{also}"
-
-
-def _forest(number: int, place: Place, family: Sequence[Comparison], results: Results) -> Picture:
-    figure = forest(family, results)
-    baselines = " and ".join(map(results.label, results.baselines))
-    alt = f"Differences in {place_name(place)} to {baselines}, with 95% intervals"
-    return _picture(figure, _file_name(number, "forest", place), alt)
-
-
-def _runs(number: int, place: Place, results: Results) -> Picture:
-    alt = f"{place_name(place)} of every run, by variant and seed"
-    return _picture(every_run(results, place), _file_name(number, "runs", place), alt)
-
-
-def _curves(number: int, place: Place, results: Results) -> Picture:
-    figure = learning_curves(results, place.figure, place.benchmark)
-    baselines = " or ".join(map(results.label, results.baselines))
-    alt = f"{place_name(place)} by optimizer step, each variant beside {baselines}"
-    return _picture(figure, _file_name(number, "curves", place), alt)
 
 
 def _picture(figure: "Figure", name: str, alt: str) -> Picture:
@@ -240,24 +230,6 @@ def _table_files(results: Results, comparisons: Sequence[Comparison]) -> dict[st
         texts = {"md": table.markdown(), "csv": csv_text(rows), "tex": table.latex()}
         files |= {f"tables/{name}.{kind}": text.encode("utf-8", "replace") for kind, text in texts.items()}
     return files | {"tables/runs.csv": csv_text(run_records(results)).encode("utf-8", "replace")}
-
-
-def _write(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write all files, each at once, and take away those of an earlier report that are no more."""
-    try:
-        for name, content in files.items():
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_name(f"{path.name}.part")
-            part.write_bytes(content)
-            part.replace(path)
-        for path in (path for kind in _KINDS for path in folder.glob(f"*/*.{kind}")):
-            if path.parent.name in ("tables", "figures") and path.relative_to(folder).as_posix() not in files:
-                path.unlink()
-    except OSError as error:
-        raise UsageError(
-            f"{folder} cannot be written ({error.strerror or error}): mend that, and report again"
-        ) from error
 
 
 # -- templates ------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from opdlab.evaluation.benchmark_metrics import MEAN
 from opdlab.studies.report.compare import TARGET, Comparison, Place
-from opdlab.studies.report.load import FINISHED, Results
+from opdlab.studies.report.load import Results
 from opdlab.studies.report.statistics import LEVEL
 
 _POWER = "with a probability of 80%, at 5% two-sided"
@@ -86,9 +86,8 @@ def _smallest(judged: Sequence[Comparison], family: Sequence[Comparison], result
     unknown = [each for each in judged if not each.knows_detectable]
     if not known:
         return f"what this study would detect is {_unknown(unknown)}"
-    said = (
-        f"the smallest difference that this study would detect {_POWER}{_after(family)}, is {detectable_range(known)}"
-    )
+    after = f", after correction for {len(family)} variants" if len(family) > 1 else ""
+    said = f"the smallest difference that this study would detect {_POWER}{after}, is {detectable_range(known)}"
     if min(known) > 1:
         said += f", so that it can find no difference here at all: {_RATES}"
     if unknown:
@@ -182,10 +181,6 @@ def _conclude(place: Place, baseline: str, corrected: Sequence[Comparison], resu
     return f"{where}: {'; '.join(said)}."
 
 
-def _after(judged: Sequence[Comparison]) -> str:
-    return f", after correction for {len(judged)} variants" if len(judged) > 1 else ""
-
-
 def _mend(judged: Sequence[Comparison]) -> str:
     """How large a study would have to be."""
     repeated = [each for each in judged if each.knows_detectable]
@@ -216,13 +211,16 @@ def caveats(results: Results, comparisons: Sequence[Comparison]) -> list[str]:
     for name, benchmark in results.benchmarks.items():
         if len(benchmark.problems) == 1:
             said.append(f"{name} has one problem: intervals cover the choice of seeds only.")
-    lacking = [run for run in results.runs.values() if run.state != FINISHED]
-    if lacking:
+    if results.lacking:
         said.append(
-            f"{len(lacking)} of {len(results.runs)} runs have not finished. A seed counts in a comparison only where "
-            "both sides have it."
+            f"{len(results.lacking)} of {len(results.runs)} runs have not finished. A seed counts in a comparison only "
+            "where both sides have it."
         )
-    left_out = [v.label for v in results.variants if v.name not in (*results.compared, results.baseline)]
+    left_out = [
+        results.label(v.name)
+        for v in results.study.variants
+        if v.name not in (*results.compared, results.study.baseline)
+    ]
     if left_out:
         said.append(f"Not compared, since no finished run shares a seed with its baseline: {', '.join(left_out)}.")
     return said

@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import product
 from typing import Any
 
@@ -87,8 +87,7 @@ def csv_text(records: Sequence[dict[str, Any]]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, fieldnames=list(records[0]), lineterminator="\n")
     writer.writeheader()
-    unknown = [{key: "" if value is None or value != value else value for key, value in row.items()} for row in records]
-    writer.writerows(unknown)
+    writer.writerows({key: None if value != value else value for key, value in row.items()} for row in records)
     return file.getvalue()
 
 
@@ -97,39 +96,24 @@ _JUDGED = ("P(better)", "p", "p (Holm)", "seeds", "ahead in", "detectable", "see
 
 
 def comparison_table(comparisons: Sequence[Comparison], results: Results) -> Table:
-    """The variants of one place, a row each."""
-    rows = [(*_names(each, results), *_cells(each)) for each in comparisons]
-    return Table((*_COMPARED, *_JUDGED), rows, num_names=2)
+    """Return the variants of one place, a row each."""
+    return Table((*_COMPARED, *_JUDGED), [_cells(each, results) for each in comparisons], num_names=2)
 
 
 def comparisons_table(comparisons: Sequence[Comparison], results: Results) -> Table:
-    """The same for many places, which are named in the first columns."""
-    rows = [
-        (each.place.figure, each.place.benchmark, str(each.place.budget), *_names(each, results), *_cells(each))
-        for each in comparisons
-    ]
+    """Return the variants of many places, which are named in the first columns."""
+    rows = [[*map(str, astuple(each.place)), *_cells(each, results)] for each in comparisons]
     return Table(("figure", "benchmark", "step", *_COMPARED, *_JUDGED), rows, num_names=5)
 
 
-def _names(each: Comparison, results: Results) -> tuple[str, str]:
-    return results.label(each.variant), results.label(each.baseline)
-
-
-def _cells(each: Comparison) -> list[str]:
+def _cells(each: Comparison, results: Results) -> list[str]:
     bounds = each.interval
     span = f"{number(bounds.low, True)} to {number(bounds.high, True)}" if each.found.varies else "-"
     return [
-        number(each.baseline_mean),
-        number(each.variant_mean),
-        number(each.found.difference, True),
-        span,
-        number(bounds.probability),
-        p_value(bounds.p),
-        p_value(each.adjusted_p),
-        str(each.num_seeds),
-        str(each.seeds_ahead),
-        detectable(each.detectable),
-        str(each.seeds_needed or "-"),
+        *(results.label(each.variant), results.label(each.baseline)),
+        *(number(each.baseline_mean), number(each.variant_mean), number(each.found.difference, True), span),
+        *(number(bounds.probability), p_value(bounds.p), p_value(each.adjusted_p)),
+        *(str(each.num_seeds), str(each.seeds_ahead), detectable(each.detectable), str(each.seeds_needed or "-")),
     ]
 
 
@@ -185,9 +169,9 @@ def run_records(results: Results) -> list[dict[str, Any]]:
 def _figures(results: Results) -> Iterator[tuple[dict[str, Any], Array]]:
     """Each figure of each variant that has finished runs: what it is, and that of each run, [S]."""
     for budget, figure, benchmark in product(results.budgets, figure_names(results), benchmark_names(results)):
-        for variant in results.variants:
+        for variant in results.study.variants:
             if results.finished(variant.name):
-                names = {"variant": variant.name, "label": variant.label}
+                names = {"variant": variant.name, "label": results.label(variant.name)}
                 known = {"figure": figure, "benchmark": benchmark, "step": budget, **names}
                 yield known, run_figures(results, variant.name, Place(figure, benchmark, budget))
 
@@ -196,8 +180,10 @@ def figures_table(records: Sequence[dict[str, Any]]) -> Table:
     """What :func:`figure_records` has, as it is shown."""
     rows = [
         [
-            *(row["figure"], row["benchmark"], str(row["step"]), row["label"]),
-            *(number(row["mean"]), number(row["std_over_seeds"]), str(row["seeds"])),
+            *map(str, (row["figure"], row["benchmark"], row["step"], row["label"])),
+            number(row["mean"]),
+            number(row["std_over_seeds"]),
+            str(row["seeds"]),
         ]
         for row in records
     ]

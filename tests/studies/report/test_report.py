@@ -366,8 +366,8 @@ def _truncate(folder: Path, lines: int, cut: int = 0) -> None:
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no study": (lambda f: (f / "study.yaml").unlink(), "study.yaml does not exist"),
     "no keys": (lambda f: (f / "study.yaml").write_text("- 1"), "holds no keys"),
-    "no yaml": (lambda f: (f / "study.yaml").write_text("a: [\x00"), "cannot be read"),
-    "no seeds": (lambda f: (f / "study.yaml").write_text("{name: x, variants: [{name: a}], baseline: a}"), "seeds is"),
+    "no yaml": (lambda f: (f / "study.yaml").write_text("a: [\x00"), "is no YAML"),
+    "no seeds": (lambda f: (f / "study.yaml").write_text("{name: x, variants: [{name: a}], baseline: a}"), "seeds"),
     "no lines": (
         lambda f: shutil.rmtree(f / "runs/a/seed-1/evaluations"),
         "seed-1/.* has no sample lines, .* delete .*seed-1 and run the study again",
@@ -400,17 +400,17 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "study.yaml").write_text(
             (f / "study.yaml").read_text().replace("baseline: none", "baseline: x")
         ),
-        "baseline 'x' is no variant",
+        "baseline is 'x', which is no variant",
     ),
     "baseline of a variant unknown": (
         lambda f: (f / "study.yaml").write_text(
             (f / "study.yaml").read_text().replace("name: a", "name: a\n  baseline: y")
         ),
-        "baseline 'y' is no variant",
+        "baseline of 'a' is 'y', which is no variant",
     ),
     "path": (
         lambda f: (f / "study.yaml").write_text((f / "study.yaml").read_text().replace("name: a", "name: ../a")),
-        "is no name for a folder",
+        "is '../a', but names a folder",
     ),
 }
 

@@ -4,11 +4,8 @@ import pickle
 import re
 from pathlib import Path
 
-import torch
-
 from opdlab.errors import UsageError, require
-from opdlab.evaluation.samples import SETTINGS_PLACEHOLDER
-from opdlab.evaluation.settings import digest
+from opdlab.records import SETTINGS_PLACEHOLDER, digest
 
 
 def find_checkpoint(path: str, root: Path) -> Path:
@@ -31,6 +28,8 @@ def check_checkpoint(path: Path) -> int:
     Raises:
         UsageError: it is truncated, or no checkpoint at all, or holds more than tensors and plain values.
     """
+    import torch  # here, because a study's job process needs it only for a run that goes on
+
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as error:

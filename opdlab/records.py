@@ -1,0 +1,98 @@
+"""JSON files beside results: written whole, and digests and differences of what they hold.
+
+Only the standard library is imported, so that processes which just look after others start at once.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from opdlab.aliases import migrate
+from opdlab.version import __version__
+
+SETTINGS, RESULTS = "settings.json", "results.json"  # of an evaluation
+SETTINGS_PLACEHOLDER = "{settings}"
+_DIGEST_BYTES = 16
+_PACKAGES = ("torch", "transformers", "lightning")
+# Settings were flat before, by the text that messages showed: `model.student (its weights)`.
+_FLAT_BENCHMARK = re.compile(r"data\.benchmarks\.(.+) \((\w+)\)")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file; an empty one if the file is missing, cut off, or holds no keys."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file at once: a reader sees the old content or the new, never a part."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    part.replace(path)
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """Return what the samples in ``folder`` depend on, as a tree of configuration keys; None if that is unknown."""
+    compared = read_json(folder / SETTINGS).get("compared")
+    if not isinstance(compared, dict):
+        return None
+    settings: dict[str, Any] = {}
+    for key, value in compared.items():
+        if isinstance(value, dict):
+            settings[key] = value
+            continue
+        benchmark = _FLAT_BENCHMARK.fullmatch(key)
+        path = ["data", "benchmarks", *benchmark.groups()] if benchmark else key.replace(" (its ", ".").split(".")
+        section = settings
+        for part in path[:-1]:
+            section = section.setdefault(part, {})
+        section[path[-1].removesuffix(")")] = value
+    return migrate(settings)
+
+
+def digest(value: Any) -> str:
+    """Return a hexadecimal digest of anything that JSON can hold.
+
+    Example:
+        >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}), digest([1, 2]) == digest([2, 1])
+        (True, False)
+    """
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode("utf-8", "backslashreplace"), digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Return a tree of settings by dotted key.
+
+    Example:
+        >>> flat({"data": {"seed": 0, "benchmarks": {}}})
+        {'data.seed': 0, 'data.benchmarks': {}}
+    """
+    if not isinstance(value, dict) or not value:
+        return {key: value}
+    parts = [flat(part, f"{key}.{name}" if key else str(name)) for name, part in value.items()]
+    return {name: leaf for part in parts for name, leaf in part.items()}
+
+
+def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
+    """Return the dotted keys in which two settings differ, with both values; None if they are equal.
+
+    Example:
+        >>> difference({"data": {"seed": 0}, "top_p": 1.0}, {"data": {"seed": 1}, "top_p": 1.0})
+        'data.seed is 0 there and 1 now'
+    """
+    there, here = flat(dict(theirs)), flat(dict(ours))
+    keys = [key for key in [*here, *(there.keys() - here.keys())] if there.get(key) != here.get(key)]
+    return ", ".join(f"{key} is {there.get(key)} there and {here.get(key)} now" for key in keys) or None
+
+
+def package_versions() -> dict[str, str]:
+    """Return the versions of the packages that results may depend on; none of them is imported."""
+    return {"opdlab": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}}

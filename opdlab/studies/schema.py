@@ -1,0 +1,249 @@
+"""The files of a study: where they are, what is in them, how they are written and read. Runs and reports share this.
+
+::
+
+    STUDY/
+      study.yaml                     the study, see `read_study`
+      variants/VARIANT.json          configuration of a variant by dotted key, without what differs from run to run
+      lock                           held while `opdlab study run` lives
+      report/                        see `opdlab.studies.report`
+      runs/VARIANT/seed-SEED/
+        run.json                     how the run ended: `Record`
+        progress.json                step and seconds so far
+        log.txt                      what the run printed
+        lock                         held by the job's process; names it
+        submitit/                    logs and pickles of the job
+        version_0/                   run folder of `opdlab fit`: checkpoints, config.yaml, events
+        samples/version_0-DIGEST/    evaluations while the run lasts
+        evaluations/val-step-STEP/   settings.json, results.json, sample lines: only of a run that has ended
+
+A run is finished once `evaluations/` is complete and `run.json` says so, which comes last: a killed run has neither.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from opdlab.aliases import migrate
+from opdlab.records import RESULTS, package_versions, read_json, read_settings, write_json
+from opdlab.run_folder import fit_samples_folder
+
+STUDY, VARIANTS, RUNS, REPORT, LOCK = "study.yaml", "variants", "runs", "report", "lock"
+RUN, PROGRESS, LOG, LAUNCH = "run.json", "progress.json", "log.txt", "submitit"
+EVALUATIONS, SAMPLES, VERSION = "evaluations", "samples", "version_0"
+_KEPT_WHEN_CLEANED = (LOCK, LOG, LAUNCH)
+_TAIL_BYTES = 20_000
+
+# States of a run. The first two stand in `run.json`; the launcher tells of the next two, the report of the others.
+FINISHED, FAILED = "finished", "failed"
+RUNNING, WAITING = "running", "waiting"
+UNFINISHED, MISSING = "unfinished", "missing"
+
+
+def run_path(study: Path, variant: str, seed: int) -> Path:
+    """Return the folder of a run."""
+    return study / RUNS / variant / f"seed-{seed}"
+
+
+def evaluation_path(evaluations: Path, step: int) -> Path:
+    """Return the folder of the evaluation after ``step`` optimizer steps, under ``evaluations`` or ``samples``."""
+    return evaluations / f"val-step-{step}"
+
+
+def write_variant(study: Path, variant: str, config: Mapping[str, Any]) -> None:
+    """Write the configuration of a variant, by dotted key."""
+    (study / VARIANTS).mkdir(parents=True, exist_ok=True)
+    write_json(study / VARIANTS / f"{variant}.json", config)
+
+
+def read_variant(study: Path, variant: str) -> dict[str, Any]:
+    """Return the configuration of a variant; an empty one if it is missing or cut off."""
+    return migrate(read_json(study / VARIANTS / f"{variant}.json"))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Hold a folder's lock for this process; yields whether it was free. The lock names its process.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        file.truncate(0)
+        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        file.flush()
+        yield True
+        file.truncate(0)
+
+
+def lock_holder(folder: Path) -> dict[str, Any] | None:
+    """Return process and host that hold a folder's lock; None if it is free, as it is once they have ended."""
+    try:
+        with (folder / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return read_json(folder / LOCK)
+    except FileNotFoundError:
+        pass
+    return None
+
+
+@dataclass(frozen=True)
+class Record:
+    """The content of ``run.json``.
+
+    Args:
+        variant: name.
+        seed: of the run.
+        state: ``finished`` or ``failed``; ``unfinished`` if there is no file, or not a whole one.
+        command: of the run.
+        seconds: that all attempts took.
+        threads: CPU threads; None if they were left to PyTorch.
+        machine: host, system, number of CPUs.
+        versions: of what results may depend on.
+        digest: of all that decides the results, see :class:`opdlab.studies.plan.Plan`.
+        last_lines: of a failed run's output.
+        taken_from: folder of the run that this one is a copy of.
+    """
+
+    variant: str = ""
+    seed: int = 0
+    state: str = UNFINISHED
+    command: Sequence[str] = ()
+    seconds: float = 0.0
+    threads: int | None = None
+    machine: Mapping[str, Any] = field(
+        default_factory=lambda: {"host": platform.node(), "system": platform.platform(), "cpus": os.cpu_count()}
+    )
+    versions: Mapping[str, str] = field(
+        default_factory=lambda: {"python": platform.python_version(), **package_versions()}
+    )
+    digest: str = ""
+    last_lines: Sequence[str] = ()
+    taken_from: str = ""
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Return the record of the run in ``folder``."""
+        known = {"machine": {}, "versions": {}, **read_json(folder / RUN)}
+        return cls(**{each.name: known[each.name] for each in fields(cls) if each.name in known})
+
+    def write(self, folder: Path) -> None:
+        """Write the record of the run in ``folder``."""
+        optional = ("last_lines", "taken_from")
+        write_json(folder / RUN, {key: value for key, value in asdict(self).items() if value or key not in optional})
+
+
+def evaluation_is_complete(folder: Path) -> bool:
+    """Return whether an evaluation has its results and every sample line that its settings ask for."""
+    settings = read_settings(folder) or {}
+    benchmarks = settings.get("data", {}).get("benchmarks", {})
+    num_samples = settings.get("model", {}).get("eval_sampling", {}).get("num_samples", 0)
+    return bool(benchmarks and read_json(folder / RESULTS)) and all(
+        _num_lines(folder, name) == benchmark["num_problems"] * num_samples for name, benchmark in benchmarks.items()
+    )
+
+
+def _num_lines(folder: Path, benchmark: str) -> int:
+    files = [file for file in folder.glob(f"{benchmark}-*.jsonl") if file.stem[len(benchmark) + 1 :].isdigit()]
+    return sum(file.read_bytes().count(b"\n") for file in files)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: of the folder.
+        evaluated_at: optimizer steps after which the run is evaluated.
+    """
+
+    path: Path
+    evaluated_at: Sequence[int]
+
+    @property
+    def record(self) -> Record:
+        """How the run ended."""
+        return Record.read(self.path)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken, up to a second ago."""
+        return int(read_json(self.path / PROGRESS).get("step", 0))
+
+    @property
+    def seconds(self) -> float:
+        """Seconds that all attempts took."""
+        return float(read_json(self.path / PROGRESS).get("seconds", 0.0))
+
+    def write_progress(self, step: int, seconds: float) -> None:
+        """Write how far the run is."""
+        write_json(self.path / PROGRESS, {"step": step, "seconds": seconds})
+
+    @property
+    def log(self) -> Path:
+        """What the run printed."""
+        return self.path / LOG
+
+    @property
+    def samples(self) -> Path:
+        """Where `opdlab fit` writes the evaluations while the run lasts."""
+        return fit_samples_folder(str(self.path / SAMPLES), self.path / VERSION)
+
+    @property
+    def evaluations(self) -> Path:
+        """Where the evaluations are once the run has ended."""
+        return self.path / EVALUATIONS
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where `opdlab fit` writes checkpoints."""
+        return self.path / VERSION / "checkpoints"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has ended and all its evaluations are complete."""
+        return self.record.state == FINISHED and self.is_complete(self.evaluations)
+
+    @property
+    def holder(self) -> dict[str, Any] | None:
+        """Process and host that run it; None if nobody does."""
+        return lock_holder(self.path)
+
+    def is_complete(self, evaluations: Path) -> bool:
+        """Return whether every evaluation of the run is complete; the one before training does not count."""
+        return all(evaluation_is_complete(evaluation_path(evaluations, step)) for step in self.evaluated_at)
+
+    def clean(self) -> None:
+        """Delete what an earlier attempt left, except its log."""
+        for path in self.path.iterdir() if self.path.exists() else ():
+            if path.name not in _KEPT_WHEN_CLEANED:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def last_lines(self, number: int = 8) -> list[str]:
+        """Return the end of what the run printed; of what its job printed if the run printed nothing."""
+        logs = sorted((self.path / LAUNCH).glob("*_log.err"), key=lambda file: file.stat().st_mtime)
+        for log in (self.log, *logs[-1:]):
+            try:
+                with log.open("rb") as file:
+                    file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+                    text = file.read().decode("utf-8", "replace")
+            except OSError:
+                continue
+            if lines := [line.rstrip() for line in text.splitlines() if line.strip()]:
+                return lines[-number:]
+        return []
