@@ -1,3 +1,3 @@
 """opdlab: gated on-policy distillation of language models on PyTorch Lightning."""
 
-__version__ = "0.1.0"
+from opdlab.version import __version__ as __version__

@@ -1,18 +1,6 @@
-"""Starts the command line: ``opdlab``, or ``python -m opdlab``."""
+"""Run the command line: ``python -m opdlab`` is ``opdlab``."""
 
-import sys
-
-
-def start() -> None:
-    """Entry point of the ``opdlab`` command. Loading the libraries takes seconds, in which Ctrl-C is heard too."""
-    try:
-        from opdlab.cli import console
-    except KeyboardInterrupt:
-        print("opdlab: stopped", file=sys.stderr)
-        raise SystemExit(130) from None
-    console()
-
+from opdlab.cli import console
 
 if __name__ == "__main__":
-    sys.argv[0] = "opdlab"  # what messages on usage call it
-    start()
+    console()

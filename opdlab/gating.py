@@ -149,11 +149,9 @@ class GateStrategy:
         _check_choice("statistic", statistic, get_args(Statistic))
         _check_choice("normalization", normalization, get_args(Normalization))
         if not isinstance(tau, TauSchedule):
-            check_tau("gate.tau", tau)
-        require(0 <= rho <= 1, f"gate.rho is {rho}, but must lie between 0 and 1")
-        require(
-            0 <= low <= 1 <= high, f"gate.low is {low} and gate.high is {high}, but 0 <= low <= 1 <= high must hold"
-        )
+            check_tau("tau", tau)
+        require(0 <= rho <= 1, f"rho is {rho}, but must lie between 0 and 1")
+        require(0 <= low <= 1 <= high, f"low is {low} and high is {high}, but 0 <= low <= 1 <= high must hold")
         self.tau = tau
         self.statistic = statistic
         self.normalization = normalization
@@ -300,7 +298,7 @@ class RuleGate(GateStrategy):
 def _check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     require(
         value in choices,
-        f"gate.{key} is '{value}', but must be one of {', '.join(choices)}{suggestion(str(value), choices)}",
+        f"{key} is '{value}', but must be one of {', '.join(choices)}{suggestion(str(value), choices)}",
     )
 
 

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined] # documented, yet not in its __all__
 
-from opdlab import __version__
+from opdlab.version import __version__
 
 _MAX_TEXT = 300  # characters of anything that others wrote
 

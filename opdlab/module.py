@@ -67,7 +67,7 @@ def check_token_bound(tokens: int | None) -> None:
     """Refuse a ``max_tokens_per_microbatch`` that is out of range."""
     require(
         tokens is None or tokens >= 1,
-        f"model.max_tokens_per_microbatch is {tokens}, but must be at least 1: use null for no bound",
+        f"max_tokens_per_microbatch is {tokens}, but must be at least 1: use null for no bound",
     )
 
 
@@ -148,11 +148,11 @@ class OPDModule(EvaluationModule):
         absent = isinstance(teacher, NoTeacher)
         require(
             not absent or not evaluation.reverse_kl,
-            "model.evaluation.reverse_kl is true, but model.teacher is NoTeacher: give a teacher",
+            "evaluation.reverse_kl is true, but teacher is NoTeacher: give a teacher",
         )
         require(
             reduction in get_args(Reduction),
-            f"model.reduction is '{reduction}', but must be one of {', '.join(get_args(Reduction))}",
+            f"reduction is '{reduction}', but must be one of {', '.join(get_args(Reduction))}",
         )
         check_token_bound(max_tokens_per_microbatch)
         self.student = student
@@ -165,7 +165,7 @@ class OPDModule(EvaluationModule):
         self.gate.setup(student.tokenizer)
         _check_known_needs(gate)
         self.sampling = sampling
-        self._masked_first = single_token_ids(student.tokenizer, mask_first, "model.mask_first")
+        self._masked_first = single_token_ids(student.tokenizer, mask_first, "mask_first")
         self.reduction: Reduction = reduction
         self.evaluator = Evaluator(evaluation, eval_sampling, [])
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
@@ -488,7 +488,7 @@ def _check_known_needs(gate: GateStrategy) -> None:
     for name in gate.needs:
         require(
             name in known,
-            f"model.gate is {type(gate).__name__}, which needs '{name}', but a training step computes no such thing"
+            f"gate is {type(gate).__name__}, which needs '{name}', but a training step computes no such thing"
             f"{suggestion(name, known) or ';'} there is {', '.join(sorted(known))}",
         )
 

@@ -388,7 +388,7 @@ def test_bad_options_are_refused(name: str, options: dict[str, Any], message: st
 
 @pytest.mark.parametrize("size", [0, -3])
 def test_bad_block_sizes_are_refused(size: int) -> None:
-    with pytest.raises(UsageError, match=rf"gate\.block_size is {size}"):
+    with pytest.raises(UsageError, match=f"block_size is {size}"):
         BlockGate(size)
 
 

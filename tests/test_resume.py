@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from opdlab.callbacks import StopCheckpoint
-from opdlab.cli_runs import check_checkpoint
+from opdlab.cli.runs import check_checkpoint
 from opdlab.errors import UsageError
 from tests.toy_run import Run
 

@@ -10,11 +10,11 @@ import lightning
 import torch
 import transformers
 
-import opdlab
 from opdlab.data.prompts import PromptSet
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.sampler import SamplingConfig
 from opdlab.tasks.verifier import Verifier
+from opdlab.version import __version__
 
 _DIGEST_BYTES = 16
 # Of a Hugging Face configuration: says where a model came from, not what it computes.
@@ -122,5 +122,5 @@ def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None
 
 def versions() -> dict[str, str]:
     """Versions of what figures may depend on."""
-    packages = {"opdlab": opdlab, "torch": torch, "transformers": transformers, "lightning": lightning}
-    return {name: str(package.__version__) for name, package in packages.items()}
+    packages = {"torch": torch, "transformers": transformers, "lightning": lightning}
+    return {"opdlab": __version__} | {name: str(package.__version__) for name, package in packages.items()}

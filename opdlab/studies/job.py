@@ -140,7 +140,7 @@ def _fit(spec: RunSpec, missing: tuple[str, ...], resume: tuple[str, ...]) -> in
 
 def _newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
     """The newest checkpoint that can be read, and its step; those that a kill cut off are deleted."""
-    from opdlab.cli_runs import check_checkpoint
+    from opdlab.cli.runs import check_checkpoint
 
     found = folder.glob(f"{_VERSION}/checkpoints/*.ckpt")
     for path in sorted(found, key=lambda file: file.stat().st_mtime_ns, reverse=True):
@@ -152,7 +152,7 @@ def _newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
 
 
 def _samples_folder(spec: RunSpec) -> Path:
-    from opdlab.cli_runs import fit_samples_folder
+    from opdlab.cli.runs import fit_samples_folder
 
     return fit_samples_folder(str(spec.folder / SAMPLES), spec.folder / _VERSION)
 

@@ -1,15 +1,13 @@
 """What a study comes down to: a resolved configuration for each variant, and a command for each run."""
 
 import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from opdlab.cli import OPDCLI
-from opdlab.cli_checks import check_config
-from opdlab.cli_config import config_path, expand_arguments, shipped_configs
+from opdlab.cli.config_files import config_path, shipped_configs
+from opdlab.cli.parsing import parse_fit
 from opdlab.errors import UsageError, require
 from opdlab.evaluation.settings import difference, digest
 from opdlab.studies.folder import RUNS, SAMPLES, STUDY, VARIANTS
@@ -20,42 +18,6 @@ from opdlab.studies.study import OWN_KEYS, Study, Variant, read_study
 # for stay: a schedule may depend on them.
 _LEFT_OUT = {"config", *OWN_KEYS} - {"trainer.max_steps"}
 _FIXED = ("base", "overrides", "budgets", "threads")
-
-
-class _ParseOnly(OPDCLI):
-    """Parses what ``fit`` takes, and builds nothing."""
-
-    def before_instantiate_classes(self) -> None:
-        """Nothing: no folder is made."""
-
-    def instantiate_classes(self) -> None:
-        """Nothing: models would be loaded."""
-
-    def after_instantiate_classes(self) -> None:
-        self.subcommand = None  # nothing is run
-
-
-class _Resolver:
-    """The command line's own parser; made once, since that takes longer than to parse."""
-
-    def __init__(self) -> None:
-        self._cli: _ParseOnly | None = None
-
-    def resolve(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """The configuration that ``opdlab fit`` makes of ``arguments``, as plain values."""
-        before, arguments = sys.argv, ["fit", *expand_arguments(arguments)]
-        try:
-            if self._cli is None:
-                sys.argv = [before[0], *arguments]
-                self._cli = _ParseOnly()
-            else:
-                sys.argv = before[:1]
-                self._cli.parse_arguments(self._cli.parser, arguments)
-        finally:
-            sys.argv = before
-        config = self._cli.config.fit.as_dict()
-        plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
-        return plain
 
 
 @dataclass(frozen=True)
@@ -174,28 +136,29 @@ def make_plan(study: Study, folder: Path) -> Plan:
             the budgets.
     """
     study = Study(**{**vars(study), "base": [_settled(name) for name in study.base]})
-    resolver, resolved = _Resolver(), {}
+    resolved = {}
     for variant in study.variants:
         try:
-            config = _resolve(resolver, study, variant)
+            config = _resolve(study, variant)
         except UsageError as error:
-            raise UsageError(f"{_blamed(resolver, study, variant, str(error))}: {error}") from error
+            raise UsageError(f"{_blamed(study, variant, str(error))}: {error}") from error
         flat = _flat(config)
         resolved[variant.name] = {key: value for key, value in flat.items() if key not in _LEFT_OUT}
     return Plan(study, folder.absolute(), resolved)
 
 
-def _resolve(resolver: _Resolver, study: Study, variant: Variant) -> dict[str, Any]:
-    config = resolver.resolve([*variant_arguments(study, variant), "--seed_everything=false"])
+def _resolve(study: Study, variant: Variant) -> dict[str, Any]:
+    parsed = parse_fit([*variant_arguments(study, variant), "--seed_everything=false"])
+    config: dict[str, Any] = json.loads(json.dumps(parsed.as_dict(), default=str))
     _check(config)
     return config
 
 
-def _blamed(resolver: _Resolver, study: Study, variant: Variant, fault: str) -> str:
+def _blamed(study: Study, variant: Variant, fault: str) -> str:
     """Where a fault lies: in what all variants have, if that is refused likewise without the variant's own."""
     for part, overrides in (("base", []), ("overrides", study.overrides)):
         try:
-            _resolve(resolver, replace(study, overrides=overrides), replace(variant, overrides=[]))
+            _resolve(replace(study, overrides=overrides), replace(variant, overrides=[]))
         except UsageError as error:
             if str(error) == fault:
                 return part
@@ -217,7 +180,7 @@ def _flat(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def _check(config: dict[str, Any]) -> None:
-    """Build what is cheap to build, and see that every run trains to its end and is evaluated."""
+    """Check that every run trains to its end and is evaluated."""
     trainer = config["trainer"]
     benchmarks = config["data"].get("benchmarks")
     require(bool(benchmarks), "data.benchmarks is empty, so that nothing would be evaluated: give at least one")
@@ -235,4 +198,3 @@ def _check(config: dict[str, Any]) -> None:
             value in allowed or (key == "logger" and isinstance(value, dict | list)),
             f"trainer.{key} is {value}, with which a run may not be evaluated in full at every budget: leave it out",
         )
-    check_config(config)

@@ -131,7 +131,7 @@ def test_a_failed_run_is_told_of_and_does_not_stop_the_others(
 def test_two_on_one_folder_are_refused(
     whole: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from opdlab.cli_study import _alone
+    from opdlab.cli.study import _alone
 
     with _alone(whole):
         assert study_run(monkeypatch, write(whole.parents[2])) == EXIT_USAGE

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from opdlab.cli import EXIT_USAGE, main
-from opdlab.cli_study import shipped_studies
+from opdlab.cli.study import shipped_studies
 from opdlab.errors import UsageError
 from opdlab.studies.plan import Plan, make_plan
 from opdlab.studies.study import parse_study, read_study
@@ -82,7 +82,7 @@ def test_what_is_no_study_is_refused(changes: dict[str, Any], words: str) -> Non
         ({"variants": [variant("none", "--data.reuse.batch_size=3")]}, "data.reuse.batch_size is 3"),
         (
             {"variants": [variant("none"), variant("b", "--model.gate.tau=LinearTau", "--model.gate.tau.num_steps=0")]},
-            "variants: 'b': gate.tau.num_steps is 0, but must be at least 1",
+            "variants: 'b': model.gate.tau.num_steps is 0, but must be at least 1",
         ),
         (
             {"variants": [variant("none"), variant("b", "--model.max_tokens_per_microbatch=0")]},

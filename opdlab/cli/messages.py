@@ -8,7 +8,6 @@ from collections.abc import Iterable
 
 from jsonargparse import ArgumentParser
 
-from opdlab.errors import UsageError, last_refusal
 from opdlab.registry import suggestion
 
 _HELP = "opdlab fit --help"
@@ -16,6 +15,10 @@ _HELP = "opdlab fit --help"
 _WRAPPER = re.compile(
     r"(?:Problem with given class_path '[^']+': |Type typing\.Callable\S*.*? expects a function or a callable class: )?"
     r'Parser key "(?P<key>[^"]+)": '
+)
+_UNKNOWN = re.compile(
+    r"^(?:Group '(?P<group>[\w.]+)' does not accept option|(?:.* does not accept )?[Oo]ption) '(?P<key>[\w.]+)'"
+    r"|unrecognized arguments: --(?P<argument>[\w.]+)"
 )
 _NO_PATH = re.compile(r"- Expected a path but .*? either not accessible or invalid - ")
 _UNION = re.compile(
@@ -42,7 +45,7 @@ def explain(error: BaseException, keys: Iterable[str] = (), *, command: str = _H
         command: lists them.
 
     Example:
-        >>> explain(ValueError("Subcommand 'fit' does not accept option 'model.gaet'"), ["model.gate", "data.train"])
+        >>> explain(ValueError("Group 'model' does not accept option 'gaet'"), ["model.gate", "data.train"])
         "unknown key 'model.gaet'; did you mean 'model.gate'?"
         >>> explain(ValueError("save_pools: Expected a <class 'bool'>. Got value: maybe"))
         'save_pools is maybe, but must be true or false'
@@ -53,16 +56,15 @@ def explain(error: BaseException, keys: Iterable[str] = (), *, command: str = _H
         options = options_of(match[1])
         hint = suggestion(match[2], options) or ";"
         return f"unknown key '{match[2]}' of {match[1]}{hint} its keys: {', '.join(options)}"
-    if match := re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text):
-        return f"unknown key '{match[1]}'{_nearest(match[1], sorted(keys), command)}"
+    if match := _UNKNOWN.search(text):
+        key = f"{match['group']}.{match['key']}" if match["group"] else match["key"] or match["argument"]
+        return f"unknown key '{key}'{_nearest(key, sorted(keys), command)}"
     if match := re.search(r"^(\S+): Unable to load config ['\"](.*?)['\"]", text):
         return f"{match[1]} is {match[2]}, but it is a section{_nearest(f'{match[1]}.', sorted(keys), command)}"
     if match := re.search(r"^([\w.+]+): (.*)$", text):
         return _wrong_value(match[1], match[2]) or text
     if "arguments are required" in text:
         return f"{text}; start from a shipped configuration, for example -c quickstart"
-    if "invalid choice" in text or 'expected "subcommand"' in text:
-        return f"{text}; or give `gates`, which lists the registered gates, or `estimate`"
     return text
 
 
@@ -120,20 +122,6 @@ def _nearest(key: str, known: list[str], command: str) -> str:
         return suggestion(key, known) or f"; `{command}` lists all keys"
     near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
     return f"; did you mean '{section}.{near[0]}'?" if near else f"; its section has {', '.join(siblings)}"
-
-
-def root_usage_error(error: BaseException) -> BaseException:
-    """Return the :class:`UsageError` that is behind ``error``, or ``error`` where there is none.
-
-    A value that may be of several types is tried with each. The parser then raises an error of its own that quotes
-    what each has said, and is raised from the first alone.
-    """
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, UsageError):
-        cause = cause.__cause__
-    if cause is None and (said := last_refusal(within=str(error))) is not None:
-        return UsageError(said)
-    return cause or error
 
 
 def options_of(class_path: str) -> list[str]:

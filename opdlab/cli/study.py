@@ -13,7 +13,8 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from opdlab.cli_errors import explain
+from opdlab.cli.commands import COMMANDS
+from opdlab.cli.messages import explain
 from opdlab.errors import UsageError, require
 from opdlab.registry import suggestion
 from opdlab.studies.folder import FAILED
@@ -70,7 +71,7 @@ def _explain(error: ArgumentError, command: str) -> str:
 
 def parser() -> ArgumentParser:
     """Of ``opdlab study``."""
-    made = ArgumentParser(prog="opdlab study", description="Compare variants over seeds.", exit_on_error=False)
+    made = ArgumentParser(prog="opdlab study", description=COMMANDS["study"].summary, exit_on_error=False)
     report = ArgumentParser(exit_on_error=False)
     report.add_argument("folder", type=str, help="Of the study, such as runs/studies/paper-toy-mild.")
     commands = made.add_subcommands()
