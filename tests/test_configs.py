@@ -266,3 +266,14 @@ def test_extends_elsewhere_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     error = capsys.readouterr().err
     assert "obeyed only in files given to -c" in error
     assert len(error.splitlines()) == 1
+
+
+def test_keys_that_earlier_versions_saved_as_null_are_read_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, old="extends: quickstart\noptimizer: null\nlr_scheduler: null", bad="optimizer: Adam")
+    config = parse_fit(["-c", str(tmp_path / "old.yaml")])
+    assert "optimizer" not in config
+    assert "lr_scheduler" not in config
+    assert main(["fit", "-c", "quickstart", "-c", str(tmp_path / "bad.yaml")]) == EXIT_USAGE
+    assert "unknown key 'optimizer'; did you mean 'model.optimizer'?" in capsys.readouterr().err

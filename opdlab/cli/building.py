@@ -14,29 +14,29 @@ from jsonargparse import ArgumentParser, Namespace
 from opdlab.errors import UsageError
 
 
-@contextmanager
-def under(key: str, fields: Container[str]) -> Iterator[None]:
-    """Put ``key`` before the message of a refusal in the block, where that begins with one of ``fields``.
+def with_key(error: UsageError, key: str, fields: Container[str]) -> UsageError:
+    """Return ``error`` with ``key`` before its message, where that begins with one of ``fields``.
 
     Args:
-        key: of the section that a class is built from.
-        fields: the section's own keys.
+        error: of a constructor.
+        key: of the section that the class is built from.
+        fields: the keys in that section.
 
     Example:
-        >>> from opdlab.policies import SamplingConfig
-        >>> with under("model.eval_sampling", ["num_samples"]):
-        ...     SamplingConfig(num_samples=0)
-        Traceback (most recent call last):
-        ...
-        opdlab.errors.UsageError: model.eval_sampling.num_samples is 0, but must be at least 1
+        >>> str(with_key(UsageError("r is 0, but must be at least 1"), "model.student.adapter", ["r", "alpha"]))
+        'model.student.adapter.r is 0, but must be at least 1'
     """
+    field = re.match(r"\w+(?=[ .])", str(error))
+    return UsageError(f"{key}.{error}") if key and field is not None and field[0] in fields else error
+
+
+@contextmanager
+def under(key: str, fields: Container[str]) -> Iterator[None]:
+    """Raise what is refused in the block :func:`with_key`."""
     try:
         yield
     except UsageError as error:
-        field = re.match(r"\w+(?=[ .])", str(error))
-        if not key or field is None or field[0] not in fields:
-            raise
-        raise UsageError(f"{key}.{error}") from error
+        raise with_key(error, key, fields) from error
 
 
 def build(parser: ArgumentParser, config: Namespace, *, groups: bool = True) -> Namespace:
@@ -53,23 +53,23 @@ def build(parser: ArgumentParser, config: Namespace, *, groups: bool = True) -> 
     Raises:
         UsageError: a constructor refused its arguments.
     """
-    plain, refusals = config.as_dict(), []
+    refused: dict[str, UsageError] = {}
 
     def instantiate(cls: Any, *args: Any, **options: Any) -> Any:
         try:
-            with under(_key_of(plain, cls, options), options):
-                return cls(*args, **options)
+            return cls(*args, **options)
         except UsageError as error:
-            refusals.append(error)
+            refused[str(error)] = with_key(error, _key_of(config.as_dict(), cls, options), options)
             raise
 
     parser.add_instantiator(instantiate, object, prepend=True)
     try:
         built: Namespace = parser.instantiate_classes(config, instantiate_groups=groups)
     except ValueError as error:
-        if refusals:
-            raise refusals[-1] from error
-        raise
+        quoted = [named for said, named in refused.items() if said in str(error)]
+        if not quoted or quoted[-1] is error:
+            raise
+        raise quoted[-1] from error
     return built
 
 
@@ -93,7 +93,7 @@ def _describes(section: Mapping[str, Any], cls: Any, options: Mapping[str, Any])
         if str(section["class_path"]).rpartition(".")[2] != cls.__name__:
             return False
         section = section.get("init_args") or {}
-    elif not section:
+    elif section.keys() != options.keys():
         return False
     plain = (str, int, float, type(None))
     return section.keys() <= options.keys() and all(

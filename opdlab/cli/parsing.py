@@ -36,7 +36,7 @@ class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 def fit_parser(command: str = "fit") -> LightningArgumentParser:
     """Return the parser of a command that takes a whole configuration: fit, validate, test or estimate.
 
-    Building it takes a second, so it is built once.
+    It is built once: a study parses every variant with it.
     """
     parser = LightningArgumentParser(
         prog=f"opdlab {command}",
