@@ -51,11 +51,12 @@ def explain(error: BaseException, keys: Iterable[str] = (), *, command: str = _H
         'save_pools is maybe, but must be true or false'
     """
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    text = re.sub(r'^Parser key "([^"]+)": ', r"\1: ", text)
     if match := re.search(r"Problem with given class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text):
+        place = ".".join(re.findall(r'Parser key "([^"]+)"', text[: match.start()]))
         options = options_of(match[1])
         hint = suggestion(match[2], options) or ";"
-        return f"unknown key '{match[2]}' of {match[1]}{hint} its keys: {', '.join(options)}"
+        return f"{place}: unknown key '{match[2]}' of {match[1]}{hint} its keys: {', '.join(options)}"
+    text = re.sub(r'^Parser key "([^"]+)": ', r"\1: ", text)
     if match := _UNKNOWN.search(text):
         key = f"{match['group']}.{match['key']}" if match["group"] else match["key"] or match["argument"]
         return f"unknown key '{key}'{_nearest(key, sorted(keys), command)}"

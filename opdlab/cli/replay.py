@@ -31,7 +31,10 @@ _PASSED_ON = ("--model.", "--data.", "--trainer.")
 
 
 def parser() -> PlainParser:
-    """Of ``opdlab replay``; what begins with ``--model.``, ``--data.`` or ``--trainer.`` changes the run's config."""
+    """Return the parser of ``opdlab replay``.
+
+    What begins with ``--model.``, ``--data.`` or ``--trainer.`` is left to the run's own configuration.
+    """
     made = PlainParser(
         prog="opdlab replay",
         description=f"{COMMANDS['replay'].summary} The run is one of fit --save_pools true. "

@@ -91,6 +91,11 @@ def test_nothing_is_loaded_for_values_that_are_refused(said: Said, monkeypatch: 
         assert said(f"fit -c quickstart {flag}").startswith(f"{key} is {value}")
 
 
+def test_an_unknown_key_of_a_nested_class_is_told_with_its_place(said: Said) -> None:
+    message = said("fit -c quickstart --model.gate.tau LinearTau --model.gate.tau.strat 1")
+    assert message.startswith("model.gate.tau: unknown key 'strat' of opdlab.tau.LinearTau; did you mean 'start'?")
+
+
 @pytest.mark.parametrize("name", gate_registry().names())
 def test_the_keys_that_are_listed_are_those_that_are_taken(said: Said, name: str) -> None:
     cls: Callable[..., object] = gate_registry().get(name)

@@ -140,7 +140,10 @@ def test_gates_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -
     [
         ("--model.gate blok64", "unknown gate 'blok64'; did you mean 'block64'?"),
         ("--model.objective teacher_topc", "unknown objective 'teacher_topc'; did you mean 'teacher_topk'?"),
-        ("--model.gate.tua 1", "unknown key 'tua' of opdlab.strategies.block.Block64Gate; did you mean 'tau'?"),
+        (
+            "--model.gate.tua 1",
+            "error: model.gate: unknown key 'tua' of opdlab.strategies.block.Block64Gate; did you mean 'tau'?",
+        ),
         ("--modle.gate block64", "unknown key 'modle.gate'; did you mean 'model.gate'?"),
         (
             "--sample_logger.every_n_step 5",
