@@ -1,6 +1,6 @@
-"""Run the command line: ``python -m opdlab`` is ``opdlab``."""
+"""Run the command line: ``opdlab``, or ``python -m opdlab``."""
 
-from opdlab.cli import console
+from opdlab.cli import console as start
 
 if __name__ == "__main__":
-    console()
+    start()
