@@ -26,7 +26,7 @@ class BehaviorRefresh(pl.Callback):
     """
 
     def __init__(self, every_n_steps: int = 4) -> None:
-        require(every_n_steps >= 1, f"behavior_refresh.every_n_steps is {every_n_steps}, but must be at least 1")
+        require(every_n_steps >= 1, f"every_n_steps is {every_n_steps}, but must be at least 1")
         self.every_n_steps = every_n_steps
         self._last_step = 0
 

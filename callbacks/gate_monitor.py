@@ -49,8 +49,8 @@ class GateMonitor(StepCallback):
     """
 
     def __init__(self, every_n_steps: int = 10, max_blocks: int = 64) -> None:
-        super().__init__(every_n_steps, "gate_monitor")
-        require(max_blocks >= 1, f"gate_monitor.max_blocks is {max_blocks}, but must be at least 1")
+        super().__init__(every_n_steps)
+        require(max_blocks >= 1, f"max_blocks is {max_blocks}, but must be at least 1")
         self.max_blocks = max_blocks
         self._forget()
 

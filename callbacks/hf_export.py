@@ -47,7 +47,7 @@ class HFExport(pl.Callback):
         self.push_to_hub = push_to_hub
         self._written: tuple[Path, TrainingRecord] | None = None
         error = None if push_to_hub is None else hub_id_error(push_to_hub)
-        require(error is None, f"export.push_to_hub is '{push_to_hub}', which is no hub id such as me/student: {error}")
+        require(error is None, f"push_to_hub is '{push_to_hub}', which is no hub id such as me/student: {error}")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find out before training whether the folder can be written to."""
@@ -102,7 +102,7 @@ class HFExport(pl.Callback):
         except Exception as error:  # whatever it is: training is over, and must not seem to have failed
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             rank_zero_warn(
-                f"export.push_to_hub '{self.push_to_hub}' failed, but {folder} is complete; to try again: "
+                f"push_to_hub '{self.push_to_hub}' failed, but {folder} is complete; to try again: "
                 f"hf upload {self.push_to_hub} {folder} ({reason})"
             )
 

@@ -53,14 +53,14 @@ class PoolRecorder(StepCallback):
         steps: list[int] | None = None,
         keep_last: int | None = None,
     ) -> None:
-        super().__init__(every_n_steps, "pool_recorder")
+        super().__init__(every_n_steps)
         require(
             steps is None or (bool(steps) and min(steps) >= 1),
-            f"pool_recorder.steps is {steps}, but must be numbers of optimizer steps from 1 on, or null",
+            f"steps is {steps}, but must be numbers of optimizer steps from 1 on, or null",
         )
         require(
             keep_last is None or keep_last >= 1,
-            f"pool_recorder.keep_last is {keep_last}, but must be at least 1, or null to keep all",
+            f"keep_last is {keep_last}, but must be at least 1, or null to keep all",
         )
         self.enabled, self.steps, self.keep_last = enabled, steps, keep_last
         self.folder = Path()

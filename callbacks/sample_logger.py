@@ -53,8 +53,8 @@ class SampleLogger(StepCallback):
     """
 
     def __init__(self, every_n_steps: int = 100, num_rollouts: int = 4) -> None:
-        super().__init__(every_n_steps, "sample_logger")
-        require(num_rollouts >= 1, f"sample_logger.num_rollouts is {num_rollouts}, but must be at least 1")
+        super().__init__(every_n_steps)
+        require(num_rollouts >= 1, f"num_rollouts is {num_rollouts}, but must be at least 1")
         self.num_rollouts = num_rollouts
         self.folder = Path()
         """Where pages are written, once training has started."""

@@ -18,14 +18,13 @@ class StepCallback(pl.Callback):
 
     Args:
         every_n_steps: n, at least 1.
-        section: of the configuration, for messages.
 
     Raises:
         UsageError: n is below 1.
     """
 
-    def __init__(self, every_n_steps: int, section: str) -> None:
-        require(every_n_steps >= 1, f"{section}.every_n_steps is {every_n_steps}, but must be at least 1")
+    def __init__(self, every_n_steps: int) -> None:
+        require(every_n_steps >= 1, f"every_n_steps is {every_n_steps}, but must be at least 1")
         self.every_n_steps = every_n_steps
         self._traces: list[StepTrace] = []
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from opdlab.data import PromptDataModule as PromptDataModule
     from opdlab.data import ReuseConfig as ReuseConfig
     from opdlab.evaluation import EvaluationConfig as EvaluationConfig
+    from opdlab.gating import DriftGate as DriftGate
     from opdlab.gating import GateInputs as GateInputs
     from opdlab.gating import Gates as Gates
     from opdlab.gating import GateStrategy as GateStrategy
@@ -54,7 +55,10 @@ _MODULES = {
     ),
     "opdlab.data": ("PromptDataModule", "ReuseConfig"),
     "opdlab.evaluation": ("EvaluationConfig",),
-    "opdlab.gating": ("GateInputs", "GateStrategy", "Gates", "RuleGate", "build_gate", "gate_names", "register_gate"),
+    "opdlab.gating": (
+        *("DriftGate", "GateInputs", "GateStrategy", "Gates", "RuleGate", "build_gate", "gate_names"),
+        "register_gate",
+    ),
     "opdlab.module": ("OPDModule",),
     "opdlab.objectives": ("Objective", "SampledTokenOPD", "TeacherTopK", "register_objective"),
     "opdlab.policies": ("LanguageModel", "LocalTeacher", "SamplingConfig", "Teacher"),

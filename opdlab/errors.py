@@ -1,28 +1,21 @@
 """The one kind of error that a user can cause and mend, and the signals that stop a run."""
 
 import signal
-from collections import deque
-
-# What was refused lately; texts alone, since an error holds on to all that its frames hold.
-_REFUSALS: deque[str] = deque(maxlen=16)
 
 
 class UsageError(ValueError):
-    """Something the user gave cannot work; the message names the key, the value and the mend.
+    """Something the user gave cannot work; the message names the field, the value and the mend.
 
-    The command line prints the message alone and exits with code 2. It is a ``ValueError``, so Python
-    callers need no import from here to catch it.
+    A class names its own field; what builds it from a configuration puts the key of the section before that. The
+    command line prints the message alone and exits with code 2. It is a ``ValueError``, so Python callers need no
+    import from here to catch it.
 
     Example:
-        >>> raise UsageError("gate.tau is -1.0, but must be at least 0: use 0 for no gating")
+        >>> raise UsageError("tau is -1.0, but must be at least 0: use 0 for no gating")
         Traceback (most recent call last):
         ...
-        opdlab.errors.UsageError: gate.tau is -1.0, but must be at least 0: use 0 for no gating
+        opdlab.errors.UsageError: tau is -1.0, but must be at least 0: use 0 for no gating
     """
-
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)
-        _REFUSALS.append(str(self))
 
 
 class Stopped(KeyboardInterrupt):
@@ -45,18 +38,6 @@ def exit_code(stopped: BaseException | None) -> int:
         (143, 130)
     """
     return 128 + int(getattr(stopped, "signum", signal.SIGINT))
-
-
-def last_refusal(within: str) -> str | None:
-    """The newest message of a :class:`UsageError` that ``within``, the message of another error, quotes; or None.
-
-    Example:
-        >>> error = UsageError("gate.rho is 2, but must lie between 0 and 1")
-        >>> last_refusal("None of the types fits: - Expected a float - gate.rho is 2, but must lie between 0 and 1")
-        'gate.rho is 2, but must lie between 0 and 1'
-    """
-    text = " ".join(within.split())
-    return next((said for said in reversed(_REFUSALS) if said and " ".join(said.split()) in text), None)
 
 
 def require(condition: bool, message: str) -> None:

@@ -62,9 +62,9 @@ class LinearTau(TauSchedule):
     """
 
     def __init__(self, start: float = 0.0, end: float = 1.0, num_steps: int = 100) -> None:
-        check_tau("gate.tau.start", start)
-        check_tau("gate.tau.end", end)
-        require(num_steps >= 1, f"gate.tau.num_steps is {num_steps}, but must be at least 1")
+        check_tau("start", start)
+        check_tau("end", end)
+        require(num_steps >= 1, f"num_steps is {num_steps}, but must be at least 1")
         self.start, self.end, self.num_steps = start, end, num_steps
 
     def __call__(self, step: int, statistic: Tensor, mask: Tensor) -> float:
@@ -96,9 +96,9 @@ class EffectiveSampleSizeTau(TauSchedule):
     """
 
     def __init__(self, target: float = 0.9, max_tau: float = 100.0) -> None:
-        require(0 < target < 1, f"gate.tau.target is {target}, but must lie between 0 and 1")
-        check_tau("gate.tau.max_tau", max_tau)
-        require(max_tau > 0, f"gate.tau.max_tau is {max_tau}, but must be above 0")
+        require(0 < target < 1, f"target is {target}, but must lie between 0 and 1")
+        check_tau("max_tau", max_tau)
+        require(max_tau > 0, f"max_tau is {max_tau}, but must be above 0")
         self.target, self.max_tau = target, max_tau
 
     # Halvings of an interval of nine decades of tau, which leave 2e-8 of its logarithm.

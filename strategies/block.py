@@ -27,7 +27,7 @@ class BlockGate(DriftGate):
 
     def __init__(self, block_size: int = 64, **options: Any) -> None:
         super().__init__(**options)
-        require(block_size >= 1, f"gate.block_size is {block_size}, but must be at least 1 token")
+        require(block_size >= 1, f"block_size is {block_size}, but must be at least 1 token")
         self.block_size = block_size
 
     def segment_ids(self, inputs: GateInputs) -> Tensor:

@@ -47,9 +47,9 @@ class FilterReweightGate(RuleGate):
 
     def __init__(self, dropped: float = 0.2, alpha: float = 1.0, beta: float = 1.0, **options: Any) -> None:
         super().__init__(**options)
-        require(0 <= dropped < 1, f"gate.dropped is {dropped}, but must be at least 0 and below 1")
-        require(alpha >= 0, f"gate.alpha is {alpha}, but must be at least 0")
-        require(beta >= 0, f"gate.beta is {beta}, but must be at least 0")
+        require(0 <= dropped < 1, f"dropped is {dropped}, but must be at least 0 and below 1")
+        require(alpha >= 0, f"alpha is {alpha}, but must be at least 0")
+        require(beta >= 0, f"beta is {beta}, but must be at least 0")
         self.dropped, self.alpha, self.beta = dropped, alpha, beta
 
     @property

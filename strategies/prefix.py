@@ -37,7 +37,7 @@ class PrefixGate(RuleGate):
 
     def __init__(self, gamma: float = 0.5, **options: Any) -> None:
         super().__init__(**options)
-        require(gamma >= 0, f"gate.gamma is {gamma}, but must be at least 0")
+        require(gamma >= 0, f"gamma is {gamma}, but must be at least 0")
         self.gamma = gamma
 
     @property

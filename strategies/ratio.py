@@ -73,7 +73,7 @@ class TruncatedRatioGate(RuleGate):
 
     def __init__(self, max_ratio: float = 2.0, **options: Any) -> None:
         super().__init__(**options)
-        require(max_ratio >= 1, f"gate.max_ratio is {max_ratio}, but must be at least 1")
+        require(max_ratio >= 1, f"max_ratio is {max_ratio}, but must be at least 1")
         self.max_ratio = max_ratio
 
     @property
@@ -122,7 +122,7 @@ class SequenceRatioMaskGate(RuleGate):
         _check_band(min_ratio, max_ratio)
         require(
             aggregate in ("geometric_mean", "product"),
-            f"gate.aggregate is '{aggregate}', but must be geometric_mean or product",
+            f"aggregate is '{aggregate}', but must be geometric_mean or product",
         )
         self.min_ratio, self.max_ratio, self.aggregate = min_ratio, max_ratio, aggregate
 
@@ -141,7 +141,7 @@ class SequenceRatioMaskGate(RuleGate):
 def _check_band(low: float, high: float) -> None:
     require(
         0 <= low <= 1 <= high,
-        f"gate.min_ratio is {low} and gate.max_ratio is {high}, but 0 <= min_ratio <= 1 <= max_ratio must hold",
+        f"min_ratio is {low} and max_ratio is {high}, but 0 <= min_ratio <= 1 <= max_ratio must hold",
     )
 
 

@@ -41,7 +41,7 @@ class SignConsistencyGate(RuleGate):
 
     def __init__(self, strength: float = 0.5, **options: Any) -> None:
         super().__init__(**options)
-        require(0 <= strength <= 1, f"gate.strength is {strength}, but must lie between 0 and 1")
+        require(0 <= strength <= 1, f"strength is {strength}, but must lie between 0 and 1")
         self.strength = strength
 
     @property

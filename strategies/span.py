@@ -45,12 +45,12 @@ class SpanGate(DriftGate):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        require(min_tokens >= 1, f"gate.min_tokens is {min_tokens}, but must be at least 1")
+        require(min_tokens >= 1, f"min_tokens is {min_tokens}, but must be at least 1")
         require(
             max_tokens >= min_tokens,
-            f"gate.max_tokens is {max_tokens}, but must be at least gate.min_tokens, which is {min_tokens}",
+            f"max_tokens is {max_tokens}, but must be at least min_tokens, which is {min_tokens}",
         )
-        require(fallback_tokens >= 1, f"gate.fallback_tokens is {fallback_tokens}, but must be at least 1")
+        require(fallback_tokens >= 1, f"fallback_tokens is {fallback_tokens}, but must be at least 1")
         self.newline_token_ids = None if newline_token_ids is None else list(newline_token_ids)
         self.min_tokens = min_tokens
         self.max_tokens = max_tokens

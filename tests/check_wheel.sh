@@ -13,8 +13,8 @@ fi
 cd "$folder"
 # The editable install of the same package is found later on the path than PYTHONPATH.
 PYTHONPATH="$folder/site" "$venv_python" - <<'PY'
-import opdlab, opdlab.module, opdlab.cli
-from opdlab.cli_config import shipped_configs
+import opdlab, opdlab.module, opdlab.cli.app
+from opdlab.cli.config_files import shipped_configs
 from opdlab.gating import gate_names
 from opdlab.policies import LanguageModel
 from opdlab.viewer import render_page

@@ -19,8 +19,9 @@ from jsonargparse import Namespace, dict_to_namespace
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from opdlab.cli import EXIT_USAGE, OPDCLI, main
-from opdlab.cli_config import config_chain, expand_arguments, shipped_configs
+from opdlab.cli import EXIT_USAGE, main
+from opdlab.cli.config_files import config_chain, shipped_configs
+from opdlab.cli.parsing import fit_parser, parse_fit
 from opdlab.errors import UsageError
 from opdlab.gating import RuleGate, build_gate, gate_names
 
@@ -117,37 +118,19 @@ def test_runs(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    class SmallCLI(OPDCLI):
-        def parse_arguments(self, parser: Any, args: Any) -> None:
-            super().parse_arguments(parser, args)
-            shrink(self.config.fit, folder)
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["opdlab"])
     monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr("opdlab.cli.OPDCLI", SmallCLI)
-    assert main(["fit", *(part for each in stack(name) for part in ("-c", each))]) == 0
+    config = parse_fit([part for each in stack(name) for part in ("-c", each)])
+    del config.config
+    shrink(config, folder)
+    fit_parser().save(config, "small.yaml", skip_none=False)
+    assert main(["fit", "-c", "small.yaml"]) == 0
     output = capsys.readouterr().out
     assert "pass@1" in output
     assert "after" in output
     saved = yaml.safe_load((tmp_path / "run/version_0/config.yaml").read_text())
     assert "extends" not in saved
     assert (tmp_path / "run/version_0/student/model.safetensors").is_file() == saved["export"]["enabled"]
-
-
-def parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The configuration that the command line makes of ``arguments``."""
-    found: list[Any] = []
-
-    class ParseOnly(OPDCLI):
-        def instantiate_classes(self) -> None:
-            found.append(self.config.fit)
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(sys, "argv", ["opdlab", *expand_arguments(["fit", *arguments])])
-    with pytest.raises(KeyboardInterrupt):
-        ParseOnly()
-    return found[0]
 
 
 PAPER_GATES = {"": "NoGate", "block64": "Block64Gate", "newline": "SpanGate"}
@@ -158,18 +141,18 @@ PAPER_OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("gate", gate_names())
-def test_the_command_lines_defaults_are_the_gates_own(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = parsed(["-c", "quickstart", "--model.gate", gate], monkeypatch).model.gate.init_args
+def test_the_command_lines_defaults_are_the_gates_own(gate: str) -> None:
+    options = parse_fit(["-c", "quickstart", "--model.gate", gate]).model.gate.init_args
     made, own = build_gate(gate, **options.as_dict()), build_gate(gate)
     assert vars(made) == vars(own)
     assert made.normalization.name == {"fire_opd": "mean"}.get(gate, "none" if isinstance(own, RuleGate) else "mean")
 
 
-def test_paper_configurations_are_the_papers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paper_configurations_are_the_papers() -> None:
     assert len(PAPER) == 6
     rest = []
     for name in PAPER:
-        config = parsed(["-c", name], monkeypatch)
+        config = parse_fit(["-c", name])
         check_paper_hyperparameters(config)
         objective, _, gate = name.removeprefix("paper/").partition("-")
         cls, settings = PAPER_OBJECTIVES[objective]
@@ -185,11 +168,11 @@ def test_paper_configurations_are_the_papers(monkeypatch: pytest.MonkeyPatch) ->
     assert all(config == rest[0] for config in rest)  # they differ in nothing else
 
 
-def test_the_papers_smaller_mini_batch_as_its_readme_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_papers_smaller_mini_batch_as_its_readme_has_it() -> None:
     readme = (CONFIGS / "paper/README.md").read_text().replace("\\\n", " ")
     command = re.search(r"^opdlab fit (.* --data\.reuse\.batch_size 8 .*)$", readme, re.MULTILINE)
     assert command is not None
-    config = parsed(shlex.split(command[1]), monkeypatch)
+    config = parse_fit(shlex.split(command[1]))
     check_paper_hyperparameters(config)
     assert config.behavior_refresh.every_n_steps == 8  # the steps of a pool: the first is without drift
 
@@ -220,26 +203,31 @@ def write(folder: Path, **texts: str) -> None:
         (folder / f"{name}.yaml").write_text(text)
 
 
-def test_a_configuration_wins_over_what_it_extends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_configuration_wins_over_what_it_extends(tmp_path: Path) -> None:
     write(
         tmp_path,
         bottom="extends: quickstart\ntrainer: {max_steps: 1, log_every_n_steps: 7}",
         middle="extends: [bottom.yaml, gates/token]\ntrainer: {max_steps: 2}",
         top="extends: middle\nmodel: {gate: {init_args: {tau: 3}}}",
     )
-    config = parsed(["-c", str(tmp_path / "top.yaml"), "--data.reuse.epochs", "9"], monkeypatch)
+    config = parse_fit(["-c", str(tmp_path / "top.yaml"), "--data.reuse.epochs", "9"])
     assert (config.trainer.max_steps, config.trainer.log_every_n_steps, config.data.reuse.epochs) == (2, 7, 9)
     assert config.model.gate.class_path.endswith("TokenGate")
     assert config.model.gate.init_args.tau == 3
     assert "extends" not in config
 
 
+def files_read(*arguments: str) -> list[str]:
+    """What ``fit -c quickstart ARGUMENTS`` reads after the quickstart."""
+    return [str(file) for file in parse_fit(["-c", "quickstart", *arguments]).config][1:]
+
+
 def test_what_was_read_is_not_read_again_as_a_base(tmp_path: Path) -> None:
     write(tmp_path, base="{}", one="extends: base", two="extends: [base, one]")
     base, one, two = (str(tmp_path / f"{name}.yaml") for name in ("base", "one", "two"))
-    assert expand_arguments(["fit", "-c", two]) == ["fit", "-c", base, "-c", one, "-c", two]
-    assert expand_arguments(["-c", one, f"--config={two}"]) == ["-c", base, "-c", one, "--config", two]
-    assert expand_arguments(["-c", base, "-c", one, "-c", base]) == ["-c", base, "-c", one, "-c", base]  # as told
+    assert files_read("-c", two) == [base, one, two]
+    assert files_read("-c", one, f"--config={two}") == [base, one, two]
+    assert files_read("-c", base, "-c", one, "-c", base) == [base, one, base]  # as told
 
 
 @pytest.mark.parametrize(
@@ -257,9 +245,8 @@ def test_what_was_read_is_not_read_again_as_a_base(tmp_path: Path) -> None:
     ],
 )
 def test_a_bad_base_is_one_clear_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], text: str, words: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: str
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["opdlab"])
     write(tmp_path, bad=text, detour="extends: ./bad")
     assert main(["fit", "-c", str(tmp_path / "bad.yaml")]) == EXIT_USAGE
     error = capsys.readouterr().err
@@ -272,31 +259,34 @@ def test_one_file_under_two_names_is_read_once(tmp_path: Path, monkeypatch: pyte
     write(tmp_path, base="{}", one="extends: base", two=f"extends: [./base, one, {tmp_path}/base.yaml]")
     (tmp_path / "link.yaml").symlink_to(tmp_path / "base.yaml")
     write(tmp_path, three="extends: [link, base]", circle="extends: round", round=f"extends: {tmp_path}/circle.yaml")
-    assert expand_arguments(["-c", "./base.yaml", "-c", "one.yaml"]) == ["-c", "./base.yaml", "-c", "one.yaml"]
-    assert expand_arguments(["-c", str(tmp_path / "base.yaml"), "-c", "two.yaml"])[2:] == [
-        *("-c", "one.yaml"),
-        *("-c", "two.yaml"),
-    ]
-    assert expand_arguments(["-c", "three.yaml"]) == ["-c", "link.yaml", "-c", "three.yaml"]
+    assert files_read("-c", "./base.yaml", "-c", "one.yaml") == ["./base.yaml", "one.yaml"]
+    assert files_read("-c", str(tmp_path / "base.yaml"), "-c", "two.yaml")[1:] == ["one.yaml", "two.yaml"]
+    assert files_read("-c", "three.yaml") == ["link.yaml", "three.yaml"]
     with pytest.raises(UsageError, match="extends leads in a circle"):
-        expand_arguments(["-c", "circle.yaml"])
+        files_read("-c", "circle.yaml")
 
 
-@pytest.mark.parametrize("flag", ["-c{}", "-c={}", "--config={}", "--conf={}", "--conf {}", "-c {}"])
-def test_extends_is_obeyed_however_the_flag_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str
-) -> None:
+@pytest.mark.parametrize("flag", ["-c{}", "-c={}", "--config={}", "--config {}", "-c {}"])
+def test_extends_is_obeyed_however_the_flag_is_written(tmp_path: Path, flag: str) -> None:
     write(tmp_path, base="extends: quickstart\ntrainer: {max_steps: 7}", top="extends: base")
-    assert parsed(flag.format(tmp_path / "top.yaml").split(), monkeypatch).trainer.max_steps == 7
+    assert parse_fit(flag.format(tmp_path / "top.yaml").split()).trainer.max_steps == 7
 
 
 @pytest.mark.parametrize("arguments", [["--model"], ["--model.objective"], ["--trainer"]])
-def test_extends_elsewhere_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["opdlab"])
+def test_extends_elsewhere_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     write(tmp_path, part="extends: quickstart\nclass_path: TeacherTopK")
     assert main(["fit", "-c", "quickstart", *arguments, str(tmp_path / "part.yaml")]) == EXIT_USAGE
     error = capsys.readouterr().err
     assert "obeyed only in files given to -c" in error
     assert len(error.splitlines()) == 1
+
+
+def test_keys_that_earlier_versions_saved_as_null_are_read_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, old="extends: quickstart\noptimizer: null\nlr_scheduler: null", bad="optimizer: Adam")
+    config = parse_fit(["-c", str(tmp_path / "old.yaml")])
+    assert "optimizer" not in config
+    assert "lr_scheduler" not in config
+    assert main(["fit", "-c", "quickstart", "-c", str(tmp_path / "bad.yaml")]) == EXIT_USAGE
+    assert "unknown key 'optimizer'; did you mean 'model.optimizer'?" in capsys.readouterr().err

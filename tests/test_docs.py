@@ -1,6 +1,5 @@
 """What the documentation says is so: pages, options, command lines, code, figures. Building it is `make docs`."""
 
-import contextlib
 import importlib
 import inspect
 import re
@@ -14,11 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
-from opdlab.cli import OPDCLI, FitParser, main
-from opdlab.cli_config import expand_arguments
-from opdlab.cli_replay import parser as replay_parser
-from opdlab.cli_study import find_study, plan_study
-from opdlab.cli_study import parser as study_parser
+from opdlab.cli import main
+from opdlab.cli.config_files import expand_names
+from opdlab.cli.parsing import fit_parser
+from opdlab.cli.replay import parser as replay_parser
+from opdlab.cli.study import find_study, plan_study
+from opdlab.cli.study import parser as study_parser
 from opdlab.diagnostics import metric_table
 from opdlab.gating import DriftGate, GateStrategy, RuleGate, gate_names, gate_registry
 from opdlab.objectives.base import objective_registry
@@ -176,22 +176,6 @@ def commands(page: Path) -> Iterator[str]:
             yield found[1]
 
 
-@pytest.fixture(scope="module")
-def parser() -> Any:
-    """The command line's parser, built once."""
-    found: list[Any] = []
-
-    class ParserOnly(OPDCLI):
-        def parse_arguments(self, parser: Any, args: Any) -> None:
-            found.append(parser)
-            raise KeyboardInterrupt
-
-    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-        patch.setattr(sys, "argv", ["opdlab", "fit"])
-        ParserOnly()
-    return found[0]
-
-
 def write_files(page: Path, folder: Path) -> None:
     """Blocks that begin with a file's name are that file."""
     for code in blocks(page, "python", "yaml"):
@@ -200,7 +184,7 @@ def write_files(page: Path, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in TEXTS if any(commands(page))], ids=name_of)
-def test_command_lines_parse(page: Path, folder: Path, parser: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_lines_parse(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for each in (page, ROOT / "README.md"):  # the guide goes on with the files of the sections that it includes
         write_files(each, folder)
     for command in commands(page):
@@ -214,11 +198,10 @@ def test_command_lines_parse(page: Path, folder: Path, parser: Any, capsys: pyte
         if subcommand == "study":
             options = study_parser().parse_args(arguments)
             if options.subcommand == "run":
-                plan_study(read_study(find_study(options.run.study)), folder / "study", FitParser())
+                plan_study(read_study(find_study(options.run.study)), folder / "study", plain_config)
             continue
-        subcommand = {"estimate": "fit"}.get(subcommand, subcommand)
         try:
-            parser.parse_args(expand_arguments([subcommand, *arguments]))
+            fit_parser(subcommand).parse_args(expand_names(arguments))
         except SystemExit as stop:  # --print_config, --…help
             status = stop.code or 0
         except Exception as error:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from opdlab.cli import EXIT_USAGE, main
-from opdlab.cli_estimate import DeviceMemory, Estimate, _cache, _scoring, _update
+from opdlab.cli.estimate import DeviceMemory, Estimate, _cache, _scoring, _update
 from opdlab.estimate import (
     ModelSize,
     Shape,
@@ -333,7 +333,6 @@ def test_widths(dtype: str, precision: str | None, expected: tuple[int, int]) ->
 @pytest.fixture
 def opdlab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["opdlab"])
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setenv("COLUMNS", "200")
     return lambda *arguments: main(list(arguments))
@@ -436,7 +435,7 @@ def test_the_verdict_on_a_cpu_knows_no_offloading(
     accelerator: str, opdlab: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = DeviceMemory("this machine", 60 << 30, 50 << 30, is_host=True)
-    monkeypatch.setattr("opdlab.cli_estimate.device_memory", lambda accelerator: memory)
+    monkeypatch.setattr("opdlab.cli.estimate.device_memory", lambda accelerator: memory)
     flags = ["-c", "paper/lsm-block64", *paper_models(tmp_path), "--trainer.accelerator", accelerator]
     offload = ["--model.behavior.offload", "true", "--model.teacher.offload", "true"]
 
@@ -466,7 +465,7 @@ def test_fit_refuses_weights_that_cannot_fit(
     opdlab: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = DeviceMemory("card", 6 << 30, 1)  # 6.41 GiB of weights; what others use now does not count
-    monkeypatch.setattr("opdlab.cli_estimate.device_memory", lambda accelerator: memory)
+    monkeypatch.setattr("opdlab.cli.estimate.device_memory", lambda accelerator: memory)
     flags = paper_models(tmp_path)
     assert opdlab("fit", "-c", "paper/lsm", *flags) == EXIT_USAGE
     error = capsys.readouterr().err

@@ -50,7 +50,6 @@ SAMPLES = "--model.evaluation.samples"
 def opdlab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     """Run ``opdlab validate -c quickstart -c small …`` in an empty folder, on a model that is sometimes right."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["opdlab"])
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "small.yaml").write_text(SMALL)
     return lambda *arguments: main([*COMMAND, "--model.student.path", TEACHER, *arguments])

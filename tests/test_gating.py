@@ -424,21 +424,21 @@ def test_the_teacher_gap_is_the_teacher_less_the_student() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("token", {"tau": -1.0}, r"gate\.tau is -1\.0"),
-        ("token", {"tau": math.nan}, r"gate\.tau is nan"),
-        ("token", {"tau": math.inf}, r"gate\.tau is inf"),
-        ("token", {"rho": -0.1}, r"gate\.rho is -0\.1"),
-        ("token", {"rho": 1.1}, r"gate\.rho is 1\.1"),
-        ("token", {"rho": math.nan}, r"gate\.rho is nan"),
-        ("token", {"low": -0.1}, r"gate\.low is -0\.1"),
-        ("token", {"low": 1.2}, r"gate\.low is 1\.2"),
-        ("token", {"high": 0.9}, r"gate\.high is 0\.9"),
-        ("token", {"statistic": "absmean"}, r"gate\.statistic is 'absmean'.*did you mean 'abs_mean'\?"),
-        ("token", {"normalization": "clip"}, r"gate\.normalization is 'clip'.*did you mean 'clipped'\?"),
-        ("token", {"statistic": None}, r"gate\.statistic is 'None'"),
-        ("span", {"min_tokens": 0}, r"gate\.min_tokens is 0"),
-        ("span", {"max_tokens": 7}, r"gate\.max_tokens is 7.*gate\.min_tokens, which is 8"),
-        ("span", {"fallback_tokens": 0}, r"gate\.fallback_tokens is 0"),
+        ("token", {"tau": -1.0}, r"tau is -1\.0"),
+        ("token", {"tau": math.nan}, r"tau is nan"),
+        ("token", {"tau": math.inf}, r"tau is inf"),
+        ("token", {"rho": -0.1}, r"rho is -0\.1"),
+        ("token", {"rho": 1.1}, r"rho is 1\.1"),
+        ("token", {"rho": math.nan}, r"rho is nan"),
+        ("token", {"low": -0.1}, r"low is -0\.1"),
+        ("token", {"low": 1.2}, r"low is 1\.2"),
+        ("token", {"high": 0.9}, r"high is 0\.9"),
+        ("token", {"statistic": "absmean"}, r"statistic is 'absmean'.*did you mean 'abs_mean'\?"),
+        ("token", {"normalization": "clip"}, r"normalization is 'clip'.*did you mean 'clipped'\?"),
+        ("token", {"statistic": None}, r"statistic is 'None'"),
+        ("span", {"min_tokens": 0}, r"min_tokens is 0"),
+        ("span", {"max_tokens": 7}, r"max_tokens is 7.*min_tokens, which is 8"),
+        ("span", {"fallback_tokens": 0}, r"fallback_tokens is 0"),
         ("blok64", {}, r"unknown gate 'blok64'; did you mean 'block64'\?.*span"),
         ("zzzzzz", {}, r"unknown gate 'zzzzzz'; registered: .*block64.*span"),
     ],
@@ -477,7 +477,7 @@ def test_inputs_that_are_no_matrix_are_refused() -> None:
 
 @pytest.mark.parametrize("size", [0, -3])
 def test_bad_block_sizes_are_refused(size: int) -> None:
-    with pytest.raises(UsageError, match=rf"gate\.block_size is {size}"):
+    with pytest.raises(UsageError, match=f"block_size is {size}"):
         BlockGate(size)
 
 

@@ -314,7 +314,7 @@ def test_support_larger_than_the_vocabulary_is_refused() -> None:
 
 @pytest.mark.parametrize("budget", [0, -1])
 def test_a_bound_on_tokens_below_one_is_refused(make_run: MakeRun, budget: int) -> None:
-    words = f"model.max_tokens_per_pass is {budget}, but must be at least 1: use null for no bound"
+    words = f"max_tokens_per_pass is {budget}, but must be at least 1: use null for no bound"
     with pytest.raises(UsageError, match=words):
         make_run(max_tokens_per_pass=budget)
 

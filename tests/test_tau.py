@@ -78,12 +78,12 @@ def test_training_follows_the_schedule_and_logs_it(make_run: MakeRun, accumulate
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: LinearTau(start=-1.0), "gate.tau.start is -1.0"),
-        (lambda: LinearTau(end=1e31), "gate.tau.end is 1e\\+31"),
-        (lambda: LinearTau(num_steps=0), "gate.tau.num_steps is 0"),
-        (lambda: EffectiveSampleSizeTau(target=1.0), "gate.tau.target is 1.0"),
-        (lambda: EffectiveSampleSizeTau(target=0.0), "gate.tau.target is 0.0"),
-        (lambda: EffectiveSampleSizeTau(max_tau=0.0), "gate.tau.max_tau is 0.0"),
+        (lambda: LinearTau(start=-1.0), "start is -1.0"),
+        (lambda: LinearTau(end=1e31), "end is 1e\\+31"),
+        (lambda: LinearTau(num_steps=0), "num_steps is 0"),
+        (lambda: EffectiveSampleSizeTau(target=1.0), "target is 1.0"),
+        (lambda: EffectiveSampleSizeTau(target=0.0), "target is 0.0"),
+        (lambda: EffectiveSampleSizeTau(max_tau=0.0), "max_tau is 0.0"),
     ],
 )
 def test_wrong_schedules_are_refused(make: Callable[[], object], words: str) -> None:

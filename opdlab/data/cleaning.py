@@ -48,11 +48,11 @@ class CleaningConfig:
     boilerplate: int | None = 10
 
     def __post_init__(self) -> None:
-        require(self.ngram >= 1, f"data.clean.ngram is {self.ngram}, but must be at least 1 word")
-        require(0 <= self.overlap <= 1, f"data.clean.overlap is {self.overlap}, but must be a share from 0 to 1")
+        require(self.ngram >= 1, f"ngram is {self.ngram}, but must be at least 1 word")
+        require(0 <= self.overlap <= 1, f"overlap is {self.overlap}, but must be a share from 0 to 1")
         require(
             self.boilerplate is None or self.boilerplate >= 1,
-            f"data.clean.boilerplate is {self.boilerplate}, but must be at least 1, or null to count every run",
+            f"boilerplate is {self.boilerplate}, but must be at least 1, or null to count every run",
         )
 
 

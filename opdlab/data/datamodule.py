@@ -57,10 +57,10 @@ class PromptDataModule(pl.LightningDataModule):
         for name in benchmarks or {}:
             require(
                 re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None,
-                f"data.benchmarks has the name '{name}': use letters, digits, - and _ only",
+                f"benchmarks has the name '{name}': use letters, digits, - and _ only",
             )
-        require(max_prompt_tokens >= 1, f"data.max_prompt_tokens is {max_prompt_tokens}, but must be at least 1")
-        require(eval_batch_size >= 1, f"data.eval_batch_size is {eval_batch_size}, but must be at least 1")
+        require(max_prompt_tokens >= 1, f"max_prompt_tokens is {max_prompt_tokens}, but must be at least 1")
+        require(eval_batch_size >= 1, f"eval_batch_size is {eval_batch_size}, but must be at least 1")
         self.train_source = train
         self.benchmark_sources: Mapping[str, ProblemSource] = benchmarks or {}
         self.reuse = reuse

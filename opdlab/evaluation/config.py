@@ -28,14 +28,17 @@ class EvaluationConfig:
     seed: int = 0
     samples: str | None = None
 
+    def __post_init__(self) -> None:
+        require(bool(self.pass_at), "pass_at is empty: give at least one k")
+        wrong = next((k for k in self.pass_at if k < 1), None)
+        require(wrong is None, f"pass_at has {wrong}, but k must be at least 1")
+        require(self.samples != "", "samples is empty: give a folder, or null")
+
     def check(self, sampling: SamplingConfig) -> None:
         """Refuse a k that the number of samples cannot support."""
-        require(bool(self.pass_at), "model.evaluation.pass_at is empty: give at least one k")
         for k in self.pass_at:
-            require(k >= 1, f"model.evaluation.pass_at has {k}, but k must be at least 1")
             require(
                 k <= sampling.num_samples,
                 f"model.evaluation.pass_at has {k}, but model.eval_sampling.num_samples is {sampling.num_samples}: "
                 "sample at least as many answers, or lower k",
             )
-        require(self.samples != "", "model.evaluation.samples is empty: give a folder, or null")

@@ -278,7 +278,7 @@ class DriftGate(GateStrategy):
 
     def __init__(self, tau: float | TauSchedule = 1.0, statistic: Statistic = "signed_mean", **options: Any) -> None:
         if not isinstance(tau, TauSchedule):
-            check_tau("gate.tau", tau)
+            check_tau("tau", tau)
         check_choice("statistic", statistic, get_args(Statistic))
         self.tau: float | TauSchedule | Tensor = tau
         self.statistic = statistic

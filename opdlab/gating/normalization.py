@@ -49,10 +49,10 @@ class Normalization:
 
     def __post_init__(self) -> None:
         check_choice("normalization", self.name, get_args(NormalizationName))
-        require(0 <= self.rho <= 1, f"gate.rho is {self.rho}, but must lie between 0 and 1")
+        require(0 <= self.rho <= 1, f"rho is {self.rho}, but must lie between 0 and 1")
         require(
             0 <= self.low <= 1 <= self.high,
-            f"gate.low is {self.low} and gate.high is {self.high}, but 0 <= low <= 1 <= high must hold",
+            f"low is {self.low} and high is {self.high}, but 0 <= low <= 1 <= high must hold",
         )
 
     @property
@@ -93,7 +93,7 @@ def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuse a value of ``gate.<key>`` that is not one of ``choices``, and name the nearest of them."""
     require(
         value in choices,
-        f"gate.{key} is '{value}', but must be one of {', '.join(choices)}{suggestion(str(value), choices)}",
+        f"{key} is '{value}', but must be one of {', '.join(choices)}{suggestion(str(value), choices)}",
     )
 
 

@@ -36,7 +36,7 @@ class SampledTokenOPD(Objective):
         self.advantage_clamp = advantage_clamp
         require(
             advantage_clamp is None or advantage_clamp > 0,
-            f"objective.advantage_clamp is {advantage_clamp}, but must be above 0, or null for none",
+            f"advantage_clamp is {advantage_clamp}, but must be above 0, or null for none",
         )
         empty = torch.zeros(0)
         sampled_token_loss(empty, empty, empty, reference=reference, clip=clip, dual_clip=dual_clip)  # checks options

@@ -56,17 +56,17 @@ class AdapterConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.r >= 1, f"adapter.r is {self.r}, but must be at least 1")
-        require(self.alpha > 0, f"adapter.alpha is {self.alpha}, but must be above 0")
+        require(self.r >= 1, f"r is {self.r}, but must be at least 1")
+        require(self.alpha > 0, f"alpha is {self.alpha}, but must be above 0")
         require(
             self.dropout == 0,
-            f"adapter.dropout is {self.dropout}, but must be 0: with dropout the student's log-probabilities would "
+            f"dropout is {self.dropout}, but must be 0: with dropout the student's log-probabilities would "
             "differ from the snapshot's at equal weights",
         )
         named = self.target_modules == "all-linear" or (isinstance(self.target_modules, list) and self.target_modules)
         require(
             bool(named),
-            f"adapter.target_modules is {self.target_modules!r}, but must be 'all-linear' or a list of layer names",
+            f"target_modules is {self.target_modules!r}, but must be 'all-linear' or a list of layer names",
         )
 
 

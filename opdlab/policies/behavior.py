@@ -62,7 +62,7 @@ class BehaviorPolicy(nn.Module):
         super().__init__()
         require(
             not (offload and student.has_adapter),
-            "model.behavior.offload is true, but a student with an adapter shares its weights with the snapshot, so "
+            "behavior.offload is true, but a student with an adapter shares its weights with the snapshot, so "
             "they cannot leave the device: set it to false",
         )
         self.policy = student.snapshot()
@@ -73,7 +73,7 @@ class BehaviorPolicy(nn.Module):
         if dtype is not None:
             require(
                 not student.has_adapter,
-                f"model.behavior.dtype is '{dtype}', but a student with an adapter shares its weights with the "
+                f"behavior.dtype is '{dtype}', but a student with an adapter shares its weights with the "
                 "snapshot: leave it null",
             )
             self.policy.to(getattr(torch, dtype))

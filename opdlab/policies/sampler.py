@@ -47,11 +47,11 @@ class SamplingConfig:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        require(self.num_samples >= 1, f"sampling.num_samples is {self.num_samples}, but must be at least 1")
-        require(self.temperature > 0, f"sampling.temperature is {self.temperature}, but must be above 0")
-        require(0 < self.top_p <= 1, f"sampling.top_p is {self.top_p}, but must be above 0 and at most 1")
-        require(self.max_new_tokens >= 1, f"sampling.max_new_tokens is {self.max_new_tokens}, but must be at least 1")
-        require(self.batch_size >= 1, f"sampling.batch_size is {self.batch_size}, but must be at least 1")
+        require(self.num_samples >= 1, f"num_samples is {self.num_samples}, but must be at least 1")
+        require(self.temperature > 0, f"temperature is {self.temperature}, but must be above 0")
+        require(0 < self.top_p <= 1, f"top_p is {self.top_p}, but must be above 0 and at most 1")
+        require(self.max_new_tokens >= 1, f"max_new_tokens is {self.max_new_tokens}, but must be at least 1")
+        require(self.batch_size >= 1, f"batch_size is {self.batch_size}, but must be at least 1")
 
 
 class Samples(NamedTuple):

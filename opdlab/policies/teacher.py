@@ -92,7 +92,7 @@ class LocalTeacher(Teacher):
     ) -> None:
         require(
             not (offload and quantization),
-            f"teacher.offload is true and teacher.quantization '{quantization}', but packed weights cannot leave the "
+            f"offload is true and quantization '{quantization}', but packed weights cannot leave the "
             "device: set offload to false, or leave quantization out",
         )
         # The parser offers every option of LanguageModel that is not set here: these serve training alone.
@@ -102,7 +102,7 @@ class LocalTeacher(Teacher):
         self._hold(model.requires_grad_(False).eval(), batch_size, offload)
 
     def _hold(self, model: LanguageModel, batch_size: int, offload: bool = False) -> None:
-        require(batch_size >= 1, f"teacher.batch_size is {batch_size}, but must be at least 1")
+        require(batch_size >= 1, f"batch_size is {batch_size}, but must be at least 1")
         self.model = model
         self.tokenizer = model.tokenizer
         self.vocab_size = model.vocab_size
@@ -160,7 +160,7 @@ class BaseTeacher(LocalTeacher):
     """
 
     def __init__(self, batch_size: int = 32) -> None:
-        require(batch_size >= 1, f"teacher.batch_size is {batch_size}, but must be at least 1")
+        require(batch_size >= 1, f"batch_size is {batch_size}, but must be at least 1")
         self._batch_size = batch_size
 
     def bind(self, student: LanguageModel) -> None:

@@ -73,7 +73,7 @@ def single_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], k
 
     Example:
         >>> from opdlab.toy import chain_tokenizer
-        >>> single_token_ids(chain_tokenizer(), ["<eos>"], "model.mask_first")
+        >>> single_token_ids(chain_tokenizer(), ["<eos>"], "mask_first")
         [1]
     """
     vocabulary = tokenizer.get_vocab()

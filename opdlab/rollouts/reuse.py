@@ -23,7 +23,7 @@ class ReuseConfig:
     def __post_init__(self) -> None:
         for key in ("prompts_per_pool", "epochs", "batch_size"):
             value = getattr(self, key)
-            require(value >= 1, f"data.reuse.{key} is {value}, but must be at least 1")
+            require(value >= 1, f"{key} is {value}, but must be at least 1")
 
     def check_prompts(self, num_prompts: int, world_size: int = 1) -> None:
         """Refuse fewer prompts than a pool takes.

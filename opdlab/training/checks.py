@@ -27,14 +27,14 @@ def check_token_bound(tokens: int | None) -> None:
     """Refuse a ``max_tokens_per_pass`` that is out of range."""
     require(
         tokens is None or tokens >= 1,
-        f"model.max_tokens_per_pass is {tokens}, but must be at least 1: use null for no bound",
+        f"max_tokens_per_pass is {tokens}, but must be at least 1: use null for no bound",
     )
 
 
 def check_reduction(reduction: str) -> None:
     """Refuse a reduction that does not exist."""
     choices = get_args(Reduction)
-    require(reduction in choices, f"model.reduction is '{reduction}', but must be one of {', '.join(choices)}")
+    require(reduction in choices, f"reduction is '{reduction}', but must be one of {', '.join(choices)}")
 
 
 def check_known_needs(gate: GateStrategy) -> None:
@@ -43,7 +43,7 @@ def check_known_needs(gate: GateStrategy) -> None:
     for name in gate.needs:
         require(
             name in known,
-            f"model.gate is {type(gate).__name__}, which needs '{name}', but a training step computes no such thing"
+            f"gate is {type(gate).__name__}, which needs '{name}', but a training step computes no such thing"
             f"{suggestion(name, known) or ';'} there is {', '.join(sorted(known))}",
         )
 

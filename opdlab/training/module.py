@@ -83,7 +83,7 @@ class OPDModule(EvaluationModule):
         self.reduction: Reduction = reduction
         gate.setup(student.tokenizer)
         checks.check_known_needs(gate)
-        masked_first = single_token_ids(student.tokenizer, mask_first, "model.mask_first")
+        masked_first = single_token_ids(student.tokenizer, mask_first, "mask_first")
         request = checks.teacher_request(student, teacher, objective, gate)
         self.collector = Collector(self.behavior, teacher, request, masked_first)
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler

@@ -49,7 +49,7 @@ class Traces(StepCallback):
     """Keeps the traces of every step, by the number of steps taken."""
 
     def __init__(self) -> None:
-        super().__init__(1, "traces")
+        super().__init__(1)
         self.steps: dict[int, list[StepTrace]] = {}
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, traces: Sequence[StepTrace]) -> None:
@@ -398,9 +398,9 @@ def test_a_run_without_a_logger_does_no_work(make_run: MakeRun) -> None:
 
 
 def test_bad_options_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"gate_monitor\.every_n_steps is 0"):
+    with pytest.raises(UsageError, match="every_n_steps is 0"):
         GateMonitor(every_n_steps=0)
-    with pytest.raises(UsageError, match=r"gate_monitor\.max_blocks is 0"):
+    with pytest.raises(UsageError, match="max_blocks is 0"):
         GateMonitor(max_blocks=0)
 
 

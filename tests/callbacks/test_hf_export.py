@@ -159,5 +159,5 @@ def test_a_push_that_fails_is_one_warning_and_the_folder_is_safe(
 
 @pytest.mark.parametrize("name", ["a/b/c", "spaces in it", "-x/y"])
 def test_a_bad_hub_id_is_refused_before_training(name: str) -> None:
-    with pytest.raises(UsageError, match="export.push_to_hub is"):
+    with pytest.raises(UsageError, match="push_to_hub is"):
         HFExport(push_to_hub=name)

@@ -187,7 +187,7 @@ def test_training_is_not_changed_by_looking(make_run: MakeRun) -> None:
 
 
 def test_bad_options_are_refused() -> None:
-    with pytest.raises(UsageError, match=r"sample_logger\.every_n_steps is 0"):
+    with pytest.raises(UsageError, match="every_n_steps is 0"):
         SampleLogger(every_n_steps=0)
-    with pytest.raises(UsageError, match=r"sample_logger\.num_rollouts is 0"):
+    with pytest.raises(UsageError, match="num_rollouts is 0"):
         SampleLogger(num_rollouts=0)

@@ -167,7 +167,7 @@ def test_rejected_rows_are_not_held() -> None:
 
 @pytest.mark.parametrize(("key", "value"), [("ngram", 0), ("overlap", -0.1), ("overlap", 1.5), ("boilerplate", 0)])
 def test_bad_values(key: str, value: float) -> None:
-    with pytest.raises(UsageError, match=f"data.clean.{key} is {value}, but must be"):
+    with pytest.raises(UsageError, match=f"{key} is {value}, but must be"):
         CleaningConfig(**{key: value})  # type: ignore[arg-type]
 
 

@@ -75,7 +75,7 @@ def watching(name, namespace=None, *rest, **options):
         imported.append(name)
     return ours(name, namespace, *rest, **options)
 builtins.__import__ = watching
-import opdlab.callbacks, opdlab.cli, torch
+import opdlab.callbacks, opdlab.cli.app, torch
 from opdlab.diagnostics import gate_plots
 assert imported == [], imported
 gate_plots.render(gate_plots.block_heat_map([1], torch.ones(1, 1), "weight"))

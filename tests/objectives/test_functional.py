@@ -207,7 +207,7 @@ def test_topk_of_the_whole_vocabulary_is_the_full_reverse_kl() -> None:
 
 @pytest.mark.parametrize("k", [1, 0, -3])
 def test_k_below_two_is_refused(k: int) -> None:
-    with pytest.raises(UsageError, match=f"objective.k is {k}, but must be at least 2"):
+    with pytest.raises(UsageError, match=f"k is {k}, but must be at least 2"):
         TeacherTopK(k=k)
 
 

@@ -332,7 +332,7 @@ def test_the_teacher_scores_the_same() -> None:
 
 
 def test_packed_weights_stay_on_the_device() -> None:
-    with pytest.raises(UsageError, match=r"teacher\.offload is true and teacher\.quantization '4bit'"):
+    with pytest.raises(UsageError, match="offload is true and quantization '4bit'"):
         LocalTeacher(TEACHER, quantization="4bit", offload=True)
 
 

@@ -153,7 +153,7 @@ def test_frozen_and_without_gradient(plain: Path, rollouts: Rollouts) -> None:
 
 
 def test_bad_batch_size(plain: Path) -> None:
-    with pytest.raises(UsageError, match=r"teacher\.batch_size is 0"):
+    with pytest.raises(UsageError, match="batch_size is 0"):
         LocalTeacher(str(plain), batch_size=0)
 
 

@@ -62,12 +62,12 @@ def test_a_run_warns_once(make_run: MakeRun, tmp_path: Path) -> None:
 
 def test_single_tokens() -> None:
     tokenizer = chain_tokenizer()
-    assert single_token_ids(tokenizer, ["<eos>", "4", "<unk>"], "model.mask_first") == [1, 7, 2]
+    assert single_token_ids(tokenizer, ["<eos>", "4", "<unk>"], "mask_first") == [1, 7, 2]
     with pytest.raises(UsageError) as caught:
-        single_token_ids(tokenizer, ["4", "45"], "model.mask_first")
-    assert "model.mask_first has '45'" in str(caught.value)
+        single_token_ids(tokenizer, ["4", "45"], "mask_first")
+    assert "mask_first has '45'" in str(caught.value)
     assert "it would split into '4', '5'; give single tokens" in str(caught.value)
     with pytest.raises(UsageError, match="is no single token"):
-        single_token_ids(tokenizer, ["€"], "model.mask_first")
+        single_token_ids(tokenizer, ["€"], "mask_first")
     with pytest.raises(UsageError, match="it would split into nothing"):
-        single_token_ids(tokenizer, [""], "model.mask_first")
+        single_token_ids(tokenizer, [""], "mask_first")

@@ -37,7 +37,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("replay")
     (folder / "small.yaml").write_text(SMALL)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["opdlab"])
         patch.setattr(sys, "path", list(sys.path))
         patch.chdir(folder)
         assert main(["fit", "-c", "quickstart", "-c", "small.yaml"]) == 0
@@ -49,7 +48,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["opdlab"])
     monkeypatch.setattr(sys, "path", list(sys.path))
     return Path(shutil.copytree(trained, tmp_path / "runs/version_0"))
 

@@ -98,9 +98,9 @@ def test_nothing_is_recorded_unless_asked(make_run: MakeRun) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"every_n_steps": 0}, "pool_recorder.every_n_steps is 0"),
-        ({"steps": [0, 3]}, r"pool_recorder.steps is \[0, 3\]"),
-        ({"keep_last": 0}, "pool_recorder.keep_last is 0"),
+        ({"every_n_steps": 0}, "every_n_steps is 0"),
+        ({"steps": [0, 3]}, r"steps is \[0, 3\]"),
+        ({"keep_last": 0}, "keep_last is 0"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], words: str) -> None:

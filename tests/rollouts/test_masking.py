@@ -69,7 +69,7 @@ def test_resume_with_holes(make_run: MakeRun, tmp_path: Path) -> None:
 
 
 def test_what_is_no_token_is_refused(make_run: MakeRun) -> None:
-    with pytest.raises(UsageError, match="model.mask_first has '12', which is no single token"):
+    with pytest.raises(UsageError, match="mask_first has '12', which is no single token"):
         make_run(mask_first=["12"])
 
 

@@ -112,16 +112,16 @@ def test_sign_consistency_follows_the_formula() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("iw_opd", {"gamma": -1.0}, "gate.gamma is -1.0, but must be at least 0"),
-        ("fire_opd", {"dropped": 1.0}, "gate.dropped is 1.0"),
-        ("fire_opd", {"alpha": -0.5}, "gate.alpha is -0.5"),
-        ("fire_opd", {"beta": -0.5}, "gate.beta is -0.5"),
-        ("ratio_mask", {"min_ratio": 1.5}, "gate.min_ratio is 1.5 and gate.max_ratio is 5.0"),
-        ("ratio_mask", {"max_ratio": 0.5}, "gate.max_ratio is 0.5"),
-        ("truncated_ratio", {"max_ratio": 0.5}, "gate.max_ratio is 0.5"),
-        ("sequence_ratio_mask", {"aggregate": "sum"}, "gate.aggregate is 'sum'"),
-        ("sign_consistency", {"strength": 2.0}, "gate.strength is 2.0"),
-        ("sign_consistency", {"normalization": "mode"}, "gate.normalization is 'mode'"),
+        ("iw_opd", {"gamma": -1.0}, "gamma is -1.0, but must be at least 0"),
+        ("fire_opd", {"dropped": 1.0}, "dropped is 1.0"),
+        ("fire_opd", {"alpha": -0.5}, "alpha is -0.5"),
+        ("fire_opd", {"beta": -0.5}, "beta is -0.5"),
+        ("ratio_mask", {"min_ratio": 1.5}, "min_ratio is 1.5 and max_ratio is 5.0"),
+        ("ratio_mask", {"max_ratio": 0.5}, "max_ratio is 0.5"),
+        ("truncated_ratio", {"max_ratio": 0.5}, "max_ratio is 0.5"),
+        ("sequence_ratio_mask", {"aggregate": "sum"}, "aggregate is 'sum'"),
+        ("sign_consistency", {"strength": 2.0}, "strength is 2.0"),
+        ("sign_consistency", {"normalization": "mode"}, "normalization is 'mode'"),
     ],
 )
 def test_wrong_options_are_refused(name: str, options: dict[str, object], words: str) -> None:
@@ -170,7 +170,7 @@ class HungryGate(RuleGate):
 
 
 def test_a_need_that_nothing_meets_is_refused_at_once() -> None:
-    words = "model.gate is HungryGate, which needs 'entropie', but .* no such thing; did you mean 'entropy'"
+    words = "gate is HungryGate, which needs 'entropie', but .* no such thing; did you mean 'entropy'"
     with pytest.raises(UsageError, match=words):
         OPDModule(LanguageModel(STUDENT), LocalTeacher(TEACHER), TeacherTopK(k=4), HungryGate())
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from opdlab.cli import EXIT_USAGE, FitParser, main
-from opdlab.cli_study import plan_study, shipped_studies
+from opdlab.cli import EXIT_USAGE, main
+from opdlab.cli.study import plan_study, shipped_studies
 from opdlab.errors import UsageError
 from opdlab.studies import plan as planning
 from opdlab.studies import schema
@@ -83,7 +83,7 @@ def test_what_is_no_study_is_refused(changes: dict[str, Any], words: str) -> Non
         ({"variants": [variant("none", "--data.reuse.batch_size=3")]}, "data.reuse.batch_size is 3"),
         (
             {"variants": [variant("none"), variant("b", "--model.gate.tau=LinearTau", "--model.gate.tau.num_steps=0")]},
-            "variants: 'b': gate.tau.num_steps is 0, but must be at least 1",
+            "variants: 'b': model.gate.tau.num_steps is 0, but must be at least 1",
         ),
         (
             {"variants": [variant("none"), variant("b", "--model.max_tokens_per_pass=0")]},
@@ -222,7 +222,7 @@ def test_shipped_studies_are_sound_and_explained(name: str, tmp_path: Path) -> N
     file = shipped_studies()[name]
     study = read_study(file)
     assert study.name == name
-    made = plan_study(study, tmp_path, FitParser())
+    made = plan_study(study, tmp_path, plain_config)
     assert len({json.dumps(config, sort_keys=True) for config in made.resolved.values()}) == len(study.variants)
     for line in file.read_text().splitlines():
         assert "#" in line or line.startswith("  - "), line  # every key is explained

@@ -16,8 +16,8 @@ import pytest
 import yaml
 from lightning.pytorch.callbacks import Callback
 
-from opdlab.cli import FitParser, main
-from opdlab.cli_study import plan_study
+from opdlab.cli import main
+from opdlab.cli.study import plain_config, plan_study
 from opdlab.studies.plan import Plan
 from opdlab.studies.study import read_study
 
@@ -110,7 +110,7 @@ def write(folder: Path, **changes: Any) -> Path:
 
 
 def plan(folder: Path, **changes: Any) -> Plan:
-    return plan_study(read_study(write(folder, **changes)), folder / "study", FitParser())
+    return plan_study(read_study(write(folder, **changes)), folder / "study", plain_config)
 
 
 def study_run(monkeypatch: pytest.MonkeyPatch, file: Path, *options: str) -> int:

@@ -4,12 +4,11 @@ import difflib
 import importlib
 import inspect
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from jsonargparse import ArgumentParser
 
-from opdlab.errors import UsageError, last_refusal
+from opdlab.errors import UsageError
 from opdlab.packages import package_trouble
 from opdlab.registry import suggestion
 
@@ -18,6 +17,10 @@ _HELP = "opdlab fit --help"
 _WRAPPER = re.compile(
     r"(?:Problem with given class_path '[^']+': |Type typing\.Callable\S*.*? expects a function or a callable class: )?"
     r'Parser key "(?P<key>[^"]+)": '
+)
+_UNKNOWN = re.compile(
+    r"^(?:Group '(?P<group>[\w.]+)' does not accept option|(?:.* does not accept )?[Oo]ption) '(?P<key>[\w.]+)'"
+    r"|unrecognized arguments: --(?P<argument>[\w.]+)"
 )
 _NO_PATH = re.compile(r"- Expected a path but .*? either not accessible or invalid - ")
 _UNION = re.compile(
@@ -44,7 +47,7 @@ def explain(error: BaseException, keys: Iterable[str] = (), *, command: str = _H
         command: lists them.
 
     Example:
-        >>> explain(ValueError("Subcommand 'fit' does not accept option 'model.gaet'"), ["model.gate", "data.train"])
+        >>> explain(ValueError("Group 'model' does not accept option 'gaet'"), ["model.gate", "data.train"])
         "unknown key 'model.gaet'; did you mean 'model.gate'?"
         >>> explain(ValueError("save_pools: Expected a <class 'bool'>. Got value: maybe"))
         'save_pools is maybe, but must be true or false'
@@ -52,21 +55,21 @@ def explain(error: BaseException, keys: Iterable[str] = (), *, command: str = _H
     text = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
     if not isinstance(error, UsageError) and (said := _not_importable(error, text)) is not None:
         return said
-    text = re.sub(r'^Parser key "([^"]+)": ', r"\1: ", text)
     if match := re.search(r"Problem with given class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text):
+        place = ".".join(re.findall(r'Parser key "([^"]+)"', text[: match.start()]))
         options = options_of(match[1])
         hint = suggestion(match[2], options) or ";"
-        return f"unknown key '{match[2]}' of {match[1]}{hint} its keys: {', '.join(options)}"
-    if match := re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text):
-        return f"unknown key '{match[1]}'{_nearest(match[1], sorted(keys), command)}"
+        return f"{place}: unknown key '{match[2]}' of {match[1]}{hint} its keys: {', '.join(options)}"
+    text = re.sub(r'^Parser key "([^"]+)": ', r"\1: ", text)
+    if match := _UNKNOWN.search(text):
+        key = f"{match['group']}.{match['key']}" if match["group"] else match["key"] or match["argument"]
+        return f"unknown key '{key}'{_nearest(key, sorted(keys), command)}"
     if match := re.search(r"^(\S+): Unable to load config ['\"](.*?)['\"]", text):
         return f"{match[1]} is {match[2]}, but it is a section{_nearest(f'{match[1]}.', sorted(keys), command)}"
     if match := re.search(r"^([\w.+]+): (.*)$", text):
         return _wrong_value(match[1], match[2]) or text
     if "arguments are required" in text:
         return f"{text}; start from a shipped configuration, for example -c quickstart"
-    if "invalid choice" in text or 'expected "subcommand"' in text:
-        return f"{text}; or give `gates`, which lists the registered gates, or `estimate`"
     return text
 
 
@@ -139,48 +142,6 @@ def _nearest(key: str, known: list[str], command: str) -> str:
         return suggestion(key, known) or f"; `{command}` lists all keys"
     near = difflib.get_close_matches(name, siblings, n=1, cutoff=0.5)
     return f"; did you mean '{section}.{near[0]}'?" if near else f"; its section has {', '.join(siblings)}"
-
-
-def root_usage_error(error: BaseException, config: Mapping[str, Any] | None = None) -> BaseException:
-    """Return the :class:`UsageError` that is behind ``error``, or ``error`` where there is none.
-
-    A value that may be of several types is tried with each. The parser then raises an error of its own that quotes
-    what each has said, and is raised from the first alone.
-
-    Args:
-        error: of the parser.
-        config: as plain values; the key whose class lacks a package is looked up in it.
-    """
-    seen: list[BaseException] = []
-    cause: BaseException | None = error
-    while cause is not None and cause not in seen and not isinstance(cause, UsageError):
-        seen.append(cause)
-        cause = cause.__cause__
-    if isinstance(cause, UsageError):
-        return cause
-    if (said := last_refusal(within=str(error))) is not None:
-        return UsageError(said)
-    if (trouble := package_trouble(error)) is not None:
-        quoted = re.search(r"given class_path '([\w.]+)'", str(error))
-        key = _key_of(quoted[1], config or {}) if quoted else None
-        return UsageError(f"{key or (quoted[1] if quoted else 'opdlab')} {trouble}")
-    return error
-
-
-def _key_of(class_path: str, config: Any) -> str | None:
-    """Return the key that has a class, or None.
-
-    Example:
-        >>> _key_of("a.B", {"trainer": {"max_steps": 1, "logger": {"class_path": "a.B"}}})
-        'trainer.logger'
-    """
-    below = enumerate(config) if isinstance(config, list) else config.items() if isinstance(config, dict) else ()
-    for name, value in below:
-        if isinstance(value, dict) and value.get("class_path") == class_path:
-            return str(name)
-        if (key := _key_of(class_path, value)) is not None:
-            return f"{name}.{key}"
-    return None
 
 
 def options_of(class_path: str) -> list[str]:

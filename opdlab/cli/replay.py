@@ -1,15 +1,21 @@
 """``opdlab replay RUN``: recorded steps of a run under every gate, without retraining."""
 
-import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
+from jsonargparse import Namespace
 from lightning.fabric import Fabric
+from lightning.pytorch import seed_everything
 from rich.console import Console
 
+from opdlab.cli.arguments import PlainParser
+from opdlab.cli.building import build
+from opdlab.cli.commands import COMMANDS
+from opdlab.cli.estimate import refuse_oversized
+from opdlab.cli.parsing import fit_parser, parse_fit
 from opdlab.data import PromptDataModule
 from opdlab.errors import UsageError, require
 from opdlab.module import OPDModule
@@ -20,26 +26,18 @@ from opdlab.replay.record import FOLDER, RecordedStep, read_record, record_folde
 from opdlab.replay.steps import ReplayConfig, ReplayedStep, Replayer
 from opdlab.replay.variants import NORMALIZATIONS, STATISTICS, Grid, gate_class
 
-Build = Callable[[Sequence[str]], tuple[Any, OPDModule, PromptDataModule]]
-"""Takes the arguments of ``fit``; returns its configuration, the module and the data module."""
-
 CONFIG = "config.yaml"
 _PASSED_ON = ("--model.", "--data.", "--trainer.")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, as everywhere."""
-        if message.endswith("required: RUN"):
-            message = "give a run's folder, such as runs/quickstart/version_0"
-        raise UsageError(f"{message}; see opdlab replay --help")
+def parser() -> PlainParser:
+    """Return the parser of ``opdlab replay``.
 
-
-def parser() -> argparse.ArgumentParser:
-    """Of ``opdlab replay``; what begins with ``--model.``, ``--data.`` or ``--trainer.`` changes the run's config."""
-    made = _Parser(
+    What begins with ``--model.``, ``--data.`` or ``--trainer.`` is left to the run's own configuration.
+    """
+    made = PlainParser(
         prog="opdlab replay",
-        description="Replay recorded steps of a run (fit --save_pools true) under many gates, without retraining. "
+        description=f"{COMMANDS['replay'].summary} The run is one of fit --save_pools true. "
         "Lists are separated by spaces or commas. --model.…, --data.… and --trainer.… override the run's own "
         "configuration, for a teacher that has moved, say.",
         allow_abbrev=False,
@@ -60,16 +58,16 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def replay(arguments: Sequence[str], build: Build) -> None:
-    """Replay a run and write what came out.
+def replay(arguments: Sequence[str]) -> int:
+    """Run ``opdlab replay``: replay a run, write what came out, and return the exit code.
 
     Args:
         arguments: of the command line, after ``replay``.
-        build: builds module and data.
 
     Raises:
         UsageError: something that the user gave cannot work.
     """
+    require(bool(arguments), "give a run's folder, such as runs/quickstart/version_0; see opdlab replay --help")
     options, overrides = parser().parse_known_args(arguments)
     _check_overrides(overrides)
     grid = _grid(options)
@@ -80,7 +78,7 @@ def replay(arguments: Sequence[str], build: Build) -> None:
     for name in grid.gates or ():
         gate_class(name)  # refuses unknown names before anything is loaded
     started = time.perf_counter()
-    replayer = _replayer(build, options, overrides, grid, config)
+    replayer = _replayer(options, overrides, grid, config)
     steps: list[ReplayedStep] = []
     console = Console()
     with console.status("replaying") as status:
@@ -100,11 +98,12 @@ def replay(arguments: Sequence[str], build: Build) -> None:
     for line in about:
         print(line)
     print(f"results: {out}")
+    return 0
 
 
-def _replayer(build: Build, options: Any, overrides: Sequence[str], grid: Grid, config: ReplayConfig) -> Replayer:
+def _replayer(options: Any, overrides: Sequence[str], grid: Grid, config: ReplayConfig) -> Replayer:
     # On one device, whatever the run had.
-    run, module, data = build(["-c", str(options.run / CONFIG), "--ckpt_path", "null", *overrides])
+    run, module, data = _built(["-c", str(options.run / CONFIG), "--ckpt_path", "null", *overrides])
     fabric = Fabric(accelerator=run.trainer.accelerator, devices=1, precision=run.trainer.precision)
     module.to(fabric.device)
     prompts: list[tuple[int, ...]] = []
@@ -113,6 +112,17 @@ def _replayer(build: Build, options: Any, overrides: Sequence[str], grid: Grid, 
         assert data.train_prompts is not None
         prompts = [prompt.tokens for prompt in data.train_prompts.prompts]
     return Replayer(module, grid, config, fabric.autocast, prompts)
+
+
+def _built(arguments: Sequence[str]) -> tuple[Namespace, OPDModule, PromptDataModule]:
+    """Return the configuration that ``opdlab fit`` makes of ``arguments``, its module and its data, but no trainer."""
+    config = parse_fit(arguments)
+    if config.check_memory:
+        refuse_oversized(config)
+    if config.seed_everything is not False:  # adapters are initialised at random
+        seed_everything(None if config.seed_everything is True else config.seed_everything, workers=True)
+    built = build(fit_parser(), config)
+    return config, built.model, built.data
 
 
 def chosen_folders(run: Path, steps: Sequence[str] | None) -> dict[int, Path]:

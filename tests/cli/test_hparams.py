@@ -1,6 +1,5 @@
 """The HParams tab, read back as TensorBoard's own plugin reads it."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment
 
 from opdlab.callbacks import BehaviorRefresh
 from opdlab.cli import main
-from tests.test_cli import SMALL
+from tests.cli.test_fit import SMALL
 
 RUNS = Path("runs/quickstart")
 ALL_STATUSES = [api_pb2.STATUS_UNKNOWN, api_pb2.STATUS_SUCCESS, api_pb2.STATUS_FAILURE, api_pb2.STATUS_RUNNING]
@@ -35,7 +34,6 @@ Fit = Callable[..., int]
 def fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
     """Run ``opdlab fit -c quickstart -c small …`` in an empty folder; the teacher is not evaluated."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["opdlab"])
     (tmp_path / "small.yaml").write_text(SMALL)
     return lambda *more: main(
         ["fit", "-c", "quickstart", "-c", "small.yaml", "--model.evaluation.teacher", "false", *more]

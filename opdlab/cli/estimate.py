@@ -11,6 +11,7 @@ from lightning.pytorch.cli import instantiate_class
 from rich.console import Console
 from rich.table import Table
 
+from opdlab.cli.parsing import parse_fit
 from opdlab.errors import UsageError, require
 from opdlab.estimate import (
     FLOAT,
@@ -101,6 +102,16 @@ class Estimate:
             return line + f"the largest peak, {size} in {phase}, fits"
         largest = max(self.phases[phase], key=lambda name: self.parts[name][0])
         return line + f"the peak of {phase}, {size}, does not fit; its largest part is {largest}"
+
+
+def estimate_command(arguments: Sequence[str]) -> int:
+    """Run ``opdlab estimate``, and return the exit code.
+
+    Raises:
+        UsageError: something in the arguments is wrong, or a model's configuration cannot be read.
+    """
+    print_estimate(parse_fit(arguments, "estimate"))
+    return 0
 
 
 def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_cpu: bool | None = None) -> Estimate:

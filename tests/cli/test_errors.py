@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from jsonargparse import ArgumentParser
 
-from opdlab.cli import EXIT_USAGE, OPDCLI, main
-from opdlab.cli_checks import build_plugin
-from opdlab.cli_errors import options_of, root_usage_error
+from opdlab.cli import EXIT_USAGE, main
+from opdlab.cli.app import OPDCLI
+from opdlab.cli.building import build
+from opdlab.cli.messages import options_of
 from opdlab.errors import UsageError, require
 from opdlab.gating import gate_registry
-from opdlab.tau import LinearTau
 
 Said = Callable[..., str]
 
@@ -22,7 +22,6 @@ Said = Callable[..., str]
 def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Said:
     """What a command that is refused prints; it is one line, and the exit code is 2."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["opdlab"])
     monkeypatch.setattr(sys, "path", list(sys.path))
 
     def run(arguments: str) -> str:
@@ -86,10 +85,15 @@ def test_an_estimate_is_refused_what_a_run_is(said: Said) -> None:
 
 
 def test_nothing_is_loaded_for_values_that_are_refused(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opdlab.cli.refuse_oversized", None)  # what comes next would fail with a traceback
+    monkeypatch.setattr("opdlab.cli.app.refuse_oversized", None)  # what comes next would fail with a traceback
     for flag in ("--model.gate.tau -1", "--sample_logger.every_n_steps 0", "--data.max_prompt_tokens 0"):
-        key, value = flag.removeprefix("--model.").removeprefix("--").split()
+        key, value = flag.removeprefix("--").split()
         assert said(f"fit -c quickstart {flag}").startswith(f"{key} is {value}")
+
+
+def test_an_unknown_key_of_a_nested_class_is_told_with_its_place(said: Said) -> None:
+    message = said("fit -c quickstart --model.gate.tau LinearTau --model.gate.tau.strat 1")
+    assert message.startswith("model.gate.tau: unknown key 'strat' of opdlab.tau.LinearTau; did you mean 'start'?")
 
 
 @pytest.mark.parametrize("name", gate_registry().names())
@@ -110,30 +114,55 @@ def test_the_keys_of_a_control_are_its_own() -> None:
     assert options_of("opdlab.strategies.prefix.PrefixGate") == ["gamma", "high", "low", "normalization", "rho"]
 
 
-def test_the_refusal_behind_a_union_is_found_and_no_other() -> None:
+class Picky:
+    """Refuses its field, by an error of its own or by opdlab's."""
+
+    def __init__(self, size: int, ours: bool = True) -> None:
+        require(size > 0 or not ours, f"size is {size}, but must be above 0")
+        if size <= 0:
+            raise ValueError("of somebody else")
+
+
+class Holder:
+    """Holds others."""
+
+    def __init__(self, first: float | Picky, parts: list[Picky], by_name: dict[str, Picky]) -> None:
+        self.parts = parts
+
+
+@pytest.mark.parametrize(
+    ("bad", "key"),
+    [("first", "top.first"), ("parts", "top.parts.1"), ("by_name", "top.by_name.b")],
+)
+def test_a_refusal_names_the_key_wherever_the_class_stands(bad: str, key: str) -> None:
+    def part(size: int) -> dict[str, object]:
+        return {"class_path": f"{__name__}.Picky", "init_args": {"size": size}}
+
+    size = {"first": 1, "parts": 1, "by_name": 1} | {bad: 0}
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--tau", type=float | LinearTau)
-    written = {"class_path": "opdlab.tau.LinearTau", "init_args": {"num_steps": 0}}
-    with pytest.raises(ValueError, match="Union") as caught:
-        parser.instantiate_classes(parser.parse_object({"tau": written}))
-    found = root_usage_error(caught.value)
-    assert isinstance(found, UsageError)
-    assert str(found) == "gate.tau.num_steps is 0, but must be at least 1"
-    other = ValueError("of somebody else")
-    assert root_usage_error(other) is other
+    parser.add_class_arguments(Holder, "top")
+    top = {
+        "first": part(size["first"]),
+        "parts": [part(2), part(size["parts"])],
+        "by_name": {"b": part(size["by_name"])},
+    }
+    with pytest.raises(UsageError) as caught:
+        build(parser, parser.parse_object({"top": top}))
+    assert str(caught.value) == f"{key}.size is 0, but must be above 0"
 
 
-def test_nested_plugins_are_built() -> None:
-    tau = {"class_path": "opdlab.tau.LinearTau", "init_args": {"num_steps": 0}}
-    with pytest.raises(UsageError, match="num_steps is 0"):
-        build_plugin({"class_path": "opdlab.strategies.TokenGate", "init_args": {"tau": tau}})
+def test_an_error_of_somebody_else_stays_what_it_is() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Picky, "picky")
+    with pytest.raises(ValueError, match="of somebody else") as caught:
+        build(parser, parser.parse_object({"picky": {"size": 0, "ours": False}}))
+    assert not isinstance(caught.value, UsageError)
 
 
 @pytest.mark.parametrize("flags", [["--model.gate.help=iw_opd"], ["--model.gate.help", "iw_opd"]])
 def test_help_of_a_registered_name(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["opdlab"])
     with pytest.raises(SystemExit) as caught:
         main(["fit", "-c", "quickstart", *flags])
     assert not caught.value.code
@@ -157,7 +186,6 @@ def test_options_of_a_recorder_that_records_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str, words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["opdlab"])
     monkeypatch.setattr(OPDCLI, "before_fit", lambda _: require(False, "far enough"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

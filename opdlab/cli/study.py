@@ -1,6 +1,7 @@
 """``opdlab study``: run the variants of a study, and report on them."""
 
 import importlib.resources
+import json
 import re
 import sys
 from argparse import ArgumentError
@@ -13,8 +14,10 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from opdlab.cli_config import config_path, shipped_configs
-from opdlab.cli_errors import explain
+from opdlab.cli.commands import COMMANDS
+from opdlab.cli.config_files import config_path, shipped_configs
+from opdlab.cli.messages import explain
+from opdlab.cli.parsing import parse_fit
 from opdlab.errors import UsageError, require
 from opdlab.registry import suggestion
 from opdlab.studies.launch import Cluster, Launcher, RunState, default_jobs
@@ -33,12 +36,11 @@ _WANTED = {
 }
 
 
-def study_command(arguments: Sequence[str], resolve: Resolve) -> int:
+def study_command(arguments: Sequence[str]) -> int:
     """Run ``opdlab study ARGUMENTS`` and return the exit code: 1 if a run has failed, 128 + n after signal n.
 
     Args:
         arguments: behind the name of the command.
-        resolve: the parser of ``opdlab fit``.
 
     Raises:
         UsageError: something in the arguments, the study or its folder is wrong.
@@ -56,7 +58,13 @@ def study_command(arguments: Sequence[str], resolve: Resolve) -> int:
         report = make_report(Path(config.report.folder))
         print(*report.conclusion, f"report: {report.write()}", sep="\n")
         return 0
-    return _run(config.run, resolve)
+    return _run(config.run)
+
+
+def plain_config(arguments: Sequence[str]) -> dict[str, Any]:
+    """Return the checked configuration that ``opdlab fit`` makes of its arguments, as plain values."""
+    config: dict[str, Any] = json.loads(json.dumps(parse_fit(arguments).as_dict(), default=str))
+    return config
 
 
 def _explain(error: ArgumentError, command: str) -> str:
@@ -75,7 +83,7 @@ def _explain(error: ArgumentError, command: str) -> str:
 
 def parser() -> ArgumentParser:
     """Of ``opdlab study``."""
-    made = ArgumentParser(prog="opdlab study", description="Compare variants over seeds.", exit_on_error=False)
+    made = ArgumentParser(prog="opdlab study", description=COMMANDS["study"].summary, exit_on_error=False)
     report = ArgumentParser(exit_on_error=False)
     report.add_argument("folder", type=str, help="Of the study, such as runs/studies/paper-toy-mild.")
     commands = made.add_subcommands()
@@ -145,14 +153,14 @@ def _list() -> int:
     return 0
 
 
-def _run(options: Namespace, resolve: Resolve) -> int:
+def _run(options: Namespace) -> int:
     study = read_study(find_study(options.study))
     if options.threads is not None:
         study = replace(study, threads=options.threads)
     folder = Path(options.folder or _ROOT / study.name)
     cluster = Cluster(options.cluster, options.parameters)
     require(options.jobs is None or options.jobs >= 1, f"--jobs is {options.jobs}: give at least 1")
-    plan = plan_study(study, folder, resolve)
+    plan = plan_study(study, folder, plain_config)
     with ExitStack() as stack:
         try:
             mine = stack.enter_context(locked(folder))  # two launchers would start runs twice

@@ -1,13 +1,14 @@
-"""How configurations are found and read: shipped names, and registered plug-ins."""
+"""How configurations are found and read: shipped names, files that extend others, and registered plug-ins."""
 
 import importlib.resources
 import os
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import set_loader
+from jsonargparse import ActionConfigFile, set_loader  # type: ignore[attr-defined] # documented, yet not in its __all__
 
 from opdlab.aliases import migrate, migrate_text, warn_of_old_names
 from opdlab.errors import UsageError, require
@@ -20,24 +21,43 @@ _REGISTRIES: dict[str, Callable[[], Registry[Any]]] = {
     "model.gate": gate_registry,
     "model.objective": objective_registry,
 }
-_CONFIG_FLAGS = ("-c", "--config")
-# In a configuration file: the configuration, or list of them, that it builds on.
-_EXTENDS = "extends"
-# Texts of the files whose `extends` was obeyed: all that the parser hands to a loader is the text.
-_OBEYED: set[str] = set()
+EXTENDS = "extends"
+"""In a configuration file: the configuration, or list of them, that it builds on."""
+
+# True until the file given to --config is loaded; files of sections are loaded by the same function, given text alone.
+_FOLLOWED = ContextVar("_FOLLOWED", default=False)
+
+
+class ConfigFile(ActionConfigFile):
+    """``--config NAME``: read a file, or a shipped configuration, after those that it extends.
+
+    A file that was read before is not read again as the base of another: it would undo what came in between.
+    """
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Merge the files into ``cfg``, one after the other."""
+        *bases, path = config_chain(config_path(str(values)))
+        before = cfg.get(self.dest)
+        read = {os.path.realpath(str(file)) for file in before} if isinstance(before, list) else set()
+        for each in [*(base for base in bases if os.path.realpath(base) not in read), path]:
+            _FOLLOWED.set(True)
+            super().__call__(parser, cfg, each, option_string)  # type: ignore[no-untyped-call]
 
 
 def _load_yaml(text: str) -> Any:
     """Load YAML, replace old names, and put class paths where registered names stand."""
     loaded = yaml.safe_load(text)
+    followed = _FOLLOWED.get()
+    _FOLLOWED.set(False)
     if isinstance(loaded, dict):
-        loaded = migrate(loaded)
-        if (extended := loaded.pop(_EXTENDS, None)) is not None:  # no option of its own
-            require(
-                text in _OBEYED,
-                f"{_EXTENDS} is {extended}, but is obeyed only in files given to -c or --config on the command line: "
-                "write out what is wanted here, or give the file with -c",
-            )
+        # A file of one section has no keys of the whole.
+        loaded = migrate(loaded) if followed else migrate({"section": loaded})["section"]
+        extended = loaded.pop(EXTENDS, None)  # no option of its own
+        require(
+            followed or extended is None,
+            f"{EXTENDS} is {extended}, but is obeyed only in files given to -c or --config on the command line: "
+            "write out what is wanted here, or give the file with -c",
+        )
         for key in _REGISTRIES:
             _expand_in(loaded, key)
     return loaded
@@ -80,32 +100,19 @@ def class_path_of(key: str, name: str) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def expand_arguments(arguments: Sequence[str]) -> list[str]:
-    """Put paths where names of shipped configurations stand, and class paths where registered names do.
-
-    A configuration that ``extends`` others becomes several ``-c``, those that it builds on first. What was read
-    already is not read again as the base of another: it would undo what came in between.
+def expand_names(arguments: Sequence[str]) -> list[str]:
+    """Return ``arguments`` with class paths where registered names of plug-ins stand, or names to show the help of.
 
     Raises:
-        UsageError: no such configuration, gate or objective.
+        UsageError: no gate or objective has that name.
+
+    Example:
+        >>> expand_names(["--model.gate", "token", "--model.objective=sampled_token"])[:2]
+        ['--model.gate', 'opdlab.strategies.token.TokenGate']
     """
     warn_of_old_names("the command line", arguments)
-    expanded: list[str] = []
-    read: set[str] = set()
-    for argument in map(migrate_text, arguments):
-        flag, equals, value = _config_flag(argument)
-        if expanded and expanded[-1] in _CONFIG_FLAGS:
-            flag, value = expanded.pop(), argument
-        if flag in _CONFIG_FLAGS and value:
-            *bases, path = config_chain(config_path(value))
-            for each in [*(base for base in bases if os.path.realpath(base) not in read), path]:
-                expanded += [flag, each]
-                read.add(os.path.realpath(each))
-            continue
-        if flag in _CONFIG_FLAGS and not equals:
-            argument = flag
-        expanded.append(_expand_name(argument, expanded[-1] if expanded else ""))
-    return expanded
+    arguments = [migrate_text(argument) for argument in arguments]
+    return [_expand_name(argument, before) for argument, before in zip(arguments, ["", *arguments], strict=False)]
 
 
 def _expand_name(argument: str, before: str) -> str:
@@ -117,16 +124,6 @@ def _expand_name(argument: str, before: str) -> str:
     if (key := before.removeprefix("--").removesuffix(".help")) in _REGISTRIES and not help_alone:
         return class_path_of(key, argument)
     return argument
-
-
-def _config_flag(argument: str) -> tuple[str, str, str]:
-    """Split an argument at its ``=``, and undo what argparse allows for -c: ``-cFILE`` and ``--conf FILE``."""
-    if argument.startswith("-c") and argument[2:]:
-        return "-c", "=", argument[2:].removeprefix("=")
-    flag, equals, value = argument.partition("=")
-    if flag.startswith("--co") and "--config".startswith(flag):
-        flag = "--config"
-    return flag, equals, value
 
 
 def config_chain(path: str, extended_by: tuple[str, ...] = ()) -> list[str]:
@@ -157,17 +154,16 @@ def config_chain(path: str, extended_by: tuple[str, ...] = ()) -> list[str]:
         loaded = yaml.safe_load(text)
     except (yaml.YAMLError, OSError, UnicodeDecodeError):
         return [path]  # the parser says what is wrong with it
-    require(loaded is not None, f"{path} is empty: give it keys, for example {_EXTENDS}: quickstart")
+    require(loaded is not None, f"{path} is empty: give it keys, for example {EXTENDS}: quickstart")
     if isinstance(loaded, dict):
         warn_of_old_names(path, loaded)
-    names = loaded.get(_EXTENDS, []) if isinstance(loaded, dict) else []
+    names = loaded.get(EXTENDS, []) if isinstance(loaded, dict) else []
     names = [names] if isinstance(names, str) else names
     require(
         isinstance(names, list) and all(isinstance(name, str) for name in names),
-        f"{path}: {_EXTENDS} is {names}, but must be the name of a configuration or a list of names",
+        f"{path}: {EXTENDS} is {names}, but must be the name of a configuration or a list of names",
     )
     bases = [file for name in names for file in config_chain(_extended_path(name, path), trail)]
-    _OBEYED.add(text)
     first: dict[str, str] = {}
     for base in bases:
         first.setdefault(os.path.realpath(base), base)  # one file may have two names
@@ -182,7 +178,7 @@ def _extended_path(name: str, path: str) -> str:
     try:
         return config_path(name)
     except UsageError as error:
-        raise UsageError(f"{path}: {_EXTENDS} is '{name}', which is not in {folder} either: {error}") from error
+        raise UsageError(f"{path}: {EXTENDS} is '{name}', which is not in {folder} either: {error}") from error
 
 
 def shipped_configs() -> dict[str, Path]:

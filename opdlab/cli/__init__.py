@@ -1,0 +1,5 @@
+"""The command line, ``opdlab COMMAND …``; :data:`opdlab.cli.commands.COMMANDS` lists what it can do."""
+
+from opdlab.cli.commands import EXIT_USAGE, console, main
+
+__all__ = ["EXIT_USAGE", "console", "main"]

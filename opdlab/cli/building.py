@@ -1,0 +1,107 @@
+"""Building classes from a configuration. This is where the message of a constructor gets the key that the user wrote.
+
+A class names its own field: ``num_samples is 0, but must be at least 1``. Here it becomes
+``model.eval_sampling.num_samples is 0, but must be at least 1``.
+"""
+
+import re
+from collections.abc import Container, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from opdlab.errors import UsageError
+from opdlab.packages import package_trouble
+
+
+def with_key(error: UsageError, key: str, fields: Container[str]) -> UsageError:
+    """Return ``error`` with ``key`` before its message, where that begins with one of ``fields``.
+
+    Args:
+        error: of a constructor.
+        key: of the section that the class is built from.
+        fields: the keys in that section.
+
+    Example:
+        >>> str(with_key(UsageError("r is 0, but must be at least 1"), "model.student.adapter", ["r", "alpha"]))
+        'model.student.adapter.r is 0, but must be at least 1'
+    """
+    field = re.match(r"\w+(?=[ .])", str(error))
+    return UsageError(f"{key}.{error}") if key and field is not None and field[0] in fields else error
+
+
+@contextmanager
+def under(key: str, fields: Container[str]) -> Iterator[None]:
+    """Raise what is refused in the block :func:`with_key`."""
+    try:
+        yield
+    except UsageError as error:
+        raise with_key(error, key, fields) from error
+
+
+def build(parser: ArgumentParser, config: Namespace, *, groups: bool = True) -> Namespace:
+    """Return ``config`` with an instance in the place of every class that it describes.
+
+    A value that may be of several types is tried with each, and jsonargparse then quotes what all of them said. This
+    raises the refusal of the class that the configuration names, with the key of its section.
+
+    Args:
+        parser: that has parsed ``config``.
+        config: all of it, or the sections that are wanted.
+        groups: build classes whose section is fixed, such as ``model``, not only those that have a ``class_path``.
+
+    Raises:
+        UsageError: a constructor refused its arguments.
+    """
+    refused: dict[str, UsageError] = {}
+
+    def instantiate(cls: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return cls(*args, **options)
+        except ImportError as error:
+            if (trouble := package_trouble(error)) is not None:
+                key = _key_of(config.as_dict(), cls, options) or cls.__name__
+                refused[str(error)] = UsageError(f"{key} {trouble}")
+            raise
+        except UsageError as error:
+            refused[str(error)] = with_key(error, _key_of(config.as_dict(), cls, options), options)
+            raise
+
+    parser.add_instantiator(instantiate, object, prepend=True)
+    try:
+        built: Namespace = parser.instantiate_classes(config, instantiate_groups=groups)
+    except (ValueError, ImportError) as error:
+        quoted = [named for said, named in refused.items() if said in str(error)]
+        if not quoted or quoted[-1] is error:
+            raise
+        raise quoted[-1] from error
+    return built
+
+
+def _key_of(config: Mapping[str, Any], cls: Any, options: Mapping[str, Any]) -> str:
+    """Return the key of the section that ``cls`` is built from; of two with equal values, both are to blame."""
+    return next((key for key, section in _sections(config, "") if _describes(section, cls, options)), "")
+
+
+def _sections(value: Any, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield all sections with their keys, the innermost first. ``init_args`` may be left out of a key, and is."""
+    if not isinstance(value, Mapping | list):
+        return
+    for name, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
+        yield from _sections(inner, key if name == "init_args" else f"{key}.{name}".removeprefix("."))
+    if isinstance(value, Mapping):
+        yield key, value
+
+
+def _describes(section: Mapping[str, Any], cls: Any, options: Mapping[str, Any]) -> bool:
+    if "class_path" in section:
+        if str(section["class_path"]).rpartition(".")[2] != cls.__name__:
+            return False
+        section = section.get("init_args") or {}
+    elif section.keys() != options.keys():
+        return False
+    plain = (str, int, float, type(None))
+    return section.keys() <= options.keys() and all(
+        options[name] == value for name, value in section.items() if isinstance(value, plain)
+    )

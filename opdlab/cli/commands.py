@@ -1,0 +1,156 @@
+"""The table of commands. A command's module is imported when the command is given, so ``opdlab --help`` is quick.
+
+Everything a user can get wrong ends in one line on standard error and exit code 2.
+"""
+
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+from argparse import ArgumentError
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from types import FrameType
+
+from opdlab.cli.arguments import PlainParser
+from opdlab.errors import Stopped, UsageError, exit_code
+from opdlab.processes import hold_lifeline
+from opdlab.registry import suggestion
+from opdlab.version import __version__
+
+EXIT_USAGE = 2
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of ``opdlab``.
+
+    Args:
+        function: where it is, as ``module:function``. It takes the arguments that follow the name of the command, and
+            returns the exit code.
+        summary: one line for ``opdlab --help``.
+    """
+
+    function: str
+    summary: str
+
+    def __call__(self, arguments: Sequence[str]) -> int:
+        """Import the command and run it."""
+        module, _, name = self.function.partition(":")
+        code: int = getattr(import_module(module), name)(arguments)
+        return code
+
+
+COMMANDS: dict[str, Command] = {
+    "fit": Command("opdlab.cli.app:fit", "Train a student, and evaluate it before and after."),
+    "validate": Command("opdlab.cli.app:validate", "Evaluate a student on the benchmarks."),
+    "test": Command("opdlab.cli.app:test", "Evaluate as validate does, in Lightning's test loop."),
+    "estimate": Command("opdlab.cli.estimate:estimate_command", "Print the memory that fit needs; load no model."),
+    "gates": Command("opdlab.cli.gates:list_gates", "List the registered gates."),
+    "study": Command("opdlab.cli.study:study_command", "Compare variants over seeds."),
+    "replay": Command("opdlab.cli.replay:replay", "Replay recorded steps of a run under other gates."),
+}
+
+
+def _run(arguments: Sequence[str]) -> int:
+    if arguments and arguments[0] in COMMANDS:
+        return COMMANDS[arguments[0]](arguments[1:])
+    parser = PlainParser(
+        prog="opdlab",
+        description="Gated on-policy distillation of language models.",
+        epilog="`opdlab COMMAND --help` shows the arguments of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    listed = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        listed.add_parser(name, help=command.summary, add_help=False)
+    if not arguments:
+        raise UsageError(f"give a command: {', '.join(COMMANDS)}; see opdlab --help")
+    if not arguments[0].startswith("-"):
+        hint = suggestion(arguments[0], COMMANDS) or ";"
+        raise UsageError(f"unknown command '{arguments[0]}'{hint} commands: {', '.join(COMMANDS)}")
+    parser.parse_args(arguments)
+    raise UsageError("give the command first, then its options; see opdlab --help")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        arguments: without the program's name; those of the process by default.
+    """
+    # A gate of one's own in the current folder is found by class_path, as it is with `python -m`.
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    ours = threading.current_thread() is threading.main_thread() and not _is_slurm()
+    # Lightning calls this besides its own handler, which only sets a flag that no evaluation looks at.
+    before = signal.signal(signal.SIGTERM, _terminate) if ours else None
+    try:
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except _user_errors() as error:
+        print(f"opdlab: error: {_in_one_line(error)}", file=sys.stderr)
+        return EXIT_USAGE
+    except ImportError as error:
+        from opdlab.packages import package_trouble  # here, because what it imports may be what is missing
+
+        if (trouble := package_trouble(error)) is None:
+            raise
+        print(f"opdlab: error: opdlab {trouble}", file=sys.stderr)
+        return EXIT_USAGE
+    except (KeyboardInterrupt, SystemExit) as stop:
+        signalled = stop if isinstance(stop, KeyboardInterrupt) else stop.__context__
+        if not isinstance(signalled, KeyboardInterrupt):  # `--help`
+            raise
+        print("opdlab: stopped", file=sys.stderr)
+        return exit_code(signalled)
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, before)
+
+
+def console() -> None:
+    """Entry point of the ``opdlab`` command and of ``python -m opdlab``."""
+    hold_lifeline()  # before libraries are loaded, which takes seconds
+    # Known harmless warnings: the behavior snapshot is in eval mode on purpose, and Lightning uses a name that torch
+    # has renamed. Lightning also advertises a logger.
+    warnings.filterwarnings("ignore", message=r"Found .* module\(s\) in eval mode")
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
+    advert = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    advert.addFilter(lambda record: "litlogger" not in record.getMessage())
+    # Python's own form names a file and quotes a line of it.
+    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
+    raise SystemExit(main())
+
+
+def _is_slurm() -> bool:
+    """Return True in a job of SLURM, where Lightning lets SIGTERM pass and queues the job again."""
+    if "SLURM_NTASKS" not in os.environ:
+        return False
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+    return SLURMEnvironment.detect()
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)  # torch may not be imported, or only in part
+    if distributed and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        return  # Lightning tells the other processes, and all end together
+    raise Stopped(signum)
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """Return the kinds of errors that a user can cause and mend; Lightning's own once it is imported."""
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
+    return (UsageError, ArgumentError, *([lightning.MisconfigurationException] if lightning else []))
+
+
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, UsageError):
+        return str(error)
+    from opdlab.cli.messages import explain
+
+    return explain(error)

@@ -1,0 +1,111 @@
+"""What ``fit`` takes, parsed: the one parser of ``fit``, ``validate``, ``test`` and ``estimate``, and of a study."""
+
+import functools
+import inspect
+from argparse import ArgumentError, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning
+from jsonargparse import DefaultHelpFormatter, Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser
+
+from opdlab.cli.checks import CALLBACKS, check_config
+from opdlab.cli.commands import COMMANDS
+from opdlab.cli.config_files import CONFIG_MODE, ConfigFile, expand_names
+from opdlab.cli.gates import described
+from opdlab.cli.messages import explain
+from opdlab.data import PromptDataModule
+from opdlab.errors import UsageError
+from opdlab.gating import gate_registry
+from opdlab.module import OPDModule
+from opdlab.objectives.base import objective_registry
+from opdlab.run_folder import find_checkpoint
+
+RUN_KEYS = ("ckpt_path", "weights_only")
+"""Keys that are handed to the method of the trainer."""
+
+
+class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the line breaks of descriptions, and shows types and defaults as jsonargparse does."""
+
+
+@functools.cache
+def fit_parser(command: str = "fit") -> LightningArgumentParser:
+    """Return the parser of a command that takes a whole configuration: fit, validate, test or estimate.
+
+    It is built once: a study parses every variant with it.
+    """
+    parser = LightningArgumentParser(
+        prog=f"opdlab {command}",
+        description=COMMANDS[command].summary,
+        epilog=f"registered gates (--model.gate NAME; --model.gate.help NAME shows the options of one):\n"
+        f"{described(gate_registry())}\n\n"
+        f"registered objectives (--model.objective NAME):\n{described(objective_registry())}",
+        formatter_class=_HelpFormatter,
+        parser_mode=CONFIG_MODE,
+        exit_on_error=False,
+        allow_abbrev=False,
+        dump_header=[f"lightning.pytorch=={lightning.__version__}"],
+    )
+    parser.add_argument(
+        "-c", "--config", action=ConfigFile, help="A configuration file, or the name of a shipped one; later ones win."
+    )
+    parser.add_argument(
+        "--seed_everything",
+        type=bool | int,
+        default=0,
+        help="Seed of all generators, set before anything is built; true takes a random one, false sets none.",
+    )
+    parser.add_lightning_class_args(Trainer, "trainer")
+    parser.add_lightning_class_args(OPDModule, "model")
+    parser.add_lightning_class_args(PromptDataModule, "data")
+    for section, callback in CALLBACKS.items():  # each callback has its own section of the configuration
+        parser.add_lightning_class_args(callback, section)
+    parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+    parser.add_argument(
+        "--check_memory", type=bool, default=True, help="Refuse models whose weights alone exceed the device."
+    )
+    parser.add_argument("--save_pools", type=bool, default=False, help="Record steps for `opdlab replay`.")
+    parser.link_arguments("save_pools", "pool_recorder.enabled")
+    parser.set_defaults(
+        {
+            "trainer.max_epochs": -1,
+            "checkpoint.every_n_train_steps": 50,
+            "checkpoint.filename": "step-{step}",
+            "checkpoint.auto_insert_metric_name": False,
+        }
+    )
+    method = command if command in ("validate", "test") else "fit"
+    skip = set(inspect.signature(getattr(Trainer, method)).parameters) - set(RUN_KEYS)
+    parser.add_method_arguments(Trainer, method, skip=skip)
+    return parser
+
+
+def parse_fit(arguments: Sequence[str], command: str = "fit") -> Namespace:
+    """Return the configuration that ``opdlab COMMAND ARGUMENTS`` runs with, checked as far as that needs no model.
+
+    Args:
+        arguments: that follow the name of the command.
+        command: fit, validate, test or estimate.
+
+    Raises:
+        UsageError: a key is unknown, a value is refused, or some do not fit together.
+
+    Example:
+        >>> parse_fit(["-c", "quickstart", "--trainer.max_steps", "3"]).trainer.max_steps
+        3
+    """
+    parser = fit_parser(command)
+    try:
+        config = parser.parse_args(expand_names(arguments))
+    except ArgumentError as error:
+        keys = parser.get_defaults().keys(branches=True)
+        raise UsageError(explain(error, keys, command=f"{parser.prog} --help")) from error
+    config.trainer.default_root_dir = str(config.trainer.default_root_dir or "runs")
+    if config.ckpt_path is not None:
+        config.ckpt_path = str(find_checkpoint(config.ckpt_path, Path(config.trainer.default_root_dir)))
+    check_config(parser, config)
+    return config
