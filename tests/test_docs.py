@@ -17,7 +17,7 @@ from opdlab.cli import main
 from opdlab.cli.config_files import expand_names
 from opdlab.cli.parsing import fit_parser
 from opdlab.cli.replay import parser as replay_parser
-from opdlab.cli.study import find_study, plan_study
+from opdlab.cli.study import find_study, plain_config, plan_study
 from opdlab.cli.study import parser as study_parser
 from opdlab.diagnostics import metric_table
 from opdlab.gating import DriftGate, GateStrategy, RuleGate, gate_names, gate_registry

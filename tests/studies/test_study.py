@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from opdlab.cli import EXIT_USAGE, main
-from opdlab.cli.study import plan_study, shipped_studies
+from opdlab.cli.study import plain_config, plan_study, shipped_studies
 from opdlab.errors import UsageError
 from opdlab.studies import plan as planning
 from opdlab.studies import schema
