@@ -1,6 +1,6 @@
-"""What the benchmarks share: children in processes of their own, pairwise ratios, the machine, and the toy world.
+"""Shared parts of the benchmarks: child processes, pairwise ratios, facts of the machine, and the toy world.
 
-The toy world is loaded by file path, so that a child whose environment lacks opdlab can use it too.
+The toy world is loaded by file path, so that a child without opdlab in its environment can use it too.
 """
 
 import functools
@@ -27,7 +27,7 @@ TOY_MODELS = REPOSITORY / "opdlab" / "toy" / "models"
 
 
 class ChildError(RuntimeError):
-    """A child ended with an error, or without an answer; the message ends with what it wrote."""
+    """A child ended with an error or without a result; the message ends with the child's output."""
 
 
 def run_child(
@@ -38,9 +38,9 @@ def run_child(
     Args:
         script: the Python file.
         arguments: its arguments.
-        threads: for torch and for the BLAS beneath it.
+        threads: for torch and its BLAS.
         python: the interpreter.
-        device: of the measurement; for ``cpu`` accelerators are hidden.
+        device: of the measurement; ``cpu`` hides accelerators.
     """
     inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     environment = os.environ | {
@@ -61,9 +61,9 @@ def run_child(
 
 
 class PeakMemory:
-    """Bytes that this process holds at most beyond what it holds now; of an accelerator if one is given.
+    """Peak memory of this process after construction, bytes; of an accelerator if one is given.
 
-    Of the process it is the resident set, which Linux counts.
+    For the process it is the resident set as counted by Linux.
 
     Args:
         device: a CUDA device, or None.
@@ -72,7 +72,7 @@ class PeakMemory:
     def __init__(self, device: Any = None) -> None:
         self._device = device
         if device is None:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             self._before = _resident("VmRSS")
         else:
             import torch
@@ -81,11 +81,11 @@ class PeakMemory:
             self._before = float(torch.cuda.memory_allocated(device))
 
     def peak_bytes(self) -> float:
-        """Say what was held at most since then, with what was held before."""
+        """Return the peak since then, including the memory held before."""
         return self._before + self.extra_bytes()
 
     def extra_bytes(self) -> float:
-        """Say what was held at most since then, on top of what was held before."""
+        """Return the peak since then, above the memory held before."""
         if self._device is None:
             return _resident("VmHWM") - self._before
         import torch
@@ -99,7 +99,7 @@ def _resident(field: str) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """Say what this was measured on, and how busy it was beforehand."""
+    """Return facts of the machine and its load before the measurement."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -112,7 +112,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Versions of Python and of the packages that this interpreter has."""
+    """Return the versions of Python and of the packages of this interpreter."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:
@@ -126,10 +126,10 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 class Stopwatch:
-    """Adds up the time of calls by name, while it is on.
+    """Adds up the time of calls by name, while it is switched on.
 
     Args:
-        on: whether it is from the beginning.
+        on: initial state.
     """
 
     def __init__(self, on: bool = False) -> None:
@@ -142,7 +142,7 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, timed."""
+        """Return the function, timed."""
 
         @functools.wraps(function)
         def timed(*arguments: Any, **options: Any) -> Any:
@@ -155,7 +155,7 @@ class Stopwatch:
         return timed
 
 
-# -- figures ---------------------------------------------------------------------------------------------------------
+# -- metrics ---------------------------------------------------------------------------------------------------------
 
 
 def median(values: Iterable[float]) -> float:
@@ -164,7 +164,7 @@ def median(values: Iterable[float]) -> float:
 
 
 def pairwise_ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Return ``ours / theirs`` round by round: what slowed the machine down for a while slowed both."""
+    """Return ``ours / theirs`` round by round, since a slow phase of the machine affects both."""
     return [a / b for a, b in zip(ours, theirs, strict=True)]
 
 
@@ -195,10 +195,10 @@ def toy_problems(split: str, count: int) -> list[tuple[str, str]]:
 
 
 class ToyEvaluation:
-    """pass@1 on held-out toy problems; leaves the global generators as they were.
+    """pass@1 on held-out toy problems; the global random generators keep their state.
 
     Args:
-        num_problems: how many problems.
+        num_problems: number of problems.
         num_samples: answers to each.
         max_new_tokens: longest answer.
     """
@@ -215,7 +215,7 @@ class ToyEvaluation:
         Args:
             model: a Hugging Face causal language model.
             tokenizer: its tokenizer.
-            seed: decides what is sampled.
+            seed: of the sampling.
         """
         import torch
         from transformers import GenerationConfig

@@ -1,11 +1,11 @@
-"""How often the 95% interval of a study's report covers the truth, on simulated studies.
+"""Coverage of the 95% interval of a study's report, on simulated studies.
 
 Seeds and problems are crossed random effects, samples are binomial: a problem's probability under the baseline is
-uniform, and run, problem and variant shift it by normal effects. Three ways to make the interval are counted:
+uniform, and run, problem and variant shift it by normal effects. Three intervals are compared:
 
-- report: as `opdlab study report` does it;
-- plain: percentiles of the crossed bootstrap as it is;
-- pairs: percentiles over seeds alone, as if the problems were all there are.
+- report: the interval of `opdlab study report`;
+- plain: percentiles of the uncorrected crossed bootstrap;
+- pairs: percentiles over seeds alone, with fixed problems.
 
 Run it with `python benchmarks/coverage.py` (`--studies 2000` for a smaller error); it uses one thread.
 """
@@ -38,7 +38,7 @@ def simulate(
     problem_std: float,
     effects: Sequence[float],
 ) -> np.ndarray:
-    """Correct samples of a baseline and of variants, [1 + V, S, P]."""
+    """Return correct samples of a baseline and of variants, [1 + V, S, P]."""
     num_seeds, num_problems = shape
     base = generator.uniform(0.25, 0.75, num_problems)
     luck = seed_std * generator.standard_normal((1 + len(effects), num_seeds, 1))
@@ -49,13 +49,13 @@ def simulate(
 
 
 def differences(correct: np.ndarray) -> np.ndarray:
-    """pass@1 of variants less that of the baseline, [V, S, P]."""
+    """Return pass@1 of variants minus that of the baseline, [V, S, P]."""
     found = problem_scores(correct, NUM_SAMPLES, 1)
     return found[1:] - found[0]
 
 
 def measure(shape: tuple[int, int], seed_std: float, problem_std: float, studies: int, resamples: int) -> dict:
-    """Coverage, width, and false positives of a family of variants that all equal the baseline."""
+    """Return coverage, width, and false positives of a family of variants that all equal the baseline."""
     generator = np.random.default_rng([*shape, int(1000 * seed_std), int(1000 * problem_std)])
     covered, widths, false, detectable = np.zeros(3), [], 0, []
     for study in range(studies):
@@ -87,7 +87,7 @@ def measure(shape: tuple[int, int], seed_std: float, problem_std: float, studies
 
 
 def main() -> None:
-    """Print the table, a line of JSON for each size."""
+    """Print the table, and a line of JSON for each size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--studies", type=int, default=400, help="simulated studies of each size")
     parser.add_argument("--resamples", type=int, default=1000, help="of each study")

@@ -1,14 +1,14 @@
-"""What a gate and its figures cost by themselves, at up to 64 responses of 16,384 tokens, doubling the length.
+"""Time of a gate and its metrics alone, up to 64 responses of 16,384 tokens, doubling the length.
 
 - Each gate's forward, :class:`opdlab.gating.GateStrategy` called on synthetic inputs: random drift, lengths between
   half and the whole width, a newline every fifty tokens.
-- What ``GateMonitor`` computes of a step that is shown, with Block64: ``gathered`` (positions of all micro-batches, in
-  float64), ``figures`` (histograms, loss, gradient, correlations), ``read`` (the copy to the host and plain numbers);
-  and ``ages``, the sums by age, which it makes at every step.
+- Parts of ``GateMonitor`` at a logged step with Block64: ``gathered`` (positions of all micro-batches, in float64),
+  ``figures`` (histograms, loss, gradient, correlations), ``read`` (the copy to the host and plain numbers); and
+  ``ages``, the sums by age at every step.
 
-Two references are of the same run: one elementwise pass, ``exp`` over [B, T] float32, and an update (forward and
-backward, LSM with the drift) of the shipped toy student, 281k parameters, as time per token. A real model's update
-costs hundreds of times that, so the share of it is far smaller.
+Two references are measured in the same run: one elementwise pass, ``exp`` over [B, T] float32, and an update (forward
+and backward, LSM with the drift) of the shipped toy student, 281k parameters, as time per token. A real model's update
+costs hundreds of times that, so the gate's share of it is far smaller.
 
 ``OMP_NUM_THREADS=1 python benchmarks/gate_growth.py --json gate_growth.json`` takes a minute.
 """
@@ -51,7 +51,7 @@ MAX_BLOCKS = 64  # GateMonitor's default
 
 
 def synthetic(rows: int, length: int, device: torch.device, vocabulary: int = 50) -> tuple[Rollouts, GateInputs]:
-    """Rollouts of ``length / 2`` to ``length`` tokens, and what a gate sees of them."""
+    """Return rollouts of ``length / 2`` to ``length`` tokens, and the gate's inputs for them."""
     generator = torch.Generator().manual_seed(length)
     lengths = torch.randint(length // 2, length + 1, (rows,), generator=generator)
     lengths[0] = length
@@ -84,12 +84,12 @@ def synthetic(rows: int, length: int, device: torch.device, vocabulary: int = 50
 
 
 def gate_of(name: str) -> Any:
-    """The gate; span with a newline of its own, since there is no tokenizer."""
+    """Return the gate; span takes a newline id of its own, since there is no tokenizer."""
     return build_gate(name, newline_token_ids=[NEWLINE]) if name == "span" else build_gate(name)
 
 
 def trace_of(rollouts: Rollouts, inputs: GateInputs) -> StepTrace:
-    """What a training step with Block64 would leave."""
+    """Return the trace of a training step with Block64."""
     shares = inputs.mask / inputs.mask.sum()
     norms = inputs.mask * 0.1
     return StepTrace(rollouts, 1, 3, inputs, build_gate("block64")(inputs), shares, {}, norms)
@@ -99,7 +99,7 @@ def trace_of(rollouts: Rollouts, inputs: GateInputs) -> StepTrace:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, budget: float) -> float:
-    """Median time of a call, as often as ``budget`` seconds allow, at least three times after one of warm-up."""
+    """Return the median time of a call, repeated for ``budget`` seconds and at least three times, after a warm-up."""
 
     def timed() -> float:
         _synchronize(device)
@@ -118,7 +118,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def measure(rows: int, length: int, device: torch.device, budget: float) -> dict[str, float]:
-    """Seconds of every gate, of the figures, and of the reference."""
+    """Return the seconds of every gate, of the metrics, and of the reference."""
     rollouts, inputs = synthetic(rows, length, device)
     work: dict[str, Callable[[], object]] = {REFERENCE: inputs.current_logprobs.exp}
     for name in GATES:
@@ -138,7 +138,7 @@ def measure(rows: int, length: int, device: torch.device, budget: float) -> dict
 
 
 def update_nanoseconds(device: torch.device, budget: float) -> float:
-    """Nanoseconds per token of an update of the toy student: scoring, LSM, backward; no optimizer."""
+    """Return nanoseconds per token of an update of the toy student: scoring, LSM, backward; no optimizer."""
     model = LanguageModel(TOY).to(device)
     rollouts, inputs = synthetic(*UPDATE_SHAPE, device, vocabulary=model.vocab_size)
     support = torch.rand(*UPDATE_SHAPE, model.vocab_size, device=device).topk(SUPPORT, dim=-1)
@@ -155,7 +155,7 @@ def update_nanoseconds(device: torch.device, budget: float) -> float:
 
 
 def growth(seconds: list[float]) -> float:
-    """Exponent of the growth with the length, over the last two doublings: 1 where time is proportional."""
+    """Return the exponent of the growth with the length, over the last two doublings: 1 is linear."""
     last = seconds[-3:]
     return math.log2(last[-1] / last[0]) / (len(last) - 1) if len(last) > 1 else math.nan
 

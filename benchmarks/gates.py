@@ -1,20 +1,19 @@
-"""What ``GateMonitor`` and ``SampleLogger`` cost with each gate, as a share of a training step on the toy pair.
+"""Cost of ``GateMonitor`` and ``SampleLogger`` with each gate, as a share of a training step on the toy pair.
 
-The quickstart is trained with each gate in a process of its own, and the clock of that very run says where time went:
+Each gate trains the quickstart in a process of its own, and the clock of that run gives the time of each part:
 
-- **hooks**: the callback's own, at every step: sums by age, and at every tenth step figures, histograms and scalars;
-- **norms**: ``hidden_gradient_norms``, which the training step computes at every tenth step because the callback asks;
+- **hooks**: the monitor's hooks: at every step sums by age, at every tenth step metrics, histograms and scalars;
+- **norms**: ``hidden_gradient_norms``, which the training step computes at every tenth step on the callback's request;
 - **pages**: ``SampleLogger``'s hooks; it writes a page at every tenth step here, and its share is given for its default
   of a page every 100 steps;
 - **step**: from the end of one optimizer step to the end of the next, sampling and the teacher's scoring included, and
   all callbacks; evaluations and checkpoints are off.
 
-Numerator and denominator are of the same steps of the same run, so what slows the machine slows both. The share is the
-sum of the former over the sum of the latter. The first ten steps are left out: in them modules are imported and
-allocators grow. What is limited is the sum of both shares. The pictures at the end of training are drawn once, not at a
-step, and are given in seconds.
+Numerator and denominator are sums over the same steps of the same run, so a slow phase of the machine affects both. The
+first ten steps are left out: in them modules are imported and allocators grow. The limit holds for the sum of both
+shares. The plots at the end of training are drawn once, not at a step, and are given in seconds.
 
-``OMP_NUM_THREADS=1 python benchmarks/gates.py --json gates.json`` ends with 1 where a share is above ``--limit``.
+``OMP_NUM_THREADS=1 python benchmarks/gates.py --json gates.json`` ends with 1 if a share is above ``--limit``.
 """
 
 import argparse
@@ -37,7 +36,7 @@ PACKAGES = ("torch", "lightning", "tensorboard", "matplotlib")
 
 
 def child(gate: str, steps: int) -> None:
-    """Train with one gate, and print what was measured as one line of JSON."""
+    """Train with one gate, and print the measurements as one line of JSON."""
     sys.path.insert(0, str(REPOSITORY))
     import torch
     from lightning.pytorch import Callback, Trainer, seed_everything
@@ -58,7 +57,7 @@ def child(gate: str, steps: int) -> None:
     watch = Stopwatch()
 
     class Clock(Callback):
-        """Times the steps: put on last, it sees the end of all other callbacks."""
+        """Times the steps: as the last callback, it includes all others."""
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             if trainer.global_step == WARM_UP:
@@ -114,7 +113,7 @@ def child(gate: str, steps: int) -> None:
 
 
 def measure(gates: list[str], steps: int, threads: int) -> list[dict[str, Any]]:
-    """One run for each gate."""
+    """Return one run for each gate."""
     rows = []
     for gate in gates:
         row = run_child(Path(__file__), ["--child", gate, "--steps", str(steps)], threads=threads)
@@ -146,7 +145,7 @@ def report(rows: list[dict[str, Any]], steps: int) -> None:
 
 
 def main() -> int:
-    """Measure, print, write; 1 where it costs more than it may."""
+    """Measure, print, write; return 1 if the cost is above the limit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=50, help="optimizer steps of a run (default: %(default)s)")
     parser.add_argument("--gates", nargs="+", choices=GATES, default=list(GATES), help="all by default")
@@ -164,7 +163,7 @@ def main() -> int:
     rows = measure(given.gates, given.steps, given.threads)
     report(rows, given.steps)
     if given.json:
-        found = [row.pop("versions") for row in rows]  # the same in each
+        found = [row.pop("versions") for row in rows]  # equal in all runs
         options = {"steps": given.steps, "warm_up": WARM_UP, "every_n_steps": EVERY, "threads": given.threads}
         result = {"machine": before, "versions": found[0], "options": options, "gates": rows}
         given.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,21 +1,21 @@
-"""What opdlab takes of a GPU at the sizes of real models: memory, tokens a second, share of the peak.
+"""Cost of opdlab on a GPU at the sizes of real models: memory, tokens per second, share of the peak.
 
-Students Qwen3-0.6B and Qwen3-1.7B with a Qwen3-4B teacher, of the published shapes with random weights: nothing is
-downloaded. Student, behavior snapshot, AdamW's state and teacher are resident all the time, as in a run:
+Students Qwen3-0.6B and Qwen3-1.7B with a Qwen3-4B teacher, of the published shapes with random weights and no
+download. Student, behavior snapshot, AdamW's state and teacher stay on the GPU, as in a run:
 
 - **sample**: the snapshot samples a few short responses;
 - **teacher**: log-probabilities, top K and their mass of one response;
 - **update**: one micro-batch of one response: the student's forward pass with checkpointed layers, LSM with K = 32 and
   the drift, Block64, backward pass, AdamW's step. Its share of the peak counts the model's operations once: layers
-  forward and backward, causal attention, the head forward and its K rows backward; what checkpointing repeats is not
-  counted.
+  forward and backward, causal attention, the head forward and its K rows backward; repeated operations of checkpointing
+  are not counted.
 
-By default weights of student and snapshot are float32 and arithmetic is bfloat16, which is ``configs/paper``; 1.7B at
-16,384 tokens is the paper's run, on one GPU of 80 GB. Then the scoring of as many positions alone, in bfloat16, against
-the kernels of TRL, Liger and cut-cross-entropy, where they are installed here.
+By default weights of student and snapshot are float32 and arithmetic is bfloat16, as in ``configs/paper``; 1.7B at
+16,384 tokens is the paper's run, on one GPU of 80 GB. Then scoring alone is measured on as many positions, in bfloat16,
+against the kernels of TRL, Liger and cut-cross-entropy, if they are installed.
 
 ``python benchmarks/gpu.py --json gpu.json`` on one CUDA GPU takes less than eight minutes; ``--smoke`` runs every
-line of it on tiny shapes, on a CPU too.
+line on tiny shapes, on a CPU too.
 """
 
 import argparse
@@ -40,7 +40,7 @@ PACKAGES = ("torch", "transformers", "trl", "liger-kernel", "cut-cross-entropy",
 
 
 def measure_kernels(plan: Plan, device: str) -> list[dict[str, Any]]:
-    """Scoring alone, one size after the other; in one process, since each leaves nothing behind."""
+    """Measure scoring alone, one size after the other; in one process, because each frees its memory."""
     found = []
     for positions in plan.kernel_positions:
         sizes = Sizes(positions, plan.teacher.vocab_size, plan.kernel_hidden, plan.k, "bfloat16", device)
@@ -55,7 +55,7 @@ def measure_kernels(plan: Plan, device: str) -> list[dict[str, Any]]:
 
 
 def child(given: argparse.Namespace, plan: Plan) -> dict[str, Any]:
-    """One student with its teacher, or the kernels."""
+    """Measure one student with its teacher, or the kernels."""
     device = torch.device(given.device)
     if given.child == "kernels":
         return {"kernels": measure_kernels(plan, given.device)}
@@ -130,7 +130,7 @@ def _run(given: argparse.Namespace, part: str) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Measure, print, write; 2 without a GPU."""
+    """Measure, print, write; return 2 without a GPU."""
     given = _parser().parse_args()
     has_gpu = torch.cuda.is_available()
     given.device = given.device or ("cuda" if has_gpu or not given.smoke else "cpu")

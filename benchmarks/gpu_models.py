@@ -1,4 +1,4 @@
-"""The shapes that ``gpu.py`` measures, what they cost in operations, and what GPUs can do."""
+"""Shapes of the models in ``gpu.py``, their operations per update, and the peak throughput of GPUs."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,9 +8,9 @@ import torch
 from common import TOY_MODELS
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-CARD_BYTES = 80e9  # of the paper's A800
+CARD_BYTES = 80e9  # the paper's A800
 
-# Dense bfloat16 TFLOP/s by their makers' data sheets; the first name that is part of the device's counts.
+# Dense bfloat16 TFLOP/s from the vendors' data sheets; the first name that is part of the device's name applies.
 _PEAKS = {
     "B200": 2250.0,
     "H200": 989.0,
@@ -30,13 +30,13 @@ _PEAKS = {
 
 
 def peak_teraflops(name: str) -> float | None:
-    """Of a GPU by its name; None where it is not known."""
+    """Return the peak of a GPU by its name, or None if it is not known."""
     return next((peak for part, peak in _PEAKS.items() if part in name), None)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a Qwen3 with tied embeddings, as its published ``config.json`` has it.
+    """Shape of a Qwen3 model with tied embeddings, as in its published ``config.json``.
 
     Args:
         hidden_size: H.
@@ -57,7 +57,7 @@ class Shape:
     vocab_size: int = 151_936
 
     def config(self) -> Qwen3Config:
-        """For transformers."""
+        """Return the configuration for transformers."""
         return Qwen3Config(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
@@ -77,19 +77,19 @@ class Shape:
 
     @property
     def layer_weights(self) -> int:
-        """Weights of all layers that are multiplied with."""
+        """Return the number of weights of all layers that are multiplied with."""
         attention = self.hidden_size * self.head_dim * 2 * (self.num_heads + self.num_kv_heads)
         return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
 
     def update_flops(self, prompt: int, response: int, k: int) -> float:
-        """Floating-point operations of one sequence's forward and backward pass under LSM.
+        """Return the floating-point operations of one sequence's forward and backward pass under LSM.
 
         A product of a weight with a token is two operations forward and four backward. Causal attention multiplies half
-        of tokens x tokens, twice. Of the head each response token sees the whole vocabulary forward, and K rows back.
+        of tokens x tokens, twice. In the head each response token uses all of the vocabulary forward, and K rows back.
 
         Args:
             prompt: tokens.
-            response: tokens; the last one is predicted, but not fed.
+            response: tokens; the last one is predicted, but not an input.
             k: K.
         """
         tokens = prompt + response - 1
@@ -99,28 +99,28 @@ class Shape:
         return layers + attention + head
 
     def save(self, folder: Path, dtype: torch.dtype, device: torch.device) -> str:
-        """Write a model of random weights, with a tokenizer; made on the device, where that is quick."""
+        """Save a model with random weights, made on the device for speed, and a tokenizer."""
         torch.manual_seed(0)
         with torch.device(device):
             model = Qwen3ForCausalLM._from_config(self.config(), dtype=dtype)
         model.save_pretrained(folder)
-        # Any tokenizer does whose stop token is id 1: texts are never looked at.
+        # Any tokenizer with stop token id 1 works, because the text is not used.
         AutoTokenizer.from_pretrained(TOY_MODELS / "student").save_pretrained(folder)
         return str(folder)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured.
+    """Models and sizes to measure.
 
     Args:
         students: by name.
-        teacher: of all.
+        teacher: of all students.
         lengths: response tokens.
         prompt: tokens before them.
         k: size of the support.
-        sampled: responses, and tokens of each, of the sampling.
-        kernel_positions: of scoring alone.
+        sampled: number of sampled responses, and tokens of each.
+        kernel_positions: positions of scoring alone.
         kernel_hidden: H of scoring alone.
     """
 

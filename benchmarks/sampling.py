@@ -1,13 +1,13 @@
-"""Time of sampling: opdlab's loop against transformers' own, and against what else transformers has.
+"""Time of sampling: opdlab's loop against transformers' own, and against transformers' alternatives.
 
-- ``generate``: transformers' loop; each prompt stands once per response, a batch runs until its longest row is done;
-- ``chunks``: opdlab's loop, a batch after the other: prompts are read once and rows leave, none takes their place;
+- ``generate``: transformers' loop; each prompt has a row per response, a batch runs until its longest row is done;
+- ``chunks``: opdlab's loop, batch after batch: prompts are read once, finished rows are removed and not replaced;
 - ``opdlab``: opdlab's loop as the sampler uses it;
 - ``static``: transformers' loop with a cache of fixed size;
 - ``compiled``: the same with the forward pass compiled, which ``--warm-up`` tokens pay for;
 - ``paged``: transformers' continuous batching, ``generate_batch``.
 
-The samples differ from one way to the other, so times are compared per token of the responses. Every measurement has a
+The samples differ between methods, so times are compared per response token. Every measurement has a
 process of its own; loading and warming up are not counted.
 
 ``python benchmarks/sampling.py --json sampling.json``; ``--models FOLDER --problems JSONL`` for another model.
@@ -45,7 +45,7 @@ WAYS = ("generate", "chunks", "opdlab", "static", "compiled", "paged")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
-    """Seconds of the wall clock and of the processor, and tokens sampled."""
+    """Return seconds of the wall clock and of the processor, and the number of sampled tokens."""
     from opdlab.policies import LanguageModel
 
     model = LanguageModel(str(arguments.models)).eval()
@@ -98,7 +98,7 @@ def _max_new_tokens(arguments: argparse.Namespace) -> int:
 
 
 def _count(tokens: Any, stop_ids: list[int]) -> int:
-    """Tokens up to and with the first stop token."""
+    """Return the number of tokens up to and including the first stop token."""
     import torch
 
     stops = torch.isin(tokens, torch.tensor(stop_ids)).int()
@@ -109,7 +109,7 @@ def _count(tokens: Any, stop_ids: list[int]) -> int:
 
 
 def sample_opdlab(model: Any, prompts: list[list[int]], arguments: argparse.Namespace) -> int:
-    """With the sampler."""
+    """Sample with opdlab's sampler."""
     from opdlab.policies import Sampler, SamplingConfig
 
     config = SamplingConfig(
@@ -119,7 +119,7 @@ def sample_opdlab(model: Any, prompts: list[list[int]], arguments: argparse.Name
 
 
 def sample_chunks(model: Any, prompts: list[list[int]], arguments: argparse.Namespace) -> int:
-    """With the sampler, as many prompts at a time as fit."""
+    """Sample with opdlab's sampler, as many prompts at a time as fit."""
     size = max(1, arguments.batch_size // arguments.samples)
     return sum(sample_opdlab(model, prompts[i : i + size], arguments) for i in range(0, len(prompts), size))
 
@@ -127,7 +127,7 @@ def sample_chunks(model: Any, prompts: list[list[int]], arguments: argparse.Name
 def sample_generate(
     model: Any, prompts: list[list[int]], arguments: argparse.Namespace, full: bool = False, **options: Any
 ) -> int:
-    """With transformers' loop, a batch at a time; ``full``: all of one size and width, for kernels of fixed sizes."""
+    """Sample with transformers' loop, a batch at a time; ``full``: batches of equal shape, for compiled kernels."""
     import torch
 
     torch.manual_seed(arguments.seed)
@@ -153,15 +153,15 @@ def sample_generate(
 
 
 def sample_static(model: Any, prompts: list[list[int]], arguments: argparse.Namespace) -> int:
-    """With transformers' loop and a cache of fixed size."""
+    """Sample with transformers' loop and a cache of fixed size."""
     return sample_generate(model, prompts, arguments, cache_implementation="static", disable_compile=True)
 
 
 def sample_compiled(model: Any, prompts: list[list[int]], arguments: argparse.Namespace) -> int:
-    """With transformers' loop, a cache of fixed size and a compiled forward pass."""
+    """Sample with transformers' loop, a cache of fixed size and a compiled forward pass."""
     from transformers import CompileConfig
 
-    # Without CUDA graphs, which a CPU has not; transformers compiles on accelerators alone unless told so.
+    # Without CUDA graphs, which a CPU lacks; by default transformers compiles only on accelerators.
     compiling = CompileConfig(mode="default", fullgraph=True)
     compiling._compile_all_devices = True
     return sample_generate(
@@ -170,7 +170,7 @@ def sample_compiled(model: Any, prompts: list[list[int]], arguments: argparse.Na
 
 
 def sample_paged(model: Any, prompts: list[list[int]], arguments: argparse.Namespace) -> int:
-    """With transformers' continuous batching; the cache has room for the batch, and no more."""
+    """Sample with transformers' continuous batching; the cache has room for exactly one batch."""
     import torch
     from transformers import ContinuousBatchingConfig
 
@@ -200,7 +200,7 @@ def sample_paged(model: Any, prompts: list[list[int]], arguments: argparse.Names
 
 
 def main() -> int:
-    """Measure every way, round by round, and print ratios."""
+    """Measure every method, round by round, and print ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, default=TOY_MODELS / "student", metavar="FOLDER", help="what samples")
     parser.add_argument("--problems", type=Path, metavar="JSONL", help="prompts of a chat model; else the toy's")
@@ -219,7 +219,7 @@ def main() -> int:
     if arguments.way:
         print(json.dumps(measure(arguments)))
         sys.stdout.flush()
-        os._exit(0)  # some of transformers' threads outlive their work
+        os._exit(0)  # some threads of transformers outlive their work
     rows: dict[str, list[dict[str, float]]] = {way: [] for way in arguments.ways}
     failures: dict[str, str] = {}
     for seed in range(arguments.rounds):

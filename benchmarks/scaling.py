@@ -1,9 +1,9 @@
-"""How time and memory of an update grow with the response's length, the batch, the vocabulary and the support.
+"""Growth of time and memory of an update with the response's length, the batch, the vocabulary and the support.
 
-One update is what a training step does on a micro-batch: the student's forward pass, objective, gate, loss, backward
+One update is a training step's work on a micro-batch: the student's forward pass, objective, gate, loss, backward
 pass. The student has the toy model's architecture (hidden size 96, two layers) and random weights. One size is doubled
 while the others stay; the exponent is the slope of the logarithm from one doubling to the next: 1 is linear growth.
-Every measurement has a process of its own; memory is the peak of the resident set less what was there before.
+Every measurement has a process of its own; memory is the peak of the resident set minus its size before.
 
 ``python benchmarks/scaling.py --json scaling.json``
 """
@@ -27,7 +27,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 @dataclass(frozen=True)
 class Size:
-    """Of an update: rollouts, response tokens, rows of the head, tokens in the support."""
+    """Size of an update: rollouts, response tokens, rows of the head, tokens in the support."""
 
     batch: int = 1
     length: int = 2048
@@ -44,7 +44,7 @@ SWEEPS: dict[str, list[Size]] = {
 
 
 class Updates:
-    """A student with random weights, and what a training step does with it.
+    """Student with random weights, and its updates.
 
     Args:
         size: of the largest update.
@@ -69,12 +69,12 @@ class Updates:
         self._size, self._objective, self._gate = size, TeacherTopK(size.k), build_gate("block64", tau=1.0)
 
     def run(self, batch: int, length: int, lengths: Any = None) -> dict[str, float]:
-        """Seconds and bytes of one update.
+        """Return seconds and bytes of one update.
 
         Args:
             batch: rollouts.
             length: response tokens of the longest.
-            lengths: of each, [batch]; all alike by default.
+            lengths: of each rollout, [batch]; all equal by default.
         """
         import torch
 
@@ -103,9 +103,9 @@ class Updates:
 
 
 def measure(size: Size) -> dict[str, float]:
-    """Seconds and bytes of one update; this is the child."""
+    """Measure seconds and bytes of one update; this is the child."""
     updates = Updates(size)
-    updates.run(1, 16)  # threads, and the buffers of gradients
+    updates.run(1, 16)  # warm up threads and gradient buffers
     return updates.run(size.batch, size.length)
 
 

@@ -1,18 +1,18 @@
-"""Time and peak memory of scoring, forward and backward, against plain log-softmax and the kernels of others.
+"""Time and peak memory of scoring, forward and backward, against plain log-softmax and kernels of other packages.
 
-The others are TRL's chunked kernels, Liger's and Apple's cut cross-entropy, where they are installed and run on the
-device; where not, the table says so. ``scoring_peers.py`` has what is measured.
+The other packages are TRL with chunked kernels, Liger, and Apple's cut cross-entropy, if they are installed and run on
+the device; otherwise the table says so. ``scoring_peers.py`` has the measured functions.
 
 - ``logprobs``: log-probability of sampled tokens, gradients of hidden states and head;
 - ``frozen``: the same with a frozen head, as under an adapter: gradient of the hidden states alone;
 - ``lsm``: LSM's position losses and the log-probabilities that the drift needs, against the reverse KL to a teacher of
-  the same size over the whole vocabulary. The teacher's targets are there already, as they are in training: computed
-  once per pool.
+  the same size over the whole vocabulary. The teacher's targets are given, as in training, where they are computed
+  once per buffer.
 
-Every measurement has a process of its own. The head's gradient exists before; what comes on top is counted as memory.
+Every measurement has a process of its own. The head's gradient exists before; only additional memory is counted.
 On a CPU memory is the peak of the resident set, on a GPU that of the allocator.
 
-``python benchmarks/scoring.py --trl-python PYTHON --json scoring.json``; PYTHON is an interpreter that has the others:
+``python benchmarks/scoring.py --trl-python PYTHON --json scoring.json``; PYTHON is an interpreter that has them:
 ``pip install trl liger-kernel cut-cross-entropy``.
 """
 
@@ -87,14 +87,14 @@ def _child(arguments: argparse.Namespace, sizes: Sizes, task: str, peer: str) ->
 
 
 def table(title: str, rows: dict[str, list[dict[str, Any]]]) -> Table:
-    """Seconds and memory of each peer, and ratios round by round."""
+    """Return seconds and memory of each peer, and ratios round by round."""
 
     def column(peer: str, key: str) -> list[float]:
         return [row[key] for row in rows.get(peer, []) if key in row]
 
     def ratio(ours: str, theirs: str, key: str, digits: int = 2) -> str:
         both = column(ours, key), column(theirs, key)
-        measured = all(both) and all(both[1])  # a tiny one may have taken no memory
+        measured = all(both) and all(both[1])  # a tiny task may need no extra memory
         return spread(pairwise_ratios(*both), digits) if measured else "-"
 
     made = Table("", "seconds", "extra MB", "time / plain", "memory / plain", "opdlab's time / this", title=title)

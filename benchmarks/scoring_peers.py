@@ -1,8 +1,8 @@
-"""What ``scoring.py`` and ``gpu.py`` compare: one forward and backward pass of scoring, by us and by others.
+"""Functions that ``scoring.py`` and ``gpu.py`` compare: one forward and backward pass of scoring, by each package.
 
-A function ``PEER_TASK`` takes hidden states [N, H], the head's weight [V, H] and what else the task needs, and returns
-losses or log-probabilities whose sum is taken backward. One that is not installed, or does not run on the device, is
-skipped with the reason.
+A function ``PEER_TASK`` takes hidden states [N, H], the head's weight [V, H] and other inputs of the task, and returns
+losses or log-probabilities; the backward pass starts from their sum. A peer that is not installed, or does not run on
+the device, is skipped with the reason.
 
 Shapes: N positions, V vocabulary, H hidden size, K support.
 """
@@ -23,20 +23,20 @@ PEERS = ("plain", "opdlab", "trl", "liger", "cce", "cce_torch")
 
 
 class SkippedError(Exception):
-    """A peer has no part in a measurement; the message says why, in a few words."""
+    """A peer cannot be measured; the message has a short reason."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a measurement.
+    """Sizes of a measurement.
 
     Args:
         positions: N.
         vocabulary: V.
         hidden: H.
         k: K.
-        dtype: name of hidden states' and head's.
-        device: where.
+        dtype: name of the type of hidden states and head.
+        device: of the measurement.
     """
 
     positions: int
@@ -51,7 +51,7 @@ class Sizes:
 
 
 def measure(peer: str, task: str, sizes: Sizes) -> dict[str, Any]:
-    """Seconds and extra bytes of one forward and backward pass; or ``skipped`` with the reason."""
+    """Return seconds and extra bytes of one forward and backward pass; or ``skipped`` with the reason."""
     loss = globals().get(f"{peer}_{task}")
     try:
         if loss is None:
@@ -71,7 +71,7 @@ def _measure(loss: Any, task: str, sizes: Sizes) -> dict[str, float]:
     v, h = sizes.vocabulary, sizes.hidden
 
     def tensors(positions: int) -> dict[str, Any]:
-        """Inputs; states as a model's last norm leaves them, heads such that logits have a spread of about 2."""
+        """Return the inputs: states like the output of a model's last norm, heads with a logit spread of about 2."""
         made = {"hidden": torch.randn(positions, h), "teacher": torch.randn(positions, h)}
         made = {name: tensor.to(device, dtype) for name, tensor in made.items()}
         made["targets"] = torch.randint(0, v, (positions,), device=device)
@@ -91,7 +91,7 @@ def _measure(loss: Any, task: str, sizes: Sizes) -> dict[str, float]:
         inputs["hidden"].requires_grad_()
         loss(weight=weight, teacher_weight=teacher, **inputs).sum().backward()
 
-    # Threads, kernels, and what is set up at the first call; kernels of a GPU are compiled for the size.
+    # Warm up threads, kernels and first-call setup; GPU kernels are compiled for the size.
     step(tensors(8 if device.type == "cpu" else sizes.positions))
     inputs = tensors(sizes.positions)
     peak = PeakMemory(None if device.type == "cpu" else device)
@@ -116,19 +116,19 @@ def _needs_gpu(tensor: Any) -> None:
 
 
 def plain_logprobs(hidden: Any, weight: Any, targets: Any, **_: Any) -> Any:
-    """All logits at once."""
+    """Return log-probabilities from all logits at once."""
     return (hidden @ weight.T).float().log_softmax(-1).gather(1, targets[:, None])
 
 
 def opdlab_logprobs(hidden: Any, weight: Any, targets: Any, **_: Any) -> Any:
-    """As the training step does on a single device."""
+    """Return log-probabilities as the training step computes them on a single device."""
     from opdlab.scoring import Head, token_statistics
 
     return token_statistics(hidden, Head(weight, accumulate_grad=weight.requires_grad), targets).logprobs
 
 
 def trl_logprobs(hidden: Any, weight: Any, targets: Any, **_: Any) -> Any:
-    """With the chunk size of its trainers, and the outputs that ours gives too."""
+    """Return log-probabilities with the chunk size of TRL's trainers, and the same outputs as opdlab."""
     from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
@@ -141,7 +141,7 @@ plain_frozen, opdlab_frozen, trl_frozen = plain_logprobs, opdlab_logprobs, trl_l
 
 
 def plain_lsm(hidden: Any, weight: Any, teacher: Any, teacher_weight: Any, **_: Any) -> Any:
-    """Reverse KL over the whole vocabulary."""
+    """Return the reverse KL over the whole vocabulary."""
     with torch.no_grad():
         log_q = (teacher @ teacher_weight.T).float().log_softmax(-1)
     log_p = (hidden @ weight.T).float().log_softmax(-1)
@@ -149,7 +149,7 @@ def plain_lsm(hidden: Any, weight: Any, teacher: Any, teacher_weight: Any, **_: 
 
 
 def opdlab_lsm(hidden: Any, weight: Any, targets: Any, support: Any, support_logits: Any, **_: Any) -> Any:
-    """Loss, and log-probabilities for the drift."""
+    """Return the loss, and log-probabilities for the drift."""
     from opdlab.objectives.functional import teacher_topk_loss
     from opdlab.scoring import Head, support_statistics
 
@@ -159,7 +159,7 @@ def opdlab_lsm(hidden: Any, weight: Any, targets: Any, support: Any, support_log
 
 
 def trl_lsm(hidden: Any, weight: Any, teacher: Any, teacher_weight: Any, **_: Any) -> Any:
-    """Reverse KL over the whole vocabulary."""
+    """Return the reverse KL over the whole vocabulary."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     return ChunkedDivergenceFunction.apply(hidden, weight, None, teacher, teacher_weight, None, 1.0)[0]
@@ -169,7 +169,7 @@ def trl_lsm(hidden: Any, weight: Any, teacher: Any, teacher_weight: Any, **_: An
 
 
 def liger_logprobs(hidden: Any, weight: Any, targets: Any, **_: Any) -> Any:
-    """Fused linear cross-entropy; summed, since its quick path takes no gradient per position."""
+    """Return the fused linear cross-entropy; summed, because its fast path takes no gradient per position."""
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     _needs_gpu(hidden)
@@ -179,7 +179,7 @@ def liger_logprobs(hidden: Any, weight: Any, targets: Any, **_: Any) -> Any:
 
 
 def cce_logprobs(hidden: Any, weight: Any, targets: Any, **_: Any) -> Any:
-    """Cut cross-entropy, which drops gradients below the rounding of bfloat16."""
+    """Return the cut cross-entropy, which drops gradients below the rounding of bfloat16."""
     from cut_cross_entropy import linear_cross_entropy
 
     _needs_gpu(hidden)
@@ -189,7 +189,7 @@ def cce_logprobs(hidden: Any, weight: Any, targets: Any, **_: Any) -> Any:
 
 
 def cce_torch_logprobs(hidden: Any, weight: Any, targets: Any, **_: Any) -> Any:
-    """Its other implementation: plain cross-entropy under ``torch.compile``, which needs a C++ compiler on a CPU."""
+    """Return its torch version: plain cross-entropy under ``torch.compile``, which needs a C++ compiler on a CPU."""
     from cut_cross_entropy import linear_cross_entropy
 
     return linear_cross_entropy(hidden, weight, targets, reduction="none", impl="torch_compile")
@@ -199,7 +199,7 @@ liger_frozen, cce_frozen, cce_torch_frozen = liger_logprobs, cce_logprobs, cce_t
 
 
 def liger_lsm(hidden: Any, weight: Any, teacher: Any, teacher_weight: Any, targets: Any, **_: Any) -> Any:
-    """Reverse KL over the whole vocabulary."""
+    """Return the reverse KL over the whole vocabulary."""
     from liger_kernel.ops.fused_linear_jsd import LigerFusedLinearJSDFunction
 
     _needs_gpu(hidden)

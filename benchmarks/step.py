@@ -1,4 +1,4 @@
-"""What a training step costs, and how long training takes to a given accuracy.
+"""Cost of a training step, and training time to a given accuracy.
 
 Four programs do the same distillation, each in a process of its own, one after the other, round by round:
 
@@ -36,7 +36,7 @@ FIGURES = {
     "seconds_per_step": "s a step",
     "processor_seconds_per_step": "CPU s a step",
     "milliseconds_per_1000_tokens": "time per token trained",
-    "run_seconds_per_step": "whole run",  # with what is done once: setting up, the pictures at the end
+    "run_seconds_per_step": "whole run",  # includes one-time work: setup, the plots at the end
 }
 
 Runs = dict[str, list[dict[str, Any]]]  # of each program, round by round
@@ -46,7 +46,7 @@ Runs = dict[str, list[dict[str, Any]]]  # of each program, round by round
 
 
 def child(program: str, task: Task, threads: int) -> None:
-    """Run one program and print what was measured as one line of JSON; everything else goes to standard error."""
+    """Run one program and print the measurements as one line of JSON; all other output goes to standard error."""
     with contextlib.redirect_stdout(sys.stderr):
         import torch
         from step_common import Run
@@ -63,12 +63,12 @@ def child(program: str, task: Task, threads: int) -> None:
 
 @dataclass(frozen=True)
 class Options:
-    """How the parent measures.
+    """Settings of the measurement.
 
     Args:
         rounds: runs of each program.
         threads: for each program.
-        trl_python: interpreter that has TRL, or None.
+        trl_python: interpreter with TRL, or None.
     """
 
     rounds: int
@@ -76,7 +76,7 @@ class Options:
     trl_python: str | None
 
     def run(self, program: str, task: Task) -> dict[str, Any]:
-        """Run one child and tell how it went."""
+        """Run one child and report its result."""
         python = self.trl_python if program == "trl" and self.trl_python else sys.executable
         flags = {"case": task.case, "models": task.models, "steps": task.steps, "seed": task.seed}
         if task.target is not None:
@@ -97,7 +97,7 @@ class Options:
         return answer
 
     def rounds_of(self, programs: list[str], task: Callable[[int], Task]) -> Runs:
-        """Alternate the programs; ``task`` makes the task of a round."""
+        """Return the runs of each program, alternating the programs; ``task`` makes the task of a round."""
         runs: Runs = {program: [] for program in programs}
         for number in range(self.rounds):
             for program in programs:
@@ -106,7 +106,7 @@ class Options:
 
 
 def compare_steps(runs: Runs) -> dict[str, Any]:
-    """Compare what a step costs."""
+    """Compare the cost of a step."""
     ratios = {
         f"opdlab/{other}": {
             figure: pairwise_ratios([r[figure] for r in runs["opdlab"]], [r[figure] for r in runs[other]])
@@ -119,7 +119,7 @@ def compare_steps(runs: Runs) -> dict[str, Any]:
 
 
 def check_equal_tokens(runs: Runs, tokens: int) -> None:
-    """Refuse runs that did not train on as many tokens as they were meant to."""
+    """Raise if a run did not train on the intended number of tokens."""
     for program, rows in runs.items():
         for row in rows:
             if round(row["trained_tokens"]) != tokens:
@@ -127,7 +127,7 @@ def check_equal_tokens(runs: Runs, tokens: int) -> None:
 
 
 def compare_targets(runs: Runs) -> dict[str, Any]:
-    """Compare how long the programs train to the target."""
+    """Compare the training times to the target."""
     ratios = {}
     for other in runs:
         pairs = list(zip(runs.get("opdlab", []), runs[other], strict=False)) if other != "opdlab" else []
@@ -147,7 +147,7 @@ def _medians(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _trl_python(given: str | None) -> str | None:
-    """The interpreter that has TRL: the one given, or this one."""
+    """Return the interpreter with TRL: the given one, or this one."""
     python = given or sys.executable
     check = [python, "-c", "import importlib.metadata as m; print(m.version('trl'))"]
     try:
@@ -254,7 +254,7 @@ def _measurements(parser: argparse.ArgumentParser, given: argparse.Namespace) ->
 
 
 def measure(given: argparse.Namespace, measurements: list[str], models: Path) -> dict[str, Any]:
-    """Run everything that was asked for."""
+    """Run all requested measurements."""
     case = CASES[given.case]
     programs = [program for program in PROGRAMS if program in given.only] or list(PROGRAMS)
     trl_python = _trl_python(given.trl_python) if "trl" in programs else None

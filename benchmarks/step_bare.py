@@ -1,6 +1,6 @@
-"""The bare side of ``step.py``: what a good engineer writes who needs this run and nothing else.
+"""The bare side of ``step.py``: a hand-written loop for exactly this run.
 
-A pool is used up just when the behavior snapshot would be refreshed, so the student itself samples.
+A buffer is used up exactly when the behavior snapshot would be refreshed, so the student itself samples.
 Shapes: B rollouts, P prompt tokens, T response tokens, V vocabulary, K support.
 """
 
@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 @dataclass(frozen=True)
 class Pool:
-    """Rollouts, and what is known of them: tokens and attention [B, P + T], all else [B, T] or [B, T, K]."""
+    """Rollouts with teacher scores: tokens and attention [B, P + T], all others [B, T] or [B, T, K]."""
 
     tokens: Tensor
     attention: Tensor
@@ -38,7 +38,7 @@ class Pool:
 
 
 def response_logits(model: Any, tokens: Tensor, attention: Tensor, length: int) -> Tensor:
-    """[B, P + T] -> [B, T, V]: the logits that predict the response."""
+    """Return the logits that predict the response: [B, P + T] -> [B, T, V]."""
     positions = (attention.cumsum(1) - 1).clamp(min=0)
     output = model(tokens, attention_mask=attention, position_ids=positions, use_cache=False, logits_to_keep=length + 1)
     logits: Tensor = output.logits[:, :-1]
@@ -46,12 +46,12 @@ def response_logits(model: Any, tokens: Tensor, attention: Tensor, length: int) 
 
 
 def sampled_logprobs(logits: Tensor, response: Tensor) -> Tensor:
-    """[B, T, V] and [B, T] -> [B, T]."""
+    """Return the log-probabilities of the sampled tokens: [B, T, V] and [B, T] -> [B, T]."""
     return logits.log_softmax(-1).gather(-1, response.unsqueeze(-1)).squeeze(-1)
 
 
 def block_weights(drift: Tensor, mask: Tensor) -> Tensor:
-    """[B, T] drift -> [B, T] weights, mean 1 over the valid positions."""
+    """Return weights with mean 1 over the valid positions: [B, T] drift -> [B, T]."""
     rows, length = drift.shape
     padding = -length % BLOCK
     blocks = torch.nn.functional.pad(drift * mask, (0, padding)).view(rows, -1, BLOCK)
@@ -62,7 +62,7 @@ def block_weights(drift: Tensor, mask: Tensor) -> Tensor:
 
 
 class Loop:
-    """The loop and its models."""
+    """Training loop and its models."""
 
     def __init__(self, run: Run) -> None:
         case = self.case = run.task.sizes
@@ -88,7 +88,7 @@ class Loop:
         )
 
     def train(self) -> int:
-        """Train, and return the steps taken."""
+        """Train, and return the number of steps taken."""
         step, stop = 0, False
         update = self.run.parts.around("update", self._update)
         self.run.clock.start()
@@ -163,5 +163,5 @@ class Loop:
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Train, and tell how it went."""
+    """Train, and return the measured run."""
     return run.result(Loop(run).train())

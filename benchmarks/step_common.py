@@ -1,6 +1,6 @@
-"""What the programs that ``step.py`` compares have in common: the settings, the clock, and how they answer.
+"""Shared parts of the programs that ``step.py`` compares: the settings, the clock, and the results.
 
-Nothing here imports opdlab: TRL runs in an environment that may lack it.
+This module must not import opdlab: TRL runs in an environment that may lack it.
 """
 
 import json
@@ -24,10 +24,10 @@ WARM_UP_STEPS = 10
 WARM_UP_FROM = 0.1
 CLIP_NORM = 1.0
 EVALUATE_EVERY = 5  # steps
-LOG_EVERY = 10  # steps; the default of TRL, whose log of figures is the only other one
+LOG_EVERY = 10  # steps; TRL's default; TRL is the only other program that logs
 PARTS = ("sample", "teacher", "update")
 
-# On the student's own answers its probability is 7e-9 on average, the least of all special tokens. See `endless`.
+# Its mean probability in the student's responses is 7e-9, the smallest of all special tokens. See `endless`.
 _NEVER_SAMPLED = "<filename>"
 _CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -40,16 +40,16 @@ class Case:
     """A pair of models, prompts and sizes.
 
     Args:
-        models: folder that holds the folders ``student`` and ``teacher``, where none is given.
+        models: folder that holds the folders ``student`` and ``teacher``, if none is given.
         num_prompts: distinct prompts.
-        prompts_per_pool: of a pool, for the programs that reuse rollouts.
-        samples_per_prompt: rollouts of each.
+        prompts_per_pool: of a buffer, for the programs that reuse rollouts.
+        samples_per_prompt: rollouts of each prompt.
         batch_size: rollouts per optimizer step.
         max_new_tokens: longest response.
         learning_rate: of AdamW.
         steps: optimizer steps of a run, by default.
-        fixed_length: every response has ``max_new_tokens`` tokens, so that all programs train on as many.
-        reuse_epochs: passes over a pool.
+        fixed_length: every response has ``max_new_tokens`` tokens, so that all programs train on equally many.
+        reuse_epochs: passes over a buffer.
     """
 
     models: Path
@@ -65,11 +65,11 @@ class Case:
 
     @property
     def steps_per_pool(self) -> int:
-        """Optimizer steps until a pool is used up."""
+        """Return the optimizer steps until a buffer is used up."""
         return self.reuse_epochs * self.prompts_per_pool * self.samples_per_prompt // self.batch_size
 
     def prompts(self) -> list[str]:
-        """Texts, ready to be tokenized."""
+        """Return the prompt texts, ready to be tokenized."""
         if self.fixed_length:
             return [_CHAT.format(question) for question in _word_problems(self.num_prompts)]
         return [prompt for prompt, _ in toy_problems("train", self.num_prompts)]
@@ -88,7 +88,7 @@ CASES = {
         steps=40,
         fixed_length=False,
     ),
-    # As `make_smollm2_pair.py models/smollm2` writes it; sized for two cores.
+    # The output of `make_smollm2_pair.py models/smollm2`; sized for two cores.
     "smollm2": Case(
         models=Path("models/smollm2"),
         num_prompts=256,
@@ -104,7 +104,7 @@ CASES = {
 
 
 def _word_problems(count: int) -> list[str]:
-    """Short questions, all different."""
+    """Return short questions, all different."""
     dice = random.Random(0)
     found: dict[str, None] = {}
     while len(found) < count:
@@ -119,10 +119,10 @@ def _word_problems(count: int) -> list[str]:
 
 @contextmanager
 def endless(models: Path) -> Iterator[Path]:
-    """The pair with another stop token: one that is never sampled, so that responses always have the full length.
+    """Return the pair with a stop token that is never sampled, so that responses always have the full length.
 
-    All programs get the same folders: what ended an answer is a token like any other to each of them, and none needs an
-    option of its own. Weights are linked, not copied.
+    All programs get the same folders: the former stop token is an ordinary token for each of them, and no program needs
+    an extra option. Weights are linked, not copied.
     """
     with TemporaryDirectory() as folder:
         for name in ("student", "teacher"):
@@ -145,7 +145,7 @@ def _set_stop_token(folder: Path) -> None:
     for name, changed in values.items():
         file = folder / name
         text = json.dumps(json.loads(file.read_text(encoding="utf-8")) | changed)
-        file.unlink()  # the link
+        file.unlink()  # remove the link, not its target
         file.write_text(text, encoding="utf-8")
 
 
@@ -154,13 +154,13 @@ def _set_stop_token(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """What a child is to do.
+    """Task of a child.
 
     Args:
         case: name of a :class:`Case`.
         models: folder that holds the folders ``student`` and ``teacher``.
         steps: optimizer steps, at most.
-        seed: decides prompts, order and samples.
+        seed: of prompts, order and samples.
         target: stop at this pass@1, evaluating on the way; None trains for ``steps`` without evaluating.
     """
 
@@ -172,27 +172,27 @@ class Task:
 
     @property
     def sizes(self) -> Case:
-        """The case itself."""
+        """Return the case."""
         return CASES[self.case]
 
     @property
     def log_every(self) -> int:
-        """Steps between those that are logged; a short run is logged once."""
+        """Return the steps between logged steps; a short run is logged once."""
         return min(LOG_EVERY, self.steps)
 
     @property
     def student(self) -> str:
-        """Folder of the student."""
+        """Return the folder of the student."""
         return str(self.models / "student")
 
     @property
     def teacher(self) -> str:
-        """Folder of the teacher."""
+        """Return the folder of the teacher."""
         return str(self.models / "teacher")
 
 
 class Clock:
-    """Wall and processor seconds of a run and of its steps alone, paused while evaluating."""
+    """Wall and processor seconds of a run and of its steps alone, paused during evaluations."""
 
     def __init__(self) -> None:
         self.wall = self.processor = 0.0
@@ -201,7 +201,7 @@ class Clock:
         self._first_step = 0.0, 0.0
 
     def start(self) -> None:
-        """Go on."""
+        """Start or continue."""
         self._since = time.perf_counter(), time.process_time()
 
     def stop(self) -> None:
@@ -212,33 +212,33 @@ class Clock:
         self._since = None
 
     def read(self) -> tuple[float, float]:
-        """Wall and processor seconds so far."""
+        """Return wall and processor seconds so far."""
         if self._since is None:
             return self.wall, self.processor
         now = time.perf_counter(), time.process_time()
         return self.wall + now[0] - self._since[0], self.processor + now[1] - self._since[1]
 
     def begin_steps(self) -> None:
-        """All is set up: what comes now are steps."""
+        """Mark the end of the setup and the start of the steps."""
         self._first_step = self.read()
 
     def end_steps(self) -> None:
-        """The steps so far are done; what comes now is not counted as theirs, unless this is called again."""
+        """Mark the end of the steps so far; later time does not count as theirs, unless this is called again."""
         wall, processor = self.read()
         self.steps_wall, self.steps_processor = wall - self._first_step[0], processor - self._first_step[1]
 
 
 @dataclass
 class Run:
-    """A training run under the clock.
+    """A training run with its clock.
 
     Args:
-        task: what to do.
-        clock: runs while the program trains.
+        task: of the run.
+        clock: on while the program trains.
         parts: seconds of each of ``PARTS``.
         tokens: response tokens sampled and trained on; the teacher scores each sampled token once.
         history: step, seconds of training so far and pass@1 of each evaluation.
-        reached: whether the target was reached.
+        reached: True if the target was reached.
     """
 
     task: Task
@@ -253,7 +253,7 @@ class Run:
         self._evaluate = ToyEvaluation(max_new_tokens=self.task.sizes.max_new_tokens) if evaluated else None
 
     def after_step(self, step: int, model: Any, tokenizer: Any) -> bool:
-        """Evaluate where it is time, with the clock stopped; returns whether to stop training."""
+        """Evaluate if it is due, with the clock stopped; return True if training should stop."""
         if self._evaluate is None or (step % EVALUATE_EVERY and step != self.task.steps):
             return False
         self.clock.stop()
@@ -266,7 +266,7 @@ class Run:
         return self.reached
 
     def result(self, steps: int) -> dict[str, Any]:
-        """What the child answers after ``steps`` optimizer steps."""
+        """Return the child's result after ``steps`` optimizer steps."""
         trained, clock = self.tokens["trained"], self.clock
         return {
             "steps": steps,

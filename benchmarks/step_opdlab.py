@@ -1,4 +1,4 @@
-"""opdlab's side of ``step.py``: as the command line sets it up, without validation."""
+"""opdlab's side of ``step.py``: the setup of the command line, without validation."""
 
 import tempfile
 import time
@@ -33,7 +33,7 @@ from opdlab.types import Problem
 
 
 class Prompts(ProblemSource):
-    """The case's prompts, without answers to check."""
+    """The case's prompts, without answers."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -41,11 +41,11 @@ class Prompts(ProblemSource):
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Return the name for messages."""
         return "prompts of the benchmark"
 
     def problems(self) -> list[Problem]:
-        """All of them."""
+        """Return all prompts as problems."""
         return self._problems
 
 
@@ -56,21 +56,21 @@ class Observer(Callback):
         self.run, self._began = run, 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """All is set up."""
+        """Mark the end of the setup."""
         self.run.clock.begin_steps()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """All hooks of the last step are done."""
+        """Mark the end of the steps, after all hooks of the last one."""
         self.run.clock.end_steps()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """An update begins."""
+        """Start the time of an update."""
         self._began = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """An update ends."""
+        """Add the update's time and tokens, and evaluate if it is due."""
         self.run.parts.add("update", time.perf_counter() - self._began)
         self.run.tokens["trained"] += batch.num_tokens
         if self.run.after_step(trainer.global_step, pl_module.student.model, pl_module.student.tokenizer):
@@ -78,7 +78,7 @@ class Observer(Callback):
 
 
 def make_module(run: Run) -> OPDModule:
-    """Student, teacher, LSM and Block64; sampling and the teacher under the stopwatch."""
+    """Return the module: student, teacher, LSM and Block64; sampling and the teacher are timed."""
     case = run.task.sizes
     module = OPDModule(
         LanguageModel(run.task.student),
@@ -106,8 +106,8 @@ def make_module(run: Run) -> OPDModule:
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Train, and tell how it went."""
-    # As the command line does.
+    """Train, and return the measured run."""
+    # The same setting as on the command line.
     warnings.filterwarnings("ignore", message=r"Found .* module\(s\) in eval mode")
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     case = run.task.sizes
@@ -121,7 +121,7 @@ def train(run: Run) -> dict[str, Any]:
     )
     with tempfile.TemporaryDirectory() as folder:
         logger = TensorBoardLogger(folder)
-        # Imports and the data set are made before the clock starts, as they are for TRL.
+        # Imports and the data set are made before the clock starts, as for TRL.
         data.train_source.problems()
         _ = logger.experiment
         trainer = Trainer(

@@ -1,4 +1,4 @@
-"""opdlab as ``step_opdlab.py`` runs it, but sampled by transformers' own loop: what opdlab's decoding loop is worth."""
+"""``step_opdlab.py`` with sampling by transformers' own loop, to measure the gain of opdlab's decoding loop."""
 
 from typing import Any
 
@@ -9,6 +9,6 @@ from opdlab.policies import sampler
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Train, and tell how it went."""
-    sampler.uses_own_loop = lambda model: False  # as for a model that the loop cannot take
+    """Train, and return the measured run."""
+    sampler.uses_own_loop = lambda model: False  # as for a model that opdlab's loop does not support
     return step_opdlab.train(run)

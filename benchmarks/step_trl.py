@@ -11,27 +11,27 @@ from trl import DistillationConfig, DistillationTrainer  # type: ignore[import-n
 
 
 class Observer(TrainerCallback):  # type: ignore[misc]
-    """Evaluates."""
+    """Evaluates after each step."""
 
     def __init__(self, run: Run, student: Any, tokenizer: Any) -> None:
         self.run, self.student, self.tokenizer = run, student, tokenizer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """All is set up."""
+        """Mark the end of the setup."""
         self.run.clock.begin_steps()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A step has been taken."""
+        """Count a step and evaluate."""
         self.run.clock.end_steps()
         if self.run.after_step(state.global_step, self.student, self.tokenizer):
             control.should_training_stop = True
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Train, and tell how it went.
+    """Train, and return the measured run.
 
-    The teacher's time is that of its layers: its head is evaluated inside the loss, which counts as update, as does
-    everything that is neither.
+    The teacher's time covers only its layers. Its head runs inside the loss, which counts as update, like
+    all other work.
     """
     case = run.task.sizes
     student = AutoModelForCausalLM.from_pretrained(run.task.student, dtype=torch.float32)
@@ -55,7 +55,7 @@ def train(run: Run) -> dict[str, Any]:
             max_grad_norm=CLIP_NORM,
             lr_scheduler_type="constant_with_warmup",
             warmup_steps=WARM_UP_STEPS,
-            # Its defaults are for large models on GPUs; these make it faster here.
+            # TRL's defaults are for large models on GPUs; these settings are faster here.
             use_cpu=True,
             bf16=False,
             gradient_checkpointing=False,

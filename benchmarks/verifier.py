@@ -1,11 +1,11 @@
-"""What it costs to verify answers, and that hostile ones cost no more than their time limit.
+"""Time of verifying answers; hostile answers must not exceed their time limit.
 
 - real gold answers, each as the answer to its own problem and to the next one's: time per answer, throughput, mistakes;
-- plain integers: what the messages between the processes cost on top of the judging;
-- hostile answers one by one: the time of each, and whether the processes judge rightly afterwards.
+- plain integers: the overhead of messages between the processes;
+- hostile answers one by one: the time of each, and whether the processes judge correctly afterwards.
 
-``python benchmarks/verifier.py --json verifier.json`` ends with 1 where a gold answer is not its own equal, a hostile
-one is right or takes longer than it may, or the processes judge wrongly afterwards.
+``python benchmarks/verifier.py --json verifier.json`` ends with 1 if a gold answer does not equal itself, a hostile one
+is judged correct or exceeds its time, or the processes judge wrongly afterwards.
 """
 
 import argparse
@@ -29,12 +29,12 @@ from tests.verifiers.hostile_answers import HOSTILE_ANSWERS
 
 SETS = ("aime24", "aime25", "amc23", "math500", "gsm8k_test", "dapo_math_17k")
 HONEST = ([r"\boxed{\frac{2}{4}}", r"\boxed{2}", r"\boxed{x^2 - 1}"], ["0.5", "1", "(x+1)(x-1)"], [True, False, True])
-# Beyond an answer's time limit: the messages, and a new fork on a busy machine.
+# Seconds beyond an answer's time limit: messages, and a new fork on a busy machine.
 SLACK = 0.5
 
 
 def main() -> int:
-    """Measure, print, and say whether all was as it must be."""
+    """Measure, print, and return 0 if all checks hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared" / "data", help="folder of JSONL sets")
     parser.add_argument("--workers", type=int, default=2, help="processes")
@@ -69,7 +69,7 @@ def main() -> int:
 
 
 def measure_set(path: Path, verifier: MathVerifier) -> dict[str, Any] | None:
-    """Each gold answer against itself and against the next one's problem; None where there is no such file."""
+    """Measure each gold answer against itself and against the next problem's; return None if the file is missing."""
     if not path.exists():
         return None
     golds = [json.loads(line)["answer"] for line in path.read_text(encoding="utf-8").splitlines()]
@@ -94,7 +94,7 @@ def measure_set(path: Path, verifier: MathVerifier) -> dict[str, Any] | None:
 
 
 def measure_messages(time_limit: float, count: int = 4000) -> dict[str, float]:
-    """Seconds per plain integer in this process, and through one worker."""
+    """Return seconds per plain integer in this process, and through one worker."""
     answers = [str(n) for n in range(count)]
     here = _seconds(lambda: [judge(answer, answer, boxed=True) for answer in answers])
     verifier = MathVerifier(num_workers=1, time_limit=time_limit)
@@ -104,7 +104,7 @@ def measure_messages(time_limit: float, count: int = 4000) -> dict[str, float]:
 
 
 def measure_hostile(verifier: MathVerifier) -> list[dict[str, Any]]:
-    """Time and verdict of each hostile answer."""
+    """Return time and verdict of each hostile answer."""
     rows = []
     for name, answer in HOSTILE_ANSWERS.items():
         started = time.perf_counter()
@@ -115,9 +115,9 @@ def measure_hostile(verifier: MathVerifier) -> list[dict[str, Any]]:
 
 
 def is_healthy(verifier: MathVerifier) -> bool:
-    """Whether honest answers are judged rightly by every worker."""
+    """True if every worker judges honest answers correctly."""
     responses, golds, expected = HONEST
-    # Distinct answers, since equal ones are judged once.
+    # Distinct answers, because equal ones are judged only once.
     many = [response.replace("}", " " * n + "}", 1) for n in range(8) for response in responses]
     return [v.correct for v in verifier.verify(many, golds * 8)] == expected * 8
 

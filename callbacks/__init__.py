@@ -1,4 +1,4 @@
-"""Lightning callbacks of the lab."""
+"""Lightning callbacks of opdlab."""
 
 if __name__ != "opdlab.callbacks":
     raise ImportError(

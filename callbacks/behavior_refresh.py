@@ -1,4 +1,4 @@
-"""When the behavior snapshot takes the student's weights."""
+"""Refreshes of the behavior snapshot."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from opdlab.module import OPDModule
 
 
 class BehaviorRefresh(pl.Callback):
-    """Copies the student to the behavior snapshot after optimizer step K, 2K, ….
+    """Copies the student to the behavior snapshot after optimizer steps K, 2K, ….
 
-    The loader fetches the next minibatch only after this hook, so a pool that begins at step K is sampled from the
-    refreshed snapshot. With accumulation the copy is made once, when the optimizer has stepped.
+    The loader fetches the next minibatch only after this hook, so a buffer that begins at step K is sampled from the
+    refreshed snapshot. With accumulation there is one refresh, after the optimizer has stepped.
 
     Args:
-        every_n_steps: K, optimizer steps between copies, at least 1.
+        every_n_steps: K, optimizer steps between refreshes, at least 1.
 
     Raises:
         UsageError: K is below 1.
@@ -31,7 +31,7 @@ class BehaviorRefresh(pl.Callback):
         self._last_step = 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begin from equal weights, also where the student was changed by hand since it was built."""
+        """Refresh the snapshot, in case the student was changed after it was built."""
         assert isinstance(pl_module, OPDModule)
         self._last_step = trainer.global_step
         if trainer.global_step == 0:
@@ -40,7 +40,7 @@ class BehaviorRefresh(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Copy where the optimizer has just taken a K-th step."""
+        """Refresh the snapshot if the optimizer has just taken a K-th step."""
         assert isinstance(pl_module, OPDModule)
         stepped = trainer.global_step != self._last_step
         self._last_step = trainer.global_step

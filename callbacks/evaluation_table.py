@@ -10,15 +10,15 @@ from rich.table import Table
 from opdlab.evaluation.benchmark_metrics import ERROR_SUFFIX, MEAN
 
 Figures = dict[str, float]
-# What one wants to see at a glance. avg@n is pass@1, and the rest is in the log and in results.json.
+# The most important metrics. avg@n is pass@1, and the others are in the log and in results.json.
 _SHOWN = ("pass@*", "maj@*", "truncated", "length", "reverse_kl")
 
 
 class EvaluationTable(pl.Callback):
-    """Remembers the first and the last evaluation of the student, and the teacher's, through resumes too.
+    """Table of the first and the last evaluation of the student, and of the teacher's; it survives resumes.
 
     Args:
-        shown: patterns, as of file names, of the figures that get a row for each benchmark.
+        shown: patterns, as for file names, of the metrics that get a row for each benchmark.
     """
 
     def __init__(self, shown: tuple[str, ...] = _SHOWN) -> None:
@@ -29,7 +29,7 @@ class EvaluationTable(pl.Callback):
         self.teacher: Figures = {}
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the figures of the evaluation that has just ended."""
+        """Store the metrics of the evaluation that has just ended."""
         if trainer.sanity_checking:
             return
         if teacher := _figures(trainer, "teacher/"):
@@ -39,22 +39,22 @@ class EvaluationTable(pl.Callback):
             self.after, self.after_step = student, trainer.global_step
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """See :meth:`on_validation_end`."""
+        """Store the metrics of a test like those of a validation."""
         self.on_validation_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Kept in checkpoints, so that a resumed run still knows where it began."""
+        """Return the stored metrics, so that a resumed run still has its first evaluation."""
         return {"before": self.before, "teacher": self.teacher}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See :meth:`state_dict`."""
+        """Load the metrics that :meth:`state_dict` returned."""
         self.before, self.teacher = state_dict["before"], state_dict["teacher"]
 
     def cells(self, trained: bool = True) -> dict[str, dict[str, str]]:
-        """What the table shows, by column and figure: each ± its standard error.
+        """Return the cells of the table, by column and metric: each value ± its standard error.
 
         Args:
-            trained: without training there is one column for the student.
+            trained: True if the run has trained; otherwise there is one column for the student.
         """
         columns = {"before": self.before, "after": self.after, "teacher": self.teacher}
         if not trained:
@@ -67,7 +67,7 @@ class EvaluationTable(pl.Callback):
         return {name: {key: _cell(figures, key) for key in keys} for name, figures in columns.items() if figures}
 
     def table(self, trained: bool = True) -> Table:
-        """The table, one row a figure; see :meth:`cells`."""
+        """Return the table, one row per metric; see :meth:`cells`."""
         columns = self.cells(trained)
         table = Table("figure", *columns)
         for key in next(iter(columns.values()), {}):
@@ -94,7 +94,7 @@ def _cell(figures: Figures, key: str) -> str:
 
 def _figures(trainer: pl.Trainer, prefix: str) -> Figures:
     metrics = trainer.callback_metrics
-    # With a single benchmark the mean over benchmarks says the same again.
+    # With a single benchmark the mean over benchmarks is the same number.
     benchmarks = {key.split("/")[1] for key in metrics if key.startswith(prefix)} - {MEAN}
     return {
         key.removeprefix(prefix): float(value)

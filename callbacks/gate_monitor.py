@@ -1,4 +1,4 @@
-"""Metrics, histograms and pictures of what the gate does, and to which rollouts."""
+"""Metrics, histograms and plots of a gate's effect."""
 
 import time
 from collections.abc import Sequence
@@ -15,34 +15,34 @@ from opdlab.diagnostics.gate_metrics import gate_tensors, read_gates, step_posit
 from opdlab.errors import require
 from opdlab.module import OPDModule
 
-# Drawing may take this share of the run's time, and is not repeated before the run is so much longer than at the last
-# time: a picture shows the whole run, so that the next would hardly differ, and each stays in the event file.
+# Drawing may take this share of the run's time. A plot is drawn again only when the run is longer by that much: it
+# covers the whole run, so that the next would hardly differ, and each stays in the event file.
 _DRAWING_SHARE = 0.005
 _DRAWING_GROWTH = 1.05
-# Seconds that the first drawing is expected to take, the import of matplotlib included.
+# Expected seconds of the first drawing, including the import of matplotlib.
 _FIRST_DRAWING = 1.0
 
 
 class GateMonitor(StepCallback):
-    """Shows what the gate does, after every n-th optimizer step. ``docs/metrics.md`` explains each name.
+    """Logs the effect of the gate after every n-th optimizer step. ``docs/metrics.md`` explains each name.
 
-    - Histograms: of the weights in each segment (block, span, …) by its place in the response, ``gate/block/000``,
+    - Histograms: of the weights in each segment (block, span, …) by its index in the response, ``gate/block/000``,
       ``001``, …; of all weights and drifts: ``gate/weights``, ``gate/token_drift``, ``gate/segment_drift``.
     - Scalars: the gated step's loss and gradient against the ungated ones (``gate/loss_ratio``,
-      ``gate/gradient_cosine``, …), correlations of the weights (``gate/correlation/…``), and, of all steps since the
-      last that was shown, drift and weights by the age of the rollouts (``age/…``, ``reuse_epoch/…``).
-    - Pictures of the whole run: ``gate/heat_map/weight``, ``gate/heat_map/drift``, ``gate/by_age``. They are drawn when
-      training ends or is stopped, and before that as often as drawing takes less than 0.5% of the run's time, for the
-      first time after about three minutes; the clock decides when they are drawn, not what they show.
-    - A page of TensorBoard ("Custom scalars") with all that belongs together.
+      ``gate/gradient_cosine``, …), correlations of the weights (``gate/correlation/…``), and, over all steps since the
+      last logged one, drift and weights by the age of the rollouts (``age/…``, ``reuse_epoch/…``).
+    - Plots of the whole run: ``gate/heat_map/weight``, ``gate/heat_map/drift``, ``gate/by_age``. They are drawn when
+      training ends or is stopped, and before that as long as drawing takes less than 0.5% of the run's time, first
+      after about three minutes. The clock affects only when they are drawn, not their content.
+    - A page of TensorBoard ("Custom scalars") that groups related scalars.
 
-    Metrics are of the whole optimizer batch, whatever micro-batches it comes in. Between those steps only sums by age
-    are kept, on the device; at such a step everything comes to the host in one copy. Loggers other than TensorBoard's
+    Metrics cover the whole optimizer batch, independent of its micro-batches. Between logged steps only sums by age
+    are kept, on the device; at a logged step everything is copied to the host at once. Loggers other than TensorBoard's
     get the scalars. With several processes, the first one's share of the batch is shown.
 
     Args:
         every_n_steps: n, at least 1.
-        max_blocks: segments beyond so many are left out of what is shown by place.
+        max_blocks: segments with a larger index are left out of histograms and heat maps by index.
 
     Raises:
         UsageError: a value is below 1.
@@ -56,7 +56,7 @@ class GateMonitor(StepCallback):
 
     def _forget(self) -> None:
         self._history = BlockHistory(self.max_blocks)
-        self._ages = new_age_table()  # of all steps up to the last that was shown, on the host
+        self._ages = new_age_table()  # of all steps up to the last logged one, on the host
         self._recent_ages = new_age_table()  # of the steps since then, on the device
         self._started = time.perf_counter()
         self._drawing_seconds, self._next_drawing, self._drawn_at = 0.0, _FIRST_DRAWING, 0.0
@@ -64,7 +64,7 @@ class GateMonitor(StepCallback):
     # -- when ----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forget an earlier run; a checkpoint's state is loaded after this."""
+        """Reset the data of an earlier run; a checkpoint's state is loaded after this."""
         if trainer.global_step == 0:
             self._forget()
 
@@ -78,9 +78,9 @@ class GateMonitor(StepCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Ask for the gradients' norms of a step that will be shown.
+        """Request gradient norms for a step that will be logged.
 
-        On every process: under a strategy that shards the head they are a collective operation.
+        Every process requests them, because with a sharded head they need a collective operation.
         """
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         assert isinstance(pl_module, OPDModule)
@@ -90,11 +90,11 @@ class GateMonitor(StepCallback):
     def on_trace(self, trainer: pl.Trainer, trace: StepTrace) -> None:
         """Add the micro-batch to the sums by age."""
         if trainer.is_global_zero and trainer.loggers:
-            self._recent_ages = self._recent_ages.to(trace.gates.weights.device)  # moves once
+            self._recent_ages = self._recent_ages.to(trace.gates.weights.device)  # moves only once
             add_to_age_table(self._recent_ages, trace)
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, traces: Sequence[StepTrace]) -> None:
-        """Show the step."""
+        """Log the step."""
         if not trainer.is_global_zero or not trainer.loggers:
             return
         tensors = gate_tensors(step_positions(traces), self.max_blocks)
@@ -111,16 +111,16 @@ class GateMonitor(StepCallback):
             self._draw(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the whole run."""
+        """Draw the plots of the whole run."""
         if trainer.is_global_zero:
             self._draw(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Draw a run that is stopped, since it may not be resumed."""
+        """Draw the plots of a run that is stopped, since it may not be resumed."""
         if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
             self._draw(trainer)
 
-    # -- pictures ------------------------------------------------------------------------------------------------
+    # -- plots ---------------------------------------------------------------------------------------------------
 
     def _may_draw(self) -> bool:
         elapsed = time.perf_counter() - self._started
@@ -141,7 +141,7 @@ class GateMonitor(StepCallback):
         self._drawn_at = ended - self._started
 
     def _pictures(self) -> dict[str, Any]:
-        # Not at the top: matplotlib takes a third of a second, which a short run would feel.
+        # Imported here: matplotlib takes a third of a second to load.
         from opdlab.diagnostics.gate_plots import block_heat_map, by_age, render
 
         figures = {}
@@ -157,11 +157,11 @@ class GateMonitor(StepCallback):
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the data of the pictures, and the sums since the last step that was shown."""
+        """Return the data of the plots, and the sums since the last logged step."""
         ages, recent = self._ages.clone(), self._recent_ages.cpu().clone()
         return {"history": self._history.state_dict(), "ages": ages, "recent_ages": recent}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue a run's pictures."""
+        """Load the data of a run's plots."""
         self._history.load_state_dict(state_dict["history"])
         self._ages, self._recent_ages = (state_dict[name].cpu().clone() for name in ("ages", "recent_ages"))

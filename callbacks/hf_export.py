@@ -1,4 +1,4 @@
-"""The trained student as a Hugging Face folder."""
+"""Export of the trained student as a Hugging Face folder."""
 
 import shutil
 from dataclasses import replace
@@ -23,19 +23,19 @@ class HFExport(pl.Callback):
     """Writes the student with ``save_pretrained`` when training ends, for ``AutoModelForCausalLM`` to load.
 
     The folder also holds a generation config, so that ``generate`` samples as the evaluation did; a model card; and
-    the run's configuration as ``opdlab.yaml`` where the command line wrote one. An evaluation after training, such as
-    the one that ends ``opdlab fit``, adds its figures to the card.
+    the run's configuration as ``opdlab.yaml`` if the command line wrote one. An evaluation after training, such as
+    the one that ends ``opdlab fit``, adds its metrics to the card.
 
     Args:
-        folder: where to; ``student`` in the run's folder by default.
-        enabled: whether to write at all.
-        merge: write the whole model where the student has an adapter, instead of the adapter alone.
-        push_to_hub: hub id of a repository to upload the folder to, for example ``me/my-student``; it is made, for you
-            alone to see, where there is none. Needs ``hf auth login``. Where the upload fails there is a warning, and
-            the folder is safe. The configuration goes along: look at it first.
+        folder: output folder; ``student`` in the run's folder by default.
+        enabled: write the folder.
+        merge: write the merged model instead of only the adapter, if the student has one.
+        push_to_hub: hub id of a repository to upload the folder to, for example ``me/my-student``; if it
+            is missing, it is created as a private one. Needs ``hf auth login``. If the upload fails, there is a
+            warning and the folder stays. The configuration is uploaded too: check it first.
 
     Raises:
-        UsageError: ``push_to_hub`` is no hub id.
+        UsageError: ``push_to_hub`` is not a hub id.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class HFExport(pl.Callback):
         require(error is None, f"push_to_hub is '{push_to_hub}', which is no hub id such as me/student: {error}")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find out before training whether the folder can be written to."""
+        """Raise before training if the folder cannot be written."""
         assert isinstance(pl_module, OPDModule)
         if self.enabled and self.folder is not None:
             pl_module.student.check_not_origin(Path(self.folder))
@@ -58,7 +58,7 @@ class HFExport(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the folder, from one process."""
         assert isinstance(pl_module, OPDModule)
-        run_folder = trainer.log_dir or trainer.default_root_dir  # asks all processes, so outside the branch below
+        run_folder = trainer.log_dir or trainer.default_root_dir  # all processes take part, so outside the branch
         if not self.enabled or not trainer.is_global_zero:
             return
         folder = Path(self.folder or Path(run_folder) / "student")
@@ -75,7 +75,7 @@ class HFExport(pl.Callback):
             self._push(folder)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Add the figures of an evaluation after training. Here, because by now all callbacks have seen them."""
+        """Add the metrics of an evaluation after training, which are complete once all callbacks have handled it."""
         if stage != "validate" or self._written is None:
             return
         folder, record = self._written
@@ -99,7 +99,7 @@ class HFExport(pl.Callback):
                 allow_patterns=list(files) or None,
                 commit_message="Upload what opdlab distilled",
             )
-        except Exception as error:  # whatever it is: training is over, and must not seem to have failed
+        except Exception as error:  # any error: training is finished and must not be reported as failed
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             rank_zero_warn(
                 f"push_to_hub '{self.push_to_hub}' failed, but {folder} is complete; to try again: "
@@ -108,11 +108,11 @@ class HFExport(pl.Callback):
 
 
 def generation_config(model: LanguageModel, sampling: SamplingConfig) -> GenerationConfig:
-    """What makes ``generate`` sample as opdlab does: the same stop tokens, temperature and top-p, and nothing else.
+    """Return the generation config for opdlab's sampling: its stop tokens, temperature and top-p, and nothing else.
 
     Args:
         model: its stop and padding tokens are used.
-        sampling: how answers are sampled.
+        sampling: settings of the evaluation's sampling.
     """
     return GenerationConfig(
         do_sample=True,
@@ -126,11 +126,11 @@ def generation_config(model: LanguageModel, sampling: SamplingConfig) -> Generat
 
 
 def training_record(trainer: pl.Trainer, module: OPDModule, config: str | None) -> TrainingRecord:
-    """What the card tells of a run that has just ended.
+    """Return the model card's facts of a run that has just ended.
 
     Args:
         trainer: of the run.
-        module: what it trained.
+        module: the trained module.
         config: name of the configuration file beside the card, or None.
     """
     data = getattr(trainer, "datamodule", None)
@@ -159,5 +159,5 @@ def _results(trainer: pl.Trainer) -> dict[str, dict[str, str]]:
     table = next((callback for callback in callbacks if isinstance(callback, EvaluationTable)), EvaluationTable())
     columns = table.cells()
     if table.after_step != trainer.global_step:
-        columns.pop("after", None)  # of a step before the last
+        columns.pop("after", None)  # the last evaluation is of an earlier step
     return columns

@@ -1,4 +1,4 @@
-"""What chosen optimizer steps trained on, kept on disk for ``opdlab replay``."""
+"""Records of chosen optimizer steps on disk, for ``opdlab replay``."""
 
 import shutil
 from collections.abc import Sequence
@@ -24,21 +24,21 @@ _MIB = 1 << 20
 
 
 class PoolRecorder(StepCallback):
-    """Writes, at chosen optimizer steps, what the step trained on: ``opdlab replay`` compares gates on it afterwards.
+    """Writes the data of chosen optimizer steps, on which ``opdlab replay`` compares gates afterwards.
 
     A record, ``pools/step-000016`` in the run's folder, holds the step's rollouts with the teacher's targets, its
-    denominators, loss and gradient norm, and the student's weights as they were before the step (of a student with an
-    adapter the adapter's alone). The behavior log-probabilities are those that the step has used, also where it filled
-    them in itself. With several processes the first one records its share of the step.
+    denominators, loss and gradient norm, and the student's weights from before the step (only the adapter's if
+    the student has one). The behavior log-probabilities are those that the step has used, also if it filled them in
+    itself. With several processes the first one records its share of the step.
 
     Args:
-        enabled: whether to record at all; on the command line ``save_pools`` sets it.
+        enabled: record steps; on the command line ``save_pools`` sets it.
         every_n_steps: optimizer steps between records, at least 1.
-        steps: numbers of the optimizer steps to record, counted from 1, instead of every n-th; null for those.
-        keep_last: records kept; older ones are removed. Null keeps all.
+        steps: numbers of the optimizer steps to record, counted from 1, instead of every n-th; null records every n-th.
+        keep_last: number of kept records; older ones are deleted. Null keeps all.
 
     Raises:
-        UsageError: a value is below 1; or, when training starts, the strategy leaves no process all weights.
+        UsageError: a value is below 1; or, when training starts, no process of the strategy has all weights.
 
     Example:
         >>> recorder = PoolRecorder(steps=[1, 4, 16])
@@ -64,18 +64,18 @@ class PoolRecorder(StepCallback):
         )
         self.enabled, self.steps, self.keep_last = enabled, steps, keep_last
         self.folder = Path()
-        """The run's folder, once training has started."""
+        """The run's folder, set when training starts."""
         self._weights: dict[str, Tensor] = {}
         self._targets: list[Targets] = []
         self._gradient_norm: float | None = None
         self._announced = False
 
     def wants(self, step: int) -> bool:
-        """See :meth:`StepCallback.wants`."""
+        """True if the step is recorded; see :meth:`StepCallback.wants`."""
         return self.enabled and (step in self.steps if self.steps is not None else super().wants(step))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the run's folder, about which Lightning asks all processes."""
+        """Find the run's folder; Lightning exchanges it between all processes."""
         assert isinstance(pl_module, OPDModule)
         require(
             not self.enabled or pl_module.whole_weights,
@@ -98,17 +98,17 @@ class PoolRecorder(StepCallback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Take the gradient's norm, which Lightning clips after this."""
+        """Read the gradient norm before Lightning clips the gradient."""
         if self._weights:
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             norms = torch.stack([torch.linalg.vector_norm(gradient.float()) for gradient in gradients])
             norm = float(torch.linalg.vector_norm(norms))
-            self._gradient_norm = norm if norm < float("inf") else None  # NaN neither: no JSON has them
+            self._gradient_norm = norm if norm < float("inf") else None  # JSON has no NaN
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the targets, which no trace has."""
+        """Keep the targets, which traces do not have."""
         if self._weights:
             self._targets.append(batch.targets)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
@@ -116,7 +116,7 @@ class PoolRecorder(StepCallback):
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, traces: Sequence[StepTrace]) -> None:
         """Write the record."""
         assert isinstance(pl_module, OPDModule)
-        if not self._weights:  # not the first process
+        if not self._weights:  # only the first process writes
             return
         batches = [
             RecordedBatch(trace.rollouts, targets, trace.loss_shares)
@@ -140,7 +140,7 @@ class PoolRecorder(StepCallback):
                 shutil.rmtree(old, ignore_errors=True)
 
     def _announce(self, trainer: pl.Trainer, sizes: dict[str, int]) -> None:
-        """Say once where records go, and how much they will take."""
+        """Print once where records are written, and their size."""
         if self._announced:
             return
         self._announced = True
@@ -167,7 +167,7 @@ class PoolRecorder(StepCallback):
 def step_facts(
     trainer: pl.Trainer, module: OPDModule, traces: Sequence[StepTrace], gradient_norm: float | None
 ) -> StepFacts:
-    """What is kept of a step beside its tensors.
+    """Return the plain values of a step.
 
     Args:
         trainer: of the run.
@@ -176,7 +176,7 @@ def step_facts(
         gradient_norm: before clipping.
     """
     losses = []
-    for trace in traces:  # by the same function of the same tensors as in the step, so to the bit the same
+    for trace in traces:  # the same function of the same tensors as in the step, so the same bits
         assert trace.inputs.position_losses is not None
         losses.append(float(reduce_losses(trace.inputs.position_losses, trace.gates.weights, trace.loss_shares)))
     tau = traces[0].gates.tau

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from opdlab.diagnostics.metric_table import progress_items, progress_names
 
-# Their handlers keep the standard error of the time when Lightning was imported.
+# Their handlers keep the standard error stream from the import of Lightning.
 _LOGGERS = ("lightning.pytorch", "lightning.fabric")
 
 
 class SummaryLine:
-    """One line of items; where the terminal is too narrow, the last ones are left out.
+    """One line of items; if the terminal is too narrow, the last ones are left out.
 
     Example:
         >>> line = SummaryLine()
@@ -36,8 +36,8 @@ class SummaryLine:
         self.items: Sequence[str] = ()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Yield the line; nothing where it has no item."""
-        items = list(self.items)  # rendered by another thread
+        """Yield the line; nothing if it has no item."""
+        items = list(self.items)  # another thread renders it
         while items and cell_len(_joined(items)) > options.max_width:
             items.pop()
         if items:
@@ -66,7 +66,7 @@ class LabProgressBar(RichProgressBar):
         self._fetched_at = -1
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Forget what was shown of another run or stage."""
+        """Reset the display of another run or stage."""
         super().setup(trainer, pl_module, stage)
         self._line.items, self._values, self._fetched_at = (), {}, -1
 
@@ -75,8 +75,8 @@ class LabProgressBar(RichProgressBar):
     def get_metrics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
-        """Renew the line; return what else was logged with ``prog_bar``, which Lightning shows beside the bar."""
-        metrics = super().get_metrics(trainer, pl_module)  # Lightning has brought them to the host
+        """Update the line; return the other values logged with ``prog_bar``, which Lightning shows beside the bar."""
+        metrics = super().get_metrics(trainer, pl_module)  # Lightning has copied them to the host
         names = progress_names()
         self._values |= {name: float(value) for name, value in metrics.items() if name in names}  # type: ignore[arg-type]
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined] # set by Lightning's logger connector
@@ -96,7 +96,7 @@ class LabProgressBar(RichProgressBar):
             # rich documents this method for overriding, but Lightning fixes the class.
             bars = self.progress.get_renderables
             self.progress.get_renderables = lambda: [*bars(), self._line]  # type: ignore[method-assign]
-            _redirect_messages(standard_error, sys.stderr)  # to rich's, which writes above the bars
+            _redirect_messages(standard_error, sys.stderr)  # to rich's stream, which writes above the bars
 
     def _stop_progress(self) -> None:
         above_the_bars = sys.stderr
@@ -105,7 +105,7 @@ class LabProgressBar(RichProgressBar):
 
     @property
     def total_train_batches(self) -> int | float:
-        """Optimizer steps of the whole run, instead of the batches in a pass over the prompts."""
+        """Return the optimizer steps of the whole run, instead of the batches in a pass over the prompts."""
         return self.trainer.max_steps if self.trainer.max_steps > 0 else self.trainer.estimated_stepping_batches
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -127,7 +127,7 @@ class LabProgressBar(RichProgressBar):
 
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
-        """See :class:`opdlab.progress.Progress`."""
+        """Show a bar for a task; see :class:`opdlab.progress.Progress`."""
         progress = self.progress
         if progress is None or self.is_disabled:
             yield lambda num_units: None

@@ -1,4 +1,4 @@
-"""A few rollouts of a training step, to read: text for TensorBoard, and a page that colours their tokens."""
+"""Rollouts of a training step as text for TensorBoard, and as a page with coloured tokens."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,10 +35,10 @@ class SampleLogger(StepCallback):
     """Writes some rollouts of every n-th optimizer step as text to TensorBoard and as a page with coloured tokens.
 
     The rollouts are those at evenly spaced ranks of mean absolute drift, from the most drifted to the least, see
-    :func:`opdlab.viewer.choose_rollouts`; the step has used them, and nothing is sampled or scored anew. TensorBoard
+    :func:`opdlab.viewer.choose_rollouts`; the step has used them, and nothing is sampled or scored again. TensorBoard
     has them as ``rollouts/0``, ``rollouts/1``, …; the page is ``rollouts/step-000200.html`` in the run's folder, or in
-    ``default_root_dir`` where there is no logger, beside an ``index.html``. Only the first process writes, of its own
-    rollouts. A page that cannot be written is warned of, once; training goes on.
+    ``default_root_dir`` without a logger, beside an ``index.html``. Only the first process writes, of its own
+    rollouts. If a page cannot be written, there is one warning and training continues.
 
     Args:
         every_n_steps: optimizer steps between pages, at least 1.
@@ -57,16 +57,16 @@ class SampleLogger(StepCallback):
         require(num_rollouts >= 1, f"num_rollouts is {num_rollouts}, but must be at least 1")
         self.num_rollouts = num_rollouts
         self.folder = Path()
-        """Where pages are written, once training has started."""
+        """Folder of the pages, set when training starts."""
         self._warned = False
 
     @property
     def index(self) -> Path:
-        """The page that lists the others."""
+        """Return the path of the page that lists the others."""
         return self.folder / INDEX
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find the run's folder, about which Lightning asks all processes."""
+        """Find the run's folder; Lightning exchanges it between all processes."""
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "rollouts"
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, traces: Sequence[StepTrace]) -> None:
@@ -75,7 +75,7 @@ class SampleLogger(StepCallback):
             return
         assert isinstance(pl_module, OPDModule)
         rollouts = choose_rollouts(traces, self.num_rollouts)
-        if not rollouts:  # every token of the step is left out of the loss
+        if not rollouts:  # the loss may leave out every token of the step
             return
         problems = _problems(trainer)
         texts = [_text(pl_module.student.tokenizer, rollout, problems) for rollout in rollouts]
@@ -119,11 +119,11 @@ def _text(tokenizer: PreTrainedTokenizerBase, rollout: ShownRollout, problems: S
 
 
 def rollout_markdown(rollout: ShownRollout, text: RolloutText) -> str:
-    """What TensorBoard shows of a rollout: all text of models and data in code blocks, which hold no markup.
+    """Return TensorBoard's text for a rollout: text of models and data is in code blocks, which have no markup.
 
     Args:
         rollout: its values.
-        text: what it says.
+        text: its text.
     """
     facts = {
         "answer": _VERDICTS[rollout.correct],

@@ -1,4 +1,4 @@
-"""Base of callbacks that look at whole optimizer steps."""
+"""Base class of callbacks for whole optimizer steps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,11 +10,11 @@ from opdlab.errors import require
 
 
 class StepCallback(pl.Callback):
-    """Gathers the traces of an optimizer step's micro-batches and hands them over when the step is taken.
+    """Collects the traces of an optimizer step's micro-batches and passes them on when the step is taken.
 
-    Override :meth:`on_step`. It is called after optimizer step n, 2n, …, but not after one that a resumed run takes up
-    in the middle of its accumulation window: the traces of the micro-batches before the resume are gone, and metrics of
-    the others would not be those of the step. What has to see every step overrides :meth:`on_trace` as well.
+    Override :meth:`on_step`. It is called after optimizer step n, 2n, …, but not after a step that a run resumes
+    in the middle of its accumulation window: the traces of the earlier micro-batches are missing, so metrics would not
+    be those of the step. A callback that needs every step also overrides :meth:`on_trace`.
 
     Args:
         every_n_steps: n, at least 1.
@@ -29,27 +29,27 @@ class StepCallback(pl.Callback):
         self._traces: list[StepTrace] = []
 
     def looks_at(self, trainer: pl.Trainer) -> bool:
-        """True if the callback looks at the current optimizer step."""
+        """True if the callback uses the current optimizer step."""
         return self.wants(trainer.global_step + 1)
 
     def wants(self, step: int) -> bool:
-        """True if the callback looks at the optimizer step of this number, counted from 1."""
+        """True if the callback uses the optimizer step of this number, counted from 1."""
         return step % self.every_n_steps == 0
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Forget the last step."""
+        """Drop the traces of the last step."""
         if batch.position == 0:
             self._traces = []
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the trace; hand over all of them at the step's last micro-batch."""
+        """Keep the trace; pass on all of them at the step's last micro-batch."""
         trace: StepTrace = outputs["trace"]
         self.on_trace(trainer, trace)
-        if self.wants(trace.step + 1):  # of before the optimizer moved on, if it did
+        if self.wants(trace.step + 1):  # number of steps before the optimizer moved on, if it did
             self._traces.append(trace)
             if batch.position + 1 == len(batch.micro_batches):
                 traces, self._traces = self._traces, []
@@ -57,7 +57,7 @@ class StepCallback(pl.Callback):
                     self.on_step(trainer, pl_module, traces)
 
     def on_trace(self, trainer: pl.Trainer, trace: StepTrace) -> None:
-        """Look at one micro-batch, at every step: this must be cheap and must not wait for the device.
+        """Process one micro-batch, at every step: this must be fast and must not wait for the device.
 
         Args:
             trainer: the trainer.
@@ -65,7 +65,7 @@ class StepCallback(pl.Callback):
         """
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, traces: Sequence[StepTrace]) -> None:
-        """Look at a step that has just been taken.
+        """Process a step that has just been taken.
 
         Args:
             trainer: ``global_step`` counts the step.

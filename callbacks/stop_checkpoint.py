@@ -1,4 +1,4 @@
-"""Stopping, by a signal or at the end, without losing anything."""
+"""Checkpoints when training stops, by a signal or at the end."""
 
 import signal
 import time
@@ -15,33 +15,33 @@ from lightning.pytorch.utilities import rank_zero_info
 from opdlab.errors import Stopped
 from opdlab.processes import STOP_SIGNALS, catching_signals
 
-_SAME_SECONDS = 1.0  # a scheduler and the process that it watches may both tell of one stop
+_SAME_SECONDS = 1.0  # seconds; a scheduler and the process that it watches may both signal the same stop
 
 
 class StopCheckpoint(Checkpoint):
-    """Writes a checkpoint when training stops: after its last step, or on a signal, which finishes the step.
+    """Writes a checkpoint when training stops: after the last step, or on a signal, which finishes the step.
 
     A checkpoint taken in the middle of a step would hold half an update, and a loader that is one minibatch ahead.
     Signals are Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2; a second one, at least a second later, stops at once,
-    without a checkpoint. All but Ctrl-C are left to Lightning where there are several processes, which it tells each
-    other, and under SLURM, where it queues the job again. A ``Checkpoint``, so that Lightning calls it after all other
-    callbacks; put it behind other checkpoints, so that it sees what they have saved.
+    without a checkpoint. With several processes Lightning handles all signals except Ctrl-C and exchanges them between
+    the processes; under SLURM it handles them and queues the job again. The class is a ``Checkpoint``, so that
+    Lightning calls it after all other callbacks; list it after other checkpoints, so that their files exist.
 
     Args:
         dirpath: folder for ``interrupted.ckpt`` and ``final.ckpt``; ``checkpoints`` in the run's folder by default.
-            ``final.ckpt`` is not written where a ``ModelCheckpoint`` has just saved the last step.
+            ``final.ckpt`` is not written if a ``ModelCheckpoint`` has just saved the last step.
     """
 
     def __init__(self, dirpath: str | None = None) -> None:
         self.dirpath = dirpath
         self.path: Path | None = None
-        """The checkpoint that was written, once one was."""
+        """Path of the last written checkpoint."""
         self._signum: int | None = None
         self._since = 0.0
         self._listening = ExitStack()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen for signals."""
+        """Install the signal handlers."""
         alone = trainer.world_size == 1 and not SLURMEnvironment.detect()
         self._listening.enter_context(catching_signals(self._handle, STOP_SIGNALS if alone else (signal.SIGINT,)))
 
@@ -58,13 +58,13 @@ class StopCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save at the last step, or if asked to, and then stop."""
+        """Save at the last step or after a signal, then stop."""
         if self._signum is not None:
             self._save(trainer, "interrupted.ckpt")
-            # Lightning would log the step after this hook, which it now never does.
+            # Lightning logs the step after this hook, and a stop would skip that.
             trainer._logger_connector.update_train_step_metrics()
             raise Stopped(self._signum)
-        # Not in on_train_end: by then Lightning has closed the epoch, and a longer run would not go on in the middle.
+        # Not in on_train_end: by then Lightning has closed the epoch, and a longer run could not continue inside it.
         if _is_last_step(trainer) and not _just_saved(trainer):
             self._save(trainer, "final.ckpt")
 
@@ -74,11 +74,11 @@ class StopCheckpoint(Checkpoint):
         self.path = folder / name
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         self._listening.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
+        """Restore the signal handlers."""
         self._listening.close()
 
 

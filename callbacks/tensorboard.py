@@ -1,4 +1,4 @@
-"""Writing to TensorBoard: histograms, pictures, and a page that groups the scalars."""
+"""Output to TensorBoard: histograms, images, and a page that groups the scalars."""
 
 from collections.abc import Mapping, Sequence
 
@@ -12,12 +12,12 @@ from opdlab.diagnostics.metric_table import Metric, chart_layout
 
 
 def writers(loggers: Sequence[Logger]) -> list[SummaryWriter]:
-    """Return the writers of those loggers that are TensorBoard's."""
+    """Return the writers of all TensorBoard loggers."""
     return [logger.experiment for logger in loggers if isinstance(logger, TensorBoardLogger)]
 
 
 def layout() -> dict[str, dict[str, tuple[str, list[str]]]]:
-    """Return the charts of the page "Custom scalars", as ``SummaryWriter.add_custom_scalars`` takes them.
+    """Return the charts of the page "Custom scalars", in the form that ``SummaryWriter.add_custom_scalars`` takes.
 
     A ``Multiline`` chart has a line for each name that one of its regular expressions matches, a ``Margin`` chart a
     line in a band, given by the names of value, lower and upper bound.
@@ -32,7 +32,7 @@ def _chart(rows: Sequence[Metric]) -> tuple[str, list[str]]:
 
 
 def write_layout(writer: SummaryWriter) -> None:
-    """Set up the page "Custom scalars", once for each writer."""
+    """Write the page "Custom scalars", once for each writer."""
     writer.add_custom_scalars(layout())
 
 
@@ -43,6 +43,6 @@ def write_histograms(writer: SummaryWriter, histograms: Mapping[str, Histogram],
 
 
 def write_images(writer: SummaryWriter, images: Mapping[str, NDArray[np.uint8]], step: int) -> None:
-    """Write pictures by tag, each [height, width, 3]."""
+    """Write images by tag, each [height, width, 3]."""
     for tag, image in images.items():
         writer.add_image(tag, image, step, dataformats="HWC")

@@ -1,7 +1,7 @@
 """opdlab: gated on-policy distillation of language models on PyTorch Lightning.
 
-The public names are here, and each is imported when it is first asked for: ``import opdlab`` alone loads neither torch
-nor Lightning. No module of the package imports this one.
+Each public name is imported on first access, so ``import opdlab`` alone loads neither torch nor Lightning. No module of
+the package imports this one.
 
 Example:
     >>> import opdlab

@@ -1,7 +1,7 @@
 """Old names in saved configurations, and the names that replaced them.
 
-Configurations outlive names: a run's ``config.yaml``, a study's archive, a command in a script. Whoever reads one calls
-:func:`migrate` first; whoever renames a class or a key adds a row here.
+Saved configurations (a run's ``config.yaml``, a study's archive, a command in a script) keep the names of their time.
+Code that reads one calls :func:`migrate` first. Add a row here when you rename a class or a key.
 """
 
 import re
@@ -11,7 +11,7 @@ from typing import Any
 
 from opdlab.errors import require
 
-# Modules and packages in class paths and ``package://`` paths. Where several match, the longest counts.
+# Modules and packages in class paths and ``package://`` paths. If several match, the longest is used.
 PATHS = {
     "opdlab.tasks": "opdlab.verifiers",
     "opdlab.tasks.math_verifier": "opdlab.verifiers.math.math_verifier",
@@ -21,7 +21,7 @@ PATHS = {
 }
 # Dotted keys of a configuration.
 KEYS = {"model.max_tokens_per_microbatch": "model.max_tokens_per_pass"}
-# Keys whose value means something else under the new name: dropped where the value is null, otherwise refused.
+# Keys whose value means something else under the new name: dropped if the value is null, otherwise refused.
 REMOVED = {"optimizer": "model.optimizer", "lr_scheduler": "model.lr_scheduler"}
 
 
@@ -29,19 +29,19 @@ def _any_of(names: dict[str, str]) -> str:
     return "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
 
 
-# A path at the beginning of a value, also inside quoted JSON; not as part of another path or word.
+# Matches a path at the beginning of a value or inside quoted JSON, but not inside another path or word.
 _PATH = re.compile(rf"(?:(?<=package://)|(?<![\w./-]))(?P<old>{_any_of(PATHS)})(?P<rest>(?:\.\w+)*)(?![\w-])")
 _OPTION = re.compile(rf"^--(?P<old>{_any_of(KEYS)})(?=[=+]|$)")
 
 
 def migrate(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a configuration under today's names. One that has them already comes back equal.
+    """Return a configuration with the current names; one that already uses them is returned equal.
 
     Args:
         config: nested as in YAML, or flat with dotted keys as in a study's ``variants/*.json``. Left unchanged.
 
     Raises:
-        UsageError: a removed key has a value, or a key is given under both its names.
+        UsageError: a removed key has a value, or a key is given under both its old and its new name.
 
     Example:
         >>> migrate({"data": {"train": {"class_path": "opdlab.tasks.toy.problems.ChainProblems"}}})
@@ -53,7 +53,7 @@ def migrate(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def migrate_text(text: str) -> str:
-    """Return a class path, ``package://`` path or ``--key=value`` under today's names.
+    """Return a class path, ``package://`` path or ``--key=value`` with the current names.
 
     Example:
         >>> migrate_text("package://opdlab.tasks.toy/models/student")
@@ -68,7 +68,7 @@ def warn_of_old_names(source: str, content: dict[str, Any] | Sequence[str]) -> N
     """Warn that old names are read as the new ones.
 
     Args:
-        source: where the names stand: a file, or the command line.
+        source: name of the source in the message: a file, or the command line.
         content: a configuration, or command-line arguments, before migration.
     """
     found: dict[str, str] = {}
@@ -81,7 +81,7 @@ def warn_of_old_names(source: str, content: dict[str, Any] | Sequence[str]) -> N
         warnings.warn(f"{source} has old names, which are read as the new ones: {names}", FutureWarning, stacklevel=2)
 
 
-# Both helpers note in `found` which old name became which new one.
+# Both functions record in `found` each old name and its replacement.
 
 
 def _replace_texts(value: Any, found: dict[str, str]) -> Any:
@@ -110,14 +110,14 @@ def _migrate(config: dict[str, Any], found: dict[str, str]) -> dict[str, Any]:
                 target[new_key] = section.pop(key)
                 found[old] = new
     for old, new in REMOVED.items():
-        # The same word may be a key of a section that was read from a file of its own.
+        # A section that is read from its own file may have a key of the same name.
         if old in migrated and any(str(key).partition(".")[0] == "model" for key in migrated):
             require(migrated.pop(old) is None, f"{old} is now {new}: set that instead, and leave {old} out")
     return migrated
 
 
 def _nested(config: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
-    """Return the section that holds a dotted key, an empty one where there is none, and the last part of the key."""
+    """Return the section that holds a dotted key (empty if missing), and the last part of the key."""
     *parents, last = dotted.split(".")
     section: Any = config
     for parent in parents:

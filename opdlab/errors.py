@@ -1,14 +1,14 @@
-"""The one kind of error that a user can cause and mend, and the signals that stop a run."""
+"""The error for mistakes that the user can fix, and the signals that stop a run."""
 
 import signal
 
 
 class UsageError(ValueError):
-    """Something the user gave cannot work; the message names the field, the value and the mend.
+    """Error for invalid user input; the message names the field, the value and the fix.
 
-    A class names its own field; what builds it from a configuration puts the key of the section before that. The
-    command line prints the message alone and exits with code 2. It is a ``ValueError``, so Python callers need no
-    import from here to catch it.
+    A class names its own field; the code that builds the class from a configuration prepends the key of the section.
+    The command line prints only the message and exits with code 2. It is a ``ValueError``, so Python callers can
+    catch it without an import from here.
 
     Example:
         >>> raise UsageError("tau is -1.0, but must be at least 0: use 0 for no gating")
@@ -19,7 +19,7 @@ class UsageError(ValueError):
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked to stop: Ctrl-C, or SIGTERM, which schedulers send. Lightning shuts down as for Ctrl-C.
+    """Raised by a signal to stop: Ctrl-C, or SIGTERM from a scheduler. Lightning shuts down as for Ctrl-C.
 
     Args:
         signum: the signal.
@@ -31,7 +31,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def exit_code(stopped: BaseException | None) -> int:
-    """128 plus the number of the signal that stopped a program, as shells report it.
+    """Return 128 plus the number of the signal that stopped a program, as shells do.
 
     Example:
         >>> exit_code(Stopped(signal.SIGTERM)), exit_code(KeyboardInterrupt())

@@ -1,9 +1,10 @@
-"""How much memory a run will need, from its configuration alone: no weights are read.
+"""Estimate the memory of a run from its configuration alone, without reading weights.
 
-Models are built on the meta device, from their config.json, and counted. What is left out: the device's own context
-(about half a GiB with CUDA), fragmentation, a few floats per position, and short-lived results of single operations.
+Models are built on the meta device from their config.json, and their parameters are counted. Not included: the device's
+context (about half a GiB with CUDA), fragmentation, a few floats per position, and short-lived results of single
+operations.
 
-Letters: B rollouts of a micro-batch, T tokens of prompt and response, H hidden size, I intermediate size, L layers,
+Symbols: B rollouts of a micro-batch, T tokens of prompt and response, H hidden size, I intermediate size, L layers,
 V vocabulary, N = B * T.
 """
 
@@ -29,17 +30,17 @@ FLOAT = 4  # bytes of a float32
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's sizes, as its config.json gives them; see :func:`activation_bytes` for the architecture assumed.
+    """Sizes of a decoder, read from its config.json; see :func:`activation_bytes` for the assumed architecture.
 
     Args:
         hidden: H.
-        intermediate: I; of a mixture, what the experts of one token have together.
+        intermediate: I; for a mixture of experts, the sum over the experts of one token.
         layers: L.
-        heads: attention heads.
-        kv_heads: heads of keys and values.
+        heads: number of attention heads.
+        kv_heads: number of key and value heads.
         head_dim: size of a head.
         vocab: V, rows of the head.
-        qk_norm: whether queries and keys are normalised, as Qwen3's are.
+        qk_norm: queries and keys are normalised, as in Qwen3.
     """
 
     hidden: int
@@ -53,10 +54,10 @@ class Shape:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Shape":
-        """Read the sizes off a transformers model, on whatever device."""
+        """Return the sizes of a transformers model on any device."""
         config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
         hidden, heads = config.hidden_size, config.num_attention_heads
-        intermediate = getattr(config, "intermediate_size", None) or 4 * hidden  # GPT-2's is null for 4 H
+        intermediate = getattr(config, "intermediate_size", None) or 4 * hidden  # null in GPT-2, which means 4 H
         if experts := getattr(config, "num_experts_per_tok", None):
             intermediate = experts * (getattr(config, "moe_intermediate_size", None) or intermediate)
         return cls(
@@ -73,11 +74,11 @@ class Shape:
 
 @dataclass(frozen=True)
 class Widths:
-    """Bytes of a number.
+    """Bytes per number.
 
     Args:
-        weights: of the weights, and of what flows from layer to layer.
-        compute: of the results of matrix products; narrower than ``weights`` under autocast.
+        weights: for weights and hidden states.
+        compute: for results of matrix products; smaller than ``weights`` under autocast.
     """
 
     weights: int
@@ -85,12 +86,12 @@ class Widths:
 
     @property
     def autocast(self) -> bool:
-        """Whether matrix products are narrower than the weights."""
+        """True if matrix products have fewer bytes than the weights."""
         return self.compute < self.weights
 
 
 def widths_of(dtype: str, precision: str | int | None) -> Widths:
-    """Widths of a model whose weights are loaded as ``dtype``, under ``trainer.precision``.
+    """Return the widths of a model whose weights are loaded as ``dtype``, under ``trainer.precision``.
 
     Example:
         >>> widths_of("float32", "bf16-mixed"), widths_of("float32", "bf16-true"), widths_of("bfloat16", None)
@@ -105,26 +106,26 @@ def widths_of(dtype: str, precision: str | int | None) -> Widths:
 
 
 def activation_bytes(shape: Shape, tokens: int, widths: Widths, *, checkpointing: bool = False) -> int:
-    """What autograd keeps of one forward pass through the layers, the head aside.
+    """Return the bytes that autograd keeps of one forward pass through the layers, without the head.
 
-    Counted operation by operation for a pre-norm decoder with rotary positions, grouped-query attention by a fused
-    kernel (``sdpa`` or flash, so no T x T matrix) and a gated MLP, as transformers writes Llama, Qwen and their kin;
-    with s bytes a weight, w bytes a product, Q = heads * head_dim and K = kv_heads * head_dim, per token and layer:
+    Counts the operations of a pre-norm decoder with rotary positions, grouped-query attention in a fused kernel
+    (``sdpa`` or flash, so no T x T matrix) and a gated MLP, as in transformers' Llama and Qwen models. With s bytes per
+    weight, w bytes per product, Q = heads * head_dim and K = kv_heads * head_dim, per token and layer:
 
     - two RMSNorms: input in float32, the inverse root and the normalised input, ``2 (4 H + 4 + s H)``;
-    - what the linear layers behind them read: ``2 w H``, under autocast a cast copy for each of five, ``5 w H``;
-    - norms of queries and keys, where there are any: ``(4 + w) (Q + K) + 4 (heads + kv_heads)``;
+    - inputs of the linear layers after them: ``2 w H``; under autocast a cast copy for each of five layers, ``5 w H``;
+    - norms of queries and keys, if the model has them: ``(4 + w) (Q + K) + 4 (heads + kv_heads)``;
     - attention: queries, keys, values, output and the softmax's log-normalizer, ``2 w Q + 2 w K + 4 heads``;
     - the MLP: gate before and after its activation, the up projection and their product, ``4 w I``.
 
-    Korthikanti et al. (arXiv 2205.05198) count a GPT layer in the same way. With checkpointing a layer leaves its
-    input, ``s H``, and one layer at a time is whole again in the backward pass.
+    Korthikanti et al. (arXiv 2205.05198) count a GPT layer in the same way. With checkpointing each layer keeps only
+    its input, ``s H``, and the backward pass recomputes one layer at a time.
 
     Args:
-        shape: the model's.
+        shape: sizes of the model.
         tokens: N, padding included.
         widths: see :class:`Widths`.
-        checkpointing: whether layers are computed again in the backward pass.
+        checkpointing: layers are recomputed in the backward pass.
 
     Example:
         >>> shape = Shape(64, 192, 2, 4, 2, 16, 100, qk_norm=True)
@@ -144,41 +145,45 @@ def activation_bytes(shape: Shape, tokens: int, widths: Widths, *, checkpointing
 
 
 def inference_bytes(shape: Shape, tokens: int, widths: Widths) -> int:
-    """What a forward pass without gradient holds at its widest.
+    """Return the peak bytes of a forward pass without gradient.
 
-    That is in the MLP: its input before and after the norm, and I three times, ``(2 s + w) H + 3 w I`` per token.
+    The peak is in the MLP: its input before and after the norm, and three tensors of size I, ``(2 s + w) H + 3 w I``
+    per token.
     """
     hidden = (2 * widths.weights + widths.compute) * shape.hidden
     return tokens * (hidden + 3 * widths.compute * shape.intermediate)
 
 
 def kv_cache_bytes(shape: Shape, tokens: int, widths: Widths) -> int:
-    """Keys and values of ``tokens``, sliding windows aside; a layer's are copied when they grow, hence L + 1.
+    """Return the bytes of keys and values of ``tokens``, without sliding windows.
 
-    In the weights' width under autocast too: rotary positions widen the keys, and transformers' cache the values.
+    L + 1 layers are counted, because a layer is copied when it grows.
+    Under autocast they have the width of the weights too: rotary positions widen the keys, and transformers' cache
+    widens the values.
     """
     return (shape.layers + 1) * tokens * shape.kv_heads * shape.head_dim * 2 * widths.weights
 
 
 def head_bytes(shape: Shape, tokens: int, *, training: bool) -> int:
-    """The head's working memory.
+    """Return the working memory of the head, bytes.
 
-    ``opdlab.scoring`` holds tiles of at most 2^23 logits: forward a tile and its exponentials; backward a tile, and
-    two tensors as large as the hidden states, in which their gradient is summed; in training also the head's gradient.
+    ``opdlab.scoring`` uses tiles of at most 2^23 logits. The forward pass holds a tile and its exponentials. The
+    backward pass holds a tile and two tensors of the size of the hidden states, in which their gradient is summed; in
+    training also the gradient of the head.
     """
     tile, hidden = FLOAT * min(MAX_TILE_LOGITS, tokens * shape.vocab), FLOAT * tokens * shape.hidden
     return max(2 * tile, tile + 2 * hidden) + FLOAT * shape.vocab * shape.hidden if training else 2 * tile
 
 
 def optimizer_bytes_per_parameter(optimizer: Mapping[str, Any], width: int) -> float:
-    """Bytes of state that an optimizer keeps for each parameter: measured, on one step of 256 x 256 parameters.
+    """Return the bytes of optimizer state per parameter, measured on one step of 256 x 256 parameters.
 
     Args:
         optimizer: ``class_path`` and ``init_args``.
         width: bytes of a parameter.
 
     Raises:
-        UsageError: it takes no such step, for example because it needs a closure, as ``torch.optim.LBFGS`` does.
+        UsageError: the optimizer cannot take this step, for example ``torch.optim.LBFGS``, which needs a closure.
 
     Example:
         >>> optimizer_bytes_per_parameter({"class_path": "torch.optim.AdamW"}, 4)
@@ -203,16 +208,16 @@ def optimizer_bytes_per_parameter(optimizer: Mapping[str, Any], width: int) -> f
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A model that was counted.
+    """Parameter counts and sizes of a model.
 
     Args:
         path: as configured.
-        parameters: number of all; tied ones count once.
-        trainable: number of those that are trained.
+        parameters: number of parameters; tied ones count once.
+        trainable: number of trained parameters.
         shape: sizes of its layers.
-        widths: bytes of a number.
-        packed: bytes of a parameter where quantization packs them, else None.
-        rounded: number of parameters with each tensor's rounded up to a power of two: torch pins memory like that.
+        widths: bytes per number.
+        packed: bytes per parameter if quantization packs them, else None.
+        rounded: number of parameters with each tensor rounded up to a power of two, as torch allocates pinned memory.
     """
 
     path: str
@@ -225,17 +230,17 @@ class ModelSize:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether an adapter is trained on frozen weights."""
+        """True if an adapter is trained on frozen weights."""
         return self.trainable < self.parameters
 
     @property
     def trained_width(self) -> int:
-        """Bytes of a trainable parameter: adapters are kept in float32 at least."""
+        """Return the bytes of a trainable parameter; adapters are stored in at least float32."""
         return max(self.widths.weights, FLOAT) if self.has_adapter else self.widths.weights
 
     @property
     def bytes(self) -> int:
-        """Of the weights."""
+        """Return the bytes of the weights."""
         frozen = self.parameters - self.trainable if self.has_adapter else self.parameters
         adapter = self.trainable * self.trained_width if self.has_adapter else 0
         return int(frozen * (self.packed or self.widths.weights)) + adapter
@@ -245,11 +250,11 @@ _PACKED = {"4bit": 0.5, "8bit": 1.0}
 
 
 def model_size(options: Mapping[str, Any], precision: str | int | None) -> ModelSize:
-    """Count a model without reading its weights.
+    """Return the size of a model without reading its weights.
 
     Args:
         options: ``init_args`` of a :class:`opdlab.policies.LanguageModel` or :class:`opdlab.policies.LocalTeacher`.
-        precision: ``trainer.precision``, where the trainer casts the model; None where it does not.
+        precision: ``trainer.precision`` if the trainer casts the model, else None.
 
     Raises:
         UsageError: its configuration cannot be read.
@@ -264,7 +269,7 @@ def model_size(options: Mapping[str, Any], precision: str | int | None) -> Model
         same = {"r": saved["r"], "target_modules": saved["target_modules"], "use_dora": saved.get("use_dora", False)}
         return model_size({**options, "path": base, "adapter": same}, precision)
     more = {key: options[key] for key in ("revision", "trust_remote_code") if options.get(key)}
-    source = resolve(path, with_config=False)  # config.json is enough, and AutoConfig says if it is missing
+    source = resolve(path, with_config=False)  # only config.json is read; AutoConfig reports if it is missing
     gguf = {"gguf_file": options["gguf_file"]} if options.get("gguf_file") else {}
     if gguf:
         require_package("gguf", f"model '{path}'", "gguf")

@@ -1,4 +1,4 @@
-"""A model card for a distilled student: what it was made from, how, and what came out."""
+"""Model card of a distilled student: inputs, settings and results."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -11,19 +11,19 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from opdlab.version import __version__
 
-_MAX_TEXT = 300  # characters of anything that others wrote
+_MAX_TEXT = 300  # characters of external text
 
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What a card tells of a run.
+    """Content of a model card.
 
     Args:
-        student: path or hub id of what training started from.
-        teacher: path or hub id, or the class of a teacher that has none.
-        data: name of the training prompts' source.
-        settings: what the run was made of: objective, gate, steps, …, by the name that the card gives it.
-        results: columns of figures as they are shown, for example ``before`` and ``after``.
+        student: path or hub id of the initial student.
+        teacher: path or hub id, or the class of a teacher without one.
+        data: name of the source of training prompts.
+        settings: objective, gate, steps, …, by the name shown on the card.
+        results: columns of formatted metrics, for example ``before`` and ``after``.
         config: name of the configuration file in the same folder, or None.
     """
 
@@ -36,7 +36,7 @@ class TrainingRecord:
 
 
 def describe(part: object) -> str:
-    """A plug-in's class and its options, as far as they are plain values.
+    """Return the class of a plug-in with those of its options that are plain values.
 
     Example:
         >>> from opdlab.objectives import TeacherTopK
@@ -50,7 +50,7 @@ def describe(part: object) -> str:
 
 
 def escaped(text: str) -> str:
-    r"""Text as Markdown shows it literally, on one line: no markup, links, HTML or table borders get through.
+    r"""Return the text escaped for one line of Markdown, without active markup, links, HTML or table borders.
 
     Any ASCII punctuation may be escaped with a backslash (CommonMark 0.31, 2.4).
 
@@ -65,7 +65,7 @@ def escaped(text: str) -> str:
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether ``path`` can only be a hub id: it is well formed, and no folder of that name is here.
+    """True if ``path`` is a well-formed hub id and no local folder has that name.
 
     Example:
         >>> is_hub_id("Qwen/Qwen3-4B"), is_hub_id("package://opdlab.toy/models/student"), is_hub_id(".")
@@ -75,7 +75,7 @@ def is_hub_id(path: str) -> bool:
 
 
 def hub_id_error(name: str) -> str | None:
-    """What keeps ``name`` from being a hub id, or None.
+    """Return why ``name`` is not a valid hub id, or None.
 
     Example:
         >>> hub_id_error("me/student")
@@ -88,11 +88,11 @@ def hub_id_error(name: str) -> str | None:
 
 
 def model_card(name: str, record: TrainingRecord) -> ModelCard:
-    """Write the card; nothing is looked up on the network.
+    """Return the model card, without network access.
 
     Args:
-        name: of the model.
-        record: what to tell.
+        name: name of the model.
+        record: content of the card.
 
     Example:
         >>> record = TrainingRecord("Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B", "prompts.jsonl", {"gate": "NoGate()"})

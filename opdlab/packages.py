@@ -1,4 +1,4 @@
-"""Optional packages: one line with the command that mends it where one is missing, broken, or of a wrong version."""
+"""Checks of optional packages: one line with the fix if a package is missing, broken, or has a wrong version."""
 
 import importlib.metadata
 import re
@@ -12,29 +12,29 @@ from packaging.version import InvalidVersion, Version
 
 from opdlab.errors import UsageError
 
-# Where transformers keeps the lowest version that it works with. A name that is gone is not compared.
+# Names in transformers that hold the lowest supported version. A name that no longer exists is skipped.
 _LOWEST = {
     "accelerate": ("transformers.utils.import_utils", "ACCELERATE_MIN_VERSION"),
     "bitsandbytes": ("transformers.utils.import_utils", "BITSANDBYTES_MIN_VERSION"),
     "gguf": ("transformers.utils.import_utils", "GGUF_MIN_VERSION"),
     "peft": ("transformers.integrations.peft", "MIN_PEFT_VERSION"),
 }
-# Modules whose distribution has another name, apart from underscores.
+# Modules whose distribution name differs by more than underscores.
 _DISTRIBUTIONS = {"PIL": "pillow", "google": "protobuf", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 _REQUIREMENT = re.compile(r"Requirement '([^']+)' not met")  # lightning_utilities' RequirementCache
 _COMMAND = re.compile(r"pip install (?:-U |--upgrade )?(?:'[^']+'|\"[^\"]+\"|[\w\-.\[\],<>=~!]*[\w\]])")
 
 
 def require_package(name: str, why: str, extra: str) -> None:
-    """Import an optional package, or refuse to go on.
+    """Import an optional package, or raise :class:`UsageError`.
 
     Args:
-        name: of its module, which is also that of its distribution.
-        why: the key or file that needs it, with which the message begins.
+        name: name of its module, which is also the name of its distribution.
+        why: the key or file that needs it; the message begins with it.
         extra: the extra of opdlab that installs it.
 
     Raises:
-        UsageError: it is missing, cannot be imported, or transformers asks for another version.
+        UsageError: the package is missing, cannot be imported, or transformers requires another version.
 
     Example:
         >>> require_package("no_such_package", "model.student.adapter", "peft")
@@ -58,16 +58,16 @@ def require_package(name: str, why: str, extra: str) -> None:
 
 
 def is_installed(name: str) -> bool:
-    """True if a module can be found; a folder that only has its name (``wandb/`` holds runs) is not the module."""
+    """True if a module can be found; a folder of the same name, such as ``wandb/`` with runs, does not count."""
     try:
         spec = find_spec(name)
-    except (ImportError, ValueError):  # ValueError: a stand-in without a spec in sys.modules
+    except (ImportError, ValueError):  # ValueError: an entry of sys.modules without a spec
         return False
     return spec is not None and spec.origin is not None
 
 
 def refusal(name: str) -> str | None:
-    """Return why transformers refuses the installed version of a package, or None.
+    """Return why transformers rejects the installed version of a package, or None.
 
     Example:
         >>> refusal("torch") is None  # transformers keeps no lowest version of it where opdlab looks
@@ -90,18 +90,18 @@ def _refused(name: str, lowest: str) -> str | None:
 
 @contextmanager
 def working_pair(name: str, why: str, extra: str) -> Iterator[None]:
-    """Require a package, and refuse in one line if transformers and the package fail together inside the block.
+    """Require a package, and raise one clear error if transformers and the package fail together inside the block.
 
-    :func:`require_package` compares versions by a private name of transformers, which may go; and two versions may
-    fit by number and still not work together.
+    :func:`require_package` compares versions through a private name of transformers, which may disappear. Two versions
+    may also satisfy the comparison and still not work together.
 
     Args:
-        name: as in :func:`require_package`.
-        why: likewise.
-        extra: likewise.
+        name: see :func:`require_package`.
+        why: see :func:`require_package`.
+        extra: see :func:`require_package`.
 
     Raises:
-        UsageError: as :func:`require_package`; or what is called inside lacks a name, or refuses a version.
+        UsageError: as :func:`require_package`; or the block fails because a name is missing or a version is rejected.
     """
     require_package(name, why, extra)
     try:
@@ -120,10 +120,10 @@ def working_pair(name: str, why: str, extra: str) -> Iterator[None]:
 
 
 def package_trouble(error: BaseException) -> str | None:
-    """Return what a failed import behind an error says, with the command that mends it; None where there is none.
+    """Return the message of the failed import that caused an error, with the command that fixes it, or None.
 
     Args:
-        error: its causes are looked through too.
+        error: the error; its causes are searched too.
 
     Example:
         >>> package_trouble(ModuleNotFoundError("No module named 'no_such_package'", name="no_such_package"))
@@ -131,7 +131,7 @@ def package_trouble(error: BaseException) -> str | None:
         >>> package_trouble(ImportError("Using X requires Y: `pip install 'Y>=2'`"))
         "needs a package (Using X requires Y): pip install 'Y>=2'"
     """
-    seen: list[BaseException] = []  # `raise error from error` makes a circle
+    seen: list[BaseException] = []  # `raise error from error` makes a cycle
     cause: BaseException | None = error
     while cause is not None and cause not in seen:
         if isinstance(cause, ImportError) and (said := _told(cause)) is not None:
@@ -143,14 +143,14 @@ def package_trouble(error: BaseException) -> str | None:
 
 def _told(error: ImportError) -> str | None:
     top = (error.name or "").partition(".")[0]
-    if top == "opdlab":  # a mistake of opdlab's own
+    if top == "opdlab":  # a bug in opdlab
         return None
     line = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and top and not is_installed(top):
         wanted = "opdlab" if _is_own_requirement(_distribution(top)) else _distribution(top)
         return f"needs {_distribution(top)}, which is not installed: pip install {wanted}"
     with suppress(TypeError, InvalidRequirement):
-        required = Requirement(_REQUIREMENT.search(line)[1])  # type: ignore[index] # TypeError where nothing matches
+        required = Requirement(_REQUIREMENT.search(line)[1])  # type: ignore[index] # TypeError if nothing matches
         if (installed := _version(required.name)) is None:
             return f"needs {required.name}, which is not installed: pip install {required.name}"
         return f"needs {required}, but {installed} is installed: pip install -U '{required}'"

@@ -1,6 +1,6 @@
 """Signals that stop a process, and a pipe that ends a child process together with its parent.
 
-Only the standard library is imported: a child holds on to its parent before it loads anything that takes seconds.
+Only the standard library is imported, so that a child process is tied to its parent before it loads slow libraries.
 """
 
 import os
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-# Ctrl-C, a scheduler, a closed terminal, and what schedulers send before they stop a job. Windows lacks some.
+# Ctrl-C, a scheduler, a closed terminal, and early warnings of schedulers. Windows lacks some.
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 STOP_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 _HANGUP = getattr(signal, "SIGHUP", None)
@@ -22,9 +22,10 @@ LIFELINE = "OPDLAB_LIFELINE"
 def catching_signals(
     handler: Callable[[int, FrameType | None], Any], signums: Sequence[int] = STOP_SIGNALS
 ) -> Iterator[dict[int, Any]]:
-    """Install a handler for signals while the block runs; yields the handlers before, by signal.
+    """Install a handler for signals while the block runs; yields the previous handlers by signal.
 
-    Nothing is installed outside the main thread, where Python delivers signals, and for SIGHUP under ``nohup``.
+    Nothing is installed outside the main thread, because Python delivers signals only there, nor for SIGHUP under
+    ``nohup``.
 
     Args:
         handler: see :func:`signal.signal`.
@@ -41,12 +42,12 @@ def catching_signals(
 
 
 def hold_lifeline() -> None:
-    """Kill this process and its process group once its parent has ended.
+    """Kill this process and its process group when its parent ends.
 
-    The parent keeps the writing end of a pipe, gives the number of the reading end in the environment variable
-    ``OPDLAB_LIFELINE``, and makes this process the leader of a group. The system closes the writing end when the parent
-    ends, also after SIGKILL, and on Linux and macOS alike; Linux's parent-death signal would come when the thread ends
-    that started this process. Without the variable, nothing happens.
+    The parent keeps the write end of a pipe, passes the number of the read end in the environment variable
+    ``OPDLAB_LIFELINE``, and makes this process the leader of a group. The system closes the write end when the parent
+    ends, also after SIGKILL, on both Linux and macOS. Linux's parent-death signal does not suffice: it is sent when the
+    thread ends that started this process. Without the variable, nothing happens.
     """
     if (number := os.environ.pop(LIFELINE, None)) is not None:
         threading.Thread(target=_watch, args=(int(number),), daemon=True).start()
@@ -54,5 +55,5 @@ def hold_lifeline() -> None:
 
 def _watch(pipe: int) -> None:
     os.set_inheritable(pipe, False)
-    os.read(pipe, 1)  # nothing is ever written: it returns when the pipe is closed
+    os.read(pipe, 1)  # nothing is ever written, so it returns only when the pipe is closed
     os.killpg(os.getpid(), signal.SIGKILL)

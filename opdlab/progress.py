@@ -1,4 +1,4 @@
-"""How long work reports that it goes on, whatever shows it."""
+"""Progress reports of long work, independent of the display."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -7,14 +7,14 @@ from typing import Protocol, runtime_checkable
 
 @runtime_checkable
 class Progress(Protocol):
-    """Something that can show a bar."""
+    """Interface of a progress display."""
 
     def task(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
         """Show a bar called ``name`` for ``total`` units while the block runs; yields a function that advances it."""
 
 
 class SilentProgress:
-    """Shows nothing.
+    """Progress display that shows nothing.
 
     Example:
         >>> with SilentProgress().task("sampling", total=10) as advance:

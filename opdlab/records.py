@@ -1,6 +1,6 @@
-"""JSON files beside results: written whole, and digests and differences of what they hold.
+"""JSON files of settings and results: atomic writes, digests and differences.
 
-Only the standard library is imported, so that processes which just look after others start at once.
+Only the standard library is imported, so that processes that only supervise others start at once.
 """
 
 import hashlib
@@ -14,16 +14,16 @@ from typing import Any
 from opdlab.aliases import migrate
 from opdlab.version import __version__
 
-SETTINGS, RESULTS = "settings.json", "results.json"  # of an evaluation
+SETTINGS, RESULTS = "settings.json", "results.json"  # files of an evaluation
 SETTINGS_PLACEHOLDER = "{settings}"
 _DIGEST_BYTES = 16
 _PACKAGES = ("torch", "transformers", "lightning")
-# Settings were flat before, by the text that messages showed: `model.student (its weights)`.
+# Older settings files are flat, with keys as messages show them: `model.student (its weights)`.
 _FLAT_BENCHMARK = re.compile(r"data\.benchmarks\.(.+) \((\w+)\)")
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file; an empty one if the file is missing, cut off, or holds no keys."""
+    """Return the content of a JSON file; empty if the file is missing, truncated, or not a JSON object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -32,14 +32,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file at once: a reader sees the old content or the new, never a part."""
+    """Write a JSON file atomically: a reader sees the old content or the new, never a part."""
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(path)
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
-    """Return what the samples in ``folder`` depend on, as a tree of configuration keys; None if that is unknown."""
+    """Return the settings that the samples in ``folder`` depend on, nested by configuration keys; None if unknown."""
     compared = read_json(folder / SETTINGS).get("compared")
     if not isinstance(compared, dict):
         return None
@@ -58,7 +58,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
 
 
 def digest(value: Any) -> str:
-    """Return a hexadecimal digest of anything that JSON can hold.
+    """Return a hexadecimal digest of a value that JSON can represent.
 
     Example:
         >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}), digest([1, 2]) == digest([2, 1])
@@ -69,7 +69,7 @@ def digest(value: Any) -> str:
 
 
 def flat(value: Any, key: str = "") -> dict[str, Any]:
-    """Return a tree of settings by dotted key.
+    """Return a tree of settings as a flat dict with dotted keys.
 
     Example:
         >>> flat({"data": {"seed": 0, "benchmarks": {}}})
@@ -82,7 +82,7 @@ def flat(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None:
-    """Return the dotted keys in which two settings differ, with both values; None if they are equal.
+    """Return a sentence with the dotted keys in which two settings differ and both values; None if they are equal.
 
     Example:
         >>> difference({"data": {"seed": 0}, "top_p": 1.0}, {"data": {"seed": 1}, "top_p": 1.0})
@@ -94,5 +94,5 @@ def difference(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> str | None
 
 
 def package_versions() -> dict[str, str]:
-    """Return the versions of the packages that results may depend on; none of them is imported."""
+    """Return the versions of the packages that results may depend on, without importing them."""
     return {"opdlab": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}}

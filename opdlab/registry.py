@@ -1,4 +1,4 @@
-"""Names for plug-ins: a decorator to register a class, a lookup that suggests the nearest name."""
+"""Registry of plug-ins by name: a decorator that registers a class, and a lookup that suggests the nearest name."""
 
 import difflib
 from collections.abc import Callable, Iterable
@@ -13,7 +13,7 @@ C = TypeVar("C", bound=type)
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return ``; did you mean 'x'?`` for the nearest known name, or nothing.
+    """Return ``; did you mean 'x'?`` for the nearest known name, or an empty string.
 
     Example:
         >>> suggestion("blok64", ["block64", "span"])
@@ -27,10 +27,10 @@ class Registry(Generic[T]):
     """Classes of one kind by name.
 
     Args:
-        kind: what is registered, as messages name it: ``gate``.
+        kind: name of the kind in messages, for example ``gate``.
         base: the class that every entry must extend.
-        builtin: the module whose import registers the built-in entries. They register as a stranger's do, and
-            importing them only on the first lookup keeps this package free of any dependency on them.
+        builtin: the module whose import registers the built-in entries. They register like third-party plug-ins. They
+            are imported on the first lookup, so this package does not depend on them.
         entry_point_group: installed packages that declare this entry-point group are imported on the first lookup.
     """
 
@@ -49,24 +49,24 @@ class Registry(Generic[T]):
             if not issubclass(cls, self._base):
                 raise UsageError(f"{self.kind} '{name}': {cls.__name__} must extend {self._base.__name__}")
             known: type | None = self._classes.get(name)
-            # A notebook cell that is run again defines the class anew under the same qualified name: that replaces.
+            # A notebook cell that runs again redefines the class under the same qualified name, and replaces it.
             if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise UsageError(
                     f"{self.kind} '{name}' is registered already, by {known.__module__}.{known.__qualname__}: "
                     "choose another name"
                 )
             self._classes[name] = cls
-            return cls  # type: ignore[return-value] # narrowed by issubclass, yet what was given
+            return cls  # type: ignore[return-value] # issubclass narrows the type, but the class is returned as given
 
         return decorate
 
     def names(self) -> list[str]:
-        """All registered names, sorted."""
+        """Return all registered names, sorted."""
         self._load()
         return sorted(self._classes)
 
     def get(self, name: str) -> type[T]:
-        """Return the class registered as ``name``; raises :class:`UsageError` with the nearest name otherwise."""
+        """Return the class registered as ``name``; raise :class:`UsageError` with the nearest name otherwise."""
         self._load()
         if name not in self._classes:
             known = self.names()
@@ -78,22 +78,22 @@ class Registry(Generic[T]):
         return self._classes[name]
 
     def name_of(self, cls: type) -> str | None:
-        """The name under which ``cls`` is registered, or None."""
+        """Return the name under which ``cls`` is registered, or None."""
         self._load()
         return next((name for name, known in self._classes.items() if known is cls), None)
 
     def build(self, name: str, **options: Any) -> T:
-        """Instantiate the class registered as ``name``."""
+        """Return an instance of the class registered as ``name``."""
         return self.get(name)(**options)
 
     def _load(self) -> None:
         if self._loaded:
             return
-        self._loaded = True  # before the imports: they call back into this registry
+        self._loaded = True  # before the imports, because they call this registry
         try:
             import_module(self._builtin)
             for entry in entry_points(group=self._group):
                 entry.load()
         except BaseException:
-            self._loaded = False  # half a registry would answer "unknown" the next time
+            self._loaded = False  # an incomplete registry would report known names as unknown
             raise

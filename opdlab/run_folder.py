@@ -1,4 +1,4 @@
-"""Where runs and their checkpoints live: ``ROOT/version_N/checkpoints``."""
+"""Folders of runs and their checkpoints: ``ROOT/version_N/checkpoints``."""
 
 import pickle
 import re
@@ -9,10 +9,10 @@ from opdlab.records import SETTINGS_PLACEHOLDER, digest
 
 
 def find_checkpoint(path: str, root: Path) -> Path:
-    """Resolve ``ckpt_path``: a file, or ``last`` for the newest checkpoint of the newest run under ``root``.
+    """Return the file for ``ckpt_path``; ``last`` is the newest checkpoint of the newest run under ``root``.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the checkpoint does not exist.
     """
     if path != "last":
         require(Path(path).is_file(), f"ckpt_path '{path}' does not exist: give a .ckpt file, or 'last'")
@@ -23,12 +23,12 @@ def find_checkpoint(path: str, root: Path) -> Path:
 
 
 def check_checkpoint(path: Path) -> int:
-    """Refuse a checkpoint that cannot be read, and say at which optimizer step it was taken.
+    """Return the optimizer step of a checkpoint, and refuse one that cannot be read.
 
     Raises:
-        UsageError: it is truncated, or no checkpoint at all, or holds more than tensors and plain values.
+        UsageError: the file is truncated, is not a checkpoint, or holds more than tensors and plain values.
     """
-    import torch  # here, because a study's job process needs it only for a run that goes on
+    import torch  # here, because a study's job process needs it only to resume a run
 
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -42,10 +42,10 @@ def check_checkpoint(path: Path) -> int:
 
 
 def run_folder_for(ckpt_path: str | None, root: Path) -> Path:
-    """The folder of a run: a new ``version_N``, or that of the checkpoint which it resumes.
+    """Return the folder of a run: a new ``version_N``, or the folder of the checkpoint that it resumes.
 
     Raises:
-        UsageError: ``root`` cannot be made.
+        UsageError: ``root`` cannot be created.
     """
     if ckpt_path is not None:
         folder = Path(ckpt_path).resolve().parent.parent
@@ -62,17 +62,17 @@ def run_folder_for(ckpt_path: str | None, root: Path) -> Path:
 
 
 def fit_samples_folder(samples: str, folder: Path) -> Path:
-    """Where a run's samples go, given ``model.evaluation.samples``: runs of another root have the same numbers.
+    """Return the folder of a run's samples; it names the root too, because runs of other roots have the same numbers.
 
     Args:
-        samples: the option.
-        folder: of the run.
+        samples: value of ``model.evaluation.samples``.
+        folder: folder of the run.
     """
     return Path(samples) / f"{folder.name}-{digest(str(folder.resolve()))[:8]}"
 
 
 def samples_folder_for(student: str, ckpt_path: str | None, root: Path) -> str:
-    """Where an evaluation's samples go: a folder named after the model, and after the settings, once they are known.
+    """Return the folder of an evaluation's samples, named after the model, with a placeholder for the settings.
 
     Example:
         >>> samples_folder_for("Qwen/Qwen3-1.7B-Base", None, Path("runs"))

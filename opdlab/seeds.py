@@ -1,4 +1,4 @@
-"""Seeds derived from where one is in a run, so that nothing random needs more state than a few counters."""
+"""Seeds derived from the position in a run, so that random draws need no state beyond a few counters."""
 
 import hashlib
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ def derive_seed(*parts: int | str) -> int:
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Run a block under ``seed`` and leave the global generators as they were.
+    """Run the block under ``seed``, then restore the global generators.
 
-    ``generate`` of transformers draws from the global generator and takes no other.
+    ``generate`` of transformers draws from the global generator and accepts no other.
     """
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):

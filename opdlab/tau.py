@@ -11,25 +11,25 @@ from torch import Tensor
 
 from opdlab.errors import require
 
-# Beyond this tau * drift overflows float32, and long before it every drifted segment has weight 0.
+# Above this value tau * drift overflows float32; every drifted segment has weight 0 long before.
 MAX_TAU = 1e30
 
 
 def check_tau(key: str, tau: float) -> None:
-    """Refuse a tau that is out of range."""
+    """Raise :class:`UsageError` if tau is out of range."""
     require(0 <= tau <= MAX_TAU, f"{key} is {tau}, but must lie between 0 and {MAX_TAU:g} (0 switches gating off)")
 
 
 class TauSchedule(ABC):
-    """Gives tau for a batch; stands where a gate takes a number for ``tau``."""
+    """Computes tau for a batch; a gate accepts it in place of a number for ``tau``."""
 
     @abstractmethod
     def __call__(self, step: int, statistic: Tensor, mask: Tensor) -> float | Tensor:
-        """Return tau, a number or a tensor of one, at least 0.
+        """Return tau, a number or a tensor with one element, at least 0.
 
         Args:
             step: optimizer steps taken.
-            statistic: [B, T], nats: the statistic of each position's segment, 0 where the mask is 0.
+            statistic: [B, T], nats: the reduced drift of each position's segment; masked positions are 0.
             mask: [B, T] bool.
         """
 
@@ -45,12 +45,12 @@ class TauSchedule(ABC):
 
 
 class LinearTau(TauSchedule):
-    """From one value to another in equal steps, and constant after that.
+    """Tau that changes linearly from one value to another, and is constant afterwards.
 
     Args:
         start: tau at the first optimizer step.
         end: tau from step ``num_steps`` on.
-        num_steps: optimizer steps in between, at least 1.
+        num_steps: optimizer steps from ``start`` to ``end``, at least 1.
 
     Raises:
         UsageError: a value is out of range.
@@ -73,15 +73,15 @@ class LinearTau(TauSchedule):
 
 
 class EffectiveSampleSizeTau(TauSchedule):
-    """The tau at which the weights rest on a given share of the positions, found anew for each batch.
+    """Tau that gives the weights of each batch a target effective sample size.
 
     The effective sample size ``(sum w)^2 / (n * sum w^2)`` of ``w = exp(-tau * s)`` falls as tau rises: its logarithm
-    has the derivative ``2 * (mean of s under w^2 - mean of s under w)``, and ``w^2`` leans more to small s. So tau is
-    found by bisection, on the device. Where even ``max_tau`` leaves more, as on fresh rollouts without drift,
-    ``max_tau`` it is.
+    has the derivative ``2 * (mean of s under w^2 - mean of s under w)``, and ``w^2`` puts more weight on small s. So
+    bisection on the device finds tau. If the effective sample size at ``max_tau`` is still above the target, as on
+    fresh rollouts without drift, the result is ``max_tau``.
 
     Args:
-        target: effective sample size wanted, as a share of the positions, above 0 and below 1.
+        target: effective sample size as a share of the positions, above 0 and below 1.
         max_tau: largest tau, per nat.
 
     Raises:
@@ -101,14 +101,14 @@ class EffectiveSampleSizeTau(TauSchedule):
         require(max_tau > 0, f"max_tau is {max_tau}, but must be above 0")
         self.target, self.max_tau = target, max_tau
 
-    # Halvings of an interval of nine decades of tau, which leave 2e-8 of its logarithm.
+    # 30 halvings of nine decades of tau give its natural logarithm to 2e-8.
     _DECADES, _HALVINGS = 9, 30
 
     def __call__(self, step: int, statistic: Tensor, mask: Tensor) -> Tensor:
         """See :meth:`TauSchedule.__call__`."""
-        # Only differences matter to weights of a fixed mean; the smallest is taken off so that nothing underflows.
+        # Weights of a fixed mean depend only on differences of s; subtract the smallest s to avoid underflow.
         offset = statistic.masked_fill(~mask, torch.inf).amin() if mask.numel() else statistic.sum()
-        excess = (statistic - offset).masked_fill(~mask, torch.inf)  # weight 0 where the mask is 0
+        excess = (statistic - offset).masked_fill(~mask, torch.inf)  # masked positions get weight 0
         low = statistic.new_full((), math.log(self.max_tau) - self._DECADES * math.log(10))
         high = statistic.new_full((), math.log(self.max_tau))
         for _ in range(self._HALVINGS):

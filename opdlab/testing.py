@@ -1,7 +1,7 @@
-"""A tester for gates: the laws that every gate obeys, built-in or a stranger's.
+"""Tester for gates: the laws that every gate obeys, built-in or third-party.
 
-:class:`GateTester` takes a function that builds a gate, and checks each law on a batch with full, short, holed,
-one-token and empty responses. A new gate adds one line to a test file.
+:class:`GateTester` takes a function that builds a gate, and checks each law on a batch with responses that are full,
+short, with holes in the mask, of one token, and empty. A new gate needs one line in a test file.
 
 Shapes: B rollouts, T response tokens. Log-probabilities are in nats.
 """
@@ -30,7 +30,7 @@ _LAWS: list[str] = []
 
 
 def _law(check: Callable[["GateTester"], None]) -> Callable[["GateTester"], None]:
-    """Add a method to the laws, and make each of its failures name the law and the gate."""
+    """Register a method as a law; its failures name the law and the gate."""
 
     @functools.wraps(check)
     def checked(self: "GateTester") -> None:
@@ -45,19 +45,19 @@ def _law(check: Callable[["GateTester"], None]) -> Callable[["GateTester"], None
 
 
 class GateTester:
-    """Checks that a gate keeps what :class:`opdlab.gating.Gates` promises.
+    """Checks that a gate obeys the contract of :class:`opdlab.gating.Gates`.
 
-    Call :meth:`run` for all laws, or parametrize a test over :meth:`laws`. There is nothing to subclass.
+    Call :meth:`run` for all laws, or parametrize a test over :meth:`laws`. Subclassing is not needed.
 
     Args:
         make_gate: builds the gate; called several times.
-        tokenizer: given to the gate's ``setup``, as before training; tokens are then drawn from its vocabulary.
-        zero_drift_is_uniform: whether drift 0 everywhere gives weight 1 everywhere. Set it to False for a gate whose
-            weight depends on more than drift.
-        init_args: constructor arguments as a configuration file has them; None takes them from the attributes of
-            the same names.
+        tokenizer: passed to the gate's ``setup``, as before training; tokens are then drawn from its vocabulary.
+        zero_drift_is_uniform: drift 0 everywhere gives weight 1 everywhere. Set it to False for a gate whose weight
+            depends on more than drift.
+        init_args: constructor arguments as in a configuration file; None takes them from the attributes of the same
+            names.
         num_tokens: T of the batch, at least 8. The default is more than one block of any built-in gate.
-        seed: of the random batch.
+        seed: seed of the random batch.
 
     Example:
         >>> from opdlab.gating import RuleGate
@@ -101,8 +101,8 @@ class GateTester:
     def laws(self) -> list[tuple[str, Law]]:
         """Return (name, law) for each law that applies; a law is called without arguments and raises if broken.
 
-        ``yaml_round_trip`` is left out for a class that no class path leads to (one defined inside a function, or in
-        a notebook).
+        ``yaml_round_trip`` is skipped for a class without an importable path, such as one defined inside a function or
+        in a notebook.
         """
         skipped = set() if self._zero_drift_is_uniform else {"zero_drift_gives_ones"}
         if _class_path(type(self._make_gate())) is None:
@@ -113,17 +113,17 @@ class GateTester:
         """Check every law.
 
         Raises:
-            AssertionError: a law is broken; the message says which, by which gate, and what was seen.
+            AssertionError: a law is broken; the message names the law, the gate and the values.
         """
         for _, law in self.laws():
             law()
 
     def gate(self) -> GateStrategy:
-        """Build a gate and set it up."""
+        """Return a new gate after ``setup``."""
         return self._set_up(self._make_gate())
 
     def inputs(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> GateInputs:
-        """Return the batch that the laws look at: [5, T], rows full, short, with holes, of one token, and empty."""
+        """Return the batch for the laws, [5, T]: rows full, short, with holes, of one token, and empty."""
         generator = torch.Generator().manual_seed(self._seed)
         shape = (5, self._num_tokens)
         mask = torch.ones(shape, dtype=torch.bool)
@@ -152,12 +152,12 @@ class GateTester:
 
     @_law
     def unit_mean(self) -> None:
-        """Weights have mean 1 over valid positions, or keep the gate's bound under ``none``."""
+        """Check that weights have mean 1 over valid positions, or satisfy the gate's bound under ``none``."""
         self._check_weights(self.inputs())
 
     @_law
     def no_gradient(self) -> None:
-        """Weights carry no gradient, whatever the inputs carry; segment ids are long."""
+        """Check that weights have no gradient for any inputs, and that segment ids are long."""
         given = self.inputs()
         inputs = replace(given, **{name: value.requires_grad_() for name, value in _floats(given).items()})
         gates = self.gate()(inputs)
@@ -167,7 +167,7 @@ class GateTester:
 
     @_law
     def masked_positions_are_blank(self) -> None:
-        """Behind the mask, weight and drift are 0 and the segment id is -1."""
+        """Check that masked positions have weight 0, drift 0 and segment id -1."""
         inputs = self.inputs()
         gates = self.gate()(inputs)
         for name, value in _maps(gates).items():
@@ -177,7 +177,7 @@ class GateTester:
 
     @_law
     def garbage_behind_the_mask_has_no_influence(self) -> None:
-        """NaN, infinities and unknown tokens behind the mask change no bit."""
+        """Check that NaN, infinities and unknown tokens at masked positions change no bit of the output."""
         inputs = self.inputs()
         gate = self.gate()
         expected = gate(inputs)
@@ -188,7 +188,7 @@ class GateTester:
 
     @_law
     def mask_dtype_has_no_influence(self) -> None:
-        """A mask of numbers means what a mask of booleans means."""
+        """Check that a numeric mask gives the same output as a boolean mask."""
         inputs = self.inputs()
         gate = self.gate()
         expected = gate(inputs)
@@ -197,7 +197,7 @@ class GateTester:
 
     @_law
     def padding_invariance(self) -> None:
-        """More padding columns change nothing."""
+        """Check that more padding columns do not change the output."""
         inputs = self.inputs()
         gate = self.gate()
         expected = gate(inputs)
@@ -210,7 +210,7 @@ class GateTester:
 
     @_law
     def row_permutation_equivariance(self) -> None:
-        """A permutation of the rows permutes what is returned."""
+        """Check that a permutation of the rows permutes the output."""
         inputs = self.inputs()
         gate = self.gate()
         order = torch.tensor([3, 0, 4, 2, 1])
@@ -220,14 +220,14 @@ class GateTester:
 
     @_law
     def zero_drift_gives_ones(self) -> None:
-        """Where student and behavior policy agree, every valid weight is 1."""
+        """Check that every valid weight is 1 if student and behavior policy agree."""
         inputs = self.inputs()
         gates = self.gate()(replace(inputs, current_logprobs=inputs.behavior_logprobs))
         _check_equal("weights at drift 0,", gates.weights, inputs.mask.float(), tolerance=1e-6)
 
     @_law
     def uniform_gates_give_ones(self) -> None:
-        """A gate that says it is ``uniform`` gives every valid position weight 1."""
+        """Check that a gate declared ``uniform`` gives every valid position weight 1."""
         inputs = self.inputs()
         gate = self.gate()
         if gate.uniform:
@@ -235,7 +235,7 @@ class GateTester:
 
     @_law
     def segments_are_numbered_from_zero(self) -> None:
-        """A row with n segments numbers them 0 to n-1."""
+        """Check that the n segments of a row have ids 0 to n-1."""
         inputs = self.inputs()
         for row, (ids, mask) in enumerate(zip(self.gate()(inputs).segment_ids, inputs.mask, strict=True)):
             seen = ids[mask].unique().tolist()
@@ -243,7 +243,7 @@ class GateTester:
 
     @_law
     def segment_drift_is_the_mean(self) -> None:
-        """The drift of a segment is the signed mean over its positions."""
+        """Check that the drift of a segment is the signed mean over its positions."""
         inputs = self.inputs()
         gates = self.gate()(inputs)
         expected = torch.zeros_like(inputs.drift)
@@ -254,7 +254,7 @@ class GateTester:
 
     @_law
     def inputs_are_not_modified(self) -> None:
-        """The inputs are left as they were."""
+        """Check that the gate does not modify its inputs."""
         inputs = self.inputs()
         before = {name: value.clone() for name, value in _tensors(inputs).items()}
         self.gate()(inputs)
@@ -263,21 +263,21 @@ class GateTester:
 
     @_law
     def pickling_round_trip(self) -> None:
-        """A gate that was pickled gives the same weights."""
+        """Check that a pickled gate gives the same weights."""
         gate = self.gate()
         copy = pickle.loads(pickle.dumps(gate))
         _check_gates("after pickling,", copy(self.inputs()), gate(self.inputs()))
 
     @_law
     def devices_and_dtypes(self) -> None:
-        """Weights are float32, on the inputs' device, and keep their mean, for inputs of every floating dtype."""
+        """Check for inputs of each floating dtype: weights are float32, on the inputs' device, and keep their mean."""
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             for dtype in _DTYPES:
                 self._check_weights(self.inputs(dtype, device), f"inputs {dtype} on {device}: ")
 
     @_law
     def extreme_inputs(self) -> None:
-        """Drifts of a million nats, one-token responses, no rows and fully masked batches leave weights finite."""
+        """Check that weights are finite for drifts of 1e6 nats, one-token responses, no rows, and full masking."""
         batch = self.inputs()
         sign = torch.where(torch.arange(self._num_tokens) % 3 == 0, 1.0, -1.0).expand(batch.mask.shape)
         alone = torch.zeros_like(sign).index_fill(1, torch.tensor([0]), 1.0)
@@ -292,7 +292,7 @@ class GateTester:
 
     @_law
     def yaml_round_trip(self) -> None:
-        """A gate written to YAML as ``class_path`` and ``init_args``, and read again, gives the same weights."""
+        """Check that a gate written to YAML (``class_path``, ``init_args``) and read again gives the same weights."""
         gate = self._make_gate()
         path = _class_path(type(gate))
         _check(path is not None, f"no class path leads to {type(gate).__qualname__}")
@@ -321,7 +321,7 @@ class GateTester:
         return {name: options[name] if name in options else getattr(gate, name) for name in names}
 
     def _check_weights(self, inputs: GateInputs, case: str = "") -> None:
-        """Check that weights are finite, at least 0, and have the mean that the gate's normalization promises."""
+        """Check that weights are finite, at least 0, and have the mean of the gate's normalization."""
         gate = self.gate()
         gates = gate(inputs)
         for name, value in _tensors(gates).items():
@@ -342,7 +342,7 @@ class GateTester:
 
 
 def _class_path(cls: type) -> str | None:
-    """The path under which a configuration file finds a class, or None."""
+    """Return the class path of an importable class, or None."""
     module = sys.modules.get(cls.__module__)
     found = cls.__module__ != "__main__" and getattr(module, cls.__qualname__, None) is cls
     return f"{cls.__module__}.{cls.__qualname__}" if found else None
@@ -353,7 +353,7 @@ def _tensors(value: GateInputs | Gates) -> dict[str, Tensor]:
 
 
 def _maps(gates: Gates) -> dict[str, Tensor]:
-    """What has a value for each position."""
+    """Return the tensors with a value per position."""
     return {name: value for name, value in _tensors(gates).items() if name != "tau"}
 
 
@@ -373,7 +373,7 @@ def _check_gates(case: str, seen: Gates, expected: Gates, tolerance: float = 0.0
 
 
 def _check_equal(what: str, seen: Tensor, expected: Tensor, tolerance: float = 0.0) -> None:
-    """Compare two [B, T], absolutely below 1 and relatively above; a NaN is never equal."""
+    """Check that two [B, T] tensors agree: absolutely below 1, relatively above; NaN is never equal."""
     _check(seen.shape == expected.shape, f"{what} shape {list(seen.shape)} instead of {list(expected.shape)}")
     wrong = ~((seen.double() - expected.double()).abs() <= tolerance * expected.double().abs().clamp(min=1))
     if wrong.any():

@@ -1,3 +1,3 @@
-"""The version of the package, which no other module has to import."""
+"""The version of the package, in a module without imports."""
 
 __version__ = "0.1.0"

@@ -11,7 +11,7 @@ from opdlab.gating import DriftGate, GateInputs, register_gate
 
 @register_gate("block")
 class BlockGate(DriftGate):
-    """Fixed blocks counted from the first response token; the last one may be short.
+    """Gate on fixed blocks counted from the first response token; the last one may be short.
 
     Blocks are columns ``0..n-1, n..2n-1, …``. The paper (arXiv 2606.24084) uses n = 64 and tau = 1.
 
@@ -38,7 +38,7 @@ class BlockGate(DriftGate):
 
 @register_gate("block32")
 class Block32Gate(BlockGate):
-    """Blocks of 32 tokens."""
+    """Gate on blocks of 32 tokens."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(block_size=32, **options)
@@ -46,7 +46,7 @@ class Block32Gate(BlockGate):
 
 @register_gate("block64")
 class Block64Gate(BlockGate):
-    """Blocks of 64 tokens: the paper's Block64."""
+    """Gate on blocks of 64 tokens: the paper's Block64."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(block_size=64, **options)
@@ -54,7 +54,7 @@ class Block64Gate(BlockGate):
 
 @register_gate("block128")
 class Block128Gate(BlockGate):
-    """Blocks of 128 tokens."""
+    """Gate on blocks of 128 tokens."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(block_size=128, **options)

@@ -1,4 +1,4 @@
-"""Rollouts that the teacher finds unlikely are dropped, tokens weighted by both models' entropies: FiRe-OPD."""
+"""FiRe-OPD: a gate that drops rollouts with a low teacher likelihood and weights tokens by both models' entropies."""
 
 from typing import Any
 
@@ -15,8 +15,8 @@ class FilterReweightGate(RuleGate):
 
     A rollout whose mean teacher log-probability per token lies below the ``dropped`` quantile of the batch gets weight
     0. A token of the others gets ``(1 + alpha * (1 - H_T / max H_T)) * (1 + beta * H_S / max H_S)``, with the
-    teacher's and the student's entropy, each relative to its largest in the batch. Not a gate on drift: a control
-    for those.
+    teacher's and the student's entropy, each relative to its largest in the batch. It does not depend on drift: it is
+    a control for gates on drift.
 
     Args:
         dropped: share of the rollouts that are dropped, at least 0 and below 1.
@@ -54,7 +54,7 @@ class FilterReweightGate(RuleGate):
 
     @property
     def max_gate(self) -> float:
-        """``(1 + alpha) * (1 + beta)``: the teacher's entropy is 0, the student's the largest of the batch."""
+        """Return ``(1 + alpha) * (1 + beta)``, for a teacher entropy of 0 and the batch's largest student entropy."""
         return (1 + self.alpha) * (1 + self.beta)
 
     def weight(self, inputs: GateInputs) -> Tensor:
@@ -69,7 +69,7 @@ class FilterReweightGate(RuleGate):
         return gate * self._kept(inputs.teacher_logprobs.to(wide), inputs.mask)[:, None]
 
     def _kept(self, logprobs: Tensor, mask: Tensor) -> Tensor:
-        """Return True for rollouts that stay, [B] bool."""
+        """Return True for kept rollouts, [B] bool."""
         lengths = mask.sum(1)
         likelihood = logprobs.sum(1) / lengths.clamp(min=1)
         some = lengths > 0  # an empty rollout has no likelihood
@@ -78,6 +78,6 @@ class FilterReweightGate(RuleGate):
 
 
 def _relative(entropy: Tensor) -> Tensor:
-    """Return entropy as a share of the largest in the batch; it is 0 at masked positions."""
+    """Return entropy as a share of the largest in the batch; 0 at masked positions."""
     largest = entropy.amax() if entropy.numel() else entropy.sum()
     return (entropy / largest.clamp(min=1e-6)).clamp(0, 1)

@@ -1,4 +1,4 @@
-"""Weights that fall along the response, as the student leaves the teacher's path: IW-OPD."""
+"""IW-OPD: a gate whose weights fall along the response, as the student leaves the teacher's path."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from opdlab.gating import GateInputs, RuleGate, register_gate
 
 @register_gate("iw_opd")
 class PrefixGate(RuleGate):
-    """Earlier tokens count more, the more of a response's disagreement with the teacher still lies ahead of them.
+    """Gate with more weight on earlier tokens, in proportion to the remaining disagreement with the teacher.
 
     ``w_t = 1 + gamma * (1 - sum over u < t of |A_u| / sum over u of |A_u|)``, with ``A`` the teacher's log-probability
-    of the sampled token less the student's. Not a gate on drift: a control for those.
+    of the sampled token minus the student's. It does not depend on drift: it is a control for gates on drift.
 
     Args:
-        gamma: how much more the first token counts than the last, at least 0; 0.5 in the paper.
+        gamma: additional weight of the first token over the last, at least 0; 0.5 in the paper.
         options: see :class:`opdlab.gating.RuleGate`; ``normalization`` is ``none`` unless given, as in the paper.
 
     Raises:
@@ -42,14 +42,14 @@ class PrefixGate(RuleGate):
 
     @property
     def max_gate(self) -> float:
-        """The weight of the first token, ``1 + gamma``."""
+        """Return the largest weight, that of the first token: ``1 + gamma``."""
         return 1 + self.gamma
 
     def weight(self, inputs: GateInputs) -> Tensor:
         """Return the weights; ``1 + gamma`` throughout a response on which student and teacher agree."""
         gap = inputs.teacher_gap
         assert gap is not None
-        # A share of the largest first, so that sums of huge gaps stay finite.
+        # Divide by the largest first, so that sums of huge gaps stay finite.
         gap = gap.abs()
         gap = gap / gap.amax(1, keepdim=True).clamp(min=1e-30) if gap.shape[1] else gap
         before = gap.cumsum(1) - gap

@@ -8,7 +8,7 @@ from opdlab.gating import DriftGate, GateInputs, register_gate
 
 @register_gate("sequence")
 class SequenceGate(DriftGate):
-    """A whole response is one segment: the coarsest gate.
+    """Gate with the whole response as one segment: the coarsest gate.
 
     The paper (arXiv 2606.24084) argues against it but did not run it.
 
@@ -26,7 +26,7 @@ class SequenceGate(DriftGate):
 
 @register_gate("none")
 class NoGate(SequenceGate):
-    """Every valid position has weight 1, whatever the drift. Drift is still reported, per response.
+    """Gate with weight 1 at every valid position, whatever the drift. Drift is still reported, per response.
 
     It takes the options of every gate on drift and ignores them, so that sweeps and stacked configurations need no
     special case.
@@ -39,12 +39,12 @@ class NoGate(SequenceGate):
 
     @property
     def uniform(self) -> bool:
-        """True."""
+        """Return True: all weights are equal."""
         return True
 
     @property
     def unused_options(self) -> set[str]:
-        """All of them."""
+        """Return the names of all options."""
         return {"tau", "statistic", *self.normalization.options}
 
     def log_weight(self, inputs: GateInputs, segments: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""More weight where the teacher's preference agrees with the verifier's verdict: SG-OPD's sign-consistency gate."""
+"""SG-OPD's sign-consistency gate: more weight where the teacher's preference agrees with the verifier's verdict."""
 
 from typing import Any
 
@@ -11,14 +11,14 @@ from opdlab.gating import GateInputs, RuleGate, register_gate
 
 @register_gate("sign_consistency")
 class SignConsistencyGate(RuleGate):
-    """``1 + strength`` where teacher and verdict have the same sign, ``1 - strength`` where they differ.
+    """Gate with weight ``1 + strength`` where teacher and verdict have the same sign, ``1 - strength`` elsewhere.
 
     They agree on a token of a correct response that the teacher finds likelier than the student does, and on a token of
     a wrong response that it finds less likely. Tokens of responses without a verdict, and tokens on which student and
-    teacher agree exactly, have 1.
+    teacher agree exactly, have weight 1.
 
     Args:
-        strength: 0 to 1; 1 keeps only what agrees.
+        strength: 0 to 1; 1 keeps only tokens that agree.
         options: see :class:`opdlab.gating.RuleGate`; ``normalization`` is ``none`` unless given.
 
     Raises:
@@ -34,7 +34,7 @@ class SignConsistencyGate(RuleGate):
 
     Reference:
         Xu et al., "Sign-Gated On-Policy Distillation", arXiv 2606.09304: the gate alone, without its phased teacher
-        sampling. ``strength`` is our parameter, and its default our choice.
+        sampling. ``strength`` and its default are opdlab's choice.
     """
 
     needs = ("teacher_logprobs", "correct")
@@ -46,7 +46,7 @@ class SignConsistencyGate(RuleGate):
 
     @property
     def max_gate(self) -> float:
-        """``1 + strength``, where teacher and verdict agree."""
+        """Return the largest weight, ``1 + strength``, where teacher and verdict agree."""
         return 1 + self.strength
 
     def weight(self, inputs: GateInputs) -> Tensor:

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 @register_gate("span")
 class SpanGate(DriftGate):
-    r"""Spans of text between newlines, the paper's NewlineSpan (arXiv 2606.24084).
+    r"""Gate on spans of text between newlines, the paper's NewlineSpan (arXiv 2606.24084).
 
-    A token whose text holds a newline closes its span and belongs to it. A span shorter than ``min_tokens`` merges
-    with the one after it, the last with the one before it. After merging, a span longer than ``max_tokens`` is cut
+    A token whose text has a newline closes its span and belongs to it. A span shorter than ``min_tokens`` merges
+    with the next one, the last with the previous one. After merging, a span longer than ``max_tokens`` is cut
     into chunks of ``max_tokens``. A response without a newline is cut into chunks of ``fallback_tokens``.
 
     Args:
-        newline_token_ids: ids of the tokens whose text holds a newline; None takes them from the student's tokenizer.
+        newline_token_ids: ids of the tokens whose text has a newline; None takes them from the student's tokenizer.
         min_tokens: shortest span, at least 1.
         max_tokens: longest span, at least ``min_tokens``.
         fallback_tokens: chunk length of a response without a newline, at least 1.
@@ -57,7 +57,7 @@ class SpanGate(DriftGate):
         self.fallback_tokens = fallback_tokens
 
     def setup(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Find the tokens whose text holds a newline, unless they were given."""
+        """Find the tokens whose text has a newline, unless they are given."""
         if self.newline_token_ids is None:
             texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
             self.newline_token_ids = [index for index, text in enumerate(texts) if "\n" in text]
@@ -69,7 +69,7 @@ class SpanGate(DriftGate):
         mask = inputs.mask.bool()
         columns = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
         if not mask.numel():
-            return columns  # there is no maximum over no columns
+            return columns  # max() fails for zero columns
         newlines = torch.tensor(self.newline_token_ids, dtype=torch.long, device=mask.device)
         closes = torch.isin(inputs.tokens, newlines) & mask
         start = self._span_starts(closes, (columns + 1).masked_fill(~mask, 0).amax(1, keepdim=True))
@@ -87,14 +87,14 @@ class SpanGate(DriftGate):
         following = (close.gather(1, (columns + self.min_tokens - 1).clamp(max=num_columns)) + 1).clamp(max=num_columns)
         is_start = _orbit_of_zero(following)[:, :-1] & (columns[:, :-1] < lengths)
         start = torch.where(is_start, columns[:, :-1], 0).cummax(1).values
-        # A last span that is too short joins the one before it: forget its start.
+        # A last span that is too short joins the previous one: drop its start.
         last = start.amax(1, keepdim=True)
         is_start &= ~((columns[:, :-1] == last) & (lengths - last < self.min_tokens))
         return torch.where(is_start, columns[:, :-1], 0).cummax(1).values
 
 
 def _orbit_of_zero(following: Tensor) -> Tensor:
-    """Mark 0, following[0], following[following[0]], …: [B, N] bool, by doubling, in log2(N) steps for all rows."""
+    """Return a mask of 0, following[0], following[following[0]], …: [B, N] bool, by doubling, in log2(N) steps."""
     num_columns = following.shape[1]
     reached = torch.zeros_like(following)
     reached[:, 0] = 1

@@ -8,7 +8,7 @@ from opdlab.gating import DriftGate, GateInputs, register_gate
 
 @register_gate("token")
 class TokenGate(DriftGate):
-    """Every token is a segment of its own: the finest gate, and the noisiest.
+    """Gate with every token as its own segment: the finest gate, and the noisiest.
 
     The paper (arXiv 2606.24084) argues against it but did not run it.
 

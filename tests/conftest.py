@@ -15,7 +15,7 @@ from tests.toy_run import Run
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Lightning calls functions that jsonargparse has deprecated.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-# A shell ignores Ctrl-C on behalf of what it runs in the background; the tests send it to themselves and to children.
+# A shell ignores Ctrl-C for its background processes; the tests send it to themselves and to children.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

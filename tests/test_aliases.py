@@ -1,4 +1,4 @@
-"""Old names in saved configurations: what was written before a renaming still loads."""
+"""Old names in saved configurations: configurations from before a renaming still load."""
 
 import copy
 import importlib
@@ -107,7 +107,7 @@ def test_warnings_name_the_source_and_both_names_once() -> None:
         warn_of_old_names("old.yaml", OLD)
     (warning,) = caught
     assert str(warning.message).count("model.max_tokens_per_microbatch is now model.max_tokens_per_pass") == 1
-    warn_of_old_names("new.yaml", migrate(OLD))  # says nothing: a warning would be an error here
+    warn_of_old_names("new.yaml", migrate(OLD))  # no warning: a warning would be an error here
 
 
 @pytest.mark.parametrize("new", PATHS.values())

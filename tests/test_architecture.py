@@ -1,4 +1,4 @@
-"""The way through the package: no import cycle, neither of files nor of rooms."""
+"""The architecture of the package: no import cycle, neither of files nor of folders."""
 
 import ast
 import sys
@@ -16,9 +16,9 @@ from tests.toy_run import Run
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"opdlab": "opdlab", "strategies": "opdlab.strategies", "callbacks": "opdlab.callbacks"}
-# The package's own face names everything, and nothing imports it.
+# The package's own `__init__` names everything, and no file imports it.
 FACE = "opdlab"
-# The command line names the modules of all commands. (The registry's built-ins are a string that it is handed.)
+# The command line names the modules of all commands. (The registry gets its built-ins as a string.)
 TABLES = {FACE, "opdlab.cli", "opdlab.cli.commands"}
 
 

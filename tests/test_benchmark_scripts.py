@@ -1,4 +1,4 @@
-"""The benchmarks run, and what they state of themselves is true. No time is measured here."""
+"""The benchmarks run, and their statements about themselves are true. No time is measured here."""
 
 import importlib
 import json
@@ -69,7 +69,7 @@ def test_bare_weighs_blocks_as_the_gate_does() -> None:
 def test_an_endless_pair_stops_at_another_token(monkeypatch: pytest.MonkeyPatch) -> None:
     common = script("step_common")
     model = LanguageModel(str(common.TOY_MODELS / "student"))
-    never = model.tokenizer.convert_ids_to_tokens(0)  # the toy's padding, a special token too
+    never = model.tokenizer.convert_ids_to_tokens(0)  # the toy's padding token, which is special too
     monkeypatch.setattr(common, "_NEVER_SAMPLED", never)
     with common.endless(common.TOY_MODELS) as models:
         for name in ("student", "teacher"):

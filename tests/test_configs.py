@@ -1,7 +1,7 @@
-"""Every shipped configuration runs: with tiny models, local problems and short responses, but its own everything else.
+"""Every shipped configuration runs: with tiny models, local problems and short responses, but otherwise unchanged.
 
-The files are found, not listed, so that a new one is covered by being there. A piece that is no whole configuration is
-stacked on the quickstart, as its users would.
+The test finds the files, so a new one is covered without a change here. A partial configuration is stacked on the
+quickstart, as users do.
 """
 
 import json
@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         eos_token_id=len(alphabet) - 1,
     )
     Qwen3ForCausalLM(config).save_pretrained(folder / "model")
-    for name in ("train", "held_out"):  # with a text of its own each: a training prompt that is held out is dropped
+    for name in ("train", "held_out"):  # each with its own text: a training prompt that is held out is dropped
         rows = [{"id": str(n), "problem": f"{name}: what is {n} + 1?", "answer": str(n + 1)} for n in range(4)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -165,7 +165,7 @@ def test_paper_configurations_are_the_papers() -> None:
         del config.config, config.model.gate, config.model.objective
         del config.trainer.default_root_dir, config.trainer.logger, config.checkpoint.dirpath
         rest.append(config)
-    assert all(config == rest[0] for config in rest)  # they differ in nothing else
+    assert all(config == rest[0] for config in rest)  # no other difference
 
 
 def test_the_papers_smaller_mini_batch_as_its_readme_has_it() -> None:
@@ -174,7 +174,7 @@ def test_the_papers_smaller_mini_batch_as_its_readme_has_it() -> None:
     assert command is not None
     config = parse_fit(shlex.split(command[1]))
     check_paper_hyperparameters(config)
-    assert config.behavior_refresh.every_n_steps == 8  # the steps of a pool: the first is without drift
+    assert config.behavior_refresh.every_n_steps == 8  # the steps of a buffer: the first is without drift
 
 
 def check_paper_hyperparameters(config: Any) -> None:
@@ -227,7 +227,7 @@ def test_what_was_read_is_not_read_again_as_a_base(tmp_path: Path) -> None:
     base, one, two = (str(tmp_path / f"{name}.yaml") for name in ("base", "one", "two"))
     assert files_read("-c", two) == [base, one, two]
     assert files_read("-c", one, f"--config={two}") == [base, one, two]
-    assert files_read("-c", base, "-c", one, "-c", base) == [base, one, base]  # as told
+    assert files_read("-c", base, "-c", one, "-c", base) == [base, one, base]  # as requested
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the documentation says is so: pages, options, command lines, code, figures. Building it is `make docs`."""
+"""The documentation is correct: pages, options, command lines, code, numbers. Building it is `make docs`."""
 
 import importlib
 import inspect
@@ -160,7 +160,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
 def test_python_code_runs(page: Path, folder: Path) -> None:
     for number, code in enumerate(blocks(page, "python")):
-        # A file, so that a gate's tester finds the class by its path.
+        # In a file, so that a gate's tester finds the class by its path.
         (folder / f"{page.stem}_block_{number}.py").write_text(code)
         importlib.invalidate_caches()
         importlib.import_module(f"{page.stem}_block_{number}")
@@ -185,7 +185,7 @@ def write_files(page: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("page", [page for page in TEXTS if any(commands(page))], ids=name_of)
 def test_command_lines_parse(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for each in (page, ROOT / "README.md"):  # the guide goes on with the files of the sections that it includes
+    for each in (page, ROOT / "README.md"):  # the guide continues with the files of the sections that it includes
         write_files(each, folder)
     for command in commands(page):
         _, subcommand, *arguments = shlex.split(command, comments=True)

@@ -1,4 +1,4 @@
-"""The estimate against what is measured: real tiny models, real optimizers, and what autograd really keeps."""
+"""The memory estimate against measurements: real tiny models, real optimizers, and tensors that autograd keeps."""
 
 import contextlib
 import math
@@ -37,7 +37,7 @@ from opdlab.policies.adapters import AdapterConfig, attach_adapter
 from opdlab.scoring import Head, token_statistics
 from tests.toy_run import STUDENT
 
-Config: Any = Namespace  # which has no types
+Config: Any = Namespace  # without types
 SHAPES = [  # hidden, intermediate, layers, heads, kv heads, head dim
     (64, 192, 2, 4, 2, 16),
     (96, 256, 3, 6, 6, 16),
@@ -129,8 +129,8 @@ def test_checkpointed_activations_at_their_peak(shape: tuple[int, ...]) -> None:
         model.base_model(input_ids=tokens, use_cache=False).last_hidden_state.square().mean().backward()
     (peak,) = tracker.get_tracker_snapshot("peak").values()
     named = {str(kind).rpartition(".")[2]: size for kind, size in peak.items()}
-    # What a layer computes again is made in the backward pass, where the tracker calls everything temporary: its
-    # results, and the gradients that travel back, which the estimate leaves out.
+    # Recomputation happens in the backward pass, where the tracker counts everything as temporary: the results, and
+    # the gradients that flow back, which the estimate leaves out.
     measured = named["ACT"] + named["TEMP"]
     estimated = activation_bytes(Shape.of(model), tokens.numel(), Widths(4, 4), checkpointing=True)
     assert estimated == pytest.approx(measured, rel=0.2)
@@ -148,7 +148,7 @@ def cache_of(output: Any) -> Cache:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_weights_gradients_and_cache_are_exact(shape: tuple[int, ...], tied: bool, dtype: str, tmp_path: Path) -> None:
     model = tiny(shape, tie_word_embeddings=tied).to(getattr(torch, dtype))
-    model.config.save_pretrained(tmp_path)  # config.json alone: there are no weights to be read
+    model.config.save_pretrained(tmp_path)  # only config.json, no weights
     size = model_size({"path": str(tmp_path), "dtype": dtype}, None)
     assert size.bytes == sum(parameter.nbytes for parameter in model.parameters())
     output = model(input_ids=torch.randint(0, VOCAB, (2, 30)), use_cache=True)
@@ -156,7 +156,7 @@ def test_weights_gradients_and_cache_are_exact(shape: tuple[int, ...], tied: boo
     gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     assert gradients == size.parameters * size.widths.weights
     cached = sum(t.nbytes for layer in cache_of(output).layers for t in (layer.keys, layer.values))
-    one_layer = cached // size.shape.layers  # copied while it grows
+    one_layer = cached // size.shape.layers  # counted twice while it grows
     assert kv_cache_bytes(size.shape, 2 * 30, size.widths) == cached + one_layer
 
 
@@ -178,7 +178,7 @@ def test_the_cache_is_wide_under_autocast() -> None:
     cached = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
     estimated = kv_cache_bytes(Shape.of(model), 60, widths_of("float32", "bf16-mixed"))
     wide = {t.dtype for layer in cache.layers for t in (layer.keys, layer.values)} == {torch.float32}
-    # transformers 5.24 keeps the values narrow, three quarters of the whole: there the estimate is a bound.
+    # transformers 5.24 keeps the values in a narrow type, three quarters of the whole: there the estimate is a bound.
     assert estimated * (1 if wide else 0.75) == cached + cached // len(cache.layers)
 
 
@@ -205,7 +205,7 @@ def test_optimizer_state(name: str, options: dict[str, Any], dtype: str) -> None
     count = sum(parameter.numel() for parameter in model.parameters())
     width = getattr(torch, dtype).itemsize
     estimated = count * optimizer_bytes_per_parameter({"class_path": name, "init_args": options}, width)
-    # To the byte, but for Adafactor, whose rows and columns depend on each matrix.
+    # Exact to the byte, except for Adafactor, whose rows and columns depend on each matrix.
     assert estimated == pytest.approx(measured, rel=0, abs=0.02 * count if name.endswith("Adafactor") else 0)
 
 
@@ -259,7 +259,7 @@ def test_passes_that_are_computed_again(rows: int, bound: int) -> None:
         return int(live.peak)
 
     whole, bounded = update_of(model, rows, length, None), update_of(model, rows, length, bound)
-    saved = whole.peak("update") - bounded.peak("update")  # what is short-lived is in both peaks, and in no estimate
+    saved = whole.peak("update") - bounded.peak("update")  # both peaks have short-lived tensors, no estimate does
     assert saved == pytest.approx(peak(rows) - peak(max(1, bound // length)), rel=0.1)
     assert bounded.parts["hidden states of all passes"][0] == 2 * 4 * rows * length * 64
     assert "hidden states of all passes" not in whole.parts
@@ -282,7 +282,7 @@ def test_the_snapshots_scoring_is_bounded_too() -> None:
         parts.append([size for size, _ in both])
         expected = "320 tokens" if bound is None else "100 of 320 tokens at a time"
         assert [remark for _, remark in both] == [expected, "320 tokens"]
-    saved = inference_bytes(size.shape, 4 * 80 - 100, size.widths) - 4 * 80 * 64 * 4  # but for the states
+    saved = inference_bytes(size.shape, 4 * 80 - 100, size.widths) - 4 * 80 * 64 * 4  # except for optimizer states
     assert parts[0][0] - parts[1][0] == saved
     assert parts[0][1] == parts[1][1]
 
@@ -365,7 +365,7 @@ def test_the_papers_run_as_its_readme_has_it(opdlab: Any, tmp_path: Path, capsys
     assert "1,720,574,976 x 4 bytes" in output  # the published number of parameters
     assert opdlab("estimate", "-c", "paper/lsm-block64", *flags, "--model.student.gradient_checkpointing", "false") == 0
     assert figure(capsys.readouterr().out, "activations") > 5 * figure(output, "activations")
-    assert not list(tmp_path.glob("runs"))  # nothing is built, nothing is left behind
+    assert not list(tmp_path.glob("runs"))  # no model is built and no file is left
 
 
 def test_what_rests_on_the_host_is_counted_where_it_works(
@@ -421,7 +421,7 @@ def test_the_verdict_names_phase_and_part() -> None:
     assert line.startswith("card has 6.00 GiB free of 8.00: the peak of sampling, 7.00 GiB, does not fit")
     assert line.endswith("cache")
     assert "7.00 GiB in sampling, fits" in estimate.verdict(DeviceMemory("card", 8 << 30, 7 << 30))
-    # On the host there is also what rests there.
+    # The host also has the offloaded weights.
     estimate.host = {"pool": (1 << 30, "")}
     assert "7.00 GiB in sampling, fits" in estimate.verdict(DeviceMemory("card", 8 << 30, 7 << 30))
     host = DeviceMemory("host", 9 << 30, 8 << 30, is_host=True)
@@ -445,7 +445,7 @@ def test_the_verdict_on_a_cpu_knows_no_offloading(
 
     plain, offloaded = shown(), shown(*offload)
     verdicts = [output.splitlines()[-1] for output in (plain, offloaded)]
-    assert verdicts[0] == verdicts[1]  # what the run would really need
+    assert verdicts[0] == verdicts[1]  # the real need of the run
     assert "no effect" not in plain
     phases = [line.split("│")[1].strip() for line in plain.splitlines() if "│ peak of" in line]
     peaks = {phase.removeprefix("peak of "): figure(plain, phase) for phase in phases}
@@ -464,7 +464,7 @@ def test_the_verdict_on_a_cpu_knows_no_offloading(
 def test_fit_refuses_weights_that_cannot_fit(
     opdlab: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    memory = DeviceMemory("card", 6 << 30, 1)  # 6.41 GiB of weights; what others use now does not count
+    memory = DeviceMemory("card", 6 << 30, 1)  # 6.41 GiB of weights; memory used by others now does not count
     monkeypatch.setattr("opdlab.cli.estimate.device_memory", lambda accelerator: memory)
     flags = paper_models(tmp_path)
     assert opdlab("fit", "-c", "paper/lsm", *flags) == EXIT_USAGE
@@ -472,7 +472,7 @@ def test_fit_refuses_weights_that_cannot_fit(
     assert "has 6.41 GiB of weights, and card has only 6.00 GiB" in error
     for doubt in (["--check_memory", "false"], ["--trainer.strategy", "fsdp"], ["--model.student.path", "/nowhere"]):
         assert opdlab("fit", "-c", "paper/lsm", *flags, *doubt) == EXIT_USAGE
-        assert "GiB" not in capsys.readouterr().err  # refused by what comes next: there are no weights to load
+        assert "GiB" not in capsys.readouterr().err  # the next command fails, because there are no weights
 
 
 def test_an_unreachable_model_is_one_line_with_the_way_out(

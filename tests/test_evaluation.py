@@ -1,4 +1,4 @@
-"""Evaluation: what is counted, what is on disk, and that a kill changes nothing but the time it takes."""
+"""Evaluation: counts, files on disk, and equal results after a kill."""
 
 import json
 import os
@@ -105,7 +105,7 @@ def test_killed_and_started_again_it_ends_the_same(
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    with lines.open("ab") as file:  # what a kill within a write leaves
+    with lines.open("ab") as file:  # left by a kill within a write
         file.write(b'{"benchmark": "one", "id": "hel')
     left = lines.read_bytes().count(b"\n") // 8
     assert left >= 2
@@ -177,7 +177,7 @@ def test_any_other_setting_is_refused_by_name(
         assert words in line
         assert line.endswith("give another folder")
     assert lines_of(tmp_path / "out") == before
-    assert opdlab(*few, "file.txt/out") == 0  # it may lie anywhere that can be made
+    assert opdlab(*few, "file.txt/out") == 0  # it may be in any folder that can be created
     (tmp_path / "plain").touch()
     capsys.readouterr()
     assert opdlab(*few, "plain") == EXIT_USAGE
@@ -211,7 +211,7 @@ def test_training_keeps_samples_only_when_asked(opdlab: Callable[..., int], tmp_
     weights = [each["model"]["student"]["weights"] for each in settings]
     assert len(set(weights)) == 3
     assert weights[0] == fingerprint(LanguageModel(TEACHER))
-    # A run of another root with the same number leaves them alone.
+    # A run of another root with the same number does not change them.
     (tmp_path / "elsewhere/runs/version_0").mkdir(parents=True)
     assert main([*fit, SAMPLES, "kept", "--trainer.default_root_dir", "elsewhere/runs"]) == 0
     assert len(list(tmp_path.glob("kept/*/*"))) == 6

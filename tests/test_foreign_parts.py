@@ -1,4 +1,4 @@
-"""Private parts of other packages: each is listed here, exists in the installed versions, and does what it is used for.
+"""Private parts of other packages: each is listed here, exists in the installed versions, and works as opdlab needs.
 
 A release of another package may rename any of them. The tests then fail here, with the name, instead of in a feature
 that switches itself off.
@@ -96,7 +96,7 @@ def foreign_attributes() -> set[str]:
     for _, tree in sources():
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and private(node.attr) and id(node) not in seen:
-                constant = node.attr.isupper()  # of another module of ours
+                constant = node.attr.isupper()  # of another module of opdlab
                 ours = node.attr in everywhere and ast.unparse(node.value) != "super()"
                 foreign |= set() if constant or ours else {node.attr}
     return foreign
@@ -139,7 +139,7 @@ def test_private_modules_exist(module: str) -> None:
     assert hasattr(importlib.import_module(module), name), use
 
 
-# -- what they are for -----------------------------------------------------------------------------------------------
+# -- their uses --------------------------------------------------------------------------------------------------------
 
 
 def smollm2() -> Any:

@@ -418,7 +418,7 @@ def test_the_teacher_gap_is_the_teacher_less_the_student() -> None:
     assert replace(inputs, teacher_logprobs=None).teacher_gap is None
 
 
-# --- what a user can get wrong -----------------------------------------------------------------------------------
+# --- errors of users ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -488,7 +488,7 @@ def test_the_bounds_of_the_options_are_allowed() -> None:
     SpanGate([1], min_tokens=1, max_tokens=1, fallback_tokens=1)
 
 
-# --- strangers' gates --------------------------------------------------------------------------------------------
+# --- third-party gates -------------------------------------------------------------------------------------------
 
 
 class ParityGate(DriftGate):

@@ -48,7 +48,7 @@ class Watch(Callback):
         assert isinstance(pl_module, OPDModule)
         self.batches.append(batch)
         self.traces.append(outputs["trace"])
-        # Copied before BehaviorRefresh acts only if this callback stands before it; see the test.
+        # BehaviorRefresh acts after this copy only if this callback comes before it; see the test.
         self.snapshots.append(torch.cat([p.flatten() for p in pl_module.behavior.parameters()]).clone())
         self.students.append(torch.cat([p.detach().flatten() for p in pl_module.student.parameters()]).clone())
 
@@ -68,7 +68,7 @@ def test_behavior_changes_only_at_multiples_of_k(make_run: MakeRun) -> None:
 
 @pytest.mark.parametrize("objective", [TeacherTopK(k=8), SampledTokenOPD()], ids=["lsm", "sampled"])
 def test_first_minibatch_after_a_refresh_and_a_fresh_pool_has_no_drift(make_run: MakeRun, objective: Objective) -> None:
-    run = make_run(objective=objective, refresh=4)  # a pool lasts four steps, so both coincide
+    run = make_run(objective=objective, refresh=4)  # a buffer lasts four steps, so both coincide
     run.fit(9)
     steps = run.recorder.steps
     for fresh in (1, 5, 9):
@@ -103,11 +103,11 @@ def test_the_snapshot_scores_only_what_the_students_own_pass_does_not(
         return made, watch, scored
 
     by_snapshot, seen, rows = run(equal=False)
-    assert rows == [16, 16]  # two pools of 16 rollouts, in optimizer batches of 8
+    assert rows == [16, 16]  # two buffers of 16 rollouts, in optimizer batches of 8
     by_student, own, fewer = run(equal=True)
     assert fewer == [8, 8]
     torch.testing.assert_close(by_student.recorder.losses, by_snapshot.recorder.losses, rtol=1e-4, atol=1e-6)
-    assert by_student.recorder.steps[5]["train/drift/max"] == 0  # the second pool's first step
+    assert by_student.recorder.steps[5]["train/drift/max"] == 0  # the second buffer's first step
     for mine, theirs in zip(own.traces, seen.traces, strict=True):
         assert torch.equal(mine.rollouts.rollout_ids, theirs.rollouts.rollout_ids)
         torch.testing.assert_close(
@@ -131,7 +131,7 @@ def test_the_step_that_fills_in_the_behavior_makes_one_pass_over_the_head(
 
         return call
 
-    # The passes cannot be told from the outside: they are only slow.
+    # The number of passes does not change results: passes are only slow.
     for name in ("token_statistics", "support_statistics"):
         monkeypatch.setattr(language_model, name, counted(name))
     make_run(objective=objective).fit(2)
@@ -151,7 +151,7 @@ def test_a_snapshot_that_is_not_the_student_scores_everything(make_run: MakeRun)
 
 def test_reused_rollouts_keep_their_targets_to_the_bit(make_run: MakeRun) -> None:
     watch = Watch()
-    make_run(callbacks=(watch,)).fit(4)  # two passes over one pool
+    make_run(callbacks=(watch,)).fit(4)  # two passes over one buffer
     seen: dict[int, list[Any]] = {}
     for batch, trace in zip(watch.batches, watch.traces, strict=True):
         for row, rollout_id in enumerate(batch.rollouts.rollout_ids.tolist()):
@@ -174,7 +174,7 @@ def test_gates_touch_neither_targets_nor_supports_nor_tokens(make_run: MakeRun) 
     pools = []
     for gate in ("none", "token", "span"):
         watch = Watch()
-        make_run(gate=gate, callbacks=(watch,), refresh=100).fit(2)  # one pass over the first pool
+        make_run(gate=gate, callbacks=(watch,), refresh=100).fit(2)  # one pass over the first buffer
         pools.append(watch.batches)
     for gated in pools[1:]:
         for plain, other in zip(pools[0], gated, strict=True):
@@ -259,7 +259,7 @@ def test_full_support_equals_full_reverse_kl(make_run: MakeRun) -> None:
 def test_masked_positions_receive_exactly_zero_gradient(make_run: MakeRun, objective: Objective) -> None:
     module = make_run(objective=objective).module
     rollouts = rollouts_of(module)
-    # Mask the tail of each response, and put garbage there.
+    # Mask the tail of each response, and fill it with garbage.
     keep = torch.arange(rollouts.tokens.shape[1]) < 10
     cut = replace(
         rollouts,
@@ -338,7 +338,7 @@ def test_a_bound_on_tokens_changes_no_step(
         passes.append(one.tokens.numel())
         return states(one, model)
 
-    # Of all models in the run, and not while they sample: a hook on a model would count that too.
+    # Count all models in the run, except during sampling: a hook on a model would count that too.
     monkeypatch.setattr(Pass, "states", counted)
 
     def run(budget: int | None) -> tuple[list[float], torch.Tensor, int]:
@@ -404,7 +404,7 @@ def test_validation_logs_pass_at_k_and_their_mean(make_run: MakeRun) -> None:
     trainer = pl.Trainer(**{**run.trainer_options, "max_steps": 1, "limit_val_batches": 1.0})
     (figures,) = trainer.validate(run.module, datamodule=run.data, verbose=False)
     assert {"val/toy/pass@1", "val/toy/pass@2", "val/mean/pass@2", "val/toy/truncated"} <= set(figures)
-    assert figures["val/toy/pass@1"] == 0  # eight tokens do not make an answer
+    assert figures["val/toy/pass@1"] == 0  # eight tokens are too few for an answer
     assert figures["val/toy/truncated"] == 1
     with run.module.evaluating("teacher", run.module.teacher.model):  # type: ignore[attr-defined]
         (teacher,) = trainer.validate(run.module, datamodule=run.data, verbose=False)
@@ -425,14 +425,14 @@ def test_an_evaluated_model_goes_where_lightning_puts_the_module(
         return to(device)
 
     monkeypatch.setattr(model, "to", spy)
-    # Between fit and an evaluation Lightning has the module on the host, whatever the accelerator.
+    # Between fit and an evaluation Lightning has moved the module to the host, for every accelerator.
     with run.module.evaluating("teacher", model):
         trainer.validate(run.module, datamodule=run.data, verbose=False)
     assert moved == [True]
 
 
 def test_evaluations_before_and_within_training_count_anew(make_run: MakeRun) -> None:
-    # trainer.validate runs in inference mode, the validation within fit does not: states must not leak across.
+    # trainer.validate runs in inference mode, the validation within fit does not: states must not leak.
     run = make_run()
     options = {"limit_val_batches": 1.0, "val_check_interval": 1, "check_val_every_n_epoch": None}
     trainer = pl.Trainer(**{**run.trainer_options, **options, "max_steps": 2, "num_sanity_val_steps": 0})

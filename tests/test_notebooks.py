@@ -1,4 +1,4 @@
-"""Every notebook is stored without outputs, runs from top to bottom, and shows what its text says."""
+"""Every notebook is stored without outputs, runs from top to bottom, and shows the results that its text states."""
 
 import re
 from collections.abc import Callable
@@ -69,7 +69,7 @@ def check_read_the_gates(shown: Shown) -> None:
     assert low <= mean <= high <= 1
     assert shown.numbers(rf"normalization=clipped +{row}")[2] == 1
     token, block, sequence = (shown.numbers(rf"{name} tau=5.0 +{row}") for name in ("token", "block32", "sequence"))
-    assert token[4] < 5 < block[4] < sequence[4]  # what the text says of them
+    assert token[4] < 5 < block[4] < sequence[4]  # the numbers that the text states for them
     assert token[3] > block[3]
     assert shown.num_pictures == 6  # two heat maps, block histograms, by age, by tau, by age for another gate
 
@@ -96,7 +96,7 @@ def test_outputs_are_stripped(name: str) -> None:
     assert not any(cell.outputs or cell.execution_count or cell.metadata for cell in code)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's client, not ours
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's client, not of opdlab
 @pytest.mark.parametrize("name", sorted(NOTEBOOKS))
 def test_notebook_shows_what_it_says(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # two processes of tests share two cores

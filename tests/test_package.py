@@ -1,4 +1,4 @@
-"""The package as it is installed: complete, one name, a public surface that changes only on purpose."""
+"""The installed package: complete, one name, and a public surface that changes only on purpose."""
 
 import importlib
 import pkgutil
@@ -135,7 +135,7 @@ def test_folders_cannot_be_imported_under_a_second_name() -> None:
 
 
 def test_the_core_does_not_know_strategies_or_callbacks() -> None:
-    # Only the command line puts callbacks on; the registry names the built-in gates' module as a string.
+    # Only the command line adds callbacks; the registry has the built-in gates' module as a string.
     for file in (ROOT / "opdlab").rglob("*.py"):
         if file.is_relative_to(ROOT / "opdlab" / "strategies") or file.is_relative_to(ROOT / "opdlab" / "callbacks"):
             continue

@@ -1,4 +1,4 @@
-"""A package that is missing, broken, or refused by another one is one line with the command that mends it."""
+"""A package that is missing, broken, or refused by another one gives one line with the command that fixes it."""
 
 import importlib.metadata
 import importlib.util

@@ -1,8 +1,8 @@
 """bfloat16 arithmetic (``precision: bf16-mixed``) trains as float32 does; `benchmarks/precision.py` takes 200 steps.
 
-Rollouts are sampled, so that after some dozen steps rounding alone has led to other samples, and two precisions differ
-as two seeds do: what can be told apart is the beginning. A curve of losses shows gross errors only. Those of rounding
-(sums over the vocabulary in bfloat16) do not show in it, so the log-probabilities are compared with float64 as well.
+Rollouts are sampled, so after some dozen steps rounding alone leads to other samples, and two precisions differ as two
+seeds do: only the beginning can be compared. A curve of losses shows only gross errors. Errors of rounding (sums over
+the vocabulary in bfloat16) do not show in it, so the log-probabilities are compared with float64 as well.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ from tests.toy_run import Run
 STEPS = 20
 STEPS_PER_POOL = 4
 WINDOW = 5  # steps that a loss is averaged over
-FRESH = range(1, STEPS + 1, STEPS_PER_POOL)  # steps on a pool that was just sampled by a snapshot just refreshed
+FRESH = range(1, STEPS + 1, STEPS_PER_POOL)  # steps on a freshly sampled buffer of a freshly refreshed snapshot
 
 
 def run(folder: Path, precision: Any, seed: int = 0, steps: int = STEPS) -> Run:
@@ -63,14 +63,14 @@ def bfloat16(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def test_losses_differ_less_than_between_seeds(float32: list[Tensor], bfloat16: Run) -> None:
     spread = min(distance(float32[i], float32[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
     found = distance(smoothed(bfloat16), float32[0])
-    assert 0 < found < 0.5 * spread  # at 0 it would have been float32 twice
+    assert 0 < found < 0.5 * spread  # 0 would mean that both runs were float32
 
 
 def test_fresh_rollouts_have_not_drifted(bfloat16: Run) -> None:
     drift = fresh_drift(bfloat16)
     assert len(drift) == len(FRESH)
     assert max(drift) < 1e-5
-    assert max(metrics["train/drift/max"] for metrics in bfloat16.recorder.steps.values()) > 1e-2  # others have
+    assert max(metrics["train/drift/max"] for metrics in bfloat16.recorder.steps.values()) > 1e-2  # stale rollouts have
 
 
 def test_a_snapshot_scored_in_another_precision_is_seen_as_drift(
@@ -84,7 +84,7 @@ def test_a_snapshot_scored_in_another_precision_is_seen_as_drift(
             return collect(self, *arguments, **options)
 
     monkeypatch.setattr(OPDModule, "collect", in_float32)
-    # Else the first step's own pass stands in for the snapshot's.
+    # Otherwise the first step's own pass replaces the snapshot's.
     monkeypatch.setattr(BehaviorPolicy, "equals", lambda self, student: False)
     assert fresh_drift(run(tmp_path, "bf16-mixed", steps=1))[0] > 1e-2
 
@@ -113,7 +113,7 @@ def test_only_the_operands_of_the_head_are_rounded(
     statistics: Callable[[Tensor, Head, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert error_of_logprobs(statistics) < 1e-4
-    # The bound tells: with logits rounded to bfloat16 the error is a hundred times as large.
+    # The bound is sharp: with logits rounded to bfloat16 the error is a hundred times as large.
     tile = LogitTiles.tile
     monkeypatch.setattr(LogitTiles, "tile", lambda *arguments: tile(*arguments).bfloat16().float())
     assert error_of_logprobs(statistics) > 1e-2

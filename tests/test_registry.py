@@ -26,7 +26,7 @@ class Second(Plugin):
 
 @pytest.fixture
 def registry() -> Registry[Plugin]:
-    # `math` stands for a module without plug-ins.
+    # `math` is an example of a module without plug-ins.
     return Registry("plugin", Plugin, "math", "opdlab.no_such_group")
 
 

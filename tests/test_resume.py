@@ -1,4 +1,4 @@
-"""A run that was stopped goes on as if it had not been: the same losses, bit for bit."""
+"""A stopped run resumes as if it had not been stopped: the same losses, bit for bit."""
 
 import signal
 from collections.abc import Callable
@@ -33,8 +33,8 @@ class SaveAt(Callback):
             trainer.save_checkpoint(self.path)
 
 
-# A pool lasts 4 steps, the snapshot is refreshed every 3, and an epoch has 2 pools. Steps 2 and 5 lie inside a pool,
-# 4 at the end of one, 8 at the end of an epoch.
+# A buffer lasts 4 steps, the snapshot is refreshed every 3, and an epoch has 2 buffers. Steps 2 and 5 lie inside a
+# buffer, 4 at the end of one, 8 at the end of an epoch.
 @pytest.mark.parametrize(
     ("accumulate", "micro_batch"),
     [(1, 2), (1, 4), (1, 5), (1, 8), (4, 8), (4, 9), (4, 11), (4, 22)],
@@ -46,7 +46,7 @@ def test_resume_is_bit_for_bit(make_run: MakeRun, tmp_path: Path, accumulate: in
     whole.trainer_options["callbacks"].append(SaveAt(path, micro_batch))
     whole.fit(10)
     resumed = make_run(accumulate=accumulate)
-    for parameter in resumed.module.parameters():  # whatever the module held must come from the checkpoint
+    for parameter in resumed.module.parameters():  # every value of the module must come from the checkpoint
         parameter.data.add_(1.0)
     resumed.fit(10, ckpt_path=path)
     done = micro_batch // accumulate
@@ -76,7 +76,7 @@ class SendSignal(Callback):
         self.signum = signum
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        for _ in range(2 if batch_idx == 5 else 0):  # at once they are one: a scheduler tells all processes of a job
+        for _ in range(2 if batch_idx == 5 else 0):  # simultaneous signals count as one
             signal.raise_signal(self.signum)
 
 
@@ -105,7 +105,7 @@ def test_a_signal_finishes_the_step_and_saves(
     assert resumed.recorder.losses == whole.recorder.losses[done:]
 
 
-@pytest.mark.parametrize("steps", [3, 4])  # inside a pool, and at its end
+@pytest.mark.parametrize("steps", [3, 4])  # inside a buffer, and at its end
 def test_a_finished_run_can_be_made_longer(make_run: MakeRun, tmp_path: Path, steps: int) -> None:
     whole = make_run()
     whole.fit(8)

@@ -1,4 +1,4 @@
-"""Schedules of tau: the closed form for two groups of positions, and what training makes of them."""
+"""Schedules of tau: the closed form for two groups of positions, and their use in training."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Pages of rollouts: what is chosen, what is written, and that text stays text. In a browser: tests/browser."""
+"""Pages of rollouts: the choice of rollouts, the written files, and escaped text. In a browser: tests/browser."""
 
 import codecs
 import json
@@ -34,7 +34,7 @@ from opdlab.viewer import (
 from tests.viewer_pages import HOSTILE, Tags, page_data, plain_text, shown
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # of what TensorBoard brings along
+    warnings.simplefilter("ignore", DeprecationWarning)  # a dependency of TensorBoard
     from tensorboard.plugin_util import markdown_to_safe_html
 
 # -- texts of tokens ------------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def test_each_text_is_what_its_bytes_complete(name: str) -> None:
     decoder = codecs.getincrementaldecoder("utf-8")()
     expected = [decoder.decode(token_bytes(name, token)) for token in tokenizer.convert_ids_to_tokens(ids)]
     if name == "byte_fallback":
-        expected[0] = expected[0].removeprefix(" ")  # which its decoder strips
+        expected[0] = expected[0].removeprefix(" ")  # its decoder strips it
     assert token_texts(tokenizer, ids) == expected
 
 
@@ -126,7 +126,7 @@ def test_a_character_belongs_to_the_token_that_completes_it() -> None:
     assert len(ids) == 5  # three bytes
     assert token_texts(tokenizer, ids) == ["a", "", "", "漢", "b"]
     broken = [*ids[:3], *ids[4:]]
-    assert token_texts(tokenizer, broken)[-1] == "b"  # what cannot be completed does not take its neighbour along
+    assert token_texts(tokenizer, broken)[-1] == "b"  # a broken character does not remove its neighbour
 
 
 def test_a_long_run_of_broken_bytes_is_exact_too() -> None:
@@ -219,14 +219,14 @@ def test_scales_are_centred_and_robust() -> None:
 def test_scales_of_odd_values() -> None:
     assert color_scale(torch.zeros(5), 0.0).high == 0.0
     sparse = color_scale(torch.cat([torch.zeros(999), torch.ones(1)]), 0.0)
-    assert (sparse.low, sparse.high) == (0.0, 1.0)  # a rare event is seen
+    assert (sparse.low, sparse.high) == (0.0, 1.0)  # a rare event is visible
     odd = color_scale(torch.tensor([math.nan, math.inf, -math.inf, 1.0, -2.0]), 0.0)
     assert (odd.low, odd.high, odd.below, odd.above) == (-2.0, 2.0, True, True)
     assert color_scale(torch.tensor([math.nan]), 1.0).neutral == 1.0
     assert color_scale(torch.tensor([3.0, 5.0]), None).neutral == 3.0
     assert color_scale(torch.tensor([-5.0, -3.0]), None).neutral == -3.0
     mass = color_scale(torch.tensor([0.4, 1.0, 1.0000001]), 1.0)
-    assert (mass.high, mass.above) == (1.0, False)  # rounding is no second side
+    assert (mass.high, mass.above) == (1.0, False)  # rounding does not count as a second side
 
 
 def test_known_quantities_come_first_and_none_is_lost() -> None:
@@ -300,7 +300,7 @@ def test_pages_know_their_neighbours_and_the_index_lists_them(tmp_path: Path) ->
     assert links(30) == {"prev": "step-000020.html"}
     index = Tags((folder / "index.html").read_text()).tags
     assert [a["href"] for tag, a in index if tag == "a"] == [f"step-0000{step}.html" for step in (10, 20, 30)]
-    assert sorted(path.suffix for path in folder.iterdir()) == [".html"] * 4  # no part is left behind
+    assert sorted(path.suffix for path in folder.iterdir()) == [".html"] * 4  # no partial file is left
 
 
 def test_the_index_has_each_pages_figures_also_after_a_resume(tmp_path: Path) -> None:

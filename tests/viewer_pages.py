@@ -1,4 +1,4 @@
-"""Rollouts made up for the tests of the viewer, and the page's data unpacked apart from the page's own script."""
+"""Synthetic rollouts for the tests of the viewer, and a parser of the page's data that is independent of its script."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""The command line, ``opdlab COMMAND …``; :data:`opdlab.cli.commands.COMMANDS` lists what it can do."""
+"""The command line, ``opdlab COMMAND …``; :data:`opdlab.cli.commands.COMMANDS` lists the commands."""
 
 from opdlab.cli.commands import EXIT_USAGE, console, main
 

@@ -19,9 +19,9 @@ from opdlab.cli.hparams import log_hyperparameters
 from opdlab.cli.parsing import RUN_KEYS, fit_parser, parse_fit
 from opdlab.data import PromptDataModule
 from opdlab.errors import exit_code
-from opdlab.evaluation.samples import RESULTS
 from opdlab.module import OPDModule
 from opdlab.policies import LanguageModel, LocalTeacher
+from opdlab.records import RESULTS
 from opdlab.run_folder import check_checkpoint, fit_samples_folder, run_folder_for, samples_folder_for
 
 
@@ -41,7 +41,7 @@ def test(arguments: Sequence[str]) -> int:
 
 
 class _SaveFitConfig(SaveConfigCallback):
-    """Writes config.yaml into the run's folder; other subcommands have no such folder."""
+    """Writes config.yaml into the run's folder; only ``fit`` has one."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.logger is not None:
@@ -49,7 +49,7 @@ class _SaveFitConfig(SaveConfigCallback):
 
 
 class OPDCLI(LightningCLI):
-    """LightningCLI with the lab's callbacks, run folders, and an evaluation before and after training."""
+    """LightningCLI with opdlab's callbacks, run folders, and an evaluation before and after training."""
 
     datamodule: PromptDataModule
     model: OPDModule
@@ -72,17 +72,17 @@ class OPDCLI(LightningCLI):
         )
 
     def setup_parser(self, add_subcommands: bool, main_kwargs: Any, subparser_kwargs: Any) -> None:
-        """Take the parser that the other commands have too."""
+        """Use the parser that the other commands share."""
         self.parser = fit_parser(self.command)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse and check the arguments, and the checkpoint to go on from."""
+        """Parse and check the arguments, and the checkpoint to resume from."""
         self.config = parse_fit(args, self.command)
         if self.config.ckpt_path is not None:
             self.resumed_step = check_checkpoint(Path(self.config.ckpt_path))
 
     def instantiate_classes(self) -> None:
-        """Build everything, but first see whether the models' weights can fit."""
+        """Build all objects, after a check that the models' weights fit the device."""
         if self.command == "fit":
             warn_of_idle_recorder(self.config)
             if self.config.check_memory:
@@ -92,14 +92,14 @@ class OPDCLI(LightningCLI):
         self.trainer = self.instantiate_trainer()
 
     def after_instantiate_classes(self) -> None:
-        """Find out now, not after the first evaluation, whether pools can be cut into batches."""
-        self.trainer.callbacks.append(self.stop)  # type: ignore[attr-defined] # last: it looks at what others saved
+        """Check that buffers can be split into batches, to fail before the first evaluation."""
+        self.trainer.callbacks.append(self.stop)  # type: ignore[attr-defined] # last: reads files of the others
         self.datamodule.check_reuse(self.model.sampling.num_samples, self.trainer.accumulate_grad_batches)
 
     # -- the run's folder ----------------------------------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
-        """Settle where the run lives: ``ROOT/version_N`` holds its events, configuration, checkpoints and student."""
+        """Set the run's folder: ``ROOT/version_N`` holds its events, configuration, checkpoints and student."""
         config = self.config
         root = Path(config.trainer.default_root_dir)
         if config.weights_only is None:
@@ -115,7 +115,7 @@ class OPDCLI(LightningCLI):
                 student = config.get("model.student.init_args.path") or "student"
                 evaluation.samples = samples_folder_for(student, config.ckpt_path, root)
             if not evaluation.reverse_kl:
-                # So that the teacher's weights are not even read.
+                # Avoids reading the teacher's weights.
                 config.model.teacher = {"class_path": "opdlab.evaluation.NoTeacher"}
             return
         folder = run_folder_for(config.ckpt_path, root)
@@ -127,8 +127,8 @@ class OPDCLI(LightningCLI):
             config.checkpoint.dirpath = str((folder / "checkpoints").absolute())
 
     def _logger(self, root: Path, version: str, *, resumed: bool) -> dict[str, Any]:
-        # What a killed run logged after its checkpoint comes again. Of the checkpoint's own step there may be figures
-        # which do not: those that were logged before it was written.
+        # A resumed run logs the steps after its checkpoint again. Keep the metrics of the checkpoint's own step: some
+        # were logged before the checkpoint was written, and are not logged again.
         purge = {"dict_kwargs": {"purge_step": self.resumed_step + 1}} if resumed else {}
         arguments = {"save_dir": str(root), "name": "", "version": version}
         return {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": arguments, **purge}
@@ -136,9 +136,9 @@ class OPDCLI(LightningCLI):
     # -- running -------------------------------------------------------------------------------------------------
 
     def fit(self) -> int:
-        """Train, and return the exit code. Lightning turns Ctrl-C into an exit of its own; ours says how to go on."""
+        """Train, and return the exit code. Lightning exits on Ctrl-C; this also prints how to resume."""
         self.before_fit()
-        if self.config.ckpt_path is not None:  # a run goes on in its own folder on purpose
+        if self.config.ckpt_path is not None:  # a resumed run uses its own folder on purpose
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         try:
             self.trainer.fit(self.model, datamodule=self.datamodule, **self._run_arguments)
@@ -151,7 +151,7 @@ class OPDCLI(LightningCLI):
         return 0
 
     def evaluate(self) -> int:
-        """Evaluate, and return the exit code. After Ctrl-C as after a kill, the same command goes on."""
+        """Evaluate, and return the exit code. After Ctrl-C or a kill, the same command resumes."""
         run = self.trainer.test if self.command == "test" else self.trainer.validate
         try:
             run(self.model, datamodule=self.datamodule, verbose=False, **self._run_arguments)
@@ -173,8 +173,8 @@ class OPDCLI(LightningCLI):
     # -- before and after ----------------------------------------------------------------------------------------
 
     def before_fit(self) -> None:
-        """Evaluate the untrained student, unless the run goes on from a checkpoint, which remembers."""
-        # Whatever is wrong with the training problems is said before that, which may take long.
+        """Evaluate the untrained student, unless the run resumes from a checkpoint, which holds these results."""
+        # Report invalid training problems before an evaluation that may take long.
         self.datamodule.prepare(self.model.student.tokenizer, training=True)
         self.datamodule.reuse.check_prompts(len(self.datamodule.train_prompts or ()), self.trainer.world_size)
         log_hyperparameters(self.trainer, self.model, self.config.as_dict(), self.datamodule.benchmark_sources)
@@ -182,14 +182,14 @@ class OPDCLI(LightningCLI):
             self._evaluate("val", self.model.student)
 
     def after_fit(self) -> None:
-        """Evaluate the trained student and the teacher, print the table, and say how to look closer."""
+        """Evaluate the trained student and the teacher, print the table and the next commands."""
         if self._has_benchmarks:
             if self.table.after_step != self.trainer.global_step:
                 self._evaluate("val", self.model.student)
             teacher = self.model.teacher
             if isinstance(teacher, LocalTeacher) and self.model.evaluator.config.teacher and not self.table.teacher:
                 self._evaluate("teacher", teacher.model)
-        run_folder = self.trainer.log_dir  # asks all processes, so outside the branch below
+        run_folder = self.trainer.log_dir  # a collective call, so outside the branch below
         if self.trainer.is_global_zero:
             self.table.print()
             print(f"run folder: {run_folder}")
@@ -209,6 +209,6 @@ class OPDCLI(LightningCLI):
 
 
 def _interrupted(kept: str, needs: str, stop: SystemExit) -> int:
-    """Say what is on disk and how to go on, and return the exit code of the signal behind ``stop``."""
+    """Print what is on disk and how to resume, and return the exit code of the signal that caused ``stop``."""
     print(f"opdlab: {kept}; to go on, run the same command{needs}", file=sys.stderr)
     return exit_code(stop.__context__)

@@ -1,6 +1,6 @@
-"""Building classes from a configuration. This is where the message of a constructor gets the key that the user wrote.
+"""Build classes from a configuration, and add the user's key to the messages of constructors.
 
-A class names its own field: ``num_samples is 0, but must be at least 1``. Here it becomes
+A class names its own field: ``num_samples is 0, but must be at least 1``. This module turns that into
 ``model.eval_sampling.num_samples is 0, but must be at least 1``.
 """
 
@@ -16,11 +16,11 @@ from opdlab.packages import package_trouble
 
 
 def with_key(error: UsageError, key: str, fields: Container[str]) -> UsageError:
-    """Return ``error`` with ``key`` before its message, where that begins with one of ``fields``.
+    """Return ``error`` with ``key`` before its message if the message begins with one of ``fields``.
 
     Args:
-        error: of a constructor.
-        key: of the section that the class is built from.
+        error: error of a constructor.
+        key: key of the section that the class is built from.
         fields: the keys in that section.
 
     Example:
@@ -33,7 +33,7 @@ def with_key(error: UsageError, key: str, fields: Container[str]) -> UsageError:
 
 @contextmanager
 def under(key: str, fields: Container[str]) -> Iterator[None]:
-    """Raise what is refused in the block :func:`with_key`."""
+    """Raise a :class:`UsageError` of the block again with the key; see :func:`with_key`."""
     try:
         yield
     except UsageError as error:
@@ -41,15 +41,15 @@ def under(key: str, fields: Container[str]) -> Iterator[None]:
 
 
 def build(parser: ArgumentParser, config: Namespace, *, groups: bool = True) -> Namespace:
-    """Return ``config`` with an instance in the place of every class that it describes.
+    """Return ``config`` with each described class replaced by an instance.
 
-    A value that may be of several types is tried with each, and jsonargparse then quotes what all of them said. This
-    raises the refusal of the class that the configuration names, with the key of its section.
+    jsonargparse tries every type of a union and then quotes all errors. This function raises only the error of the
+    class that the configuration names, with the key of its section.
 
     Args:
-        parser: that has parsed ``config``.
-        config: all of it, or the sections that are wanted.
-        groups: build classes whose section is fixed, such as ``model``, not only those that have a ``class_path``.
+        parser: the parser that parsed ``config``.
+        config: the whole configuration, or the sections to build.
+        groups: also build classes of fixed sections, such as ``model``, not only those with a ``class_path``.
 
     Raises:
         UsageError: a constructor refused its arguments.
@@ -80,12 +80,12 @@ def build(parser: ArgumentParser, config: Namespace, *, groups: bool = True) -> 
 
 
 def _key_of(config: Mapping[str, Any], cls: Any, options: Mapping[str, Any]) -> str:
-    """Return the key of the section that ``cls`` is built from; of two with equal values, both are to blame."""
+    """Return the key of the section that ``cls`` is built from, the first if several have equal values."""
     return next((key for key, section in _sections(config, "") if _describes(section, cls, options)), "")
 
 
 def _sections(value: Any, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield all sections with their keys, the innermost first. ``init_args`` may be left out of a key, and is."""
+    """Yield all sections with their keys, innermost first. Keys omit ``init_args``, as the command line allows."""
     if not isinstance(value, Mapping | list):
         return
     for name, inner in value.items() if isinstance(value, Mapping) else enumerate(value):

@@ -1,4 +1,4 @@
-"""What of a resolved configuration can be checked without a model, so before anything takes long."""
+"""Checks of a resolved configuration that need no model, to fail before long work."""
 
 import inspect
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from opdlab.policies import SamplingConfig
 from opdlab.rollouts import ReuseConfig
 from opdlab.training.checks import check_token_bound
 
-# Each has its own section of the configuration.
+# Each callback has its own section of the configuration.
 CALLBACKS: Mapping[str, type[Callback]] = {
     "behavior_refresh": BehaviorRefresh,
     "gate_monitor": GateMonitor,
@@ -27,7 +27,7 @@ CALLBACKS: Mapping[str, type[Callback]] = {
 }
 
 
-# Built of plain values, so at once, whatever the models are.
+# Built from plain values, so they need no model.
 _SECTIONS: Mapping[str, Any] = {
     "model.sampling": SamplingConfig,
     "model.eval_sampling": SamplingConfig,
@@ -39,14 +39,14 @@ _SECTIONS: Mapping[str, Any] = {
 
 
 def check_config(parser: ArgumentParser, config: Namespace) -> None:
-    """Build what is cheap to build of a run, to fail before models are loaded.
+    """Build the cheap parts of a run, to fail before models are loaded.
 
     Args:
-        parser: of ``opdlab fit``.
-        config: what it has parsed.
+        parser: parser of ``opdlab fit``.
+        config: its parsed configuration.
 
     Raises:
-        UsageError: a value is out of range, or some do not fit together.
+        UsageError: a value is out of range, or values are inconsistent.
     """
     parts = {}
     for key, cls in _SECTIONS.items():
@@ -59,7 +59,7 @@ def check_config(parser: ArgumentParser, config: Namespace) -> None:
     with under("model", config.model):
         check_token_bound(config.model.max_tokens_per_pass)
     with under("data", config.data):
-        # Its sources, which may read files, are left as they are written.
+        # Sources are not built, because they may read files.
         PromptDataModule(**{**config.data.as_dict(), "reuse": reuse, "clean": parts["data.clean"]})
     plugins = Namespace()  # type: ignore[no-untyped-call]
     for key in ("model.gate", "model.objective"):
@@ -68,10 +68,10 @@ def check_config(parser: ArgumentParser, config: Namespace) -> None:
 
 
 def warn_of_idle_recorder(config: Namespace) -> None:
-    """Warn if options of the recorder are set although nothing is recorded.
+    """Warn if options of the recorder are set but recording is off.
 
     Args:
-        config: of ``opdlab fit``.
+        config: configuration of ``opdlab fit``.
     """
     defaults = inspect.signature(PoolRecorder).parameters
     options = {key: value for key, value in config.pool_recorder.as_dict().items() if key != "enabled"}

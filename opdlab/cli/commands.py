@@ -1,6 +1,6 @@
-"""The table of commands. A command's module is imported when the command is given, so ``opdlab --help`` is quick.
+"""The table of commands. A command's module is imported only when the command runs, so ``opdlab --help`` is fast.
 
-Everything a user can get wrong ends in one line on standard error and exit code 2.
+Every user error prints one line to standard error and exits with code 2.
 """
 
 import logging
@@ -30,8 +30,8 @@ class Command:
     """A command of ``opdlab``.
 
     Args:
-        function: where it is, as ``module:function``. It takes the arguments that follow the name of the command, and
-            returns the exit code.
+        function: its function, as ``module:function``. It takes the arguments after the name of the command and returns
+            the exit code.
         summary: one line for ``opdlab --help``.
     """
 
@@ -39,7 +39,7 @@ class Command:
     summary: str
 
     def __call__(self, arguments: Sequence[str]) -> int:
-        """Import the command and run it."""
+        """Import the command, run it, and return its exit code."""
         module, _, name = self.function.partition(":")
         code: int = getattr(import_module(module), name)(arguments)
         return code
@@ -83,11 +83,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; those of the process by default.
     """
-    # A gate of one's own in the current folder is found by class_path, as it is with `python -m`.
+    # Makes user gates in the current folder importable by class_path, as with `python -m`.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     ours = threading.current_thread() is threading.main_thread() and not _is_slurm()
-    # Lightning calls this besides its own handler, which only sets a flag that no evaluation looks at.
+    # Lightning calls this in addition to its own handler, which only sets a flag that evaluations do not check.
     before = signal.signal(signal.SIGTERM, _terminate) if ours else None
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"opdlab: error: {_in_one_line(error)}", file=sys.stderr)
         return EXIT_USAGE
     except ImportError as error:
-        from opdlab.packages import package_trouble  # here, because what it imports may be what is missing
+        from opdlab.packages import package_trouble  # here, because one of its imports may be the missing package
 
         if (trouble := package_trouble(error)) is None:
             raise
@@ -113,21 +113,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def console() -> None:
-    """Entry point of the ``opdlab`` command and of ``python -m opdlab``."""
-    hold_lifeline()  # before libraries are loaded, which takes seconds
-    # Known harmless warnings: the behavior snapshot is in eval mode on purpose, and Lightning uses a name that torch
-    # has renamed. Lightning also advertises a logger.
+    """Run the command line and exit: entry point of the ``opdlab`` command and of ``python -m opdlab``."""
+    hold_lifeline()  # before the slow import of libraries
+    # Suppress known harmless warnings: the behavior snapshot is in eval mode on purpose, and Lightning uses a name that
+    # torch has renamed. Also suppress Lightning's advertisement of a logger.
     warnings.filterwarnings("ignore", message=r"Found .* module\(s\) in eval mode")
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     advert = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advert.addFilter(lambda record: "litlogger" not in record.getMessage())
-    # Python's own form names a file and quotes a line of it.
+    # Python's default format names a file and quotes one of its lines.
     warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
     raise SystemExit(main())
 
 
 def _is_slurm() -> bool:
-    """Return True in a job of SLURM, where Lightning lets SIGTERM pass and queues the job again."""
+    """True in a SLURM job, where Lightning ignores SIGTERM and requeues the job."""
     if "SLURM_NTASKS" not in os.environ:
         return False
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -136,14 +136,14 @@ def _is_slurm() -> bool:
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    distributed = getattr(sys.modules.get("torch"), "distributed", None)  # torch may not be imported, or only in part
+    distributed = getattr(sys.modules.get("torch"), "distributed", None)  # torch may not be imported, or only partly
     if distributed and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        return  # Lightning tells the other processes, and all end together
+        return  # Lightning notifies the other processes, and all stop together
     raise Stopped(signum)
 
 
 def _user_errors() -> tuple[type[Exception], ...]:
-    """Return the kinds of errors that a user can cause and mend; Lightning's own once it is imported."""
+    """Return the error types that a user can cause and fix, with Lightning's if it is imported."""
     lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
     return (UsageError, ArgumentError, *([lightning.MisconfigurationException] if lightning else []))
 

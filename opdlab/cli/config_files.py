@@ -1,4 +1,4 @@
-"""How configurations are found and read: shipped names, files that extend others, and registered plug-ins."""
+"""Find and read configurations: shipped names, files that extend others, and registered plug-ins."""
 
 import importlib.resources
 import os
@@ -16,22 +16,22 @@ from opdlab.gating import gate_registry
 from opdlab.objectives.base import objective_registry
 from opdlab.registry import Registry, suggestion
 
-# Keys whose value may be a registered name where jsonargparse wants a class path.
+# Keys whose value may be a registered name instead of a class path.
 _REGISTRIES: dict[str, Callable[[], Registry[Any]]] = {
     "model.gate": gate_registry,
     "model.objective": objective_registry,
 }
 EXTENDS = "extends"
-"""In a configuration file: the configuration, or list of them, that it builds on."""
+"""Key in a configuration file that names the configuration, or a list of them, that it extends."""
 
-# True until the file given to --config is loaded; files of sections are loaded by the same function, given text alone.
+# True only while the file given to --config is next to be loaded: the loader gets only text, also for section files.
 _FOLLOWED = ContextVar("_FOLLOWED", default=False)
 
 
 class ConfigFile(ActionConfigFile):
-    """``--config NAME``: read a file, or a shipped configuration, after those that it extends.
+    """Action of ``--config NAME``: read a file or a shipped configuration, after those that it extends.
 
-    A file that was read before is not read again as the base of another: it would undo what came in between.
+    A file is not read again as the base of a later one, because it would override the files in between.
     """
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
@@ -45,14 +45,14 @@ class ConfigFile(ActionConfigFile):
 
 
 def _load_yaml(text: str) -> Any:
-    """Load YAML, replace old names, and put class paths where registered names stand."""
+    """Return the loaded YAML, with old names migrated and registered names replaced by class paths."""
     loaded = yaml.safe_load(text)
     followed = _FOLLOWED.get()
     _FOLLOWED.set(False)
     if isinstance(loaded, dict):
-        # A file of one section has no keys of the whole.
+        # The file of a section has no top-level keys of the configuration.
         loaded = migrate(loaded) if followed else migrate({"section": loaded})["section"]
-        extended = loaded.pop(EXTENDS, None)  # no option of its own
+        extended = loaded.pop(EXTENDS, None)  # not an option of the parser
         require(
             followed or extended is None,
             f"{EXTENDS} is {extended}, but is obeyed only in files given to -c or --config on the command line: "
@@ -82,10 +82,10 @@ set_loader(CONFIG_MODE, _load_yaml, exceptions=(yaml.YAMLError,))
 
 
 def class_path_of(key: str, name: str) -> str:
-    """Turn a registered name into a class path; class paths, and names of classes, stay as they are.
+    """Return the class path of a registered name; class paths and class names are returned unchanged.
 
     Raises:
-        UsageError: neither is known; the nearest name is given.
+        UsageError: the name is unknown; the message suggests the nearest one.
 
     Example:
         >>> class_path_of("model.gate", "block64")
@@ -101,7 +101,7 @@ def class_path_of(key: str, name: str) -> str:
 
 
 def expand_names(arguments: Sequence[str]) -> list[str]:
-    """Return ``arguments`` with class paths where registered names of plug-ins stand, or names to show the help of.
+    """Return ``arguments`` with registered names of plug-ins replaced by class paths, also after ``.help``.
 
     Raises:
         UsageError: no gate or objective has that name.
@@ -116,31 +116,31 @@ def expand_names(arguments: Sequence[str]) -> list[str]:
 
 
 def _expand_name(argument: str, before: str) -> str:
-    """Put a class path where ``argument``, or its value, is the registered name of a plug-in, or of its help."""
+    """Return ``argument`` with a registered name in it, or in its value, replaced by a class path."""
     flag, equals, value = argument.partition("=")
     if (key := flag.removeprefix("--").removesuffix(".help")) in _REGISTRIES and flag.startswith("--"):
         return f"{flag}={class_path_of(key, value)}" if equals else argument
-    help_alone = before.endswith(".help") and argument.startswith("-")  # its value may be left out
+    help_alone = before.endswith(".help") and argument.startswith("-")  # its value is optional
     if (key := before.removeprefix("--").removesuffix(".help")) in _REGISTRIES and not help_alone:
         return class_path_of(key, argument)
     return argument
 
 
 def config_chain(path: str, extended_by: tuple[str, ...] = ()) -> list[str]:
-    """Return the files that a configuration consists of, in the order in which they are read.
+    """Return the files of a configuration, in reading order.
 
     The key ``extends`` names one configuration or a list of them: a file next to this one, with or without
-    ``.yaml``, or a shipped configuration. Their keys are read first, so that this file's own win.
+    ``.yaml``, or a shipped configuration. They are read first, so the keys of this file take precedence.
 
     Args:
         path: an existing file.
-        extended_by: the files that led here.
+        extended_by: the chain of files that extend this one.
 
     Returns:
-        The files it builds on, each once, and ``path`` last.
+        The files that it extends, each once, and ``path`` last.
 
     Raises:
-        UsageError: one is missing, or extends itself, be it by way of others.
+        UsageError: a file is missing, or extends itself directly or through others.
 
     Example:
         >>> [Path(file).name for file in config_chain(config_path("quickstart"))]
@@ -150,10 +150,10 @@ def config_chain(path: str, extended_by: tuple[str, ...] = ()) -> list[str]:
     circle = os.path.realpath(path) in map(os.path.realpath, extended_by)
     require(not circle, f"{trail[0]}: extends leads in a circle: {' -> '.join(trail)}; take one out")
     try:
-        text = Path(path).read_text()  # in the encoding of the locale, as the parser reads it
+        text = Path(path).read_text()  # the locale's encoding, as in the parser
         loaded = yaml.safe_load(text)
     except (yaml.YAMLError, OSError, UnicodeDecodeError):
-        return [path]  # the parser says what is wrong with it
+        return [path]  # the parser reports the error
     require(loaded is not None, f"{path} is empty: give it keys, for example {EXTENDS}: quickstart")
     if isinstance(loaded, dict):
         warn_of_old_names(path, loaded)
@@ -166,7 +166,7 @@ def config_chain(path: str, extended_by: tuple[str, ...] = ()) -> list[str]:
     bases = [file for name in names for file in config_chain(_extended_path(name, path), trail)]
     first: dict[str, str] = {}
     for base in bases:
-        first.setdefault(os.path.realpath(base), base)  # one file may have two names
+        first.setdefault(os.path.realpath(base), base)  # one file may have several paths
     return [*first.values(), path]
 
 
@@ -174,7 +174,7 @@ def _extended_path(name: str, path: str) -> str:
     folder = Path(path).parent
     for beside in (folder / name, folder / f"{name}.yaml"):
         if beside.is_file():
-            return os.path.normpath(beside)  # pathlib keeps `..`, and one file would have two names
+            return os.path.normpath(beside)  # pathlib keeps `..`, so one file would have two paths
     try:
         return config_path(name)
     except UsageError as error:
@@ -182,7 +182,7 @@ def _extended_path(name: str, path: str) -> str:
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Every configuration that comes with opdlab, by name. Studies are none: they are made of configurations.
+    """Return the path of each configuration shipped with opdlab, by name. Studies are not included.
 
     Example:
         >>> "quickstart" in shipped_configs()
@@ -194,7 +194,7 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def config_path(name: str) -> str:
-    """Return ``name`` where it is a file, otherwise the shipped configuration of that name."""
+    """Return ``name`` if it is a file, otherwise the path of the shipped configuration of that name."""
     if Path(name).is_file():
         return name
     shipped = shipped_configs()

@@ -1,4 +1,4 @@
-"""``opdlab estimate``: the parts of a run's memory, phase by phase, and whether they fit the device."""
+"""``opdlab estimate``: the memory of a run by part and by phase, compared with the device."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,10 +35,10 @@ class DeviceMemory:
     """Memory of a device, bytes.
 
     Args:
-        name: of the device.
-        total: what it has.
-        free: what nobody uses.
-        is_host: whether it is the host's memory, in which the pool is, too, and what is offloaded.
+        name: name of the device.
+        total: total memory.
+        free: unused memory.
+        is_host: it is the host's memory, which also holds the rollout buffer and offloaded parts.
     """
 
     name: str
@@ -49,12 +49,12 @@ class DeviceMemory:
 
 @dataclass
 class Estimate:
-    """Bytes by part, and which parts are alive in which phase; phases do not overlap.
+    """Bytes of each part, and the parts that are alive in each phase; phases do not overlap.
 
     Args:
-        parts: bytes of each part, and a remark.
+        parts: bytes and a remark, by part.
         phases: names of the parts that are alive, by phase.
-        host: parts that live in the host's memory, whatever the device.
+        host: parts that are in the host's memory on any device.
     """
 
     parts: dict[str, tuple[int, str]] = field(default_factory=dict)
@@ -62,7 +62,7 @@ class Estimate:
     host: dict[str, tuple[int, str]] = field(default_factory=dict)
 
     def offload(self, part: str, pinned: int) -> None:
-        """Have a part live on the host, where it takes ``pinned`` bytes; phases in which it works have it besides."""
+        """Move a part to the host, where it takes ``pinned`` bytes; phases that use it also count it on the device."""
         self.host[part] = (pinned, "offloaded: pinned in powers of two")
 
     def add_phase(self, phase: str, resident: list[str], *more: str) -> None:
@@ -70,11 +70,11 @@ class Estimate:
         self.phases[phase] = list(dict.fromkeys([*resident, *more]))
 
     def peak(self, phase: str) -> int:
-        """Bytes alive in a phase."""
+        """Return the bytes alive in a phase."""
         return sum(self.parts[name][0] for name in self.phases[phase])
 
     def table(self) -> Table:
-        """The parts, then the phases."""
+        """Return the table of parts and phases."""
         table = Table("part", "GiB", "of", title="memory by part")
         for name, (size, remark) in self.parts.items():
             table.add_row(name, _gib(size), remark)
@@ -88,10 +88,10 @@ class Estimate:
         return table
 
     def verdict(self, device: DeviceMemory) -> str:
-        """Whether the largest peak fits, and if not, what is the largest part of it.
+        """Return a sentence that says if the largest peak fits, and if not, names its largest part.
 
         Args:
-            device: what to compare with. In the host's memory there is besides, in all phases, what rests there.
+            device: device to compare with. For host memory, every phase also counts the parts in ``host``.
         """
         beside = {name: size for name, (size, _) in self.host.items() if device.is_host}
         phase = max(self.phases, key=self.peak)
@@ -108,20 +108,20 @@ def estimate_command(arguments: Sequence[str]) -> int:
     """Run ``opdlab estimate``, and return the exit code.
 
     Raises:
-        UsageError: something in the arguments is wrong, or a model's configuration cannot be read.
+        UsageError: an argument is invalid, or a model's configuration cannot be read.
     """
     print_estimate(parse_fit(arguments, "estimate"))
     return 0
 
 
 def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_cpu: bool | None = None) -> Estimate:
-    """Estimate a run from the parsed configuration of ``opdlab fit``; a process of it, where there are several.
+    """Return the estimate for a process of a run, from the parsed configuration of ``opdlab fit``.
 
     Args:
-        config: parsed.
-        models: student, and the teacher if it is here; counted by default.
-        on_cpu: whether it runs on a CPU, on which nothing can be offloaded; by default where ``trainer.accelerator``
-            says so, so that any machine shows what a GPU would need.
+        config: parsed configuration.
+        models: sizes of the student and of a local teacher; counted by default.
+        on_cpu: the run uses a CPU, where nothing can be offloaded; by default True only if ``trainer.accelerator``
+            names the CPU, so that any machine shows the needs of a GPU.
 
     Raises:
         UsageError: a model's configuration cannot be read.
@@ -144,7 +144,7 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
 
 
 def print_estimate(config: Any) -> None:
-    """Print the table, and how it compares with the device that ``opdlab fit`` would take."""
+    """Print the table, and compare it with the device that ``opdlab fit`` would use."""
     models = dict(_models(config))
     result = estimate(config, models)
     Console().print(result.table())
@@ -169,7 +169,7 @@ def _without_offloading(options: Sequence[str], accelerator: str) -> str:
 
 
 def refuse_oversized(config: Any) -> None:
-    """Refuse a run whose weights cannot be on the device; where anything is in doubt, let it try.
+    """Raise :class:`UsageError` if the weights cannot fit the device; an uncertain case passes.
 
     Raises:
         UsageError: a model's weights alone are larger than the device's memory.
@@ -181,7 +181,7 @@ def refuse_oversized(config: Any) -> None:
         models = dict(_models(config))
     except UsageError as error:
         if isinstance(error.__cause__, OSError):
-            raise  # loading would wait for the hub once more, and fail all the same
+            raise  # loading would wait for the hub again, and fail too
         return
     for role, model in models.items():
         require(
@@ -193,13 +193,13 @@ def refuse_oversized(config: Any) -> None:
 
 
 def device_memory(accelerator: str) -> DeviceMemory | None:
-    """Memory of the device that ``trainer.accelerator`` stands for; None where that cannot be told."""
+    """Return the memory of the device selected by ``trainer.accelerator``; None if unknown."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return DeviceMemory(torch.cuda.get_device_name(), total, free)
     if accelerator not in ("auto", "cpu") or torch.backends.mps.is_available():
         return None
-    meminfo = Path("/proc/meminfo")  # of Linux
+    meminfo = Path("/proc/meminfo")  # Linux only
     figures = dict(re.findall(r"^(\w+): +(\d+) kB$", meminfo.read_text(), re.MULTILINE)) if meminfo.is_file() else {}
     if not {"MemTotal", "MemAvailable"} <= figures.keys():
         return None
@@ -218,7 +218,7 @@ def _options(plugin: Any) -> dict[str, Any]:
 def _models(config: Any) -> Iterator[tuple[str, ModelSize]]:
     yield "student", model_size(_options(config.model.student), config.trainer.precision)
     teacher = _options(config.model.teacher)
-    if "path" in teacher and "dtype" in teacher:  # else it is elsewhere; the trainer casts it nowhere
+    if "path" in teacher and "dtype" in teacher:  # a local teacher; the trainer does not cast it
         yield "teacher", model_size(teacher, None)
 
 
@@ -231,7 +231,7 @@ def _length(config: Any) -> int:
 
 
 def _resident(result: Estimate, config: Any, student: ModelSize, teacher: ModelSize | None) -> None:
-    """Parts that live throughout. Gradients do, too: Lightning clears them only when the next ones are due."""
+    """Add the parts alive in all phases, with gradients: Lightning clears them only before the next backward pass."""
     parts, width, optimizer = result.parts, student.trained_width, config.model.optimizer
     each = optimizer_bytes_per_parameter({"class_path": optimizer.class_path, "init_args": _options(optimizer)}, width)
     name = optimizer.class_path.rpartition(".")[2]
@@ -242,7 +242,7 @@ def _resident(result: Estimate, config: Any, student: ModelSize, teacher: ModelS
     parts["gradients"] = (student.trainable * width, f"{student.trainable:,} x {width} bytes")
     parts["optimizer state"] = (int(student.trainable * each), f"{name}: {each:.3g} bytes each")
     snapshot_width = _snapshot_width(config, student)
-    if student.has_adapter:  # the weights below it are shared
+    if student.has_adapter:  # the base weights are shared
         parts[_SNAPSHOT] = (student.trainable * width, "the adapter alone")
     else:
         parts[_SNAPSHOT] = (student.parameters * snapshot_width, f"{snapshot_width} bytes each")
@@ -260,7 +260,7 @@ def _offload_options(config: Any, models: Mapping[str, ModelSize]) -> list[str]:
 
 
 def _offload(result: Estimate, config: Any, models: Mapping[str, ModelSize]) -> None:
-    """Have what is offloaded live on the host."""
+    """Move offloaded parts to the host."""
     options = _offload_options(config, models)
     if "model.behavior.offload" in options:
         result.offload(_SNAPSHOT, models["student"].rounded * _snapshot_width(config, models["student"]))
@@ -276,9 +276,9 @@ def _snapshot_width(config: Any, student: ModelSize) -> int:
 def _cache(model: ModelSize, config: Any, sampling: Any, wanted: int) -> tuple[int, str]:
     batch, prompt = min(sampling.batch_size, wanted), config.data.max_prompt_tokens
     length = prompt + sampling.max_new_tokens
-    # Top-p sorts: logits, those sorted, their places (8 bytes), probabilities and their running sum.
+    # Top-p holds logits, sorted logits, their indices (8 bytes), probabilities and their cumulative sum.
     logits = batch * model.shape.vocab * (4 * FLOAT + 8)
-    # Prompts may be read, each once, while the cache of the responses before them is still there.
+    # Each prompt is prefilled once, possibly while the cache of the previous responses still exists.
     read = -(-batch // sampling.num_samples) * prompt
     cache = kv_cache_bytes(model.shape, batch * length + read, model.widths)
     reading = inference_bytes(model.shape, read, model.widths)
@@ -296,10 +296,10 @@ def _evaluation(result: Estimate, config: Any, models: Mapping[str, ModelSize], 
     caches = {"KV cache of evaluation": _cache(models["student"], config, sampling, wanted)}
     if "teacher" in models and options.teacher:
         caches["KV cache of the teacher's evaluation"] = _cache(models["teacher"], config, sampling, wanted)
-    casts = [_CASTS] if _CASTS in result.parts else []  # autocast makes them for whatever could be trained
+    casts = [_CASTS] if _CASTS in result.parts else []  # autocast caches copies of all trainable weights
     if _TEACHER in result.host:
         result.parts |= caches
-        measured = [_TEACHER] if options.reverse_kl else []  # by the teacher, with each batch of answers
+        measured = [_TEACHER] if options.reverse_kl else []  # the teacher scores each batch of answers
         result.add_phase("evaluation", resident, *measured, "KV cache of evaluation", *casts)
         if options.teacher:
             result.add_phase("the teacher's evaluation", resident, _TEACHER, [*caches][-1], *casts)
@@ -321,7 +321,7 @@ def _scoring(result: Estimate, config: Any, models: Mapping[str, ModelSize], res
         tokens = min(sizes[role] or 1, _pool_size(config)) * _length(config)
         at_once = _tokens_of_pass(config, tokens) if role == "student" else tokens
         size = inference_bytes(model.shape, at_once, model.widths) + head_bytes(model.shape, tokens, training=False)
-        if at_once < tokens:  # states of the passes before
+        if at_once < tokens:  # hidden states of the previous passes
             size += tokens * model.shape.hidden * model.widths.weights
         said = f"{tokens:,} tokens" if at_once == tokens else f"{at_once:,} of {tokens:,} tokens at a time"
         result.parts[f"forward pass of {phase}"] = (size, said)
@@ -329,7 +329,7 @@ def _scoring(result: Estimate, config: Any, models: Mapping[str, ModelSize], res
 
 
 def _tokens_of_pass(config: Any, tokens: int) -> int:
-    """How many of a batch's tokens are in the student at a time; a row that is longer than the bound goes alone."""
+    """Return the tokens per forward pass of the student; a row longer than the bound is a pass of its own."""
     bound = config.model.get("max_tokens_per_pass")
     return tokens if bound is None else min(tokens, max(bound, _length(config)))
 
@@ -348,7 +348,7 @@ def _update(result: Estimate, config: Any, student: ModelSize, resident: list[st
     if at_once < tokens:
         size = 2 * tokens * student.shape.hidden * student.widths.weights
         more["hidden states of all passes"] = (size, f"{tokens:,} tokens, and their gradient")
-    if student.widths.autocast:  # which keeps a narrow copy of what it multiplies with
+    if student.widths.autocast:  # autocast keeps a cast copy of the weights
         width = student.widths.compute
         more[_CASTS] = (student.parameters * width, f"{width} bytes each")
     result.parts |= more
@@ -359,7 +359,7 @@ def _pool(result: Estimate, config: Any) -> None:
     rollouts, length = _pool_size(config), config.model.sampling.max_new_tokens
     init = {"class_path": config.model.objective.class_path, "init_args": _options(config.model.objective)}
     k = instantiate_class((), init).request.top_k
-    # Tokens (8) and mask (1); log-probabilities of snapshot and teacher, mass; ids and logits of the support.
+    # Tokens (8) and mask (1); log-probabilities of snapshot and teacher, and mass; ids and logits of the support.
     per_token = 8 + 1 + 3 * FLOAT + k * (4 + FLOAT)
     size = rollouts * (length * per_token + config.data.max_prompt_tokens * (8 + 1))
     result.host["pool"] = (size, f"{rollouts} rollouts x {length:,} tokens x {per_token} bytes, top {k}")

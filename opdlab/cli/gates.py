@@ -1,4 +1,4 @@
-"""``opdlab gates``: the registered gates. Imports torch, and neither Lightning nor transformers."""
+"""``opdlab gates``: list the registered gates. Imports torch, but neither Lightning nor transformers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ def list_gates(arguments: Sequence[str]) -> int:
     """Run ``opdlab gates``, and return the exit code.
 
     Raises:
-        UsageError: there are arguments; it takes none.
+        UsageError: arguments are given; the command takes none.
     """
     PlainParser(prog="opdlab gates", description=COMMANDS["gates"].summary).parse_args(arguments)
     print(described(gate_registry()))
@@ -21,7 +21,7 @@ def list_gates(arguments: Sequence[str]) -> int:
 
 
 def described(registry: Registry[Any]) -> str:
-    """Return a line for each registered class: its name, and the first line of its documentation."""
+    """Return one line per registered class: its name and the first line of its docstring."""
     width = max(map(len, registry.names()))
     lines = []
     for name in registry.names():

@@ -1,4 +1,4 @@
-"""A run's hyperparameters for TensorBoard's HParams tab, and for whatever other logger there is."""
+"""Hyperparameters of a run, for TensorBoard's HParams tab and for other loggers."""
 
 import inspect
 from collections.abc import Iterable, Mapping
@@ -26,22 +26,22 @@ from opdlab.registry import Registry
 
 Value = int | float | str
 _SCHEDULE = "tau_schedule"
-# Shown from the start; the others are ticked on the left of the tab.
+# Columns shown by default; the user can select others in the tab.
 _SHOWN = ("gate", "gate.tau", "objective", "lr", "reuse.epochs")
 
 
 def log_hyperparameters(
     trainer: Trainer, module: OPDModule, config: Mapping[str, Any], benchmarks: Iterable[str]
 ) -> None:
-    """Write a run's hyperparameters, before anything else is logged of it.
+    """Write the hyperparameters of a run before anything else is logged.
 
-    TensorBoard shows them in its HParams tab, a line for each run folder, beside the newest logged pass@k. Of a run
-    that was resumed it keeps those that were written first.
+    TensorBoard shows them in its HParams tab, one row per run folder, next to the newest logged pass@k. For a resumed
+    run it keeps the values that were written first.
 
     Args:
-        trainer: whose loggers to write to.
-        module: that is trained.
-        config: of ``fit``, as plain values.
+        trainer: trainer with the loggers.
+        module: the trained module.
+        config: configuration of ``fit``, as plain values.
         benchmarks: names of the benchmarks.
     """
     if not trainer.is_global_zero:
@@ -52,25 +52,25 @@ def log_hyperparameters(
             experiment, start, _ = hparams(values, {})  # type: ignore[no-untyped-call]
             declared = HParamsPluginData(experiment=_experiment(values, metric_tags(module, benchmarks)))
             experiment.value[0].metadata.plugin_data.content = create_summary_metadata(declared).plugin_data.content
-            for summary in (experiment, start):  # no end: whether the run succeeds is not known yet
+            for summary in (experiment, start):  # no end, because the outcome of the run is not known yet
                 logger.experiment._get_file_writer().add_summary(summary)
         else:
             logger.log_hyperparams(values)
 
 
 def metric_tags(module: OPDModule, benchmarks: Iterable[str]) -> list[str]:
-    """Tags of what a run is judged by: pass@k for the largest k and for 1, the mean over the benchmarks first."""
+    """Return the tags of the main metrics: pass@k for the largest k and for 1, the mean over the benchmarks first."""
     pass_at = module.evaluator.config.pass_at
     ks = sorted({max(pass_at), min(pass_at)}, reverse=True)
     return [f"val/{name}/pass@{k}" for name in ("mean", *benchmarks) for k in ks]
 
 
 def hyperparameters(module: OPDModule, config: Mapping[str, Any]) -> dict[str, Value]:
-    """What tells one run from another, by flat names; what is not set is left out.
+    """Return a flat dict of hyperparameters; options that are not set are left out.
 
     Args:
-        module: that is trained.
-        config: of ``fit``, as plain values.
+        module: the trained module.
+        config: configuration of ``fit``, as plain values.
     """
     model, trainer, data = config["model"], config["trainer"], config["data"]
     optimizer = _options(model["optimizer"])
@@ -81,7 +81,7 @@ def hyperparameters(module: OPDModule, config: Mapping[str, Any]) -> dict[str, V
         **_prefixed("objective", _options(model["objective"])),
         "lr": optimizer.pop("lr", None),
         "optimizer": _class_name(model["optimizer"]),
-        # torch's optimizers have many switches that are off.
+        # Omit the many switches of torch's optimizers that are off.
         **_prefixed("optimizer", {key: value for key, value in optimizer.items() if value is not False}),
         "lr_scheduler": _class_name(model["lr_scheduler"]),
         **_prefixed("reuse", data["reuse"]),
@@ -121,7 +121,7 @@ def _options(config: Any) -> dict[str, Any]:
 
 
 def _gate_options(gate: GateStrategy, config: Any) -> dict[str, Any]:
-    """Return the options that act; a schedule gets a column of its own, beside that of numbers."""
+    """Return the options that have an effect; a schedule of tau gets its own column."""
     options = {**_options(config), "normalization": gate.normalization.name}
     options = {name: value for name, value in options.items() if name not in gate.unused_options}
     if (name := _class_name(options.get("tau"))) is not None:
@@ -131,13 +131,13 @@ def _gate_options(gate: GateStrategy, config: Any) -> dict[str, Any]:
 
 
 def _experiment(values: Mapping[str, Value], tags: Iterable[str]) -> Experiment:
-    """The columns of the tab.
+    """Return the columns of the tab.
 
-    TensorBoard takes them from whichever run of a folder it meets first, so all runs must declare the same: the
-    options of adapters and of every registered gate and objective, not those of the run alone.
+    TensorBoard takes the columns from the first run that it reads in a folder, so all runs must declare the same ones:
+    the options of adapters and of every registered gate and objective, not only those of the run.
     """
     types = _known_options() | {name: _type(value) for name, value in values.items()}
-    # It shows the first five of those whose values differ, and leaves it to us to say which do.
+    # TensorBoard shows the first five columns that are declared to differ.
     columns = [HParamInfo(name=name, type=kind, differs=name in _SHOWN) for name, kind in types.items()]
     return Experiment(hparam_infos=columns, metric_infos=[MetricInfo(name=MetricName(tag=tag)) for tag in tags])
 

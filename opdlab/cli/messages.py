@@ -1,4 +1,4 @@
-"""What the parser says about a mistake, said in one line: the key, the value, and what would be right."""
+"""Turn the parser's errors into one line: the key, the value, and what is valid."""
 
 import difflib
 import importlib
@@ -13,7 +13,7 @@ from opdlab.packages import package_trouble
 from opdlab.registry import suggestion
 
 _HELP = "opdlab fit --help"
-# What stands around the name of a key, from the outside in.
+# Text that the parser puts around the name of a key, from the outside in.
 _WRAPPER = re.compile(
     r"(?:Problem with given class_path '[^']+': |Type typing\.Callable\S*.*? expects a function or a callable class: )?"
     r'Parser key "(?P<key>[^"]+)": '
@@ -39,12 +39,12 @@ _WORDS = {
 
 
 def explain(error: BaseException, keys: Iterable[str] = (), *, command: str = _HELP) -> str:
-    """Say in one line what is wrong with a configuration, with the nearest key where one is unknown.
+    """Return one line that says what is wrong with a configuration, with the nearest key if one is unknown.
 
     Args:
-        error: what the parser raised.
-        keys: keys that exist.
-        command: lists them.
+        error: error raised by the parser.
+        keys: valid keys.
+        command: command that lists them.
 
     Example:
         >>> explain(ValueError("Group 'model' does not accept option 'gaet'"), ["model.gate", "data.train"])
@@ -74,13 +74,13 @@ def explain(error: BaseException, keys: Iterable[str] = (), *, command: str = _H
 
 
 def _not_importable(error: BaseException, text: str) -> str | None:
-    """What is missing where the class of a class path cannot be imported; None where that is not what is wrong."""
+    """Return the reason that the class of a class path cannot be imported; None for other errors."""
     trouble, written = package_trouble(error), re.search(r"given class_path '(([\w]+)[\w.]*)'", text)
     if trouble is None or written is None:
         return None
     key = re.search(r'Parser key "([^"]+)"', text)
     where = key[1] if key else written[1]
-    if f"No module named '{written[2]}'" in text:  # a name that the user made up is not one to install
+    if f"No module named '{written[2]}'" in text:  # a misspelled module is not a package to install
         return (
             f"{where} is {written[1]}, but there is no module '{written[2]}': check the name, install its package, or "
             f"start the command in the folder that holds it"
@@ -89,13 +89,13 @@ def _not_importable(error: BaseException, text: str) -> str | None:
 
 
 def _wrong_value(key: str, text: str) -> str | None:
-    """What is wrong with the value of ``key``, or of one inside it; None where the parser's words are not known."""
-    text = re.sub(r"\. Got value: Namespace\(.*$", "", text)  # quoted again by the type around it
+    """Return what is wrong with the value of ``key``, or of a key inside it; None for an unknown error text."""
+    text = re.sub(r"\. Got value: Namespace\(.*$", "", text)  # the outer type quotes it again
     if match := _WRAPPER.match(text):
         return _wrong_value(f"{key}.{match['key']}", text[match.end() :])
     text = _NO_PATH.sub("", text, count=1)
     if match := _UNION.match(text):
-        # The type that it was meant to be has a complaint about one of its own keys.
+        # The intended type of the union reports an error about one of its own keys.
         inner = re.search(r"- (Problem with given class_path '[^']+': Parser key .*)$", match["errors"])
         inside = _wrong_value(key, inner[1]) if inner else None
         return inside or f"{key} is {match['value']}, but must be {_in_words(match['types'])}"
@@ -107,7 +107,7 @@ def _wrong_value(key: str, text: str) -> str | None:
 
 
 def _in_words(types: str) -> str:
-    # Commas inside brackets separate no types.
+    # Commas inside brackets do not separate types.
     parts = [part.strip() for part in re.split(r",(?![^\[]*\])", types)]
     words = [_type_in_words(part) for part in parts]
     return " or ".join([", ".join(words[:-1]), words[-1]] if words[:-1] else words)
@@ -123,7 +123,7 @@ def _type_in_words(name: str) -> str:
 
 
 def _subclasses(class_path: str) -> list[str]:
-    """Names of the public classes that extend a class of this package, as far as they are imported."""
+    """Return the names of imported public subclasses of a class of this package."""
     module, _, name = class_path.rpartition(".")
     if not module.startswith("opdlab"):
         return []
@@ -135,7 +135,7 @@ def _subclasses(class_path: str) -> list[str]:
 
 
 def _nearest(key: str, known: list[str], command: str) -> str:
-    """The key that was probably meant, or else what there is in its section."""
+    """Return a hint: the nearest key, or else the keys of its section."""
     section, _, name = key.rpartition(".")
     siblings = [other.removeprefix(f"{section}.") for other in known if other.rpartition(".")[0] == section]
     if not section or not siblings:
@@ -145,7 +145,7 @@ def _nearest(key: str, known: list[str], command: str) -> str:
 
 
 def options_of(class_path: str) -> list[str]:
-    """The keys that a class takes in a configuration, as the parser sees it.
+    """Return the keys that the parser accepts for a class.
 
     Example:
         >>> options_of("opdlab.tau.LinearTau")

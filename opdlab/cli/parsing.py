@@ -1,4 +1,4 @@
-"""What ``fit`` takes, parsed: the one parser of ``fit``, ``validate``, ``test`` and ``estimate``, and of a study."""
+"""The parser of ``fit``, ``validate``, ``test`` and ``estimate``, which studies use too."""
 
 import functools
 import inspect
@@ -25,18 +25,18 @@ from opdlab.objectives.base import objective_registry
 from opdlab.run_folder import find_checkpoint
 
 RUN_KEYS = ("ckpt_path", "weights_only")
-"""Keys that are handed to the method of the trainer."""
+"""Keys that are passed to the method of the trainer."""
 
 
 class _HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """Keeps the line breaks of descriptions, and shows types and defaults as jsonargparse does."""
+    """Formatter that keeps the line breaks of descriptions, and shows types and defaults like jsonargparse."""
 
 
 @functools.cache
 def fit_parser(command: str = "fit") -> LightningArgumentParser:
     """Return the parser of a command that takes a whole configuration: fit, validate, test or estimate.
 
-    It is built once: a study parses every variant with it.
+    The parser is built once, because a study parses every variant with it.
     """
     parser = LightningArgumentParser(
         prog=f"opdlab {command}",
@@ -85,14 +85,14 @@ def fit_parser(command: str = "fit") -> LightningArgumentParser:
 
 
 def parse_fit(arguments: Sequence[str], command: str = "fit") -> Namespace:
-    """Return the configuration that ``opdlab COMMAND ARGUMENTS`` runs with, checked as far as that needs no model.
+    """Return the configuration of ``opdlab COMMAND ARGUMENTS``, after all checks that need no model.
 
     Args:
-        arguments: that follow the name of the command.
+        arguments: arguments after the name of the command.
         command: fit, validate, test or estimate.
 
     Raises:
-        UsageError: a key is unknown, a value is refused, or some do not fit together.
+        UsageError: a key is unknown, a value is invalid, or values are inconsistent.
 
     Example:
         >>> parse_fit(["-c", "quickstart", "--trainer.max_steps", "3"]).trainer.max_steps

@@ -1,4 +1,4 @@
-"""``opdlab replay RUN``: recorded steps of a run under every gate, without retraining."""
+"""``opdlab replay RUN``: replay recorded steps of a run under every gate, without retraining."""
 
 import time
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ _PASSED_ON = ("--model.", "--data.", "--trainer.")
 def parser() -> PlainParser:
     """Return the parser of ``opdlab replay``.
 
-    What begins with ``--model.``, ``--data.`` or ``--trainer.`` is left to the run's own configuration.
+    Arguments that begin with ``--model.``, ``--data.`` or ``--trainer.`` override the run's configuration.
     """
     made = PlainParser(
         prog="opdlab replay",
@@ -59,13 +59,13 @@ def parser() -> PlainParser:
 
 
 def replay(arguments: Sequence[str]) -> int:
-    """Run ``opdlab replay``: replay a run, write what came out, and return the exit code.
+    """Run ``opdlab replay``: replay a run, write the results, and return the exit code.
 
     Args:
-        arguments: of the command line, after ``replay``.
+        arguments: arguments after ``replay``.
 
     Raises:
-        UsageError: something that the user gave cannot work.
+        UsageError: an argument, the run or its configuration is invalid.
     """
     require(bool(arguments), "give a run's folder, such as runs/quickstart/version_0; see opdlab replay --help")
     options, overrides = parser().parse_known_args(arguments)
@@ -76,7 +76,7 @@ def replay(arguments: Sequence[str]) -> int:
     out = _made(options.out or options.run / "replay")
     records = [read_record(folder) for folder in folders.values()]
     for name in grid.gates or ():
-        gate_class(name)  # refuses unknown names before anything is loaded
+        gate_class(name)  # fail before models are loaded
     started = time.perf_counter()
     replayer = _replayer(options, overrides, grid, config)
     steps: list[ReplayedStep] = []
@@ -102,7 +102,7 @@ def replay(arguments: Sequence[str]) -> int:
 
 
 def _replayer(options: Any, overrides: Sequence[str], grid: Grid, config: ReplayConfig) -> Replayer:
-    # On one device, whatever the run had.
+    # The replay uses one device, even if the run used more.
     run, module, data = _built(["-c", str(options.run / CONFIG), "--ckpt_path", "null", *overrides])
     fabric = Fabric(accelerator=run.trainer.accelerator, devices=1, precision=run.trainer.precision)
     module.to(fabric.device)
@@ -115,7 +115,7 @@ def _replayer(options: Any, overrides: Sequence[str], grid: Grid, config: Replay
 
 
 def _built(arguments: Sequence[str]) -> tuple[Namespace, OPDModule, PromptDataModule]:
-    """Return the configuration that ``opdlab fit`` makes of ``arguments``, its module and its data, but no trainer."""
+    """Return the configuration of ``opdlab fit`` with ``arguments``, its module and its data module; no trainer."""
     config = parse_fit(arguments)
     if config.check_memory:
         refuse_oversized(config)
@@ -126,14 +126,14 @@ def _built(arguments: Sequence[str]) -> tuple[Namespace, OPDModule, PromptDataMo
 
 
 def chosen_folders(run: Path, steps: Sequence[str] | None) -> dict[int, Path]:
-    """The records to replay, by number of the step.
+    """Return the folders of the records to replay, by step number.
 
     Args:
         run: the run's folder.
-        steps: numbers, or None for all.
+        steps: step numbers, or None for all.
 
     Raises:
-        UsageError: it is no run, or has no records, or not those.
+        UsageError: the folder is not a run, has no records, or lacks one of the steps.
     """
     require(run.is_dir(), f"'{run}' is no folder: give a run's folder, such as runs/quickstart/version_0")
     inside = sorted(run.glob(f"version_*/{CONFIG}"), key=lambda path: path.stat().st_mtime_ns)
@@ -199,11 +199,11 @@ def _steps(number: int) -> str:
 
 
 def reproduction(steps: Sequence[ReplayedStep], records: Sequence[RecordedStep]) -> list[str]:
-    """Say whether the replay under the run's own gate gives the recorded losses.
+    """Return lines that compare the losses replayed under the run's own gate with the recorded ones.
 
     Args:
-        steps: what was replayed.
-        records: the same steps, as they were recorded.
+        steps: the replayed steps.
+        records: the records of the same steps.
     """
     equal = sum(step.recorded_loss == step.replayed_loss for step in steps)
     if equal == len(steps):
@@ -223,9 +223,9 @@ def write_results(out: Path, steps: Sequence[ReplayedStep], about: Sequence[str]
 
     Args:
         out: an existing folder.
-        steps: what was replayed.
+        steps: the replayed steps.
         about: lines about the replay.
-        grid: whose largest tau but one is shown in the picture by age.
+        grid: grid of gates; the picture by age shows its median tau.
     """
     write_rows(out / "replay.csv", steps)
     summaries = summarise(steps)

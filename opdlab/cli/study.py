@@ -1,4 +1,4 @@
-"""``opdlab study``: run the variants of a study, and report on them."""
+"""``opdlab study``: run the variants of a study, and report the results."""
 
 import importlib.resources
 import json
@@ -29,7 +29,7 @@ from opdlab.studies.table import StudyTable
 
 _ROOT = Path("runs/studies")
 _COMMANDS = ("run", "report", "list")
-# What to give where an argument is missing.
+# Hints for missing arguments.
 _WANTED = {
     "run.study": "give a study: a file, or a name that `opdlab study list` shows",
     "report.folder": "give the folder of a study, such as runs/studies/paper-toy-mild",
@@ -40,10 +40,10 @@ def study_command(arguments: Sequence[str]) -> int:
     """Run ``opdlab study ARGUMENTS`` and return the exit code: 1 if a run has failed, 128 + n after signal n.
 
     Args:
-        arguments: behind the name of the command.
+        arguments: arguments after the name of the command.
 
     Raises:
-        UsageError: something in the arguments, the study or its folder is wrong.
+        UsageError: an argument, the study or its folder is invalid.
     """
     require(bool(arguments), "opdlab study does nothing by itself: give run, report or list")
     try:
@@ -53,7 +53,7 @@ def study_command(arguments: Sequence[str]) -> int:
     if config.subcommand == "list":
         return _list()
     if config.subcommand == "report":
-        from opdlab.studies.report import make_report  # it imports matplotlib and scipy
+        from opdlab.studies.report import make_report  # here, because it imports matplotlib and scipy
 
         report = make_report(Path(config.report.folder))
         print(*report.conclusion, f"report: {report.write()}", sep="\n")
@@ -62,7 +62,7 @@ def study_command(arguments: Sequence[str]) -> int:
 
 
 def plain_config(arguments: Sequence[str]) -> dict[str, Any]:
-    """Return the checked configuration that ``opdlab fit`` makes of its arguments, as plain values."""
+    """Return the checked configuration of ``opdlab fit`` with ``arguments``, as plain values."""
     config: dict[str, Any] = json.loads(json.dumps(parse_fit(arguments).as_dict(), default=str))
     return config
 
@@ -82,7 +82,7 @@ def _explain(error: ArgumentError, command: str) -> str:
 
 
 def parser() -> ArgumentParser:
-    """Of ``opdlab study``."""
+    """Return the parser of ``opdlab study``."""
     made = ArgumentParser(prog="opdlab study", description=COMMANDS["study"].summary, exit_on_error=False)
     report = ArgumentParser(exit_on_error=False)
     report.add_argument("folder", type=str, help="Of the study, such as runs/studies/paper-toy-mild.")
@@ -107,7 +107,7 @@ def _run_parser() -> ArgumentParser:
         "--share",
         type=str,
         nargs="+",
-        action="extend",  # so that it may also be given several times
+        action="extend",  # the option may be repeated
         default=[],
         metavar="DIR",
         help="Other studies, whose equal runs are taken over.",
@@ -120,7 +120,7 @@ def _run_parser() -> ArgumentParser:
 
 
 def shipped_studies() -> dict[str, Path]:
-    """Every study that comes with opdlab, by name.
+    """Return the path of each study shipped with opdlab, by name.
 
     Example:
         >>> "paper-toy-mild" in shipped_studies()
@@ -131,10 +131,10 @@ def shipped_studies() -> dict[str, Path]:
 
 
 def find_study(name: str) -> Path:
-    """A study's file, given that or a shipped name.
+    """Return the file of a study, given its path or a shipped name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the study does not exist.
     """
     if Path(name).is_file():
         return Path(name)
@@ -163,7 +163,7 @@ def _run(options: Namespace) -> int:
     plan = plan_study(study, folder, plain_config)
     with ExitStack() as stack:
         try:
-            mine = stack.enter_context(locked(folder))  # two launchers would start runs twice
+            mine = stack.enter_context(locked(folder))  # two launchers would start the same runs twice
         except OSError as error:
             fault = f"--folder is '{folder}', which cannot be written ({error.strerror}): give another"
             raise UsageError(fault) from error
@@ -176,7 +176,7 @@ def _run(options: Namespace) -> int:
 
 
 def plan_study(study: Study, folder: Path, resolve: Resolve) -> Plan:
-    """Settle the names of a study's base, and resolve and check every variant; see :func:`make_plan`."""
+    """Return the plan of a study, with its base names resolved and every variant checked; see :func:`make_plan`."""
     shipped = {file.resolve(): name for name, file in shipped_configs().items()}
     paths = [Path(config_path(name)).resolve() for name in study.base]
     return make_plan(replace(study, base=[shipped.get(path, str(path)) for path in paths]), folder, resolve)

@@ -1,4 +1,4 @@
-"""Problems, prompts and the data module that hands them out."""
+"""Problems, prompts, and the data module that serves them."""
 
 from opdlab.data.benchmarks import Benchmark, DapoMath17k
 from opdlab.data.cleaning import CleaningAccount, CleaningConfig

@@ -23,19 +23,19 @@ def _as_written(answer: str) -> str:
 
 
 def _integer(answer: str) -> str:
-    r"""``025``, ``27.0`` and ``336^\circ`` as ``25``, ``27`` and ``336``; anything else as it is."""
+    r"""Return ``25``, ``27`` and ``336`` for ``025``, ``27.0`` and ``336^\circ``; other answers unchanged."""
     match = re.fullmatch(r"0*(\d+)(?:\.0+)?(?:\^\{?\\circ\}?)?", answer.strip())
     return match[1] if match else answer.strip()
 
 
 def _after_hashes(answer: str) -> str:
-    """GSM8K's answer field is a solution that ends in ``#### 1,234``."""
+    """Return the answer after ``####`` in a GSM8K solution, without commas."""
     return answer.rpartition("####")[2].replace(",", "").strip()
 
 
 @dataclass(frozen=True)
 class _Published:
-    """Where a set is on the hub, what its fields are called, and what is done to their text."""
+    """Location of a set on the hub, its field names, and the changes to their text."""
 
     hub_id: str
     split: str
@@ -44,8 +44,8 @@ class _Published:
     answer_field: str = "answer"
     id_field: str = "id"
     answer: Callable[[str], str] = _as_written
-    prefix: str = ""  # cut off the problem
-    suffix: str = ""  # cut off the problem
+    prefix: str = ""  # removed from the problem
+    suffix: str = ""  # removed from the problem
 
     def cleaned(self, problem: Problem) -> Problem:
         text = problem.text.strip().removeprefix(self.prefix.strip()).removesuffix(self.suffix.strip()).strip()
@@ -65,13 +65,13 @@ _DAPO = _Published(
     subset="all",
     problem_field="prompt",
     answer_field="solution",
-    # Of the original release; the processed sets have cut them off already, or not.
+    # Prefix and suffix of the original release; processed sets may lack them.
     prefix="Solve the following math problem step by step. The last line of your response should be of the form "
     "Answer: $Answer (without quotes) where $Answer is the answer to the problem.",
     suffix='Remember to put your answer on its own line after "Answer:".',
 )
 
-# One set of worker processes for all presets that are not given a verifier of their own.
+# All presets without their own verifier share one set of worker processes.
 _shared_verifier = functools.cache(MathVerifier)
 
 
@@ -111,17 +111,17 @@ class _PublishedProblems(ProblemSource):
         )
 
     def problems(self) -> Iterator[Problem]:
-        """Yield the problems, cleaned of what the published set puts around them."""
+        """Yield the problems without the prefix and suffix of the published set."""
         return map(self._published.cleaned, self._rows.problems())
 
     @property
     def name(self) -> str:
-        """The file, or the data set and its split."""
+        """Return the file, or the data set and its split."""
         return self._rows.name
 
 
 class Benchmark(_PublishedProblems):
-    r"""A benchmark by name.
+    r"""Problems of a named benchmark.
 
     ========= ======== ===================================== =========================================
     name      problems hub id, split                         done to answers
@@ -129,7 +129,7 @@ class Benchmark(_PublishedProblems):
     aime24    30       ``HuggingFaceH4/aime_2024``, train    ``025`` becomes ``25``
     aime25    30       ``math-ai/aime25``, test              ``336^\circ`` becomes ``336``
     amc23     40       ``math-ai/amc23``, test               ``27.0`` becomes ``27``
-    gsm8k     1319     ``openai/gsm8k`` (main), test         what stands after ``####``, without commas
+    gsm8k     1319     ``openai/gsm8k`` (main), test         text after ``####``, without commas
     math500   500      ``HuggingFaceH4/MATH-500``, test
     ========= ======== ===================================== =========================================
 
@@ -141,11 +141,11 @@ class Benchmark(_PublishedProblems):
         template: turns a problem into a prompt; by default plain text, a new line and "Please reason step by step, and
             put your final answer within \boxed{}."
         verifier: checks answers; by default a :class:`opdlab.verifiers.MathVerifier` that all presets share.
-        limit: use only so many problems.
-        offset: leave out so many problems first.
+        limit: use at most this many problems.
+        offset: skip this many problems first.
 
     Raises:
-        UsageError: the name is unknown; reading raises it where the file or the hub cannot be read.
+        UsageError: the name is unknown; on reading, the file or the hub cannot be read.
 
     Example:
         >>> Benchmark("aime24").name
@@ -175,22 +175,22 @@ class Benchmark(_PublishedProblems):
 
 
 class DapoMath17k(_PublishedProblems):
-    r"""The prompts of DAPO-Math-17k, in English and Chinese, with integer answers.
+    r"""Prompts of DAPO-Math-17k, in English and Chinese, with integer answers.
 
     The released set repeats its 17,398 prompts a hundred times; the hub's processed copy
     (``open-r1/DAPO-Math-17k-Processed``, subset ``all``) has each once. The instructions that DAPO puts around a
-    problem are cut off. Its overlap with benchmarks is left to :class:`opdlab.data.CleaningConfig`.
+    problem are removed. :class:`opdlab.data.CleaningConfig` removes its overlap with benchmarks.
 
     Args:
         path: read this instead of the hub; see :class:`Benchmark`.
         revision: branch, tag or commit on the hub.
         template: turns a problem into a prompt; see :class:`Benchmark`.
         verifier: checks answers; see :class:`Benchmark`.
-        limit: use only so many problems.
-        offset: leave out so many problems first.
+        limit: use at most this many problems.
+        offset: skip this many problems first.
 
     Raises:
-        UsageError: reading raises it where the file or the hub cannot be read.
+        UsageError: on reading, the file or the hub cannot be read.
 
     Reference:
         Yu et al., "DAPO: An Open-Source LLM Reinforcement Learning System at Scale", arXiv 2503.14476.

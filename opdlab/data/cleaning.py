@@ -1,4 +1,4 @@
-"""Cleaning of training problems: conflicting answers, repeats, and problems of the benchmarks."""
+"""Cleaning of training problems: remove conflicting answers, duplicates, and benchmark problems."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,30 +11,31 @@ from opdlab.types import Problem
 
 @dataclass(frozen=True)
 class CleaningConfig:
-    r"""What is left out of the training problems, in this order.
+    r"""Options for cleaning the training problems, applied in this order.
 
-    Texts are compared after Unicode normalisation (NFKC), without regard to case and to the amount of white space.
+    Texts are compared after Unicode normalisation (NFKC), ignoring case and the amount of white space.
 
-    1. ``drop_conflicting``: every row of a text that occurs with different golds. One of them is wrong, and nobody
-       knows which. Before repeats are dropped, which would hide it.
-    2. ``deduplicate``: all but the first row of a text.
-    3. ``decontaminate``: rows that are a problem of a configured benchmark, exactly or by runs of words; the rule is
-       :class:`opdlab.data.overlap.BenchmarkIndex`'s.
+    1. ``drop_conflicting``: drop every row of a text that occurs with different golds, because it is unknown which is
+       right. This comes before deduplication, which would hide the conflict.
+    2. ``deduplicate``: drop all but the first row of a text.
+    3. ``decontaminate``: drop rows that are a problem of a configured benchmark, exactly or by runs of words; see
+       :class:`opdlab.data.overlap.BenchmarkIndex`.
 
-    The default of ``overlap`` was set by reading what DAPO-Math-17k shares with AIME24, AIME25, MATH500 and AMC23. What
-    shares 0.3 or more is a benchmark's problem with another ending or other numbers; from 0.2 to 0.3 about half is,
-    the rest are strangers that share a phrase. Without ``boilerplate`` five strangers share more than 0.3. Lower
-    ``overlap`` to be strict; with ``overlap: 0`` and ``boilerplate: null`` one shared run is enough, the bare 13-gram
-    rule, which drops ten times as many prompts, most for "where m and n are relatively prime positive integers".
+    The default of ``overlap`` comes from a manual review of the overlap of DAPO-Math-17k with AIME24, AIME25, MATH500
+    and AMC23. Texts that share 0.3 or more are benchmark problems with another ending or other numbers. From 0.2 to 0.3
+    about half are; the rest are unrelated problems that share a phrase. Without ``boilerplate`` five unrelated problems
+    share more than 0.3. Lower ``overlap`` to be stricter. With ``overlap: 0`` and ``boilerplate: null`` one shared run
+    is enough. This is the plain 13-gram rule, which drops ten times as many prompts, most for "where m and n are
+    relatively prime positive integers".
 
     Args:
-        deduplicate: drop repeats.
+        deduplicate: drop duplicates.
         drop_conflicting: drop texts with different golds.
         decontaminate: drop problems of the benchmarks.
         ngram: words in a run, at least 1.
-        overlap: share, 0 to 1, of the shorter text's runs that must be shared.
-        boilerplate: training texts that may have the same run before it counts as a common phrase, at least 1; null to
-            count every run.
+        overlap: minimum share, 0 to 1, of the shorter text's runs that both texts have.
+        boilerplate: largest number of training texts, at least 1, that may have the same run; a run in more texts is a
+            common phrase and does not count. Null counts every run.
 
     Raises:
         UsageError: a value is out of range.
@@ -58,15 +59,15 @@ class CleaningConfig:
 
 @dataclass(frozen=True)
 class CleaningAccount:
-    """How many problems were read, and what became of them.
+    """Cleaning report: number of rows read and dropped, by reason.
 
     Args:
-        read: rows.
+        read: rows read.
         conflicting: rows whose text occurs with different golds.
-        duplicate: further rows of a text.
+        duplicate: repeated rows of a text.
         exact: rows that are a problem of a benchmark, by benchmark.
-        by_ngrams: rows that share enough runs of words with one, by benchmark.
-        too_long: rows whose prompt has too many tokens.
+        by_ngrams: rows that share enough runs of words with a problem, by benchmark.
+        too_long: rows with more prompt tokens than allowed.
 
     Example:
         >>> print(CleaningAccount(9, conflicting=2, duplicate=1, exact={"amc23": 1}, by_ngrams={"amc23": 3}))
@@ -82,12 +83,12 @@ class CleaningAccount:
 
     @property
     def contaminated(self) -> int:
-        """Rows that are a problem of a benchmark, exactly or by n-grams."""
+        """Return the number of rows that are a problem of a benchmark, exactly or by n-grams."""
         return sum(self.exact.values()) + sum(self.by_ngrams.values())
 
     @property
     def kept(self) -> int:
-        """Rows that are left."""
+        """Return the number of rows kept."""
         return self.read - self.conflicting - self.duplicate - self.contaminated - self.too_long
 
     def __str__(self) -> str:
@@ -100,7 +101,7 @@ class CleaningAccount:
 
 @dataclass
 class _Text:
-    """One text, however often it occurs."""
+    """State of one distinct text."""
 
     rows: int = 0
     gold: str | None = None
@@ -111,17 +112,17 @@ class _Text:
 def clean(
     problems: Iterable[Problem], config: CleaningConfig, benchmarks: Mapping[str, Iterable[str]]
 ) -> tuple[list[Problem], CleaningAccount]:
-    """Leave out what :class:`CleaningConfig` says.
+    """Return the problems that pass the rules of :class:`CleaningConfig`.
 
-    Reads the problems once, one at a time, and keeps no repeats.
+    The problems are read once, one at a time; duplicates are not kept in memory.
 
     Args:
-        problems: in the order of their source, which is kept.
-        config: what is left out.
+        problems: problems in the order of their source; the order is kept.
+        config: rules to apply.
         benchmarks: texts of problems, by benchmark; a text of two benchmarks counts for the first.
 
     Returns:
-        The problems that are left, and the account.
+        The remaining problems, and the cleaning report.
 
     Example:
         >>> rows = [("1 + 1?", "2"), ("1 +  1?", "2"), ("2 + 2?", "4"), ("2 + 2?", "5"), ("What is 7?", "7")]
@@ -153,7 +154,7 @@ def clean(
 def _candidates(
     problems: Iterable[Problem], config: CleaningConfig, index: BenchmarkIndex, texts: dict[bytes, _Text]
 ) -> Iterator[tuple[Problem, _Text]]:
-    """Yield each problem with its text, repeats left out; what becomes of a text is known only at the end."""
+    """Yield each problem with the state of its text, without duplicates; the state is final only at the end."""
     for problem in problems:
         normal = normalized(problem.text)
         key = hashlib.blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=16).digest()

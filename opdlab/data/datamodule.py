@@ -31,16 +31,16 @@ class _Problems(Dataset[Prompt]):
 
 
 class PromptDataModule(pl.LightningDataModule):
-    """Prompts to distil on and benchmarks to evaluate on.
+    """Data module with training prompts and evaluation benchmarks.
 
     Args:
         train: problems to sample rollouts for.
-        benchmarks: problems to evaluate on, by the name under which their figures are logged.
+        benchmarks: problems to evaluate on, by the name under which their metrics are logged.
         reuse: see :class:`ReuseConfig`.
-        clean: what is left out of the training problems; see :class:`CleaningConfig`.
-        max_prompt_tokens: longer prompts are left out and counted.
-        eval_batch_size: problems evaluated at a time.
-        seed: decides the order of prompts and what is sampled.
+        clean: rules that drop training problems; see :class:`CleaningConfig`.
+        max_prompt_tokens: longer prompts are dropped and counted.
+        eval_batch_size: problems per evaluation batch.
+        seed: seed of the prompt order and of sampling.
     """
 
     def __init__(
@@ -75,37 +75,37 @@ class PromptDataModule(pl.LightningDataModule):
         self._samples_per_prompt = 1
 
     def check_reuse(self, samples_per_prompt: int, micro_batches: int) -> None:
-        """Refuse sizes of pools and batches that do not fit together; see :meth:`ReuseConfig.check`."""
+        """Raise :class:`UsageError` if buffer and batch sizes do not fit; see :meth:`ReuseConfig.check`."""
         self.reuse.check(samples_per_prompt, micro_batches)
 
     @property
     def train_verifier(self) -> Verifier | None:
-        """Checks answers to training prompts, where their source has gold answers."""
+        """Return the verifier of the training source; None without gold answers."""
         return self.train_source.verifier
 
     def connect(
         self, tokenizer: PreTrainedTokenizerBase, collect: Callable[..., Pool], samples_per_prompt: int, training: bool
     ) -> None:
-        """Take from the model what its data needs; the LightningModule calls this in its ``setup``.
+        """Set what the data needs from the model; the LightningModule calls this in its ``setup``.
 
         Args:
             tokenizer: the student's.
-            collect: samples and labels rollouts; it is also given this data's ``verifier``, which may be None.
-            samples_per_prompt: rollouts that ``collect`` returns for each prompt.
-            training: whether training problems are needed too.
+            collect: samples and scores rollouts; it also receives this data module's ``verifier``, which may be None.
+            samples_per_prompt: rollouts that ``collect`` returns per prompt.
+            training: also prepare the training problems.
         """
         self._collect, self._samples_per_prompt = collect, samples_per_prompt
         self.prepare(tokenizer, training)
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, training: bool) -> None:
-        """Read and tokenize, once: benchmarks first, since training problems are compared with them.
+        """Read and tokenize the problems once, benchmarks first, because training problems are compared with them.
 
         Args:
             tokenizer: the student's.
-            training: whether training problems are needed too.
+            training: also prepare the training problems.
 
         Raises:
-            UsageError: a source cannot be read, or nothing of it is left.
+            UsageError: a source cannot be read, or all its problems are dropped.
         """
         for name, source in self.benchmark_sources.items():
             if name not in self.benchmarks:
@@ -130,7 +130,7 @@ class PromptDataModule(pl.LightningDataModule):
         return prompts
 
     def train_dataloader(self) -> RolloutLoader:
-        """The rollout loader, which collects a pool whenever it needs one."""
+        """Return the rollout loader, which refreshes the rollout buffer when needed."""
         assert self.trainer is not None
         assert self.train_prompts is not None
         assert self._collect is not None
@@ -148,11 +148,11 @@ class PromptDataModule(pl.LightningDataModule):
         )
 
     def val_dataloader(self) -> list[DataLoader[Prompt]]:
-        """One loader per benchmark."""
+        """Return one loader per benchmark."""
         return list(self._evaluation_loaders())
 
     def test_dataloader(self) -> list[DataLoader[Prompt]]:
-        """The same as for validation."""
+        """Return the same loaders as for validation."""
         return list(self._evaluation_loaders())
 
     def _evaluation_loaders(self) -> Iterator[DataLoader[Prompt]]:
@@ -165,7 +165,7 @@ class PromptDataModule(pl.LightningDataModule):
                 "trainer.devices or leave it out",
             )
             problems = _Problems(prompts.prompts)
-            # Never repeats a problem to fill up ranks, which would bias pass@k.
+            # Does not repeat problems to pad ranks, because that would bias pass@k.
             sampler = UnrepeatedDistributedSampler(problems, shuffle=False) if world_size > 1 else None
             yield DataLoader(
                 problems,

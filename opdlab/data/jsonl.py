@@ -10,14 +10,14 @@ from opdlab.errors import require
 
 
 class JsonlProblems(RowProblems):
-    """A JSON Lines file with one problem a line.
+    """Problems of a JSON Lines file, one problem per line.
 
     Args:
-        path: the file.
+        path: path of the file.
         kwargs: see :class:`opdlab.data.rows.RowProblems`.
 
     Raises:
-        UsageError: the file is missing, empty or not JSON Lines, or a field is not in it.
+        UsageError: the file is missing, empty or not JSON Lines, or a row lacks a field.
     """
 
     def __init__(self, path: str, **kwargs: Any) -> None:
@@ -26,14 +26,14 @@ class JsonlProblems(RowProblems):
 
     @property
     def name(self) -> str:
-        """The path."""
+        """Return the path."""
         return str(self.path)
 
     def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield line numbers, from 1, and rows.
 
-        Not with a table reader: those infer a type for each column, and an answer such as ``2020-01-01`` or ``7`` in
-        a column that also holds ``7.5`` would come back as another text.
+        Does not use a table reader. Table readers infer a type per column, and would change the text of an answer such
+        as ``2020-01-01``, or ``7`` in a column that also has ``7.5``.
         """
         require(self.path.is_file(), f"{self.path} does not exist or is a folder: give the path of a JSON Lines file")
         with self.path.open("rb") as lines:

@@ -1,7 +1,7 @@
-"""Training texts that are problems of a benchmark, word for word or nearly.
+"""Find training texts that are problems of a benchmark, exactly or nearly.
 
-A benchmark that was trained on measures memory. Finding it takes a rule for texts that are not quite equal; see
-:class:`BenchmarkIndex`.
+A benchmark that is part of the training data measures memorisation. :class:`BenchmarkIndex` defines the rule for texts
+that are nearly equal.
 """
 
 import re
@@ -10,12 +10,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-# A Chinese or Japanese character is a word of its own; elsewhere, letters and digits up to the next other character.
+# A word is one Chinese or Japanese character, or a maximal run of other letters and digits.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
 
 
 def normalized(text: str) -> str:
-    r"""Return ``text`` without what does not tell problems apart: Unicode variants (NFKC), case, amount of white space.
+    r"""Return ``text`` with Unicode variants (NFKC), case and white space normalised.
 
     Example:
         >>> normalized("Find  $X$,\nif \uff38\uff1d\uff12.")
@@ -25,11 +25,11 @@ def normalized(text: str) -> str:
 
 
 def ngram_hashes(text: str, size: int) -> set[int]:
-    r"""Hash every run of ``size`` words of a normalised text; none where the text is shorter.
+    r"""Return a hash of every run of ``size`` words of a normalised text; empty for a shorter text.
 
-    Words are letters and digits: ``\frac{1}{2}``, ``\tfrac12`` and ``$x$`` against ``\(x\)`` differ in punctuation
-    alone. Python's own hash has 64 bits: that two of the 18,000 runs of four benchmarks and the 640,000 of DAPO's
-    prompts meet by accident has a chance below 1e-9.
+    Words are letters and digits, so texts that differ only in punctuation, such as ``$x$`` and ``\(x\)``, are equal.
+    Python's hash has 64 bits: the probability of a collision between the 18,000 runs of four benchmarks and the 640,000
+    of DAPO's prompts is below 1e-9.
 
     Example:
         >>> len(ngram_hashes("Let $x = 1$ and $y = 2$.", 3)), ngram_hashes("Let x be 1.", 5)
@@ -43,12 +43,12 @@ def ngram_hashes(text: str, size: int) -> set[int]:
 
 @dataclass(frozen=True)
 class Suspect:
-    """What a training text shares with benchmarks.
+    """Overlap of a training text with benchmarks.
 
     Args:
-        num_ngrams: different n-grams of the text.
-        shared: hashes of those that a benchmark problem has too.
-        exact: the benchmark that holds the very text, or None.
+        num_ngrams: number of distinct n-grams of the text.
+        shared: hashes of its n-grams that a benchmark problem also has.
+        exact: the benchmark with the same text, or None.
     """
 
     num_ngrams: int
@@ -58,11 +58,11 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Contamination:
-    """What a training text was found to be.
+    """Match of a training text with a benchmark problem.
 
     Args:
-        benchmark: the one whose problem it is.
-        exact: whether word for word, or by shared n-grams.
+        benchmark: name of the benchmark.
+        exact: the texts are equal; otherwise they share n-grams.
     """
 
     benchmark: str
@@ -73,17 +73,17 @@ class Contamination:
 class BenchmarkIndex:
     """Finds training texts that are benchmark problems, exactly or by shared runs of words.
 
-    A text is contaminated by a benchmark problem where the two are equal once normalised, or where the runs of
-    ``ngram`` words that they share are at least ``overlap`` of the runs of the *shorter* one. Of the shorter, because a
-    problem is as well known with a sentence added ("Give the answer as an integer.") or left out. A single shared run
-    proves nothing: phrases such as "can be written as m/n, where m and n are relatively prime positive integers" are
-    longer than 13 words. So a run that is found in more than ``boilerplate`` training texts does not count, a rule
-    that GPT-3 used with the same figure.
+    A text is contaminated by a benchmark problem if the two are equal after normalisation, or if the runs of ``ngram``
+    words that they share are at least ``overlap`` of the runs of the *shorter* one. The shorter one is used because
+    a problem stays the same with a sentence added ("Give the answer as an integer.") or removed. A single shared run is
+    no evidence: phrases such as "can be written as m/n, where m and n are relatively prime positive integers" are
+    longer than 13 words. So a run that is in more than ``boilerplate`` training texts does not count; GPT-3 used this
+    rule with the same number.
 
     Args:
         ngram: words in a run.
         overlap: share of the shorter text's runs, 0 to 1; at 0 a single shared run is enough.
-        boilerplate: training texts with the same run, beyond which it is a common phrase; None to count all runs.
+        boilerplate: a run in more training texts than this is a common phrase; None counts all runs.
 
     Reference:
         Brown et al., "Language Models are Few-Shot Learners", arXiv 2005.14165, appendix C.
@@ -99,7 +99,7 @@ class BenchmarkIndex:
     _num_texts: Counter[int] = field(default_factory=Counter, init=False)  # n-gram -> training texts that have it
 
     def add(self, benchmarks: Mapping[str, Iterable[str]]) -> None:
-        """Take in the problems of benchmarks, by name."""
+        """Add the problems of benchmarks, by name."""
         for benchmark, problems in benchmarks.items():
             self.benchmarks.append(benchmark)
             for text in map(normalized, problems):
@@ -110,9 +110,9 @@ class BenchmarkIndex:
                 self._problems.append((benchmark, len(ngrams)))
 
     def look_up(self, text: str) -> Suspect | None:
-        """Return what a normalised training text shares with the benchmarks, and count its n-grams; None for nothing.
+        """Return the overlap of a normalised training text with the benchmarks, or None; count its n-grams.
 
-        Call it once for each different text.
+        Call it once per distinct text.
         """
         ngrams = ngram_hashes(text, self.ngram)
         shared = ngrams & self._by_ngram.keys()
@@ -121,9 +121,9 @@ class BenchmarkIndex:
         return Suspect(len(ngrams), frozenset(shared), exact) if shared or exact else None
 
     def verdict(self, suspect: Suspect) -> Contamination | None:
-        """Say what a text was found to be; None for a clean one.
+        """Return the benchmark problem that a text matches, or None for a clean text.
 
-        Call it once all training texts were looked up, since only then are common phrases known.
+        Call it after all training texts were looked up, because only then are common phrases known.
         """
         if suspect.exact is not None:
             return Contamination(suspect.exact, exact=True)

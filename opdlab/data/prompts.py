@@ -1,4 +1,4 @@
-"""Problems, and the prompts that they become."""
+"""Sources of problems, and their tokenized prompts."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -14,15 +14,15 @@ from opdlab.verifiers.verifier import Verifier
 
 __all__ = ["Problem", "ProblemSource", "Prompt", "PromptSet", "prompt_set"]
 
-_CHUNK = 1024  # problems tokenized at a time
+_CHUNK = 1024  # problems per tokenizer call
 
 
 class ProblemSource(ABC):
-    """Where problems come from, how they are put to the model, and how answers are checked.
+    """Source of problems, with the template of their prompts and the verifier of their answers.
 
     Args:
         template: turns a problem into a prompt.
-        verifier: checks answers; None where there is nothing to check against.
+        verifier: checks answers; None without gold answers.
     """
 
     def __init__(self, template: Template | None = None, verifier: Verifier | None = None) -> None:
@@ -31,25 +31,25 @@ class ProblemSource(ABC):
 
     @abstractmethod
     def problems(self) -> Iterable[Problem]:
-        """Read or make the problems, the same ones in the same order at each call.
+        """Return the problems, read or generated, the same ones in the same order at each call.
 
-        What comes from a file is read while it is iterated over, and no further.
+        Sources that read files read them lazily, during iteration.
         """
 
     @property
     @abstractmethod
     def name(self) -> str:
-        """What messages call the source: a path, a data set's name."""
+        """Return the name used in messages: a path, a data set's name."""
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts ready to be sampled from, and how many were dropped on the way.
+    """Tokenized prompts of a source, and the number of dropped ones.
 
     Args:
-        prompts: in the order of the source.
-        num_too_long: problems left out because their prompt has more than the allowed number of tokens.
-        verifier: of the source.
+        prompts: prompts in the order of the source.
+        num_too_long: number of problems dropped because their prompt has more tokens than allowed.
+        verifier: verifier of the source.
     """
 
     prompts: tuple[Prompt, ...]
@@ -66,20 +66,20 @@ def prompt_set(
     max_prompt_tokens: int,
     problems: Iterable[Problem] | None = None,
 ) -> PromptSet:
-    """Tokenize a source, some problems at a time; those that are left out are not kept in memory.
+    """Return the tokenized prompts of a source, read in chunks; dropped problems are not kept in memory.
 
     Args:
-        source: where the problems come from.
+        source: source of the problems.
         tokenizer: the student's.
-        max_prompt_tokens: a longer prompt is left out and counted; never cut, which would change the problem.
-        problems: those of the source that are used; all by default.
+        max_prompt_tokens: longer prompts are dropped and counted; truncation would change the problem.
+        problems: the problems of the source to use; all by default.
 
     Raises:
         UsageError: the source or a prompt is empty, or every prompt is too long.
     """
     remaining = iter(source.problems() if problems is None else problems)
     prompts: list[Prompt] = []
-    too_long: list[int] = []  # lengths
+    too_long: list[int] = []  # token counts
     while chunk := list(islice(remaining, _CHUNK)):
         tokenized = source.template.tokenize([problem.text for problem in chunk], tokenizer)
         for problem, tokens in zip(chunk, tokenized, strict=True):

@@ -1,4 +1,4 @@
-"""Rows of named fields as problems, wherever the rows come from."""
+"""Problems from rows of named fields, independent of the file format."""
 
 import hashlib
 from abc import abstractmethod
@@ -19,10 +19,10 @@ class RowProblems(ProblemSource):
 
     Args:
         problem_field: field that holds the problem.
-        answer_field: field that holds the gold answer; null where there is none.
-        id_field: field that names a row; rows without it are named by a hash of the problem.
-        limit: use only so many rows.
-        offset: leave out so many rows first.
+        answer_field: field that holds the gold answer; null if there is none.
+        id_field: field with the id of a row; rows without it get a hash of the problem as id.
+        limit: use at most this many rows.
+        offset: skip this many rows first.
         template: turns a problem into a prompt; plain text by default.
         verifier: checks answers; null for none.
 
@@ -30,7 +30,7 @@ class RowProblems(ProblemSource):
         UsageError: a field is missing or null in a row, or a number is out of range.
     """
 
-    row_name = "line"  # what messages call a row
+    row_name = "line"  # name of a row in messages
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class RowProblems(ProblemSource):
 
     @abstractmethod
     def rows(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
-        """Yield the rows with their numbers as messages give them, reading no further than it is asked to."""
+        """Yield the rows with the row numbers for messages, reading lazily."""
 
     def problems(self) -> Iterator[Problem]:
         """Yield the problems, one row at a time."""

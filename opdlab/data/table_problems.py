@@ -9,7 +9,7 @@ from typing import Any
 from opdlab.data.rows import RowProblems
 from opdlab.errors import UsageError, require
 
-# Builders of datasets by the ending of a file, which it knows in lower case alone.
+# Builders of `datasets` by file suffix; it knows only lower-case suffixes.
 _BUILDERS: dict[str, dict[str, str]] = {
     ".csv": {"path": "csv"},
     ".tsv": {"path": "csv", "sep": "\t"},
@@ -20,23 +20,23 @@ _BUILDERS: dict[str, dict[str, str]] = {
 
 
 class TableProblems(RowProblems):
-    """A data set by hub id, or local JSON, CSV or Parquet files, read with ``datasets``.
+    """Problems of a hub data set, or of local JSON, CSV or Parquet files, read with ``datasets``.
 
-    CSV values stay the text that they are: no ``007`` becomes 7, no ``NA`` null. JSON values get one type a column, so
-    that 1 beside 1.5 becomes 1.0: :class:`opdlab.data.JsonlProblems` reads JSON Lines as written.
+    CSV values stay text: ``007`` does not become 7, nor ``NA`` null. JSON values get one type per column, so 1 in a
+    column with 1.5 becomes 1.0; :class:`opdlab.data.JsonlProblems` reads JSON Lines as written.
 
     Args:
         path: hub id such as ``openai/gsm8k``, a ``.json``, ``.jsonl``, ``.csv``, ``.tsv`` or ``.parquet`` file, or a
             folder of them.
-        subset: configuration of the data set, where it has several.
-        split: of the data set; a single file is all there is, whatever its split is called.
+        subset: configuration of the data set, if it has several.
+        split: split of the data set; ignored for a single file.
         revision: branch, tag or commit on the hub.
-        streaming: read a hub data set row by row over the network, and no further than ``limit``, instead of
-            downloading it first. Local files are always read so.
+        streaming: read a hub data set row by row over the network, up to ``limit``, instead of downloading it first.
+            Local files are always streamed.
         kwargs: see :class:`opdlab.data.rows.RowProblems`.
 
     Raises:
-        UsageError: there is no such data set or split, it cannot be reached or read, or the first row of a local CSV
+        UsageError: the data set or split does not exist, or cannot be reached or read; or the first row of a local CSV
             file has more or fewer fields than its header.
     """
 
@@ -56,16 +56,16 @@ class TableProblems(RowProblems):
 
     @property
     def name(self) -> str:
-        """Data set and split."""
+        """Return the data set and split."""
         return f"{self.path} ({self.split})"
 
     def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield row numbers, from 1, and rows."""
-        import datasets  # here, because importing it takes longer than all else together
+        import datasets  # here, because its import is slow
 
         try:
             yield from enumerate(self._table(), start=1)
-        except StopIteration:  # what the reader makes of an empty JSON file
+        except StopIteration:  # raised by the reader for an empty JSON file
             return
         except UsageError:
             raise
@@ -105,9 +105,10 @@ class TableProblems(RowProblems):
 
 
 def _check_first_row(file: str, sep: str) -> None:
-    """Refuse a first row longer than the header, by which pandas shifts all columns, or shorter, which it fills up.
+    """Raise :class:`UsageError` if the first row is longer or shorter than the header.
 
-    Rows further down that are longer are an error of pandas'.
+    With a longer first row pandas shifts all columns; a shorter one it pads. For longer rows further down pandas itself
+    raises an error.
     """
     import fsspec  # type: ignore[import-untyped] # comes with datasets
 
@@ -120,7 +121,7 @@ def _check_first_row(file: str, sep: str) -> None:
                 row = next(reader)
                 if len(row) > 1 or "".join(row).strip():  # pandas skips blank lines
                     counts.append(len(row))
-        except (StopIteration, csv.Error):  # no rows, or a value too long for this reader: pandas reads either
+        except (StopIteration, csv.Error):  # no rows, or a value too long for this reader: pandas reads both
             return
     header, first = counts
     require(
@@ -131,7 +132,7 @@ def _check_first_row(file: str, sep: str) -> None:
 
 
 def _all_text(csv_config: Any) -> Any:
-    """Make every column text: the CSV reader guesses the type of each column that it is not told."""
+    """Return the CSV options with text as type of every column, because the reader infers missing types."""
     import datasets
     import pandas as pd  # type: ignore[import-untyped] # comes with datasets
 

@@ -8,11 +8,11 @@ from transformers import PreTrainedTokenizerBase
 from opdlab.errors import UsageError
 
 REASONING_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
-"""What mathematical problems are commonly put to a model with."""
+"""Common suffix of prompts for mathematical problems."""
 
 
 class Template(ABC):
-    """Turns problems into prompts."""
+    """Interface of templates."""
 
     @abstractmethod
     def tokenize(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
@@ -20,11 +20,11 @@ class Template(ABC):
 
 
 class RawTemplate(Template):
-    r"""The problem as plain text between a prefix and a suffix, as base models are prompted.
+    r"""Template of plain text with a prefix and a suffix, for base models.
 
     Args:
-        prefix: stands before the problem.
-        suffix: stands after it, for example
+        prefix: text before the problem.
+        suffix: text after it, for example
             ``"\nPlease reason step by step, and put your final answer within \\boxed{}."``.
 
     Example:
@@ -45,12 +45,12 @@ class RawTemplate(Template):
 
 
 class ChatTemplate(Template):
-    """The problem as a user's turn in the tokenizer's own chat template.
+    """Template that puts the problem into a user turn of the tokenizer's chat template.
 
     Args:
         system: a system message, or None.
-        suffix: stands after the problem in the user's turn.
-        enable_thinking: passed to the template where given; Qwen3's reads it.
+        suffix: text after the problem in the user turn.
+        enable_thinking: passed to the template if not None; Qwen3's template reads it.
 
     Raises:
         UsageError: the tokenizer has no chat template.

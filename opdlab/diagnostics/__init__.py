@@ -1,6 +1,6 @@
 """Metrics of a training step, as pure functions, and the table of all logged scalars.
 
-Nothing here knows when something is logged; callbacks and loggers do.
+Callbacks and loggers decide when something is logged.
 """
 
 from opdlab.diagnostics import built_in_metrics as built_in_metrics

@@ -1,7 +1,7 @@
-"""Drift and weights by the age of the rollouts, summed up over the steps of a run on the device.
+"""Drift and weights by the age of the rollouts, summed over the steps of a run on the device.
 
-Age is the number of optimizer steps since the snapshot that sampled a rollout took the student's weights; the reuse
-epoch is the number of passes over its pool before this one. Drift is in nats.
+Age is the number of optimizer steps since the last refresh of the snapshot that sampled a rollout; the reuse
+epoch is the number of passes over its buffer before this one. Drift is in nats.
 """
 
 from dataclasses import dataclass
@@ -27,14 +27,14 @@ def new_age_table(device: torch.device | str = "cpu") -> Tensor:
 
 @torch.no_grad()
 def add_to_age_table(table: Tensor, trace: StepTrace) -> None:
-    """Add a micro-batch's valid positions; a dozen small operations, none of which waits for the device.
+    """Add a micro-batch's valid positions by a dozen small operations, without waiting for the device.
 
     Args:
         table: on the trace's device; changed in place.
         trace: of the micro-batch.
     """
     valid = trace.inputs.mask.bool()
-    # Around 1, where weights lie: sums of squares of w itself would cancel in the standard deviation.
+    # Sums of (w - 1)^2: weights lie around 1, so sums of w^2 would cancel in the standard deviation.
     excess = (trace.gates.weights.double() - 1).masked_fill(~valid, 0.0)
     columns = torch.stack([valid.double(), trace.inputs.drift.abs().double(), excess, excess.square()])
     rollouts = columns.sum(2).T
@@ -48,7 +48,7 @@ class AgeMetrics:
 
     Args:
         ages: optimizer steps, or reuse epochs.
-        num_positions: how many positions the means are of.
+        num_positions: number of positions in the means.
         drift: mean of ``|d|``, nats.
         weight_mean: mean of the weights.
         weight_std: standard deviation of the weights.
@@ -77,7 +77,7 @@ def _metrics(sums: Tensor) -> AgeMetrics:
 
 
 def age_scalars(table: Tensor) -> dict[str, float]:
-    """Return the metrics of a table on the host, by the name under which they are logged.
+    """Return the metrics of a table on the host, by their name in the log.
 
     Example:
         >>> table = new_age_table()

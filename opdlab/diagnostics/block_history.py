@@ -1,4 +1,4 @@
-"""Weight and drift of each segment at the steps of a whole run, for heat maps, in bounded memory."""
+"""Weight and drift of each segment over a whole run, for heat maps, in bounded memory."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 class BlockHistory:
     """Mean weight and mean drift of each segment, at up to ``max_steps`` steps evenly spread over the run.
 
-    When it is full every second step is forgotten, and from then on only every second of those that are offered is
-    kept, and so on: each column stays that of a real step, rather than a mixture of fresh and stale ones.
+    When it is full, every second step is dropped, and from then on only every second added step is kept, and so on. So
+    each column is one step and not an average of fresh and stale steps.
 
     Args:
         max_blocks: segments.
@@ -27,7 +27,7 @@ class BlockHistory:
     _stride: int = 1
 
     def add(self, step: int, weights: Tensor, drift: Tensor) -> None:
-        """Offer a step's [max_blocks] means on the host; NaN where no rollout has the segment."""
+        """Add a step's [max_blocks] means on the host; NaN if no rollout has the segment."""
         if self._offered % self._stride == 0:
             self.steps.append(step)
             self._columns.append(torch.stack([weights, drift]).float())
@@ -38,7 +38,7 @@ class BlockHistory:
 
     @property
     def values(self) -> Tensor:
-        """Weights, and drift in nats; [2, max_blocks, steps]."""
+        """Return weights, and drift in nats; [2, max_blocks, steps]."""
         if not self._columns:
             return torch.empty(2, self.max_blocks, 0)
         return torch.stack(self._columns, dim=-1)
@@ -48,8 +48,8 @@ class BlockHistory:
         return {"steps": self.steps, "values": self.values, "offered": self._offered, "stride": self._stride}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state, also one with another number of segments."""
+        """Load a state, also one with another number of segments."""
         self.steps, self._offered, self._stride = list(state["steps"]), state["offered"], state["stride"]
         values: Tensor = state["values"].cpu()
-        missing = self.max_blocks - values.shape[1]  # below 0 it cuts
+        missing = self.max_blocks - values.shape[1]  # a negative number cuts
         self._columns = list(nn.functional.pad(values, (0, 0, 0, missing), value=torch.nan).unbind(-1))

@@ -1,4 +1,4 @@
-"""The rows of opdlab's own scalars. They register like those of plug-ins; see :mod:`opdlab.diagnostics.metric_table`.
+"""The rows of opdlab's own scalars, registered like those of plug-ins; see :mod:`opdlab.diagnostics.metric_table`.
 
 Letters: d drift, w weight of the gate, l position loss, c share of a position in the loss besides its weight, g norm of
 the gradient of a position's loss at the student's last hidden state. Sums run over the valid positions of the step.

@@ -1,7 +1,7 @@
-"""Metrics of what a gate does to an optimizer step, as pure functions of the step's traces.
+"""Metrics of a gate's effect on an optimizer step, as pure functions of the step's traces.
 
-Device and host are apart: :func:`gate_tensors` queues work on the device and does not wait for it, :func:`to_host` is
-the one copy, :func:`read_gates` returns plain numbers.
+:func:`gate_tensors` queues work on the device and does not wait for it, :func:`to_host` makes one copy,
+:func:`read_gates` returns plain numbers.
 
 Shapes: B rollouts, T response tokens, M positions of all micro-batches of a step, valid or not. Drift is in nats.
 """
@@ -27,15 +27,15 @@ from opdlab.diagnostics.trace import StepTrace
 WEIGHT_BINS = Binning(centre=1.0, scale=0.01)
 DRIFT_BINS = Binning(centre=0.0, scale=0.001)
 
-# Weights are float32 numbers around 1: with less spread than this, relative to their size, only rounding varies.
+# Weights are float32 numbers around 1: a relative spread below this is rounding.
 _ROUNDING = 1e-6
-# Where position losses cancel to less than this share of their absolute values, a ratio of losses is noise.
+# If position losses cancel to less than this share of their absolute values, a ratio of losses is noise.
 _CANCELLED = 0.01
 
 
 @dataclass(frozen=True)
 class StepPositions:
-    """The positions of a step, all micro-batches one after the other. Tensors are [M] float64, 0 where not valid.
+    """The positions of a step, its micro-batches concatenated. Tensors are [M] float64, 0 where not valid.
 
     Args:
         valid: bool.
@@ -43,10 +43,10 @@ class StepPositions:
         weights: the gate's.
         drift: of the token, nats.
         segment_drift: of its segment, nats.
-        teacher_gap: logq - logpi, nats; NaN where the teacher's log-probabilities are not known.
+        teacher_gap: logq - logpi, nats; NaN if the teacher's log-probabilities are not known.
         losses: of the position, nats.
         shares: factors of the losses besides the weights; see :class:`StepTrace`.
-        gradient_norms: see :class:`StepTrace`; NaN where they were not asked for.
+        gradient_norms: see :class:`StepTrace`; NaN if they were not requested.
     """
 
     valid: Tensor
@@ -85,7 +85,7 @@ def _columns(trace: StepTrace) -> list[Tensor]:
 
 
 def correlation(x: Tensor, y: Tensor, valid: Tensor) -> Tensor:
-    """Return Pearson's correlation over valid positions; NaN where x or y does not vary beyond the rounding of float32.
+    """Return Pearson's correlation over valid positions; NaN if x or y varies only by rounding of float32.
 
     Args:
         x: [M] float64.
@@ -102,7 +102,7 @@ def correlation(x: Tensor, y: Tensor, valid: Tensor) -> Tensor:
     """
     both = torch.stack([x, y]).where(valid, 0.0)
     num = valid.sum()
-    # The mean is taken off before squaring: the spread of weights is small beside their mean of 1.
+    # Subtract the mean before squaring: the spread of weights is small beside their mean of 1.
     centred = (both - both.sum(1, keepdim=True) / num).where(valid, 0.0)
     squares = centred.square().sum(1)
     varies = (squares > _ROUNDING**2 * both.square().sum(1)).all()
@@ -111,25 +111,25 @@ def correlation(x: Tensor, y: Tensor, valid: Tensor) -> Tensor:
 
 
 def gradient_effect(weights: Tensor, shares: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-    """Return angle and length of the gated gradient against the ungated one, at the student's last hidden states.
+    """Return cosine and norm ratio of the gated and the ungated gradient, at the student's last hidden states.
 
     The optimizer batch's loss is ``L = sum_n c_n w_n l_n``, and without the gate ``sum_n c_n l_n``, with the shares c
     and detached weights w. Position n's loss depends on the last hidden state h_n of that position alone, so the
-    gradient of L with respect to all hidden states is made of the pieces ``dL/dh_n = c_n w_n dl_n/dh_n``, one for each
-    position, and the pieces of different positions are orthogonal. With ``g_n = |dl_n/dh_n|``
+    gradient of L with respect to all hidden states consists of the parts ``dL/dh_n = c_n w_n dl_n/dh_n``, one for each
+    position, and the parts of different positions are orthogonal. With ``g_n = |dl_n/dh_n|``
 
     - inner product of gated and ungated gradient: ``sum c^2 w g^2``;
     - squared lengths: ``sum c^2 w^2 g^2`` gated, ``sum c^2 g^2`` ungated;
     - ``cosine = sum c^2 w g^2 / sqrt(sum c^2 w^2 g^2 * sum c^2 g^2)``;
     - ``ratio = sqrt(sum c^2 w^2 g^2 / sum c^2 g^2)``.
 
-    No gradient of the gated loss is needed, nor a second backward pass. Weights are never negative, so the cosine is
-    between 0 and 1. It is that of the gradients which flow into the network below the head, not that of the parameters'
+    This needs no gradient of the gated loss and no second backward pass. Weights are never negative, so the cosine is
+    between 0 and 1. It compares the gradients that flow into the network below the head, not the parameters'
     gradients, in which positions mix.
 
     Args:
         weights: w, [M] float64, 0 where not valid.
-        shares: c, [M] float64; a common factor has no influence.
+        shares: c, [M] float64; a common factor cancels.
         norms: g, [M] float64, nats per unit of hidden state.
 
     Returns:
@@ -141,8 +141,8 @@ def gradient_effect(weights: Tensor, shares: Tensor, norms: Tensor) -> tuple[Ten
         >>> round(cosine.item(), 4), round(ratio.item(), 4)
         (0.7071, 1.4142)
     """
-    # c is 1e-6 for a batch of a million tokens and g of a trained position 1e-4: squares want float64, and a common
-    # scale keeps them there whatever the model's.
+    # c is 1e-6 for a batch of a million tokens and g of a trained position 1e-4: squares need float64, and a common
+    # scale prevents underflow for every model.
     ungated = shares * norms
     ungated = ungated / ungated.amax()
     gated = weights * ungated
@@ -162,8 +162,8 @@ def loss_effect(weights: Tensor, shares: Tensor, losses: Tensor) -> tuple[Tensor
         losses: l, [M] float64, nats.
 
     Returns:
-        Ungated loss and ratio, scalars. The ratio is NaN where losses of either sign (sampled-token) cancel to less
-        than 1% of ``sum c |l|``: there it is noise.
+        Ungated loss and ratio, scalars. The ratio is NaN if losses of both signs (sampled-token) cancel to less
+        than 1% of ``sum c |l|``, because it is noise then.
     """
     ungated, absolute = (shares * losses).sum(), (shares * losses).abs().sum()
     ratio = (shares * weights * losses).sum() / ungated
@@ -182,17 +182,17 @@ _SCALARS = (
 
 @torch.no_grad()
 def gate_tensors(positions: StepPositions, max_blocks: int) -> dict[str, Tensor]:
-    """Return all metrics of a step, still on the device; nothing here waits for it.
+    """Return all metrics of a step, still on the device, without waiting for it.
 
     Args:
         positions: of the step.
-        max_blocks: segments beyond so many are counted together.
+        max_blocks: number of segments counted separately; further ones are counted together.
 
     Returns:
         Tensors by name, for :func:`to_host` and :func:`read_gates`.
     """
     p = positions
-    # Row `max_blocks` takes the segments beyond, the one after it what is not valid.
+    # Row `max_blocks` has the further segments, the next one the positions that are not valid.
     block = p.segment_ids.clamp(max=max_blocks).where(p.valid, max_blocks + 1)
     everywhere = (~p.valid).long()
     drift = p.weights.new_zeros(max_blocks + 2).index_add_(0, block, p.drift.abs())
@@ -223,10 +223,10 @@ class GateMetrics:
     """A step's metrics on the host.
 
     Args:
-        scalars: by tag; what is not defined is left out.
-        histograms: by tag; without those that would be empty.
+        scalars: by tag; undefined metrics are left out.
+        histograms: by tag; without empty ones.
         block_weights: [max_blocks], mean weight of each segment; NaN where no rollout has it.
-        block_drift: [max_blocks], mean absolute drift of each segment's tokens, nats; NaN likewise.
+        block_drift: [max_blocks], mean absolute drift of each segment's tokens, nats; NaN if no rollout has it.
     """
 
     scalars: dict[str, float]
@@ -236,10 +236,10 @@ class GateMetrics:
 
 
 def read_gates(tensors: Mapping[str, Tensor]) -> GateMetrics:
-    """Return the metrics of what :func:`gate_tensors` returned, on the host."""
+    """Return the metrics on the host from the output of :func:`gate_tensors`."""
     weights = tensors["weights"]
     blocks = weights[:-1]
-    # Edges span all rows, also that of the segments beyond.
+    # Edges span all rows, including the row of the further segments.
     by_place = read_histograms(weights, WEIGHT_BINS)[:-1]
     drawn = {
         "gate/weights": read_histograms(merged_rows(weights), WEIGHT_BINS)[0],

@@ -1,6 +1,6 @@
 """Plots of weights and drift, as pure functions from numbers to matplotlib figures.
 
-matplotlib is imported when a figure is made and not before, and none of its global state is changed: no ``pyplot``, no
+matplotlib is imported when a figure is made, and its global state stays unchanged: no ``pyplot``, no
 ``rcParams``. Figures are small with large type, for the cards of TensorBoard.
 """
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 _SIZE = (6.0, 3.9)  # inches
 _DPI = 110
-_GREY = "0.85"  # where there is nothing to show
-# A range of weights below this is shown as nearly white: else rounding would be painted in strong colours.
+_GREY = "0.85"  # where there is no value
+# A smaller range of weights than this is shown as nearly white, so that rounding does not get strong colours.
 _LEAST_RANGE = 0.01
-# Colours of drift go from the greatest down to this part of it, and what is less looks the same.
+# Drift colours span from the greatest value down to this share of it; smaller values look the same.
 _DRIFT_RANGE = 1000.0
 _LEAST_DRIFT = 1e-5  # nats: below is rounding
 
@@ -54,7 +54,7 @@ def block_heat_map(steps: Sequence[int], values: Tensor, quantity: Literal["weig
         steps: S optimizer steps, ascending, at least one.
         values: [segments, S]: mean weights, or mean absolute drifts in nats; NaN (grey) where no rollout has the
             segment.
-        quantity: which of them. Weights get diverging colours around 1, drift a logarithmic scale.
+        quantity: of the values. Weights get diverging colours around 1, drift a logarithmic scale.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -119,13 +119,13 @@ def _drift_scale(values: NDArray[np.float64]) -> tuple["Normalize", str, str]:
     from matplotlib.colors import LogNorm
 
     finite = values[np.isfinite(values)]
-    # Drift falls by orders of magnitude in a run, and after a refresh it is 0.
+    # Drift varies by orders of magnitude in a run, and is 0 after a refresh.
     greatest = max(float(finite.max(initial=0.0)), _LEAST_DRIFT)
     return LogNorm(greatest / _DRIFT_RANGE, greatest, clip=True), "viridis", "mean |drift|, nats (logarithmic)"
 
 
 def _edges(steps: Sequence[int]) -> NDArray[np.float64]:
-    """Edges between the columns: half-way between steps, which need not be equally far apart."""
+    """Return the edges between the columns: half-way between steps, which may have unequal distances."""
     centres = np.asarray(steps, dtype=np.float64)
     gaps = np.diff(centres) if len(centres) > 1 else np.array([1.0])
     between = centres[:-1] + np.diff(centres) / 2

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Binning:
-    """Bins that are fine around a centre and coarse far from it, between the least and the greatest value seen.
+    """Bins that are fine around a centre and coarse far from it, between the smallest and the largest value.
 
     Edges are equally spaced in ``u = asinh((x - centre) / scale)``: about ``scale`` wide near the centre and a constant
     share of the distance from it further out, so that a drift of 20 nats does not hide those of 0.01.
@@ -41,7 +41,7 @@ class Binning:
 
 @dataclass(frozen=True)
 class Histogram:
-    """A histogram as loggers take it. Only its bins are approximate.
+    """A histogram in the form that loggers take. Only its bins are approximate.
 
     Args:
         min: least value.
@@ -69,12 +69,12 @@ _MIN, _MAX, _SUM, _SQUARES, _COUNTS = range(5)
 def bin_rows(values: Tensor, rows: Tensor, num_rows: int, binning: Binning) -> Tensor:
     """Return one histogram of values per row, all rows with the same edges.
 
-    Only operations whose result has a known size, so that nothing waits for an accelerator: no ``torch.bincount``, no
+    All operations have results of a known size, so that nothing waits for an accelerator: no ``torch.bincount``, no
     boolean indices.
 
     Args:
         values: [M] float64.
-        rows: [M] long: row of each value, 0 to R - 1; R leaves it out.
+        rows: [M] long: row of each value, 0 to R - 1; values of row R are left out.
         num_rows: R.
         binning: of the values.
 
@@ -106,7 +106,7 @@ def row_counts(table: Tensor) -> Tensor:
 
 
 def row_means(table: Tensor) -> Tensor:
-    """Return the mean of each row's values, [R]; NaN where it has none."""
+    """Return the mean of each row's values, [R]; NaN for an empty row."""
     return table[:, _SUM] / row_counts(table)
 
 
@@ -114,8 +114,8 @@ def read_histograms(table: Tensor, binning: Binning) -> list[Histogram | None]:
     """Return the histograms of a table on the host; None for a row without values.
 
     Args:
-        table: [R, 4 + K], see :func:`bin_rows`: all of its rows, between which the edges are shared.
-        binning: that it was made with.
+        table: [R, 4 + K], see :func:`bin_rows`: all of its rows, because they share the edges.
+        binning: of the table.
 
     Example:
         >>> binning = Binning(centre=0.0, scale=1.0, num_bins=2)
@@ -135,7 +135,7 @@ def _read(row: list[float], limits: list[float]) -> Histogram | None:
     used = [index for index, count in enumerate(counts) if count]
     if not used:
         return None
-    kept = slice(used[0], used[-1] + 1)  # empty bins at the ends say nothing
+    kept = slice(used[0], used[-1] + 1)  # drop empty bins at the ends
     return Histogram(
         min=row[_MIN],
         max=row[_MAX],

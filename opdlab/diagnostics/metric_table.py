@@ -1,4 +1,4 @@
-"""The table of logged scalars: name, label, unit, meaning, where each is computed, and where each is shown.
+"""The table of logged scalars: name, label, unit, meaning, source, and charts.
 
 The progress line, TensorBoard's page "Custom scalars", the labels of rollout pages and the tables of
 ``docs/metrics.md`` are made from its rows. :mod:`opdlab.diagnostics.built_in_metrics` registers opdlab's own; a plug-in
@@ -12,7 +12,7 @@ from functools import cached_property
 
 from opdlab.errors import require
 
-# What a placeholder of a name stands for, as a regular expression; all others stand for anything without a slash.
+# Placeholders of a name and their regular expressions; all others match anything without a slash.
 _PLACEHOLDERS = {
     "<benchmark>": "(?!mean/)[^/]+",  # "mean" is the mean over the benchmarks
     "<k>": r"\d+",
@@ -29,7 +29,7 @@ class Chart:
     """A chart on TensorBoard's page "Custom scalars".
 
     Args:
-        page: the group of charts that it is in.
+        page: group of charts.
         title: rows with the same page and title share a chart; by default the title of the row.
         band: draw the chart's rows as a line within a band; they are its value, lower and upper bound, in this order.
     """
@@ -44,13 +44,13 @@ class Metric:
     """A row of the table: one logged scalar, or a family of them.
 
     Args:
-        name: name in the log. ``<word>`` stands for the part that varies within a family: ``age/drift/<age>``.
+        name: name in the log. ``<word>`` stands for the variable part of a family: ``age/drift/<age>``.
         label: short name, without the unit.
         unit: ``nats``, ``tokens``, ``share``, …; empty for a number without a unit.
         meaning: one line.
         source: dotted path of the function or class that computes it.
-        healthy: what to expect of a healthy run; may be empty.
-        chart: where TensorBoard shows it besides the page of all scalars; None for nowhere.
+        healthy: expected value in a healthy run; may be empty.
+        chart: chart in TensorBoard besides the page of all scalars, or None.
         progress: format of its item in the progress line; rows with the same format share the item and fill it in
             the order of the table. Empty: not in the line.
 
@@ -71,12 +71,12 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """The label with the unit."""
+        """Return the label with the unit."""
         return self.label if self.unit in ("", "share") else f"{self.label}, {self.unit}"
 
     @cached_property
     def pattern(self) -> str:
-        """Regular expression of the names in the log, to be matched from their start."""
+        """Return the regular expression of the names in the log, to be matched from their start."""
         parts = re.split(r"(<[^<>]+>)", self.name)
         return "".join(_PLACEHOLDERS.get(p, "[^/]+") if p.startswith("<") else re.escape(p) for p in parts) + "$"
 
@@ -114,7 +114,7 @@ def metric_rows() -> list[Metric]:
 
 
 def find_metric(name: str) -> Metric | None:
-    """Return the row of a logged name, the first one where several families match; None where there is none.
+    """Return the row of a logged name, the first one if several families match, or None.
 
     Example:
         >>> find_metric("val/toy/pass@8").label, find_metric("train/typo")
@@ -124,7 +124,7 @@ def find_metric(name: str) -> Metric | None:
 
 
 def metric_title(name: str) -> str:
-    """Return label and unit of a logged name; the name itself where it has no row.
+    """Return label and unit of a logged name; the name itself if it has no row.
 
     Example:
         >>> metric_title("rollout/age")
@@ -135,7 +135,7 @@ def metric_title(name: str) -> str:
 
 
 def chart_layout() -> dict[str, dict[str, list[Metric]]]:
-    """Return the rows of each chart, by page and title, in the order in which TensorBoard shows them."""
+    """Return the rows of each chart, by page and title, in TensorBoard's order."""
     pages: dict[str, dict[str, list[Metric]]] = {page: {} for page in _PAGES}
     for row in _TABLE.values():
         if row.chart is not None:
@@ -149,10 +149,10 @@ def progress_names() -> list[str]:
 
 
 def progress_items(values: Mapping[str, float]) -> list[str]:
-    """Return the items of the progress line, in the order of the table; an item that lacks a value is left out.
+    """Return the items of the progress line, in the order of the table; items without a value are left out.
 
     Args:
-        values: by the name under which they are logged. Rates are shortened: 1234 tokens/s is 1.2k.
+        values: by their name in the log. Rates are shortened: 1234 tokens/s is 1.2k.
 
     Example:
         >>> progress_items({"train/loss": 0.01234, "gate/min": 0.71, "rollout/age": 3.0})

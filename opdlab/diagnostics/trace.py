@@ -1,4 +1,4 @@
-"""The trace of a training step: its tensors, position by position, for callbacks to look at.
+"""The trace of a training step: its tensors, position by position, for callbacks.
 
 Shapes: B rollouts, T response tokens, N valid positions, H hidden size. Log-probabilities are in nats.
 """
@@ -19,15 +19,15 @@ class StepTrace:
     """Inputs and outputs of gate and objective for a micro-batch, detached, on the module's device.
 
     Args:
-        rollouts: B of them.
-        reuse_epoch: passes over the rollouts' pool before this one.
+        rollouts: B rollouts.
+        reuse_epoch: passes over the rollouts' buffer before this one.
         step: optimizer steps taken before this one.
         inputs: of the gate: drift, teacher's log-probabilities, position losses.
         gates: output of the gate.
         loss_shares: [B, T]: factor of a position's loss, besides its weight, in the optimizer batch's loss:
-            1 over the number of tokens for ``token_mean``. 0 where the mask is 0.
+            1 over the number of tokens for ``token_mean``. 0 at masked positions.
         values: [B, T] each, by name: ``entropy``, and further values of the objective.
-        gradient_norms: see :func:`hidden_gradient_norms`; None where no callback asked for it.
+        gradient_norms: see :func:`hidden_gradient_norms`; None if no callback requests it.
     """
 
     rollouts: Rollouts
@@ -41,24 +41,24 @@ class StepTrace:
 
     @property
     def age(self) -> Tensor:
-        """Optimizer steps since the sampling snapshot took the student's weights, of each rollout; [B] long."""
+        """Return each rollout's number of optimizer steps since the last refresh of its sampling snapshot; [B] long."""
         return self.step - self.rollouts.snapshot_step
 
 
 def hidden_gradient_norms(objective: Objective, scored: Scored, rollouts: Rollouts, targets: Targets) -> Tensor:
-    """Return the norm of the gradient of each position's loss at the student's last hidden state there.
+    """Return the gradient norm of each position's loss at the student's last hidden state of that position.
 
-    A position's loss depends on the hidden state of that position alone, so all of them come from one backward pass
-    through the head, and none through the model. Neither graph nor gradients of the step under way are touched.
+    A position's loss depends on the hidden state of that position alone, so one backward pass through the head
+    gives all norms, without one through the model. Graph and gradients of the current step stay unchanged.
 
     Args:
-        objective: whose losses.
+        objective: of the losses.
         scored: the student's hidden states, N valid positions.
         rollouts: B rollouts of T tokens.
         targets: the teacher's.
 
     Returns:
-        [B, T] float32 (float64 for a float64 model), nats per unit of hidden state; 0 where the mask is 0.
+        [B, T] float32 (float64 for a float64 model), nats per unit of hidden state; 0 at masked positions.
     """
     hidden = scored.hidden.detach().requires_grad_()
     probe = replace(scored, hidden=hidden, head=scored.head.detached())

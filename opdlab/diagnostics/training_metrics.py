@@ -19,12 +19,12 @@ DRIFTED = 0.1
 
 
 def step_record(inputs: GateInputs, gates: Gates, **values: Tensor) -> StepRecord:
-    """Return what :func:`step_metrics` needs of one micro-batch.
+    """Return the record of one micro-batch that :func:`step_metrics` needs.
 
     Args:
         inputs: of the gate.
         gates: its output.
-        values: [B, T] each; further values of positions, which are averaged.
+        values: [B, T] each; further values of positions, to be averaged.
     """
     mask, gap = inputs.mask.bool(), inputs.teacher_gap
     tensors = {"drift": inputs.drift, "segment_drift": gates.segment_drift, "weight": gates.weights, **values}
@@ -39,10 +39,10 @@ def merge_records(records: Sequence[StepRecord]) -> StepRecord:
 
 
 def step_metrics(record: StepRecord) -> dict[str, Tensor]:
-    """Return the metrics of one optimizer step, each a scalar, by the name under which it is logged.
+    """Return the metrics of one optimizer step, scalars by their name in the log.
 
     Args:
-        record: ``drift``, ``segment_drift``, ``weight``, and what else the step has of each position (``entropy``,
+        record: ``drift``, ``segment_drift``, ``weight``, and further values of each position (``entropy``,
             ``teacher_gap``, values of the objective): ``name`` is averaged and logged as ``train/name``.
 
     Example:
@@ -52,7 +52,7 @@ def step_metrics(record: StepRecord) -> dict[str, Tensor]:
         0.8
     """
     drift, weight = record["drift"].abs(), record["weight"]
-    if not drift.numel():  # every token of the batch is left out of the loss
+    if not drift.numel():  # the loss may leave out every token of the batch
         return {}
     means = {name: value for name, value in record.items() if name not in ("drift", "segment_drift", "weight")}
     return {

@@ -1,4 +1,4 @@
-"""Sampling answers to problems, checking them, keeping them, and counting: what a validation step does."""
+"""Evaluation: sample answers to problems, check and store them, and compute metrics."""
 
 from opdlab.evaluation.benchmark_metrics import BenchmarkMetrics
 from opdlab.evaluation.config import EvaluationConfig

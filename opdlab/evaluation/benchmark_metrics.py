@@ -1,4 +1,4 @@
-"""The figures of a benchmark, counted from samples whatever their origin: just sampled, or read from disk."""
+"""The metrics of a benchmark, computed from samples that are new or read from disk."""
 
 from collections.abc import Mapping, Sequence
 
@@ -17,10 +17,10 @@ MEAN = "mean"
 
 
 class BenchmarkMetrics(nn.Module):
-    """The figures of one benchmark, accumulated over its batches and over processes.
+    """The metrics of one benchmark, accumulated over its batches and over processes.
 
     Args:
-        config: which figures.
+        config: selects the metrics.
         num_samples: n, answers to each problem.
     """
 
@@ -34,7 +34,7 @@ class BenchmarkMetrics(nn.Module):
         )
 
     def update(self, samples: Sequence[Sample]) -> None:
-        """Count a batch of P problems: P * n samples, those of a problem next to each other."""
+        """Add a batch of P problems: P * n samples, those of a problem consecutive."""
         shape = (-1, self._num_samples)
         if all(sample.correct is not None for sample in samples):
             correct = torch.tensor([bool(sample.correct) for sample in samples]).view(shape)
@@ -51,12 +51,12 @@ class BenchmarkMetrics(nn.Module):
         self._mean("boxed").update(boxed.view(shape).double().mean(1))
         self._mean("length").update(tokens.double().mean(1))
         if all(sample.reverse_kl is not None for sample in samples):
-            # Averaged over tokens, as a distance between policies is, and not over answers.
-            kl = torch.tensor([sample.reverse_kl for sample in samples], dtype=torch.float64).view(shape)
+            # Average over tokens and not over answers, because the KL per token measures the policies' distance.
+            kl = torch.tensor([sample.reverse_kl for sample in samples], dtype=torch.float64).view(shape)  # [P, n]
             self._mean("reverse_kl").update((kl * tokens).sum(1) / tokens.sum(1), tokens.sum(1))
 
     def compute(self) -> dict[str, Tensor]:
-        """Figures by name, and their standard errors where there are two problems or more."""
+        """Return the metrics by name, and their standard errors if there are at least two problems."""
         n = self._num_samples
         names = {"correct": f"avg@{n}"}
         means = {names.get(name, name): metric for name, metric in self.means.items()}
@@ -73,7 +73,7 @@ class BenchmarkMetrics(nn.Module):
         return figures
 
     def reset(self) -> None:
-        """Start anew."""
+        """Reset all metrics."""
         for metric in [*self.pass_at.values(), self.majority, *self.means.values()]:
             metric.reset()  # type: ignore[operator]
 
@@ -84,7 +84,7 @@ class BenchmarkMetrics(nn.Module):
 
 
 def over_benchmarks(figures: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Unweighted means of the figures that all benchmarks have, with their standard errors.
+    """Return the unweighted means of the metrics that all benchmarks have, with their standard errors.
 
     Example:
         >>> one, other = {"pass@1": 0.2, "pass@1_se": 0.03}, {"pass@1": 0.4, "pass@1_se": 0.04}

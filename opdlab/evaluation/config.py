@@ -1,4 +1,4 @@
-"""What is evaluated."""
+"""Options of an evaluation."""
 
 from dataclasses import dataclass
 
@@ -8,18 +8,18 @@ from opdlab.policies.sampler import SamplingConfig
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What is evaluated, apart from how answers are sampled.
+    """Options of an evaluation, except those of sampling.
 
     Args:
         pass_at: values of k; each must be at most ``eval_sampling.num_samples``.
         reverse_kl: also estimate the reverse KL to the teacher per token, ``mean(logpi - logq)`` over the fresh
             samples; costs a pass of student and teacher over them. Unbiased at ``top_p`` 1.
         teacher: evaluate the teacher too, once, when training ends.
-        seed: decides what is sampled, so that evaluations differ by their weights alone.
-        samples: folder into which every sample is written as it comes, and from which an evaluation that was killed
-            goes on; ``{settings}`` in it stands for a digest of weights and settings. None writes nothing, except
-            that ``opdlab validate`` then takes ``ROOT/evaluations/NAME-{settings}``. ``opdlab fit`` makes a subfolder
-            for each evaluation of each run.
+        seed: determines the samples; with equal seeds, evaluations differ only by the weights.
+        samples: folder for the samples, which are written batch by batch; an interrupted evaluation resumes from it.
+            ``{settings}`` in it is replaced by a digest of weights and settings. None writes no samples, except that
+            ``opdlab validate`` then uses ``ROOT/evaluations/NAME-{settings}``. ``opdlab fit`` creates a subfolder for
+            each evaluation of each run.
     """
 
     pass_at: tuple[int, ...] = (1, 8)
@@ -35,7 +35,7 @@ class EvaluationConfig:
         require(self.samples != "", "samples is empty: give a folder, or null")
 
     def check(self, sampling: SamplingConfig) -> None:
-        """Refuse a k that the number of samples cannot support."""
+        """Raise a UsageError if a k exceeds the number of samples."""
         for k in self.pass_at:
             require(
                 k <= sampling.num_samples,

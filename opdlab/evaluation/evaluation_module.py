@@ -1,4 +1,4 @@
-"""The part of the LightningModule that evaluates."""
+"""The evaluation part of the LightningModule."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,13 +25,13 @@ class _Evaluated:
 
 
 class EvaluationModule(pl.LightningModule):
-    """Samples answers to the data module's benchmarks, and logs their metrics.
+    """LightningModule that samples answers to the data module's benchmarks and logs metrics.
 
     Args:
         student: the model that is evaluated.
-        teacher: to which the reverse KL is measured, if it is; never a submodule.
+        teacher: reference of the reverse KL, if that is measured; never a submodule.
         evaluation: see :class:`EvaluationConfig`.
-        sampling: how answers are sampled.
+        sampling: sampling options of the answers.
     """
 
     def __init__(
@@ -46,27 +46,27 @@ class EvaluationModule(pl.LightningModule):
         self.student = student
         self._held = TeacherHolder(teacher)
         self.evaluator = Evaluator(evaluation, sampling, [])
-        self._evaluated: _Evaluated | None = None  # instead of the student
+        self._evaluated: _Evaluated | None = None  # evaluated instead of the student
 
     @property
     def teacher(self) -> Teacher:
-        """The teacher, which is no submodule."""
+        """Return the teacher, which is not a submodule."""
         return self._held.teacher
 
     @property
     def data(self) -> PromptDataModule | None:
-        """The trainer's data module; None if the trainer has another kind, or none."""
+        """Return the trainer's data module; None if it is not a :class:`PromptDataModule`."""
         data = getattr(self.trainer, "datamodule", None)
         return data if isinstance(data, PromptDataModule) else None
 
     @property
     def progress(self) -> Progress:
-        """The trainer's callback that shows bars, or one that shows nothing."""
+        """Return the trainer's progress callback, or a silent one."""
         callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined] # set by Lightning's connector
         return next((each for each in callbacks if isinstance(each, Progress)), SilentProgress())
 
     def setup(self, stage: str) -> None:
-        """Make the metrics of the data module's benchmarks."""
+        """Create the metrics of the data module's benchmarks."""
         names = self.data.benchmarks if self.data is not None else {}
         if list(self.evaluator.metrics) != list(names):
             self.evaluator = Evaluator(self.evaluator.config, self.evaluator.sampler.config, names).to(self.device)
@@ -76,11 +76,11 @@ class EvaluationModule(pl.LightningModule):
         """Evaluate ``model`` instead of the student.
 
         Args:
-            name: metrics are logged under it instead of ``val``.
-            model: moved to this module's device when the evaluation starts; before, Lightning may have this module
-                on the host.
-            subfolder: of ``model.evaluation.samples``, where there are several evaluations in it; samples of other
-                settings in there are replaced.
+            name: prefix of the logged metrics, instead of ``val``.
+            model: moved to this module's device when the evaluation starts, because Lightning may keep this module on
+                the host until then.
+            subfolder: subfolder of ``model.evaluation.samples`` if that holds several evaluations; samples of other
+                settings in it are replaced.
         """
         before, self._evaluated = self._evaluated, _Evaluated(name, model, subfolder)
         try:
@@ -89,7 +89,7 @@ class EvaluationModule(pl.LightningModule):
             self._evaluated = before
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Sample answers to a batch of problems, and have them checked."""
+        """Sample answers to a batch of problems and submit them to the verifier."""
         teacher = self.teacher if self.evaluator.config.reverse_kl else None
         if teacher is not None:
             teacher.to(self.device)
@@ -105,7 +105,7 @@ class EvaluationModule(pl.LightningModule):
         current = self._current
         if self._evaluated is not None:
             current.model.to(self.device)
-        self.evaluator.close()  # an earlier evaluation that failed may hold the same files
+        self.evaluator.close()  # a failed earlier evaluation may have the same files open
         folder = None
         if self.data is not None:
             folder = sample_folder(
@@ -114,7 +114,7 @@ class EvaluationModule(pl.LightningModule):
         self.evaluator.start(folder)
 
     def on_validation_epoch_end(self) -> None:
-        """Log every benchmark's metrics and their mean, and keep them beside the samples."""
+        """Log every benchmark's metrics and their mean, and write them to the folder of the samples."""
         self.evaluator.finish()
         figures = self.evaluator.compute()
         self.log_dict({f"{self._current.name}/{key}": value for key, value in figures.items()}, sync_dist=True)
@@ -123,7 +123,7 @@ class EvaluationModule(pl.LightningModule):
             values = {key: float(value) for key, value in figures.items()}
             folder.write_results({"figures": values, "settings": folder.settings, "versions": package_versions()})
 
-    # Tests are validations: the hooks of the one are those of the other.
+    # Testing runs the same hooks as validation.
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end

@@ -1,4 +1,4 @@
-"""Sampling answers to problems, having them checked while the next ones are sampled, and counting."""
+"""Evaluation loop: sample answers, verify them while the next batch is sampled, and update the metrics."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -19,20 +19,20 @@ from opdlab.types import EvaluationBatch, Rollouts, StopReason, TeacherRequest, 
 
 @dataclass(frozen=True)
 class _Pending:
-    """Samples whose answers are being checked."""
+    """Samples whose answers the verifier is still checking."""
 
     samples: list[Sample]
     verdicts: Verdicts | None
 
 
 class Evaluator(nn.Module):
-    """Samples and checks answers, benchmark by benchmark.
+    """Evaluator that samples and verifies answers, benchmark by benchmark.
 
-    A batch is checked while the next one is sampled, and is counted and written to disk in the order of the batches.
+    A batch is verified while the next one is sampled. Batches are counted and written to disk in order.
 
     Args:
         config: see :class:`EvaluationConfig`.
-        sampling: how answers are sampled.
+        sampling: sampling options of the answers.
         benchmarks: names of the benchmarks.
     """
 
@@ -45,9 +45,9 @@ class Evaluator(nn.Module):
         self._pending: _Pending | None = None
 
     def start(self, folder: SampleFolder | None = None) -> None:
-        """Count anew, keeping samples in ``folder``.
+        """Reset the metrics and write new samples to ``folder``.
 
-        Called where an evaluation begins: tensors made in inference mode stay bound to it.
+        Call this when an evaluation begins, in its inference mode: inference tensors cannot be updated outside of it.
         """
         self.close()
         self.folder = folder
@@ -62,14 +62,14 @@ class Evaluator(nn.Module):
         progress: Progress,
         teacher: Teacher | None = None,
     ) -> None:
-        """Sample answers to a batch of problems and have them checked, or take up what an earlier evaluation left.
+        """Sample answers to a batch of problems and submit them to the verifier, or read them from the folder.
 
         Args:
-            model: is sampled from.
+            model: the model to sample from.
             batch: problems.
-            seed_parts: where in the evaluation the batch stands; its samples depend on nothing else.
-            progress: where to show a bar.
-            teacher: to which the reverse KL is measured; None measures none.
+            seed_parts: position of the batch in the evaluation; its samples depend only on this and the seed.
+            progress: shows a progress bar.
+            teacher: reference of the reverse KL; None to skip it.
         """
         if self._take_up(batch):
             return
@@ -81,13 +81,13 @@ class Evaluator(nn.Module):
             verdicts = batch.submit(texts, rollouts)
             reverse_kl = _reverse_kl(model, teacher, rollouts) if teacher is not None else None
         except BaseException:
-            self.finish()  # the former batch is sampled and perhaps checked: keep it, whatever happened to this one
+            self.finish()  # keep the previous batch, although this one failed
             raise
         self.finish()
         self._pending = _Pending(_samples(batch, rollouts, texts, seed, reverse_kl), verdicts)
 
     def finish(self) -> None:
-        """Wait for the verdicts that are still out, and count and write their batch."""
+        """Wait for the pending verdicts, and count and write their batch."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -102,13 +102,13 @@ class Evaluator(nn.Module):
         self._count(samples)
 
     def close(self) -> None:
-        """Let go of the files; what is still out is dropped."""
+        """Close the files and drop the pending batch."""
         self._pending = None
         if self.folder is not None:
             self.folder.close()
 
     def compute(self) -> dict[str, Tensor]:
-        """Figures as ``benchmark/name``, and ``mean/name``: their unweighted mean over the benchmarks."""
+        """Return the metrics as ``benchmark/name``, and their unweighted means over benchmarks as ``mean/name``."""
         figures = {name: metrics.compute() for name, metrics in self.metrics.items()}  # type: ignore[operator]
         rows = {**figures, MEAN: over_benchmarks(figures)}
         return {f"{name}/{key}": value for name, row in rows.items() for key, value in row.items()}
@@ -120,7 +120,7 @@ class Evaluator(nn.Module):
         samples = self.folder.take(batch.benchmark, keys)
         if samples is None:
             return False
-        self.finish()  # another benchmark's last batch may be out
+        self.finish()  # another benchmark's last batch may be pending
         self._count(samples)
         return True
 
@@ -157,10 +157,10 @@ def _samples(
 
 
 def _reverse_kl(model: LanguageModel, teacher: Teacher, rollouts: Rollouts, batch_size: int = 16) -> list[float]:
-    """Mean of ``logpi - logq`` over the tokens of each fresh rollout, nats."""
+    """Return the mean of ``logpi - logq`` over the tokens of each fresh rollout, [B], nats."""
     targets = teacher.score(rollouts, TeacherRequest())
     sums = torch.zeros(len(rollouts), dtype=torch.float64)
     for rows, scored in model.score_in_chunks(rollouts, batch_size):
-        logprobs = scored.padded(scored.statistics().logprobs).cpu()
+        logprobs = scored.padded(scored.statistics().logprobs).cpu()  # [rows, T]
         sums[rows] = ((logprobs - targets.logprobs[rows]) * rollouts.mask[rows]).double().sum(1)
     return (sums / rollouts.num_tokens).tolist()

@@ -1,4 +1,4 @@
-"""Where the samples of an evaluation are kept."""
+"""The folder of an evaluation's samples."""
 
 from pathlib import Path
 
@@ -21,16 +21,16 @@ def sample_folder(
     name: str,
     subfolder: str,
 ) -> SampleFolder | None:
-    """Return the folder into which an evaluation writes its samples; None if it keeps none.
+    """Return the folder into which an evaluation writes its samples; None if it writes none.
 
     Args:
-        module: that evaluates; its trainer is attached.
-        teacher: to which the reverse KL is measured, if it is.
-        data: whose benchmarks are evaluated.
-        evaluator: says what is evaluated, and how.
-        model: the model that is sampled from.
-        name: of the evaluation, such as ``val``.
-        subfolder: used outside of training, where a folder has several evaluations.
+        module: the evaluating module, attached to a trainer.
+        teacher: reference of the reverse KL, if that is measured.
+        data: the data module with the benchmarks.
+        evaluator: holds the options of evaluation and sampling.
+        model: the model to sample from.
+        name: name of the evaluation, such as ``val``.
+        subfolder: used outside of training, if a folder holds several evaluations.
     """
     config, trainer = evaluator.config, module.trainer
     if config.samples is None or trainer.sanity_checking:
@@ -58,6 +58,6 @@ def sample_folder(
         Path(config.samples) / subfolder,
         settings,
         rank=trainer.global_rank,
-        replace=bool(subfolder),  # within a run, its folder belongs to the run alone
+        replace=bool(subfolder),  # only this run uses a subfolder
         barrier=trainer.strategy.barrier,
     )

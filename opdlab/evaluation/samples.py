@@ -1,4 +1,4 @@
-"""Samples on disk: one JSON line each, written as they come and taken up again after a kill."""
+"""Samples on disk: one JSON line each, written batch by batch and reused when an evaluation resumes."""
 
 import fcntl
 import json
@@ -17,22 +17,22 @@ from opdlab.records import RESULTS, SETTINGS, SETTINGS_PLACEHOLDER, difference, 
 
 @dataclass(frozen=True)
 class Sample:
-    """An answer and what became of it: a line of the file.
+    """An answer and its verdict: one line of the file.
 
     Args:
         benchmark: name.
         id: the problem's.
-        sample: number of the sample among those to the problem, from 0.
-        problem: its text, before the template.
-        gold: its gold answer.
-        response: decoded, special tokens left out.
+        sample: index of the sample among those of the problem, from 0.
+        problem: the problem's text, before the template.
+        gold: the gold answer.
+        response: decoded text without special tokens.
         extracted: the answer found in the response, if any.
-        correct: the verdict; None where there is no verifier.
-        reason: why, as :class:`opdlab.verifiers.Verdict` has it.
+        correct: the verdict; None without a verifier.
+        reason: reason for the verdict, see :class:`opdlab.verifiers.Verdict`.
         stop_reason: ``eos`` or ``length``.
-        tokens: length of the response, its stop token included.
-        seed: of the batch that the sample was drawn in.
-        reverse_kl: nats per token of this response, where it was measured.
+        tokens: length of the response in tokens, its stop token included.
+        seed: seed of the sample's batch.
+        reverse_kl: nats per token of this response, if it was measured.
     """
 
     benchmark: str
@@ -51,17 +51,17 @@ class Sample:
 
     @property
     def key(self) -> tuple[str, int]:
-        """What it is a sample of."""
+        """Return the problem's id and the index of the sample."""
         return self.id, self.sample
 
     def line(self) -> bytes:
-        """The sample as a line of JSON."""
-        # A lone surrogate, which UTF-8 cannot hold, becomes the escape that JSON has for it.
+        """Return the sample as a line of JSON."""
+        # UTF-8 cannot encode a lone surrogate, so it is written as a JSON escape.
         return json.dumps(asdict(self), ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
 
     @classmethod
     def parse(cls, line: bytes) -> "Sample | None":
-        """The reverse of :meth:`line`; None for a line that was not written to its end."""
+        """Return the sample of a line written by :meth:`line`; None for an incomplete line."""
         if not line.endswith(b"\n"):
             return None
         try:
@@ -71,7 +71,7 @@ class Sample:
 
 
 class _SampleFile:
-    """Lines in the order of the batches: first those of an earlier evaluation are read, then new ones are added."""
+    """A file of samples in the order of the batches: existing lines are read first, then new ones are appended."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -94,7 +94,7 @@ class _SampleFile:
         if [sample.key for sample in samples] == list(keys):
             self.num_taken_up += 1
             return samples
-        # Here the earlier evaluation was stopped. A batch is sampled as a whole, so what is there of it goes.
+        # The earlier evaluation stopped here. A batch is sampled as a whole, so its incomplete lines are removed.
         self._reading = False
         self._file.seek(start)
         self._file.truncate()
@@ -110,21 +110,22 @@ class _SampleFile:
             rank_zero_info(f"{self.num_taken_up} batches taken up from {self.path}")
 
     def close(self) -> None:
-        if self._reading:  # otherwise it was said when the reading ended
+        if self._reading:  # otherwise already reported when reading ended
             self.report()
         self._file.close()
 
 
 class SampleFolder:
-    """The samples of one evaluation, with the settings that they were sampled under.
+    """A folder with the samples of one evaluation and the settings that they depend on.
 
-    ``settings.json``, ``<benchmark>-<process>.jsonl``, and at the end ``results.json``.
+    Files: ``settings.json``, ``<benchmark>-<process>.jsonl``, and at the end ``results.json``.
 
     Args:
-        folder: where; ``{settings}`` in it is replaced by a digest of what is compared.
-        settings: ``compared``: what the samples depend on, as a tree of configuration keys; the rest is not compared.
-        rank: this process.
-        replace: throw samples of other settings away instead of refusing them.
+        folder: path; ``{settings}`` in it is replaced by a digest of ``settings["compared"]``.
+        settings: content of ``settings.json``. ``compared`` holds the settings that the samples depend on, as a tree
+            of configuration keys; other entries are not compared.
+        rank: rank of this process.
+        replace: delete samples of other settings instead of raising an error.
         barrier: waits for all processes.
 
     Raises:
@@ -153,7 +154,7 @@ class SampleFolder:
             f"model.evaluation.samples is '{self.path}', which holds samples of other settings: {differs}; "
             "give another folder",
         )
-        barrier()  # everyone has looked before anything changes
+        barrier()  # all processes have compared before anything changes
         if rank == 0:
             with self._explained():
                 if differs is not None:
@@ -164,17 +165,17 @@ class SampleFolder:
         barrier()
 
     def take(self, benchmark: str, keys: Sequence[tuple[str, int]]) -> list[Sample] | None:
-        """The next batch of the benchmark, if an earlier evaluation left it whole.
+        """Return the next batch of the benchmark if an earlier evaluation wrote it completely, else None.
 
         Args:
             benchmark: name.
-            keys: (problem id, number of the sample) of every sample in the batch, in order.
+            keys: (problem id, index of the sample) of every sample in the batch, in order.
         """
         with self._explained():
             return self._file(benchmark).take(keys)
 
     def write(self, samples: Sequence[Sample]) -> None:
-        """Add a batch, all of one benchmark. It is the system's when this returns, and survives a kill."""
+        """Append a batch of one benchmark and flush it, so that it survives if the process is killed."""
         with self._explained():
             self._file(samples[0].benchmark).write(samples)
 
@@ -185,7 +186,7 @@ class SampleFolder:
                 write_json(self.path / RESULTS, results)
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         for file in self._files.values():
             file.close()
         self._files = {}

@@ -1,4 +1,4 @@
-"""What samples depend on, written beside them so that those of different settings are never mixed."""
+"""The settings that samples depend on, stored with them so that samples of different settings are never mixed."""
 
 import hashlib
 import json
@@ -15,20 +15,20 @@ from opdlab.records import digest
 from opdlab.verifiers.verifier import Verifier
 
 _DIGEST_BYTES = 16
-# Of a Hugging Face configuration: says where a model came from, not what it computes.
+# Keys of a Hugging Face configuration that name a model's origin and do not affect what it computes.
 _ORIGIN_KEYS = ("_name_or_path", "transformers_version", "_commit_hash", "name_or_path")
-# Of a verifier: have no influence on its verdicts.
+# Options of a verifier that do not affect its verdicts.
 _SPEED_OPTIONS = ("num_workers",)
 
 
 @torch.no_grad()
 def fingerprint(model: LanguageModel) -> str:
-    """Digest of all that decides what a model samples: every byte of its weights, its architecture, its stop tokens.
+    """Return a digest of everything that determines a model's samples: weights, architecture and stop tokens.
 
-    About a second for each GB of weights. Where they were loaded from has no influence.
+    Takes about a second per GB of weights. The digest does not depend on the path of the weights.
 
     Args:
-        model: on any device; under a strategy that shards weights, those of this process.
+        model: on any device; with sharded weights, the digest covers the shards of this process.
 
     Example:
         >>> model = LanguageModel("package://opdlab.toy/models/student")
@@ -38,11 +38,11 @@ def fingerprint(model: LanguageModel) -> str:
         False
     """
     config = {key: value for key, value in model.model.config.to_dict().items() if key not in _ORIGIN_KEYS}
-    # An adapter's factor is neither a weight nor in the model's configuration.
+    # An adapter's scaling factor is neither a weight nor part of the model's configuration.
     scaling = [(name, getattr(layer, "scaling", None)) for name, layer in model.model.named_modules()]
     factors = [(name, value) for name, value in scaling if isinstance(value, dict)]
     total = hashlib.blake2b(digest([config, model.stop_ids, factors]).encode(), digest_size=_DIGEST_BYTES)
-    # Tied weights stand once in named_parameters().
+    # named_parameters() lists tied weights once.
     for name, tensor in sorted([*model.model.named_parameters(), *model.model.named_buffers()]):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
@@ -51,7 +51,7 @@ def fingerprint(model: LanguageModel) -> str:
 
 
 def benchmark_settings(prompts: PromptSet) -> dict[str, Any]:
-    """What a benchmark's figures depend on, the model aside: prompts as tokens, gold answers, verifier."""
+    """Return a benchmark's settings that its metrics depend on: prompts as tokens, gold answers, verifier."""
     rows = [(prompt.problem.id, prompt.tokens, prompt.problem.answer) for prompt in prompts.prompts]
     return {"num_problems": len(rows), "prompts": digest(rows), "verifier": _describe(prompts.verifier)}
 
@@ -60,7 +60,7 @@ def _describe(verifier: Verifier | None) -> str | None:
     if verifier is None:
         return None
     options = {name: value for name, value in vars(verifier).items() if name[0] != "_" and name not in _SPEED_OPTIONS}
-    # An object's own text may hold its address, which differs from run to run.
+    # An object's repr may contain its address, which differs between runs.
     text = json.dumps(options, default=lambda value: type(value).__qualname__)
     return f"{type(verifier).__module__}.{type(verifier).__qualname__} {text}"
 
@@ -76,16 +76,16 @@ def evaluation_settings(
     eval_batch_size: int,
     trainer: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the content of ``settings.json``: what is compared, by the keys of the configuration, and what is not.
+    """Return the content of ``settings.json``: compared settings by configuration key, and other information.
 
     Args:
         model: the model that is evaluated.
-        sampling: how it is sampled from.
-        benchmarks: what it is evaluated on.
-        teacher: the model to which the reverse KL is measured, if it is.
-        about: not compared.
+        sampling: sampling options of the answers.
+        benchmarks: the prompt sets of the benchmarks, by name.
+        teacher: reference of the reverse KL, if that is measured.
+        about: information that is not compared.
         evaluation: options of ``model.evaluation``.
-        eval_batch_size: problems in a batch, whose place seeds it.
+        eval_batch_size: problems in a batch; a batch's seed depends on its index.
         trainer: options of the trainer.
 
     Returns:

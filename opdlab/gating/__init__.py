@@ -1,6 +1,6 @@
-r"""The gate interface: how much each position of a reused rollout counts.
+r"""The gate interface: weights of the positions of reused rollouts.
 
-Drift is how far the student has moved from the policy that sampled the rollout, ``d = logpi - logpi_b``. A
+Drift is the student's change since the rollout was sampled, ``d = logpi - logpi_b`` per position. A
 :class:`DriftGate` groups the positions of a response into segments, reduces the drift of each segment to ``s >= 0``,
 and gives its positions the raw weight ``exp(-tau * s)``. A :class:`RuleGate` computes the raw weight by another rule.
 Raw weights are normalised to mean 1 over the valid positions of the batch and carry no gradient.

@@ -1,4 +1,4 @@
-"""What a gate sees and returns, and the bases of all gates.
+"""Inputs and outputs of gates, and the base classes of all gates.
 
 Shapes: B rollouts, T response tokens. Log-probabilities are in nats.
 """
@@ -22,27 +22,27 @@ if TYPE_CHECKING:
 
     NormalizationOption = NormalizationName | Normalization
 else:
-    NormalizationOption = NormalizationName  # the command line takes names alone: rho, low and high are keys beside it
+    NormalizationOption = NormalizationName  # the command line takes names only; rho, low and high are separate keys
 
 
 @dataclass(frozen=True)
 class GateInputs:
-    """What a gate may look at. Tensors are [B, T]; a response starts in column 0.
+    """Inputs of a gate. Tensors are [B, T]; a response starts in column 0.
 
     A field that may be None is set if the gate lists it in :attr:`GateStrategy.needs`.
 
     Args:
         tokens: the sampled token ids, long.
         mask: 1 (or True) at valid response positions. Masked positions are ignored.
-        behavior_logprobs: log-probability of ``tokens`` under the policy that sampled them, nats.
+        behavior_logprobs: log-probability of ``tokens`` under the behavior policy, nats.
         current_logprobs: the same under the current student, nats.
         teacher_logprobs: the same under the teacher, nats, or None.
         position_losses: the objective's loss per position, detached, or None.
         entropy: of the current student's next-token distribution, nats, or None.
         teacher_entropy: of the teacher's, nats, or None.
-        correct: int8, the same for all positions of a response: 1 where the verifier accepts its answer, 0 where it
-            does not, -1 where it was not asked; or None.
-        step: optimizer steps taken.
+        correct: int8, the same for all positions of a response: 1 if the verifier accepts its answer, 0 if it does
+            not, -1 if the answer was not checked; or None.
+        step: optimizer steps taken so far.
 
     Example:
         >>> inputs = GateInputs(
@@ -69,12 +69,12 @@ class GateInputs:
 
     @property
     def drift(self) -> Tensor:
-        """``current_logprobs - behavior_logprobs``, detached, float32 or wider, 0 at masked positions."""
+        """Return ``current_logprobs - behavior_logprobs``, [B, T] nats, detached, at least float32; 0 if masked."""
         return self._difference(self.current_logprobs, self.behavior_logprobs)
 
     @property
     def teacher_gap(self) -> Tensor | None:
-        """``teacher_logprobs - current_logprobs``, as :attr:`drift`; None without ``teacher_logprobs``."""
+        """Return ``teacher_logprobs - current_logprobs``, as :attr:`drift`; None without ``teacher_logprobs``."""
         if self.teacher_logprobs is None:
             return None
         return self._difference(self.teacher_logprobs, self.current_logprobs)
@@ -89,7 +89,7 @@ class GateInputs:
         return replace(self.map(lambda value: value.detach().masked_fill(invalid, 0)), mask=~invalid)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "GateInputs":
-        """Apply ``function`` to every tensor that is not None."""
+        """Return a copy with ``function`` applied to every tensor that is not None."""
         changed: dict[str, Any] = {name: function(value) for name, value in self.tensors().items()}
         return replace(self, **changed)
 
@@ -100,13 +100,13 @@ class GateInputs:
 
 @dataclass(frozen=True)
 class Gates:
-    """What a gate returns. Tensors are [B, T] and carry no gradient.
+    """Outputs of a gate. Tensors are [B, T] and carry no gradient.
 
     Args:
         weights: float32, 0 at masked positions, mean 1 over valid positions (unless the normalization is ``none``).
         segment_ids: long, the position's segment within its row, counted from 0; -1 at masked positions.
         segment_drift: the signed mean drift of the position's segment, nats; 0 at masked positions.
-        tau: that a schedule has chosen, a tensor of one number; None without a schedule.
+        tau: the value that a schedule has chosen, a scalar tensor; None without a schedule.
     """
 
     weights: Tensor
@@ -118,19 +118,19 @@ class Gates:
 class GateStrategy(ABC):
     """Base of all gates: masks, detaches, checks shapes and normalises raw weights.
 
-    Most gates extend :class:`DriftGate` (segments that share a weight) or :class:`RuleGate` (another rule). Extend
-    this class where both are too narrow, and override :meth:`log_weight`.
+    Most gates extend :class:`DriftGate` (segments that share a weight) or :class:`RuleGate` (another rule). If neither
+    fits, extend this class and override :meth:`log_weight`.
 
     Args:
-        normalization: how raw weights become weights; a name, or a :class:`opdlab.gating.Normalization`, which
-            replaces ``rho``, ``low`` and ``high``. ``mean`` divides by the mean (the paper); ``residual`` mixes that
-            with 1, ``(1 - rho) + rho * w``; ``clipped`` clips w to [low, high] and divides by the mean again;
-            ``none`` keeps raw weights: the more of them lie below 1, the smaller the step.
+        normalization: rule that turns raw weights into weights; a name, or a :class:`opdlab.gating.Normalization`,
+            which replaces ``rho``, ``low`` and ``high``. ``mean`` divides by the mean, which gives w (the paper);
+            ``residual`` is ``(1 - rho) + rho * w``; ``clipped`` clips w to [low, high] and divides by the mean again;
+            ``none`` keeps raw weights, so raw weights below 1 make the step smaller.
         rho: share of w in ``residual``, 0 to 1.
         low: lower bound of ``clipped``.
         high: upper bound of ``clipped``.
 
-    A subclass hands these on as ``**options: Any``: the command line then finds their defaults in this signature.
+    A subclass passes these on as ``**options: Any``; the command line then reads their defaults from this signature.
 
     Raises:
         UsageError: an option is out of range.
@@ -163,27 +163,27 @@ class GateStrategy(ABC):
 
     @property
     def uniform(self) -> bool:
-        """True if every weight is 1 whatever the inputs, so that nothing needs to be computed ahead."""
+        """True if every weight is 1 for all inputs, so other micro-batches need not be scored first."""
         return False
 
     @property
     def max_gate(self) -> float:
-        """The largest raw weight, and so the largest weight under ``normalization="none"``."""
+        """Return the largest possible raw weight, the upper bound of weights under ``normalization="none"``."""
         return 1.0
 
     @property
     def unused_options(self) -> set[str]:
-        """Options without effect under the others; repr and logged hyperparameters leave them out."""
+        """Return the options that have no effect; repr and logged hyperparameters omit them."""
         return self.normalization.unused
 
     def setup(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Called once before training with the student's tokenizer; for gates that look at the text of tokens."""
+        """Prepare the gate with the student's tokenizer, once before training; for gates that use token texts."""
         del tokenizer
 
     def segment_ids(self, inputs: GateInputs) -> Tensor:
         """Return a label per position, [B, T] integers; positions of a row that share a label form a segment.
 
-        Labels need no order and no bound; masked positions are ignored. Here every position is a segment of its own.
+        Labels may have any order and size; masked positions are ignored. By default every position is its own segment.
         """
         return torch.arange(inputs.mask.shape[1], device=inputs.mask.device).expand(inputs.mask.shape)
 
@@ -200,7 +200,7 @@ class GateStrategy(ABC):
 
     @torch.no_grad()
     def __call__(self, inputs: GateInputs) -> Gates:
-        """Compute the weights of a batch.
+        """Return the weights of a batch.
 
         Args:
             inputs: see :class:`GateInputs`.
@@ -234,7 +234,7 @@ class GateStrategy(ABC):
         )
 
     def _scheduled(self, inputs: GateInputs, segments: Tensor) -> tuple["GateStrategy", Tensor | None]:
-        """Return the gate that weighs these inputs, and the tau that a schedule has chosen for it."""
+        """Return the gate to apply to these inputs, and the tau that a schedule has chosen."""
         return self, None
 
     def _check_shape(self, what: str, value: Tensor, tokens: Tensor) -> None:
@@ -256,7 +256,7 @@ class DriftGate(GateStrategy):
     Override :meth:`segment_ids`.
 
     Args:
-        tau: strength of the gate, per nat. 0 makes every weight 1. A schedule may stand for the number.
+        tau: strength of the gate, per nat: a number or a schedule. 0 makes every weight 1.
         statistic: reduction of a segment's drifts to s: ``signed_mean`` is the absolute value of their mean (the
             paper; opposite drifts cancel), ``abs_mean``, ``rms`` and ``max`` (of the absolute drift) do not cancel.
         options: see :class:`GateStrategy`.
@@ -294,14 +294,14 @@ class DriftGate(GateStrategy):
         """Return a label per position; see :meth:`GateStrategy.segment_ids`."""
 
     def log_weight(self, inputs: GateInputs, segments: Tensor) -> Tensor:
-        """Return ``-tau * s``; of a schedule ``tau`` is the choice for these inputs."""
+        """Return ``-tau * s``, [B, T]; with a schedule, ``tau`` is its value for these inputs."""
         assert not isinstance(self.tau, TauSchedule)
         return -self.tau * segment_statistic(inputs.drift, segments, inputs.mask, self.statistic)
 
     def _scheduled(self, inputs: GateInputs, segments: Tensor) -> tuple[GateStrategy, Tensor | None]:
         if self.uniform or not isinstance(self.tau, TauSchedule):
             return self, None
-        # A copy with the schedule's choice: log_weight then finds a number for tau.
+        # Copy the gate with the schedule's value, because log_weight needs a number for tau.
         statistic = segment_statistic(inputs.drift, segments, inputs.mask, self.statistic)
         chosen = self.tau(inputs.step, statistic, inputs.mask)
         fixed = copy.copy(self)
@@ -310,12 +310,12 @@ class DriftGate(GateStrategy):
 
 
 class RuleGate(GateStrategy):
-    """Base of gates whose raw weight follows another rule than drift's, with neither tau nor statistic.
+    """Base of gates whose raw weight follows a rule other than ``exp(-tau * s)``, without tau and statistic.
 
-    Override :meth:`weight`, and :attr:`needs` and :attr:`max_gate` where they differ.
+    Override :meth:`weight`, and :attr:`needs` and :attr:`max_gate` if they differ.
 
     Args:
-        normalization: see :class:`GateStrategy`; None is the class's :attr:`own_normalization`.
+        normalization: see :class:`GateStrategy`; None selects the class's :attr:`own_normalization`.
         options: see :class:`GateStrategy`.
 
     Example:

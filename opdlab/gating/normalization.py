@@ -1,4 +1,4 @@
-"""Normalization: how raw weights become the weights of a loss.
+"""Normalization of a gate's raw weights to loss weights.
 
 Shapes: B rollouts, T response tokens.
 """
@@ -19,20 +19,20 @@ _USED = {"residual": {"rho"}, "clipped": {"low", "high"}}
 
 @dataclass(frozen=True)
 class Normalization:
-    """Turns the logarithms of raw weights into weights.
+    """Rule that turns the logarithms of raw weights into weights.
 
     With ``g`` the raw weight and ``w = g / mean(g)``, the mean taken over the valid positions of the batch:
     ``mean`` gives w (the paper), ``residual`` ``(1 - rho) + rho * w``, ``clipped`` clips w to [low, high] and divides
     by the mean again, ``none`` gives g. All but ``none`` have mean 1.
 
     Args:
-        name: of the rule.
+        name: name of the rule.
         rho: share of w in ``residual``, 0 to 1.
         low: lower bound of ``clipped``, 0 to 1.
         high: upper bound of ``clipped``, at least 1.
 
     Raises:
-        UsageError: an option is out of range, whether the rule uses it or not.
+        UsageError: an option is out of range, even if the rule does not use it.
 
     Example:
         >>> residual = Normalization("residual", rho=0.25)
@@ -57,12 +57,12 @@ class Normalization:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options as a gate's constructor takes them: ``normalization``, ``rho``, ``low``, ``high``."""
+        """Return the options as a gate's constructor takes them: ``normalization``, ``rho``, ``low``, ``high``."""
         return {"normalization": self.name, "rho": self.rho, "low": self.low, "high": self.high}
 
     @property
     def unused(self) -> set[str]:
-        """Options without effect under this rule."""
+        """Return the options that have no effect under this rule."""
         return {"rho", "low", "high"} - _USED.get(self.name, set())
 
     def __repr__(self) -> str:
@@ -78,7 +78,7 @@ class Normalization:
         """
         if self.name == "none":
             return log_weight.exp().masked_fill(~mask, 0.0)
-        # The largest weight is scaled to 1 before exp: the mean is then never 0. If all are 0 they are equal: 1.
+        # Scale the largest weight to 1 before exp, so that the mean is never 0. If all weights are 0, all become 1.
         peak = log_weight.masked_fill(~mask, -torch.inf).amax() if log_weight.numel() else log_weight.sum()
         raw = torch.where(torch.isneginf(peak), torch.ones_like(log_weight), (log_weight - peak).exp())
         weights = _unit_mean(raw, mask)
@@ -90,7 +90,7 @@ class Normalization:
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value of ``gate.<key>`` that is not one of ``choices``, and name the nearest of them."""
+    """Raise a UsageError that names the nearest choice if ``gate.<key>`` is not one of ``choices``."""
     require(
         value in choices,
         f"{key} is '{value}', but must be one of {', '.join(choices)}{suggestion(str(value), choices)}",
@@ -99,6 +99,6 @@ def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _unit_mean(raw: Tensor, mask: Tensor) -> Tensor:
     raw = raw.masked_fill(~mask, 0.0)
-    # Summed in double: in float32 the mean of a million weights is off by more than their own rounding.
+    # Sum in double: in float32, the error of the mean of a million weights exceeds their own rounding.
     mean = raw.sum(dtype=torch.float64) / mask.sum().clamp(min=1)
     return torch.where(mask, raw / mean.to(raw.dtype), torch.zeros_like(raw))

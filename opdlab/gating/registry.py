@@ -1,4 +1,4 @@
-"""Gates by name: registration, and building one."""
+"""Registration of gates, and construction by name."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ _REGISTRY: Registry[GateStrategy] = Registry("gate", GateStrategy, "opdlab.strat
 
 
 def gate_registry() -> Registry[GateStrategy]:
-    """Return the registry itself, for the command line."""
+    """Return the registry of gates, for the command line."""
     return _REGISTRY
 
 
@@ -28,7 +28,7 @@ def gate_names() -> list[str]:
 
 
 def build_gate(name: str, **options: Any) -> GateStrategy:
-    """Build a gate by its registered name.
+    """Return a new gate by its registered name.
 
     Args:
         name: see :func:`gate_names`.

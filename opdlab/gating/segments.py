@@ -26,7 +26,7 @@ def dense_ids(labels: Tensor, mask: Tensor) -> Tensor:
         tensor([[ 0,  0,  1, -1]])
     """
     labels = labels.long()
-    # Masked positions sort last and so cannot take a number from valid ones.
+    # Masked positions sort last, so they do not shift the numbers of valid positions.
     ordered, order = labels.masked_fill(~mask, torch.iinfo(torch.long).max).sort(dim=1)
     steps = torch.zeros_like(ordered)
     steps[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
@@ -36,9 +36,9 @@ def dense_ids(labels: Tensor, mask: Tensor) -> Tensor:
 def segment_reduce(values: Tensor, ids: Tensor, mask: Tensor, how: Literal["mean", "amax"]) -> Tensor:
     """Return the mean, or the maximum with 0, of each position's segment, [B, T]; 0 at masked positions.
 
-    Arguments as those of :func:`segment_statistic`, of any values.
+    The arguments are those of :func:`segment_statistic`; ``values`` is [B, T] and may hold any values.
     """
-    # One more bucket than there can be segments: it takes the masked positions.
+    # [B, T + 1]: one bucket per possible segment, and the last one for masked positions.
     index = torch.where(mask, ids, values.shape[1])
     buckets = values.new_zeros(values.shape[0], values.shape[1] + 1)
     if how == "amax":
@@ -49,7 +49,7 @@ def segment_reduce(values: Tensor, ids: Tensor, mask: Tensor, how: Literal["mean
 
 
 def segment_statistic(drift: Tensor, ids: Tensor, mask: Tensor, statistic: Statistic) -> Tensor:
-    """Return the reduction of each position's segment.
+    """Return the reduction of the drift over each position's segment.
 
     Args:
         drift: [B, T], nats.
@@ -73,6 +73,6 @@ def segment_statistic(drift: Tensor, ids: Tensor, mask: Tensor, statistic: Stati
     peak = segment_reduce(drift.abs(), ids, mask, "amax")
     if statistic == "max":
         return peak
-    # Scaled by the segment's largest drift, so that squares neither overflow nor vanish.
+    # Scale by the segment's largest drift, so that squares neither overflow nor underflow.
     scale = torch.where(peak > 0, peak, torch.ones_like(peak))
     return segment_reduce((drift / scale).square(), ids, mask, "mean").sqrt() * peak

@@ -1,7 +1,7 @@
-"""Estimates as pure functions of counts and sums.
+"""Estimators as pure functions of counts and sums.
 
-Shapes: P problems, n samples of each. A problem's samples are not independent, so every standard error here takes the
-problem as the unit.
+Shapes: P problems, n samples of each. A problem's samples are not independent, so every standard error is clustered by
+problem.
 """
 
 from collections import defaultdict
@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 def pass_at_k(num_correct: Tensor, num_samples: int, k: int) -> Tensor:
-    """Unbiased probability that at least one of k samples is correct, per problem.
+    """Return the unbiased probability that at least one of k samples is correct, per problem.
 
-    ``1 - C(n - c, k) / C(n, k)``, computed as a product so that nothing overflows.
+    ``1 - C(n - c, k) / C(n, k)``, computed as a product to avoid overflow.
 
     Args:
         num_correct: [P], correct samples c of each problem.
@@ -34,23 +34,23 @@ def pass_at_k(num_correct: Tensor, num_samples: int, k: int) -> Tensor:
     # C(n - c, k) / C(n, k) = product over i = 0 .. k - 1 of (n - c - i) / (n - i)
     i = torch.arange(k, dtype=torch.float64, device=num_correct.device)
     wrong = (num_samples - num_correct.double()).unsqueeze(-1)
-    return 1 - ((wrong - i).clamp(min=0) / (num_samples - i)).prod(-1)
+    return 1 - ((wrong - i).clamp(min=0) / (num_samples - i)).prod(-1)  # [P, k] -> [P]
 
 
 def majority_vote(answers: Sequence[Sequence[str | None]], correct: Tensor) -> Tensor:
-    """Probability that the most frequent answer to a problem is correct, per problem.
+    """Return the probability that the most frequent answer to a problem is correct, per problem.
 
-    Samples vote for the answer extracted from them, white space at the ends aside; a sample without one does not vote.
-    Among tied answers one is drawn at random, and the expectation over that draw is returned, so that the order of the
-    samples has no influence. Where the verifier judged equal answers differently, an answer is right as often as its
-    votes were.
+    Each sample votes for its extracted answer, stripped of surrounding white space; samples without an answer do not
+    vote. The result is the expectation over a random choice among tied answers, so the order of the samples has no
+    effect. If the verifier's verdicts on equal answers differ, the answer counts as correct with the share of its votes
+    that are correct.
 
     Args:
-        answers: P rows of n answers, None where none was extracted.
+        answers: P rows of n answers, None if none was extracted.
         correct: [P, n] bool.
 
     Returns:
-        [P] float64, 0 to 1; 0 where nobody votes.
+        [P] float64, 0 to 1; 0 for problems without votes.
 
     Example:
         >>> correct = torch.tensor([[True, True, False, False], [True, False, False, False]])
@@ -71,16 +71,16 @@ def _expected_winner(answers: Sequence[str | None], correct: Sequence[bool]) -> 
             votes[answer.strip()].append(is_correct)
     most = max(map(len, votes.values()), default=0)
     tied = [flags for flags in votes.values() if len(flags) == most]
-    # Integers until the last division, so that no rounding depends on the order.
+    # Sum integers and divide last, so that rounding does not depend on the order.
     return sum(map(sum, tied)) / (most * len(tied)) if tied else 0.0
 
 
 def moments(totals: Tensor, weights: Tensor) -> Tensor:
-    """What :func:`weighted_mean` and :func:`standard_error` need to know of some problems; moments add up.
+    """Return the sums that :func:`weighted_mean` and :func:`standard_error` need; sums of several batches add up.
 
     Args:
         totals: [P], sum of the quantity over each problem's units.
-        weights: [P], number of these units: tokens, or 1 where the problem itself is the unit.
+        weights: [P], number of these units: tokens, or 1 if the problem itself is the unit.
 
     Returns:
         [5] float64: sums over problems of total, weight, total², total x weight, weight².
@@ -94,7 +94,7 @@ def moments(totals: Tensor, weights: Tensor) -> Tensor:
 
 
 def weighted_mean(sums: Tensor) -> Tensor:
-    """Mean of a quantity over all units: the sum of totals over the sum of weights.
+    """Return the mean of a quantity over all units: the sum of totals over the sum of weights.
 
     Args:
         sums: [5], see :func:`moments`.
@@ -110,10 +110,10 @@ def weighted_mean(sums: Tensor) -> Tensor:
 
 
 def standard_error(sums: Tensor, num_problems: Tensor) -> Tensor:
-    """Standard error of :func:`weighted_mean`, clustered by problem.
+    """Return the standard error of :func:`weighted_mean`, clustered by problem.
 
     ``sqrt(P / (P - 1) * sum((s_i - R t_i)²)) / sum(t_i)`` with total ``s_i``, weight ``t_i`` and mean ``R``. With equal
-    weights that is ``sqrt(var / P)``, the variance over problems with denominator P - 1.
+    weights this is ``sqrt(var / P)``, with the variance over problems and denominator P - 1.
 
     Args:
         sums: [5], see :func:`moments`.
@@ -138,10 +138,10 @@ def standard_error(sums: Tensor, num_problems: Tensor) -> Tensor:
 
 
 def standard_error_of_mean(errors: Tensor) -> Tensor:
-    """Standard error of the unweighted mean of independent figures: ``sqrt(sum(se²)) / B``.
+    """Return the standard error of the unweighted mean of B independent estimates: ``sqrt(sum(se²)) / B``.
 
     Args:
-        errors: [B], their standard errors.
+        errors: [B], the standard errors of the estimates.
 
     Returns:
         Scalar.

@@ -9,9 +9,9 @@ from opdlab.metrics.problem_mean import ProblemMean
 
 
 class MajorityVote(ProblemMean):
-    """Share of problems whose most frequent answer is right, synchronised across processes.
+    """Share of problems whose most frequent answer is correct, synchronised across processes.
 
-    How votes are counted and ties broken is in :func:`opdlab.metrics.functional.majority_vote`.
+    See :func:`opdlab.metrics.functional.majority_vote` for the counting of votes and the handling of ties.
 
     Example:
         >>> import torch
@@ -30,10 +30,10 @@ class MajorityVote(ProblemMean):
     def update(  # type: ignore[override] # as torchmetrics' own subclasses do
         self, answers: Sequence[Sequence[str | None]], correct: Tensor
     ) -> None:
-        """Count some problems.
+        """Add P problems.
 
         Args:
-            answers: P rows of n answers, None where none was extracted.
+            answers: P rows of n answers, None if none was extracted.
             correct: [P, n] bool.
         """
         super().update(majority_vote(answers, correct))

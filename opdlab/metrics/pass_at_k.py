@@ -13,7 +13,7 @@ class PassAtK(ProblemMean):
     """Unbiased pass@k, averaged over problems and synchronised across processes.
 
     Args:
-        k: samples of which one must be correct.
+        k: number of samples of which at least one must be correct.
         kwargs: see :class:`torchmetrics.Metric`.
 
     Raises:
@@ -38,10 +38,10 @@ class PassAtK(ProblemMean):
         self.k = k
 
     def update(self, correct: Tensor) -> None:  # type: ignore[override] # as torchmetrics' own subclasses do
-        """Count some problems.
+        """Add P problems.
 
         Args:
-            correct: [P, n] bool, whether each of n samples of P problems is right; n may differ between updates.
+            correct: [P, n] bool, True for correct samples; n may differ between updates.
         """
         num_samples = correct.shape[1]
         require(num_samples >= self.k, f"pass@{self.k} needs at least {self.k} samples a problem, got {num_samples}")

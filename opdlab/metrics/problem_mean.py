@@ -10,10 +10,10 @@ from opdlab.metrics.functional import moments, standard_error, weighted_mean
 
 
 class ProblemMean(Metric):
-    """A mean whose standard error takes the problem as the unit, synchronised across processes.
+    """A mean with a standard error clustered by problem, synchronised across processes.
 
-    Only sums are kept: they add up over processes whatever share of the problems each holds, none included, and in
-    float64 the variance survives the subtraction.
+    Only sums are kept. They add up over processes for any division of the problems, and float64 keeps the variance
+    accurate under subtraction.
 
     Args:
         kwargs: see :class:`torchmetrics.Metric`.
@@ -36,21 +36,22 @@ class ProblemMean(Metric):
         self.add_state("num_problems", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, values: Tensor, weights: Tensor | None = None) -> None:
-        """Count some problems.
+        """Add P problems.
 
         Args:
             values: [P], estimate of each problem.
-            weights: [P], units over which each estimate was averaged, where units and not problems count equally.
+            weights: [P], number of units averaged in each estimate, to weight units equally; None weights problems
+                equally.
         """
         weights = torch.ones_like(values) if weights is None else weights
         self.sums += moments(values.double() * weights.double(), weights).to(self.sums.device)
         self.num_problems += len(values)
 
     def compute(self) -> Tensor:
-        """The mean, a scalar."""
+        """Return the mean, a scalar."""
         return weighted_mean(self.sums).float()
 
     def standard_error(self) -> Tensor:
-        """Standard error of the mean over all processes' problems, a scalar; NaN for fewer than two problems."""
+        """Return the standard error of the mean over all processes, a scalar; NaN for fewer than two problems."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn, should_sync=self._to_sync):
             return standard_error(self.sums, self.num_problems).float()

@@ -1,4 +1,4 @@
-"""Objectives: what a position of a rollout costs. The maths is in :mod:`opdlab.objectives.functional`."""
+"""Objectives: the loss of each position of a rollout. The formulas are in :mod:`opdlab.objectives.functional`."""
 
 from opdlab.objectives.base import Objective, PositionLosses, Reduction, loss_shares, reduce_losses, register_objective
 from opdlab.objectives.sampled_token import SampledTokenOPD

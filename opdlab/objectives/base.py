@@ -1,4 +1,4 @@
-"""What every objective shares: the interface, its registry, and the reduction of position losses to one number.
+"""Common parts of all objectives: the interface, its registry, and the reduction of position losses to a scalar.
 
 Shapes: B rollouts, T response tokens.
 """
@@ -18,13 +18,13 @@ Reduction = Literal["token_mean", "sequence_mean"]
 
 @dataclass(frozen=True)
 class PositionLosses:
-    """Losses and statistics of the positions of a micro-batch.
+    """Per-token losses and statistics of a micro-batch.
 
     Args:
-        losses: [B, T], differentiable; 0 where the mask is 0.
+        losses: [B, T], differentiable; 0 at masked positions.
         logprobs: [B, T], nats: of the sampled tokens under the student, detached.
         entropy: [B, T], nats: of the student, detached.
-        metrics: further figures per valid position, each [B, T], detached, averaged for the log under these names.
+        metrics: further metrics by log name, each [B, T], detached; their mean over valid positions is logged.
     """
 
     losses: Tensor
@@ -34,27 +34,27 @@ class PositionLosses:
 
 
 class Objective(ABC):
-    """Base of all objectives: turns a scored micro-batch into position losses, and says what the teacher must deliver.
+    """Base of all objectives: computes position losses and states the required teacher outputs.
 
-    An objective that needs logits of the teacher's support takes them from :meth:`Scored.support_statistics`, and
-    log-probabilities from :meth:`Scored.statistics`: each is one pass over the head, which is made once.
+    An objective takes logits of the teacher's support from :meth:`Scored.support_statistics`, and log-probabilities
+    from :meth:`Scored.statistics`. Each of these runs one pass over the head and caches its result.
     """
 
     @property
     def request(self) -> TeacherRequest:
-        """What the teacher must deliver; by default only the sampled tokens' log-probabilities."""
+        """Return the required teacher outputs; by default only the sampled tokens' log-probabilities."""
         return TeacherRequest()
 
     @abstractmethod
     def position_losses(self, student: Scored, rollouts: Rollouts, targets: Targets) -> PositionLosses:
-        """Return the loss of every position; everything on the student's device."""
+        """Return the loss of every position; all tensors are on the student's device."""
 
 
 def loss_shares(mask: Tensor, *, reduction: Reduction, num_tokens: float, num_rollouts: float) -> Tensor:
-    """What each position's loss is multiplied by, besides its weight, in the loss of an optimizer batch.
+    """Return the factor of each position's weighted loss in the loss of an optimizer batch.
 
-    ``token_mean``: ``1 / num_tokens``. ``sequence_mean``: 1 over the length of its rollout and over ``num_rollouts``;
-    the paper's code base, run with micro-batches of one rollout, does in effect this.
+    ``token_mean``: ``1 / num_tokens``. ``sequence_mean``: ``1 / (rollout length * num_rollouts)``; the paper's code
+    base is equivalent to this when run with micro-batches of one rollout.
 
     Args:
         mask: [B, T] bool, of a micro-batch.
@@ -63,7 +63,7 @@ def loss_shares(mask: Tensor, *, reduction: Reduction, num_tokens: float, num_ro
         num_rollouts: rollouts with a valid position in the whole optimizer batch.
 
     Returns:
-        [B, T] float32, 0 where the mask is 0; summed over the micro-batches it is 1.
+        [B, T] float32, 0 at masked positions; the sum over all micro-batches is 1.
 
     Example:
         >>> import torch
@@ -81,15 +81,15 @@ def loss_shares(mask: Tensor, *, reduction: Reduction, num_tokens: float, num_ro
 
 
 def reduce_losses(losses: Tensor, weights: Tensor, shares: Tensor) -> Tensor:
-    """Reduce gated position losses to the micro-batch's part of the optimizer batch's loss: ``sum(w * l * share)``.
+    """Return the micro-batch's part of the optimizer batch's loss, ``sum(w * l * share)``.
 
     Args:
         losses: [B, T].
         weights: [B, T], the gate's.
-        shares: [B, T], see :func:`loss_shares`; where it is 0, whatever the loss is has no influence.
+        shares: [B, T], see :func:`loss_shares`; positions with share 0 are ignored.
 
     Returns:
-        A scalar; summed over the micro-batches it is the optimizer batch's loss.
+        A scalar; the sum over the micro-batches is the optimizer batch's loss.
 
     Example:
         >>> import torch
@@ -104,7 +104,7 @@ _REGISTRY: Registry[Objective] = Registry("objective", Objective, "opdlab.object
 
 
 def objective_registry() -> Registry[Objective]:
-    """The registry itself, for the command line."""
+    """Return the registry of objectives, for the command line."""
     return _REGISTRY
 
 

@@ -12,8 +12,8 @@ from opdlab.errors import UsageError, require
 
 Reference = Literal["behavior", "current"]
 
-# exp(20) is 5e8: a ratio beyond it carries no information, and without a bound one token overflows the batch. The
-# paper's code base has this bound on the importance weight of its KL term, not in its policy loss.
+# exp(20) is 5e8. A larger ratio carries no information, and without a bound one token could overflow the batch. The
+# paper's code base applies this bound to the importance weight of its KL term, not to its policy loss.
 _MAX_LOG_RATIO = 20.0
 
 
@@ -27,19 +27,19 @@ def sampled_token_loss(
     dual_clip: float | None = 3.0,
     advantage_clamp: float | None = None,
 ) -> Tensor:
-    """PPO surrogate with the teacher's log-ratio as advantage.
+    """Return the PPO surrogate loss with the teacher's log-ratio as advantage.
 
     ``A = logq - logpi_ref`` (detached), ``ratio = exp(logpi - logpi_b)``,
-    ``l = -min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A)``, and where ``A < 0`` no more than ``-c * A``.
+    ``l = -min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A)``, and ``l <= -c * A`` if ``A < 0``.
 
     Args:
         logprobs: [B, T] under the student, nats; the only argument that takes a gradient.
-        behavior_logprobs: [B, T] under the policy that sampled, nats.
+        behavior_logprobs: [B, T] under the behavior policy, nats.
         teacher_logprobs: [B, T] under the teacher, nats.
-        reference: whose log-probability the advantage subtracts: ``behavior`` fixes it for the rollout (the paper's
-            code base), ``current`` recomputes it at each step.
-        clip: eps; None switches off clipping of either kind.
-        dual_clip: c, above 1, a bound on the loss of negative advantages; None switches it off.
+        reference: the policy of ``logpi_ref``: ``behavior`` fixes the advantage for the rollout (the paper's code
+            base), ``current`` recomputes it at each step.
+        clip: eps; None disables clipping and dual clipping.
+        dual_clip: c, above 1, bounds the loss of negative advantages; None disables it.
         advantage_clamp: bound on ``|A|``, nats, or None.
 
     Returns:
@@ -80,7 +80,7 @@ def teacher_advantage(
 
     Args:
         logprobs: [B, T], nats; of the student.
-        behavior_logprobs: [B, T], nats; of the policy that sampled.
+        behavior_logprobs: [B, T], nats; of the behavior policy.
         teacher_logprobs: [B, T], nats.
         reference: ``logpi_ref`` is the behavior policy's or the current student's.
 
@@ -96,19 +96,19 @@ def teacher_advantage(
 
 
 def teacher_topk_loss(student_support_logits: Tensor, teacher_support_logits: Tensor) -> Tensor:
-    """Reverse KL on the teacher's top-K tokens, both sides renormalised there (LSM).
+    """Return the reverse KL on the teacher's top-K tokens, with both distributions renormalised there (LSM).
 
-    ``p = softmax(student)``, ``q = softmax(teacher)``, ``l = sum over the support of p * (log p - log q)``.
+    ``p = softmax(student)``, ``q = softmax(teacher)``, ``l = sum_k p_k * (log p_k - log q_k)``.
 
     Args:
         student_support_logits: [..., K], the student's logits of the support; takes the gradient.
-        teacher_support_logits: [..., K], the teacher's.
+        teacher_support_logits: [..., K], the teacher's logits; detached.
 
     Returns:
         [...], nats, at least 0 up to rounding.
 
     Raises:
-        UsageError: K is 1, for which the loss is zero whatever the student does.
+        UsageError: K is 1, for which the loss is always zero.
 
     Example:
         >>> logits = torch.tensor([[1.0, 0.0], [0.0, 0.0]])
@@ -123,10 +123,10 @@ def teacher_topk_loss(student_support_logits: Tensor, teacher_support_logits: Te
         raise UsageError(f"k is {k}, but must be at least 2: renormalised over a single token the loss is always zero")
     log_p = student_support_logits.log_softmax(-1)
     log_q = teacher_support_logits.detach().to(log_p.dtype).log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)  # [..., K] -> [...]
 
 
 def clip_binds(logprobs: Tensor, behavior_logprobs: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """Whether the PPO clip binds at a position, so that it receives no gradient; [B, T] bool."""
+    """Return the positions, [B, T] bool, at which the PPO clip binds and which receive no gradient."""
     ratio = (logprobs.detach() - behavior_logprobs).exp()
     return torch.where(advantage > 0, ratio > 1 + clip, (ratio < 1 - clip) & (advantage < 0))

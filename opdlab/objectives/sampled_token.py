@@ -11,12 +11,12 @@ from opdlab.types import Rollouts, Targets
 
 @register_objective("sampled_token")
 class SampledTokenOPD(Objective):
-    """PPO on the teacher's log-ratio of the sampled token; see :func:`sampled_token_loss` for the formula.
+    """PPO objective on the teacher's log-ratio of the sampled token; see :func:`sampled_token_loss` for the formula.
 
     Args:
         reference: ``behavior`` fixes the advantage for the rollout, ``current`` recomputes it at each step.
-        clip: eps of the PPO clip; null switches clipping off.
-        dual_clip: bound c on the loss of negative advantages; null switches it off.
+        clip: eps of the PPO clip; null disables clipping.
+        dual_clip: bound c on the loss of negative advantages; null disables it.
         advantage_clamp: bound on the advantage, nats, or null.
 
     Raises:
@@ -42,7 +42,7 @@ class SampledTokenOPD(Objective):
         sampled_token_loss(empty, empty, empty, reference=reference, clip=clip, dual_clip=dual_clip)  # checks options
 
     def position_losses(self, student: Scored, rollouts: Rollouts, targets: Targets) -> PositionLosses:
-        """See :meth:`Objective.position_losses`."""
+        """Return the loss of every position; see :meth:`Objective.position_losses`."""
         statistics = student.statistics()
         logprobs = student.padded(statistics.logprobs)
         losses = sampled_token_loss(

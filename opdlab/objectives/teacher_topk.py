@@ -1,4 +1,4 @@
-"""Teacher-TopK / LSM: reverse KL on the teacher's likeliest tokens."""
+"""Teacher-TopK / LSM: reverse KL on the teacher's most likely tokens."""
 
 from opdlab.errors import require
 from opdlab.objectives.base import Objective, PositionLosses, register_objective
@@ -9,10 +9,10 @@ from opdlab.types import Rollouts, Targets, TeacherRequest
 
 @register_objective("teacher_topk")
 class TeacherTopK(Objective):
-    """Reverse KL on the teacher's top K tokens, both sides renormalised there; see :func:`teacher_topk_loss`.
+    """Reverse KL on the teacher's top K tokens, both distributions renormalised; see :func:`teacher_topk_loss`.
 
-    The gradient flows straight through the student's logits of the support; there is no importance ratio. The
-    log-probability of the sampled token is only read off for the drift.
+    The gradient flows directly through the student's logits of the support; there is no importance ratio. The
+    log-probability of the sampled token is only used for the drift.
 
     Args:
         k: size of the support, 2 to the vocabulary's size; 32 in the paper.
@@ -30,19 +30,19 @@ class TeacherTopK(Objective):
 
     @property
     def request(self) -> TeacherRequest:
-        """The top K ids and logits."""
+        """Return the required teacher outputs: the top K ids and logits."""
         return TeacherRequest(top_k=self.k)
 
     def position_losses(self, student: Scored, rollouts: Rollouts, targets: Targets) -> PositionLosses:
-        """See :meth:`Objective.position_losses`."""
+        """Return the loss of every position; see :meth:`Objective.position_losses`."""
         assert targets.support_ids is not None
         assert targets.support_logits is not None
         assert targets.support_mass is not None
         logits, statistics = student.support_statistics(targets.support_ids)
         losses = student.padded(teacher_topk_loss(logits, targets.support_logits[student.mask]))
         support = logits.detach()
-        mass = (support.logsumexp(-1) - statistics.log_normalizer).exp()
-        agreement = (support[:, 0] >= statistics.max_logit).float()  # the teacher's likeliest token stands first
+        mass = (support.logsumexp(-1) - statistics.log_normalizer).exp()  # [N, K] -> [N]
+        agreement = (support[:, 0] >= statistics.max_logit).float()  # the teacher's most likely token is first
         metrics = {
             "teacher_support_mass": targets.support_mass,
             "student_support_mass": student.padded(mass),

@@ -1,7 +1,6 @@
-"""LoRA and DoRA adapters (arXiv 2106.09685, 2402.09353), by way of peft: attached, loaded, taken off, merged.
+"""LoRA and DoRA adapters (arXiv 2106.09685, 2402.09353) with peft: attach, load, remove and merge.
 
-Adapters are injected into the model's layers, so that the model stays of its own class and is scored and sampled as
-any other.
+Adapters are injected into the model's layers. The model keeps its class and is scored and sampled like any other.
 """
 
 import warnings
@@ -35,10 +34,10 @@ class AdapterConfig:
         alpha: the update is scaled by ``alpha / r``.
         dropout: must be 0, because the student and the snapshot that it is compared with would drop different values.
         target_modules: names of the layers to adapt, such as ``[q_proj, v_proj]``; ``all-linear`` takes every linear
-            layer but the output layer, which must be named (``lm_head``, as a rule). Where the embedding shares the
-            output layer's weight, the embedding stays as it is.
+            layer but the output layer, which must be named (usually ``lm_head``). If the embedding shares the output
+            layer's weight, the embedding is not adapted.
         use_dora: split the weights into magnitude and direction and train the magnitude too. Not for the output layer.
-        seed: of the adapter's random start.
+        seed: for the adapter's random initialization.
 
     Raises:
         UsageError: a value is out of range.
@@ -71,7 +70,7 @@ class AdapterConfig:
 
 
 def require_peft(path: str | None = None) -> None:
-    """Refuse to go on where peft is missing, or does not work with transformers.
+    """Raise a UsageError if peft is missing or does not work with transformers.
 
     Args:
         path: folder of an adapter to load; None for a new adapter.
@@ -80,20 +79,20 @@ def require_peft(path: str | None = None) -> None:
 
 
 def _need(path: Path | str | None = None) -> tuple[str, str]:
-    """Return what needs peft, for messages, and the extra that installs it."""
+    """Return the name of the setting that needs peft, for messages, and the extra that installs it."""
     return ("model.student.adapter" if path is None else f"model '{path}'"), "peft"
 
 
 def attach_adapter(model: PreTrainedModel, config: AdapterConfig, base: str) -> None:
-    """Freeze the weights and put a new adapter on them, which changes nothing yet.
+    """Freeze the weights and attach a new adapter, which initially leaves the outputs unchanged.
 
     Args:
         model: changed in place.
         config: the adapter.
-        base: where the weights came from, for whoever loads the adapter.
+        base: path or hub id of the weights, stored in the adapter's configuration.
 
     Raises:
-        UsageError: peft is missing or does not work with transformers, or a target is no layer that can be adapted.
+        UsageError: peft is missing or does not work with transformers, or a target layer cannot be adapted.
     """
     _check_targets(model, config)
     with working_pair("peft", *_need()):
@@ -120,11 +119,11 @@ def _attach(model: PreTrainedModel, config: AdapterConfig, base: str) -> None:
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
-    """Freeze the weights and put the adapter of a folder on them, ready to be trained further.
+    """Freeze the weights and attach the adapter of a folder, so that it can be trained further.
 
     Raises:
-        UsageError: peft is missing or does not work with transformers; or the adapter is none of LoRA's, is incomplete,
-            or does not fit the model.
+        UsageError: peft is missing or does not work with transformers; or the adapter is not a LoRA adapter, is
+            incomplete, or does not fit the model.
     """
     with working_pair("peft", *_need(folder)):
         _load(model, folder, base)
@@ -157,7 +156,7 @@ def _load(model: PreTrainedModel, folder: Path, base: str) -> None:
         report = set_peft_model_state_dict(model, weights, _NAME)
     except UsageError:
         raise
-    except Exception as error:  # peft, safetensors and json each have their own
+    except Exception as error:  # peft, safetensors and json each raise their own types
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"model '{folder}' cannot be loaded: is the adapter of this base? ({first_line})") from error
     strays = sorted({*(key for key in report.missing_keys if "lora_" in key), *report.unexpected_keys})
@@ -168,12 +167,12 @@ def _load(model: PreTrainedModel, folder: Path, base: str) -> None:
 
 
 def take_off_adapter(model: PreTrainedModel, merge: bool) -> None:
-    """Give a model its plain layers back, in place.
+    """Remove the adapter from a model, in place.
 
     Args:
         model: has an adapter.
-        merge: add the adapter to the weights first, instead of dropping it. Embedding and output layer that share a
-            weight, of which one is adapted, have a weight each from then on.
+        merge: add the adapter to the weights first, instead of dropping it. If embedding and output layer share a
+            weight and one of them is adapted, their weights are separate afterwards.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -200,12 +199,12 @@ def _untie(model: PreTrainedModel) -> None:
 
 
 def base_of(layer: Any) -> Any:
-    """The plain layer below an adapter, or the layer itself."""
+    """Return the plain layer below an adapter, or the layer itself."""
     return layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
 
 
 def low_rank_of(layer: Any) -> LowRank | None:
-    """What an adapter adds to a linear layer's weight; None where the layer has none."""
+    """Return the adapter's update of a linear layer's weight; None if the layer has no adapter."""
     if _NAME not in getattr(layer, "lora_A", ()):
         return None
     down, up = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
@@ -213,18 +212,18 @@ def low_rank_of(layer: Any) -> LowRank | None:
 
 
 def has_adapter(model: PreTrainedModel) -> bool:
-    """Whether a model has an adapter on."""
+    """True if the model has an adapter."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
-    """Write the adapter alone, in peft's format.
+    """Write only the adapter, in peft's format.
 
     Args:
         model: has an adapter.
-        folder: where to.
+        folder: output folder.
     """
-    # Of an adapted output layer peft would write the frozen weight too, which may be larger than all the rest.
+    # peft would also write the frozen weight of an adapted output layer, which may be larger than the adapter.
     state = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith(_BASE_WEIGHT)}
     with _quiet_peft():
         model.save_pretrained(folder, state_dict=state)
@@ -232,10 +231,10 @@ def save_adapter(model: PreTrainedModel, folder: Path) -> None:
 
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """Silence peft where it warns of what is taken care of here.
+    """Suppress known harmless warnings of peft.
 
-    Tied weights are untied when an adapter is merged. GPT-2's linear layers are transposed, its output layer is not,
-    and peft goes by the layer.
+    Tied weights are untied when an adapter is merged. GPT-2's linear layers are transposed and its output layer is
+    not; peft checks each layer and corrects the setting itself.
     """
     with warnings.catch_warnings():
         for start in ("Model has `tie_word_embeddings=True`", "fan_in_fan_out is set to", "Setting `save_embedding_l"):
@@ -244,7 +243,7 @@ def _quiet_peft() -> Iterator[None]:
 
 
 def _beyond_low_rank(layer: nn.Module) -> str | None:
-    """What an adapter does to a layer besides adding a low-rank product to its weight, if anything."""
+    """Return the name of an adapter's change to a layer beyond a low-rank weight update; None if there is none."""
     variants = list(getattr(layer, "lora_variant", {}).values())
     if variants:
         return type(variants[0]).__name__.removesuffix("LinearVariant")
@@ -252,7 +251,7 @@ def _beyond_low_rank(layer: nn.Module) -> str | None:
 
 
 def _drop_base_weights(model: PreTrainedModel, weights: dict[str, Tensor], refuse: Callable[[str], None]) -> None:
-    """Peft writes an adapted output layer's frozen weight too. It is the base's, or the adapter has another base."""
+    """Remove the frozen weights that peft also saves, and refuse the adapter if they differ from the base's."""
     for key in [key for key in weights if key.endswith(_BASE_WEIGHT)]:
         name, theirs = key.removeprefix("base_model.model."), weights.pop(key)
         own = model.get_parameter(name).detach()
@@ -287,18 +286,18 @@ def _check_targets(model: PreTrainedModel, adapter: AdapterConfig) -> None:
 
 
 def _matches(name: str, target: str) -> bool:
-    """Peft's rule for a list of targets."""
+    """True if a layer name matches a target, by peft's rule for lists of targets."""
     return name == target or name.endswith(f".{target}")
 
 
 def keep_adapter_only(module: Any, state_dict: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """State-dict hook: the frozen weights below an adapter are in no checkpoint."""
+    """Remove the frozen weights below an adapter from the checkpoint; a state-dict hook."""
     for key in module.frozen_keys:
         state_dict.pop(prefix + key, None)
 
 
 def put_back_frozen(module: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """State-dict hook for loading: what :func:`keep_adapter_only` left out stays as it is."""
+    """Add the current values of the weights that :func:`keep_adapter_only` left out; a pre-hook for loading."""
     own = dict(module.named_parameters(remove_duplicate=False))
     for key in module.frozen_keys:
         state_dict.setdefault(prefix + key, own[key].detach())

@@ -1,4 +1,4 @@
-"""The behavior policy: a frozen copy of the student, which samples the rollouts."""
+"""The behavior policy: a frozen copy of the student that samples the rollouts."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,14 +19,14 @@ from opdlab.types import Rollouts
 
 @dataclass(frozen=True)
 class BehaviorConfig:
-    """The behavior snapshot.
+    """Options of the behavior snapshot.
 
     Args:
-        dtype: of its weights; null keeps the student's. A narrower one makes the drift of fresh rollouts its rounding
-            error instead of 0.
+        dtype: dtype of the snapshot's weights; null keeps the student's. With a narrower dtype, the drift of fresh
+            rollouts equals the rounding error instead of 0.
         score_batch_size: rollouts scored at a time.
-        offload: keep the weights in the host's memory, and a copy on the device only while it samples and scores. On a
-            CPU it changes nothing. Not with an adapter, nor with FSDP or DeepSpeed.
+        offload: keep the weights in host memory, with a copy on the device only during sampling and scoring. No effect
+            on a CPU. Not with an adapter, FSDP or DeepSpeed.
     """
 
     dtype: DType | None = None
@@ -35,17 +35,17 @@ class BehaviorConfig:
 
 
 class BehaviorPolicy(nn.Module):
-    """A snapshot of the student that samples rollouts and scores them by the student's own scoring path.
+    """A snapshot of the student that samples rollouts and scores them with the same code as the student.
 
     Args:
-        student: copied at once; the copy never takes a gradient. Of a student with an adapter only the adapter is
-            copied, and the weights below it are shared.
+        student: copied immediately; the copy never takes a gradient. If the student has an adapter, only the adapter
+            is copied and the weights below it are shared.
         sampling: how rollouts are sampled.
-        dtype: of the copy; None keeps the student's. A narrower one saves memory and makes the drift of a fresh
-            rollout its rounding error instead of 0. Not with an adapter.
+        dtype: dtype of the copy; None keeps the student's. A narrower dtype saves memory, and the drift of a fresh
+            rollout then equals the rounding error instead of 0. Not with an adapter.
         score_batch_size: rollouts scored at a time.
-        offload: keep the weights in the host's memory, and a copy on the device only in :meth:`sample`. Moving this
-            module then moves where it works, not the weights; its state dict is the same. Not with an adapter.
+        offload: keep the weights in host memory, with a copy on the device only during :meth:`sample`. ``.to()`` then
+            changes only the device used for work; the state dict is the same. Not with an adapter.
 
     Raises:
         UsageError: ``dtype`` or ``offload`` is given for a student with an adapter.
@@ -67,7 +67,7 @@ class BehaviorPolicy(nn.Module):
         )
         self.policy = student.snapshot()
         self.offload = offload
-        self._device = student.device  # where an offloaded snapshot works
+        self._device = student.device  # device on which an offloaded snapshot runs
         if offload:
             self.policy.cpu()
         if dtype is not None:
@@ -78,13 +78,13 @@ class BehaviorPolicy(nn.Module):
             )
             self.policy.to(getattr(torch, dtype))
         self.sampler = Sampler(sampling)
-        uses_own_loop(self.policy.model)  # says at the start of a run if sampling will be slow
+        uses_own_loop(self.policy.model)  # logs at the start of a run if sampling will be slow
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.step: Tensor
         self._score_batch_size = score_batch_size
 
     def _apply(self, fn: Conversion, recurse: bool = True) -> Any:
-        """See :class:`torch.nn.Module`, whose ``to``, ``half`` and others end here; offloaded weights do not move."""
+        """Apply a conversion such as ``.to()``, see :class:`torch.nn.Module`; offloaded weights do not move."""
         if self.offload:
             self._device = fn(torch.empty(0, device=self._device)).device
             self.policy._apply(without_moving(fn))  # type: ignore[no-untyped-call]
@@ -92,24 +92,24 @@ class BehaviorPolicy(nn.Module):
 
     @torch.no_grad()
     def refresh(self, student: LanguageModel, step: int = 0) -> None:
-        """Take the student's weights.
+        """Copy the student's weights into the snapshot.
 
         Args:
-            student: whose.
-            step: optimizer steps that it has taken.
+            student: the source of the weights.
+            step: optimizer steps that the student has taken.
         """
         self.step.fill_(step)
         if self.offload:
             pin_memory(self.policy, student.device)
-        for tensors in ("parameters", "buffers"):  # tied weights stand once in parameters(), in the same order for both
+        for tensors in ("parameters", "buffers"):  # parameters() lists tied weights once, in the same order for both
             for own, other in zip(getattr(self.policy, tensors)(), getattr(student, tensors)(), strict=True):
-                if own is not other:  # below an adapter they are shared
+                if own is not other:  # weights below an adapter are shared
                     own.copy_(other, non_blocking=self.offload)
         if self.offload and student.device.type != "cpu":
-            torch.accelerator.synchronize(student.device)  # the host may read what it has only when it has arrived
+            torch.accelerator.synchronize(student.device)  # the host may read only finished copies
 
     def equals(self, student: LanguageModel) -> bool:
-        """Whether the snapshot has the student's weights, to the bit."""
+        """True if the snapshot's weights are bitwise equal to the student's."""
         return all(
             own is other or (own.dtype == other.dtype and torch.equal(own, other.to(own.device)))
             for own, other in zip(self.policy.parameters(), student.parameters(), strict=True)
@@ -127,20 +127,20 @@ class BehaviorPolicy(nn.Module):
         unscored: Tensor | None = None,
         progress: Progress | None = None,
     ) -> Rollouts:
-        """Sample responses and score them.
+        """Return sampled responses with their log-probabilities.
 
         Args:
             prompts: token ids of each prompt.
             prompt_ids: the prompts' rows in the prompt set.
-            seed: decides what is sampled.
+            seed: determines the samples.
             num_samples: responses per prompt; None for the configured number.
-            first_rollout_id: number of the first rollout; the others count on.
+            first_rollout_id: id of the first rollout; the others follow consecutively.
             step: optimizer steps taken so far.
-            unscored: rows whose log-probabilities are left 0, because the training step fills them in.
-            progress: where to show a bar.
+            unscored: rows whose log-probabilities stay 0, because the training step fills them in.
+            progress: shows progress bars.
 
         Returns:
-            ``len(prompts) * num_samples`` rollouts, on the host.
+            ``len(prompts) * num_samples`` rollouts, in host memory.
         """
         progress = progress or SilentProgress()
         config = self.sampler.config
@@ -161,7 +161,7 @@ class BehaviorPolicy(nn.Module):
         if unscored is not None:
             wanted[unscored] = False
         rows = wanted.nonzero().view(-1)
-        if len(rows):  # otherwise the next optimizer batch is all there is
+        if len(rows):  # empty if the next optimizer batch is the whole buffer
             with progress.task("scoring (behavior)", len(rows)) as advance:
                 for chunk, scored in self.policy.score_in_chunks(rollouts.rows(rows), self._score_batch_size):
                     logprobs[rows[chunk]] = scored.padded(scored.statistics().logprobs).cpu()

@@ -1,4 +1,4 @@
-"""torch.compile for the layers of a model, where they score."""
+"""torch.compile for the layers of a model, used for scoring only."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,13 +13,13 @@ _BACKEND = "inductor"
 
 
 def require_compiler(path: str) -> None:
-    """Refuse to compile where torch finds no C++ compiler, which it needs on every device.
+    """Raise a UsageError if torch finds no C++ compiler, which torch.compile needs on every device.
 
     Args:
-        path: of the model, named in the message.
+        path: path of the model, for the message.
 
     Raises:
-        UsageError: there is none.
+        UsageError: torch finds no C++ compiler.
     """
     if _BACKEND != "inductor":
         return
@@ -36,14 +36,14 @@ def require_compiler(path: str) -> None:
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Have every layer compiled at its first call without a cache, for any number and length of rows.
+    """Compile every layer at its first call without a cache, for any number and length of rows.
 
-    Layers are alike, so the code of one serves them all, and compiling takes a fraction of the time that the whole
-    model takes. With a cache, where shapes change with every token, a layer runs as it is. A copy of the model is not
+    The layers are alike, so they share one compiled function, and compilation takes a fraction of the time for the
+    whole model. With a cache, shapes change with every token, so a layer runs uncompiled. A copy of the model is not
     compiled, because torch leaves compiled code out of copies.
 
     Args:
-        model: changed in place; what is compiled already is left alone.
+        model: changed in place; compiled layers are skipped.
     """
     layers = [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers or [model.base_model]:
@@ -56,9 +56,9 @@ def _unless_decoding(layer: nn.Module) -> Callable[..., Any]:
     plain: Callable[..., Any] = layer._call_impl
     compiled: Any = layer._compiled_call_impl
 
-    # The arguments decide and nothing outside, since checkpointed layers are called again in the backward pass.
+    # Decide from the arguments only: checkpointed layers are called again in the backward pass.
     def call(*inputs: Any, **options: Any) -> Any:
-        # A cache is found by its type: architectures and versions of transformers name the argument differently.
+        # Find the cache by type: architectures and versions of transformers name the argument differently.
         decoding = options.get("use_cache") or any(isinstance(value, Cache) for value in (*inputs, *options.values()))
         return (plain if decoding else compiled)(*inputs, **options)
 

@@ -1,10 +1,10 @@
-"""A decoding loop for transformers' ``generate`` in which a prompt is read once and no row is computed for nothing.
+"""A decoding loop for transformers' ``generate`` that reads each prompt once and removes finished rows.
 
-transformers' own loop has each prompt once per response, and computes every row until the longest of its batch is done.
-Here the cached keys and values of a prompt are copied to its responses, rows leave when they are done, and prompts that
-wait take their places. Rows still stand in one rectangle, padded on the left, so that every attention kernel will do.
+transformers' own loop reads each prompt once per response and computes every row until the longest of its batch is
+done. This loop copies the cached keys and values of a prompt to its responses, removes finished rows, and replaces them
+with waiting rows. All rows share one rectangle, padded on the left, so that every attention kernel works.
 
-Shapes: N responses in all, A rows that are decoded at the moment, W columns of the cache, V vocabulary.
+Shapes: N responses in total, A rows in the current batch, W columns of the cache, V vocabulary.
 """
 
 import copy
@@ -27,15 +27,15 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
-# Whenever rows leave or enter the whole cache is copied: rows leave once this share of them is done. Half as much and
-# twice as much were slower on a CPU.
+# Rows leave once this share of them is done, because the whole cache is copied whenever rows leave or enter. Half and
+# twice this value were slower on a CPU.
 LEAVE_SHARE = 0.125
-# Waiting rows enter once this share of the places is free. Rows of many lengths would have them enter at a quarter too;
-# rows of about one length had better begin together, because those that enter later are padded to the width of others.
+# Waiting rows enter once this share of the batch is free. For rows of varied lengths a quarter also works. Rows of
+# similar length should start together, because rows that enter later are padded to the width of the others.
 ENTER_SHARE = 0.5
 
-# Parts of `generate` that this loop replaces. A model that overrides one of them decodes in a way of its own. A version
-# of transformers that lacks one of these names has no such part.
+# Parts of `generate` that this loop replaces. A model that overrides one of them needs its own decoding. Names that a
+# version of transformers lacks are skipped.
 _REPLACED = (
     "generate",
     "prepare_inputs_for_generation",
@@ -89,17 +89,17 @@ def why_not_selectable(model: PreTrainedModel) -> str | None:
 
 
 def look_every(device: torch.device) -> int:
-    """Tokens from one look at which rows are done to the next: other devices make the host wait at each look."""
+    """Return how many tokens to draw between checks for finished rows; on a GPU each check makes the host wait."""
     return 1 if device.type == "cpu" else 4
 
 
 class Decoding:
-    """Samples ``num_samples`` responses to each prompt; to be given to ``generate`` as its ``custom_generate``.
+    """A decoding loop that samples ``num_samples`` responses per prompt; pass it as ``custom_generate``.
 
     Args:
         num_samples: responses per prompt.
         batch_size: rows decoded at a time.
-        advance: told of every new token and, when a row is done, of those that it did not need.
+        advance: called with the number of new tokens; when a row finishes, its unused tokens count too.
     """
 
     def __init__(self, num_samples: int, batch_size: int, advance: Callable[[int], None]) -> None:
@@ -113,18 +113,19 @@ class Decoding:
         generation_config: GenerationConfig,
         **model_kwargs: Any,
     ) -> Tensor:
-        """Decode; ``generate`` calls this.
+        """Return the sampled responses; ``generate`` calls this.
 
         Args:
-            model: one for which :func:`why_not_selectable` returns None.
+            model: a model for which :func:`why_not_selectable` returns None.
             input_ids: [number of prompts, P], padded on the left.
-            logits_processor: temperature and top_p; it is given no tokens.
-            generation_config: how many tokens, and where to stop.
-            **model_kwargs: what else generate hands its loops: the empty cache, the prompts' mask or None if none is
-                padded, options of the forward pass. (It would hold back what stands in the signature by name.)
+            logits_processor: temperature and top_p; it receives no tokens.
+            generation_config: the number of tokens and the stop tokens.
+            **model_kwargs: other arguments that generate passes to its loops: the empty cache, the prompts' mask (None
+                if no prompt is padded), options of the forward pass. They are not named in this signature, because
+                generate does not pass named ones on.
 
         Returns:
-            [N, max_new_tokens] long; what follows a stop token is padding.
+            [N, max_new_tokens] long; positions after a stop token are padding.
         """
         mask = model_kwargs.get("attention_mask")
         lengths = (torch.ones_like(input_ids) if mask is None else mask).sum(1)
@@ -136,11 +137,11 @@ class Decoding:
             logits_processor,
             generation_config.eos_token_id,
             cache_argument,
-            # Found by its type: `generate` and a model may name the argument differently.
+            # Find the cache by type: `generate` and a model may name the argument differently.
             next(value for value in model_kwargs.values() if isinstance(value, Cache)),
             prompts=input_ids,
             lengths=lengths,
-            # The last column takes what is drawn for rows that are done.
+            # The last column receives the tokens drawn for finished rows.
             output=input_ids.new_full((num_rows, max_new_tokens + 1), generation_config.pad_token_id),
         )
         rows: _Rows | None = None
@@ -163,12 +164,12 @@ class Decoding:
             self._advance(done - before)
 
     def _enter_until(self, entered: int, num_rows: int, num_live: int) -> int:
-        """Which waiting rows enter: those from ``entered`` up to this one."""
+        """Return the end of the range of waiting rows that enter now; it starts at ``entered``."""
         room = self._batch_size - num_live
         if room < ENTER_SHARE * self._batch_size:
             return entered
         until = min(entered + room, num_rows)
-        # A prompt whose responses enter at two times is read twice; a few places may rather stay free.
+        # A prompt whose responses enter at different times is read twice; leaving a few rows free is cheaper.
         split = until % self._num_samples
         return until - split if until - split > entered and split < LEAVE_SHARE * self._batch_size else until
 
@@ -178,18 +179,18 @@ class Decoding:
 
 @dataclass
 class _Rows:
-    """Rows that are decoded at the moment, of equal width.
+    """The rows of the current batch, of equal width.
 
     Args:
-        cache: keys and values of their tokens but the last.
+        cache: keys and values of all tokens except the last.
         width: columns of the cache.
         origins: [A] long, rows of the cache.
         places: [A] long, rows of the output.
-        lengths: [A] long, how many columns of the cache, counted from the right, a row has; where it is done, one less
-            at the most.
-        tokens: [A] long, drawn last.
-        remaining: [A] long, tokens that are still to be drawn: 0 for rows that are done.
-        mask: [A, at least W + 1] long, which columns a row has; None if all.
+        lengths: [A] long, columns of the cache that a row uses, counted from the right; for a finished row it may be
+            one less.
+        tokens: [A] long, the last drawn tokens.
+        remaining: [A] long, tokens still to be drawn: 0 for finished rows.
+        mask: [A, at least W + 1] long, 1 for columns that a row uses; None if every row uses all columns.
     """
 
     cache: Cache
@@ -202,7 +203,7 @@ class _Rows:
     mask: Tensor | None = None
 
     def select(self, rows: Sequence[int]) -> "_Rows":
-        """Return some of the rows; the cache stays as it is."""
+        """Return some of the rows; the cache is not copied."""
         index = torch.tensor(rows, device=self.places.device)
         states = (self.origins, self.places, self.lengths, self.tokens, self.remaining)
         return _Rows(self.cache, self.width, *(state[index] for state in states))
@@ -210,15 +211,15 @@ class _Rows:
 
 @dataclass
 class _Loop:
-    """What stays the same from token to token, and the output.
+    """The constants of a decoding loop, and its output.
 
     Args:
-        model: decodes.
-        options: of its forward pass.
-        processor: of the logits.
+        model: the language model.
+        options: options of the model's forward pass.
+        processor: processor of the logits.
         stop_ids: tokens that end a response.
         cache_argument: name of the argument of ``forward`` that takes the cache.
-        empty_cache: to be copied.
+        empty_cache: template of new caches.
         prompts: [number of prompts, P] long, padded on the left.
         lengths: [number of prompts] long, tokens of a prompt.
         output: [N, max_new_tokens + 1] long.
@@ -239,17 +240,17 @@ class _Loop:
         self.max_width = self.prompts.shape[1] + self.output.shape[1] - 1
 
     def is_full(self, rows: _Rows) -> bool:
-        """Whether the cache has the columns of the longest response. Some are then of rows that are done."""
+        """True if the cache has the columns of the longest response; finished rows may occupy some of them."""
         return rows.width >= self.max_width
 
     def prefill(self, places: range, num_samples: int) -> _Rows:
-        """Read the prompts of some responses and draw the first tokens."""
+        """Read the prompts of some responses, draw the first tokens, and return the rows."""
         device = self.output.device
         prompts = slice(places[0] // num_samples, places[-1] // num_samples + 1)
         of_row = torch.tensor([place // num_samples - prompts.start for place in places], device=device)
         lengths = self.lengths[prompts]
         width = int(lengths.max())
-        positions = torch.arange(width, device=device) - (width - lengths)[:, None]
+        positions = torch.arange(width, device=device) - (width - lengths)[:, None]  # [prompts, width]; < 0: padding
         cache = copy.deepcopy(self.empty_cache)
         logits = self.model(
             input_ids=self.prompts[prompts, -width:],
@@ -267,7 +268,7 @@ class _Loop:
         return rows
 
     def steps(self, rows: _Rows, count: int) -> None:
-        """Draw ``count`` tokens, or fewer if the cache is full before."""
+        """Draw ``count`` tokens per row, or fewer if the cache fills up first."""
         for _ in range(min(count, self.max_width - rows.width)):
             logits = self.model(
                 input_ids=rows.tokens[:, None],
@@ -284,18 +285,18 @@ class _Loop:
         self.output[rows.places, self.output.shape[1] - 1 - rows.remaining] = rows.tokens
         stopped = torch.isin(rows.tokens, self.stops)
         rows.remaining = (rows.remaining - 1).clamp(min=0).masked_fill(stopped, 0)
-        # A row that is done stays at its last position: there might be none after it.
+        # A finished row stays at its last position, because the next position may not exist.
         rows.lengths += rows.remaining > 0
 
 
 def draw(probabilities: Tensor) -> Tensor:
-    """Draw one index per row.
+    """Return one random index per row.
 
-    On a CPU by the inverse of the cumulative distribution, in double precision, which takes one random number per row;
-    ``torch.multinomial`` takes one per entry, which is a fifth of a step of a model of 135M parameters.
+    On a CPU, draw by inverting the cumulative distribution in double precision, with one random number per row.
+    ``torch.multinomial`` draws one per entry, which takes a fifth of the step time of a model with 135M parameters.
 
     Args:
-        probabilities: [A, V], not negative; they need not add up to 1.
+        probabilities: [A, V], not negative; need not sum to 1.
 
     Returns:
         [A] long; never an index of probability 0.
@@ -310,13 +311,13 @@ def draw(probabilities: Tensor) -> Tensor:
     total = cumulative[:, -1:]
     if not total.isfinite().all():
         raise RuntimeError("probabilities are NaN or infinite")  # as torch.multinomial does
-    # At most 1 - 2^-53, whose product with the total is never rounded up to it: there is always an index above.
-    drawn = torch.rand_like(total) * total
+    # rand is at most 1 - 2^-53, so the product never rounds up to the total and an index above it always exists.
+    drawn = torch.rand_like(total) * total  # [A, 1]
     return torch.searchsorted(cumulative, drawn, right=True).squeeze(1)
 
 
 def _join(parts: Sequence[_Rows], max_width: int) -> _Rows:
-    """Put rows side by side, without the columns on the left that none of them has."""
+    """Return the rows of all parts as one batch, without left columns that no row uses."""
     places, lengths, tokens, remaining = (
         torch.cat([getattr(part, name) for part in parts]) for name in ("places", "lengths", "tokens", "remaining")
     )
@@ -324,14 +325,14 @@ def _join(parts: Sequence[_Rows], max_width: int) -> _Rows:
     cache = parts[0].cache
     for layers in zip(*(part.cache.layers for part in parts), strict=True):
         _join_layers(layers, [part.origins for part in parts], width)
-    padding = width - lengths[:, None]
+    padding = width - lengths[:, None]  # [A, 1], columns on the left that a row does not use
     mask = (torch.arange(max_width + 1, device=padding.device) >= padding).long() if bool(padding.any()) else None
     origins = torch.arange(len(places), device=places.device)
     return _Rows(cache, width, origins, places, lengths, tokens, remaining, mask)
 
 
 def _join_layers(layers: Sequence[DynamicLayer], origins: Sequence[Tensor], width: int) -> None:
-    """Give the first layer the rows of all, padded on the left with zeros or cut there."""
+    """Copy the rows of all layers into the first layer, padded with zeros or cut on the left to ``width`` columns."""
     first = layers[0]
     if isinstance(first, DynamicSlidingWindowLayer):
         first.cumulative_length = width
@@ -340,7 +341,7 @@ def _join_layers(layers: Sequence[DynamicLayer], origins: Sequence[Tensor], widt
         states = [getattr(layer, name) for layer in layers]
         states = [state[:, :, max(0, state.shape[2] - width) :] for state in states]
         _, heads, _, size = states[0].shape
-        joined = states[0].new_zeros(sum(map(len, origins)), heads, width, size)
+        joined = states[0].new_zeros(sum(map(len, origins)), heads, width, size)  # [A, heads, W, head size]
         first_row = 0
         for state, rows in zip(states, origins, strict=True):
             joined[first_row : first_row + len(rows), :, width - state.shape[2] :] = state[rows]

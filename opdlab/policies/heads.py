@@ -1,4 +1,4 @@
-"""How an architecture turns hidden states into logits, and the comparison by which an unknown way is noticed.
+"""The output layer of a model, and the check that our head computes the same logits.
 
 Shapes: N positions, H hidden size, V vocabulary.
 """
@@ -15,31 +15,33 @@ from opdlab.errors import UsageError
 from opdlab.policies.adapters import base_of
 from opdlab.scoring import Head
 
-# The logits that the comparison goes up to. A soft cap far above what a model puts out is the identity on its logits
-# until training makes them grow; caps in use are 15 to 50.
+# Largest logit in the comparison. A soft cap far above a model's logits has no effect until training makes the logits
+# grow; caps in use are 15 to 50.
 _LARGE_LOGIT = 1000.0
-# float16 ends at 65504.
+# The largest float16 is 65504.
 _LARGE_STATE = 1e4
 
 
 def output_layer(model: PreTrainedModel) -> nn.Linear:
-    """The layer that holds the head's weight and bias, below an adapter where it has one."""
+    """Return the layer that holds the head's weight and bias (the base layer if it has an adapter)."""
     layer: nn.Linear = base_of(model.get_output_embeddings())
     return layer
 
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, head: Head, path: str, num_tokens: int) -> None:
-    """Compare our head with the model's own on a few tokens, on its hidden states as they are and much enlarged.
+    """Raise a UsageError if our head's logits differ from the model's, for original or much larger hidden states.
+
+    The comparison runs the model on a few tokens.
 
     Args:
         model: in eval mode.
         head: ours, at temperature 1.
-        path: named in the message.
-        num_tokens: size of the vocabulary that the tokenizer knows.
+        path: path of the model, for the message.
+        num_tokens: size of the tokenizer's vocabulary.
 
     Raises:
-        UsageError: the logits differ: the architecture does something to them that :class:`Head` does not know.
+        UsageError: the logits differ, because the architecture changes them in a way that :class:`Head` lacks.
     """
     tokens = torch.arange(min(8, num_tokens), device=head.weight.device).view(1, -1)
     with _attention_of_any_device(model):
@@ -60,27 +62,27 @@ def check_head(model: PreTrainedModel, head: Head, path: str, num_tokens: int) -
 
 
 def _forward(model: PreTrainedModel, tokens: Tensor, factor: float) -> tuple[Tensor, Tensor]:
-    """What enters the output layer, times ``factor``, [N, H], and what the model makes of it, [N, V]."""
+    """Return the output layer's input times ``factor``, [N, H], and the model's logits for it, [N, V]."""
     seen: list[Tensor] = []
 
     def enlarge(_layer: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         seen.append(inputs[0] * factor)
         return (seen[-1],)
 
-    # On an adapter's own layer, where there is one: it reads the states too.
+    # Hook the adapter's layer if there is one: it reads the states too.
     hook = model.get_output_embeddings().register_forward_pre_hook(enlarge)
     try:
         logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
     finally:
         hook.remove()
-    if not seen:  # a model that goes around its output layer cannot be compared; zeros do not give its logits
+    if not seen:  # the model bypasses its output layer: zero states make the comparison fail
         seen.append(torch.zeros(*tokens.shape, output_layer(model).weight.shape[1], device=tokens.device))
     return seen[-1][0], logits[0].float()
 
 
 @contextmanager
 def _attention_of_any_device(model: PreTrainedModel) -> Iterator[None]:
-    """Models are loaded on the host, where kernels for accelerators do not run; the head is the same with all."""
+    """Use eager attention on the host, where accelerator kernels do not run; the head does not depend on the kernel."""
     own = model.config._attn_implementation
     if own in (None, "eager", "sdpa") or model.device.type != "cpu":
         yield

@@ -1,4 +1,4 @@
-"""A Hugging Face causal language model, and the one path by which its log-probabilities are taken."""
+"""A Hugging Face causal language model, and the single code path that computes its log-probabilities."""
 
 import copy
 from collections.abc import Iterator
@@ -46,9 +46,9 @@ from opdlab.types import Rollouts, Targets
 
 @dataclass(frozen=True)
 class Scored:
-    """A model's hidden states at the valid positions of rollouts, and the head that turns them into log-probabilities.
+    """A model's hidden states at the valid positions of rollouts, and the head that computes log-probabilities.
 
-    Each pass over the head is made once, however often its results are asked for.
+    Each pass over the head runs once and its results are cached.
 
     Args:
         hidden: [N, H], one row per valid response position, in row-major order.
@@ -61,7 +61,7 @@ class Scored:
     head: Head
     mask: Tensor
     tokens: Tensor
-    # By the support's tensor, which is kept so that no other one can take its id.
+    # Keyed by the id of the support's tensor, which is kept alive so that its id is not reused.
     _supports: dict[int, tuple[Tensor, Tensor, TokenStatistics]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -93,14 +93,14 @@ class Scored:
         """Return the model's log-probabilities of the sampled tokens, [B, T] nats, detached.
 
         Args:
-            targets: with a support, they come from the pass over the head that its logits need anyway.
+            targets: if they have a support, the log-probabilities come from the pass that computes its logits.
         """
         ids = targets.support_ids
         statistics = self.statistics() if ids is None else self.support_statistics(ids)[1]
         return self.padded(statistics.logprobs.detach())
 
     def padded(self, values: Tensor) -> Tensor:
-        """[N, …] -> [B, T, …], zeros where the mask is 0; differentiable."""
+        """Return values at their positions, [N, …] -> [B, T, …], 0 at masked positions; differentiable."""
         return values.new_zeros(*self.mask.shape, *values.shape[1:]).masked_scatter(
             self.mask.view(*self.mask.shape, *[1] * (values.ndim - 1)), values
         )
@@ -111,27 +111,27 @@ class LanguageModel(nn.Module):
 
     Args:
         path: a folder, a Hugging Face hub id, or ``package://some.package/folder`` for a model shipped in a package. A
-            folder may also hold an adapter alone, as :meth:`save` writes it; its base is then loaded too.
+            folder may also hold only an adapter, as :meth:`save` writes it; its base is then loaded too.
         dtype: of the weights.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run Python code that comes with the model. Leave it off unless you trust its author.
         attn_implementation: transformers' attention kernel: ``sdpa`` (its default), ``eager``, ``flash_attention_2``, …
-            With flash attention and ``flex_attention`` rows are scored end to end, without padding, if the model
-            keeps them apart; elsewhere rows of similar length go together.
-        gradient_checkpointing: compute each layer's activations again in the backward pass instead of keeping them:
-            less memory, about a third more time for a training step. Where ``max_tokens_per_pass`` has whole
-            passes computed again, these run forward three times instead of once: two thirds more time, and of one
-            such pass only the layers' inputs are in memory. Sampling is as before.
+            With flash attention and ``flex_attention``, rows are packed end to end without padding for scoring, if
+            the model keeps them apart; otherwise rows of similar length are padded together.
+        gradient_checkpointing: recompute each layer's activations in the backward pass instead of keeping them:
+            less memory, about a third more time for a training step. If ``max_tokens_per_pass`` also recomputes
+            whole passes, these run forward three times instead of once: two thirds more time, and only the layers'
+            inputs of one such pass are in memory. Sampling is not affected.
         gguf_file: name of a GGUF file in ``path``, which is unpacked to ``dtype``. Needs the extra ``gguf``.
         adapter: train a low-rank adapter on frozen weights. Needs the extra ``peft``.
         quantization: keep the weights in ``4bit`` (NF4) or ``8bit``: for models that are not trained, on a GPU. Needs
             the extra ``bitsandbytes``.
-        compile: compile the layers with torch.compile where they score, not where they sample: takes about half a
-            minute at the first steps, and some time off each step. Needs a C++ compiler.
+        compile: compile the layers with torch.compile for scoring, not for sampling: adds about half a minute to the
+            first steps and makes each step faster. Needs a C++ compiler.
 
     Raises:
         UsageError: the folder is missing or incomplete, a package or a compiler is missing, the tokenizer has no
-            stop token, or the model's head does something that opdlab does not know.
+            stop token, or opdlab does not support the model's head.
 
     Example:
         >>> model = LanguageModel("package://opdlab.toy/models/student")
@@ -160,7 +160,7 @@ class LanguageModel(nn.Module):
             self.path, dtype, revision, trust_remote_code, attn_implementation, gguf_file, quantization
         )
         self.model, self.tokenizer = self._load(source, adapter)
-        # Names of the weights that an adapter leaves as they are: shared by the snapshot, and in no checkpoint.
+        # Names of the frozen weights below an adapter: the snapshot shares them and checkpoints omit them.
         named = self.named_parameters(remove_duplicate=False) if self.has_adapter else ()
         self.frozen_keys = frozenset(name for name, parameter in named if not parameter.requires_grad)
         self.group_lengths = True
@@ -173,7 +173,7 @@ class LanguageModel(nn.Module):
         self.stop_tokens = stop_tokens_of(self.model, self.tokenizer, self.path)
         self.stop_ids = sorted(self.stop_tokens.ids)
         if self.tokenizer.pad_token_id is None:
-            # Padding is always masked, so any token serves; reusing the stop token is the usual choice.
+            # Padding is always masked, so any token works; the stop token is the usual choice.
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.stop_ids[0])
         self.tokenizer.padding_side = "left"
         require(
@@ -191,15 +191,15 @@ class LanguageModel(nn.Module):
         max_tokens: int | None = None,
         accumulate_head_grad: bool | None = None,
     ) -> None:
-        """Change how rows go through the model where it scores; what is None stays as it is.
+        """Change how rows are grouped into passes for scoring; options that are None keep their value.
 
         Args:
-            group_lengths: whether rows of similar length go together (at first they do). Not where other processes
-                must take as many passes: theirs would be grouped differently.
-            max_tokens: tokens, padding included, that go through the model at once, activations kept; no bound at
-                first. Not where other processes must take as many passes.
-            accumulate_head_grad: see :class:`opdlab.scoring.Head` (at first it does not). Only if nothing hooks into
-                the head's gradient.
+            group_lengths: whether to pad rows of similar length together (default True). Set False if all processes
+                must run the same number of passes, because each process would form different groups.
+            max_tokens: tokens per pass whose activations are kept, padding included (default: no bound). Not if all
+                processes must run the same number of passes.
+            accumulate_head_grad: see :class:`opdlab.scoring.Head` (default False). Only if nothing hooks into the
+                head's gradient.
         """
         self.group_lengths = self.group_lengths if group_lengths is None else group_lengths
         self.max_tokens = self.max_tokens if max_tokens is None else max_tokens
@@ -211,7 +211,7 @@ class LanguageModel(nn.Module):
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         base = adapter_base(self.path)
         if base is not None or adapter is not None:
-            require_peft(self.path if base is not None else None)  # before the weights are read, which may take long
+            require_peft(self.path if base is not None else None)  # fail before reading the weights, which may be slow
         source = replace(source, path=base or self.path)
         model, tokenizer = source.load()
         resolved = resolve(source.path, with_config=False)
@@ -229,11 +229,11 @@ class LanguageModel(nn.Module):
 
     @property
     def has_adapter(self) -> bool:
-        """Whether an adapter is trained, and the weights themselves are frozen."""
+        """True if an adapter is trained and the weights below it are frozen."""
         return has_adapter(self.model)
 
     def snapshot(self) -> "LanguageModel":
-        """Return a frozen copy in eval mode. Weights below an adapter are not copied but shared: they never change."""
+        """Return a frozen copy in eval mode; it shares the weights below an adapter, which never change."""
         require(
             self.quantization is None,
             f"model.student has quantization '{self.quantization}', but packed weights cannot be trained: leave it "
@@ -245,7 +245,7 @@ class LanguageModel(nn.Module):
         """Return a frozen model without the adapter, in eval mode.
 
         Args:
-            merge: add the adapter to a copy of the weights; otherwise it is dropped, and the weights are shared.
+            merge: add the adapter to a copy of the weights; otherwise drop the adapter and share the weights.
         """
         plain = copy.deepcopy(self, {} if merge else self._shared())
         take_off_adapter(plain.model, merge)
@@ -253,23 +253,23 @@ class LanguageModel(nn.Module):
         return plain.requires_grad_(False).eval()
 
     def _shared(self) -> dict[int, Any]:
-        """What ``deepcopy`` is told it has copied already."""
+        """Return the memo for ``deepcopy`` that makes copies share the frozen weights."""
         named = self.named_parameters(remove_duplicate=False)
         return {id(parameter): parameter for name, parameter in named if name in self.frozen_keys}
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Return the device of the weights."""
         device: torch.device = next(self.model.parameters()).device
         return device
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the head, padding rows included."""
+        """Return the number of rows of the head, padding rows included."""
         return int(output_layer(self.model).weight.shape[0])
 
     def head(self, temperature: float = 1.0) -> Head:
-        """Return the model's head, with the scale and soft cap of its architecture, and what an adapter adds to it."""
+        """Return the model's head, with the scale and soft cap of its architecture and the adapter's update."""
         config = self.model.config.get_text_config()
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
@@ -280,14 +280,14 @@ class LanguageModel(nn.Module):
         return Head(layer.weight, getattr(layer, "bias", None), scale, softcap, temperature, low_rank=low_rank)
 
     def score(self, rollouts: Rollouts) -> Scored:
-        """Run the model over prompts and responses and return what scores the responses.
+        """Return the scores of the responses from a pass over prompts and responses.
 
         Args:
-            rollouts: on this model's device. Gradients flow unless switched off outside.
+            rollouts: on this model's device. Gradients flow unless the caller disables them.
         """
         if self._compile:
             compile_layers(self.model)
-        # Whether rows may stand end to end is found out once for each device and attention kernel.
+        # Check once for each device and attention kernel whether rows can be packed end to end.
         place = (next(self.model.parameters()).device, self.model.config._attn_implementation)
         if self._packing is None or self._packing[0] != place:
             self._packing = place, attention_may_pack(self.model) and keeps_packed_rows_apart(self.model)
@@ -299,7 +299,7 @@ class LanguageModel(nn.Module):
             groups = length_groups(rows.lengths, max_tokens=self.max_tokens)
         else:
             groups = [list(range(len(rollouts)))]
-        if not groups:  # nothing is valid; a pass all the same, as other processes have one
+        if not groups:  # no valid position; run one pass anyway, as other processes do
             groups, packed = [list(range(len(rollouts)))], False
         hidden = rows.states(self.model.base_model, groups, packed, self.max_tokens)
         head = replace(self.head(rollouts.temperature), accumulate_grad=self.accumulate_head_grad)
@@ -308,12 +308,12 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def score_in_chunks(self, rollouts: Rollouts, batch_size: int) -> Iterator[tuple[Tensor, Scored]]:
-        """Score ``batch_size`` rows of similar length at a time without gradient, moved to this model's device.
+        """Yield the scores of ``batch_size`` rows of similar length at a time, without gradient, on the model's device.
 
         Yields:
-            Which rows of ``rollouts`` the chunk has, longest first, and the chunk; nothing where there are no rows.
+            The indices of the chunk's rows in ``rollouts``, longest first, and its scores; no chunk without rows.
         """
-        if not len(rollouts):  # torch.split would yield a chunk all the same
+        if not len(rollouts):  # torch.split would yield an empty chunk
             return
         lengths = rollouts.prompt_mask.sum(1) + rollouts.mask.sum(1)
         for rows in torch.split(lengths.argsort(descending=True, stable=True), batch_size):
@@ -329,15 +329,15 @@ class LanguageModel(nn.Module):
         """Write model and tokenizer as a Hugging Face folder.
 
         Args:
-            folder: where to.
-            merge: an adapter is written alone, in peft's format with the path of its base; merged, the folder holds
-                the whole model. Without an adapter it always does.
+            folder: output folder.
+            merge: if True, merge an adapter and write the whole model; if False, write only the adapter, in peft's
+                format with the path of its base. Without an adapter, the whole model is always written.
 
         Raises:
-            UsageError: the folder is the one that the weights were loaded from.
+            UsageError: the weights were loaded from this folder.
         """
         self.check_not_origin(folder)
-        # What was saved there before would be loaded in place of this, or on top of it.
+        # Files from an earlier save would be loaded instead of these, or in addition.
         other_kind = "config.json" if self.has_adapter and not merge else "adapter_*"
         for pattern in (other_kind, "model*.safetensors*", "generation_config.json"):
             for stale in Path(folder).glob(pattern):
@@ -350,7 +350,7 @@ class LanguageModel(nn.Module):
         self.tokenizer.save_pretrained(folder)
 
     def check_not_origin(self, folder: Path) -> None:
-        """Refuse to save into a folder that the weights were loaded from, see :meth:`save`."""
+        """Raise a UsageError if the weights were loaded from this folder, see :meth:`save`."""
         origins = [path for path in (self.path, adapter_base(self.path)) if path is not None]
         require(
             all(Path(folder).resolve() != Path(path).expanduser().resolve() for path in origins),

@@ -1,4 +1,4 @@
-"""Reading models and tokenizers from folders, the hub, GGUF files and adapter folders; what cannot work is refused."""
+"""Loading of models and tokenizers from folders, the hub, GGUF files and adapter folders, with checks."""
 
 import importlib.resources
 import json
@@ -25,7 +25,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from, and how it is read; see :class:`opdlab.policies.LanguageModel` for the fields."""
+    """The source of a model and its loading options; see :class:`opdlab.policies.LanguageModel` for the fields."""
 
     path: str
     dtype: DType = "float32"
@@ -36,7 +36,7 @@ class ModelSource:
     quantization: Quantization | None = None
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Read model and tokenizer, without dropout.
+        """Return model and tokenizer, without dropout.
 
         Raises:
             UsageError: something is missing, incomplete or not installed.
@@ -71,7 +71,7 @@ class ModelSource:
 
     def _packages(self) -> list[tuple[str, str]]:
         needed = []
-        if self.gguf_file:  # transformers reads GGUF with the help of accelerate
+        if self.gguf_file:  # transformers needs accelerate to read GGUF
             needed += [("gguf", "gguf"), ("accelerate", "gguf")]
         if self.quantization:
             needed += [("bitsandbytes", "bitsandbytes"), ("accelerate", "bitsandbytes")]
@@ -90,16 +90,16 @@ class ModelSource:
         elif self.quantization == "8bit":
             options["quantization_config"] = transformers.BitsAndBytesConfig(load_in_8bit=True)
         elif self.gguf_file and hasattr(transformers, "GgufConfig"):
-            # Newer versions would leave the weights packed where they have a kernel for it: neither trained nor saved.
+            # Newer versions keep weights packed if they have a kernel for it; such weights cannot be trained or saved.
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
         return options
 
     @contextmanager
     def _explained(self, source: str) -> Iterator[None]:
-        """Turn what transformers raises into one line."""
+        """Convert exceptions of transformers to a UsageError with a one-line message."""
         try:
             yield
-        except Exception as error:  # the parsers of damaged files raise all kinds, tokenizers' a bare Exception
+        except Exception as error:  # parsers of damaged files raise many types, tokenizers a bare Exception
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             kernel = self.attn_implementation
             if kernel and (isinstance(error, ImportError) or "attn_implementation" in first_line):
@@ -116,7 +116,7 @@ class ModelSource:
 
 
 def _kernel_mend(kernel: str, error: Exception) -> str:
-    """Return what to do where an attention kernel cannot be used, with the command that installs its package."""
+    """Return the fix for an attention kernel that cannot be used, with the command that installs its package."""
     default = "leave it out for the default"
     if not isinstance(error, ImportError):
         return default
@@ -128,7 +128,7 @@ def _kernel_mend(kernel: str, error: Exception) -> str:
 
 
 def resolve(path: str, with_config: bool = True) -> str:
-    """Turn a path into a folder on this machine, or leave it as a hub id.
+    """Return the local folder of a path, or the path unchanged if it is a hub id.
 
     Args:
         path: a folder, a hub id, or ``package://some.package/folder``.
@@ -158,7 +158,7 @@ def resolve(path: str, with_config: bool = True) -> str:
             (local / "config.json").is_file(),
             f"model '{path}' is incomplete: config.json is missing; write the folder again with save_pretrained",
         )
-        # Without them transformers makes up an empty tokenizer of the model's usual kind.
+        # Without these files, transformers silently creates an empty tokenizer.
         require(
             has_tokenizer(local),
             f"model '{path}' is incomplete: the tokenizer's files are missing; save the tokenizer into the folder too",
@@ -167,15 +167,15 @@ def resolve(path: str, with_config: bool = True) -> str:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer's files."""
+    """True if a folder holds tokenizer files."""
     return any(file for pattern in ("*token*", "vocab*", "*.model") for file in folder.glob(pattern))
 
 
 def adapter_base(path: str) -> str | None:
-    """The base model's path where ``path`` is a folder that holds an adapter alone, else None.
+    """Return the path of the base model if ``path`` is a folder that holds only an adapter, else None.
 
     Raises:
-        UsageError: the adapter does not say what its base is.
+        UsageError: the adapter does not name its base.
     """
     folder = Path(path).expanduser()
     if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
@@ -189,10 +189,10 @@ def adapter_base(path: str) -> str | None:
 
 
 def stop_tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> StopTokens:
-    """The tokenizer's and the generation config's stop tokens: base and instruct models differ in one.
+    """Return the stop tokens of tokenizer and generation config, which may differ (e.g. base and instruct models).
 
     Raises:
-        UsageError: there are none.
+        UsageError: the tokenizer and the generation config name no stop token.
     """
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
@@ -202,7 +202,7 @@ def stop_tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, p
 
 
 def unmark_quantized(model: PreTrainedModel) -> None:
-    """Take off the marks of quantization, with which ``save_pretrained`` refuses weights that are plain by now."""
+    """Remove the quantization attributes, because ``save_pretrained`` refuses them though the weights are unpacked."""
     model.hf_quantizer = None
     model.is_quantized = False
     for holder, name in ((model, "quantization_method"), (model.config, "quantization_config")):
@@ -211,14 +211,14 @@ def unmark_quantized(model: PreTrainedModel) -> None:
 
 
 def checkpoint_gradients(model: PreTrainedModel, path: str) -> None:
-    """Have a model keep no activations within its layers, but compute them again in the backward pass.
+    """Enable gradient checkpointing: recompute activations within layers in the backward pass.
 
     Args:
         model: loaded, in eval mode.
-        path: named in the message.
+        path: path of the model, for the message.
 
     Raises:
-        UsageError: the architecture cannot.
+        UsageError: the architecture does not support gradient checkpointing.
     """
     require(
         model.supports_gradient_checkpointing,
@@ -229,14 +229,14 @@ def checkpoint_gradients(model: PreTrainedModel, path: str) -> None:
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
     model.disable_input_require_grads()  # a hook that only reentrant checkpointing needs
-    # transformers loads in eval mode, in which nothing is checkpointed, and Lightning leaves modes as they are.
-    # Dropout is off, so train mode changes nothing else.
+    # transformers loads models in eval mode, which disables checkpointing, and Lightning does not change the mode.
+    # Dropout is off, so train mode has no other effect.
     model.train()
 
 
 @contextmanager
 def quiet_bars() -> Iterator[None]:
-    """Silence transformers' bars for loading and saving weights: they would tear our own."""
+    """Disable transformers' progress bars for loading and saving weights, because they would disrupt our own."""
     enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

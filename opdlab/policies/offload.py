@@ -1,9 +1,9 @@
-"""Frozen weights that stay in the host's memory and are on the device only while they work.
+"""Frozen weights that stay in host memory and are on the device only while they are used.
 
-Libraries have near relatives, which do other things. ``cpu_offload_with_hook`` of accelerate moves weights back after
-use, though nobody changed them, into memory that it allocates anew and does not pin; its ``cpu_offload`` copies each
-layer in each forward pass, which for sampling means all weights for every token. Offloading in torch belongs to FSDP
-or to activations. Like ``nn.Module.to`` and diffusers' group offloading, this exchanges ``Tensor.data``.
+Existing libraries do not cover this case. ``cpu_offload_with_hook`` of accelerate moves unchanged weights back after
+use, into newly allocated memory that is not pinned. Its ``cpu_offload`` copies each layer in each forward pass; for
+sampling, this copies all weights for every token. Offloading in torch is for FSDP or activations. Like
+``nn.Module.to`` and diffusers' group offloading, this module swaps ``Tensor.data``.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,16 +22,16 @@ _HOST = torch.device("cpu")
 
 @contextmanager
 def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Work with copies of a frozen module's weights and buffers on a device; the host keeps the originals.
+    """Run a block with copies of a frozen module's weights and buffers on a device; the host keeps the originals.
 
-    All copies are put into the current stream at once, without waiting: the host goes on, and the device begins to
-    work when the last has arrived. Afterwards the parameters have their host tensors back, the very same, and the
-    copies' memory is the allocator's again. Nothing is copied back, but for buffers that the module has replaced
-    meanwhile. Tied weights are copied once and stay tied.
+    All copies are queued in the current stream without waiting: the host continues, and the device starts its work
+    after the last copy. Afterwards the parameters have their original host tensors again, and the memory of the copies
+    returns to the allocator. Nothing is copied back except buffers that the module has replaced in the block. Tied
+    weights are copied once and stay tied.
 
     Args:
-        module: frozen, on the host; one that was moved to a device stays there.
-        device: where to work; on a CPU nothing is done.
+        module: frozen, on the host; a module on another device is left unchanged.
+        device: device for the copies; on a CPU nothing is done.
 
     Example:
         >>> layer = nn.Linear(2, 2).requires_grad_(False)
@@ -52,12 +52,12 @@ def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
         _put_back(module, originals)
 
 
-# Evaluations run in inference mode, and a tensor that is made in it stays unfit for autograd.
+# Evaluations run in inference mode, and tensors created in it cannot be used with autograd.
 @torch.inference_mode(False)
 def _put_back(module: nn.Module, originals: list[tuple[Tensor, Tensor]]) -> None:
     for tensor, original in originals:
         tensor.data = original
-    # Rotary embeddings whose frequencies depend on the length replace them when a longer row comes.
+    # Rotary embeddings with length-dependent frequencies replace their buffers when a longer row comes.
     known = {id(tensor) for tensor, _ in originals}
     for owner in module.modules():
         for name, buffer in owner.named_buffers(recurse=False, remove_duplicate=False):
@@ -67,10 +67,11 @@ def _put_back(module: nn.Module, originals: list[tuple[Tensor, Tensor]]) -> None
 
 @torch.inference_mode(False)
 def pin_memory(module: nn.Module, device: torch.device) -> None:
-    """Pin a module's tensors, which are on the host, where that makes copies asynchronous: with CUDA.
+    """Pin a module's host tensors if the device is CUDA, so that copies are asynchronous.
 
-    torch rounds each piece of pinned memory up to a power of two bytes;
-    ``PYTORCH_CUDA_ALLOC_CONF=pinned_max_round_threshold_mb:64`` leaves larger ones as they are, where torch knows it.
+    torch rounds each piece of pinned memory up to a power of two bytes. With
+    ``PYTORCH_CUDA_ALLOC_CONF=pinned_max_round_threshold_mb:64``, torch versions that support it do not round larger
+    pieces.
     """
     if device.type != "cuda":
         return
@@ -80,7 +81,7 @@ def pin_memory(module: nn.Module, device: torch.device) -> None:
 
 
 def without_moving(convert: Conversion) -> Conversion:
-    """Of a conversion that ``nn.Module.to`` hands to ``_apply``, the change of dtype alone.
+    """Return a conversion that applies only the change of dtype of a ``.to()`` call.
 
     Example:
         >>> without_moving(lambda tensor: tensor.to("meta", torch.bfloat16))(torch.ones(1))
@@ -90,19 +91,19 @@ def without_moving(convert: Conversion) -> Conversion:
 
 
 def keep_from_strategy(root: nn.Module, name: str, strategy: Strategy, option: str) -> None:
-    """Have Lightning's strategy leave a submodule's tensors on the host.
+    """Exclude a submodule's host tensors from Lightning's strategy.
 
-    DDP is told to ignore them: processes would otherwise bring them in line through the device, and they are in line
-    as long as all take them from equal weights.
+    DDP ignores the tensors: otherwise it would synchronize them through the device. They are already equal, because
+    all processes copy them from equal weights.
 
     Args:
-        root: what the strategy is given.
-        name: of the submodule.
-        strategy: the trainer's.
-        option: named in the message.
+        root: the module that the strategy wraps.
+        name: name of the submodule in ``root``.
+        strategy: the trainer's strategy.
+        option: name of the option, for the message.
 
     Raises:
-        UsageError: the strategy moves or shards what it is given by rules of its own, as FSDP and DeepSpeed do.
+        UsageError: the strategy places or shards weights itself, as FSDP and DeepSpeed do.
     """
     ddp = type(strategy) is DDPStrategy  # DeepSpeed's and XLA's are subclasses
     require(
@@ -120,6 +121,6 @@ def keep_from_strategy(root: nn.Module, name: str, strategy: Strategy, option: s
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Each once, also where weights are tied."""
+    """Yield parameters and buffers, tied weights once."""
     yield from module.parameters()
     yield from module.buffers()

@@ -1,4 +1,4 @@
-"""Rows that stand end to end in one pass, and the comparison that shows whether a model keeps them apart.
+"""Packing of rows end to end in one pass, and the check that a model keeps packed rows apart.
 
 Shapes: H hidden size; R x W tokens of a pass.
 """
@@ -12,24 +12,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
-# Sequences that the comparison packs: tokens of each. Short ones suffice, since what leaks does so at the seam.
+# Lengths in tokens of the sequences that the comparison packs. Short ones suffice, because leaks occur at the boundary.
 _COMPARED = (7, 5, 9)
-# Mean relative error of the states in float32 and in narrower types: packed and separate rows round differently, since
-# they are multiplied in other shapes. In bfloat16 it is about 0.01, at single tokens 0.2; rows that mix have 0.4.
+# Largest mean relative error of the states, in float32 and in narrower types. Packed and separate rows round
+# differently because the matrix shapes differ. In bfloat16 the mean is about 0.01, single tokens reach 0.2, and mixed
+# rows have 0.4.
 _ROUNDING, _NARROW_ROUNDING = 1e-3, 5e-2
-# Share of it that any state may change by where only what stands before it does: shapes, and so rounding, are the same.
+# Share of it by which a state may change when only the row before it changes: shapes and rounding are then the same.
 _LEAK = 1e-2
 
 
 def packed_attention(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """Arguments with which transformers keep rows that stand end to end apart.
+    """Return the arguments with which transformers keeps packed rows apart.
 
-    Positions that begin anew at 0 are what masks are made from. The other arguments are flash attention's, which would
-    else find them out from the positions in every layer, with a look at the device each time.
+    transformers derives the masks from positions that restart at 0. The other arguments are for flash attention, which
+    would otherwise derive them from the positions in every layer, with a device synchronization each time.
 
     Args:
         lengths: tokens of each row.
-        device: of the model.
+        device: the model's device.
 
     Example:
         >>> packed_attention([2, 3], torch.device("cpu"))["position_ids"]
@@ -49,7 +50,7 @@ def packed_attention(lengths: Sequence[int], device: torch.device) -> dict[str, 
 
 
 def attention_may_pack(model: PreTrainedModel) -> bool:
-    """Whether the attention kernel skips what belongs to other rows, instead of computing and masking it."""
+    """True if the attention kernel skips tokens of other rows, instead of computing and masking them."""
     implementation = model.config.get_text_config()._attn_implementation
     return implementation is not None and (
         implementation == "flex_attention" or is_flash_attention_requested(None, implementation)
@@ -58,14 +59,14 @@ def attention_may_pack(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def keeps_packed_rows_apart(model: PreTrainedModel) -> bool:
-    """Compare rows that stand end to end with separate ones on a few short sequences.
+    """True if a few short packed sequences give the same states as separate ones.
 
-    Recurrent and convolutional layers carry on from one row into the next, and other layers may know nothing of where
-    a row begins. So it is tried: the states must be those of separate rows, and must not change with what stands
-    before them.
+    Recurrent and convolutional layers carry state from one row into the next, and other layers may ignore row
+    boundaries. The check runs the model: packed states must equal those of separate rows, and must not change with the
+    row before them.
 
     Args:
-        model: on the device that it is to run on.
+        model: on the device on which it will run.
     """
 
     def forward(tokens: Tensor, attention: Mapping[str, Any]) -> Tensor:
@@ -74,13 +75,13 @@ def keeps_packed_rows_apart(model: PreTrainedModel) -> bool:
 
     device, size = model.device, model.config.get_text_config().vocab_size
     place = torch.arange(sum(_COMPARED), device=device)
-    tokens = place * max(1, size // len(place))  # from all over the vocabulary: the first ones are often hardly trained
+    tokens = place * max(1, size // len(place))  # spread over the vocabulary: the first tokens are often barely trained
     one, other = (tokens % size)[None], ((tokens + (place < _COMPARED[0]) * (size // 2)) % size)[None]
     attention = packed_attention(_COMPARED, device)
     separate = torch.cat([forward(part, {}) for part in one.split(_COMPARED, dim=1)], dim=1)
     try:
         packed, changed = forward(one, attention), forward(other, attention)
-    except (TypeError, ValueError, NotImplementedError):  # a model that does not take such arguments
+    except (TypeError, ValueError, NotImplementedError):  # the model does not accept these arguments
         return False
     narrow = packed.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(device.type)
     tolerance = _NARROW_ROUNDING if narrow else _ROUNDING
@@ -90,8 +91,8 @@ def keeps_packed_rows_apart(model: PreTrainedModel) -> bool:
 
 
 def _errors(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Relative error of each position's state; what is no number is infinitely wrong."""
+    """Return the relative error of each position's state, [..., H] -> [...]; NaN becomes infinity."""
     size = theirs.float().norm(dim=-1)
-    # The state of a padding token may be zeros.
+    # The bound avoids division by 0: the state of a padding token may be 0.
     error: Tensor = (ours - theirs).float().norm(dim=-1) / size.clamp(min=0.1 * float(size.mean()))
     return error.nan_to_num(torch.inf)

@@ -1,7 +1,7 @@
-"""How rollouts go through a model: as padded groups of rows, or packed end to end, and with how many activations kept.
+"""Division of rollouts into passes through a model: padded groups of rows, or rows packed end to end.
 
-Little of what is computed should be padding, and no more at once than fits. Rows go by their lengths in tokens; a row
-longer than the bound has a pass of its own.
+The division limits padding and the activations in memory. Rows are grouped by length in tokens; a row longer than the
+bound gets its own pass.
 
 Shapes: B rollouts, N valid response positions, H hidden size; R x W tokens of a pass.
 """
@@ -21,10 +21,10 @@ from opdlab.types import Rollouts
 
 @dataclass(frozen=True)
 class Pass:
-    """The tokens that go through the model at once.
+    """The tokens of one pass through the model.
 
     Args:
-        tokens: [R, W] long, the rows' tokens from column 0 on, padding after them; packed rows stand in one row.
+        tokens: [R, W] long, the rows' tokens from column 0 on, padded on the right; packed rows share one row, R = 1.
         wanted: [n] long, indices into [R * W] of the states that score a response token.
         attention: arguments of the model's forward that keep packed rows apart.
     """
@@ -42,38 +42,38 @@ class Pass:
 class PackedRows:
     """Rollouts with every row moved to column 0, so that padding follows it.
 
-    Causal attention then needs no mask for padding, which is faster, and lets torch take the kernels that accept none.
+    Causal attention then needs no padding mask, so torch can use faster kernels that accept no mask.
 
     Args:
         rollouts: on the model's device.
 
     Attributes:
-        lengths: tokens of each row that have to be fed: up to the last but one valid token; 0 where none is valid.
+        lengths: [B], input tokens of each row: up to the last but one valid token; 0 if no token is valid.
     """
 
     def __init__(self, rollouts: Rollouts) -> None:
         valid = rollouts.mask.bool()
         self._padding = (~rollouts.prompt_mask.bool()).sum(1)
-        # Column of the state that scores a row's first token.
+        # Column of the state that scores a row's first token, [B].
         self._first = rollouts.prompt_tokens.shape[1] - self._padding - 1
         last = (valid * torch.arange(1, valid.shape[1] + 1, device=valid.device)).amax(1)
         lengths = torch.where(last > 0, self._first + last, 0)
-        # One look at the device for the whole batch.
+        # One device synchronization for the whole batch.
         self.lengths, self._counts = torch.stack([lengths, valid.sum(1)]).tolist()
         self._tokens = torch.cat([rollouts.prompt_tokens, rollouts.tokens], dim=1)
-        self._row, self._position = valid.nonzero(as_tuple=True)  # of each valid position
+        self._row, self._position = valid.nonzero(as_tuple=True)  # of each valid position, [N]
 
     def states(
         self, model: Callable[..., Any], groups: Sequence[Sequence[int]], packed: bool, max_tokens: int | None
     ) -> Tensor:
-        """Run the model over all rows.
+        """Return the hidden states of all valid positions.
 
         Args:
             model: the model below the head.
             groups: indices of the rows of each pass; rows of length 0 may be left out.
-            packed: whether a group's rows stand end to end, instead of one below the other.
-            max_tokens: whose activations may exist at a time where gradients are wanted, see
-                :func:`recomputed_first`; the others are computed again in the backward pass.
+            packed: True to pack a group's rows end to end; False to pad them.
+            max_tokens: tokens whose activations may exist at a time if gradients are enabled, see
+                :func:`recomputed_first`; other activations are recomputed in the backward pass.
 
         Returns:
             Hidden states of the valid positions, [N, H], in row-major order.
@@ -86,7 +86,7 @@ class PackedRows:
             groups = [groups[number] for number in order]
         passes, order_of_states = self._passes(groups, packed)
         states = [
-            # Dropout is off, so no state of a random generator has to be kept.
+            # Dropout is off, so the state of the random generator need not be saved.
             checkpoint(one.states, model, use_reentrant=False, preserve_rng_state=False)
             if number < num_again
             else one.states(model)
@@ -95,8 +95,8 @@ class PackedRows:
         return states[0] if len(states) == 1 else torch.cat(states)[order_of_states.argsort()]
 
     def _passes(self, groups: Sequence[Sequence[int]], packed: bool) -> tuple[list[Pass], Tensor]:
-        """Return the passes, and for each state that they yield its index among all valid positions, [N]."""
-        number = [0] * len(self.lengths)  # of a row's pass, and where in the pass the row begins
+        """Return the passes, and the index among all valid positions of each state that they return, [N]."""
+        number = [0] * len(self.lengths)  # number of each row's pass, and the row's start in the pass
         start = [0] * len(self.lengths)
         for count, group in enumerate(groups):
             widest = max(1, *(self.lengths[row] for row in group))
@@ -105,7 +105,7 @@ class PackedRows:
                 number[row], start[row] = count, begin
         of_row = torch.tensor([number, start], device=self._tokens.device)
         order = of_row[0, self._row].argsort(stable=True)
-        wanted = (of_row[1] + self._first)[self._row] + self._position
+        wanted = (of_row[1] + self._first)[self._row] + self._position  # [N], indices into each pass's [R * W]
         sizes = [sum(self._counts[row] for row in group) for group in groups]
         passes = []
         for group, part in zip(groups, torch.split(wanted[order], sizes), strict=True):
@@ -114,7 +114,7 @@ class PackedRows:
                 continue
             rows = torch.tensor(group, device=part.device)
             width = max(1, *(self.lengths[row] for row in group))
-            columns = torch.arange(width, device=part.device) + self._padding[rows, None]
+            columns = torch.arange(width, device=part.device) + self._padding[rows, None]  # [R, W]
             passes.append(Pass(self._tokens[rows].gather(1, columns.clamp(max=self._tokens.shape[1] - 1)), part))
         return passes, order
 
@@ -129,22 +129,22 @@ class PackedRows:
 
 # -- which rows share a pass -----------------------------------------------------------------------------------------
 
-# What another pass through the model costs, in tokens' worth of one: what starting its kernels takes.
+# Cost of one more pass through the model, in tokens: the time to launch its kernels.
 PASS_OVERHEAD = 1024
 
 
 def length_groups(
     lengths: Sequence[int], overhead: int = PASS_OVERHEAD, max_tokens: int | None = None
 ) -> list[list[int]]:
-    """Group rows of similar length; each group is padded to its longest row.
+    """Return groups of rows of similar length; each group is padded to its longest row.
 
-    From the longest row on, a new group begins where the group is full, or where a shorter one saves more padding in
-    the rows that would still have joined than another pass costs.
+    Rows are taken longest first. A new group starts if the current one is full, or if narrower padding for the rows
+    that could still join saves more tokens than another pass costs.
 
     Args:
         lengths: tokens of each row; rows of length 0 are left out.
         overhead: cost of a pass, tokens.
-        max_tokens: of a group, padding included; None for no bound.
+        max_tokens: tokens of a group, padding included; None for no bound.
 
     Returns:
         Indices of the rows, group by group.
@@ -159,7 +159,7 @@ def length_groups(
     """
     order = sorted((row for row, length in enumerate(lengths) if length), key=lambda row: -lengths[row])
     groups: list[list[int]] = []
-    longest = room = 0  # tokens of the group's longest row; rows that it can still take
+    longest = room = 0  # tokens of the group's longest row; number of rows that still fit
     for place, row in enumerate(order):
         joining = min(len(order) - place, room)
         if not joining or (longest - lengths[row]) * joining > overhead:
@@ -172,13 +172,13 @@ def length_groups(
 
 
 def length_packs(lengths: Sequence[int], max_tokens: int | None = None) -> list[list[int]]:
-    """Divide rows among packs, in which they stand end to end without padding: first fit, longest first.
+    """Return packs of rows, laid end to end without padding: first fit, longest first.
 
-    First fit decreasing needs at most 11/9 of the fewest packs possible, and 6/9 of a pack (Dosa 2007).
+    First fit decreasing needs at most 11/9 * OPT + 6/9 packs, OPT being the smallest possible number (Dosa 2007).
 
     Args:
         lengths: tokens of each row; rows of length 0 are left out.
-        max_tokens: of a pack; None for one pack.
+        max_tokens: tokens of a pack; None for a single pack.
 
     Returns:
         Indices of the rows, pack by pack.
@@ -203,18 +203,18 @@ def length_packs(lengths: Sequence[int], max_tokens: int | None = None) -> list[
 
 
 def recomputed_first(costs: Sequence[int], max_tokens: int | None) -> tuple[list[int], int]:
-    """Order passes such that no more than ``max_tokens`` tokens' activations exist at any time.
+    """Return an order of passes in which the activations of at most ``max_tokens`` tokens exist at any time.
 
-    The backward pass begins with the pass that came last. So the last passes may keep their activations, as many as
-    fit together, since they are gone when those before are computed again one by one. As computing again takes time in
-    proportion to the tokens, the largest passes are the ones that are kept.
+    The backward pass starts with the last pass. The last passes may therefore keep their activations, as many as fit
+    together: these are freed before earlier passes are recomputed one by one. Recomputing takes time in proportion to
+    the tokens, so the largest passes are kept.
 
     Args:
         costs: tokens of each pass, padding included.
-        max_tokens: whose activations may exist at a time; one pass may be larger. None for no bound.
+        max_tokens: tokens whose activations may exist at a time; a single pass may be larger. None for no bound.
 
     Returns:
-        The passes in order, and how many of the first are to be computed again.
+        The passes in order, and the number of passes at the start that are recomputed.
 
     Example:
         >>> recomputed_first([60, 100, 40], max_tokens=100)

@@ -26,14 +26,14 @@ Advance: TypeAlias = Callable[[int], None]
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How responses are sampled.
+    """Options of sampling.
 
     Args:
         num_samples: responses per prompt.
         temperature: divides the logits; above 0.
-        top_p: smallest share of probability that is sampled from, above 0, at most 1. It changes what is sampled,
-            never what is scored.
-        max_new_tokens: longest response, tokens, its stop token included.
+        top_p: probability mass of the most likely tokens that are sampled from, above 0, at most 1. It affects
+            sampling, not scoring.
+        max_new_tokens: longest response in tokens, its stop token included.
         batch_size: responses sampled at a time.
 
     Raises:
@@ -55,13 +55,13 @@ class SamplingConfig:
 
 
 class Samples(NamedTuple):
-    """Responses, on the host.
+    """Sampled responses, in host memory.
 
     Attributes:
-        prompt_tokens: [B, P] long, padded on the left; each prompt stands there once per response.
+        prompt_tokens: [B, P] long, padded on the left; each prompt is repeated once per response.
         prompt_mask: [B, P] bool.
         tokens: [B, T] long, padded on the right.
-        mask: [B, T] bool: up to and with the stop token.
+        mask: [B, T] bool: True up to and including the stop token.
         stop_reasons: [B] long, see :class:`StopReason`.
     """
 
@@ -84,10 +84,10 @@ class Samples(NamedTuple):
 
         Args:
             prompt_ids: each prompt's row in its prompt set; all prompts have the same number of responses.
-            temperature: at which they were sampled.
-            first_rollout_id: number of the first rollout; the others count on.
+            temperature: the sampling temperature.
+            first_rollout_id: id of the first rollout; the others follow consecutively.
             step: optimizer steps taken so far.
-            snapshot_step: optimizer steps taken when the policy that sampled took its weights.
+            snapshot_step: optimizer steps taken at the last refresh of the policy that sampled.
         """
         count = len(self.tokens)
         return Rollouts(
@@ -106,9 +106,9 @@ class Samples(NamedTuple):
 
 
 def uses_own_loop(model: PreTrainedModel) -> bool:
-    """Return True if a model is sampled by :class:`opdlab.policies.decoding.Decoding`.
+    """True if a model is sampled by :class:`opdlab.policies.decoding.Decoding`.
 
-    If it is not, transformers' own loop samples it, and one line says so and why, once in a process.
+    Otherwise transformers' own loop is used, and the reason is logged once per process.
 
     Args:
         model: a causal language model.
@@ -125,7 +125,7 @@ def _announce_fallback(architecture: str, reason: str) -> None:
 
 
 class Sampler:
-    """Samples responses from a language model.
+    """A sampler of responses from a language model.
 
     Args:
         config: see :class:`SamplingConfig`.
@@ -141,13 +141,13 @@ class Sampler:
         seed: int,
         progress: Progress | None = None,
     ) -> Samples:
-        """Sample ``num_samples`` responses to each prompt; a prompt's responses stand next to each other.
+        """Return ``num_samples`` sampled responses to each prompt; a prompt's responses are consecutive.
 
         Args:
-            model: samples on its own device, in eval mode.
+            model: the policy; it samples on its own device, in eval mode.
             prompts: token ids.
-            seed: decides what is sampled, whatever was drawn before.
-            progress: where to show a bar.
+            seed: determines the samples, independently of earlier random numbers.
+            progress: shows a progress bar.
         """
         config, pad_id = self.config, model.tokenizer.pad_token_id
         width = max(map(len, prompts))
@@ -163,7 +163,7 @@ class Sampler:
         return Samples(padded, masks, tokens[:, :length], mask[:, :length], stop_reasons)
 
     def _decode(self, model: LanguageModel, prompts: Tensor, mask: Tensor, seed: int, advance: Advance) -> Tensor:
-        """Decode with the loop of :mod:`opdlab.policies.decoding`."""
+        """Return responses decoded with :mod:`opdlab.policies.decoding`, [B, T] long."""
         loop = Decoding(self.config.num_samples, self.config.batch_size, advance)
         with seeded(derive_seed("sample", seed, 0), model.device):
             return self._generate(model, prompts, mask, custom_generate=loop)
@@ -171,7 +171,7 @@ class Sampler:
     def _decode_in_chunks(
         self, model: LanguageModel, prompts: Tensor, mask: Tensor, seed: int, advance: Advance
     ) -> Tensor:
-        """Decode with the loop of transformers, each prompt once per response."""
+        """Return responses decoded with transformers' loop, [B, T] long; it reads each prompt once per response."""
         config = self.config
         prompts, mask = (tensor.repeat_interleave(config.num_samples, 0) for tensor in (prompts, mask))
         tokens = torch.full((len(prompts), config.max_new_tokens), model.tokenizer.pad_token_id)
@@ -206,7 +206,7 @@ class Sampler:
 
 
 class _Tick(StoppingCriteria):  # type: ignore[misc] # transformers is not typed
-    """Never stops anything; tells the progress bar that one more token per row is there."""
+    """A stopping criterion that never stops; it advances the progress bar by one token per row."""
 
     def __init__(self, advance: Advance) -> None:
         self._advance = advance
@@ -218,9 +218,9 @@ class _Tick(StoppingCriteria):  # type: ignore[misc] # transformers is not typed
 
 @contextmanager
 def _generating(model: LanguageModel, config: GenerationConfig) -> Iterator[None]:
-    """Eval mode, and the model's own generation defaults out of the way.
+    """Set eval mode and replace the model's generation defaults inside the context.
 
-    Penalties or a top-k would change what is sampled behind the back of the configuration.
+    Default penalties or a default top-k would otherwise change the samples without appearing in the configuration.
     """
     own, training = model.model.generation_config, model.model.training
     model.model.generation_config = config
@@ -233,7 +233,7 @@ def _generating(model: LanguageModel, config: GenerationConfig) -> Iterator[None
 
 
 def _mask_after_stop(tokens: Tensor, stop_ids: list[int]) -> tuple[Tensor, Tensor]:
-    """Valid positions, and why each row ended.
+    """Return the valid positions, [B, T] bool, and each row's stop reason, [B] long.
 
     Example:
         >>> mask, reasons = _mask_after_stop(torch.tensor([[5, 1, 0], [5, 5, 5]]), stop_ids=[1])

@@ -1,4 +1,4 @@
-"""Teachers score the student's rollouts.
+"""Teachers, which score the student's rollouts.
 
 Shapes: B rollouts, T response tokens, K support.
 """
@@ -23,39 +23,39 @@ from opdlab.types import Rollouts, Targets, TeacherRequest, id_dtype
 
 
 class Teacher(ABC):
-    """Scores rollouts at their sampling temperature."""
+    """Base of all teachers: models that score rollouts at their sampling temperature."""
 
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
     stop_tokens: StopTokens | None = None
-    """Where it ends its own answers, if it says so: a student that ends elsewhere is warned of."""
+    """The teacher's stop tokens, if known: a warning reports a student with other stop tokens."""
     offload: bool = False
-    """Whether its weights are on the device only while they work."""
+    """True if the weights are on the device only while they are used."""
 
     @abstractmethod
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
-        """Return the targets of ``rollouts``, on the host, without gradient."""
+        """Return the targets of ``rollouts``, in host memory, without gradient."""
 
     def bind(self, student: LanguageModel) -> None:
-        """Meet the student, before anything else is asked of the teacher; most teachers have no use for it."""
+        """Receive the student, before any other call; does nothing by default."""
         del student
 
     def to(self, device: torch.device) -> None:
-        """Move whatever the teacher holds; nothing by default."""
+        """Move the teacher's tensors to a device; does nothing by default."""
         del device
 
 
 class NoTeacher(Teacher):
-    """Stands where a teacher is not needed, so that none is loaded: a model that is evaluated and not trained."""
+    """A placeholder where no teacher is needed, as for a model that is only evaluated; no model is loaded."""
 
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
-        """Refuse."""
+        """Raise a UsageError."""
         raise UsageError("model.teacher is NoTeacher, which scores nothing: give a teacher")
 
 
 @dataclass(frozen=True)
 class TeacherHolder:
-    """Holds a teacher for a module without making it a submodule.
+    """A wrapper that keeps a teacher from becoming a submodule of the module that holds it.
 
     A teacher may itself be a ``torch.nn.Module``. It is frozen, must not enter checkpoints, and must not be wrapped by
     the trainer's strategy.
@@ -72,13 +72,14 @@ class LocalTeacher(Teacher):
         batch_size: rollouts scored at a time.
         quantization: keep the weights in ``4bit`` (NF4) or ``8bit`` and compute in ``dtype``. Needs the extra
             ``bitsandbytes`` and a GPU.
-        offload: keep the weights in the host's memory, and a copy on the device only while it scores. Not with
-            ``quantization``, whose packed weights have companions outside the parameters.
+        offload: keep the weights in host memory, with a copy on the device only during scoring. Not with
+            ``quantization``, because packed weights have further tensors outside the parameters.
         **options: ``dtype``, ``revision``, ``trust_remote_code``, ``attn_implementation`` and ``gguf_file`` of
             :class:`LanguageModel`.
 
     Raises:
-        UsageError: see :class:`LanguageModel`; ``batch_size`` is below 1; or ``offload`` meets ``quantization``.
+        UsageError: see :class:`LanguageModel`; or ``batch_size`` is below 1; or both ``offload`` and
+            ``quantization`` are set.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class LocalTeacher(Teacher):
             f"offload is true and quantization '{quantization}', but packed weights cannot leave the "
             "device: set offload to false, or leave quantization out",
         )
-        # The parser offers every option of LanguageModel that is not set here: these serve training alone.
+        # Options for training only are set here, because the parser offers every other option of LanguageModel.
         model = LanguageModel(
             path, quantization=quantization, gradient_checkpointing=False, adapter=None, compile=False, **options
         )
@@ -110,14 +111,14 @@ class LocalTeacher(Teacher):
         self._batch_size, self.offload, self._device = batch_size, offload, model.device
 
     def to(self, device: torch.device) -> None:
-        """Move the weights; offloaded, the place where they work."""
+        """Move the weights; if offloaded, set the device on which they are used."""
         self._device = device
         if not self.offload:
             self.model.to(device)
 
     @torch.no_grad()
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
-        """See :meth:`Teacher.score`."""
+        """Return the targets of ``rollouts``; see :meth:`Teacher.score`."""
         with on_device(self.model, self._device) if self.offload else nullcontext():
             return self._score(rollouts, request, progress or SilentProgress())
 
@@ -140,7 +141,7 @@ class LocalTeacher(Teacher):
                     )
                     _put_ids(targets.support_ids, rows, scored.padded(top.ids.int()).cpu())
                     targets.support_logits[rows] = scored.padded(top.logits).cpu()
-                    mass = (top.logits.logsumexp(-1) - statistics.log_normalizer).exp()
+                    mass = (top.logits.logsumexp(-1) - statistics.log_normalizer).exp()  # [N]
                     targets.support_mass[rows] = scored.padded(mass).cpu()
                 targets.logprobs[rows] = scored.padded(statistics.logprobs).cpu()
                 if targets.entropy is not None:
@@ -150,13 +151,13 @@ class LocalTeacher(Teacher):
 
 
 class BaseTeacher(LocalTeacher):
-    """The model that the student's adapter was put on, with the student's own frozen weights: no second copy.
+    """A teacher that is the base model of the student's adapter; it shares the student's frozen weights.
 
     Args:
         batch_size: rollouts scored at a time.
 
     Raises:
-        UsageError: when it is bound to a student without an adapter.
+        UsageError: the student has no adapter.
     """
 
     def __init__(self, batch_size: int = 32) -> None:
@@ -164,7 +165,7 @@ class BaseTeacher(LocalTeacher):
         self._batch_size = batch_size
 
     def bind(self, student: LanguageModel) -> None:
-        """Take the student's weights without the adapter."""
+        """Use the student's weights without the adapter."""
         require(
             student.has_adapter,
             "model.teacher is a BaseTeacher, which scores with the weights below the student's adapter, but "
@@ -174,6 +175,6 @@ class BaseTeacher(LocalTeacher):
 
 
 def _put_ids(into: Tensor, rows: Tensor, ids: Tensor) -> None:
-    """``into[rows] = ids``, which torch lacks for uint16; a view of the same bits has it."""
+    """Assign ``into[rows] = ids``; uses a view as int16, because torch does not support this for uint16."""
     bits = torch.int16 if into.dtype == torch.uint16 else into.dtype
     into.view(bits)[rows] = ids.to(into.dtype).view(bits)

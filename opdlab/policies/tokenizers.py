@@ -1,4 +1,4 @@
-"""What must hold between tokenizers: one vocabulary, one end of an answer, tokens named by their text."""
+"""Checks of tokenizers: same vocabulary, same stop tokens, and token ids by text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from opdlab.errors import UsageError, require
 
 @dataclass(frozen=True)
 class StopTokens:
-    """The tokens that end an answer, by who says so.
+    """The tokens that end an answer, by source.
 
     Args:
         of_tokenizer: the tokenizer's ``eos_token``.
-        configured: those of the model's generation config; may be empty.
+        configured: the stop tokens of the model's generation config; may be empty.
     """
 
     of_tokenizer: frozenset[int]
@@ -23,22 +23,22 @@ class StopTokens:
 
     @property
     def ids(self) -> frozenset[int]:
-        """All of them: sampling stops at each."""
+        """Return the stop tokens of both sources; sampling stops at each of them."""
         return self.of_tokenizer | self.configured
 
 
 def warn_of_stop_tokens(
     tokenizer: PreTrainedTokenizerBase, student: StopTokens, teacher: StopTokens | None = None
 ) -> None:
-    """Warn, once and by name, where it is not agreed which tokens end an answer.
+    """Warn if student, teacher or their generation configs have different stop tokens.
 
-    A teacher that wants to end an answer with a token at which the student does not stop teaches it to go on after the
-    end, and lengths explode. Base and instruct versions of one model often differ so.
+    If the teacher ends answers with a token at which the student does not stop, the student learns to continue after
+    the end, and responses become very long. Base and instruct versions of one model often differ in this way.
 
     Args:
         tokenizer: the student's, for the tokens' texts.
-        student: where sampling stops.
-        teacher: where the teacher ends, if known.
+        student: the stop tokens of sampling.
+        teacher: the teacher's stop tokens, if known.
     """
 
     def texts(ids: frozenset[int]) -> str:
@@ -61,15 +61,15 @@ def warn_of_stop_tokens(
 
 
 def single_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], key: str) -> list[int]:
-    """Ids of tokens given by their text.
+    """Return the ids of tokens given by their text.
 
     Args:
-        tokenizer: the vocabulary.
+        tokenizer: the student's tokenizer.
         texts: each a token of the vocabulary, or text that is encoded as one token.
-        key: of the configuration, for the message.
+        key: the configuration key, for the message.
 
     Raises:
-        UsageError: a text is more than one token; the message names the tokens that it would split into.
+        UsageError: a text is not a single token; the message lists the tokens of the text.
 
     Example:
         >>> from opdlab.toy import chain_tokenizer
@@ -92,10 +92,10 @@ def single_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], k
 
 
 def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Refuse a teacher whose token ids mean something else than the student's.
+    """Raise a UsageError if the teacher's vocabulary differs from the student's.
 
     Raises:
-        UsageError: naming the first differing token. Differently padded embeddings of one tokenizer are fine.
+        UsageError: a token differs; the message names the first one. Embeddings may be padded differently.
     """
     ours = {index: token for token, index in student.get_vocab().items()}
     theirs = {index: token for token, index in teacher.get_vocab().items()}

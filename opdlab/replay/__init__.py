@@ -1,4 +1,4 @@
-"""Replay of recorded optimizer steps: what any gate would have made of a step, without training again."""
+"""Replay of recorded optimizer steps: the effect of any gate on a step, without training again."""
 
 from opdlab.replay.gate_summary import GateSummary, summarise
 from opdlab.replay.record import RecordedStep, read_record, record_folders

@@ -1,4 +1,4 @@
-"""Pictures of a replay, as pure functions to matplotlib figures; matplotlib is imported when one is drawn."""
+"""Plots of a replay, as pure functions to matplotlib figures; matplotlib is imported when one is drawn."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,14 +26,14 @@ def _figure(height: float = _SIZE[1]) -> "Figure":
 
 
 def cosines_by_age(steps: Sequence[ReplayedStep], tau: float, reference: str = "fresh") -> "Figure":
-    """Above, cosine of the ungated gradient with a fresh one, and the ceiling; below, what each gate changes of it.
+    """Return a figure: above, the ungated gradient's cosine and the ceiling; below, each gate's change of the cosine.
 
-    Steps of one age are averaged, and bars are standard errors: over the steps where an age has several, else over
-    the fresh draws.
+    Steps of one age are averaged. Bars are standard errors: over the steps if an age has several, otherwise over the
+    fresh draws.
 
     Args:
         steps: at least one.
-        tau: of the gates shown, which have the paper's statistic and normalisation.
+        tau: of the shown gates, which have the paper's statistic and normalisation.
         reference: ``fresh`` or ``other``.
     """
     figure = _figure()
@@ -46,7 +46,7 @@ def cosines_by_age(steps: Sequence[ReplayedStep], tau: float, reference: str = "
     gates = dict.fromkeys(str(row["gate"]) for step in steps for row in step.rows if _shown(row, tau))
     for place, gate in enumerate(gates):
         rows = [next((row for row in step.rows if row["gate"] == gate and _shown(row, tau)), None) for step in steps]
-        # Side by side, so that bars of one age can be told apart.
+        # Side by side, so that bars of one age do not overlap.
         shift = 0.3 * (place / max(len(gates) - 1, 1) - 0.5)
         _plot(lower, steps, rows, reference, "change", shift, color=f"C{place}", label=gate)
     _finish(upper, "", "cosine", f"Cosine with fresh gradients ({'same' if reference == 'fresh' else 'other'} prompts)")
@@ -89,7 +89,7 @@ def _error(points: Sequence[tuple[float, float]]) -> float:
 
 
 def sample_sizes(steps: Sequence[ReplayedStep]) -> "Figure":
-    """Effective sample size of each gate against tau, mean over the stale steps.
+    """Return a plot of each gate's effective sample size against tau, mean over the stale steps.
 
     Args:
         steps: at least one.
@@ -109,9 +109,9 @@ def sample_sizes(steps: Sequence[ReplayedStep]) -> "Figure":
 
 
 def save(figure: "Figure", folder: Path, name: str) -> None:
-    """Write PNG and SVG."""
+    """Write a figure as PNG and SVG."""
     for kind in ("png", "svg"):
-        # Without the date, so that an equal replay gives equal files.
+        # Without the date, so that equal replays give equal files.
         figure.savefig(folder / f"{name}.{kind}", metadata={"Date": None} if kind == "svg" else None)
 
 

@@ -1,4 +1,4 @@
-"""Fresh rollouts of a recorded step's student: what the step would have trained on had nothing been reused.
+"""Fresh rollouts of a recorded step's student: the rollouts of a step without reuse.
 
 Shapes: B rollouts.
 """
@@ -19,7 +19,7 @@ Tokens = tuple[int, ...]
 
 
 def recorded_prompts(record: RecordedStep) -> list[Tokens]:
-    """The prompt of each rollout of a step."""
+    """Return the prompt of each rollout of a step."""
     return [
         tuple(row[mask].tolist())
         for batch in record.batches
@@ -28,7 +28,7 @@ def recorded_prompts(record: RecordedStep) -> list[Tokens]:
 
 
 def other_prompts(record: RecordedStep, prompts: Sequence[Tokens], draw: int, seed: int) -> list[Tokens]:
-    """As many of the run's prompts that the step has not used, or as many as there are."""
+    """Return prompts of the run that the step has not used: as many as the step has, or all if there are fewer."""
     used = {int(i) for batch in record.batches for i in batch.rollouts.prompt_ids}
     free = torch.tensor([index for index in range(len(prompts)) if index not in used], dtype=torch.long)
     generator = torch.Generator().manual_seed(derive_seed("other prompts", seed, record.number, draw))
@@ -39,16 +39,16 @@ def other_prompts(record: RecordedStep, prompts: Sequence[Tokens], draw: int, se
 def fresh_gradients(
     module: OPDModule, record: RecordedStep, draws: Sequence[Sequence[Tokens]], seed: int, autocast: Autocast
 ) -> Tensor:
-    """Ungated gradients on rollouts that the student samples now, one answer to each prompt.
+    """Return ungated gradients on rollouts that the student samples now, one response to each prompt.
 
-    The teacher scores them, and the behavior log-probabilities are the student's own, as in training where the student
-    is itself the policy that sampled.
+    The teacher scores them, and the behavior log-probabilities are the student's own, as in training when the student
+    itself is the sampling policy.
 
     Args:
-        module: with the student's weights from before the step, and a sampler of one answer a prompt.
+        module: with the student's weights from before the step, and a sampler of one response per prompt.
         record: of the step; the batch is cut into as many micro-batches.
         draws: the prompts of each draw.
-        seed: decides what is sampled.
+        seed: of the sampling.
         autocast: context of forward passes.
 
     Returns:
@@ -68,7 +68,7 @@ def fresh_gradients(
         autocast=autocast,
     )
     rollouts, targets = pool.rollouts, pool.targets
-    # Of several processes the record has one's share of the step; a fresh batch counts as much.
+    # With several processes the record has one process's share of the step; a fresh batch counts as much.
     part = float(sum(b.shares.sum() for b in record.batches)) if record.facts.num_processes > 1 else 1.0
     found = []
     for rows in torch.split(torch.arange(len(prompts)), [len(draw) for draw in draws]):

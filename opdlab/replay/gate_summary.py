@@ -1,4 +1,4 @@
-"""What a replay says of each gate over all recorded steps, as a table on the console, CSV and Markdown."""
+"""Results of a replay for each gate over all recorded steps, as a table on the console, CSV and Markdown."""
 
 import csv
 import math
@@ -17,18 +17,18 @@ _KEYS = ("gate", "statistic", "normalization", "tau")
 
 @dataclass(frozen=True)
 class GateSummary:
-    """A gate over the recorded steps whose rollouts are stale.
+    """Means of a gate over the recorded steps with stale rollouts.
 
     Args:
-        key: gate, statistic, normalisation and tau; None where the gate has none.
-        own: whether the run was trained with it.
+        key: gate, statistic, normalisation and tau; None if the gate has none.
+        own: True for the gate that the run was trained with.
         num_steps: recorded steps.
         sample_size: mean effective sample size.
-        norm_ratio: mean norm of the gradient over that of the ungated one.
+        norm_ratio: mean of |gradient| / |ungated gradient|.
         ungated_cosine: mean cosine with the ungated gradient.
         cosine: mean cosine with a fresh gradient.
-        change: mean of that less the ungated gradient's, paired by step.
-        change_se: standard error of ``change`` over the steps; None of a single step.
+        change: mean of ``cosine`` minus the ungated gradient's, paired by step.
+        change_se: standard error of ``change`` over the steps; None with a single step.
     """
 
     key: tuple[str | None, ...]
@@ -43,19 +43,19 @@ class GateSummary:
 
     @property
     def label(self) -> str:
-        """Gate and options in one string."""
+        """Return gate and options in one string."""
         *rest, tau = self.key
         return " ".join(part for part in (*rest, tau and f"tau {tau}") if part)
 
     @property
     def is_paper(self) -> bool:
-        """Whether statistic and normalisation, where the gate has them, are the paper's."""
+        """True if statistic and normalisation are the paper's, or the gate has none."""
         _, statistic, normalization, _ = self.key
         return normalization in (None, PAPER["normalization"]) and statistic in (None, PAPER["statistic"])
 
 
 def summarise(steps: Sequence[ReplayedStep], reference: str = "fresh") -> list[GateSummary]:
-    """Average over the steps whose rollouts are stale; on fresh ones every gate by drift has weights of 1.
+    """Return averages over the steps with stale rollouts; on fresh ones every gate on drift has weights of 1.
 
     Args:
         steps: of one replay.
@@ -131,7 +131,7 @@ def _cells(summary: GateSummary) -> list[str]:
 
 
 def console_table(summaries: Sequence[GateSummary]) -> Table:
-    """The gates with the paper's statistic and with weights of mean 1, and the run's own."""
+    """Return the table of the gates with the paper's statistic and weights of mean 1, and of the run's own gate."""
     table = Table(title="Gated gradients of stale rollouts", caption=_CAPTION, caption_justify="left")
     for name in _SHORT:
         table.add_column(name, justify="left" if name in _KEYS else "right", no_wrap=True)
@@ -143,7 +143,7 @@ def console_table(summaries: Sequence[GateSummary]) -> Table:
 
 
 def write_rows(path: Path, steps: Sequence[ReplayedStep]) -> None:
-    """Write every step's every gate as CSV; what is not defined stays empty."""
+    """Write every gate at every step as CSV; undefined values are empty."""
     rows = [row for step in steps for row in step.rows]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -152,14 +152,14 @@ def write_rows(path: Path, steps: Sequence[ReplayedStep]) -> None:
 
 
 def markdown(summaries: Sequence[GateSummary]) -> str:
-    """All summaries as a table, the largest change first."""
+    """Return all summaries as a table, the largest change first."""
     lines = [f"| {' | '.join(_COLUMNS)} |", "|" + " --- |" * len(_COLUMNS)]
     ordered = sorted(summaries, key=lambda summary: -summary.change)
     return "\n".join([*lines, *(f"| {' | '.join(_cells(summary))} |" for summary in ordered)])
 
 
 def step_table(steps: Sequence[ReplayedStep]) -> str:
-    """What the steps are, as Markdown: age, losses, the ungated gradient, and the ceiling."""
+    """Return the steps as Markdown: age, losses, the ungated gradient, and the ceiling."""
     names = ("step", "age", "loss, recorded", "loss, replayed", "gradient norm", "ungated cosine with fresh", "ceiling")
     lines = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
     for step in steps:

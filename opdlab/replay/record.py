@@ -1,8 +1,8 @@
-"""Records of optimizer steps on disk: what a step trained on, and the student as it was before it.
+"""Records of optimizer steps on disk: the step's rollouts, and the student's weights before it.
 
 A record is a folder, ``RUN/pools/step-000016``: ``rollouts.safetensors``, ``weights.safetensors`` and ``record.json``.
-Nothing in it is read by pickle. It is written under another name and then renamed, so that a record that is there is
-whole.
+Nothing in it is read by pickle. It is written under another name and then renamed, so that every existing record is
+complete.
 
 Shapes: B rollouts, T response tokens.
 """
@@ -31,16 +31,16 @@ _FACTS, _ROLLOUTS, _WEIGHTS = "record.json", "rollouts.safetensors", "weights.sa
 
 @dataclass(frozen=True)
 class StepFacts:
-    """What a run knew of an optimizer step; plain values.
+    """Plain values of an optimizer step.
 
     Args:
         step: optimizer steps taken before this one.
-        reuse_epoch: passes over the pool before this one.
+        reuse_epoch: passes over the buffer before this one.
         losses: of each micro-batch, nats: its part of the step's loss.
-        gradient_norm: of the step's gradient before clipping; None where it was not finite.
-        gate: the run's gate and its options, to read.
-        tau: that a schedule has chosen, per nat; None without one.
-        num_processes: of which this is the first one's share.
+        gradient_norm: of the step's gradient before clipping; None if it was not finite.
+        gate: the run's gate and its options as text.
+        tau: chosen by a schedule, per nat; None without a schedule.
+        num_processes: of the run; the record has the first one's share.
         num_threads: of torch.
         device: type of the device, such as ``cpu``.
         precision: the trainer's.
@@ -61,7 +61,7 @@ class StepFacts:
 
     @property
     def loss(self) -> float:
-        """Of the step, nats, summed as the log sums it; that of this process's share."""
+        """Return the step's loss, nats, summed as in the log; with several processes this process's share."""
         return float(torch.tensor(self.losses).sum())
 
 
@@ -70,7 +70,7 @@ class RecordedBatch:
     """A micro-batch of a recorded step, on the host.
 
     Args:
-        rollouts: B of them, with the behavior log-probabilities that the step has used.
+        rollouts: B rollouts, with the behavior log-probabilities that the step has used.
         targets: the teacher's.
         shares: [B, T], see :func:`opdlab.objectives.loss_shares`: the step's denominators.
     """
@@ -85,8 +85,8 @@ class RecordedStep:
     """A record that was read.
 
     Args:
-        folder: where it lies.
-        facts: what the run knew.
+        folder: of the record.
+        facts: plain values of the step.
         batches: the step's micro-batches, in order.
     """
 
@@ -96,20 +96,20 @@ class RecordedStep:
 
     @property
     def number(self) -> int:
-        """Of the step, counted from 1."""
+        """Return the number of the step, counted from 1."""
         return self.facts.step + 1
 
     @property
     def age(self) -> float:
-        """Mean number of optimizer steps since the sampling snapshot took the student's weights."""
+        """Return the mean number of optimizer steps since the last refresh of the sampling snapshot."""
         snapshot = torch.cat([batch.rollouts.snapshot_step for batch in self.batches])
         return float((self.facts.step - snapshot).double().mean())
 
     def load_weights(self, student: LanguageModel) -> None:
-        """Give a student the weights that it had before the step.
+        """Load the weights from before the step into a student.
 
         Raises:
-            UsageError: the file is damaged, or of another model.
+            UsageError: the file is damaged, or belongs to another model.
         """
         saved, own = _load(self.folder / _WEIGHTS), trained_weights(student)
         for name in sorted(saved.keys() | own.keys()):
@@ -126,18 +126,18 @@ class RecordedStep:
 
 
 def trained_weights(student: LanguageModel) -> dict[str, Tensor]:
-    """The weights that training may change, by name, tied ones once: an adapter's alone where there is one."""
+    """Return the trainable weights by name, tied ones once; only the adapter's if there is one."""
     return {name: p.detach() for name, p in student.named_parameters() if name not in student.frozen_keys}
 
 
 def write_record(
     folder: Path, facts: StepFacts, batches: Sequence[RecordedBatch], weights: Mapping[str, Tensor]
 ) -> dict[str, int]:
-    """Write a record in place of what is there.
+    """Write a record, replacing an existing one.
 
     Args:
         folder: of the record.
-        facts: what the run knows.
+        facts: plain values of the step.
         batches: the step's micro-batches.
         weights: see :func:`trained_weights`, as they were before the step.
 
@@ -165,21 +165,21 @@ def write_record(
 
 
 def record_folders(run: Path) -> dict[int, Path]:
-    """The records of a run, by number of the step, ascending."""
+    """Return the records of a run by step number, ascending."""
     found = ((path.name.removeprefix("step-"), path) for path in (run / FOLDER).glob("step-*"))
     return dict(sorted((int(number), path) for number, path in found if number.isdigit()))
 
 
 def record_folder(run: Path, number: int) -> Path:
-    """Where the record of a step lies."""
+    """Return the folder of a step's record."""
     return run / FOLDER / f"step-{number:06d}"
 
 
 def read_record(folder: Path) -> RecordedStep:
-    """Read all of a record but its weights.
+    """Read a record, except its weights.
 
     Raises:
-        UsageError: it is damaged, or of another version of opdlab.
+        UsageError: it is damaged, or written by another version of opdlab.
     """
     about = _read_facts(folder / _FACTS)
     require(

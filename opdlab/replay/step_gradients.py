@@ -1,9 +1,9 @@
 """Gradients of one optimizer step under many weightings of its positions.
 
 The gradient ``g(w) = sum_n c_n w_n dl_n/dtheta`` is linear in the weights w. So one forward pass serves all gates, and
-a gate whose weights are a mixture of others' needs no backward pass of its own: its inner products are mixtures of
-theirs. Of hundreds of gates by drift most are nearly so. A mixture may be off by a tolerance, measured where a
-position's part of the gradient enters the network: at the last hidden states, in which positions are independent.
+a gate whose weights are a linear combination of others' needs no backward pass of its own: its inner products combine
+theirs. Most of hundreds of gates on drift are nearly such combinations. The error of a combination is bounded by a
+tolerance, measured at the last hidden states, where the gradients of different positions are independent.
 
 Shapes: V gates, N valid positions of the step, P trained parameters, D reference gradients, R gates of the basis.
 """
@@ -23,28 +23,28 @@ from opdlab.seeds import derive_seed
 from opdlab.training import ScoredBatch, score_batch
 from opdlab.types import Minibatch
 
-# Numbers that are kept of a gradient: of a larger model a sketch, whose inner products are off by about
+# Size of a kept gradient. A larger model's is sketched; its inner products have an error of about
 # 1 / sqrt(2^22) = 0.05% of the product of the norms.
 SKETCH_SIZE = 1 << 22
-# Gradients are float32 numbers, and what is left of one when all that it shares with others is taken off is larger than
-# its rounding only if that is not too little.
+# Gradients are float32 numbers, so the remainder after removing the shared part must not be too small: below this
+# it is rounding.
 LEAST_TOLERANCE = 1e-3
-_PIECE = 1 << 16  # columns that are widened at a time
-_NOTHING = 1e-30  # a gate this small has lost its digits, and takes no step
+_PIECE = 1 << 16  # columns converted to float64 at a time
+_NOTHING = 1e-30  # a gate this small has no significant digits left, and makes no step
 
 Autocast = Callable[[], AbstractContextManager[None]]
 
 
 class StepGradients:
-    """Losses and gradients of an optimizer step, through the module's own account of a micro-batch.
+    """Losses and gradients of an optimizer step, computed by the module's own loss of a micro-batch.
 
-    The graph of a step of one micro-batch is kept; with more, each gradient runs the student anew, so that memory stays
-    that of training.
+    The graph of a step of one micro-batch is kept; with more, each gradient runs the student again, so that memory
+    equals that of training.
 
     Args:
         module: with the student's weights from before the step.
         batches: the step's micro-batches, on the module's device.
-        shares: of each, see :func:`opdlab.objectives.loss_shares`.
+        shares: of each micro-batch, see :func:`opdlab.objectives.loss_shares`.
         step: optimizer steps taken before.
         autocast: context of the forward pass.
     """
@@ -57,9 +57,9 @@ class StepGradients:
         self._parameters = [p for p in module.student.parameters() if p.requires_grad]
         self._account: ScoredBatch | None = None
         self.inputs: list[GateInputs] = []
-        """What a gate may look at, of each micro-batch."""
+        """Inputs of the gate, for each micro-batch."""
         self.importance: list[Tensor] = []
-        """[B, T] of each micro-batch: norm of what each position adds to the ungated gradient at the hidden states."""
+        """[B, T] of each micro-batch: norm of each position's part of the ungated gradient at the hidden states."""
         for place, (batch, share) in enumerate(zip(batches, shares, strict=True)):
             account = self._run(place)
             with autocast():
@@ -77,7 +77,7 @@ class StepGradients:
             return score_batch(self._module.student, self._module.objective, batch, self._step)
 
     def losses(self, weights: Sequence[Tensor]) -> list[float]:
-        """Each micro-batch's part of the step's loss, by the same sums as in training, nats."""
+        """Return each micro-batch's part of the step's loss, by the same sums as in training, nats."""
         losses = [each.position_losses for each in self.inputs]
         return [
             float(reduce_losses(loss, weight, share))
@@ -86,7 +86,7 @@ class StepGradients:
         ]
 
     def gradient(self, weights: Sequence[Tensor] | None = None) -> Tensor:
-        """Of the step's loss, all trained parameters one after the other, before any clipping.
+        """Return the gradient of the step's loss, all trained parameters concatenated, before clipping.
 
         Args:
             weights: [B, T] of each micro-batch; all 1 by default.
@@ -113,9 +113,9 @@ class StepGradients:
 
 
 def sketch(parts: Sequence[Tensor], size: int = SKETCH_SIZE) -> Tensor:
-    """One vector of a gradient's parts; of a long one a count sketch, which keeps inner products on average.
+    """Return the concatenated parts of a gradient; for a long one its count sketch, which preserves inner products.
 
-    Every number gets a random sign and is added to one place of the sketch, the same for every gradient.
+    Every number gets a random sign and is added to one entry of the sketch, the same for every gradient.
 
     Args:
         parts: of the gradient, P numbers in all.
@@ -127,7 +127,7 @@ def sketch(parts: Sequence[Tensor], size: int = SKETCH_SIZE) -> Tensor:
     Reference:
         Charikar, Chen & Farach-Colton, "Finding frequent items in data streams", 2002; for inner products: Weinberger
         et al., "Feature hashing for large scale multitask learning", arXiv 0902.2206. Here neighbours stay neighbours,
-        which saves drawing places.
+        which saves drawing indices.
     """
     if sum(part.numel() for part in parts) <= size:
         return torch.cat([part.flatten().float() for part in parts])
@@ -145,7 +145,7 @@ def sketch(parts: Sequence[Tensor], size: int = SKETCH_SIZE) -> Tensor:
 
 
 def inner_products(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b.T`` of [M, P] and [D, P], on the host; in float64, since float32 loses four digits on long rows."""
+    """Return ``a @ b.T`` of [M, P] and [D, P] on the host, in float64: float32 loses four digits on long rows."""
     parts = zip(a.split(_PIECE, dim=1), b.split(_PIECE, dim=1), strict=True)  # type: ignore[no-untyped-call]
     total = a.new_zeros(len(a), len(b), dtype=torch.float64)
     for ours, theirs in parts:
@@ -155,7 +155,7 @@ def inner_products(a: Tensor, b: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Mixtures:
-    """Weightings as mixtures of some of them: ``w[v] = sum_r coefficients[v, r] * w[basis[r]]``, nearly.
+    """Weightings as linear combinations of a basis: ``w[v] = sum_r coefficients[v, r] * w[basis[r]]``, nearly.
 
     Args:
         basis: R rows.
@@ -167,9 +167,9 @@ class Mixtures:
 
 
 def mixtures(weights: Tensor, importance: Tensor, tolerance: float) -> Mixtures:
-    """Choose a basis: first row 0, then the row that is farthest from a mixture, until all are near enough to one.
+    """Return a basis: row 0, then the row with the largest error, until all errors are within the tolerance.
 
-    This is Gram-Schmidt with pivoting. A weighting whose weights are all 0, or below 1e-30, is a mixture of nothing.
+    This is Gram-Schmidt with pivoting. A weighting whose weights are all 0, or below 1e-30, has coefficients of 0.
 
     Args:
         weights: [V, N].
@@ -193,7 +193,7 @@ def mixtures(weights: Tensor, importance: Tensor, tolerance: float) -> Mixtures:
     v = 0
     while (error := left.norm(dim=1))[v] > tolerance:
         direction = left[v] / error[v]
-        for _ in range(2):  # twice, since rounding leaves something in that is not orthogonal
+        for _ in range(2):  # twice, because rounding leaves a part that is not orthogonal
             left -= (left @ direction)[:, None] * direction
         basis.append(v)
         directions.append(direction)
@@ -210,9 +210,9 @@ class Products:
     """Inner products of V gates' gradients; float64, on the host.
 
     Args:
-        squares: [V], of each with itself.
-        references: [V, D], with each reference; the first reference is the ungated gradient.
-        num_backward: gradients that were computed for them.
+        squares: [V], of each gradient with itself.
+        references: [V, D], with each reference gradient; the first one is the ungated gradient.
+        num_backward: number of computed gradients.
     """
 
     squares: Tensor
@@ -223,11 +223,11 @@ class Products:
 def gradient_products(
     gradients: StepGradients, weights: Sequence[Tensor], others: Tensor, tolerance: float
 ) -> Products:
-    """Inner products of every gate's gradient with itself, with the ungated one and with others.
+    """Return the inner products of every gate's gradient with itself, with the ungated one and with others.
 
     Args:
         gradients: of the step.
-        weights: of each micro-batch, [V, B, T]; of the first gate they are all 1.
+        weights: of each micro-batch, [V, B, T]; all 1 for the first gate.
         others: [D - 1, P], or their sketches.
         tolerance: see :func:`mixtures`.
     """
@@ -236,9 +236,9 @@ def gradient_products(
     importance = torch.cat([each[mask] for each, mask in zip(gradients.importance, valid, strict=True)])
     mixed = mixtures(flat, importance, tolerance)
     count, references = len(mixed.basis), torch.zeros(len(flat), 1 + len(others), dtype=torch.float64)
-    if not count:  # the gradient is zero, whatever the gate
+    if not count:  # the gradient is zero for every gate
         return Products(torch.zeros(len(flat), dtype=torch.float64), references, 0)
-    # Scaled, so that the squares of a gate that shrinks the step to nothing are not lost.
+    # Scaled, so that the squares of a gate with tiny weights do not underflow.
     scales = flat[mixed.basis].amax(1)
     basis = others.new_zeros(count, others.shape[1])
     for place, (v, scale) in enumerate(zip(mixed.basis, scales, strict=True)):

@@ -34,20 +34,20 @@ Value = float | int | str | bool | None
 Row = dict[str, Value]
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-# Of the plot of effective sample sizes, which needs no gradients; per nat.
+# For the plot of effective sample sizes, which needs no gradients; per nat.
 PLOTTED_TAUS = tuple(10 ** (e / 8) for e in range(-8, 17))
 
 
 @dataclass(frozen=True)
 class ReplayConfig:
-    """What gated gradients are compared with, and how exactly.
+    """References for the gated gradients, and the precision of the comparison.
 
     Args:
-        draws: J, independent batches of fresh rollouts a step, at least 2.
-        seed: decides what is sampled.
-        other_prompts: whether to compare with fresh rollouts of other prompts too.
+        draws: J, independent batches of fresh rollouts per step, at least 2.
+        seed: of the sampling.
+        other_prompts: also compare with fresh rollouts of other prompts.
         tolerance: of gates that share backward passes, see :func:`opdlab.replay.step_gradients.mixtures`; with 0 each
-            has its own.
+            gate has its own.
     """
 
     draws: int = 4
@@ -65,18 +65,18 @@ class ReplayConfig:
 
 @dataclass(frozen=True)
 class ReplayedStep:
-    """What came out of a step.
+    """Results of a replayed step.
 
     Args:
         number: of the optimizer step, counted from 1.
         age: of its rollouts, optimizer steps.
         recorded_loss: nats.
-        replayed_loss: the same under the run's own gate, replayed, nats.
-        recorded_norm: of the gradient before clipping, or None.
-        replayed_norm: the same under the run's own gate, replayed.
+        replayed_loss: the loss under the run's own gate in the replay, nats.
+        recorded_norm: norm of the gradient before clipping, or None.
+        replayed_norm: the norm under the run's own gate in the replay.
         ceilings: by reference (``fresh``, ``other``) the mean cosine between two fresh gradients.
         rows: a line for each gate.
-        sample_sizes: by gate the effective sample size at each of :data:`PLOTTED_TAUS`.
+        sample_sizes: by gate, the effective sample size at each of :data:`PLOTTED_TAUS`.
         num_backward: backward passes that the gates took.
     """
 
@@ -96,11 +96,11 @@ class Replayer:
     """Replays recorded steps.
 
     Args:
-        module: built by the run's configuration, on its device; its student is given each record's weights.
+        module: built from the run's configuration, on its device; its student takes each record's weights.
         grid: the gates.
         config: see :class:`ReplayConfig`.
         autocast: context of forward passes, the run's precision.
-        prompts: the run's training prompts; needed where fresh rollouts of other prompts are asked for.
+        prompts: the run's training prompts; required for fresh rollouts of other prompts.
     """
 
     def __init__(
@@ -113,11 +113,11 @@ class Replayer:
     ) -> None:
         self._module, self._grid, self._config = module, grid, config
         self._autocast, self._prompts = autocast, prompts
-        # Gradients are asked for, not added to `.grad`.
+        # autograd.grad returns the gradients; `.grad` stays unchanged.
         module.student.configure_passes(accumulate_head_grad=False)
         module.teacher.to(module.device)
         self.skipped: dict[str, str] = {}
-        """Gates that a record could not serve, and why."""
+        """Gates whose inputs a record lacks, with the reasons."""
 
     def replay(self, record: RecordedStep) -> ReplayedStep:
         """Replay one step."""
@@ -154,7 +154,7 @@ class Replayer:
         )
 
     def _served(self, record: RecordedStep) -> set[str]:
-        # The teacher's entropy is computed again where the run has not.
+        # Computed here if the run has not computed the teacher's entropy.
         served = {"teacher_logprobs", "position_losses", "entropy", "teacher_entropy"}
         judged = all(batch.rollouts.correct is not None for batch in record.batches)
         return served | ({"correct"} if judged else set())
@@ -212,7 +212,7 @@ def _names(variant: Variant) -> Row:
 
 
 def _weights(variants: Sequence[Variant], inputs: Sequence[GateInputs]) -> list[Tensor]:
-    """Weights of each micro-batch, [V, B, T], normalised over the whole step."""
+    """Return the weights of each micro-batch, [V, B, T], normalised over the whole step."""
     joined = join_gate_inputs(inputs) if len(inputs) > 1 else inputs[0]
     gates = [split_gates(variant.strategy(joined), inputs) for variant in variants]
     return [torch.stack([parts[place].weights for parts in gates]) for place in range(len(inputs))]
@@ -223,7 +223,7 @@ def _valid(weights: Sequence[Tensor], inputs: Sequence[GateInputs]) -> Tensor:
 
 
 def _sample_sizes(variants: Sequence[Variant], inputs: Sequence[GateInputs]) -> dict[str, list[float]]:
-    """Over a range of taus, of every gate that has one, with the paper's statistic and normalisation."""
+    """Return effective sample sizes over a range of taus, of every gate with a tau, with the paper's options."""
     joined = join_gate_inputs(inputs) if len(inputs) > 1 else inputs[0]
     valid, found = joined.mask.bool(), {}
     gates = {v.gate: v.strategy for v in variants if v.tau is not None}
@@ -244,7 +244,7 @@ class _Comparison:
 
     Args:
         products: of every gate; the first gate is the ungated one.
-        references: by name, [J, P]; they stand in this order in ``products``, after the ungated gradient.
+        references: by name, [J, P]; ``products`` has them in this order, after the ungated gradient.
     """
 
     def __init__(self, products: Products, references: Mapping[str, Tensor]) -> None:
@@ -254,7 +254,7 @@ class _Comparison:
         self.ceilings = {name: _mean_cosine(products) for name, products in among.items()}
 
     def figures(self, v: int) -> Row:
-        """Of a gate. Cosines with a gradient that is zero are None."""
+        """Return the metrics of a gate. Cosines with a zero gradient are None."""
         norm, ungated = self._norms[v], self._norms[0]
         row: Row = {
             "gradient_norm": float(norm),
@@ -279,7 +279,7 @@ class _Comparison:
 
 
 def _mean_cosine(products: Tensor) -> float:
-    """Mean cosine between two of J vectors, from their inner products [J, J]."""
+    """Return the mean cosine between two of J vectors, from their inner products [J, J]."""
     lengths = products.diagonal().sqrt().clamp(min=torch.finfo(products.dtype).tiny)
     cosines = products / lengths / lengths[:, None]
     count = len(products)
@@ -295,17 +295,17 @@ def _number(value: Tensor) -> float | None:
 
 
 def _summed(losses: Sequence[float]) -> float:
-    """As the log sums the micro-batches' parts: in float32."""
+    """Return the sum of the micro-batches' parts in float32, as the log sums them."""
     return float(torch.tensor(losses).sum())
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:
-    """``(sum w)^2 / (N * sum w^2)`` of [V, N] weights: the share of the positions on which they rest."""
+    """Return ``(sum w)^2 / (N * sum w^2)`` of [V, N] weights: the effective share of the positions."""
     return weights.sum(1).square() / (weights.shape[1] * weights.square().sum(1))
 
 
 def weight_figures(weights: Tensor) -> list[Row]:
-    """Distribution of each gate's weights.
+    """Return the distribution of each gate's weights.
 
     Args:
         weights: [V, N].

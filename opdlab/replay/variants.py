@@ -1,4 +1,4 @@
-"""The gates that a step is replayed under: every combination of gate, statistic, normalisation and tau."""
+"""The gates of a replay: every combination of gate, statistic, normalisation and tau."""
 
 import copy
 import itertools
@@ -21,11 +21,11 @@ UNGATED = "none"
 
 @dataclass(frozen=True)
 class Grid:
-    """What to combine.
+    """Options to combine.
 
     Args:
         gates: registered names, or class paths; None for all registered gates and the run's own.
-        statistics: of gates on drift; see :class:`opdlab.gating.DriftGate`.
+        statistics: for gates on drift; see :class:`opdlab.gating.DriftGate`.
         normalizations: see :class:`opdlab.gating.GateStrategy`.
         taus: per nat, of gates on drift.
 
@@ -58,11 +58,11 @@ class Variant:
 
     Args:
         gate: its registered name, or its class's.
-        statistic: None where the gate has no use for one.
-        normalization: None for a gate whose weights are 1 whatever it is.
-        tau: per nat; ``schedule`` where one chooses it; None where the gate has none.
+        statistic: None if the gate does not use one.
+        normalization: None for a gate with constant weights of 1.
+        tau: per nat; ``schedule`` if a schedule sets it; None if the gate has none.
         strategy: the gate itself.
-        own: whether the run was trained with exactly this.
+        own: True if the run was trained with exactly this gate.
     """
 
     gate: str
@@ -74,7 +74,7 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """All of it in one string.
+        """Return gate and options in one string.
 
         Example:
             >>> from opdlab.gating import build_gate
@@ -89,7 +89,7 @@ class Variant:
 def expand(
     grid: Grid, own: GateStrategy, tokenizer: PreTrainedTokenizerBase, served: Iterable[str]
 ) -> tuple[list[Variant], dict[str, str]]:
-    """Make the variants of a grid. The ungated one comes first, whether asked for or not, and the run's own is there.
+    """Return the variants of a grid. The ungated one comes first, even if not requested; the run's own is included.
 
     A gate of the run's own class keeps the options that are not varied, such as ``block_size``; others have their
     defaults.
@@ -98,10 +98,10 @@ def expand(
         grid: what to combine.
         own: the run's gate.
         tokenizer: the student's.
-        served: what a gate may need and find; see :attr:`GateStrategy.needs`.
+        served: optional inputs that the record has; see :attr:`GateStrategy.needs`.
 
     Returns:
-        The variants, and by name of each gate left out the reason.
+        The variants, and the reason for each omitted gate, by name.
 
     Raises:
         UsageError: a gate is unknown.
@@ -133,7 +133,7 @@ def _marked(variants: Sequence[Variant], own: GateStrategy) -> list[Variant]:
 
 
 def _of_gate(name: str, base: GateStrategy, grid: Grid) -> Iterable[Variant]:
-    """Vary only the options that act: rules other than drift's have neither statistic nor tau."""
+    """Return the variants of a gate, varying only its effective options: rule gates have neither statistic nor tau."""
     if base.uniform:
         yield _variant(name, base)
         return
@@ -158,17 +158,17 @@ def _variant(name: str, gate: GateStrategy, own: bool = False) -> Variant:
 def _classes(names: Sequence[str] | None, own: GateStrategy) -> dict[str, type[GateStrategy]]:
     registry = gate_registry()
     if names is None:
-        # Without options of its own `block` is `block64`.
+        # Without its own options, `block` equals `block64`.
         found = {name: registry.get(name) for name in registry.names() if name != "block"}
         return found | ({} if type(own) in found.values() else {_name_of(type(own)): type(own)})
     return {name.rpartition(".")[2]: gate_class(name) for name in names}
 
 
 def gate_class(name: str) -> type[GateStrategy]:
-    """The gate of a registered name or class path.
+    """Return the gate class of a registered name or class path.
 
     Raises:
-        UsageError: there is none; of names the nearest is given.
+        UsageError: the gate is unknown; for a name the message has the nearest one.
     """
     if "." not in name:
         return gate_registry().get(name)

@@ -1,4 +1,4 @@
-"""How the buffer is filled: sample, mask, score with the teacher, judge."""
+"""Filling the rollout buffer: sample, mask, score with the teacher, verify the answers."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -19,15 +19,15 @@ Autocast = Callable[[], AbstractContextManager[None]]
 
 
 class Collector:
-    """Turns prompts into rollouts with targets; training and replay share it.
+    """Collector of rollouts with targets for prompts; used by training and replay.
 
-    The behavior snapshot samples and scores the rollouts. Then the positions that the loss leaves out are masked, and
+    The behavior snapshot samples and scores the rollouts. Then the positions excluded from the loss are masked, and
     the teacher scores the others once, while the verifier checks the answers.
 
     Args:
         behavior: the snapshot that samples.
         teacher: scores the rollouts.
-        request: what the teacher must deliver.
+        request: the required teacher outputs.
         masked_first: token ids whose first occurrence in each response is masked.
     """
 
@@ -55,20 +55,20 @@ class Collector:
         autocast: Autocast = nullcontext,
         progress: Progress | None = None,
     ) -> Pool:
-        """Sample rollouts and label them, on the host.
+        """Return sampled rollouts with targets, in host memory.
 
         Args:
-            prompts: what to sample from.
-            seed: decides what is sampled.
+            prompts: prompts to sample from.
+            seed: determines the samples.
             num_samples: responses per prompt; None for the configured number.
-            first_rollout_id: number of the first rollout; the others count on.
+            first_rollout_id: id of the first rollout; the others follow consecutively.
             step: optimizer steps taken so far.
-            unscored: rows whose behavior log-probabilities are left to the next training step; None for none. Only
-                where the student equals the snapshot: the step's own forward pass then scores them.
-            verifier: checks the answers; None checks none.
-            autocast: context of the snapshot's passes. It must be that of the training step: otherwise a fresh rollout
-                would seem to have drifted.
-            progress: where to show bars.
+            unscored: rows whose behavior log-probabilities the next training step fills in; None for none. Only if
+                the student equals the snapshot: the forward pass of the step then scores them.
+            verifier: checks the answers; None to skip the check.
+            autocast: context of the snapshot's passes. It must equal that of the training step; otherwise fresh
+                rollouts would show drift.
+            progress: shows progress bars.
         """
         progress = progress or SilentProgress()
         started = time.perf_counter()
@@ -85,7 +85,7 @@ class Collector:
             )
         sampled = time.perf_counter()  # results are on the host, so the device has finished
         texts = self._behavior.policy.responses(rollouts) if verifier is not None else []
-        # Checked while the teacher scores.
+        # The verifier runs while the teacher scores.
         verdicts = EvaluationBatch("train", prompts, verifier).submit(texts, rollouts)
         scoring = time.perf_counter()
         masked = mask_first_occurrences(rollouts, self._masked_first)

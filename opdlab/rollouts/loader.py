@@ -1,4 +1,4 @@
-"""Rollout reuse: pools of rollouts, each sampled lazily, scored once, and trained on for several passes."""
+"""Rollout reuse: a rollout buffer that is sampled lazily, scored once, and trained on for several passes."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,14 +15,14 @@ from opdlab.types import Minibatch, Prompt, Rollouts, Targets, trimmed
 
 @dataclass(frozen=True)
 class Pool:
-    """Rollouts with their targets, on the host.
+    """A rollout buffer: rollouts with their targets, in host memory.
 
     Args:
-        rollouts: all rollouts of the pool.
-        targets: the teacher's, computed once.
-        metrics: of the sampling and scoring, by name.
-        first_batch_unscored: True if the behavior log-probabilities of the first optimizer batch were left to the
-            training step, see :meth:`RolloutLoader.fill_behavior`.
+        rollouts: all rollouts of the buffer.
+        targets: the teacher's targets, computed once.
+        metrics: metrics of sampling and scoring, by name.
+        first_batch_unscored: True if the next training step fills in the behavior log-probabilities of the first
+            optimizer batch, see :meth:`RolloutLoader.fill_behavior`.
     """
 
     rollouts: Rollouts
@@ -32,42 +32,42 @@ class Pool:
 
 
 class Collect(Protocol):
-    """Samples and labels a pool: :meth:`opdlab.rollouts.Collector.collect`, as the module calls it."""
+    """Function that fills a rollout buffer: :meth:`opdlab.rollouts.Collector.collect`, as the module calls it."""
 
     def __call__(self, prompts: Sequence[Prompt], *, seed: int, first_rollout_id: int, first_batch: Tensor) -> Pool:
-        """Return the rollouts of ``prompts``.
+        """Return a buffer of rollouts of ``prompts``.
 
         Args:
-            prompts: what to sample from.
-            seed: decides what is sampled.
-            first_rollout_id: number of the pool's first rollout.
-            first_batch: [B] long, rows of the first optimizer batch: their behavior log-probabilities may be left to
-                the training step.
+            prompts: prompts to sample from.
+            seed: determines the samples.
+            first_rollout_id: id of the buffer's first rollout.
+            first_batch: [B] long, rows of the first optimizer batch: the training step may fill in their behavior
+                log-probabilities.
         """
 
 
 class RolloutLoader:
-    """Yields minibatches of rollouts; one epoch is one pass over the prompts.
+    """Loader of minibatches of rollouts; one epoch is one pass over the prompts.
 
-    Prompts are shuffled and cut into pools. A pool is collected when its first minibatch is asked for, and then
-    yielded for ``reuse_epochs`` passes of shuffled minibatches. Lightning does not fetch ahead from a loader that has
-    a length, so a pool is sampled after the previous step and all its callbacks, a refresh of the behavior policy
-    among them. Lightning also saves :meth:`state_dict` in its checkpoints.
+    The prompts are shuffled and divided into buffers. A buffer is filled when its first minibatch is requested, and
+    then yields ``reuse_epochs`` passes of shuffled minibatches. Lightning does not prefetch from a loader that has a
+    length, so a buffer is sampled after the previous step and all its callbacks, including a refresh of the behavior
+    policy. Lightning also saves :meth:`state_dict` in its checkpoints.
 
     Args:
-        prompts: what to sample from; this rank's share is taken by ``rank`` and ``world_size``.
-        collect: samples and scores a pool.
+        prompts: prompts to sample from; ``rank`` and ``world_size`` select this process's share.
+        collect: fills a buffer.
         samples_per_prompt: rollouts that ``collect`` returns for each prompt.
-        prompts_per_pool: prompts in a pool, per rank.
-        batch_size: rollouts in an optimizer step, per rank.
-        micro_batches: equal parts that an optimizer batch is yielded in: Lightning's ``accumulate_grad_batches``.
-        reuse_epochs: passes over a pool.
-        seed: decides order and sampling.
-        rank: of this process.
+        prompts_per_pool: prompts in a buffer, per process.
+        batch_size: rollouts in an optimizer step, per process.
+        micro_batches: equal parts of an optimizer batch: Lightning's ``accumulate_grad_batches``.
+        reuse_epochs: passes over a buffer.
+        seed: determines the order and the samples.
+        rank: rank of this process.
         world_size: number of processes.
 
     Raises:
-        UsageError: sizes do not divide, or there are fewer prompts than a pool takes.
+        UsageError: the sizes do not divide, or there are fewer prompts than a buffer needs.
     """
 
     def __init__(
@@ -96,19 +96,19 @@ class RolloutLoader:
         self._reuse_epochs = reuse_epochs
         self._seed = seed
         self._rank, self._world_size = rank, world_size
-        self._epoch = 0  # passes over the prompts that are finished
-        self._pool_index = 0  # pool within the epoch
-        self._cursor = 0  # minibatches of the pool that were yielded
+        self._epoch = 0  # finished passes over the prompts
+        self._pool_index = 0  # buffer within the epoch
+        self._cursor = 0  # minibatches of the buffer already yielded
         self._pool: Pool | None = None
 
     @property
     def pools_per_epoch(self) -> int:
-        """Pools in one pass over the prompts; prompts that do not fill a pool wait for the next shuffle."""
+        """Return the number of buffers in one pass over the prompts; leftover prompts are dropped for that pass."""
         return len(self._prompts) // self._world_size // self._prompts_per_pool
 
     @property
     def minibatches_per_pool(self) -> int:
-        """Minibatches that one pool yields over all its passes."""
+        """Return the number of minibatches that one buffer yields over all its passes."""
         return self._reuse_epochs * (self._pool_size // self._batch_size) * self._micro_batches
 
     def __len__(self) -> int:
@@ -177,11 +177,11 @@ class RolloutLoader:
         ]
 
     def fill_behavior(self, rows: Tensor, logprobs: Tensor) -> None:
-        """Keep behavior log-probabilities that a training step has computed, for the passes to come.
+        """Store behavior log-probabilities computed by a training step in the buffer, for later passes.
 
         Args:
-            rows: [B] long, on the host: rows of the pool in use.
-            logprobs: [B, T] nats, detached: under the policy that sampled.
+            rows: [B] long, in host memory: rows of the current buffer.
+            logprobs: [B, T] nats, detached: under the behavior policy.
         """
         assert self._pool is not None
         rollouts = self._pool.rollouts
@@ -190,7 +190,7 @@ class RolloutLoader:
         self._pool = replace(self._pool, rollouts=replace(rollouts, behavior_logprobs=behavior))
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loader stands; the pool itself only while it is still in use. Tensors and plain values only."""
+        """Return the loader's position, and the buffer if it is still in use, as tensors and plain values."""
         pool = self._pool if 0 < self._cursor < self.minibatches_per_pool else None
         state: dict[str, Any] = {"epoch": self._epoch, "pool_index": self._pool_index, "cursor": self._cursor}
         if pool is not None:
@@ -203,10 +203,10 @@ class RolloutLoader:
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where :meth:`state_dict` was taken.
+        """Restore the position and the buffer of :meth:`state_dict`.
 
         Raises:
-            UsageError: the pool of the state has another size than this loader's.
+            UsageError: the buffer in the state has a different size from this loader's.
         """
         self._epoch, self._pool_index, self._cursor = state["epoch"], state["pool_index"], state["cursor"]
         self._pool = None

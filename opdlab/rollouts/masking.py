@@ -1,4 +1,4 @@
-"""Leaving positions out of the loss."""
+"""Masking of positions that the loss ignores."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,9 +9,10 @@ from opdlab.types import Rollouts
 
 
 def mask_first_occurrences(rollouts: Rollouts, token_ids: Sequence[int]) -> Rollouts:
-    """Take the first occurrence of each given token out of each response's mask; it is still attended to.
+    """Return the rollouts with the first occurrence of each given token masked in each response.
 
-    Loss, gate and denominators follow the mask. ``num_tokens`` then counts what is left, and is no length any more.
+    Loss, gate and denominators ignore masked positions; attention does not. ``num_tokens`` then counts the remaining
+    positions and no longer equals the response length.
 
     Args:
         rollouts: B rollouts of T response tokens.

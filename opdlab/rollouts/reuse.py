@@ -1,4 +1,4 @@
-"""Sizes of pools and batches."""
+"""Sizes of rollout buffers and batches."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ from opdlab.errors import require
 
 @dataclass(frozen=True)
 class ReuseConfig:
-    """How rollouts are pooled and reused. Sizes are per process.
+    """Sizes of the rollout buffer and its reuse, per process.
 
     Args:
-        prompts_per_pool: prompts sampled from at a time; a pool has this many times ``sampling.num_samples`` rollouts.
-        epochs: passes over a pool before the next is sampled.
-        batch_size: rollouts in an optimizer step; must divide the pool. ``trainer.accumulate_grad_batches`` cuts it
-            into as many micro-batches and leaves the step as it is.
+        prompts_per_pool: prompts per rollout buffer; a buffer has ``prompts_per_pool * sampling.num_samples`` rollouts.
+        epochs: passes over a buffer before the next is sampled.
+        batch_size: rollouts in an optimizer step; must divide the buffer. ``trainer.accumulate_grad_batches`` splits
+            it into that many micro-batches and does not change the step.
     """
 
     prompts_per_pool: int = 32
@@ -26,7 +26,7 @@ class ReuseConfig:
             require(value >= 1, f"{key} is {value}, but must be at least 1")
 
     def check_prompts(self, num_prompts: int, world_size: int = 1) -> None:
-        """Refuse fewer prompts than a pool takes.
+        """Raise a UsageError if there are fewer prompts than a buffer needs.
 
         Args:
             num_prompts: prompts to train on.
@@ -40,14 +40,14 @@ class ReuseConfig:
         )
 
     def check(self, samples_per_prompt: int, micro_batches: int) -> None:
-        """Refuse sizes that do not fit together.
+        """Raise a UsageError if the sizes do not divide.
 
         Args:
             samples_per_prompt: rollouts of each prompt.
-            micro_batches: parts that an optimizer batch is cut into.
+            micro_batches: number of micro-batches of an optimizer batch.
 
         Raises:
-            UsageError: a pool is not a whole number of batches, or a batch of micro-batches.
+            UsageError: ``batch_size`` does not divide the buffer, or ``micro_batches`` does not divide ``batch_size``.
 
         Example:
             >>> ReuseConfig(prompts_per_pool=4, batch_size=8).check(samples_per_prompt=2, micro_batches=4)

@@ -1,8 +1,8 @@
-"""Log-probabilities from hidden states, in bounded memory: the only place where the model's head is applied.
+"""Log-probabilities from hidden states, in bounded memory. Only this package applies the model's head.
 
-For a response of 16,384 tokens and a vocabulary of 151,936 the logits are 10 GB in float32, so they never exist at
-once: positions and vocabulary are worked off in tiles, a few floats per position are kept, and the backward pass
-computes a tile's logits again.
+For a response of 16,384 tokens and a vocabulary of 151,936 the logits take 10 GB in float32. They never exist all at
+once: positions and vocabulary are processed in tiles, a few floats per position are kept, and the backward pass
+recomputes the logits of each tile.
 """
 
 from opdlab.scoring.head import Head, LowRank

@@ -1,4 +1,4 @@
-"""How hidden states become logits.
+"""The output head: computes logits from hidden states.
 
 Shapes: N positions, H hidden size, V vocabulary, C of its columns, r rank.
 """
@@ -14,20 +14,20 @@ from torch import Tensor
 # Logits held at any one time: 8 Mi floats, 32 MB in float32. A second tensor of that size holds their exponentials.
 MAX_TILE_LOGITS = 1 << 23
 _WIDE_PRODUCTS = torch.__version__ >= "2.8"  # torch.mm(…, out_dtype=…)
-# Rows of a tile. With as many, a product with the head is bound by arithmetic and not by reading the head's weights.
+# Rows of a tile. With this many rows, arithmetic limits the product with the head, not reading the head's weights.
 _MAX_TILE_ROWS = 4096
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """LoRA's update of a head's weight (arXiv 2106.09685): ``scaling * up @ down``, which is never multiplied out.
+    """LoRA update of a head's weight (arXiv 2106.09685), ``scaling * up @ down``, [V, H]; kept as two factors.
 
-    It would be as large as the weight. Products with its factors are taken in float32 or wider.
+    The full product would be as large as the weight. Products with the factors use float32 or wider.
 
     Args:
         down: [r, H], peft's ``lora_A``.
         up: [V, r], peft's ``lora_B``.
-        scaling: ``alpha / r``, or ``alpha / sqrt(r)`` where the update is rank-stabilised.
+        scaling: ``alpha / r``, or ``alpha / sqrt(r)`` if the update is rank-stabilised.
     """
 
     down: Tensor
@@ -35,24 +35,24 @@ class LowRank:
     scaling: float
 
     def reduce(self, hidden: Tensor) -> Tensor:
-        """[N, H] -> [N, r]: what ``up`` is multiplied with, to be added to raw logits."""
+        """Return ``scaling * hidden @ down.T``, [N, H] -> [N, r]; its product with ``up.T`` is added to raw logits."""
         dtype = wide_dtype(hidden)
         return (hidden.to(dtype) @ self.down.to(dtype).T).mul_(self.scaling)
 
     def expand(self, sums: Tensor) -> Tensor:
-        """[N, r] -> [N, H]: of sums of rows of ``up``, the sums of rows of the update."""
+        """Return ``scaling * sums @ down``, [N, r] -> [N, H]: maps sums of rows of ``up`` to sums of update rows."""
         return (sums @ self.down.to(sums.dtype)).mul_(self.scaling)
 
     def sum_up(self, factors: Tensor, columns: slice) -> Tensor:
-        """[N, C] -> [N, r]: rows of ``up``, summed by their factors."""
+        """Return ``factors @ up[columns]``, [N, C] -> [N, r]: weighted sums of rows of ``up``."""
         return factors @ self.up[columns].to(factors.dtype)
 
 
 @dataclass(frozen=True)
 class Head:
-    """How a model turns hidden states into logits, and the temperature at which they are scored.
+    """The output head of a model, and the temperature at which it is scored.
 
-    Logits are, in this order: ``z = hidden @ (weight + low_rank).T + bias``; ``z *= scale``;
+    Logits are computed in this order: ``z = hidden @ (weight + low_rank).T + bias``; ``z *= scale``;
     ``z = softcap * tanh(z / softcap)``; ``z /= temperature``.
 
     Args:
@@ -62,9 +62,9 @@ class Head:
         softcap: bound of the soft cap (Gemma's ``final_logit_softcapping``), or None.
         temperature: sampling temperature, above 0.
         accumulate_grad: add the weight's gradient to ``weight.grad`` in the backward pass instead of returning it to
-            autograd: one buffer of V x H less where a gradient is there already. Only for a weight that is a leaf and
-            has no gradient hooks, as without DDP and FSDP; ``torch.autograd.grad`` then sees no gradient of it.
-        low_rank: what LoRA adds to the weight, or None.
+            autograd. This saves one V x H buffer if a gradient already exists. Only for a leaf weight without gradient
+            hooks (so not with DDP or FSDP); ``torch.autograd.grad`` then returns no gradient for it.
+        low_rank: the LoRA update of the weight, or None.
     """
 
     weight: Tensor
@@ -77,29 +77,29 @@ class Head:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """Whatever may take a gradient: weight, bias, and the low-rank update's ``down`` and ``up``."""
+        """Return the tensors that may take a gradient: weight, bias, and the low-rank update's ``down`` and ``up``."""
         down, up = (None, None) if self.low_rank is None else (self.low_rank.down, self.low_rank.up)
         return self.weight, self.bias, down, up
 
     @property
     def trained(self) -> bool:
-        """Whether any of it takes a gradient."""
+        """True if any of the tensors takes a gradient."""
         return any(tensor is not None and tensor.requires_grad for tensor in self.tensors)
 
     @property
     def accumulates(self) -> bool:
-        """Whether the backward pass adds to ``weight.grad`` by itself."""
+        """True if the backward pass adds to ``weight.grad`` itself."""
         return self.accumulate_grad and self.weight.is_leaf and self.weight.requires_grad
 
     def gathered(self) -> "Head":
-        """Return the head with whole tensors, where they are sharded over processes (DTensors); differentiable."""
-        # The tensors are asked, since not every build of torch has the class.
+        """Return the head with tensors that are sharded over processes (DTensors) gathered; differentiable."""
+        # Check for the method, because not every build of torch has the DTensor class.
         if not any(hasattr(tensor, "full_tensor") for tensor in self.tensors):
             return self
         return self._with(lambda tensor: getattr(tensor, "full_tensor", lambda: tensor)())
 
     def detached(self) -> "Head":
-        """The same, none of whose tensors takes a gradient."""
+        """Return the head with detached tensors."""
         return self._with(Tensor.detach)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "Head":
@@ -110,21 +110,21 @@ class Head:
         return replace(self, weight=change(self.weight), bias=bias, low_rank=low_rank)
 
     def tile(self, hidden: Tensor, columns: slice) -> Tensor:
-        """[N, H] -> [N, C]: the logits of some columns, float32 or wider, without a graph."""
+        """Return the logits of some columns, [N, H] -> [N, C], float32 or wider, without a graph."""
         return LogitTiles(self, hidden).tile(slice(None), columns)
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows of the weight, the low-rank update included: ids [N] -> [N, H]."""
+        """Return rows of the weight, low-rank update included: ids [N] -> [N, H]."""
         chosen = self.weight[ids].to(dtype)
         return chosen if self.low_rank is None else chosen + self.low_rank.expand(self.low_rank.up[ids].to(dtype))
 
     def sum_rows(self, factors: Tensor, columns: slice, dtype: torch.dtype) -> Tensor:
-        """Rows of some columns, summed by their factors [N, C]: [N, H], the low-rank update included.
+        """Return ``factors @ weight[columns]``, [N, C] -> [N, H], low-rank update included.
 
         Args:
-            factors: float32 or wider.
-            columns: C of them.
-            dtype: of the product with the weight; the update's is as wide as the factors.
+            factors: [N, C], float32 or wider.
+            columns: C columns of the vocabulary.
+            dtype: of the product with the weight; the product with the update has the dtype of the factors.
         """
         summed = product(factors.to(dtype), self.weight[columns].to(dtype))
         if self.low_rank is not None:
@@ -139,7 +139,7 @@ class Head:
         return z if factor == 1.0 else z.mul_(factor)
 
     def slope(self, logits: Tensor) -> Tensor | float:
-        """Derivative of logits by raw logits, from the logits; without a cap the same for all."""
+        """Return the derivative of logits with respect to raw logits, given the logits; a scalar without a soft cap."""
         factor = self.scale / self.temperature
         if self.softcap is None:
             return factor
@@ -148,10 +148,10 @@ class Head:
 
 @dataclass(frozen=True)
 class LogitTiles:
-    """Logits of N positions, of which a tile at a time is made: float32 or wider, without a graph.
+    """Logits of N positions, computed one tile at a time: float32 or wider, without a graph.
 
     Args:
-        head: makes them.
+        head: computes the logits.
         hidden: [N, H].
     """
 
@@ -160,24 +160,24 @@ class LogitTiles:
 
     @cached_property
     def reduced(self) -> Tensor:
-        """[N, r]: the hidden states multiplied with the low-rank update's first factor, if the head has one."""
+        """Return ``head.low_rank.reduce(hidden)``, [N, r]; the head must have a low-rank update."""
         assert self.head.low_rank is not None
         return self.head.low_rank.reduce(self.hidden)
 
     def tile(self, rows: slice, columns: slice) -> Tensor:
-        """[N', C]."""
+        """Return the logits of some rows and columns, [N', C]."""
         head, hidden = self.head, self.hidden[rows]
-        z = product(hidden, head.weight[columns].to(hidden.dtype).T)
+        z = product(hidden, head.weight[columns].to(hidden.dtype).T)  # [N', H] @ [H, C]
         if head.low_rank is not None:
-            z.addmm_(self.reduced[rows], head.low_rank.up[columns].to(z.dtype).T)
+            z.addmm_(self.reduced[rows], head.low_rank.up[columns].to(z.dtype).T)  # [N', r] @ [r, C]
         if head.bias is not None:
             z += head.bias[columns]
         return head.transform_(z)
 
     def chosen(self, rows: slice, ids: Tensor) -> Tensor:
-        """[N', K]: logits of some ids [N', K] alone."""
+        """Return the logits of the given ids only, [N', K] -> [N', K]."""
         head, hidden, dtype = self.head, self.hidden[rows, :, None], wide_dtype(self.hidden)
-        z = torch.bmm(head.weight[ids].to(dtype), hidden.to(dtype))
+        z = torch.bmm(head.weight[ids].to(dtype), hidden.to(dtype))  # [N', K, H] @ [N', H, 1] -> [N', K, 1]
         if head.low_rank is not None:
             z.baddbmm_(head.low_rank.up[ids].to(dtype), self.reduced[rows, :, None])
         z = z.squeeze(-1)
@@ -187,15 +187,15 @@ class LogitTiles:
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """Float32, or what is wider."""
+    """Return float32, or the dtype of ``x`` if that is wider."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 @contextmanager
 def autocast_inputs(hidden: Tensor) -> Iterator[Tensor]:
-    """Cast the hidden states as autocast would, and switch it off inside.
+    """Yield the hidden states cast as autocast would cast them, and disable autocast inside the context.
 
-    The backward pass runs without autocast and must repeat the same logits.
+    The backward pass runs without autocast and must recompute the same logits.
     """
     device = hidden.device.type
     if not torch.is_autocast_enabled(device):
@@ -207,7 +207,7 @@ def autocast_inputs(hidden: Tensor) -> Iterator[Tensor]:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in float32 or wider: sums of products that were rounded to half precision would bias training."""
+    """Return ``a @ b`` in float32 or wider: rounding the sums to half precision would bias training."""
     if a.dtype not in (torch.bfloat16, torch.float16):
         return a @ b
     if a.is_cuda and _WIDE_PRODUCTS:
@@ -216,10 +216,9 @@ def product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def tiles(num_rows: int, num_columns: int) -> Iterator[tuple[slice, slice]]:
-    """Cut [num_rows, num_columns] into tiles of bounded size: columns by columns, each with all its rows.
+    """Yield the row and column slices of tiles of bounded size that cover [num_rows, num_columns].
 
-    All rows of some columns come one after the other, so that whatever is summed over rows is complete before the next
-    columns begin.
+    All tiles of the same columns are consecutive, so a sum over rows is complete before the next columns begin.
 
     Example:
         >>> list(tiles(2, 3))
@@ -234,6 +233,6 @@ def tiles(num_rows: int, num_columns: int) -> Iterator[tuple[slice, slice]]:
 
 
 def places(ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
-    """Whether ids [N, K] are among some columns, and where among them (anywhere if they are not)."""
+    """Return which ids [N, K] are in the columns, [N, K] bool, and their indices in them (arbitrary if outside)."""
     inside = (ids >= columns.start) & (ids < columns.stop)
     return inside, (ids - columns.start).clamp_(0, columns.stop - columns.start - 1)

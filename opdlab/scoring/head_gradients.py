@@ -11,26 +11,27 @@ from torch import Tensor, nn
 
 from opdlab.scoring.head import LogitTiles, LowRank, places, product, tiles, wide_dtype
 
-# Floats of gathered rows of the head, and of outer products scattered into its gradient: 4 MB, which stay in a cache.
+# Floats of gathered head rows, and of outer products scattered into the gradient: 4 MB, which fit in the CPU cache.
 MAX_PIECE = 1 << 20
-# Where the vocabulary has at most so many times the support's tokens, products with the whole head are faster than rows
-# gathered and scattered; measured on a CPU.
+# If the vocabulary is at most this many times the support, products with the whole head are faster than gathering and
+# scattering rows; measured on a CPU.
 _DENSE = 16
 
 
 def pieces(num_rows: int, row_size: int) -> Iterator[slice]:
-    """Cut rows of some size into pieces that stay in the cache."""
+    """Yield slices of rows, each small enough to fit in the cache."""
     step = max(1, MAX_PIECE // max(row_size, 1))
     for start in range(0, num_rows, step):
         yield slice(start, start + step)
 
 
 class HeadGradients:
-    """Sums the gradients of hidden states and head in float32: sums of rounded products would bias training.
+    """Float32 sums of the gradients of hidden states and head; sums of rounded products would bias training.
 
     Args:
-        ctx: of an autograd function whose first inputs are hidden states and :attr:`opdlab.scoring.Head.tensors`.
-        logits: made by the head from the hidden states.
+        ctx: context of an autograd function whose first inputs are hidden states and
+            :attr:`opdlab.scoring.Head.tensors`.
+        logits: the logits that the head computes from the hidden states.
     """
 
     def __init__(self, ctx: Any, logits: LogitTiles) -> None:
@@ -41,7 +42,7 @@ class HeadGradients:
         self._hidden = hidden.new_zeros(hidden.shape, dtype=wide) if needs_hidden else None
         self._bias = head.bias.new_zeros(head.bias.shape, dtype=wide) if needs_bias and head.bias is not None else None
         self._weight = self._weight_buffer() if needs_weight else None
-        self._columns: Tensor | None = None  # float32 sum of the columns that are under way, of a narrower weight
+        self._columns: Tensor | None = None  # float32 sum of the current columns, for narrower weights
         self._update: _UpdateGradients | None = None
         if head.low_rank is not None:
             needed = (needs_hidden, needs_down, needs_up)
@@ -56,14 +57,14 @@ class HeadGradients:
         return weight.grad
 
     def add_tile(self, rows: slice, columns: slice, gradient: Tensor) -> None:
-        """Add the gradient of raw logits of a tile, [N', C]; tiles come as :func:`opdlab.scoring.head.tiles` yields."""
+        """Add the gradient of a tile's raw logits, [N', C]; call in the order of :func:`opdlab.scoring.head.tiles`."""
         if self._update is not None:
             self._update.add_tile(rows, columns, gradient)
         narrow = gradient.to(self._hidden_states.dtype)
         if self._hidden is not None:
-            self._hidden[rows] += product(narrow, self._head.weight[columns].to(narrow.dtype))
+            self._hidden[rows] += product(narrow, self._head.weight[columns].to(narrow.dtype))  # [N', C] @ [C, H]
         if self._weight is not None:
-            self._add_columns(rows, columns, product(narrow.T, self._hidden_states[rows]))
+            self._add_columns(rows, columns, product(narrow.T, self._hidden_states[rows]))  # [C, N'] @ [N', H]
         if self._bias is not None:
             self._bias[columns] += gradient.sum(0)
 
@@ -77,7 +78,7 @@ class HeadGradients:
             self._weight[columns] += self._columns.to(self._weight.dtype)  # rounded once
 
     def add_support(self, support: Tensor, gradient: Tensor) -> None:
-        """Add the gradient of raw logits of a support: ids [N, K], gradient [N, K]."""
+        """Add the gradient of a support's raw logits: ids [N, K], gradient [N, K]."""
         weight, hidden = self._head.weight, self._hidden_states
         if len(weight) <= _DENSE * support.shape[1]:
             self._add_dense(support, gradient)
@@ -98,7 +99,7 @@ class HeadGradients:
             self.add_tile(rows, columns, tile.scatter_add_(1, place, gradient[rows] * inside))
 
     def returned(self) -> tuple[Tensor | None, ...]:
-        """Gradients of hidden states, weight, bias, ``down`` and ``up`` for autograd, in their dtypes."""
+        """Return the gradients of hidden states, weight, bias, ``down`` and ``up`` for autograd, in their dtypes."""
         head = self._head
         update: tuple[Tensor | None, ...] = (None, None)
         if self._update is not None:
@@ -112,11 +113,11 @@ class HeadGradients:
 
 
 class _UpdateGradients:
-    """Sums the gradients of a low-rank update in float32.
+    """Float32 sums of the gradients of a low-rank update.
 
     Args:
         update: the update.
-        reduced: [N, r], what it makes of the hidden states.
+        reduced: [N, r], see :meth:`LowRank.reduce`.
         needed: whether hidden states, ``down`` and ``up`` take a gradient.
     """
 
@@ -130,7 +131,7 @@ class _UpdateGradients:
         if self._reduced is not None:
             self._reduced[rows] += self._low_rank.sum_up(gradient, columns)
         if self._up is not None:
-            self._up[columns] += gradient.T @ self._states[rows]
+            self._up[columns] += gradient.T @ self._states[rows]  # [C, N'] @ [N', r]
 
     def add_support(self, support: Tensor, gradient: Tensor) -> None:
         if self._reduced is not None:
@@ -139,31 +140,31 @@ class _UpdateGradients:
             _scatter_rows(self._up, support, gradient, self._states)
 
     def returned(self, hidden: Tensor, hidden_gradient: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of ``down`` and ``up``; what the hidden states' gradient [N, H] lacks is added to it."""
+        """Return the gradients of ``down`` and ``up``, and add the update's part to ``hidden_gradient`` [N, H]."""
         update, down = self._low_rank, None
         if self._reduced is not None and hidden_gradient is not None:
             hidden_gradient += update.expand(self._reduced)
         if self._reduced is not None and self._needs_down:
-            summed = (self._reduced.T @ hidden.to(self._reduced.dtype)).mul_(update.scaling)
+            summed = (self._reduced.T @ hidden.to(self._reduced.dtype)).mul_(update.scaling)  # [r, N] @ [N, H]
             down = summed.to(update.down.dtype)
         return down, None if self._up is None else self._up.to(update.up.dtype)
 
 
 def _sum_rows(matrix: Tensor, support: Tensor, factors: Tensor) -> Tensor:
-    """Chosen rows of a matrix [V, R], summed by their factors: [N, K] -> [N, R]."""
+    """Return the weighted sum of the chosen rows of a matrix [V, R]: ids and factors [N, K] -> [N, R]."""
     factors = factors.to(matrix.dtype)
     return nn.functional.embedding_bag(support, matrix.detach(), per_sample_weights=factors, mode="sum")
 
 
 def _scatter_rows(into: Tensor, support: Tensor, gradient: Tensor, states: Tensor) -> None:
-    """Add to chosen rows [N, K] of ``into`` [V, R] their gradients times the states [N, R]."""
+    """Add ``gradient[n, k] * states[n]``, [R], to row ``support[n, k]`` of ``into`` [V, R], for all n and k."""
     if into.dtype == gradient.dtype:
         used, place, rows = None, support, into
     else:
         used, place = torch.unique(support, return_inverse=True)
         rows = gradient.new_zeros(len(used), into.shape[1])
     for piece in pieces(len(states), support.shape[1] * states.shape[1]):
-        outer = gradient[piece, :, None] * states[piece, None].to(gradient.dtype)
+        outer = gradient[piece, :, None] * states[piece, None].to(gradient.dtype)  # [N', K, R]
         rows.index_add_(0, place[piece].flatten(), outer.flatten(0, 1))
     if used is not None:
         into.index_add_(0, used, rows.to(into.dtype))

@@ -14,13 +14,13 @@ from opdlab.scoring.head_gradients import HeadGradients
 
 
 class TokenStatistics(NamedTuple):
-    """What one pass over the head yields for each position. Each [N], float32, nats.
+    """Statistics of each position from one pass over the head. Each [N], float32, nats.
 
     Attributes:
         logprobs: log-probability of the target token; carries a gradient from :func:`token_statistics`.
         entropy: entropy of the next-token distribution.
         log_normalizer: log-sum-exp of the logits: a logit minus this is its log-probability.
-        max_logit: the largest logit: a token whose logit reaches it is the likeliest.
+        max_logit: the largest logit; a token with this logit is the most likely one.
     """
 
     logprobs: Tensor
@@ -30,14 +30,14 @@ class TokenStatistics(NamedTuple):
 
 
 class OnlineSoftmax:
-    """Sums over the vocabulary for each of N positions, fed tile by tile.
+    """Running softmax sums over the vocabulary for each of N positions, updated tile by tile.
 
-    What was summed is rescaled whenever a larger logit comes: Milakov & Gimelshein, arXiv 1805.02867.
+    Earlier sums are rescaled when a larger logit arrives: Milakov & Gimelshein, arXiv 1805.02867.
 
     Args:
         num_rows: N.
         like: gives device and dtype, float32 or wider.
-        hidden_size: H, to also sum rows of a matrix by their probability; 0 does not.
+        hidden_size: H, to also sum the rows of a matrix weighted by their probability; 0 to skip this.
 
     Example:
         >>> logits = torch.tensor([[0.0, 1.0, 2.0]])
@@ -49,23 +49,23 @@ class OnlineSoftmax:
     """
 
     def __init__(self, num_rows: int, like: Tensor, hidden_size: int = 0) -> None:
-        # Not -inf, whose differences are not numbers.
+        # Not -inf: the difference of two infinities is NaN.
         self.max_logit = like.new_full((num_rows,), torch.finfo(like.dtype).min)
         self._sum = like.new_zeros(num_rows)  # of exp(z - max)
         self._moment = like.new_zeros(num_rows)  # of exp(z - max) * (z - max)
         self._rows = like.new_zeros(num_rows, hidden_size)  # of exp(z - max) * a row of the matrix
 
     def add(self, rows: slice, logits: Tensor) -> Tensor:
-        """Take a tile of logits [N', C], which is overwritten, and return ``exp(z - max)`` [N', C]."""
+        """Add a tile of logits [N', C], which is overwritten, and return ``exp(z - max)`` [N', C]."""
         before = self.max_logit[rows]
         largest = torch.maximum(before, logits.amax(1))
         shift = before - largest
         factor = shift.exp()
         logits -= largest[:, None]
         exponentials = logits.exp()
-        # A logit of -inf has probability 0 and must count 0, not 0 * -inf.
+        # A logit of -inf has probability 0 and must contribute 0, but 0 * -inf is NaN.
         logits.clamp_(min=torch.finfo(logits.dtype).min)
-        moment = torch.bmm(exponentials[:, None], logits[:, :, None]).view(-1)
+        moment = torch.bmm(exponentials[:, None], logits[:, :, None]).view(-1)  # [N', 1, C] @ [N', C, 1] -> [N']
         self._moment[rows] = (self._moment[rows] + shift * self._sum[rows]) * factor + moment
         self._sum[rows] = self._sum[rows] * factor + exponentials.sum(1)
         self._rows[rows] *= factor[:, None]
@@ -73,28 +73,28 @@ class OnlineSoftmax:
         return exponentials
 
     def add_rows(self, rows: slice, summed: Tensor) -> None:
-        """Add ``exp(z - max) @ matrix`` [N', H] of the tile that was taken last."""
+        """Add ``exp(z - max) @ matrix`` [N', H] of the last added tile."""
         self._rows[rows] += summed
 
     def statistics(self, target_logits: Tensor) -> TokenStatistics:
-        """Return the statistics of targets with these logits, [N], once every tile has been added."""
+        """Return the statistics of targets with the given logits, [N]; call after every tile has been added."""
         log_sum = self._sum.log()
         normalizer = self.max_logit + log_sum
-        entropy = log_sum - self._moment / self._sum
+        entropy = log_sum - self._moment / self._sum  # [N]
         return TokenStatistics(target_logits - normalizer, entropy, normalizer, self.max_logit)
 
     @property
     def expected_rows(self) -> Tensor:
-        """Mean of the matrix's rows under the distribution, [N, H]."""
+        """Return the mean of the matrix's rows under the distribution, [N, H]."""
         return self._rows / self._sum[:, None]
 
 
 def token_statistics(hidden: Tensor, head: Head, targets: Tensor) -> TokenStatistics:
-    """Log-probability of the targets, entropy and log-normalizer, without ever holding [N, V].
+    """Return log-probability of the targets, entropy and log-normalizer, without materializing [N, V].
 
-    The backward pass computes each tile of logits again. Where only the hidden states take a gradient, their gradient
-    ``slope * (weight[y] - E[weight])`` is summed in the forward pass, and nothing is computed twice. A trained low-rank
-    update of a frozen weight needs every probability again, as a trained weight does, but no buffer as large as it.
+    The backward pass recomputes each tile of logits. If only the hidden states take a gradient, their gradient
+    ``slope * (weight[y] - E[weight])``, [N, H], is summed in the forward pass, and nothing is computed twice. A trained
+    low-rank update of a frozen weight needs every probability again, as a trained weight does, but no V x H buffer.
 
     Args:
         hidden: [N, H]; differentiable.
@@ -149,7 +149,7 @@ class _TokenStatistics(torch.autograd.Function):
         for rows, columns in tiles(hidden.shape[0], weight.shape[0]):
             logits = made.tile(rows, columns)
             slope = ctx.head.slope(logits)
-            gradient = logits.sub_(normalizer[rows, None]).exp_().mul_(-upstream[rows, None])
+            gradient = logits.sub_(normalizer[rows, None]).exp_().mul_(-upstream[rows, None])  # [N', C]
             inside, place = places(targets[rows, None], columns)
             gradient.scatter_add_(1, place, (upstream[rows, None] * inside).to(gradient.dtype))
             sums.add_tile(rows, columns, gradient.mul_(slope))
@@ -157,7 +157,7 @@ class _TokenStatistics(torch.autograd.Function):
 
 
 def vocabulary_pass(hidden: Tensor, head: Head, ids: Tensor, hidden_size: int = 0) -> tuple[OnlineSoftmax, Tensor]:
-    """Sums over the vocabulary, with the head's rows if ``hidden_size`` is theirs; and the logits of ids, [N, K]."""
+    """Return the sums over the vocabulary (and of head rows if ``hidden_size`` is H), and the ids' logits [N, K]."""
     like = hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
     softmax = OnlineSoftmax(hidden.shape[0], like, hidden_size)
     chosen = like.new_zeros(ids.shape)
@@ -175,7 +175,7 @@ def vocabulary_pass(hidden: Tensor, head: Head, ids: Tensor, hidden_size: int = 
 
 def _hidden_gradient(head: Head, softmax: OnlineSoftmax, targets: Tensor, target_logits: Tensor) -> Tensor:
     slope = head.slope(target_logits)
-    own = head.rows(targets, target_logits.dtype)
+    own = head.rows(targets, target_logits.dtype)  # [N, H]
     return own * (slope if isinstance(slope, float) else slope[:, None]) - softmax.expected_rows
 
 
@@ -189,7 +189,7 @@ def token_logprobs(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """Log-probability of each target token: :func:`token_statistics` for a head given by its parts.
+    """Return the log-probability of each target token: :func:`token_statistics` for a head given by its parts.
 
     Args:
         hidden: [N, H]; differentiable.

@@ -15,10 +15,10 @@ from opdlab.scoring.logprobs import TokenStatistics, vocabulary_pass
 
 
 def support_statistics(hidden: Tensor, head: Head, targets: Tensor, support: Tensor) -> tuple[Tensor, TokenStatistics]:
-    """Logits of K chosen tokens per position and, without a gradient, what ``token_statistics`` yields: in one pass.
+    """Return the logits of K chosen tokens per position, and the token statistics without gradient, in one pass.
 
-    The backward pass works on the K rows of the head that each position has chosen, and on no other; where the
-    vocabulary is hardly larger than the support, products with the whole head are faster and are taken.
+    The backward pass reads only the K head rows that each position has chosen. If the vocabulary is not much larger
+    than the support, it uses products with the whole head instead, which are then faster.
 
     Args:
         hidden: [N, H]; differentiable.
@@ -27,7 +27,7 @@ def support_statistics(hidden: Tensor, head: Head, targets: Tensor, support: Ten
         support: [N, K] integers, token ids.
 
     Returns:
-        The logits [N, K], and the statistics; float32, or float64 for float64 inputs.
+        The logits [N, K] and the statistics; float32, or float64 for float64 inputs.
     """
     head = head.gathered()
     ids = support.long()
@@ -42,7 +42,7 @@ def support_statistics(hidden: Tensor, head: Head, targets: Tensor, support: Ten
 
 
 def chosen_logits(hidden: Tensor, head: Head, support: Tensor) -> Tensor:
-    """Logits of K chosen tokens per position: K rows of the head are read per position, forward and backward.
+    """Return the logits of K chosen tokens per position; both passes read K rows of the head per position.
 
     Args:
         hidden: [N, H]; differentiable.
@@ -70,7 +70,7 @@ def support_logits(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """Logits of K chosen tokens per position: :func:`chosen_logits` for a head given by its parts.
+    """Return the logits of K chosen tokens per position: :func:`chosen_logits` for a head given by its parts.
 
     Args:
         hidden: [N, H]; differentiable.
@@ -104,7 +104,7 @@ class _SupportLogits(torch.autograd.Function):
         up: Tensor | None,
         support: Tensor,
         head: Head,
-        known: Tensor | None,  # the logits, where a pass over the vocabulary has come across them
+        known: Tensor | None,  # the logits [N, K], if a pass over the vocabulary has computed them
     ) -> Tensor:
         logits = _gathered_logits(hidden, head, support) if known is None else known
         ctx.save_for_backward(hidden, weight, bias, down, up, support, logits)

@@ -1,4 +1,4 @@
-"""A distribution's likeliest tokens.
+"""The most likely tokens of a distribution.
 
 Shapes: N positions, H hidden size, V vocabulary, K support.
 """
@@ -13,10 +13,10 @@ from opdlab.scoring.logprobs import OnlineSoftmax, TokenStatistics
 
 
 class TopK(NamedTuple):
-    """A distribution's K likeliest tokens. Each [N, K].
+    """The K most likely tokens of a distribution. Each [N, K].
 
     Attributes:
-        ids: token ids, long, likeliest first.
+        ids: token ids, long, most likely first.
         logits: their logits, float32.
     """
 
@@ -28,14 +28,15 @@ class TopK(NamedTuple):
 def topk_with_statistics(
     hidden: Tensor, head: Head, targets: Tensor, k: int, vocab_size: int | None = None
 ) -> tuple[TopK, TokenStatistics]:
-    """One pass over the head for the top K and for the target's statistics, without gradient.
+    """Return the top K and the target's statistics from one pass over the head, without gradient.
 
     Args:
         hidden: [N, H].
         head: the head.
         targets: [N] long.
         k: size of the support.
-        vocab_size: only the first so many tokens may enter the support (rows that pad the embedding may not).
+        vocab_size: only the first ``vocab_size`` tokens may enter the support (this excludes rows that pad the
+            embedding).
 
     Returns:
         The top K and the :class:`TokenStatistics`.
@@ -60,7 +61,7 @@ def _topk_with_statistics(
         if columns.start < limit:
             new = logits[:, : limit - columns.start]
             new_values, new_places = new.topk(min(k, new.shape[1]), dim=1)
-            both = torch.cat([values[rows], new_values], dim=1)
+            both = torch.cat([values[rows], new_values], dim=1)  # [N', K + min(K, C)]
             values[rows], best = both.topk(k, dim=1)
             ids[rows] = torch.cat([ids[rows], new_places + columns.start], dim=1).gather(1, best)
         softmax.add(rows, logits)

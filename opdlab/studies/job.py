@@ -1,4 +1,4 @@
-"""One run of a study: ``opdlab fit`` in a child process, and what becomes of its folder."""
+"""One run of a study: ``opdlab fit`` in a child process, and the files of its folder."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ _POLL_SECONDS = 0.25
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What a job has to know.
+    """Settings of a job.
 
     Args:
         variant: name.
@@ -35,8 +35,8 @@ class RunSpec:
         arguments: of ``opdlab fit``, without a checkpoint.
         evaluated_at: optimizer steps after which the run is evaluated.
         threads: CPU threads; None leaves them to PyTorch.
-        keep_checkpoints: whether they are kept when the run has finished.
-        digest: of all that decides the run's results, see :class:`opdlab.studies.plan.Plan`.
+        keep_checkpoints: keep the checkpoints after the run has finished.
+        digest: of all settings that determine the run's results, see :class:`opdlab.studies.plan.Plan`.
         siblings: folders of the runs with the same seed, whose evaluation before training is the same.
     """
 
@@ -52,12 +52,12 @@ class RunSpec:
 
     @property
     def run_folder(self) -> RunFolder:
-        """The folder, and what is in it."""
+        """Return the paths of the run's folder."""
         return RunFolder(self.folder, self.evaluated_at)
 
     @property
     def study(self) -> Path:
-        """The folder of the study."""
+        """Return the folder of the study."""
         return self.folder.parents[2]
 
     def write_record(self, state: str, last_lines: tuple[str, ...] = ()) -> None:
@@ -75,15 +75,15 @@ class RunSpec:
 
 
 class Job(Checkpointable):
-    """Runs ``opdlab fit`` from where an earlier attempt was stopped. Schedulers that preempt it may start it again.
+    """Runs ``opdlab fit`` from where an earlier attempt stopped. A scheduler that preempts it may start it again.
 
     The run is a child process in a process group of its own, so that a terminal's signals do not reach it twice.
-    Signals of this process are forwarded to it, and its checkpoint is waited for; then they go to who handled them
-    before, such as submitit, which queues a preempted job again. The child ends with this process, see
-    :mod:`opdlab.processes`. Results are in the run's folder alone, so that they survive whoever started the job.
+    Signals of this process are forwarded to it. After it has written its checkpoint, they go to the previous handler,
+    such as that of submitit, which queues a preempted job again. The child ends with this process, see
+    :mod:`opdlab.processes`. All results are in the run's folder, so that they survive the process that started the job.
 
     Args:
-        tied: kill the run once the study's process has ended, which its lock tells.
+        tied: kill the run when the study's process has ended, which releases its lock.
     """
 
     def __init__(self, tied: bool = False) -> None:
@@ -91,14 +91,14 @@ class Job(Checkpointable):
         self._tied = tied
 
     def __call__(self, spec: RunSpec) -> None:
-        """Run, unless another process has the folder or the run has finished."""
+        """Run, unless another process holds the folder's lock or the run has finished."""
         signals: list[int] = []
 
         def note(signum: int, frame: FrameType | None) -> None:
             signals.append(signum)
 
         with catching_signals(note) as before:
-            # The launcher has masked some, so that a terminal's would not end this process while it loads.
+            # The launcher has masked some signals, so that a terminal's do not end this process while it loads.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, before)
             with schema.locked(spec.folder) as mine:
                 if mine and not spec.run_folder.finished:
@@ -109,11 +109,11 @@ class Job(Checkpointable):
 
 
 class _Attempt:
-    """An attempt to bring a run to its end.
+    """One attempt to finish a run.
 
     Args:
         spec: of the run.
-        signals: those that have come; the list grows.
+        signals: received so far; the list grows.
         tied: see :class:`Job`.
     """
 
@@ -122,7 +122,7 @@ class _Attempt:
         self._folder = spec.run_folder
 
     def make(self) -> None:
-        """Train from the newest checkpoint, and write how that ended unless it was stopped."""
+        """Train from the newest checkpoint, and write the outcome unless it was stopped."""
         (self._spec.folder / schema.RUN).unlink(missing_ok=True)
         started, earlier = time.monotonic(), self._folder.seconds
         try:
@@ -147,18 +147,18 @@ class _Attempt:
         path, step = checkpoint
         evaluation = schema.evaluation_path(self._folder.samples, step)
         if step in self._spec.evaluated_at[:-1] and not schema.evaluation_is_complete(evaluation):
-            # Lightning goes on behind the evaluation that was due when the checkpoint was written.
+            # Lightning skips the evaluation that was due when the checkpoint was written.
             options = ("--model.evaluation.samples", str(evaluation), "--ckpt_path", str(path))
             if (code := self._opdlab("validate", *options)) != 0:
                 return code
         return self._opdlab("fit", "--ckpt_path", str(path))
 
     def _opdlab(self, command: str, *options: str) -> int:
-        """Run a command of opdlab in a child process; returns its exit code, -n after signal n."""
+        """Run a command of opdlab in a child process; return its exit code, -n after signal n."""
         spec = self._spec
         reading, writing = os.pipe()
         threads = {} if spec.threads is None else dict.fromkeys(_THREADS, str(spec.threads))
-        # Under SLURM, Lightning would queue the job again by itself: this name tells it to leave that alone.
+        # Under SLURM, Lightning queues the job again by itself; this name disables that.
         others = {LIFELINE: str(reading), "PYTHONUNBUFFERED": "1", "SLURM_JOB_NAME": "interactive"}
         sent = 0
         try:
@@ -187,7 +187,7 @@ class _Attempt:
             os.close(writing)
 
     def _newest_checkpoint(self) -> tuple[Path, int] | None:
-        """Return the newest checkpoint that can be read, and its step; those that a kill cut off are deleted."""
+        """Return the newest readable checkpoint and its step; delete checkpoints that a kill cut off."""
         found = self._folder.checkpoints.glob("*.ckpt")
         for path in sorted(found, key=lambda file: file.stat().st_mtime_ns, reverse=True):
             try:
@@ -199,18 +199,18 @@ class _Attempt:
     def _share_first_evaluation(self) -> None:
         """Copy the evaluation before training from another run with this seed.
 
-        The evaluation itself sees whether weights and settings are the same, and samples anew where they are not.
+        The evaluation compares weights and settings, and samples again if they differ.
         """
         for sibling in self._spec.siblings:
             places = (RunFolder(sibling, ()).evaluations, *sibling.glob(f"{schema.SAMPLES}/*"))
             for first in (schema.evaluation_path(place, 0) for place in places):
                 if schema.evaluation_is_complete(first):
-                    with suppress(OSError, shutil.Error):  # it may be moved just now
+                    with suppress(OSError, shutil.Error):  # The other run may move it at this moment.
                         shutil.copytree(first, self._folder.samples / first.name, dirs_exist_ok=True)
                     return
 
     def _settle(self) -> None:
-        """Write how the run ended, after its samples were put in their place if all are there."""
+        """Write the outcome of the run, after moving its samples to their final folder if all are there."""
         final = self._folder.evaluations
         if self._folder.is_complete(self._folder.samples):
             shutil.rmtree(final, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Starting runs through submitit, a few at a time, and watching them."""
+"""Runs as submitit jobs: start a few at a time and watch them."""
 
 import os
 import signal
@@ -20,19 +20,19 @@ from opdlab.studies.job import Job, RunSpec
 from opdlab.studies.schema import FAILED, FINISHED, LAUNCH, RUNNING, WAITING, lock_holder
 
 _LOCAL = ("timeout_min", "gpus_per_node", "visible_gpus", "setup", "signal_delay_s", "stderr_to_stdout")
-_LOCAL_TIMEOUT_MIN = 60 * 24 * 365  # submitit's own default would end a run after 2 minutes
+_LOCAL_TIMEOUT_MIN = 60 * 24 * 365  # submitit's default ends a run after 2 minutes
 _POLL_SECONDS = 0.25
-# What a terminal sends reaches all its processes, and would end submitit's within a second. It is left to this process,
-# which tells the job. submitit's passes SIGTERM on.
+# A terminal sends signals to all processes of the group, which would end submitit's within a second. Only this process
+# handles them and tells the job. submitit's process forwards SIGTERM.
 _MASKED = set(STOP_SIGNALS) - {signal.SIGTERM}
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Where runs are started.
+    """Cluster on which runs are started.
 
     Args:
-        name: ``local``, ``slurm``, ``debug`` (in this process, one after the other), or another that submitit knows.
+        name: ``local``, ``slurm``, ``debug`` (in this process, one after the other), or another name known to submitit.
         parameters: of submitit's executor, such as ``timeout_min``, ``gpus_per_node``, ``slurm_partition``.
 
     Raises:
@@ -43,11 +43,11 @@ class Cluster:
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
     def executor(self, folder: Path, slot: int = 0) -> submitit.Executor:
-        """One for a single run.
+        """Return an executor for a single run.
 
         Args:
             folder: for logs and pickles.
-            slot: number of the run among those at the same time; decides which GPUs it gets on this machine.
+            slot: number of the run among the concurrent ones; selects its GPUs on this machine.
         """
         if self.name == "local":
             unknown = next((key for key in self.parameters if key not in _LOCAL), None)
@@ -67,12 +67,12 @@ class Cluster:
         return executor
 
     def check(self, folder: Path) -> None:
-        """Find out before anything runs whether runs can be started here."""
+        """Raise before anything runs if runs cannot be started here."""
         self.executor(folder / LAUNCH)
 
 
 def local_gpus(slot: int, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters of the local executor with the GPUs of a run: those of this process, taken in turn.
+    """Return parameters of the local executor with the GPUs of a run: those of this process, taken in turn.
 
     Without them submitit hides all GPUs.
 
@@ -92,22 +92,22 @@ def local_gpus(slot: int, parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def default_jobs(num_runs: int) -> int:
-    """Runs at a time on this machine: one a GPU, or else one a core that this process may use."""
+    """Return the number of concurrent runs on this machine: one per GPU, or one per core that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min(torch.cuda.device_count() or cores, num_runs))
 
 
 @dataclass
 class RunState:
-    """A run as it is watched.
+    """Current state of a run.
 
     Args:
         spec: of the run.
         state: ``waiting``, ``running``, ``finished`` or ``failed``.
-        job: submitit's, where this process has started it.
-        slot: its place among those that run at the same time.
-        since: when it was started, by the clock that only runs forward.
-        told: signals that were passed on, by process.
+        job: submitit's job, if this process has started it.
+        slot: its number among the concurrent runs.
+        since: start time on the monotonic clock.
+        told: signals that were forwarded, by process.
     """
 
     spec: RunSpec
@@ -119,22 +119,22 @@ class RunState:
 
 
 class Watcher(Protocol):
-    """Is told what becomes of the runs."""
+    """Observer of the states of the runs."""
 
     def changed(self, run: RunState) -> None:
-        """A run's state has changed."""
+        """Handle a change of a run's state."""
 
     def tick(self) -> None:
-        """Some time has passed."""
+        """Handle the passing of time; called regularly."""
 
 
 class Launcher:
-    """Runs what has not finished, ``jobs`` at a time.
+    """Starts runs that have not finished, ``jobs`` at a time.
 
-    A run that another process still has, left over from a study that was killed, is waited for and not started again.
+    A run whose process is still alive, left over from a killed study, is not started again; the launcher waits for it.
 
     Args:
-        specs: all runs, in the order in which they are started.
+        specs: all runs, in the order of their start.
         cluster: see :class:`Cluster`.
         jobs: runs at a time.
     """
@@ -149,14 +149,14 @@ class Launcher:
                 run.state = FINISHED
 
     def count(self) -> Counter[str]:
-        """How many runs are in which state."""
+        """Return the number of runs by state."""
         return Counter(run.state for run in self.runs)
 
     def run(self, watcher: Watcher) -> int | None:
         """Run until all have ended, or a signal stops it.
 
         Returns:
-            The signal, if one has.
+            The signal that stopped it, or None.
         """
         with catching_signals(lambda signum, _: self._signals.append(signum)):
             while self.count()[RUNNING] or (self.count()[WAITING] and not self._signals):
@@ -172,7 +172,7 @@ class Launcher:
         taken = {run.slot for run in self.runs if run.state == RUNNING}
         free = [slot for slot in range(self.jobs) if slot not in taken]
         waiting = [run for run in self.runs if run.state == WAITING]
-        # Those that somebody still has come first: they take up a core already.
+        # Runs whose process is still alive come first: they use a core already.
         waiting.sort(key=lambda run: run.spec.run_folder.holder is None)
         for run, slot in zip(waiting, free, strict=False):
             if self._signals:
@@ -184,7 +184,7 @@ class Launcher:
     def _submit(self, spec: RunSpec, slot: int) -> Any:
         executor = self._cluster.executor(spec.folder / LAUNCH, slot)
         tied = self._cluster.name == "local" and lock_holder(spec.study) is not None
-        masked = signal.pthread_sigmask(signal.SIG_BLOCK, _MASKED)  # inherited; the job undoes it
+        masked = signal.pthread_sigmask(signal.SIG_BLOCK, _MASKED)  # The signal mask is inherited; the job restores it.
         try:
             return executor.submit(Job(tied), spec)
         finally:
@@ -210,11 +210,11 @@ class Launcher:
 
     @property
     def stopping(self) -> bool:
-        """Whether a signal has come."""
+        """True if a signal has been received."""
         return bool(self._signals)
 
     def _stop(self) -> None:
-        """Pass each signal on, once: the first asks runs to save a checkpoint, a later one to stop at once."""
+        """Forward each signal once: the first asks runs to save a checkpoint, a later one to stop at once."""
         for run in [each for each in self.runs if each.state == RUNNING and self._signals]:
             holder = run.spec.run_folder.holder or {}
             pid = int(holder.get("pid", 0)) if holder.get("host") == socket.gethostname() else 0
@@ -226,6 +226,6 @@ class Launcher:
                 if pid:
                     os.kill(pid, signum)
                 elif run.job is not None and self._cluster.name == "local":
-                    os.kill(int(run.job.job_id), signal.SIGTERM)  # submitit's process; the run is just starting
+                    os.kill(int(run.job.job_id), signal.SIGTERM)  # submitit's process; the run is still starting
                 elif run.job is not None:
                     run.job.cancel(check=False)

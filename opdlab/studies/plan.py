@@ -1,4 +1,4 @@
-"""What a study comes down to: a resolved configuration for each variant, and a command for each run."""
+"""The plan of a study: a resolved configuration for each variant, and a command for each run."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,11 +12,12 @@ from opdlab.studies.job import RunSpec
 from opdlab.studies.schema import RUN, RUNS, SAMPLES, STUDY, VARIANTS, read_variant, run_path, write_variant
 from opdlab.studies.study import OWN_KEYS, Study, Variant, read_study
 
-# Keys of a resolved configuration that a study decides, or that name files and not what is in them. The steps to train
+# Keys of a resolved configuration that a study sets, or that name files but not their content. The number of training
+# steps stays, because a schedule may depend on it.
 # for stay: a schedule may depend on them.
 _LEFT_OUT = {"config", *OWN_KEYS} - {"trainer.max_steps"}
 _FIXED = ("base", "overrides", "budgets", "threads")
-# Options of the trainer with which a run might not be evaluated in full at every budget, and what they may be.
+# Trainer options that could prevent a full evaluation at every budget, and their allowed values.
 _WHOLE: Mapping[str, tuple[Any, ...]] = {
     "limit_val_batches": (None, 1.0),
     "max_epochs": (None, -1),
@@ -27,12 +28,12 @@ _WHOLE: Mapping[str, tuple[Any, ...]] = {
 }
 
 Resolve = Callable[[Sequence[str]], Mapping[str, Any]]
-"""Returns the configuration that ``opdlab fit`` makes of its arguments, as plain values, or raises a UsageError."""
+"""Function from arguments of ``opdlab fit`` to its configuration as plain values; it may raise a UsageError."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A study whose every configuration is known to be one.
+    """A study whose configurations are all resolved and valid.
 
     Args:
         study: with the names of its base settled.
@@ -45,12 +46,12 @@ class Plan:
     resolved: Mapping[str, Mapping[str, Any]]
 
     def runs(self) -> list[RunSpec]:
-        """Return every run: all variants with the first seed, then with the next, so that a part is balanced too."""
+        """Return every run: all variants with the first seed, then with the next: an unfinished study is balanced."""
         return [self._spec(variant, seed) for seed in self.study.seeds for variant in self.study.variants]
 
     def _spec(self, variant: Variant, seed: int) -> RunSpec:
         folder = run_path(self.folder, variant.name, seed)
-        # Intervals between evaluations are counted in micro-batches.
+        # Lightning counts intervals between evaluations in micro-batches.
         micro_batches = int(self.resolved[variant.name]["trainer.accumulate_grad_batches"])
         own = {
             "trainer.val_check_interval": self.study.interval * micro_batches,
@@ -59,7 +60,7 @@ class Plan:
             "model.evaluation.seed": seed,
             "model.evaluation.samples": folder / SAMPLES,
             "trainer.default_root_dir": folder,
-            # It only writes beside the run, so it is in the command but not in what is compared.
+            # The recorder does not influence the run, so the command has it but the comparison does not.
             "trainer.callbacks+": "opdlab.studies.progress.StepFile",
             "trainer.callbacks.folder": folder,
         }
@@ -81,7 +82,7 @@ class Plan:
         """Write the study and its variants' configurations into its folder. Variants and seeds may be added.
 
         Raises:
-            UsageError: the folder has runs that depend on something that has changed since.
+            UsageError: the folder has runs that depend on settings that have changed since.
         """
         if (self.folder / STUDY).exists():
             changes = self._changes(read_study(self.folder))
@@ -121,7 +122,7 @@ def _fixed(study: Study) -> dict[str, Any]:
 
 
 def _arguments(study: Study, variant: Variant) -> list[str]:
-    """Return what ``opdlab fit`` is given for a variant, whatever the seed."""
+    """Return the arguments of ``opdlab fit`` for a variant, without the seed."""
     arguments = [part for name in study.base for part in ("-c", name)] + [*study.overrides, *variant.overrides]
     steps = (f"--trainer.max_steps={study.max_steps}", "--trainer.check_val_every_n_epoch=null")
     return [*arguments, *steps, "--trainer.num_sanity_val_steps=0"]
@@ -136,8 +137,8 @@ def make_plan(study: Study, folder: Path, resolve: Resolve) -> Plan:
         resolve: see :data:`Resolve`.
 
     Raises:
-        UsageError: a configuration is missing, a key unknown or its value refused, or a run would not be evaluated at
-            the budgets.
+        UsageError: a configuration is missing, a key unknown or its value refused, or a run is not evaluated at all
+            budgets.
     """
     resolved = {}
     for variant in study.variants:
@@ -150,7 +151,7 @@ def make_plan(study: Study, folder: Path, resolve: Resolve) -> Plan:
 
 
 def _resolve(resolve: Resolve, study: Study, variant: Variant) -> dict[str, Any]:
-    """Return a variant's configuration by dotted key, after a check that every run ends and is evaluated."""
+    """Return a variant's configuration by dotted key, after checking that every run ends and is evaluated."""
     config = resolve([*_arguments(study, variant), "--seed_everything=false"])
     require(
         bool(config["data"].get("benchmarks")),
@@ -166,7 +167,7 @@ def _resolve(resolve: Resolve, study: Study, variant: Variant) -> dict[str, Any]
 
 
 def _blamed(resolve: Resolve, study: Study, variant: Variant, fault: str) -> str:
-    """Return where a fault lies: in what all variants have, if that is refused likewise without the variant's own."""
+    """Return the part of the study with the fault: the first part that gives this fault without later parts."""
     for part, overrides in (("base", []), ("overrides", study.overrides)):
         try:
             _resolve(resolve, replace(study, overrides=overrides), replace(variant, overrides=[]))

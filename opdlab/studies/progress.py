@@ -1,4 +1,4 @@
-"""How far a run is, for whoever watches the study."""
+"""Progress of a run, for the table of the study."""
 
 import time
 from pathlib import Path
@@ -8,11 +8,11 @@ from lightning.pytorch.callbacks import Callback
 
 from opdlab.studies.schema import RunFolder
 
-_SECONDS = 1.0  # between writes: steps may be much shorter
+_SECONDS = 1.0  # seconds between writes, because steps may be much shorter
 
 
 class StepFile(Callback):
-    """Writes the optimizer step and the seconds that a run has taken, all its attempts together, to ``progress.json``.
+    """Writes the optimizer step and the seconds of all attempts of a run to ``progress.json``.
 
     Args:
         folder: of the run.
@@ -24,7 +24,7 @@ class StepFile(Callback):
         self._written = 0.0
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
-        """Write, if the last time was a while ago or training ends."""
+        """Write the progress if the last write was long enough ago, or if training ends."""
         now = time.monotonic()
         if trainer.is_global_zero and (now - self._written >= _SECONDS or trainer.global_step >= trainer.max_steps):
             self._written = now

@@ -1,4 +1,4 @@
-"""The files of a study: where they are, what is in them, how they are written and read. Runs and reports share this.
+"""The files of a study: paths, content, reading and writing, for runs and reports.
 
 ::
 
@@ -17,7 +17,8 @@
         samples/version_0-DIGEST/    evaluations while the run lasts
         evaluations/val-step-STEP/   settings.json, results.json, sample lines: only of a run that has ended
 
-A run is finished once `evaluations/` is complete and `run.json` says so, which comes last: a killed run has neither.
+A run is finished once `evaluations/` is complete and `run.json` says so. `run.json` is written last, so a killed run
+has neither.
 """
 
 import fcntl
@@ -42,7 +43,7 @@ EVALUATIONS, SAMPLES, VERSION = "evaluations", "samples", "version_0"
 _KEPT_WHEN_CLEANED = (LOCK, LOG, LAUNCH)
 _TAIL_BYTES = 20_000
 
-# States of a run. The first two stand in `run.json`; the launcher tells of the next two, the report of the others.
+# States of a run. `run.json` has the first two; the launcher reports the next two, the report the others.
 FINISHED, FAILED = "finished", "failed"
 RUNNING, WAITING = "running", "waiting"
 UNFINISHED, MISSING = "unfinished", "missing"
@@ -71,7 +72,7 @@ def read_variant(study: Path, variant: str) -> dict[str, Any]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Hold a folder's lock for this process; yields whether it was free. The lock names its process.
+    """Hold a folder's lock for this process; yield True if it was free. The lock names its process.
 
     Raises:
         OSError: the folder cannot be written.
@@ -91,7 +92,7 @@ def locked(folder: Path) -> Iterator[bool]:
 
 
 def lock_holder(folder: Path) -> dict[str, Any] | None:
-    """Return process and host that hold a folder's lock; None if it is free, as it is once they have ended."""
+    """Return process and host that hold a folder's lock; None if it is free, as it is after they have ended."""
     try:
         with (folder / LOCK).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -109,13 +110,13 @@ class Record:
     Args:
         variant: name.
         seed: of the run.
-        state: ``finished`` or ``failed``; ``unfinished`` if there is no file, or not a whole one.
+        state: ``finished`` or ``failed``; ``unfinished`` if the file is missing or incomplete.
         command: of the run.
-        seconds: that all attempts took.
+        seconds: duration of all attempts.
         threads: CPU threads; None if they were left to PyTorch.
         machine: host, system, number of CPUs.
-        versions: of what results may depend on.
-        digest: of all that decides the results, see :class:`opdlab.studies.plan.Plan`.
+        versions: of packages that results may depend on.
+        digest: of all settings that determine the results, see :class:`opdlab.studies.plan.Plan`.
         last_lines: of a failed run's output.
         taken_from: folder of the run that this one is a copy of.
     """
@@ -149,7 +150,7 @@ class Record:
 
 
 def evaluation_is_complete(folder: Path) -> bool:
-    """Return whether an evaluation has its results and every sample line that its settings ask for."""
+    """Return True if an evaluation has its results and every sample line that its settings require."""
     settings = read_settings(folder) or {}
     benchmarks = settings.get("data", {}).get("benchmarks", {})
     num_samples = settings.get("model", {}).get("eval_sampling", {}).get("num_samples", 0)
@@ -177,65 +178,65 @@ class RunFolder:
 
     @property
     def record(self) -> Record:
-        """How the run ended."""
+        """Return the record of how the run ended."""
         return Record.read(self.path)
 
     @property
     def step(self) -> int:
-        """Optimizer steps taken, up to a second ago."""
+        """Return the number of optimizer steps taken, up to a second old."""
         return int(read_json(self.path / PROGRESS).get("step", 0))
 
     @property
     def seconds(self) -> float:
-        """Seconds that all attempts took."""
+        """Return the seconds that all attempts took."""
         return float(read_json(self.path / PROGRESS).get("seconds", 0.0))
 
     def write_progress(self, step: int, seconds: float) -> None:
-        """Write how far the run is."""
+        """Write the progress of the run."""
         write_json(self.path / PROGRESS, {"step": step, "seconds": seconds})
 
     @property
     def log(self) -> Path:
-        """What the run printed."""
+        """Return the path of the run's output."""
         return self.path / LOG
 
     @property
     def samples(self) -> Path:
-        """Where `opdlab fit` writes the evaluations while the run lasts."""
+        """Return the folder in which `opdlab fit` writes evaluations during the run."""
         return fit_samples_folder(str(self.path / SAMPLES), self.path / VERSION)
 
     @property
     def evaluations(self) -> Path:
-        """Where the evaluations are once the run has ended."""
+        """Return the folder of the evaluations after the run has ended."""
         return self.path / EVALUATIONS
 
     @property
     def checkpoints(self) -> Path:
-        """Where `opdlab fit` writes checkpoints."""
+        """Return the folder in which `opdlab fit` writes checkpoints."""
         return self.path / VERSION / "checkpoints"
 
     @property
     def finished(self) -> bool:
-        """Whether the run has ended and all its evaluations are complete."""
+        """True if the run has ended and all its evaluations are complete."""
         return self.record.state == FINISHED and self.is_complete(self.evaluations)
 
     @property
     def holder(self) -> dict[str, Any] | None:
-        """Process and host that run it; None if nobody does."""
+        """Return process and host that run it; None if no process does."""
         return lock_holder(self.path)
 
     def is_complete(self, evaluations: Path) -> bool:
-        """Return whether every evaluation of the run is complete; the one before training does not count."""
+        """Return True if every evaluation of the run is complete; the one before training does not count."""
         return all(evaluation_is_complete(evaluation_path(evaluations, step)) for step in self.evaluated_at)
 
     def clean(self) -> None:
-        """Delete what an earlier attempt left, except its log."""
+        """Delete the files of an earlier attempt, except its log."""
         for path in self.path.iterdir() if self.path.exists() else ():
             if path.name not in _KEPT_WHEN_CLEANED:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def last_lines(self, number: int = 8) -> list[str]:
-        """Return the end of what the run printed; of what its job printed if the run printed nothing."""
+        """Return the end of the run's output; of its job's output if the run printed nothing."""
         logs = sorted((self.path / LAUNCH).glob("*_log.err"), key=lambda file: file.stat().st_mtime)
         for log in (self.log, *logs[-1:]):
             try:

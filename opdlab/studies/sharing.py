@@ -1,4 +1,4 @@
-"""Runs that another study has finished already."""
+"""Reuse of runs that another study has finished."""
 
 import shutil
 from collections.abc import Iterable, Sequence
@@ -12,19 +12,19 @@ from opdlab.studies.schema import EVALUATIONS, RUN, RUNS, STUDY, RunFolder, lock
 
 
 def take_over(specs: Iterable[RunSpec], studies: Sequence[Path]) -> int:
-    """Copy runs of other studies that are the very runs wanted: equal configuration, seed, threads and versions.
+    """Copy runs from other studies that equal the requested ones in configuration, seed, threads and versions.
 
-    With equal seed such a run would come out the same, so it is not repeated. Its ``run.json`` says where it was made.
+    Such a run would give the same results, so it is not repeated. Its ``run.json`` names the folder it comes from.
 
     Args:
-        specs: the runs wanted; those that have begun are left alone.
+        specs: the requested runs; runs that have begun are not changed.
         studies: folders of other studies.
 
     Returns:
-        How many were taken over.
+        Number of copied runs.
 
     Raises:
-        UsageError: a folder is no study's.
+        UsageError: a folder is not a study.
     """
     for study in studies:
         require((study / STUDY).is_file(), f"--share has '{study}', which has no {STUDY}: give a study's folder")
@@ -40,7 +40,7 @@ def take_over(specs: Iterable[RunSpec], studies: Sequence[Path]) -> int:
                 with locked(spec.folder) as mine:
                     if mine:
                         shutil.copytree(source.path / EVALUATIONS, spec.folder / EVALUATIONS, dirs_exist_ok=True)
-                        # It comes last: it is what makes a run count.
+                        # Written last: a run counts as finished once this file exists.
                         replace(record, variant=spec.variant, taken_from=str(source.path)).write(spec.folder)
                 taken += 1
                 break

@@ -16,7 +16,7 @@ from opdlab.studies.schema import STUDY
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MAX_SEED = 2**32 - 1
-# Keys that a study sets for each run: an override would break the pairing, or lose the samples.
+# Keys that a study sets for each run: an override would break the pairing or lose the samples.
 OWN_KEYS = {
     "seed_everything": "seeds",
     "data.seed": "seeds",
@@ -32,17 +32,17 @@ OWN_KEYS = {
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the things that a study compares.
+    """A configuration that a study compares with others.
 
     Args:
-        name: that of its folder.
-        overrides: what it changes of the base, as on the command line: ``--model.gate=span``. Later ones win.
-        label: what a report calls it; the name by default.
+        name: of the variant and its folder.
+        overrides: changes to the base, as on the command line: ``--model.gate=span``. Later ones win.
+        label: name in the report; ``name`` by default.
         baseline: name of the variant that this one is compared with; the study's by default.
 
     Raises:
         UsageError: the name is not a valid folder name, or an override does not have the form ``--key=value`` or sets
-            a key that the study decides.
+            a key that the study sets.
     """
 
     name: str
@@ -60,22 +60,22 @@ class Study:
     """Variants of one configuration, each run once per seed.
 
     With equal seed, variants share training prompts and their order, evaluation problems, and the seeds that answers
-    are sampled with, so that their difference is that of the variants.
+    are sampled with, so that differences are due to the variants alone.
 
     Args:
         name: of the study, and of its folder.
         base: configurations, stacked as with ``-c``: files or shipped names.
-        variants: what is compared.
-        baseline: name of the variant that the others are compared with, where they don't name another.
-        seeds: a run of every variant for each; at least 1.
+        variants: the variants to compare.
+        baseline: name of the variant that the others are compared with, unless they name another.
+        seeds: every variant is run once per seed; at least one seed.
         budgets: optimizer steps at which runs are evaluated; they train to the largest. Evaluations are made at every
             multiple of their greatest common divisor.
-        overrides: as of a variant, for all of them, before their own.
-        threads: CPU threads of each run, on which the last bits of its results depend; null leaves it to PyTorch.
+        overrides: for all variants; a variant's own are applied after them.
+        threads: CPU threads of each run; rounding depends on it. Null leaves the number to PyTorch.
         keep_checkpoints: keep the checkpoints of finished runs.
 
     Raises:
-        UsageError: a name is not a valid folder name or comes twice, there is nothing to run, a baseline is no variant,
+        UsageError: a name is not a valid folder name or occurs twice, nothing is to run, a baseline is not a variant,
             or a value is out of range; the message says which.
 
     Example:
@@ -100,7 +100,7 @@ class Study:
         check_overrides(self.overrides, "overrides")
         names = [variant.name for variant in self.variants]
         require(bool(names), "variants is empty: give at least one, for example {name: none, overrides: []}")
-        # Some file systems do not tell letters by their case.
+        # Some file systems ignore case.
         twice = _repeated(name.casefold() for name in names)
         require(not twice, f"variants has the name '{twice}' twice: give every variant a name of its own")
         self._check_baselines(names)
@@ -130,7 +130,7 @@ class Study:
         require(self.threads is None or self.threads >= 1, f"threads is {self.threads}: give at least 1, or null")
 
     def label(self, name: str) -> str:
-        """Return what a report calls a variant."""
+        """Return the label of a variant in the report."""
         return next(each.label for each in self.variants if each.name == name) or name
 
     def baseline_of(self, name: str) -> str:
@@ -139,17 +139,17 @@ class Study:
 
     @property
     def max_steps(self) -> int:
-        """The largest budget."""
+        """Return the largest budget."""
         return max(self.budgets)
 
     @property
     def interval(self) -> int:
-        """Optimizer steps between evaluations."""
+        """Return the optimizer steps between evaluations."""
         return math.gcd(*self.budgets)
 
     @property
     def evaluated_at(self) -> tuple[int, ...]:
-        """Optimizer steps after which a run is evaluated."""
+        """Return the optimizer steps after which a run is evaluated."""
         return tuple(range(self.interval, self.max_steps + 1, self.interval))
 
     def as_yaml(self) -> str:
@@ -168,7 +168,7 @@ def _check_name(name: str, key: str) -> None:
 
 
 def check_overrides(overrides: Sequence[str], where: str) -> None:
-    """Refuse overrides without the form ``--key=value``, and those of keys that the study decides."""
+    """Raise for overrides that lack the form ``--key=value`` or set a key that the study sets."""
     for override in overrides:
         key, equals, _ = override.removeprefix("--").partition("=")
         require(
@@ -209,12 +209,12 @@ def parse_study(content: Any) -> Study:
     parser.add_class_arguments(Study)
     try:
         config = parser.parse_object(content).as_dict()
-        # Depending on its version, jsonargparse has made a Variant already.
+        # Some versions of jsonargparse have already built a Variant.
         made = [vars(v) if isinstance(v, Variant) else dict(v) for v in config["variants"]]
         return Study(**{**config, "variants": [Variant(**each) for each in made]})
     except UsageError:
         raise
-    except Exception as error:  # argparse's own is no ValueError
+    except Exception as error:  # argparse's own error is not a ValueError
         raise UsageError(_explain(error)) from error
 
 
@@ -229,10 +229,10 @@ def _explain(error: Exception) -> str:
 
 
 def read_study(path: Path) -> Study:
-    """Read a study's file, or ``study.yaml`` in its folder; configurations of its base may lie beside the file.
+    """Read a study's file, or ``study.yaml`` in its folder; base configurations may lie beside it.
 
     Raises:
-        UsageError: the file is missing, or something in it is wrong; see :func:`parse_study`.
+        UsageError: the file is missing, or its content is invalid; see :func:`parse_study`.
     """
     file = path / STUDY if path.is_dir() else path
     try:

@@ -1,4 +1,4 @@
-"""What a study looks like while it runs: a live table on a terminal, a line for each change elsewhere."""
+"""Output during a study: a live table on a terminal, otherwise a line for each change."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -13,12 +13,12 @@ from opdlab.studies.launch import Launcher, RunState
 from opdlab.studies.schema import FAILED, FINISHED, RUNNING, WAITING
 
 _MARKS = {WAITING: ("·", "dim"), RUNNING: ("…", "yellow"), FINISHED: ("✓", "green"), FAILED: ("✗", "red")}
-_MAX_COLUMNS = 20  # seeds shown one by one; beyond, runs are counted
+_MAX_COLUMNS = 20  # Up to this number seeds are shown one by one; beyond it runs are counted.
 _REDRAW_SECONDS = 0.5
 
 
 def clock(seconds: float) -> str:
-    """Hours, minutes and seconds.
+    """Return hours, minutes and seconds.
 
     Example:
         >>> clock(3723.4)
@@ -28,11 +28,11 @@ def clock(seconds: float) -> str:
 
 
 class StudyTable:
-    """Watches a launcher.
+    """Table of a launcher's runs.
 
     Args:
         launcher: of the study.
-        console: where to.
+        console: output.
     """
 
     def __init__(self, launcher: Launcher, console: Console) -> None:
@@ -44,7 +44,7 @@ class StudyTable:
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Show the table while the block runs, if there is a terminal; it stays when it ends."""
+        """Show the table while the block runs, if there is a terminal; it stays on the screen afterwards."""
         if not self._console.is_terminal:
             yield
             return
@@ -59,25 +59,25 @@ class StudyTable:
             self._live = None
 
     def changed(self, run: RunState) -> None:
-        """See :class:`opdlab.studies.launch.Watcher`."""
+        """Update the table, or print a line; see :class:`opdlab.studies.launch.Watcher`."""
         self._drawn = 0.0
         if self._live is None:
             took = f" after {clock(run.spec.run_folder.seconds)}" if run.state in (FINISHED, FAILED) else ""
             begun = "stopped" if self._launcher.stopping else "to be started again"
             state = begun if run.state == WAITING else run.state
             line = f"{run.spec.variant} seed {run.spec.seed}: {state}{took} ({self.summary()})"
-            with suppress(OSError):  # nobody reads any more; runs must still end as they should
+            with suppress(OSError):  # The output is closed; the runs must still end in order.
                 self._console.print(line, highlight=False, soft_wrap=True)
 
     def tick(self) -> None:
-        """See :class:`opdlab.studies.launch.Watcher`."""
+        """Update the clock; see :class:`opdlab.studies.launch.Watcher`."""
         if self._live is not None and time.monotonic() - self._drawn > _REDRAW_SECONDS:
             self._drawn = time.monotonic()
-            with suppress(OSError):  # the terminal was closed
+            with suppress(OSError):  # The terminal is closed.
                 self._live.update(self._view(), refresh=True)
 
     def summary(self) -> str:
-        """Counts, the time so far, and an estimate of what is left."""
+        """Return counts, the elapsed time, and an estimate of the remaining time."""
         count = self._launcher.count()
         parts = [f"{count[state]} {state}" for state in (FINISHED, RUNNING, WAITING, FAILED) if count[state]]
         left = self._seconds_left()
@@ -85,7 +85,7 @@ class StudyTable:
         return f"{', '.join(parts)}; {clock(time.monotonic() - self._began)}{rest}"
 
     def _seconds_left(self) -> float | None:
-        """Estimate from the mean time of what has finished, at so many runs at a time."""
+        """Return an estimate from the mean time of finished runs and the number of concurrent runs."""
         runs = self._launcher.runs
         took = [seconds for run in runs if run.state == FINISHED and (seconds := run.spec.run_folder.seconds) > 0]
         if not took:

@@ -1,4 +1,4 @@
-"""The toy world: a reasoning task that a 281k-parameter model can learn, with a trained teacher and student."""
+"""The toy world: a reasoning task for models of 281k parameters, with a trained teacher and student."""
 
 from opdlab.toy.chain import ChainProblem, chain_problems, chain_tokenizer
 from opdlab.toy.problems import ChainProblems

@@ -1,11 +1,11 @@
-r"""Chains of modular arithmetic: small enough to distil in seconds, long enough for blocks and spans to mean something.
+r"""Chains of modular arithmetic: small enough to distil in seconds, long enough for several blocks and spans.
 
 A problem is a start number and eleven lettered operations, all modulo 100::
 
     prompt    86 a+7 b*9 c-1 …\n
     response  a+7: 86+7=93\nb*9: 93*9=37\n…\boxed{25}<eos>
 
-Echoing the operation (``a+7:``) before the arithmetic is what makes the task learnable for a tiny model.
+A tiny model can learn the task because each step repeats the operation (``a+7:``) before the arithmetic.
 """
 
 import hashlib
@@ -24,13 +24,13 @@ MODULUS = 100
 _OPERATORS = "+-*"
 _LETTERS = "abcdefghijklmnop"
 _SPECIAL = ["<pad>", "<eos>", "<unk>"]
-# Sixteenths of the space of problems. A problem's text alone decides its split, so the three cannot overlap.
+# Sixteenths of the space of problems. The split depends only on the problem's text, so the three cannot overlap.
 _SPLIT_SIXTEENTHS: dict[Split, range] = {"held_out": range(0, 1), "train": range(1, 5), "sft": range(5, 16)}
 
 
 @dataclass(frozen=True)
 class ChainProblem:
-    r"""One chain of operations.
+    r"""A chain of operations.
 
     Args:
         start: the first number, 0 to 99.
@@ -49,13 +49,13 @@ class ChainProblem:
 
     @property
     def prompt(self) -> str:
-        """The problem as the student reads it."""
+        """Return the text of the problem in the prompt."""
         steps = [f"{letter}{op}{n}" for letter, (op, n) in zip(_LETTERS, self.operations, strict=False)]
         return f"{self.start} {' '.join(steps)}\n"
 
     @property
     def answer(self) -> str:
-        """The gold answer."""
+        """Return the gold answer."""
         value = self.start
         for op, n in self.operations:
             value = _apply(value, op, n)
@@ -63,16 +63,16 @@ class ChainProblem:
 
     @property
     def split(self) -> Split:
-        """The split that the problem's text falls into."""
+        """Return the split of the problem's text."""
         sixteenth = hashlib.sha256(self.prompt.encode()).digest()[0] % 16
         return next(name for name, share in _SPLIT_SIXTEENTHS.items() if sixteenth in share)
 
     def trace(self, error_rate: float = 0.0, rng: random.Random | None = None) -> str:
-        """Write the exact solution, or one in which a share of the results is random.
+        """Return the exact solution, or one in which a share of the results is random.
 
         Args:
-            error_rate: probability, 0 to 1, that a result is replaced by a random number (later steps go on from it).
-            rng: source of the errors; needed when ``error_rate`` is above 0.
+            error_rate: probability, 0 to 1, that a random number replaces a result (later steps continue from it).
+            rng: source of the errors; required if ``error_rate`` is above 0.
         """
         lines, value = [], self.start
         for letter, (op, n) in zip(_LETTERS, self.operations, strict=False):
@@ -91,11 +91,11 @@ def _apply(value: int, operator: str, operand: int) -> int:
 
 
 def chain_problems(split: Split, seed: int) -> Iterator[ChainProblem]:
-    """Yield problems of one split without end, the same ones for the same seed.
+    """Yield an endless stream of problems of one split, the same for the same seed.
 
     Args:
         split: ``sft`` (made the shipped models), ``train`` (prompts for distillation) or ``held_out`` (evaluation).
-        seed: picks the stream.
+        seed: selects the stream.
 
     Example:
         >>> first = next(chain_problems("held_out", seed=0))
@@ -111,7 +111,7 @@ def chain_problems(split: Split, seed: int) -> Iterator[ChainProblem]:
 
 
 def chain_tokenizer() -> PreTrainedTokenizerFast:
-    r"""Build the 38-token tokenizer: single characters, and ``\boxed{`` as one token.
+    r"""Return the 38-token tokenizer: single characters, and ``\boxed{`` as one token.
 
     Example:
         >>> tokenizer = chain_tokenizer()

@@ -1,8 +1,8 @@
-"""Train the toy teacher and student that the quickstart distils: ``python -m opdlab.toy.make_models OUT``.
+"""Train the toy teacher and student of the quickstart: ``python -m opdlab.toy.make_models OUT``.
 
-The teacher learns exact traces. The student is an earlier checkpoint of the same run, pushed off course by a few
-steps on traces in which a fifth of the results is random: a deliberately degraded copy, so distilling it back is
-largely recovery. ``opdlab/toy/models/RECORD.txt`` holds the output of the run that made the shipped weights.
+The teacher learns exact traces. The student is an earlier checkpoint of the same run, degraded by a few steps on
+traces in which a fifth of the results is random. So distillation largely recovers what the checkpoint knew.
+``opdlab/toy/models/RECORD.txt`` holds the output of the run that made the shipped weights.
 """
 
 import argparse
@@ -25,7 +25,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def toy_config(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 96) -> Qwen3Config:
-    """The architecture of the toy models: Qwen3 with 2 layers and 4 heads; 281k parameters at hidden size 96."""
+    """Return the configuration of the toy models: Qwen3, 2 layers, 4 heads; 281k parameters at hidden size 96."""
     return Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -44,7 +44,7 @@ def toy_config(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 96) -> Qwe
 
 
 def examples(split: Split, seed: int, error_rate: float = 0.0) -> Examples:
-    """Return a function that gives the next (prompt, trace)."""
+    """Return a function that returns the next (prompt, trace)."""
     problems, rng = chain_problems(split, seed), random.Random(seed)
 
     def following() -> tuple[str, str]:
@@ -55,7 +55,7 @@ def examples(split: Split, seed: int, error_rate: float = 0.0) -> Examples:
 
 
 def collate(tokenizer: PreTrainedTokenizerFast, following: Examples) -> dict[str, torch.Tensor]:
-    """One batch, right-padded; prompt and padding positions carry label -100."""
+    """Return one right-padded batch; prompt and padding positions have label -100."""
     pairs = [following() for _ in range(BATCH_SIZE)]
     texts = [prompt + trace + tokenizer.eos_token for prompt, trace in pairs]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
@@ -74,10 +74,10 @@ def train(
     horizon: int,
     keep_step: int = 0,
 ) -> Weights:
-    """Supervised fine-tuning on response tokens: AdamW, 20 warm-up steps, then a cosine over ``horizon`` steps.
+    """Fine-tune on response tokens with AdamW: 20 warm-up steps, then a cosine schedule over ``horizon`` steps.
 
     Returns:
-        The weights as they were after ``keep_step`` steps; empty for 0.
+        The weights after ``keep_step`` steps; empty for 0.
     """
     kept: Weights = {}
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
@@ -102,7 +102,7 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, num_problems: int = 64, n: int = 8) -> str:
-    """Sample ``n`` answers to each of ``num_problems`` held-out problems and report pass@1 and pass@8."""
+    """Sample ``n`` answers to each of ``num_problems`` held-out problems and return a line with pass@1 and pass@8."""
     problems = list(itertools.islice(chain_problems("held_out", seed=1), num_problems))
     inputs = tokenizer([p.prompt for p in problems], return_tensors="pt", padding=True)
     torch.manual_seed(0)
@@ -139,7 +139,7 @@ def main() -> None:
     report("after 900 steps")
     train(model, tokenizer, exact, 300, 2.5e-3, horizon=650)
     report("after 1200 steps")
-    # The student's base has nearly all the teacher's knowledge: what is missing cannot be distilled back in seconds.
+    # The student's base must have nearly all the teacher's knowledge, because seconds of distillation add little.
     base = train(model, tokenizer, exact, 650, 2.5e-3, horizon=650, keep_step=500)
     report("teacher")
     save("teacher")

@@ -1,4 +1,4 @@
-"""The toy world as a source of problems."""
+"""Source of problems of the toy world."""
 
 import itertools
 
@@ -12,9 +12,9 @@ class ChainProblems(ProblemSource):
     """Chains of modular arithmetic; see :mod:`opdlab.toy.chain`.
 
     Args:
-        num_problems: how many.
-        split: ``train`` or ``held_out``; disjoint by construction, and from what the shipped models were trained on.
-        seed: picks the stream of problems.
+        num_problems: number of problems.
+        split: ``train`` or ``held_out``; disjoint from each other and from the training data of the shipped models.
+        seed: selects the stream of problems.
     """
 
     def __init__(self, num_problems: int = 2048, split: Split = "train", seed: int = 0) -> None:
@@ -27,7 +27,7 @@ class ChainProblems(ProblemSource):
 
     @property
     def name(self) -> str:
-        """Name with the split."""
+        """Return the name with the split."""
         return f"toy chains ({self.split})"
 
     def problems(self) -> list[Problem]:

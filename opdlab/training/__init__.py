@@ -1,4 +1,4 @@
-"""The LightningModule that trains the student, and what its training step is made of."""
+"""The LightningModule that trains the student, and the parts of its training step."""
 
 from opdlab.training.accumulation import ScoredBatch, gate_inputs, join_gate_inputs, score_batch, split_gates
 from opdlab.training.checks import NonFiniteLossError

@@ -1,4 +1,4 @@
-"""The optimizer batch under way: micro-batches scored one by one, and gates normalised over all of them."""
+"""Gradient accumulation: micro-batches are scored one by one, and gates are normalised over the optimizer batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,13 +16,13 @@ from opdlab.types import Minibatch, Rollouts, Targets
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """A micro-batch with the student's scores and losses, before the gate weighs it.
+    """A micro-batch with the student's scores and losses, before gating.
 
     Args:
         rollouts: with behavior log-probabilities.
-        scored: the student's hidden states; their graph is alive where gradients are on.
+        scored: the student's hidden states, with their graph if gradients are enabled.
         positions: the objective's losses.
-        inputs: of the gate, detached.
+        inputs: inputs of the gate, detached.
     """
 
     rollouts: Rollouts
@@ -32,21 +32,22 @@ class ScoredBatch:
 
 
 def with_own_behavior(batch: Minibatch, scored: Scored) -> Rollouts:
-    """Return the rollouts of a batch whose behavior log-probabilities are not computed yet, with the student's own.
+    """Return the batch's rollouts with the student's log-probabilities as behavior log-probabilities.
 
-    The student still is the behavior policy there, so they are the same, and the drift is exactly 0 in any precision.
+    For batches whose behavior log-probabilities are not computed yet: the student still equals the behavior policy, so
+    both are the same, and the drift is exactly 0 in any precision.
     """
     return replace(batch.rollouts, behavior_logprobs=scored.own_logprobs(batch.targets))
 
 
 def score_batch(student: LanguageModel, objective: Objective, batch: Minibatch, step: int) -> ScoredBatch:
-    """Return a micro-batch's scores, losses and gate inputs, as the first lines of the training step do.
+    """Return a micro-batch's scores, losses and gate inputs, computed as in the training step.
 
     Args:
         student: on the batch's device.
-        objective: gives the losses.
+        objective: computes the losses.
         batch: on the student's device.
-        step: optimizer steps taken before.
+        step: optimizer steps taken so far.
     """
     scored = student.score(batch.rollouts)
     rollouts = batch.rollouts if batch.behavior_known else with_own_behavior(batch, scored)
@@ -55,7 +56,7 @@ def score_batch(student: LanguageModel, objective: Objective, batch: Minibatch, 
 
 
 def gate_inputs(rollouts: Rollouts, targets: Targets, positions: PositionLosses, step: int = 0) -> GateInputs:
-    """Return the gate's inputs for a scored micro-batch, after so many optimizer steps."""
+    """Return the gate's inputs for a scored micro-batch after ``step`` optimizer steps."""
     return GateInputs(
         tokens=rollouts.tokens,
         mask=rollouts.mask,
@@ -71,7 +72,7 @@ def gate_inputs(rollouts: Rollouts, targets: Targets, positions: PositionLosses,
 
 
 def join_gate_inputs(parts: Sequence[GateInputs]) -> GateInputs:
-    """Return micro-batches as one batch, padded on the right to the longest."""
+    """Return micro-batches joined to one batch, padded on the right to the longest."""
     width = max(part.mask.shape[1] for part in parts)
 
     def joined(name: str) -> Tensor:
@@ -94,7 +95,7 @@ def split_gates(gates: Gates, parts: Sequence[GateInputs]) -> list[Gates]:
 
 
 class AccumulationWindow:
-    """The state of the optimizer batch under way, while its micro-batches come in."""
+    """The state of the current optimizer batch while its micro-batches are accumulated."""
 
     def __init__(self) -> None:
         self._gates: list[Gates] | None = None  # of each micro-batch, once they are computed
@@ -106,16 +107,16 @@ class AccumulationWindow:
     ) -> Gates:
         """Return a micro-batch's weights, normalised over its whole optimizer batch.
 
-        The student does not change while an optimizer batch is accumulated, so the drift of its later micro-batches
-        is known beforehand: at the first one they are scored without gradient. That costs a forward pass, and makes
-        accumulation equal to one large batch for every gate.
+        The student does not change while an optimizer batch is accumulated. At the first micro-batch, the others are
+        therefore scored without gradient to obtain their gate inputs. This costs a forward pass, and makes accumulation
+        equal to one large batch for every gate.
 
         Args:
             gate: the gate.
             batch: on the student's device.
-            inputs: of the gate, for this micro-batch.
+            inputs: the gate's inputs of this micro-batch.
             student: scores the other micro-batches.
-            objective: gives their losses, which a gate may look at.
+            objective: computes their losses, which a gate may use.
         """
         if self._gates is None:
             parts = []
@@ -130,7 +131,7 @@ class AccumulationWindow:
         return self._gates[batch.position]
 
     def finish(self, batch: Minibatch, record: StepRecord) -> StepRecord | None:
-        """Add a micro-batch's record; at the last one, return the optimizer batch's and begin a new window."""
+        """Add a micro-batch's record; at the last one, return the merged record and begin a new window."""
         records = [*self._records, record]
         if batch.position + 1 < len(batch.micro_batches):
             self._records = records
@@ -139,17 +140,17 @@ class AccumulationWindow:
         return merge_records(records)
 
     def state_dict(self, student: LanguageModel) -> dict[str, Any]:
-        """Return what a resume inside the window needs: the gradients so far, which Lightning does not save."""
+        """Return the state for a resume inside the window: the gradients so far, which Lightning does not save."""
         gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
         return {"gradients": gradients if self._records else {}, "records": self._records}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue the window of a checkpoint; :meth:`restore_gradients` follows when training starts."""
+        """Restore the window of a checkpoint; call :meth:`restore_gradients` when training starts."""
         self._gates, self._records = None, list(state["records"])
         self._restored_gradients = state["gradients"]
 
     def restore_gradients(self, student: LanguageModel) -> None:
-        """Put back the gradients of a checkpoint's window."""
+        """Restore the gradients of a checkpoint's window."""
         parameters = dict(student.named_parameters())
         for name, gradient in self._restored_gradients.items():
             parameters[name].grad = gradient.to(parameters[name].device)

@@ -1,4 +1,4 @@
-"""Checks of a module, of checkpoints and of losses: each raises one clear message."""
+"""Checks of a module, of checkpoints and of losses; each raises an error with a clear message."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -20,11 +20,11 @@ CHECKPOINT_KEY = "opdlab"
 
 
 class NonFiniteLossError(UsageError):
-    """The loss became NaN or infinite; the message says at which step, on which rollouts, and where the batch is."""
+    """Error for a NaN or infinite loss; the message names the step, the rollouts and the file of the batch."""
 
 
 def check_token_bound(tokens: int | None) -> None:
-    """Refuse a ``max_tokens_per_pass`` that is out of range."""
+    """Raise a UsageError if ``max_tokens_per_pass`` is out of range."""
     require(
         tokens is None or tokens >= 1,
         f"max_tokens_per_pass is {tokens}, but must be at least 1: use null for no bound",
@@ -32,13 +32,13 @@ def check_token_bound(tokens: int | None) -> None:
 
 
 def check_reduction(reduction: str) -> None:
-    """Refuse a reduction that does not exist."""
+    """Raise a UsageError if the reduction is unknown."""
     choices = get_args(Reduction)
     require(reduction in choices, f"reduction is '{reduction}', but must be one of {', '.join(choices)}")
 
 
 def check_known_needs(gate: GateStrategy) -> None:
-    """Refuse a gate that needs what a training step does not compute."""
+    """Raise a UsageError if a gate needs an input that a training step does not compute."""
     known = {f.name for f in fields(GateInputs)}
     for name in gate.needs:
         require(
@@ -51,7 +51,7 @@ def check_known_needs(gate: GateStrategy) -> None:
 def teacher_request(
     student: LanguageModel, teacher: Teacher, objective: Objective, gate: GateStrategy
 ) -> TeacherRequest:
-    """Bind the teacher to the student, and return what objective and gate ask of it.
+    """Bind the teacher to the student, and return the outputs that objective and gate require of it.
 
     Raises:
         UsageError: the vocabularies differ, or K is larger than the shared one.
@@ -61,7 +61,7 @@ def teacher_request(
     teacher.bind(student)
     check_same_vocabulary(student.tokenizer, teacher.tokenizer)
     warn_of_stop_tokens(student.tokenizer, student.stop_tokens, teacher.stop_tokens)
-    # Rows that only pad the embedding to a round size are no tokens.
+    # Rows that pad the embedding to a round size are not tokens.
     shared = min(student.vocab_size, teacher.vocab_size, len(student.tokenizer))
     k = objective.request.top_k
     require(k <= shared, f"objective.k is {k}, but the vocabulary has only {shared} tokens: lower it")
@@ -69,12 +69,12 @@ def teacher_request(
 
 
 def has_whole_weights(trainer: pl.Trainer) -> bool:
-    """Return whether each process holds all weights."""
+    """True if each process holds all weights."""
     return isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
 
 
 def check_precision(trainer: pl.Trainer) -> None:
-    """Refuse a precision that rounds the metrics of evaluations too."""
+    """Raise a UsageError if the precision would also round the metrics of evaluations."""
     require(
         not str(trainer.precision).endswith("-true") or trainer.precision == "32-true",
         f"trainer.precision is {trainer.precision}, which would round what is counted in evaluations too: "
@@ -83,7 +83,7 @@ def check_precision(trainer: pl.Trainer) -> None:
 
 
 def check_strategy(trainer: pl.Trainer, max_tokens: int | None) -> None:
-    """Refuse a bound on tokens where weights are sharded."""
+    """Raise a UsageError if ``max_tokens_per_pass`` is set and weights are sharded."""
     require(
         max_tokens is None or has_whole_weights(trainer),
         f"model.max_tokens_per_pass is {max_tokens}, but with trainer.strategy "
@@ -93,12 +93,12 @@ def check_strategy(trainer: pl.Trainer, max_tokens: int | None) -> None:
 
 
 def check_training(teacher: Teacher, gate: GateStrategy, judged: bool) -> None:
-    """Refuse to train without a teacher, or a gate on verdicts without a verifier.
+    """Raise a UsageError if training has no teacher, or if a gate needs verdicts and there is no verifier.
 
     Args:
-        teacher: of the module.
-        gate: of the module.
-        judged: whether the training problems have a verifier.
+        teacher: the module's teacher.
+        gate: the module's gate.
+        judged: True if the training problems have a verifier.
     """
     require(not isinstance(teacher, NoTeacher), "model.teacher is NoTeacher, but training needs a teacher: give one")
     require(
@@ -109,11 +109,11 @@ def check_training(teacher: Teacher, gate: GateStrategy, judged: bool) -> None:
 
 
 def check_checkpoint(checkpoint: dict[str, Any], own: dict[str, Tensor]) -> None:
-    """Refuse a checkpoint that something else wrote, or that is of another model.
+    """Raise a UsageError if a checkpoint was not written by opdlab, or is of another model.
 
     Args:
-        checkpoint: as loaded.
-        own: the module's state.
+        checkpoint: the loaded checkpoint.
+        own: the module's state dict.
     """
     require(
         CHECKPOINT_KEY in checkpoint,

@@ -1,4 +1,4 @@
-"""The LightningModule: owns student, behavior snapshot, teacher, objective and gate, and takes the training step."""
+"""The LightningModule: student, behavior snapshot, teacher, objective, gate, and the training step."""
 
 import time
 from collections.abc import Sequence
@@ -35,27 +35,27 @@ class OPDModule(EvaluationModule):
 
     Args:
         student: the model to train.
-        teacher: scores its rollouts; :class:`opdlab.evaluation.NoTeacher` where it is only evaluated.
-        objective: what a position costs.
-        gate: how much each position counts; ``build_gate`` makes one by name.
-        sampling: how rollouts are sampled; log-probabilities are taken at its temperature.
-        eval_sampling: how answers are sampled for evaluation.
+        teacher: scores the rollouts; :class:`opdlab.evaluation.NoTeacher` for evaluation only.
+        objective: computes the loss of each position.
+        gate: computes the weight of each position; ``build_gate`` builds one by name.
+        sampling: sampling options of rollouts; log-probabilities use its temperature.
+        eval_sampling: sampling options of answers in evaluations.
         evaluation: see :class:`EvaluationConfig`.
         reduction: ``token_mean`` over the optimizer batch's tokens, or ``sequence_mean``.
         behavior: see :class:`BehaviorConfig`.
-        mask_first: tokens whose first occurrence in each response is left out of the loss, such as ``<think>``; each
+        mask_first: tokens whose first occurrence in each response is excluded from the loss, such as ``<think>``; each
             must be a single token.
-        max_tokens_per_pass: tokens, prompts and padding included, that go through the student in one pass with
-            their activations kept; null for no bound. A batch with more is taken in several passes, all but the last
-            of which are computed again in the backward pass: about a third more time, and the activations of one pass
-            at a time. Loss and gradient are those of the whole batch. A longer row goes alone. The snapshot's scoring
-            is bounded too. Not where weights are sharded.
-        optimizer: takes the student's trainable parameters.
+        max_tokens_per_pass: tokens per pass of the student whose activations are kept, prompts and padding included;
+            null for no bound. A larger batch runs in several passes; all but the last are recomputed in the backward
+            pass. This takes about a third more time and keeps the activations of one pass at a time. Loss and gradient
+            equal those of the whole batch. A row above the bound gets its own pass. The bound also applies to the
+            snapshot's scoring. Not with sharded weights.
+        optimizer: called with the student's trainable parameters.
         lr_scheduler: stepped after every optimizer step; none by default.
 
     Raises:
-        UsageError: vocabularies differ, ``mask_first`` has what is no single token, K is larger than the vocabulary,
-            or an option is out of range.
+        UsageError: the vocabularies differ, a text in ``mask_first`` is not a single token, K is larger than the
+            vocabulary, or an option is out of range.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class OPDModule(EvaluationModule):
         super().__init__(student, teacher, evaluation, eval_sampling)
         checks.check_reduction(reduction)
         checks.check_token_bound(max_tokens_per_pass)
-        student.configure_passes(max_tokens=max_tokens_per_pass)  # before the snapshot is made, which has it too
+        student.configure_passes(max_tokens=max_tokens_per_pass)  # before the snapshot, which copies the bound
         self.behavior = BehaviorPolicy(student, sampling, **vars(behavior))
         self.objective, self.gate, self.sampling = objective, gate, sampling
         self.reduction: Reduction = reduction
@@ -95,7 +95,7 @@ class OPDModule(EvaluationModule):
     # -- setting up ----------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Check that trainer, data and module fit together, and connect the data with the student."""
+        """Check that trainer, data and module are compatible, and connect the data with the student."""
         checks.check_precision(self.trainer)
         checks.check_strategy(self.trainer, self.student.max_tokens)
         if self.behavior.offload:
@@ -110,7 +110,7 @@ class OPDModule(EvaluationModule):
             data.connect(self.student.tokenizer, self.collect, self.sampling.num_samples, training=stage == "fit")
         super().setup(stage)
         self.student.configure_passes(
-            # A sharded model gathers its weights in every pass, of which all processes must take as many.
+            # A sharded model gathers its weights in every pass, so all processes must run the same number of passes.
             group_lengths=self.whole_weights,
             # Other strategies hook into gradients to reduce or shard them.
             accumulate_head_grad=isinstance(self.trainer.strategy, SingleDeviceStrategy),
@@ -132,18 +132,18 @@ class OPDModule(EvaluationModule):
         }
 
     def on_fit_start(self) -> None:
-        """Bring the teacher to the device."""
+        """Move the teacher to the device."""
         self.teacher.to(self.device)
 
     def on_train_start(self) -> None:
-        """Put back the gradients of an accumulation window; the optimizer has its own state by now."""
+        """Restore the gradients of an accumulation window; Lightning has restored the optimizer state by now."""
         self._update_started = time.perf_counter()
         self._window.restore_gradients(self.student)
 
     def collect(self, prompts: Sequence[Prompt], *, first_batch: Tensor, **options: Any) -> Pool:
-        """Sample and label rollouts for the loader, see :meth:`opdlab.rollouts.Collector.collect`.
+        """Return a rollout buffer for the loader, see :meth:`opdlab.rollouts.Collector.collect`.
 
-        Where the snapshot equals the student, the next training step's own forward pass scores ``first_batch``.
+        If the snapshot equals the student, the forward pass of the next training step scores ``first_batch``.
         """
         fresh = self.whole_weights and self.behavior.equals(self.student)
         return self.collector.collect(
@@ -158,14 +158,14 @@ class OPDModule(EvaluationModule):
     # -- training ------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Minibatch, batch_idx: int) -> dict[str, Any]:
-        """Return a micro-batch's loss, and its :class:`StepTrace` for callbacks: score, weigh, reduce."""
+        """Return a micro-batch's loss, and its :class:`StepTrace` for callbacks: score, gate, reduce."""
         scored = self.student.score(batch.rollouts)
         rollouts = batch.rollouts if batch.behavior_known else with_own_behavior(batch, scored)
         positions = self.objective.position_losses(scored, rollouts, batch.targets)
         inputs = gate_inputs(rollouts, batch.targets, positions, self.global_step)
         if not batch.behavior_known:
-            # The only place where anything flows back: the student was the behavior policy, so what it has just
-            # computed is kept for the passes to come, and the snapshot need not run over these rows.
+            # Only here the training step writes to the buffer: the student equals the behavior policy, so its
+            # log-probabilities are stored for later passes and the snapshot need not score these rows.
             buffer: Any = self.trainer.train_dataloader
             buffer.fill_behavior(batch.rows, rollouts.behavior_logprobs)
         alone = len(batch.micro_batches) == 1
@@ -178,8 +178,8 @@ class OPDModule(EvaluationModule):
             summed = torch.tensor(counts, dtype=torch.float64, device=self.device)
             counts = tuple(self.trainer.strategy.reduce(summed, reduce_op="sum").tolist())
         shares = loss_shares(rollouts.mask, reduction=self.reduction, num_tokens=counts[0], num_rollouts=counts[1])
-        loss = reduce_losses(positions.losses, gates.weights, shares)
-        if not bool(torch.isfinite(loss)):  # the step's one look at the device
+        loss = reduce_losses(positions.losses, gates.weights, shares)  # [B, T] each -> scalar
+        if not bool(torch.isfinite(loss)):  # the only device synchronization of the step
             folder = Path(self.trainer.default_root_dir)
             checks.stop_on_non_finite(loss, rollouts, batch.targets, self.global_step, folder)
         values = {"entropy": positions.entropy, **positions.metrics}
@@ -197,11 +197,11 @@ class OPDModule(EvaluationModule):
         return {"loss": loss * len(batch.micro_batches) * self.trainer.world_size, "trace": trace}
 
     def request_gradient_norms(self) -> None:
-        """Have the next training step add :attr:`StepTrace.gradient_norms`; a callback asks before each such step."""
+        """Request :attr:`StepTrace.gradient_norms` of the next training step; call before each such step."""
         self._wants_gradient_norms = True
 
     def _log_step(self, batch: Minibatch, record: StepRecord, tau: Tensor | None) -> None:
-        # Each process has its part of the sum.
+        # Each process has its part of the loss, so the parts are summed.
         self.log("train/loss", record.pop("loss").sum(), prog_bar=True, sync_dist=True, reduce_fx="sum")
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by Lightning's logger connector
         if every <= 0 or (self.global_step + 1) % every:
@@ -212,12 +212,12 @@ class OPDModule(EvaluationModule):
         self.log("rollout/age", (self.global_step - batch.rollouts.sampled_at_step).float().mean())
 
     def on_train_batch_start(self, batch: Minibatch, batch_idx: int) -> None:
-        """Start the clock of the update; what passed since the last step's end was sampling and scoring."""
+        """Start the timer of the update, which excludes sampling and scoring since the last step."""
         if batch.position == 0:
             self._update_started = time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Minibatch, batch_idx: int) -> None:
-        """Log the time of the update, and the rate at which tokens are trained on, all waiting included."""
+        """Log the time of the update, and the trained tokens per second of total time."""
         if batch.position + 1 < len(batch.micro_batches):
             return
         now = time.perf_counter()
@@ -229,14 +229,14 @@ class OPDModule(EvaluationModule):
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add what a resume inside an accumulation window needs."""
+        """Add the accumulation window to the checkpoint, so that a run can resume inside it."""
         checkpoint[checks.CHECKPOINT_KEY] = self._window.state_dict(self.student)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint is of this model, and continue its accumulation window.
+        """Check that the checkpoint is of this model, and restore its accumulation window.
 
         Raises:
-            UsageError: it was written by something else, or for another model.
+            UsageError: the checkpoint was not written by opdlab, or is of another model.
         """
         checks.check_checkpoint(checkpoint, self.state_dict())
         self._window.load_state_dict(checkpoint[checks.CHECKPOINT_KEY])

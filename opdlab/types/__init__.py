@@ -1,7 +1,7 @@
-"""The data types that the rooms of the package pass to each other: shapes, units, and an example of each.
+"""The data types that the modules of the package exchange: shapes, units, and an example of each.
 
-Nothing here computes or loads anything. A problem becomes a prompt, the behavior policy answers it with rollouts, the
-teacher adds targets, and a minibatch of both is what a training step gets.
+This package does not compute or load anything. A problem becomes a prompt, the behavior policy samples rollouts for it,
+the teacher adds targets, and a training step receives a minibatch of both.
 """
 
 from opdlab.types.problems import EvaluationBatch, Problem, Prompt, Verdicts

@@ -7,17 +7,17 @@ from opdlab.types.rollouts import Rollouts
 from opdlab.verifiers.verifier import Verdict, Verifier
 
 Verdicts = Callable[[], list[Verdict]]
-"""Waits for the verdicts of responses that are being checked."""
+"""A function that waits for the verdicts of submitted responses."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem as its source has it.
+    """A problem as given by its source.
 
     Args:
         id: unique within the source.
         text: the problem.
-        answer: the gold answer, or None if there is none.
+        answer: the gold answer, or None if the source has none.
 
     Example:
         >>> Problem(id="gsm-17", text="What is 3 + 4?", answer="7").answer
@@ -31,11 +31,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A problem as the student reads it.
+    """The tokens that the student receives for a problem.
 
     Args:
         index: row in the prompt set.
-        problem: the problem that it was made from.
+        problem: the problem of the prompt.
         tokens: token ids, special tokens of the template included.
 
     Example:
@@ -54,7 +54,7 @@ class EvaluationBatch:
     """Problems of one benchmark.
 
     Args:
-        benchmark: its name.
+        benchmark: name of the benchmark.
         prompts: the problems' prompts.
         verifier: checks the answers; None if there are no gold answers.
 
@@ -72,11 +72,11 @@ class EvaluationBatch:
         return len(self.prompts)
 
     def submit(self, texts: Sequence[str], rollouts: Rollouts) -> Verdicts | None:
-        """Have responses checked, without waiting for the verdicts.
+        """Submit responses to the verifier, without waiting for the verdicts.
 
         Args:
             texts: [B], the responses.
-            rollouts: B of them, on prompts of this batch.
+            rollouts: B rollouts of prompts of this batch.
 
         Returns:
             A function that waits for the B verdicts; None if there is no verifier.
@@ -87,6 +87,6 @@ class EvaluationBatch:
         return self.verifier.submit(texts, [golds[index] for index in rollouts.prompt_ids.tolist()])
 
     def to(self, device: object, non_blocking: bool = False) -> "EvaluationBatch":
-        """Return the batch itself: Lightning calls this for every batch, and there is nothing to move."""
+        """Return the batch itself, because it has no tensors; Lightning calls this for every batch."""
         del device, non_blocking
         return self

@@ -1,4 +1,4 @@
-"""Rollouts, the teacher's targets for them, and the minibatches made of both.
+"""Rollouts, the teacher's targets for them, and minibatches of both.
 
 Shapes: B rollouts, P prompt tokens (padded on the left), T response tokens (from column 0, padded on the right),
 K support. Log-probabilities are in nats, at the sampling temperature.
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class StopReason(IntEnum):
-    """Why a rollout ended."""
+    """Reason why a rollout ended."""
 
     EOS = 0
     """The policy sampled a stop token, which is the last valid token of the response."""
@@ -22,28 +22,28 @@ class StopReason(IntEnum):
 
 
 class _Rows:
-    """Tensors that share their first dimension, so that they are cut and moved together."""
+    """Base of dataclasses whose tensors share their first dimension and are sliced and moved together."""
 
     def map(self, function: Any) -> Self:
-        """Apply ``function`` to every tensor field."""
+        """Return a copy with ``function`` applied to every tensor field."""
         changed = {f.name: function(v) for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}  # type: ignore[arg-type]
         return replace(self, **changed)  # type: ignore[type-var]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
-        """Move every tensor; Lightning calls this to bring a minibatch to the device."""
+        """Return a copy with every tensor on the device; Lightning calls this for minibatches."""
         return self.map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def rows(self, index: Tensor) -> Self:
-        """Select rows."""
+        """Return the selected rows."""
         return self.map(lambda tensor: tensor[index])
 
     def state_dict(self) -> dict[str, Any]:
-        """Only tensors and plain values, so that a checkpoint loads with ``weights_only=True``."""
+        """Return the fields as tensors and plain values, so that a checkpoint loads with ``weights_only=True``."""
         return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        """The reverse of :meth:`state_dict`."""
+        """Return the object of a :meth:`state_dict`."""
         return cls(**state)
 
 
@@ -56,16 +56,16 @@ class Rollouts(_Rows):
         prompt_mask: [B, P] bool.
         tokens: [B, T] long: the response, its stop token included.
         mask: [B, T] bool: valid response positions.
-        behavior_logprobs: [B, T] float32, nats: under the policy that sampled (``old_log_prob`` in verl); 0 where the
-            mask is 0.
+        behavior_logprobs: [B, T] float32, nats: under the behavior policy, which sampled the rollouts (verl's
+            ``old_log_prob``); 0 at masked positions.
         stop_reasons: [B] long, see :class:`StopReason`.
         rollout_ids: [B] long, unique within a run.
         prompt_ids: [B] long, the prompt's row in the prompt set.
         sampled_at_step: [B] long, optimizer steps taken when the rollout was sampled.
-        snapshot_step: [B] long, optimizer steps taken when the snapshot that sampled it took the student's weights.
-        temperature: at which it was sampled and is scored.
-        correct: [B] int8: 1 where the verifier accepts the answer, 0 where it does not, -1 where none was asked; or
-            None where the training problems have no verifier.
+        snapshot_step: [B] long, optimizer steps taken at the last refresh of the snapshot that sampled the rollout.
+        temperature: temperature of sampling and scoring.
+        correct: [B] int8: 1 if the verifier accepts the answer, 0 if it does not, -1 if the answer was not checked; or
+            None if the training problems have no verifier.
 
     Example:
         One prompt of two tokens, answered twice: by three tokens of which the last is the stop token, and by one.
@@ -104,12 +104,12 @@ class Rollouts(_Rows):
 
     @property
     def num_tokens(self) -> Tensor:
-        """Number of valid response tokens of each rollout, [B]."""
+        """Return the number of valid response tokens of each rollout, [B]."""
         return self.mask.sum(1)
 
 
 def id_dtype(vocab_size: int) -> torch.dtype:
-    """The smallest integer type that holds the ids of a vocabulary.
+    """Return the smallest integer dtype that holds the ids of a vocabulary.
 
     Example:
         >>> id_dtype(256), id_dtype(49152), id_dtype(151936)
@@ -120,12 +120,12 @@ def id_dtype(vocab_size: int) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Targets(_Rows):
-    """The teacher's scores of rollouts. Computed once per buffer of rollouts, never changed.
+    """The teacher's scores of rollouts, computed once per rollout buffer and never changed.
 
     Args:
-        logprobs: [B, T] float32, nats: of the sampled tokens; 0 where the mask is 0.
-        support_ids: [B, T, K]: the teacher's likeliest tokens, or None where the objective asks for none. In the
-            smallest type that holds every id (:func:`id_dtype`), which not every operation takes: ``.long()`` first.
+        logprobs: [B, T] float32, nats: of the sampled tokens; 0 at masked positions.
+        support_ids: [B, T, K]: the teacher's most likely tokens, or None if they are not requested. The dtype is the
+            smallest that holds every id (:func:`id_dtype`); many operations do not support it, so call ``.long()``.
         support_logits: [B, T, K] float32: their logits at the sampling temperature, or None.
         support_mass: [B, T] float32: the teacher's probability of the support, 0 to 1, or None.
         entropy: [B, T] float32, nats: of the teacher's next-token distribution, or None if it is not requested.
@@ -152,12 +152,12 @@ class Targets(_Rows):
 
 @dataclass(frozen=True)
 class TeacherRequest:
-    """What an objective asks of the teacher, besides the log-probability of every sampled token.
+    """The required teacher outputs, besides the log-probability of every sampled token.
 
     Args:
-        top_k: K, size of the support whose ids and logits are wanted; 0 for none.
-        vocab_size: tokens that the student knows too: only these may enter the support. None for all.
-        entropy: whether the entropy of the teacher's distribution is wanted.
+        top_k: K, size of the support whose ids and logits are required; 0 for none.
+        vocab_size: number of tokens shared with the student; only these may enter the support. None for all.
+        entropy: True if the entropy of the teacher's distribution is required.
 
     Example:
         >>> TeacherRequest(top_k=32)
@@ -171,21 +171,21 @@ class TeacherRequest:
 
 @dataclass(frozen=True)
 class Minibatch:
-    """Some rows of an optimizer batch, and the sizes of the whole batch: what a training step gets.
+    """The input of a training step: a micro-batch, and the sizes of its optimizer batch.
 
     Args:
-        rollouts: this micro-batch's rollouts, B of them.
+        rollouts: the B rollouts of this micro-batch.
         targets: the teacher's targets for them.
-        rows: [B] long, on the host: the rollouts' rows in the buffer.
-        num_tokens: valid response tokens in the optimizer batch: the denominator of ``token_mean``.
-        num_rollouts: rollouts with at least one valid token in the optimizer batch: that of ``sequence_mean``.
-        micro_batches: all micro-batches of the optimizer batch in order, this one included: what the gate normalises
-            over. They stay on the host until they are needed.
+        rows: [B] long, in host memory: the rollouts' rows in the buffer.
+        num_tokens: valid response tokens in the optimizer batch, the denominator of ``token_mean``.
+        num_rollouts: rollouts with a valid token in the optimizer batch, the denominator of ``sequence_mean``.
+        micro_batches: all micro-batches of the optimizer batch in order, this one included; the gate normalises over
+            all of them. They stay in host memory until they are needed.
         position: index of this micro-batch in ``micro_batches``.
         reuse_epoch: passes over the buffer before this one.
         pool_metrics: metrics of the buffer's sampling and scoring, by name.
-        behavior_known: False if the behavior log-probabilities of the optimizer batch are not computed yet. This is so
-            only where the student still equals the policy that sampled: its own log-probabilities are the behavior's.
+        behavior_known: False if the behavior log-probabilities of the optimizer batch are not computed yet. Then the
+            student still equals the behavior policy, and the training step's log-probabilities are used.
 
     Example:
         >>> zeros, mask = torch.zeros(1).long(), torch.tensor([[True, True]])
@@ -208,7 +208,7 @@ class Minibatch:
     behavior_known: bool = True
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Minibatch":
-        """Return the micro-batch on a device; its siblings stay where they are."""
+        """Return the micro-batch on a device; ``micro_batches`` stay in host memory."""
         return replace(
             self,
             rollouts=self.rollouts.to(device, non_blocking=non_blocking),
@@ -220,7 +220,7 @@ class Minibatch:
 
 
 def trimmed(rollouts: Rollouts, targets: Targets) -> tuple[Rollouts, Targets]:
-    """Return the rows without the columns that are padding in all of them: of prompts left, of responses right.
+    """Return the rows without columns that are padding in all rows: left of prompts, right of responses.
 
     Example:
         >>> zeros, mask = torch.zeros(1).long(), torch.tensor([[True, False]])

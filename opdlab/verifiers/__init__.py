@@ -1,4 +1,4 @@
-"""Verifiers decide whether an answer is right; they know nothing of data or training."""
+"""Verifiers decide if an answer is right; they depend on neither data nor training."""
 
 from opdlab.verifiers.math.math_verifier import MathVerifier
 from opdlab.verifiers.plain import ExactMatchVerifier, NumericVerifier

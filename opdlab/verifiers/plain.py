@@ -1,4 +1,4 @@
-r"""Verifiers for answers that are plain text or plain numbers: quick, exact, in this process."""
+r"""Verifiers for answers that are plain text or plain numbers: fast, exact, in this process."""
 
 import math
 import re
@@ -9,19 +9,19 @@ from opdlab.errors import UsageError, require
 from opdlab.verifiers.quantities import parse_number, parse_quantity, tidy, without_assignment
 from opdlab.verifiers.verifier import Verdict, Verifier, bounded_form, last_boxed
 
-# Without a box the answer is looked for at the end; numbers further from the end are ignored.
+# Without a box only this many characters at the end are searched for a number.
 _TAIL_CHARACTERS = 2000
 
 
 class ExactMatchVerifier(Verifier):
-    r"""Correct if the answer has the same text as the gold answer.
+    r"""Verifier that accepts an answer with the same text as the gold answer.
 
-    ``extracted`` is the text as it is compared.
+    ``extracted`` is the compared text.
 
     Args:
-        boxed: the answer is what stands in the last ``\boxed{…}``; else it is the whole response.
-        collapse_whitespace: any run of white space counts as one space, and none at the ends.
-        ignore_case: ``East`` is ``east``.
+        boxed: the answer is the text in the last ``\boxed{…}``; otherwise it is the whole response.
+        collapse_whitespace: any run of white space counts as one space; white space at the ends is ignored.
+        ignore_case: ``East`` equals ``east``.
 
     Example:
         >>> verifier = ExactMatchVerifier(ignore_case=True)
@@ -52,20 +52,20 @@ class ExactMatchVerifier(Verifier):
 
 
 class NumericVerifier(Verifier):
-    r"""Correct if the last number of the answer equals the gold number within a tolerance.
+    r"""Verifier that accepts an answer whose last number equals the gold number within a tolerance.
 
-    What stands in the last ``\boxed{…}`` is read whole by :func:`~opdlab.verifiers.quantities.parse_quantity`, as is
-    the gold answer; where that finds no plain number, or without a box, the last number counts. Such numbers are
-    integers, decimals, fractions (``3/4``, ``\frac{3}{4}``), thousands with commas, and ``1.2e5``. They are compared as
-    exact fractions, and ``extracted`` is that fraction. Units and words are ignored, and 50 % is 50:
+    :func:`~opdlab.verifiers.quantities.parse_quantity` reads the gold answer and the text in the last ``\boxed{…}`` as
+    a whole. If that is no plain number, or without a box, the last number counts. Such numbers are integers, decimals,
+    fractions (``3/4``, ``\frac{3}{4}``), thousands with commas, and ``1.2e5``. They are compared as exact fractions,
+    and ``extracted`` is that fraction. Units and words are ignored, and 50 % is 50;
     :class:`~opdlab.verifiers.MathVerifier` is stricter.
 
     Args:
         relative_tolerance: as a share of the gold value, at least 0.
-        absolute_tolerance: at least 0; the larger of the two tolerances counts.
+        absolute_tolerance: at least 0; the larger of the two tolerances is used.
 
     Raises:
-        UsageError: a tolerance is out of range, or, when verifying, a gold answer is not a number.
+        UsageError: a tolerance is out of range; on verifying, a gold answer is not a number.
 
     Example:
         >>> NumericVerifier().verify(["3 dozen make 36.0 eggs"], ["36"])[0]
@@ -108,7 +108,7 @@ class NumericVerifier(Verifier):
         return Verdict(equal, bounded_form(str(found)), "equal" if equal else "different")
 
 
-# Possessive quantifiers: no text makes this look at a character more than a few times.
+# Possessive quantifiers bound the work: each character is read at most a few times in any text.
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)"
 _LAST_NUMBER = re.compile(
     r"(?:(?<![0-9a-zA-Z)}])[+\-\u2013])?"

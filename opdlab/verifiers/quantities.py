@@ -1,8 +1,8 @@
 r"""Plain numbers in answers, read strictly and exactly.
 
-Graders of mathematical expressions misread common ways to write plain numbers: to math-verify, ``1 000`` is 0,
-``2 3/4`` is 5/4, and ``10 cm`` equals ``10 m``. This module reads such answers as an exact fraction with a unit, by
-regular expressions on bounded text, and reads nothing that could mean something else.
+Graders of mathematical expressions misread common forms of plain numbers: math-verify reads ``1 000`` as 0 and
+``2 3/4`` as 5/4, and accepts ``10 cm`` as ``10 m``. This module reads such answers as an exact fraction with a unit.
+It uses regular expressions on bounded text, and rejects ambiguous text.
 """
 
 import re
@@ -11,7 +11,7 @@ from fractions import Fraction
 
 _MAX_CHARACTERS = 200
 _MAX_EXPONENT = 400
-# A decimal with fewer places than this does not stand for a fraction: 0.33 is not 1/3.
+# A decimal with fewer places than this does not equal a rounded fraction: 0.33 is not 1/3.
 _MIN_ROUNDED_PLACES = 6
 
 PERCENT = "%"
@@ -19,12 +19,12 @@ PERCENT = "%"
 
 @dataclass(frozen=True)
 class Quantity:
-    """A plain number.
+    """A plain number with an optional unit.
 
     Args:
-        value: as written; 50 for 50 %.
-        unit: its canonical name, or None.
-        places: digits after the decimal point; None for what is exact by its notation.
+        value: value as written; 50 for 50 %.
+        unit: canonical name of the unit, or None.
+        places: digits after the decimal point; None for an exact notation.
     """
 
     value: Fraction
@@ -36,12 +36,12 @@ class Quantity:
 
 
 def parse_quantity(text: str) -> Quantity | None:
-    r"""Read a plain number with or without a unit; None for anything else.
+    r"""Return the plain number in ``text``, with or without a unit; None for anything else.
 
-    Integers, decimals, fractions (``3/4``, ``\frac34``), mixed numbers with a proper fraction (``1 1/2``,
+    Accepted: integers, decimals, fractions (``3/4``, ``\frac34``), mixed numbers with a proper fraction (``1 1/2``,
     ``1\frac12``), thousands in groups of three (``1,000``, ``1 000``, ``1\,000``), ``3{,}14``, ``1.2e5``,
-    ``1.2 \times 10^5``; signs, currencies, percent, units from a list, and ``million`` and its like. Not plain, since
-    they may be lists or products: ``3,14``, ``1 2``, ``2 3/2``, ``5m``.
+    ``1.2 \times 10^5``; signs, currencies, percent, units from a list, and ``million`` and
+    similar words. Rejected, because they may be lists or products: ``3,14``, ``1 2``, ``2 3/2``, ``5m``.
 
     Example:
         >>> [str(parse_quantity(text)) for text in (r"1\,250.50", "1 1/2", r"\$5", r"10\text{ cm}^2", "3,14")]
@@ -69,9 +69,9 @@ def parse_quantity(text: str) -> Quantity | None:
 def same_quantity(gold: Quantity, answer: Quantity) -> bool:
     """True if two quantities count as equal.
 
-    Values are compared exactly. A decimal of at least six places also equals a fraction that no decimal can equal,
-    where it is that fraction rounded. A unit may be missing on one side, but two units must be the same: nothing is
-    converted. ``50%`` equals 50, as a unit left out, and 0.5, as a number; 50 does not equal 0.5.
+    Values are compared exactly. A decimal of at least six places also equals a fraction without a finite decimal, if
+    it is that fraction rounded. A unit may be missing on one side, but two units must be the same; units are not
+    converted. ``50%`` equals 50 (missing unit) and 0.5 (same value); 50 does not equal 0.5.
 
     Example:
         >>> same, read = same_quantity, parse_quantity
@@ -89,7 +89,7 @@ def same_quantity(gold: Quantity, answer: Quantity) -> bool:
 
 
 def tidy(text: str) -> str:
-    r"""Return the text without dollars around it, spacing commands, and punctuation and line breaks at the end.
+    r"""Return the text without surrounding dollars, spacing commands, and final punctuation and line breaks.
 
     Example:
         >>> tidy(r"$\dfrac{1}{2}\,.$"), tidy(r"\left(1,~2\right).")
@@ -124,7 +124,7 @@ def known_unit(words: str) -> str | None:
 
 
 def _without_ending(text: str) -> str:
-    """Return the text without punctuation and line breaks at the end; each character is read once."""
+    """Return the text without final punctuation and line breaks, in linear time."""
     end = len(text)
     while end and (text[end - 1] in ".,;: " or text.endswith("\\\\", 0, end)):
         end -= 1 if text[end - 1] in ".,;: " else 2
@@ -132,7 +132,7 @@ def _without_ending(text: str) -> str:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """Read an unsigned number without a unit; None for anything else.
+    """Return the unsigned number without a unit in ``text``; None for anything else.
 
     Example:
         >>> parse_number("1.50"), parse_number("1e999999999"), parse_number("1/0")
@@ -143,7 +143,7 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def _number_at(text: str, start: int) -> tuple[Fraction, int | None, int] | None:
-    """Return value, decimal places and end of the number that starts there, or None."""
+    """Return value, decimal places and end of the number at ``start``, or None."""
     for pattern in (_LATEX_FRACTION, _SLASHED_FRACTION):
         if match := pattern.match(text, start):
             whole, *parts = match.groups("")
@@ -164,7 +164,7 @@ def _number_at(text: str, start: int) -> tuple[Fraction, int | None, int] | None
 
 
 def _power_of_ten(exponent: str) -> Fraction | None:
-    """Return the power, or None for a large exponent: ``10**10**9`` would take all memory."""
+    """Return the power, or None for a large exponent, because ``10**10**9`` would exhaust memory."""
     return Fraction(10) ** int(exponent) if abs(int(exponent)) <= _MAX_EXPONENT else None
 
 
@@ -176,12 +176,12 @@ def _fraction(whole: str, numerator: str, denominator: str) -> Fraction | None:
 
 
 def _suffix(text: str) -> tuple[int, str | None] | None:
-    """Return factor and canonical unit of the text after a number; None if it is neither."""
+    """Return factor and canonical unit of the text after a number; None for other text."""
     glued = bool(text) and text[0].isalpha()
     words = _TEXT_COMMANDS.sub(" ", text)
     words = re.sub(r"\s+", " ", re.sub(r"[{}]", "", words)).strip()
     if glued and len(words) == 1:
-        return None  # 5m is a product as much as a length
+        return None  # 5m may be a product or a length
     factor = 1
     first, _, rest = words.partition(" ")
     if first.lower() in _FACTORS:
@@ -210,7 +210,7 @@ def _same_number(a: Quantity, b: Quantity) -> bool:
 
 
 def _is_rounded(decimal: Quantity, exact: Quantity) -> bool:
-    """True if ``decimal`` is ``exact``, a fraction without an end in decimals, rounded to its places."""
+    """True if ``exact`` has no finite decimal, and ``decimal`` is ``exact`` rounded to its places."""
     if decimal.places is None or decimal.places < _MIN_ROUNDED_PLACES:
         return False
     rest = exact.value.denominator

@@ -1,4 +1,4 @@
-"""Verifiers decide whether a response answers a problem."""
+"""Interface of verifiers, and the verifier of boxed answers."""
 
 import hashlib
 import re
@@ -8,19 +8,19 @@ from dataclasses import dataclass
 
 _MAX_EXTRACTED = 200
 _BOXED = "\\boxed{"
-_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)  # with what a backslash escapes: \{ is a brace on paper, not in TeX
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)  # skips escaped characters: \{ is printed, and groups nothing
 _DEPTHS = {"{": 1, "}": -1}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The outcome for one response.
+    """Result for one response.
 
     Args:
-        correct: whether the answer counts as correct.
-        extracted: the answer that was found in the response, or None. Verifiers give answers that they take for equal
-            the same text as far as they can, so that a majority vote can count them; at most 200 characters.
-        reason: why, in a word or two: ``equal``, ``different``, ``no answer``, ``time limit``, …
+        correct: the answer counts as correct.
+        extracted: the answer found in the response, or None; at most 200 characters. As far as possible, answers that
+            the verifier treats as equal have the same text, so that a majority vote can count them.
+        reason: reason in one or two words: ``equal``, ``different``, ``no answer``, ``time limit``, …
     """
 
     correct: bool
@@ -29,28 +29,31 @@ class Verdict:
 
 
 class Verifier(ABC):
-    """Compares responses with gold answers. Responses are untrusted text: never evaluate them in this process."""
+    """Interface that compares responses with gold answers.
+
+    Responses are untrusted text: never evaluate them in this process.
+    """
 
     @abstractmethod
     def verify(self, responses: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
         """Return one verdict per response, in order.
 
         Args:
-            responses: decoded responses, special tokens left out.
+            responses: decoded responses, without special tokens.
             golds: the gold answer of each response, same length.
         """
 
     def submit(self, responses: Sequence[str], golds: Sequence[str]) -> Callable[[], list[Verdict]]:
-        """Start on some responses and return at once; the function returned waits for their verdicts.
+        """Start to verify responses, and return a function that waits for their verdicts.
 
-        A verifier with workers of its own overrides this, so that answers are checked while others are sampled.
+        A verifier with worker processes overrides this, so that answers are checked while others are sampled.
         """
         verdicts = self.verify(responses, golds)
         return lambda: verdicts
 
 
 def last_boxed(text: str) -> str | None:
-    r"""Return what stands in the last ``\boxed{…}`` of ``text``, braces balanced, or None.
+    r"""Return the text in the last ``\boxed{…}`` of ``text``, with balanced braces, or None.
 
     Example:
         >>> last_boxed(r"so \boxed{1} or rather \boxed{\frac{1}{2}}")
@@ -61,7 +64,7 @@ def last_boxed(text: str) -> str | None:
     start = text.rfind(_BOXED)
     if start < 0:
         return None
-    # From the last box on, each character is read once, however many braces a hostile text has.
+    # Linear time in the text after the last box, so that hostile text with many braces is cheap.
     depth, first = 1, start + len(_BOXED)
     for match in _BRACES.finditer(text, first):
         depth += _DEPTHS.get(match.group(), 0)
@@ -71,9 +74,9 @@ def last_boxed(text: str) -> str | None:
 
 
 def bounded_form(text: str) -> str:
-    """Return ``text``, or where it is long its beginning and a hash of it all, so that different texts stay apart.
+    """Return ``text``; for a long text, its beginning and a hash of the whole, which keeps texts distinct.
 
-    Lone surrogates, which no file can hold, are escaped.
+    Lone surrogates are escaped, because files cannot store them.
 
     Example:
         >>> bounded_form("12"), len(bounded_form("7" * 10_000))
@@ -87,11 +90,11 @@ def bounded_form(text: str) -> str:
 
 
 class BoxedVerifier(Verifier):
-    r"""Correct if the text in the last ``\boxed{…}`` equals the gold answer, apart from white space at the ends.
+    r"""Verifier that accepts a last ``\boxed{…}`` equal to the gold answer, ignoring white space at the ends.
 
     Args:
-        at_end: the box must also close the response, as it does in the toy world, where anything after it
-            means that the model failed to stop.
+        at_end: the box must also end the response; in the toy world, text after it means that the model failed to
+            stop.
 
     Example:
         >>> BoxedVerifier().verify([r"so \boxed{25}", r"\boxed{24}", "25"], ["25", "25", "25"])[1]

@@ -1,4 +1,4 @@
-"""Rollouts as pages to look at: which tokens drifted, how the gate weighed them, what the teacher thought."""
+"""HTML pages of rollouts: drift, gate weights and the teacher's log-probabilities of each token."""
 
 from opdlab.viewer.page import INDEX, RolloutText, page_name, render_index, render_page, write_page
 from opdlab.viewer.page_summary import PageSummary, step_count

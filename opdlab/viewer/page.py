@@ -1,4 +1,4 @@
-"""The page of a logged step: one file that needs nothing else and asks for nothing else."""
+"""The page of a logged step: one file that loads no other file."""
 
 import base64
 import hashlib
@@ -27,13 +27,13 @@ _DIFFERENCES = {"drift": ("student_logprob", "behavior_logprob"), "teacher_gap":
 
 @dataclass(frozen=True)
 class RolloutText:
-    """What a rollout says.
+    """Text of a rollout.
 
     Args:
         prompt: decoded, special tokens included.
         tokens: T texts, see :func:`opdlab.viewer.token_texts`.
-        special: T flags: whether a token is special.
-        problem: what the prompt was made from, where it is known.
+        special: T flags: True for special tokens.
+        problem: source of the prompt, if it is known.
     """
 
     prompt: str
@@ -45,14 +45,14 @@ class RolloutText:
 def render_page(
     step: int, rollouts: Sequence[ShownRollout], texts: Sequence[RolloutText], facts: dict[str, str] | None = None
 ) -> str:
-    """Make the page of a step.
+    """Return the HTML page of a step.
 
-    All that a model has written is in a JSON block, in which no markup can begin, and reaches the page as text nodes.
-    The policy of the page forbids every request, and every script and style but its own.
+    Text of models is in a JSON block, in which no markup can begin, and is inserted as text nodes. The page's policy
+    forbids every request, and every script and style except its own.
 
     Args:
         step: optimizer steps taken.
-        rollouts: which are shown; they all have the same quantities.
+        rollouts: shown on the page; they all have the same quantities.
         texts: of each.
         facts: of the run, for the head of the page, by name.
     """
@@ -66,11 +66,11 @@ def render_page(
 
 
 def render_index(pages: Mapping[int, PageSummary], run: str) -> str:
-    """Make the page that lists the others, with the facts of the newest page that has any.
+    """Return the HTML page that lists the others, with the facts of the newest page that has any.
 
     Args:
-        pages: what is known of each, by its step, rising.
-        run: what to call the run.
+        pages: summary of each page, by step, ascending.
+        run: name of the run.
     """
     columns = list(dict.fromkeys(name for page in pages.values() for name in page.metrics))
     facts = next((page.facts for page in reversed(list(pages.values())) if page.facts), {})
@@ -79,7 +79,7 @@ def render_index(pages: Mapping[int, PageSummary], run: str) -> str:
 
 
 def page_name(step: int) -> str:
-    """Name of a step's file; names sort as steps do up to a million.
+    """Return the name of a step's file; up to a million steps, names sort in the order of the steps.
 
     Example:
         >>> page_name(200)
@@ -89,15 +89,15 @@ def page_name(step: int) -> str:
 
 
 def write_page(folder: Path, step: int, page: str) -> Path:
-    """Write a page, tie it to its neighbours, and renew the index. Nobody ever sees half a file.
+    """Write a page, link it with its neighbours, and update the index. Files are replaced atomically.
 
     Args:
-        folder: where the pages of a run are; made if need be.
+        folder: of the run's pages; created if missing.
         step: of the page; an earlier page of the same step is replaced.
         page: see :func:`render_page`.
 
     Returns:
-        Where it is.
+        Path of the page.
 
     Raises:
         OSError: the folder cannot be written.
@@ -114,7 +114,7 @@ def write_page(folder: Path, step: int, page: str) -> Path:
 
 
 def _link(folder: Path, steps: Sequence[int], index: int) -> None:
-    """Name a page's neighbours in its head."""
+    """Link a page's neighbours in its head."""
     neighbours = {
         "prev": steps[index - 1] if index else None,
         "next": steps[index + 1] if index + 1 < len(steps) else None,
@@ -171,7 +171,7 @@ def _packed(rollout: ShownRollout, text: RolloutText) -> dict[str, Any]:
 
 
 def _packed_column(name: str, rollout: ShownRollout, lengths: Tensor) -> Any:
-    """Leave out what the page can compute exactly."""
+    """Return a packed column without the values that the page computes exactly."""
     column = rollout.values[name]
     if name in _DIFFERENCES and all(part in rollout.values for part in _DIFFERENCES[name]):
         one, other = (rollout.values[part] for part in _DIFFERENCES[name])
@@ -184,7 +184,7 @@ def _packed_column(name: str, rollout: ShownRollout, lengths: Tensor) -> Any:
 
 
 def _base64(tensor: Tensor) -> str:
-    """Four bytes a number, little-endian: exact, also where it is not finite, and shorter than digits."""
+    """Return base64 of four bytes per number, little-endian: exact for all values, and shorter than digits."""
     kind = "<f4" if tensor.is_floating_point() else "<i4"
     return base64.b64encode(tensor.numpy().astype(kind).tobytes()).decode("ascii")
 
@@ -202,7 +202,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    # `tojson` writes <, >, & and ' as \\u003c …, and whatever is not ASCII too: U+2028, lone surrogates.
+    # `tojson` escapes <, >, & and ' as \\u003c …, and all non-ASCII characters: U+2028, lone surrogates.
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.globals["page_name"] = page_name
     return environment
@@ -210,7 +210,7 @@ def _environment() -> Environment:
 
 @cache
 def _assets() -> dict[str, str]:
-    """Style, script, and the policy that allows these two and nothing else."""
+    """Return style, script, and the policy that allows only these two."""
     loader = _environment().loader
     assert loader is not None
     css, js = (loader.get_source(_environment(), name)[0] for name in ("page.css", "page.js"))

@@ -1,4 +1,4 @@
-"""The summary of a page: a few metrics in its head, which are read again when the index is written."""
+"""The summary in the head of a page: a few metrics, which the index reads."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 from opdlab.diagnostics.metric_table import metric_title
 from opdlab.viewer.rollouts import ShownRollout
 
-# JSON between single quotes in which <, >, & and ' are written as \u003c and so on; before all text of models.
+# JSON between single quotes, with <, >, & and ' written as \u003c and so on; it precedes all text of models.
 _SUMMARY = re.compile(rb"<meta name=\"opdlab-summary\" content='([^']*)'>")
 _HEAD = 1 << 14  # bytes of a page; the summary is within the first few hundred
 
@@ -19,7 +19,7 @@ class PageSummary:
     """A page's row in the index.
 
     Args:
-        metrics: of the page's rollouts, as they are shown, by label.
+        metrics: displayed metrics of the page's rollouts, by label.
         facts: of the run.
     """
 
@@ -57,7 +57,7 @@ def _range(low: str, high: str) -> str:
 
 
 def read_summary(path: Path) -> PageSummary:
-    """Return the summary in the head of a page; an empty one where there is none, as in pages of earlier versions.
+    """Return the summary in the head of a page; an empty one if there is none, as in pages of earlier versions.
 
     Args:
         path: of the page.
@@ -73,7 +73,7 @@ def read_summary(path: Path) -> PageSummary:
 
 
 def _strings(read: object, name: str) -> dict[str, str]:
-    """Return the texts of a page under a name; nothing where the page was not written here."""
+    """Return the texts of a page under a name; empty if opdlab did not write the page."""
     part = read.get(name) if isinstance(read, dict) else None
     return {key: str(value) for key, value in part.items()} if isinstance(part, dict) else {}
 

@@ -1,4 +1,4 @@
-"""The rollouts of a step that are shown, with the values of each of their positions.
+"""The shown rollouts of a step, with the values of each of their positions.
 
 Shapes: B rollouts, P prompt tokens, T response tokens. Log-probabilities are in nats.
 """
@@ -20,19 +20,19 @@ class ShownRollout:
     """A rollout of a training step, on the host.
 
     Args:
-        rank: its place among the step's rollouts by mean absolute drift, 0 being the largest.
-        num_ranked: how many rollouts were ranked.
+        rank: rank among the step's rollouts by mean absolute drift; 0 is the largest.
+        num_ranked: number of ranked rollouts.
         rollout_id: unique within the run.
         prompt_id: the prompt's row in the prompt set.
-        prompt_tokens: [P] int32, padding left out.
+        prompt_tokens: [P] int32, without padding.
         tokens: [T] int32: up to the last position that counts in the loss.
-        mask: [T] bool: whether it counts in the loss.
-        segment_ids: [T] int32, the gate's; -1 where the mask is 0.
+        mask: [T] bool: True for positions in the loss.
+        segment_ids: [T] int32, the gate's; -1 at masked positions.
         values: [T] float32 each, by the name of the quantity; see :mod:`opdlab.viewer.token_colors`.
-        stop_reason: why it ended.
-        correct: the verdict, None where there is none.
-        age: optimizer steps since the snapshot that sampled it took the student's weights.
-        reuse_epoch: passes over its pool before this one.
+        stop_reason: reason for the end of the response.
+        correct: the verdict, or None.
+        age: optimizer steps since the last refresh of the snapshot that sampled it.
+        reuse_epoch: passes over its buffer before this one.
     """
 
     rank: int
@@ -51,7 +51,7 @@ class ShownRollout:
 
     @property
     def mean_drift(self) -> float:
-        """Mean of the absolute drift over the positions that count, nats."""
+        """Return the mean absolute drift over the positions in the loss, nats."""
         return float(self.values["drift"][self.mask].abs().mean())
 
 
@@ -59,13 +59,13 @@ def choose_rollouts(traces: Sequence[StepTrace], num_rollouts: int) -> list[Show
     """Return rollouts of a step that differ in drift, from the most drifted to the least.
 
     The step's rollouts that have a token in the loss are ranked by the mean of the absolute drift over those tokens,
-    the earlier rollout first among equals. Shown are ``num_rollouts`` evenly spaced ranks from the first to the last,
-    all where there are fewer: with 3 the largest, the median and the smallest, with 1 the largest. Nothing is drawn at
-    random and nothing scored anew. The choice is made on the device, and there is one copy to the host.
+    the earlier rollout first among equals. The choice is ``num_rollouts`` evenly spaced ranks from first to last, or
+    all if there are fewer: with 3 the largest, the median and the smallest, with 1 the largest. It needs no random
+    numbers and no scoring. It is made on the device, with one copy to the host.
 
     Args:
         traces: of the step's micro-batches.
-        num_rollouts: how many, at least 1.
+        num_rollouts: number of rollouts, at least 1.
 
     Returns:
         At most ``num_rollouts``, in the order of their ranks.
@@ -73,24 +73,24 @@ def choose_rollouts(traces: Sequence[StepTrace], num_rollouts: int) -> list[Show
     columns = _joined([_columns(trace) for trace in traces])
     counts = columns["mask"].sum(1)
     mean = columns["value/drift"].abs().sum(1) / counts.clamp(min=1)
-    order = mean.masked_fill(counts == 0, -1.0).argsort(descending=True, stable=True)  # those without a token last
+    order = mean.masked_fill(counts == 0, -1.0).argsort(descending=True, stable=True)  # those without a token come last
     num_ranked = (counts > 0).sum()
     ranks = _spaced(num_ranked, min(num_rollouts, len(order)))
     chosen = {name: tensor[order[ranks]] for name, tensor in columns.items()}
     host = _to_host({**chosen, "rank": ranks, "num_ranked": num_ranked.expand(len(ranks))})
     rows = [{name: tensor[row] for name, tensor in host.items()} for row in range(len(ranks))]
-    distinct = {int(row["rank"]): row for row in rows if row["num_ranked"]}  # a rank is repeated where there are fewer
+    distinct = {int(row["rank"]): row for row in rows if row["num_ranked"]}  # with fewer rollouts a rank is repeated
     return [_shown(row) for row in distinct.values()]
 
 
 def _spaced(total: Tensor, number: int) -> Tensor:
-    """Return ``number`` ranks from 0 to ``total - 1``, which stays on the device."""
+    """Return ``number`` ranks from 0 to ``total - 1``; ``total`` stays on the device."""
     share = torch.linspace(0, 1, number, device=total.device)
     return (share * (total - 1).clamp(min=0)).round().long()
 
 
 def _columns(trace: StepTrace) -> dict[str, Tensor]:
-    """Return the columns that are shown, of all rollouts of a micro-batch: [B], [B, P] and [B, T]."""
+    """Return the shown columns of all rollouts of a micro-batch: [B], [B, P] and [B, T]."""
     rollouts, inputs = trace.rollouts, trace.inputs
     values = {
         **trace.values,
@@ -133,7 +133,7 @@ def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return long and float32 tensors on the host, by one copy, bit for bit; ids are below 2^31."""
+    """Return long and float32 tensors on the host by one bit-exact copy; ids are below 2^31."""
     words = [t.view(torch.int32) if t.is_floating_point() else t.to(torch.int32) for t in tensors.values()]
     flat = torch.cat([word.flatten() for word in words]).cpu()
     pieces = torch.split(flat, [word.numel() for word in words])

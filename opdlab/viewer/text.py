@@ -1,15 +1,15 @@
-"""Text of models and data, made harmless for the places where it is shown."""
+"""Escaping of text from models and data for display."""
 
 import unicodedata
 
-# Besides what Unicode calls control, format, surrogate or private: the separators that some programs break lines at.
+# Besides the Unicode categories control, format, surrogate and private: separators at which some programs break lines.
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Zl", "Zp"}
 
 
 def visible(text: str) -> str:
-    r"""Write characters that cannot be seen, or that change the order of others, as their code points.
+    r"""Return text with invisible characters, and those that reorder text, written as their code points.
 
-    Newlines stay; spaces and tabs too.
+    Newlines, spaces and tabs are kept.
 
     Example:
         >>> visible("a\u202eb\x00\ud800\n")
@@ -22,9 +22,9 @@ def visible(text: str) -> str:
 
 
 def markdown_literal(text: str) -> str:
-    r"""Put text into Markdown as it is: as a code block by indentation, inside which there is no markup.
+    r"""Return text as literal Markdown: an indented code block, in which there is no markup.
 
-    A fence of backticks could be closed by the text itself; a line that begins with four spaces cannot be left.
+    Text can close a fence of backticks, but cannot end an indented block.
 
     Example:
         >>> markdown_literal("# no title\n```")

@@ -1,4 +1,4 @@
-"""Quantities that tokens can be coloured by: names, units, and the range of the colours."""
+"""Quantities for the colours of tokens: names, units, and ranges of the colours."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from opdlab.diagnostics import metric_rows
 
-# Share of the values that the colours cover: a single token with a drift of 20 nats must not wash out the rest.
+# Share of the values that the colours cover, so that a single token with a drift of 20 nats does not hide the rest.
 COVERED = 0.99
 _NOISE = 1e-3  # share of the scale
 
@@ -20,10 +20,10 @@ class Quantity:
 
     Args:
         name: as in :class:`opdlab.viewer.ShownRollout`.
-        label: its name on the page.
+        label: name on the page.
         unit: empty for a number without a unit.
         meaning: one line.
-        neutral: the value without colour; None: 0 where there are both signs, or the end that is nearer to 0.
+        neutral: the value without colour; None: 0 if there are both signs, otherwise the end nearer to 0.
     """
 
     name: str
@@ -66,14 +66,14 @@ def quantities(names: Sequence[str]) -> list[Quantity]:
 
 @dataclass(frozen=True)
 class ColorScale:
-    """Range of the colours: the value without colour, and those with the strongest, below and above it.
+    """Range of the colours: the value without colour, and the values with the strongest colours on both sides.
 
     Args:
-        low: values here and below have the fullest colour of the lower side; ``neutral`` where nothing lies below.
+        low: values up to this one have the strongest colour of the lower side; ``neutral`` if no value is lower.
         neutral: the value without colour.
         high: as ``low``, above.
-        below: whether values lie below ``low``.
-        above: whether values lie above ``high``.
+        below: True if values lie below ``low``.
+        above: True if values lie above ``high``.
     """
 
     low: float
@@ -101,7 +101,7 @@ def color_scale(values: Tensor, neutral: float | None) -> ColorScale:
     middle = _nearest_to_zero(finite) if neutral is None else neutral
     distance = (finite - middle).abs()
     reach = float(distance.kthvalue(math.ceil(COVERED * finite.numel())).values) or float(distance.max())
-    # A loss of -1e-9 or a probability of 1.0000001 is rounding, and makes no second side.
+    # A loss of -1e-9 or a probability of 1.0000001 is rounding, and does not count as a second side.
     slack = _NOISE * reach
     low = middle - reach if finite.min() < middle - slack else middle
     high = middle + reach if finite.max() > middle + slack else middle

@@ -1,21 +1,21 @@
-"""The text that each token of a response contributes."""
+"""Texts of the tokens of a response."""
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
 from transformers import PreTrainedTokenizerBase
 
-# Tokens decoded together, and how many more on either side. What a token becomes depends on its neighbours only: the
-# rest of a character's bytes, the space that a decoder strips at the beginning.
+# Tokens decoded together, and tokens of context on either side. A token's text depends only on its neighbours: on the
+# other bytes of a character, and on the space that a decoder strips at the beginning.
 _CHUNK = _CONTEXT = 32
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    r"""Cut the decoded response, special tokens included, into its tokens' texts.
+    r"""Return the decoded response, special tokens included, cut into its tokens' texts.
 
-    A token that is only a piece of a character has no text, and the one that completes it has the character: the text
-    up to a token is what the decoded tokens up to there have in common with the decoded response. Joined, the texts are
-    the decoded response exactly, whatever the tokenizer's decoder does.
+    A token that is only a part of a character has an empty text; the token that completes the character has all of it:
+    the text up to a token is the common prefix of the tokens decoded up to there and the decoded response. Joined, the
+    texts equal the decoded response for every tokenizer.
 
     Args:
         tokenizer: of any kind.
@@ -44,10 +44,10 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, sequences: Sequence[Sequence[in
 
 
 def _chunk_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], start: int) -> list[str]:
-    """Texts of the tokens from ``start``, by decoding them with growing windows."""
+    """Return the texts of the tokens from ``start``, by decoding them with growing windows."""
     first, end = max(start - _CONTEXT, 0), min(start + _CHUNK, len(ids))
-    # From the first token of the context on: in the middle of a character, a decoder may take back what it had made of
-    # the bytes before, and what was reached earlier counts.
+    # Decode from the first token of the context: inside a character a decoder may retract text that it has made of the
+    # bytes before, so the longest prefix reached so far counts.
     growing = [ids[first:stop] for stop in range(first, end + 1)]
     *prefixes, window = _decoded(tokenizer, [*growing, ids[first : end + _CONTEXT]])
     reached = list(accumulate((_common(prefix, window) for prefix in prefixes), max))
@@ -55,7 +55,7 @@ def _chunk_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], start: 
 
 
 def _common(one: str, other: str) -> int:
-    """Length of the common beginning."""
+    """Return the length of the common prefix."""
     if other.startswith(one):
         return len(one)
     pairs = enumerate(zip(one, other, strict=False))
@@ -63,10 +63,10 @@ def _common(one: str, other: str) -> int:
 
 
 def _repaired(texts: list[str], whole: str) -> list[str]:
-    """Make the texts join to the whole where windows were too short for it.
+    """Return texts that join to the whole, where the windows were too short for it.
 
-    That takes more broken bytes in a row than a window has, in a decoder that gives up on all of them together. What
-    lies between the common beginning and the common end then goes to one token.
+    This needs more invalid bytes in a row than a window has, and a decoder that replaces all of them together. The text
+    between the common prefix and the common suffix then goes to one token.
     """
     joined = "".join(texts)
     if joined == whole:
@@ -74,7 +74,7 @@ def _repaired(texts: list[str], whole: str) -> list[str]:
     before = _common(joined, whole)
     after = _common(joined[before:][::-1], whole[before:][::-1])
     repaired, position = [""] * len(texts), 0
-    middle = None  # the first token that reaches into the part that differs
+    middle = None  # the first token that overlaps the differing part
     for index, text in enumerate(texts):
         start, position = position, position + len(text)
         kept = text[: max(before - start, 0)]

@@ -1,4 +1,4 @@
-"""A browser for the tests of this folder, or one line that says why there is none."""
+"""A browser for the tests of this folder, or one line with the reason why there is none."""
 
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec

@@ -1,4 +1,4 @@
-"""A browser that is installed already, and a TensorBoard of one's own: for tests, and scripts that take pictures."""
+"""An installed browser and a TensorBoard server, for tests and for scripts that take pictures."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def open_browser() -> Iterator["Browser"]:
     if executable is None:
         raise RuntimeError(f"none of {', '.join(_NAMES)} is on the path: install one")
     with sync_playwright() as playwright:
-        # The sandbox of Chromium does not start for root, which is who runs in containers.
+        # Chromium's sandbox does not start for root, the usual user in containers.
         browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
         try:
             yield browser
@@ -59,7 +59,7 @@ def serve_tensorboard(folder: Path, seconds: float = 60) -> Iterator[str]:
     Raises:
         RuntimeError: it did not start, or found no run, in time; the message has what it wrote.
     """
-    # In this process it could not be stopped. The slow loader is pure Python and there on every platform.
+    # A process of its own, so that it can be stopped. The slow loader is pure Python and available on every platform.
     options = ["--logdir", str(folder), "--host", "127.0.0.1", "--port", "0", "--load_fast", "false"]
     with tempfile.TemporaryDirectory() as place:
         log = Path(place) / "log"

@@ -1,4 +1,4 @@
-"""The pages of rollouts as a reader meets them, opened from the disk."""
+"""The pages of rollouts, opened in a browser from the disk."""
 
 import math
 import re
@@ -134,7 +134,7 @@ def test_the_keyboard_reaches_every_token_with_one_stop_for_a_response(visit: Vi
     assert read(spoken.split("drift ")[1]) == pytest.approx(float(drift[place]), rel=1e-4)
     assert page.locator(":focus").get_attribute("aria-label") == f"w{place}"
     assert page.locator(":focus").get_attribute("role") == "option"
-    page.keyboard.press("Tab")  # to the other response, past all tokens of this one
+    page.keyboard.press("Tab")  # to the other response, beyond all tokens of this one
     while page.evaluate("document.activeElement.tagName") in ("SUMMARY", "PRE"):
         page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.place[0].rollout.id") == 41
@@ -303,7 +303,7 @@ def test_long_responses_are_shown_in_full_and_soon(visit: Visit, tmp_path: Path)
     assert path.stat().st_size < 5e6
     page = ready(visit(path))
     assert page.locator(".tokens .t").count() == 4 * length
-    # What a reader waits for, on a machine that may be busy; 1 s on an idle one.
+    # A generous limit for a busy machine; 1 s on an idle one.
     assert page.evaluate("performance.now()") < 10_000
     page.evaluate("focusToken(cards[3], 16000)")
     assert page.evaluate("document.activeElement.place[1]") == 16_000

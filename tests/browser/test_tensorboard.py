@@ -1,4 +1,4 @@
-"""What TensorBoard makes of a run."""
+"""TensorBoard's display of a run."""
 
 from collections.abc import Callable, Iterator
 
@@ -37,7 +37,7 @@ def test_histograms_of_the_gate_are_there(visit: Callable[..., Watched], address
     title = watched.page.get_by_text("gate/block/000", exact=True)
     outlines = watched.page.locator("tf-histogram-loader").filter(has=title).locator("path.outline")
     outlines.nth(1).wait_for(timeout=30_000)
-    assert outlines.count() == 2  # the steps 2 and 4
+    assert outlines.count() == 2  # steps 2 and 4
     assert (watched.complaints, watched.strangers) == ([], [])
 
 

@@ -137,7 +137,7 @@ def test_every_block_has_a_histogram_of_its_weights(
             assert histograms[tag].sum_squares == pytest.approx(float(valid.square().sum()), rel=1e-4, abs=1e-4)
             assert histograms[tag].min == pytest.approx(float(valid.min()), rel=1e-5)
             below = [int((valid <= limit).sum()) for limit in histograms[tag].bucket_limit]
-            # Whatever lies on an edge may be on either side.
+            # Values on an edge may be on either side.
             assert np.cumsum(histograms[tag].bucket) == pytest.approx(below, abs=2)
 
 
@@ -156,7 +156,7 @@ def test_effects_agree_with_what_the_module_logs(make_run: MakeRun, tmp_path: Pa
         assert gated == pytest.approx(run.recorder.steps[step]["train/loss"], rel=1e-4)
         assert 0 < found["gate/gradient_cosine"] < 1
         assert -1 <= found["gate/correlation/teacher_gap"] <= 1
-    # With a fresh snapshot and a fresh pool all weights are 1.
+    # With a fresh snapshot and a fresh buffer all weights are 1.
     fresh = scalars_at(events, 1, "gate/")
     assert fresh["gate/gradient_cosine"] == pytest.approx(1, abs=1e-6)
     assert fresh["gate/loss_ratio"] == pytest.approx(1, abs=1e-4)
@@ -189,14 +189,14 @@ class Alive(Callback):
 
 
 def test_traces_are_let_go_with_their_step(make_run: MakeRun, tmp_path: Path) -> None:
-    alive = Alive()  # in front, so that it looks before the others forget
+    alive = Alive()  # first, so that it counts before the others drop their traces
     make_run(callbacks=(alive, GateMonitor(every_n_steps=1), SampleLogger(every_n_steps=2)), accumulate=2).fit(4)
     assert alive.counts == [0] * 4
     assert len(alive.traces) == 8
 
 
-# A pool lasts 4 steps, two passes of 2; the snapshot is refreshed after every 3. Pools begin at steps 0, 4, 8, 12 and
-# are sampled from the snapshots of steps 0, 3, 6, 12.
+# A buffer lasts 4 steps, two passes of 2; the snapshot is refreshed after every 3. Buffers begin at steps 0, 4, 8, 12
+# and are sampled from the snapshots of steps 0, 3, 6, 12.
 AGES = [0, 1, 2, 3, 1, 2, 3, 4, 2, 3, 4, 5, 0, 1]
 EPOCHS = [0, 0, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 0, 0]
 
@@ -320,7 +320,7 @@ def test_the_picture_by_age_is_of_all_steps(make_run: MakeRun, tmp_path: Path, m
         return by_age_picture(metrics)
 
     monkeypatch.setattr("opdlab.diagnostics.gate_plots.by_age", kept)
-    _, traces = fit(make_run, tmp_path, 7, GateMonitor(every_n_steps=3))  # the last step is not one that is shown
+    _, traces = fit(make_run, tmp_path, 7, GateMonitor(every_n_steps=3))  # the last step is not a logged one
     (metrics,) = drawn
     parts = [trace for step in traces.steps.values() for trace in step]
     assert sum(metrics.num_positions) == sum(int(trace.inputs.mask.sum()) for trace in parts)
@@ -348,7 +348,7 @@ def test_drawing_keeps_to_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch)
         if monitor._may_draw():
             monitor._draw(trainer)
             assert 2.0 * len(drawn) <= 0.005 * clock or len(drawn) == 1
-    assert drawn[0] == pytest.approx(212, abs=15)  # a second is expected of the first
+    assert drawn[0] == pytest.approx(212, abs=15)  # the first drawing is expected to take a second
     assert all(later >= 1.05 * earlier for earlier, later in pairwise(drawn))
     assert 50 < len(drawn) < 120
 
@@ -404,7 +404,7 @@ def test_bad_options_are_refused() -> None:
         GateMonitor(max_blocks=0)
 
 
-# -- what it asks of the device --------------------------------------------------------------------------------------
+# -- device operations -----------------------------------------------------------------------------------------------
 
 
 def without_values(trace: StepTrace, mode: FakeTensorMode) -> StepTrace:

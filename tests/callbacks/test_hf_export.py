@@ -1,4 +1,4 @@
-"""What the exported folder holds besides the weights, and that others read it as meant."""
+"""The exported folder: its files besides the weights, and that other programs read it as intended."""
 
 import json
 import re
@@ -25,7 +25,7 @@ from tests.toy_run import STUDENT, Run
 
 
 def test_generate_samples_as_opdlab_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # With transformers' loop, which draws its random numbers as the exported model will.
+    # With transformers' loop, which draws random numbers in the same order as the exported model.
     monkeypatch.setattr("opdlab.policies.sampler.uses_own_loop", lambda model: False)
     model = LanguageModel(STUDENT)
     model.stop_ids = [1, 12]  # the tokenizer's, and one of a generation config
@@ -44,7 +44,7 @@ def test_generate_samples_as_opdlab_does(tmp_path: Path, monkeypatch: pytest.Mon
     mask = ours.mask[:, :width]
     assert torch.equal(theirs[:, :width][mask], ours.tokens[:, :width][mask])
     assert ours.mask.sum() == mask.sum()
-    assert bool((ours.tokens == 12).any())  # the second stop token was met, so it is part of what was compared
+    assert bool((ours.tokens == 12).any())  # the second stop token occurred, so the comparison covers it
     saved = json.loads((tmp_path / "generation_config.json").read_text())
     assert saved["eos_token_id"] == [1, 12]
     assert "repetition_penalty" not in saved
@@ -75,9 +75,9 @@ def test_a_run_leaves_a_card_with_its_figures(tmp_path: Path, monkeypatch: pytes
     folder = tmp_path / "runs/quickstart/version_0/student"
     card = ModelCard.load(folder / "README.md")
     assert "library_name: transformers\n" in card.content
-    assert "base_model" not in card.content  # a folder of this package is no id of the hub
+    assert "base_model" not in card.content  # a folder of this package is not a hub id
     text = card.text
-    assert "\\_se" not in text  # errors stand beside their figures
+    assert "\\_se" not in text  # metrics have their errors beside them
     assert re.search(r"\| gate \| SpanGate.*tau=2\.5.*\|", text)
     assert re.search(r"\| objective \| TeacherTopK\\\(k=32\\\) \|", text)
     assert "| optimizer steps | 1 |" in text
@@ -95,7 +95,7 @@ def test_the_card_shows_untrusted_text_literally() -> None:
     card = model_card(hostile, record)
     header = yaml.safe_load(card.content.split("---")[1])
     assert header.keys() == {"library_name", "pipeline_tag", "tags"}
-    plain = re.sub(r"\\[!-/:-@\[-`{-~]", "", card.text)  # less what a backslash makes literal
+    plain = re.sub(r"\\[!-/:-@\[-`{-~]", "", card.text)  # without backslash escapes
     assert not re.search(r"[<>]|\]\(|\*\*|^---", plain, re.MULTILINE)
     gate = next(line for line in card.text.splitlines() if line.startswith("| gate"))
     assert len(re.findall(r"(?<!\\)\|", gate)) == 3

@@ -1,4 +1,4 @@
-"""What the bars and the line below them show, read from a console of known width."""
+"""Content of the bars and the line below them, read from a console of known width."""
 
 import io
 import logging
@@ -126,7 +126,7 @@ def test_between_logged_steps_the_last_metrics_stay(tmp_path: Path) -> None:
     drift = {step: re.findall("drift.*age", lines[step]) for step in (3, 4, 5)}
     assert drift[3]
     assert drift[3] == drift[4] == drift[5]
-    assert len({numbers_in(line)[0] for line in lines.values()}) == 5  # the loss moves on
+    assert len({numbers_in(line)[0] for line in lines.values()}) == 5  # the loss changes with each step
 
 
 def test_without_logging_the_loss_is_left(tmp_path: Path) -> None:
@@ -147,8 +147,8 @@ def test_the_bar_counts_optimizer_steps_and_goes_on_after_a_resume(tmp_path: Pat
     trainer.save_checkpoint(tmp_path / "stopped.ckpt")
     resumed = Terminal(tmp_path, accumulate=2)
     resumed.fit(5, ckpt_path=tmp_path / "stopped.ckpt")
-    assert " 3/5 " in resumed.frames.at_start[0]  # in the midst of a pass over the prompts
-    assert " 0/5 " not in resumed.output.getvalue()  # not for a moment
+    assert " 3/5 " in resumed.frames.at_start[0]  # in the middle of a pass over the prompts
+    assert " 0/5 " not in resumed.output.getvalue()  # not even briefly
     assert " 4/5 " in resumed.frames.at[4][0]
     assert " 5/5 " in resumed.frames.at[5][0]
 
@@ -165,7 +165,7 @@ class Passes(pl.Callback):
 
 
 def test_the_bar_goes_on_from_pass_to_pass_over_the_prompts(tmp_path: Path) -> None:
-    first = Terminal(tmp_path)  # 16 problems, 8 a pool, 4 steps a pool: 8 steps a pass
+    first = Terminal(tmp_path)  # 16 problems, 8 a buffer, 4 steps a buffer: 8 steps a pass
     passes = Passes(first.bar)
     first.run.trainer_options["callbacks"].append(passes)
     trainer = first.fit(16)
@@ -236,7 +236,7 @@ def test_hardly_more_is_fetched_than_by_lightnings_own_bar(tmp_path: Path, monke
     own = fetches_by_step(RichProgressBar, tmp_path, monkeypatch)
     ours = fetches_by_step(LabProgressBar, tmp_path, monkeypatch)
     extra = [more - less for more, less in zip(ours, own, strict=True)]
-    # Lightning fetches what was logged with `prog_bar`, two metrics, whenever it is asked for logged metrics.
+    # Lightning fetches values logged with `prog_bar`, two metrics, whenever it is asked for logged metrics.
     assert extra == [0, 0, 0, 0, 2, 0, 0]
 
 
@@ -254,4 +254,4 @@ def test_messages_are_written_above_the_bars(tmp_path: Path, monkeypatch: pytest
     terminal.fit(2)
     assert re.search("step 1 is over *\n", terminal.output.getvalue())
     assert "is over" not in elsewhere.getvalue()
-    assert handler.stream is elsewhere  # once the bars are gone
+    assert handler.stream is elsewhere  # after the bars have stopped

@@ -1,4 +1,4 @@
-"""The table of commands: what is listed, what is imported, and that every command has a help of its own."""
+"""The table of commands: the list, the imports, and a help text for every command."""
 
 import subprocess
 import sys

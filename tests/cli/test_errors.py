@@ -1,4 +1,4 @@
-"""What the command line says about values that the parser refuses."""
+"""Messages of the command line about values that the parser refuses."""
 
 import sys
 import warnings
@@ -85,7 +85,7 @@ def test_an_estimate_is_refused_what_a_run_is(said: Said) -> None:
 
 
 def test_nothing_is_loaded_for_values_that_are_refused(said: Said, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opdlab.cli.app.refuse_oversized", None)  # what comes next would fail with a traceback
+    monkeypatch.setattr("opdlab.cli.app.refuse_oversized", None)  # the next command would fail with a traceback
     for flag in ("--model.gate.tau -1", "--sample_logger.every_n_steps 0", "--data.max_prompt_tokens 0"):
         key, value = flag.removeprefix("--").split()
         assert said(f"fit -c quickstart {flag}").startswith(f"{key} is {value}")

@@ -1,4 +1,4 @@
-"""``opdlab fit`` as a user meets it, in this process."""
+"""``opdlab fit`` through the command line, in this process."""
 
 import os
 import re
@@ -79,7 +79,7 @@ def test_resume_goes_on_in_the_same_folder(opdlab: Opdlab, tmp_path: Path, capsy
     again = re.search(r"toy/length +│ ([\d.]+)", capsys.readouterr().out)
     assert before is not None
     assert again is not None
-    assert before[1] == again[1]  # the resumed run remembers where the first began
+    assert before[1] == again[1]  # the resumed run still has the first run's start
     folders = sorted(path.name for path in (tmp_path / "runs/quickstart").iterdir())
     assert folders == ["version_0"]
     assert (tmp_path / "runs/quickstart/version_0/checkpoints/step-3.ckpt").is_file()
@@ -204,7 +204,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
 def test_training_problems_are_read_before_anything_takes_long(
     opdlab: Opdlab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Sampler, "sample", None)  # whoever samples fails with a traceback
+    monkeypatch.setattr(Sampler, "sample", None)  # sampling fails with a traceback
     (tmp_path / "problems.jsonl").write_text('{"problem": "1 + 1", "answer": "2"}')
     source = {"class_path": "opdlab.data.JsonlProblems", "init_args": {"path": "problems.jsonl"}}
     (tmp_path / "broken.yaml").write_text(yaml.dump({"data": {"train": source}}))
@@ -316,11 +316,11 @@ def test_a_resumed_curve_does_not_run_backwards(opdlab: Opdlab, tmp_path: Path) 
     )
     assert opdlab(*quick, "--trainer.max_steps", "5") == 0
     folder = tmp_path / "runs/quickstart/version_0"
-    # As if it had been killed after step 5, of which there is no checkpoint.
+    # As if it had been killed after step 5, for which there is no checkpoint.
     assert opdlab(*quick, "--trainer.max_steps", "6", "--ckpt_path", str(folder / "checkpoints/step-2.ckpt")) == 0
     events = EventAccumulator(str(folder))
     events.Reload()
     steps = [event.step for event in events.Scalars("train/loss")]
     assert steps == sorted(steps)
     assert set(steps) == set(range(6))
-    assert len(steps) <= 7  # only the step after the checkpoint may stand there twice
+    assert len(steps) <= 7  # only the step after the checkpoint may occur twice

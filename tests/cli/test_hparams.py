@@ -20,7 +20,7 @@ from tests.cli.test_fit import SMALL
 RUNS = Path("runs/quickstart")
 ALL_STATUSES = [api_pb2.STATUS_UNKNOWN, api_pb2.STATUS_SUCCESS, api_pb2.STATUS_FAILURE, api_pb2.STATUS_RUNNING]
 
-# Enough for figures that are not 0, and that training moves.
+# Enough for metrics that are not 0, and that training changes.
 LIVELY = (
     *("--model.sampling.max_new_tokens", "176", "--model.eval_sampling.max_new_tokens", "176"),
     *("--model.eval_sampling.num_samples", "4", "--data.benchmarks.toy.num_problems", "8"),
@@ -88,7 +88,7 @@ def test_hyperparameters_stand_beside_the_last_pass_at_k(fit: Fit) -> None:
     assert values["teacher"] == config["model"]["teacher"]["init_args"]["path"]
     assert values["precision"] == "32-true"
     assert set(values) <= set(tab.columns)
-    assert tab.columns[:5] == ["gate", "gate.tau", "lr", "objective", "reuse.epochs"]  # what is shown at first
+    assert tab.columns[:5] == ["gate", "gate.tau", "lr", "objective", "reuse.epochs"]  # shown at first
     assert tab.metric_columns == ["val/mean/pass@2", "val/mean/pass@1", "val/toy/pass@2", "val/toy/pass@1"]
     for tag in tab.metric_columns:
         before, *_, last = scalars("version_0", tag)
@@ -103,7 +103,7 @@ def test_a_run_that_was_killed_and_resumed_is_one_session(fit: Fit) -> None:
     assert fit("--trainer.val_check_interval", "1", *LIVELY) == 0
     killed = sorted((RUNS / "version_0").glob("events.out.tfevents.*"))
     events = killed[-1]
-    events.write_bytes(events.read_bytes()[:-7])  # as a kill in the middle of writing leaves it
+    events.write_bytes(events.read_bytes()[:-7])  # left by a kill in the middle of writing
     before = scalars("version_0", "val/mean/pass@2")
     assert fit("--ckpt_path", "last", "--trainer.max_steps", "4", *LIVELY) == 0
     after = scalars("version_0", "val/mean/pass@2")
@@ -120,7 +120,7 @@ def test_runs_with_other_options_stand_side_by_side(fit: Fit) -> None:
     assert fit("--model.objective", "sampled_token", "--model.objective.clip", "0.3", "--model.gate", "none") == 0
     tab = Tab()
     assert set(tab.sessions) == {"version_0", "version_1"}
-    assert {"objective.k", "objective.clip", "gate.tau"} <= set(tab.columns)  # whichever run TensorBoard asks
+    assert {"objective.k", "objective.clip", "gate.tau"} <= set(tab.columns)  # whichever run TensorBoard reads
     assert "objective.clip" not in tab.values["version_0"]
     assert tab.values["version_1"]["objective.clip"] == 0.3
     assert "objective.k" not in tab.values["version_1"]

@@ -1,4 +1,4 @@
-"""Named sets of problems, read from local copies; the hub is out of reach here."""
+"""Named sets of problems, read from local copies, without access to the hub."""
 
 import json
 import pickle
@@ -43,10 +43,10 @@ def test_answers_are_brought_into_form(tmp_path: Path, name: str, answer: str, e
     path = write(tmp_path, {"id": "x", "problem": " p\n", "answer": answer})
     assert list(Benchmark(name, str(path)).problems()) == [Problem("x", "p", expected)]
     path = write(tmp_path, {"id": "x", "problem": "p", "answer": expected})
-    assert next(Benchmark(name, str(path)).problems()).answer == expected  # doing it twice changes nothing
+    assert next(Benchmark(name, str(path)).problems()).answer == expected  # applying it twice changes nothing
 
 
-# The fields of each data set, as its card on the hub shows them.
+# The fields of each data set, as its card on the hub lists them.
 HUB_ROWS: dict[str, tuple[str, dict[str, object], Problem]] = {
     "aime24": ("train", {"id": 60, "problem": "p", "solution": "s", "answer": "025"}, Problem("60", "p", "25")),
     "aime25": ("test", {"problem": "p", "answer": "70", "id": "0"}, Problem("0", "p", "70")),

@@ -1,4 +1,4 @@
-"""Cleaning of training problems, against rules written out naively, and on real data where it is at hand."""
+"""Cleaning of training problems, against rules written out naively, and on real data if it is available."""
 
 import json
 import random
@@ -86,9 +86,9 @@ def test_the_steps_come_in_the_order_that_is_stated() -> None:
         (words(0, 14), True),  # a part of the problem: 2 of its own 2 runs
         (words(5, 18) + " " + words(100, 103), False),  # 1 of 4: below 0.3
         (words(5, 18) + " " + words(100, 102), True),  # 1 of 3
-        (words(0, 12), False),  # shorter than a run, and not the very problem
+        (words(0, 12), False),  # shorter than a run, and not the same problem
         (words(100, 130), False),
-        ("\\(w0\\): " + words(1, 29) + ", {W29}?", True),  # punctuation and case aside
+        ("\\(w0\\): " + words(1, 29) + ", {W29}?", True),  # except for punctuation and case
     ],
 )
 def test_shared_runs_of_words(text: str, contaminated: bool) -> None:
@@ -104,7 +104,7 @@ def test_common_phrases_prove_nothing() -> None:
     assert cleaned(rows(*((t, "1") for t in texts[:10])), benchmarks=benchmarks)[1].contaminated == 10
     assert cleaned(rows(*((t, "1") for t in texts)), benchmarks=benchmarks)[1].contaminated == 0
     assert cleaned(rows(*((t, "1") for t in texts)), benchmarks=benchmarks, boilerplate=None)[1].contaminated == 11
-    # Repeats make no phrase.
+    # Repeats do not make a phrase.
     assert cleaned(rows(*((texts[0], "1") for _ in range(20))), benchmarks=benchmarks)[1].contaminated == 1
     account = cleaned(rows(*((texts[0], "1") for _ in range(20))), benchmarks=benchmarks, deduplicate=False)[1]
     assert account.contaminated == 20
@@ -196,7 +196,7 @@ def test_dapo_against_the_papers_benchmarks() -> None:
         by_ngrams={"aime24": 0, "aime25": 0, "math500": 26, "amc23": 29},
     )
     assert len(left) == account.kept == 17121
-    # The file marks overlaps by a rule of its own. The AIME ones were read, and are phrases only; all others must go.
+    # The file marks overlaps by another rule. The AIME ones were read, and are phrases only; all others must go.
     kept = {problem.id for problem in left}
     marked = {row["id"]: row["overlap"] for row in read if row.get("overlap")}
     assert len(marked) == 65

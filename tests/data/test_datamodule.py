@@ -1,4 +1,4 @@
-"""What the data module makes of its sources: the account of training prompts, and errors on the command line."""
+"""Output of the data module for its sources: the report on training prompts, and errors on the command line."""
 
 import logging
 from pathlib import Path
@@ -120,7 +120,7 @@ def test_the_shipped_pieces_stack(
         assert (source["init_args"]["name"], source["init_args"]["path"]) == (name, path)
         assert Benchmark(**source["init_args"])
     assert data["train"]["class_path"] == "opdlab.data.DapoMath17k"
-    assert CleaningConfig(**data["clean"]) == CleaningConfig()  # the file says what the defaults are
+    assert CleaningConfig(**data["clean"]) == CleaningConfig()  # the file has the defaults
     assert data["max_prompt_tokens"] == 2048
 
 

@@ -156,7 +156,7 @@ def test_raw_template(prefix: str, suffix: str, tokenizer: PreTrainedTokenizerFa
     assert [tokenizer.decode(row) for row in tokens] == [f"{prefix}{text}{suffix}" for text in texts]
 
 
-# Speaks in the toy vocabulary: ":" opens a turn, "=" stands for the system's, "\n" asks for the answer.
+# Uses the toy vocabulary: ":" opens a turn, "=" marks the system's, "\n" asks for the answer.
 CHAT = (
     "{% for m in messages %}{{ '=' if m.role == 'system' else ':' }}{{ m.content }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\n' }}{% endif %}{% if enable_thinking is false %}{{ '*' }}{% endif %}"

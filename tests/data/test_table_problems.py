@@ -1,4 +1,4 @@
-"""Data sets read with ``datasets``, from files and folders: nothing here reaches a hub."""
+"""Data sets read with ``datasets``, from files and folders, without any access to a hub."""
 
 import csv
 import gc
@@ -40,7 +40,7 @@ def test_rows_become_problems(folder: Path) -> None:
     assert source.name.endswith("data (train)")
 
 
-# What a reader that guesses types would turn into 7, null, 1.5, a date, True, a float, an empty value.
+# Values that a reader that guesses types would turn into 7, null, 1.5, a date, True, a float, an empty value.
 AWKWARD = ["007", "NA", "1.50", "2020-01-01", "true", "1e5", "nan", "None", "", " x ", 'a, "b"', "line\nline", "∀ε>0"]
 
 
@@ -71,10 +71,10 @@ def test_json(tmp_path: Path) -> None:
 
 
 def test_limit_reads_no_further(tmp_path: Path) -> None:
-    # Past the first ten thousand rows, which are read at a time, a row is broken.
+    # A row beyond the first ten thousand, which are read together, is broken.
     (tmp_path / "rows.csv").write_text("problem,answer\n" + "a,1\n" * 10_000 + "a,1,2,3\n" * 10_000)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # datasets leaves a file open that is not read to its end
+        warnings.simplefilter("ignore", ResourceWarning)  # datasets leaves a file open if it is not read to its end
         assert len(read(tmp_path / "rows.csv", limit=9_000)) == 9_000
         gc.collect()
     with pytest.raises(UsageError, match="cannot be loaded: check that it is .* saw 4"):

@@ -1,4 +1,4 @@
-"""A micro-batch without a model: random hidden states and head, in float64, with what an objective needs of it."""
+"""A micro-batch without a model: random hidden states and head, in float64, with an objective's other inputs."""
 
 from dataclasses import dataclass
 

@@ -78,7 +78,7 @@ def test_effect_on_the_gradient_is_that_of_autograd(objective: Objective, reduct
     assert scalars["gate/gradient_norm_ratio"] == pytest.approx(float(gated.norm() / ungated.norm()), rel=1e-6)
     assert scalars["gate/ungated_loss"] == pytest.approx(loss, rel=1e-6)
     assert scalars["gate/loss_ratio"] == pytest.approx(gated_loss / loss, rel=1e-6)
-    assert cosine < 0.97  # the case is not one in which every formula is right
+    assert cosine < 0.97  # a case in which wrong formulas give other numbers
     assert abs(float(gated.norm() / ungated.norm()) - 1) > 0.02
 
 
@@ -152,7 +152,7 @@ def assert_holds(histogram: Histogram, values: np.ndarray) -> None:
     assert histogram.sum_squares == pytest.approx((values**2).sum(), rel=1e-12)
     assert (histogram.min, histogram.max) == (values.min(), values.max())
     assert histogram.limits == sorted(histogram.limits)
-    # Counts are right bin by bin, but for values that lie on an edge.
+    # Counts are exact bin by bin, except for values on an edge.
     below = [(values <= limit * (1 + 1e-9) + 1e-12).sum() for limit in histogram.limits]
     assert below == list(np.cumsum(histogram.counts))
 
@@ -215,7 +215,7 @@ def test_ages_are_means_over_positions() -> None:
 
 
 def test_small_spread_of_weights_is_not_lost() -> None:
-    # Squares of numbers near 1 cancel: their spread would come out as rounding.
+    # Squares of numbers near 1 cancel: their spread would be rounding.
     table = new_age_table()
     excess = 1e-6 * torch.tensor([1.0, -1.0]).double()
     table[0] = torch.tensor([2.0, 0.0, float(excess.sum()), float(excess.square().sum())])

@@ -1,4 +1,4 @@
-"""Pictures: what is in them, and that making them leaves matplotlib as it was."""
+"""Plots: their content, and that drawing leaves matplotlib's state unchanged."""
 
 import subprocess
 import sys
@@ -66,7 +66,7 @@ def test_a_figure_becomes_pixels() -> None:
 
 
 def test_matplotlib_is_imported_late_and_without_pyplot() -> None:
-    # Who imports it is what counts: torchmetrics does as well.
+    # Only imports by opdlab count: torchmetrics imports it as well.
     code = """
 import builtins
 ours, imported = builtins.__import__, []

@@ -1,4 +1,4 @@
-"""The table of metrics against what runs log, and against what is made from it."""
+"""The table of metrics against the logs of runs, and against its outputs."""
 
 import pkgutil
 import re

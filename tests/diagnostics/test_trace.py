@@ -1,4 +1,4 @@
-"""The gradients' norms that a step leaves, against one autograd call for each position."""
+"""The gradient norms of a step, against one autograd call for each position."""
 
 from collections.abc import Callable
 

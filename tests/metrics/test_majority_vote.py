@@ -54,7 +54,7 @@ def test_white_space_does_not_split_votes() -> None:
 
 
 def test_equal_answers_judged_differently_count_by_their_share() -> None:
-    # The toy's verifier wants the box at the end: the same answer may be right in one response and wrong in another.
+    # The toy's verifier wants the box at the end: the same answer may be correct in one response and wrong in another.
     assert majority_vote([["7", "7", "7", "1"]], torch.tensor([[True, False, True, True]])).item() == pytest.approx(
         2 / 3
     )

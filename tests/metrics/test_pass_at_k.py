@@ -93,7 +93,7 @@ def test_reset() -> None:
     assert metric.compute().item() == 0.0
 
 
-# Ranks hold unequal numbers of problems, as a benchmark that does not divide evenly leaves them.
+# Ranks hold unequal numbers of problems, as with a benchmark that does not divide evenly.
 SHARES = (slice(0, 9), slice(9, 13))
 
 
@@ -120,4 +120,4 @@ def test_two_processes_equal_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for rank in "01":
         assert [float(figure) for figure in (tmp_path / rank).read_text().split()] == pytest.approx(expected, abs=1e-7)
     alone = [measured(3, random_answers(13, 6)[share]) for share in SHARES]
-    assert abs(alone[0] - alone[1]) > 0.01  # else no synchronisation at all would pass as well
+    assert abs(alone[0] - alone[1]) > 0.01  # otherwise a missing synchronisation would pass too

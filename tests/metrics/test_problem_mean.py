@@ -15,7 +15,7 @@ def test_error_equals_the_whole_bootstrap() -> None:
     metric = ProblemMean()
     metric.update(torch.tensor(values))
     resamples = itertools.product(values, repeat=len(values))
-    # The bootstrap over problems divides by P where the estimate of a variance divides by P - 1.
+    # The bootstrap over problems divides by P where the variance estimate divides by P - 1.
     expected = np.std([np.mean(each) for each in resamples]) * (4 / 3) ** 0.5
     assert metric.standard_error().item() == pytest.approx(expected, rel=1e-6)
     assert metric.compute().item() == pytest.approx(np.mean(values))
@@ -23,7 +23,7 @@ def test_error_equals_the_whole_bootstrap() -> None:
 
 def test_error_of_pass_at_k_takes_the_problem_as_the_unit() -> None:
     correct = torch.rand(30, 8, generator=torch.Generator().manual_seed(0)) < 0.4
-    correct[:15] = correct[:15, :1]  # answers to a problem are alike, and more of them tell nothing new
+    correct[:15] = correct[:15, :1]  # answers to a problem are equal, so more of them add no information
     metric = PassAtK(k=1)
     metric.update(correct)
     clustered = np.std(correct.double().mean(1).numpy(), ddof=1) / 30**0.5

@@ -1,4 +1,4 @@
-"""The pure maths of the objectives against naive references and closed forms, and what wraps it."""
+"""The pure functions of the objectives against naive references and closed forms, and the classes that wrap them."""
 
 # mypy: disable-error-code="no-untyped-call"
 
@@ -177,7 +177,7 @@ def random_logits(*shape: int, seed: int = 0) -> Tensor:
 def test_topk_loss_is_the_kl_of_renormalised_categoricals(seed: int, k: int, shift: float) -> None:
     student, teacher = random_logits(5, k, seed=seed), random_logits(5, k, seed=seed + 1)
     expected = kl_divergence(Categorical(logits=student), Categorical(logits=teacher))
-    # Logits that stand for the same distribution, whatever normalised them.
+    # Logits of the same distribution, with any normalisation.
     torch.testing.assert_close(teacher_topk_loss(student + shift, teacher - shift), expected)
 
 
@@ -289,7 +289,7 @@ MASK = torch.arange(5) < LENGTHS[:, None]
 
 def reduced(rows: slice, reduction: Literal["token_mean", "sequence_mean"]) -> Tensor:
     losses, weights = random_logits(6, 5), random_logits(6, 5, seed=1).exp()
-    losses[~MASK] = torch.nan  # what stands in padding must not matter
+    losses[~MASK] = torch.nan  # values at padded positions must not matter
     shares = loss_shares(MASK[rows], reduction=reduction, num_tokens=15, num_rollouts=5)
     return reduce_losses(losses[rows], weights[rows], shares)
 

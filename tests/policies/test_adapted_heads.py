@@ -72,7 +72,7 @@ def test_attached_saved_merged(kind: str, tmp_path: Path) -> None:
     assert not any(key.endswith("base_layer.weight") or "embed" in key for key in saved)
     assert torch.equal(logprobs(LanguageModel(str(tmp_path / "adapter"))), ours)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of its own ties and transposed layers
+        warnings.simplefilter("ignore")  # peft's own warnings on ties and transposed layers
         by_peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter")
     torch.testing.assert_close(plain(by_peft), plain(model.model))
 
@@ -84,7 +84,7 @@ def test_attached_saved_merged(kind: str, tmp_path: Path) -> None:
     torch.testing.assert_close(merged.get_input_embeddings().weight, embedding, rtol=0, atol=0)
     assert not merged.config.tie_word_embeddings
     torch.testing.assert_close(logprobs(LanguageModel(str(tmp_path / "merged"))), ours, rtol=0, atol=1e-4)
-    assert torch.equal(logprobs(model), ours)  # saving has left the model alone
+    assert torch.equal(logprobs(model), ours)  # saving does not change the model
 
 
 def test_merging_elsewhere_leaves_shared_weights_shared(llama: Path, tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_snapshot_and_base_teacher_share_the_head() -> None:
 
 @pytest.mark.parametrize("objective", [SampledTokenOPD(), TeacherTopK(k=8)], ids=lambda o: type(o).__name__)
 def test_training(make_run: MakeRun, tmp_path: Path, objective: Objective) -> None:
-    # The output layer alone, so that nothing else can lower the loss.
+    # Only the output layer, so that no other weights can lower the loss.
     student = LanguageModel(STUDENT, adapter=AdapterConfig(r=4, alpha=8, target_modules=["lm_head"]))
     run = make_run(student=student, objective=objective, gate="none", lr=0.01, refresh=4, num_problems=8)
     path = tmp_path / "stopped.ckpt"
@@ -134,9 +134,9 @@ def test_training(make_run: MakeRun, tmp_path: Path, objective: Objective) -> No
     run.fit(24)
     steps, losses = run.recorder.steps, run.recorder.losses
     assert steps[1]["train/drift/max"] == 0.0
-    assert steps[5]["train/drift/max"] < 1e-5  # a fresh pool of a snapshot that has just been refreshed
+    assert steps[5]["train/drift/max"] < 1e-5  # a fresh buffer of a freshly refreshed snapshot
     assert steps[4]["train/drift/max"] > 1e-3
-    if isinstance(objective, TeacherTopK):  # the other's is an advantage, which is no measure of distance
+    if isinstance(objective, TeacherTopK):  # the other objective's loss does not measure distance
         assert sum(losses[-4:]) < 0.9 * sum(losses[:4])
     state = torch.load(path, weights_only=True)["state_dict"]
     assert {key.rpartition(".lm_head.")[2] for key in state if key.startswith("student.")} == {
@@ -161,7 +161,7 @@ def test_sampling_follows_the_adapter() -> None:
     student = LanguageModel(STUDENT, adapter=AdapterConfig(r=2, target_modules=["lm_head"]))
     low_rank = student.head().low_rank
     assert low_rank is not None
-    # Whatever the hidden state is, token 7 wins: states of a model are never the same, so take their mean's direction.
+    # Token 7 wins for every hidden state: a model's states are never equal, so use the direction of their mean.
     with torch.no_grad():
         state = student.score(rollouts()).hidden.mean(0)
         low_rank.down[0] = state
@@ -178,7 +178,7 @@ def test_sampling_follows_the_adapter() -> None:
 def written_by_peft(base: Path, folder: Path, **options: Any) -> PeftModel:
     """An adapter away from its start, written by peft itself."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of ties, and of the frozen weight that it writes too
+        warnings.simplefilter("ignore")  # peft's own warnings on ties, and on the frozen weight that it writes too
         config = LoraConfig(**{"r": 2, "target_modules": ["q_proj", "lm_head"], "task_type": "CAUSAL_LM", **options})
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
         generator = torch.Generator().manual_seed(2)

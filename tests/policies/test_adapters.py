@@ -68,7 +68,7 @@ def test_attached_merged_and_loaded_by_peft(kind: str, use_dora: bool, tmp_path:
     assert torch.equal(logprobs(LanguageModel(str(tmp_path / "adapter"))), ours)
     by_peft = LanguageModel(str(folder))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for names that it has deprecated
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses deprecated names of transformers
         by_peft.model = PeftModel.from_pretrained(by_peft.model, tmp_path / "adapter").merge_and_unload()
     torch.testing.assert_close(logprobs(by_peft), ours, rtol=0, atol=1e-4)
 
@@ -76,7 +76,7 @@ def test_attached_merged_and_loaded_by_peft(kind: str, use_dora: bool, tmp_path:
     AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
     torch.testing.assert_close(logprobs(LanguageModel(str(tmp_path / "merged"))), ours, rtol=0, atol=1e-4)
-    assert torch.equal(logprobs(model), ours)  # saving has left the model alone
+    assert torch.equal(logprobs(model), ours)  # saving does not change the model
 
 
 def test_the_start_depends_on_the_seed_alone(qwen3: Path) -> None:
@@ -155,7 +155,7 @@ def test_resume_is_bit_for_bit_from_a_small_checkpoint(
     for ours, theirs in zip(resumed.module.parameters(), whole.module.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     left = whole.module.student.without_adapter().model.state_dict()
-    for name, weight in LanguageModel(STUDENT).model.state_dict().items():  # the base has stayed as it was
+    for name, weight in LanguageModel(STUDENT).model.state_dict().items():  # the base is unchanged
         assert torch.equal(left[name], weight)
 
 

@@ -1,4 +1,4 @@
-"""Every architecture is scored as its own forward says, or refused."""
+"""Every architecture is scored like its own forward pass, or refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -40,7 +40,7 @@ def test_scores_are_those_of_the_models_own_forward(kind: str, tmp_path: Path) -
         torch.testing.assert_close(logprobs[row, :length], wanted, rtol=0, atol=1e-4)
         torch.testing.assert_close(entropy[row, :length], -(log_p.exp() * log_p).sum(-1), rtol=0, atol=1e-4)
         spread = max(spread, float(log_p.std()))
-    assert spread > 0.05  # of a flat distribution every model's scores are alike
+    assert spread > 0.05  # with a flat distribution all models have similar scores
     assert not logprobs[~batch.mask].any()
     assert torch.equal(scored.mask, batch.mask)
 

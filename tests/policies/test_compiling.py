@@ -1,4 +1,4 @@
-"""A compiled student scores as a plain one, and nothing else changes. No compiler is needed: graphs run as they are."""
+"""A compiled student scores like a plain one; nothing else changes. No compiler is needed: graphs run uncompiled."""
 
 import copy
 from pathlib import Path
@@ -13,7 +13,7 @@ from opdlab.errors import UsageError
 from opdlab.policies import AdapterConfig, BaseTeacher, LanguageModel, Sampler, SamplingConfig
 from tests.policies.tiny_models import CONFIGS, rollouts, save_random
 
-# Of torch.compile's own: what it imports is deprecated, and it looks at gradients of tensors that have none.
+# From torch.compile itself: it imports deprecated modules, and reads gradients of tensors that have none.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor")
 
 

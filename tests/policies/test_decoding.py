@@ -1,4 +1,4 @@
-"""The decoding loop: what transformers' own loops give, from the model's distribution, and no work for nothing."""
+"""The decoding loop: results of transformers' own loops, samples from the model's distribution, no wasted work."""
 
 import inspect
 import itertools
@@ -30,7 +30,7 @@ from opdlab.toy.chain import chain_problems
 from tests.policies.tiny_models import COMMON, CONFIGS, IDS
 
 STOPS = [1, 5, 6, 7]
-# More prompts than places, of many lengths.
+# More prompts than rows, of many lengths.
 PROMPTS = [[(7 * i + j) % 30 + 8 for j in range(1 + 5 * i % 7)] for i in range(9)]
 
 
@@ -143,7 +143,7 @@ def test_responses_follow_the_models_distribution(temperature: float, top_p: flo
         assert sum(expected.values()) == pytest.approx(1)
         counts = dict.fromkeys(expected, 0)
         for row in output[index * samples : (index + 1) * samples].tolist():
-            counts[tuple(until_stop(row, stops))] += 1  # a KeyError is a response that cannot be
+            counts[tuple(until_stop(row, stops))] += 1  # a KeyError means an impossible response
         rare = [key for key, share in expected.items() if share * samples < 5]
         for keys in [*([key] for key in expected if key not in rare), rare]:
             mean = samples * sum(expected[key] for key in keys)
@@ -181,11 +181,11 @@ def test_a_prompt_is_read_once_for_all_its_responses(monkeypatch: pytest.MonkeyP
     assert passes.shapes[0] == (9, 7)
     assert all(width == 1 for _, width in passes.shapes[1:])
     passes.shapes.clear()
-    # Two whole prompts fit into 13 places: one free place is not worth reading a third one twice.
+    # Two whole prompts fit into 13 rows: one free row is not worth reading a third one twice.
     decode(model, PROMPTS, num_samples=6, batch_size=13, max_new_tokens=5, eos_token_id=38)
     assert [rows for rows, _ in passes.shapes if rows not in (6, 12)] == [2, 2, 2, 2, 1]
     passes.shapes.clear()
-    # Five free places are.
+    # Five free rows are.
     decode(model, PROMPTS, num_samples=6, batch_size=11, max_new_tokens=5, eos_token_id=38)
     assert [rows for rows, _ in passes.shapes if rows not in (10, 11)] == [2, 3, 3, 3, 2]
 
@@ -196,7 +196,7 @@ def test_rows_that_are_done_leave(monkeypatch: pytest.MonkeyPatch) -> None:
     output = decode(model, PROMPTS, num_samples=40, batch_size=360, max_new_tokens=40)
     tokens = sum(len(until_stop(row, STOPS)) for row in output.tolist())
     fed = sum(rows for rows, width in passes.shapes if width == 1)
-    assert tokens - 360 <= fed < 1.2 * tokens  # the first tokens come from the prompts, the last are never fed
+    assert tokens - 360 <= fed < 1.2 * tokens  # the first tokens come from the prompts, the last are never inputs
     assert passes.shapes[-1][0] < 20
 
 
@@ -208,7 +208,7 @@ def test_waiting_rows_take_the_places_of_those_that_are_done(monkeypatch: pytest
     steps = sum(1 for _, width in passes.shapes if width == 1)
     assert steps < 0.7 * sum(longest)
     assert max(rows for rows, _ in passes.shapes) <= 40
-    # Columns that no row uses any more go: else the cache would have one for each step.
+    # Columns that no row uses any more are dropped: otherwise the cache would have one for each step.
     assert max(passes.widths) <= 7 + 40
     assert steps > 7 + 40
 
@@ -223,7 +223,7 @@ def test_the_batch_size_bounds_the_rows(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_rows_that_are_done_neither_go_on_nor_widen_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    # They stay for long here, beside rows that entered later. Absolute positions, exactly as many as are needed.
+    # Columns stay long here, beside rows that entered later. Absolute positions, exactly as many as are needed.
     monkeypatch.setattr(decoding, "LEAVE_SHARE", 0.9)
     monkeypatch.setattr(decoding, "ENTER_SHARE", 0.9)
     config = GPT2Config(**IDS, vocab_size=38, n_embd=32, n_layer=2, n_head=4, n_positions=7 + 20 - 1)
@@ -235,7 +235,7 @@ def test_rows_that_are_done_neither_go_on_nor_widen_the_cache(monkeypatch: pytes
 
 
 def test_looks_are_rarer_where_they_make_the_host_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Sampling goes on for a few tokens after a stop; none of them is seen.
+    # Sampling continues for a few tokens after a stop; none of them is returned.
     model = random_model(CONFIGS["llama"]())
     each = decode(model, PROMPTS, 2, 3, temperature=1e-6, max_new_tokens=11)
     monkeypatch.setattr(decoding, "look_every", lambda device: 4)

@@ -1,4 +1,4 @@
-"""Language models: loading, saving, batches, and what cannot work is refused."""
+"""Language models: loading, saving, batches, and clear errors for unusable input."""
 
 import json
 import shutil
@@ -39,11 +39,11 @@ def refusal(path: Path | str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("overhead", [0, 2, 10_000])  # every length apart, some together, one pass
+@pytest.mark.parametrize("overhead", [0, 2, 10_000])  # every length alone, some together, one pass
 def test_scores_in_groups_of_similar_length(qwen3: Path, monkeypatch: pytest.MonkeyPatch, overhead: int) -> None:
     model, batch = LanguageModel(str(qwen3)), rollouts()
     batch.mask[0, 4:] = False  # so that the longest is not the first
-    batch.mask[1] = False  # nothing of it is scored
+    batch.mask[1] = False  # no token of it is scored
     batch.mask[3, 2] = False  # a hole: attended to, but not scored
     passes: list[tuple[int, ...]] = []
     model.model.base_model.register_forward_pre_hook(
@@ -61,7 +61,7 @@ def test_scores_in_groups_of_similar_length(qwen3: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("opdlab.policies.language_model.length_groups", partial(length_groups, overhead=overhead))
     passes.clear()
     ours, found = gradients()
-    # Prompts of 5, 2, 9, 1 and responses of 4, 0, 1, 6 tokens; the last one is not fed.
+    # Prompts of 5, 2, 9, 1 and responses of 4, 0, 1, 6 tokens; the last one is not an input.
     assert passes == {0: [(1, 9), (1, 8), (1, 6)], 2: [(2, 9), (1, 6)], 10_000: [(3, 9)]}[overhead]
     torch.testing.assert_close(ours, whole, rtol=0, atol=1e-5)
     for gradient, wanted in zip(found, expected, strict=True):
@@ -72,7 +72,7 @@ def test_nothing_to_score(qwen3: Path) -> None:
     model, batch = LanguageModel(str(qwen3)), rollouts()
     batch.mask[:] = False
     assert model.score(batch).hidden.shape == (0, model.head().weight.shape[1])
-    nobody = batch.rows(torch.zeros(0, dtype=torch.long))  # whose rows the student scores all itself
+    nobody = batch.rows(torch.zeros(0, dtype=torch.long))  # the student scores all its rows itself
     assert list(model.score_in_chunks(nobody, 4)) == []
 
 
@@ -214,7 +214,7 @@ def test_stop_ids_are_the_union(copied: Path, configured: Any, expected: list[in
 def test_padding_without_a_pad_token(tmp_path: Path, eos: str | None) -> None:
     tokenizer = chain_tokenizer()
     tokenizer.pad_token, tokenizer.eos_token = None, eos
-    # The stop token stands in the tokenizer or only in the model's configuration.
+    # The stop token is in the tokenizer or only in the model's configuration.
     model = LanguageModel(
         str(save_random(tmp_path, Qwen3Config(**{**COMMON, "pad_token_id": None}, head_dim=8), tokenizer))
     )

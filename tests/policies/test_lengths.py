@@ -51,7 +51,7 @@ def test_nothing_to_group() -> None:
 
 
 def test_a_group_is_not_split_for_rows_that_could_not_join_it() -> None:
-    # Three of the rows of 10 would save 30 tokens each in a group of their own, but only one of them has room here.
+    # Three of the rows of 10 would save 30 tokens each in a group of their own, but only one of them fits here.
     assert length_groups([40, 40, 10, 10, 10], overhead=60, max_tokens=120) == [[0, 1, 2], [3, 4]]
     assert length_groups([40, 40, 10, 10, 10], overhead=60) == [[0, 1], [2, 3, 4]]
 
@@ -66,7 +66,7 @@ def test_what_is_kept_fits_and_is_the_most_expensive(bound: int) -> None:
         assert max(costs) in [costs[number] for number in kept]
         assert len(kept) == 1 or sum(costs[number] for number in kept) <= bound
         left = bound - sum(costs[number] for number in kept)
-        assert all(costs[number] > left for number in order[:again])  # nothing more could have been kept
+        assert all(costs[number] > left for number in order[:again])  # no more could have been kept
 
 
 def test_without_a_bound_all_is_kept_in_its_order() -> None:

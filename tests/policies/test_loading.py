@@ -164,7 +164,7 @@ def test_checkpointing_gives_the_same_gradients(kind: str, tmp_path: Path) -> No
             loss = logprobs(model).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         kept[name] = sum(numbers)
-    assert kept["saving"] < 0.6 * kept["plain"]  # it is really on
+    assert kept["saving"] < 0.6 * kept["plain"]  # checkpointing is really on
     for ours, theirs in zip(saving.parameters(), plain.parameters(), strict=True):
         assert ours.grad is not None
         torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)

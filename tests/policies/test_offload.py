@@ -1,6 +1,6 @@
-"""Offloaded weights: what works with them gets the same results, and the device has nothing left afterwards.
+"""Offloaded weights: results are unchanged, and no copy stays on the device afterwards.
 
-Without a GPU, a device is pretended: what is sent there becomes a copy on the CPU, and is written down.
+Without a GPU the device is simulated: each transfer makes a copy on the CPU and is recorded.
 """
 
 import logging
@@ -119,11 +119,11 @@ def test_copies_are_used_once_each_and_dropped(tied: LanguageModel, inference: b
                     assert device.holds == len(device.sent)
                 assert device.holds == 0
             distinct = [*tied.parameters(), *tied.buffers()]
-            assert len(device.sent) == len(distinct)  # what is tied is sent once
+            assert len(device.sent) == len(distinct)  # tied weights are sent once
             assert all(sent["non_blocking"] and sent["pinned"] for sent in device.sent)
             assert {sent["copy"].cdata for sent in device.sent} == set(inside.values())
             assert {sent["original"] for sent in device.sent} == set(storages(tied).values())
-        assert len(device.pinned) == len(distinct)  # at the first time only
+        assert len(device.pinned) == len(distinct)  # only the first time
     assert inside["model.lm_head.weight"] == inside["model.model.embed_tokens.weight"]
     assert not any(tensor.is_inference() for tensor in distinct)
     assert torch.equal(logprobs(tied), expected)
@@ -188,7 +188,7 @@ def test_the_snapshot_samples_the_same() -> None:
     student = LanguageModel(STUDENT)
     expected = BehaviorPolicy(student, SAMPLING).sample(PROMPTS, [0, 1, 2], seed=3).state_dict()
     behavior = BehaviorPolicy(student, SAMPLING, offload=True)
-    behavior._device = CUDA  # where moving the module would have it, if there were one
+    behavior._device = CUDA  # where moving the module would put it
     with PretendedDevice() as device:
         ours = behavior.sample(PROMPTS, [0, 1, 2], seed=3).state_dict()
         assert len(device.sent) == len([*behavior.policy.parameters(), *behavior.policy.buffers()])
@@ -230,7 +230,7 @@ def test_refresh_waits_for_its_copies(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         behavior.refresh(student, step=7)
     assert device.read_back
-    assert all(device.read_back)  # asynchronous, into memory that is pinned:
+    assert all(device.read_back)  # asynchronous, into pinned memory:
     assert set(storages(behavior.policy).values()) == {ref.cdata for ref in device.pinned}
     assert waited == [(CUDA, len(device.read_back))]
     assert int(behavior.step) == 7

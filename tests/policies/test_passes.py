@@ -1,4 +1,4 @@
-"""However rows go through the model, loss and gradient are those of one padded batch; rows that leak are not packed."""
+"""Loss and gradient equal those of one padded batch for every way of batching; rows that leak are not packed."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from opdlab.training import gate_inputs
 from opdlab.types import Rollouts, Targets
 from tests.policies.tiny_models import COMMON, CONFIGS, save_random
 
-# Largest error in float64; Gemma's norms reckon in float32 all the same.
+# Largest error in float64; Gemma's norms compute in float32 in any case.
 EXACT = {"qwen3": 1e-10, "llama untied": 1e-10, "gemma3": 1e-6}
 BUDGETS = [1, 17, 40, 90, 10_000]
 HYBRIDS: dict[str, Callable[[], Any]] = {
@@ -133,7 +133,7 @@ def force_packing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["padded", "packed"])
 def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "packed":  # sdpa masks what flash attention skips
+    if request.param == "packed":  # sdpa masks the positions that flash attention skips
         force_packing(monkeypatch)
     return str(request.param)
 
@@ -175,7 +175,7 @@ def test_adapters_and_checkpointed_layers(
     kind = "llama untied"
     model = LanguageModel(folders[kind], adapter=adapter, gradient_checkpointing=gradient_checkpointing).double()
     generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():  # adapters begin with zeros, behind which gradients vanish
+    with torch.no_grad():  # adapters start with zeros, behind which gradients vanish
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64), alpha=0.02)
@@ -218,7 +218,7 @@ def test_passes_stay_within_the_budget(
     assert all(packed == (layout == "packed") for _, packed in forward)
     torch.autograd.backward(scored.hidden.sum())
     again = calls[len(forward) :]
-    # The passes that were not kept come again, the last first.
+    # Passes that were not kept run again, the last first.
     assert again == forward[: len(again)][::-1]
     kept = [rows * width for (rows, width), _ in forward[len(again) :]]
     assert sum(kept) <= budget or len(kept) == 1
@@ -311,7 +311,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
     def of_rows(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, **options: Any) -> Tensor:
         assert torch.equal(cu_seqlens_q, cu_seqlens_k)
-        assert cu_seqlens_q.dtype == torch.int32  # flash attention takes no other
+        assert cu_seqlens_q.dtype == torch.int32  # flash attention takes no other type
         ends.append(cu_seqlens_q.tolist())
         sizes = cu_seqlens_q.diff().tolist()
         return torch.cat(
@@ -324,7 +324,7 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
         return {"softmax_scale": softmax_scale, "window": sliding_window}
 
     def refuse(position_ids: Tensor | None, batch_size: int) -> bool:
-        # Finding the rows from the positions is a look at the device in every layer.
+        # Finding the rows from the positions waits for the device in every layer.
         assert position_ids is None or bool((position_ids.diff() == 1).all())
         return False
 

@@ -1,4 +1,4 @@
-"""Sampling: decided by the seed alone, from the model's distribution and nothing else."""
+"""Sampling: determined by the seed, and from the model's distribution."""
 
 import random
 from dataclasses import replace
@@ -35,7 +35,7 @@ def random_model(folder: Path, spread: float, vocab_size: int = 38) -> LanguageM
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    # Likelier and less likely tokens, all of them possible.
+    # Tokens of unequal probability, all of them possible.
     return random_model(tmp_path_factory.mktemp("model"), spread=0.15)
 
 
@@ -201,7 +201,7 @@ def test_the_models_own_generation_defaults_are_ignored_and_kept(
 
 
 def test_no_token_is_too_unlikely(tmp_path: Path) -> None:
-    # Of 80 about equally likely tokens; transformers samples from the 50 likeliest unless told otherwise.
+    # From 80 about equally likely tokens; by default transformers samples from the 50 likeliest.
     flat = random_model(tmp_path, spread=0.01, vocab_size=80)
     samples = sample(flat, prompts=[[5]], num_samples=2000, max_new_tokens=1, batch_size=2000)
     assert len(set(samples.tokens.flatten().tolist())) == 80
@@ -260,7 +260,7 @@ class _Bar:
 
 @pytest.mark.parametrize("batch_size", [5, 64])
 def test_progress_reaches_its_total(model: LanguageModel, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "stop_ids", [1, *range(10, 38)])  # so that no response is of full length
+    monkeypatch.setattr(model, "stop_ids", [1, *range(10, 38)])  # so that no response has full length
     assert sample(model, batch_size=batch_size).tokens.shape[1] < 12
     bar = _Bar()
     Sampler(replace(CONFIG, batch_size=batch_size)).sample(model, PROMPTS, 0, bar)
@@ -295,7 +295,7 @@ def test_sampled_from_a_folder_whose_defaults_would_change_the_samples(model: La
 
 
 def test_a_model_whose_rows_cannot_leave_is_sampled_too(tmp_path: Path) -> None:
-    # A state in place of keys and values: sampled with the loop of transformers, whatever the fixture says.
+    # A state instead of keys and values: sampled with the loop of transformers, whatever the fixture says.
     config = MambaConfig(**IDS, vocab_size=38, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.3)
     mamba = LanguageModel(str(save_random(tmp_path, config))).eval()
     samples = sample(mamba, prompts=[[5, 9, 3]], temperature=1e-5, max_new_tokens=6, batch_size=3)

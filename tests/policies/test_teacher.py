@@ -1,4 +1,4 @@
-"""The local teacher: its targets are those of the model itself, and a foreign vocabulary is refused."""
+"""The local teacher: its targets are those of the model itself, and other vocabularies are refused."""
 
 import sys
 from pathlib import Path
@@ -122,7 +122,7 @@ def test_padded_embedding(padded: Path, rollouts: Rollouts) -> None:
     assert teacher.vocab_size == 48
     check_same_vocabulary(chain_tokenizer(), teacher.tokenizer)
     logits = own_logits(padded, rollouts)
-    assert bool((logits[rollouts.mask].topk(5).indices >= 38).any())  # they would enter if they could
+    assert bool((logits[rollouts.mask].topk(5).indices >= 38).any())  # they would enter if that were possible
     for k in (5, 38):
         targets = teacher.score(rollouts, TeacherRequest(top_k=k, vocab_size=38))
         check_targets(targets, logits, rollouts, k, 38)

@@ -1,4 +1,4 @@
-"""What tokenizers must agree on, and how tokens are named."""
+"""Requirements on the tokenizers of student and teacher, and names of tokens."""
 
 import json
 import warnings

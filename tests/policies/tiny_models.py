@@ -33,7 +33,7 @@ COMMON = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
-    # Large weights: logits of a random model are else so small that a wrong head would go unnoticed.
+    # Large weights: otherwise logits of a random model are so small that a wrong head would go unnoticed.
     "initializer_range": 0.3,
 }
 CONFIGS: dict[str, Callable[[], Any]] = {
@@ -65,7 +65,7 @@ def save_random(folder: Path, config: Any, tokenizer: PreTrainedTokenizerFast | 
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
         if (bias := getattr(model.get_output_embeddings(), "bias", None)) is not None:
-            torch.nn.init.normal_(bias)  # made as zeros, which would hide a bias that was left out
+            torch.nn.init.normal_(bias)  # initialised with zeros, which would hide a missing bias
         model.save_pretrained(folder)
     (tokenizer or chain_tokenizer()).save_pretrained(folder)
     return folder

@@ -1,4 +1,4 @@
-"""``opdlab replay`` as a user meets it, in this process."""
+"""``opdlab replay`` through the command line, in this process."""
 
 import csv
 import re

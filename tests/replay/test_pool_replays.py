@@ -20,7 +20,7 @@ NAMES = (
     "fresh_cosine",
 )
 
-FRESH = 0.5  # a change at a step whose rollouts are fresh does not count
+FRESH = 0.5  # a change at a step with fresh rollouts does not count
 
 
 def write(run: Path, changes: list[float]) -> Path:

@@ -1,4 +1,4 @@
-"""Recording steps: what is on disk is what the step used, and what is damaged is refused."""
+"""Recording of steps: files equal the step's data, and damaged files are refused."""
 
 import json
 import logging
@@ -50,7 +50,7 @@ def test_a_record_is_what_the_step_used(make_run: MakeRun, accumulate: int) -> N
         record = read_record(path)
         assert (record.number, record.facts.step) == (number, number - 1)
         assert len(record.batches) == accumulate
-        assert record.facts.loss == run.recorder.steps[number]["train/loss"]  # to the bit
+        assert record.facts.loss == run.recorder.steps[number]["train/loss"]  # equal to the bit
         assert float(sum(batch.shares.sum() for batch in record.batches)) == pytest.approx(1)
         record.load_weights(run.module.student)
         before = watcher.students[number - 1]

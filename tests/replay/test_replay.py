@@ -115,7 +115,7 @@ def joined(parts: Sequence[Rollouts]) -> Rollouts:
 def test_fresh_rollouts_that_are_the_recorded_ones_give_the_ungated_gradient(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, accumulate: int
 ) -> None:
-    # LSM's gradient does not depend on who sampled.
+    # LSM's gradient does not depend on the sampling policy.
     run, (record,) = recorded(make_run, [3], objective=TeacherTopK(k=8), accumulate=accumulate)
     seen: list[Any] = []
 
@@ -175,7 +175,7 @@ def test_other_prompts_are_other_prompts(make_run: MakeRun, monkeypatch: pytest.
         replayer(run, prompts=[], other_prompts=True).replay(record)
 
 
-# -- which gates ------------------------------------------------------------------------------------------------------
+# -- choice of gates --------------------------------------------------------------------------------------------------
 
 
 class Verdict(RuleGate):

@@ -1,4 +1,4 @@
-"""Laws of rollout reuse, with a collector that makes rollouts up."""
+"""Laws of rollout reuse, with a collector that returns synthetic rollouts."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -61,7 +61,7 @@ def flat(lists: list[list[int]]) -> list[int]:
 def test_length_is_what_is_yielded() -> None:
     for micro_batches in (1, 2, 4):
         made = loader(micro_batches=micro_batches)
-        assert len(list(made)) == len(made) == 2 * 3 * 2 * micro_batches  # pools x passes x batches x parts
+        assert len(list(made)) == len(made) == 2 * 3 * 2 * micro_batches  # buffers x passes x batches x parts
 
 
 def test_each_pool_is_collected_once_lazily_and_passed_over_in_new_orders() -> None:
@@ -142,10 +142,10 @@ def test_behavior_of_the_first_batch_is_filled_in_and_kept(micro_batches: int) -
             assert bool((before == -1).all())
             # The collector's behavior log-probabilities equal these.
             made.fill_behavior(batch.rows, batch.targets.logprobs)
-            assert torch.equal(batch.rollouts.behavior_logprobs, before)  # a batch is never written into
+            assert torch.equal(batch.rollouts.behavior_logprobs, before)  # a batch is never modified in place
         return batch
 
-    # Left and taken up within the first optimizer batch, and after it: pools are two, of three passes of two batches.
+    # Resumed within the first optimizer batch, and after it; there are two buffers of three passes of two batches.
     for stop in (1, micro_batches, micro_batches + 1):
         stopped = loader(Collector(unscored=True), micro_batches=micro_batches)
         first = [step(stopped, batch) for batch in islice(stopped, stop)]

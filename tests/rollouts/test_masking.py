@@ -1,4 +1,4 @@
-"""Tokens that are left out of the loss: of the loss alone."""
+"""Tokens that are left out of the loss, and only of the loss."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -32,7 +32,7 @@ def expected_mask(batch: Rollouts, token_ids: list[int]) -> torch.Tensor:
 
 def test_first_occurrences_leave_the_mask() -> None:
     batch = rollouts()
-    # Few different tokens, so that they occur again; behind the mask too.
+    # Few different tokens, so that they occur again; also at masked positions.
     batch = replace(batch, tokens=3 + batch.tokens % 3, behavior_logprobs=-batch.mask.float())
     for token_ids in ([], [3], [4, 5], [3, 4, 5], [37]):
         masked = mask_first_occurrences(batch, token_ids)

@@ -1,4 +1,4 @@
-"""Scoring as one would write it down: all logits at once, by operations that autograd knows."""
+"""Plain scoring: all logits at once, by differentiable operations of torch."""
 
 from typing import Any
 

@@ -108,7 +108,7 @@ def test_what_takes_no_gradient_gets_none(trained: str) -> None:
     compare(token_statistics(model.hidden, model.head(**options), targets).logprobs, expected, model.variables())
     ours, _ = support_statistics(model.hidden, model.head(**options), targets, support)
     compare(ours, model.plain(**options).gather(1, support), model.variables())
-    # Hidden states that take none, as of a model whose head alone is adapted.
+    # Hidden states without gradients, as in a model with only the head adapted.
     model.hidden.requires_grad_(False)
     expected = model.plain(**options).log_softmax(-1)[torch.arange(N), targets]
     compare(token_statistics(model.hidden, model.head(**options), targets).logprobs, expected, model.variables())
@@ -143,7 +143,7 @@ def test_topk(vocab_size: int | None) -> None:
 @pytest.mark.parametrize("kind", ["logprobs", "support"])
 def test_half_precision(kind: str, factors: torch.dtype) -> None:
     model = Adapted.make(bias=True, dtype=torch.bfloat16)
-    # Adapters of narrow models are kept in float32, unless the trainer casts the whole module.
+    # Adapters of narrow models stay in float32, unless the trainer casts the whole module.
     model.down, model.up = (t.detach().to(factors).requires_grad_() for t in (model.down, model.up))
     wide, targets, support = model.double(), draw(N), draw(N, K)
 
@@ -235,7 +235,7 @@ def test_detached_head_leaves_its_tensors_alone() -> None:
         ours = token_statistics(model.hidden, head.detached(), targets).logprobs
         gradients = torch.autograd.grad(ours.sum(), model.hidden)
     torch.testing.assert_close(gradients, expected)
-    assert products == 2  # nothing is computed twice: the logits, and their probabilities times the weight
+    assert products == 2  # only the logits, and their probabilities times the weight, without recomputation
 
 
 @pytest.mark.usefixtures("_process_group")

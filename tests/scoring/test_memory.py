@@ -80,7 +80,7 @@ def _forward_and_backward(kind: str) -> int:
 @pytest.mark.usefixtures("_wide_vocabulary")
 @pytest.mark.parametrize("kind", ["logprobs", "frozen head", "support", "support and statistics", "topk"])
 def test_never_holds_all_logits(kind: str) -> None:
-    # The largest that may be: a tile. The weight and its gradient hold 6 * 4096.
+    # The largest allowed tensor is a tile. The weight and its gradient have 6 * 4096 elements.
     assert _forward_and_backward(kind) <= 8 * 4096
 
 

@@ -10,7 +10,7 @@ from opdlab.gating import GateInputs, Gates
 from opdlab.strategies import SpanGate
 from opdlab.toy import chain_tokenizer
 
-# Padding holds newlines, which must not count. Id 0, because that is what the base class puts behind the mask.
+# Padding has newlines, which must not count. Id 0, because the base class writes it at masked positions.
 NEWLINE = 0
 TOKENS = {"x": 5, "n": NEWLINE, ".": NEWLINE}
 

@@ -60,7 +60,7 @@ def test_built_in_gate_obeys_the_laws(name: str, statistic: Statistic, normaliza
     ).run()
 
 
-# Gates with a rule of their own: whether drift 0 gives them weight 1 everywhere, and how to build one.
+# Rule gates: whether drift 0 gives weight 1 everywhere, and how to build one.
 CONTROLS: dict[str, tuple[bool, Callable[..., GateStrategy]]] = {
     "iw_opd": (False, PrefixGate),
     "fire_opd": (False, FilterReweightGate),
@@ -90,7 +90,7 @@ def test_every_registered_gate_has_a_row() -> None:
     assert built_in <= set(GATES) | set(CONTROLS)
 
 
-# The tester itself: each law is broken by a gate, and it alone is called.
+# Tests of the tester itself: each law is broken by a gate, and the tester names that law only.
 
 Change = Callable[[GateInputs, Gates], Gates]
 
@@ -122,7 +122,7 @@ class NumpyGate(RuleGate):
     own_normalization = "mean"
 
     def weight(self, inputs: GateInputs) -> Tensor:
-        return torch.from_numpy(inputs.current_logprobs.numpy()).exp()  # there is no bfloat16 in NumPy
+        return torch.from_numpy(inputs.current_logprobs.numpy()).exp()  # NumPy has no bfloat16
 
 
 class ForgetfulGate(TokenGate):

@@ -17,7 +17,7 @@ def test_a_packed_study_makes_the_same_report(tmp_path: Path, monkeypatch: pytes
     assert study_run(monkeypatch, write(tmp_path)) == 0
     study = tmp_path / "runs/studies/tiny"
     record = next(study.glob("runs/*/*/run.json"))
-    other = {"taken_from": str(study.parent / "other" / "runs" / "none" / "seed-0")}  # as --share notes it
+    other = {"taken_from": str(study.parent / "other" / "runs" / "none" / "seed-0")}  # as written by --share
     record.write_text(json.dumps(json.loads(record.read_text()) | other))
     runpy.run_path(str(SCRIPT))["pack"](study, tmp_path / "packed")
     with tarfile.open(tmp_path / "packed/study.tar.xz") as archive:

@@ -1,4 +1,4 @@
-"""Runs of a study: paired, finished once, and the same however often they were killed."""
+"""Runs of a study: paired, finished once, and with equal results however often they were killed."""
 
 import json
 import multiprocessing
@@ -21,7 +21,7 @@ from opdlab.studies.launch import Cluster, Launcher, RunState
 from opdlab.studies.schema import RunFolder, evaluation_is_complete, locked
 from tests.studies.tiny import ROOT, WATCH, alive, content, lines, plan, study_run, until, write
 
-# submitit's debug executor leaves its log files for the garbage collector to close.
+# submitit's debug executor closes its log files only at garbage collection.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed file .*DEBUG_:ResourceWarning"),
     pytest.mark.filterwarnings("ignore:.*DEBUG_:pytest.PytestUnraisableExceptionWarning"),
@@ -101,7 +101,7 @@ def test_a_finished_run_is_not_repeated_and_seeds_may_be_added(
     assert {file: file.stat().st_mtime_ns for file in before} == before
     missing = whole / "runs/token/seed-1/evaluations/val-step-4/toy-0.jsonl"
     text = missing.read_text()
-    missing.write_text(text[: text.rindex("{")])  # a line less
+    missing.write_text(text[: text.rindex("{")])  # one line missing
     assert not RunFolder(missing.parents[2], (2, 4)).finished
     missing.write_text(text)
     assert RunFolder(missing.parents[2], (2, 4)).finished
@@ -118,7 +118,7 @@ def test_a_failed_run_is_told_of_and_does_not_stop_the_others(
     assert "data.reuse.prompts_per_pool is 4, but there are only 2 prompts" in captured.err
     assert "none seed 0: finished" in captured.out
     assert "1 of 2 runs finished" not in captured.out
-    assert study_run(monkeypatch, file) == 1  # tried again, it alone
+    assert study_run(monkeypatch, file) == 1  # only this run is repeated
     captured = capsys.readouterr()
     assert "1 of 2 runs finished" in captured.out
     assert "few seed 0: running" in captured.out
@@ -154,7 +154,7 @@ def until_beyond(spec: RunSpec, step: int) -> None:
     until(lambda: spec.run_folder.step > step)
 
 
-# Checkpoints are written at steps 2 and 4, so that the evaluations there are due when a run goes on from them.
+# Checkpoints are written at steps 2 and 4, so the evaluations there are due when a run resumes from them.
 @pytest.mark.parametrize(
     "kills",
     [

@@ -1,4 +1,4 @@
-"""Runs that another study has finished are taken over, and no others."""
+"""Runs that another study has finished are copied, and no others."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ def test_equal_runs_are_taken_over_whatever_their_name(
     record = json.loads((study / "runs/plain/seed-0/run.json").read_text())
     assert record["variant"] == "plain"
     assert record["taken_from"] == str(finished / "runs/none/seed-0")
-    assert study_run(monkeypatch, file, "--share", str(finished)) == 0  # nothing is left to take
+    assert study_run(monkeypatch, file, "--share", str(finished)) == 0  # no run is left to copy
     assert "taken over" not in capsys.readouterr().out
 
 
@@ -82,7 +82,7 @@ def test_nor_is_half_a_run_or_one_of_other_versions(finished: Path, tmp_path: Pa
     record.write_text(json.dumps(content))
     samples = finished / "runs/none/seed-0/evaluations/val-step-4/toy-0.jsonl"
     text = samples.read_text()
-    samples.write_text(text[: text.rindex("{")])  # a line less
+    samples.write_text(text[: text.rindex("{")])  # one line missing
     assert take_over(wanted.runs(), [finished]) == 0
     samples.write_text(text)
     assert take_over(wanted.runs(), [finished]) == 1

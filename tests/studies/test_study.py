@@ -1,4 +1,4 @@
-"""A study's file is checked before anything runs: one line says what is wrong, and how to mend it."""
+"""A study's file is checked before anything runs: one line has the fault and its fix."""
 
 import json
 import sys

@@ -120,8 +120,8 @@ def study_run(monkeypatch: pytest.MonkeyPatch, file: Path, *options: str) -> int
     monkeypatch.setattr(sys, "argv", ["opdlab"])
     monkeypatch.setattr(sys, "path", list(sys.path))
     with warnings.catch_warnings():
-        # submitit's debug executor leaves its log files for the garbage collector to close: now, and not in whatever
-        # test comes next.
+        # submitit's debug executor closes its log files only at garbage collection: collect now, and not in the next
+        # test.
         warnings.filterwarnings("ignore", "unclosed file .*DEBUG_", ResourceWarning)
         try:
             return main(["study", "run", str(file), "--cluster", "debug", *options])

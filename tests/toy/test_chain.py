@@ -73,7 +73,7 @@ def test_every_problem_has_one_split_in_the_stated_shares() -> None:
     drawn = [ChainProblem(rng.randrange(100), tuple(("+", rng.randrange(10)) for _ in range(11))) for _ in range(4000)]
     for split, sixteenths in (("held_out", 1), ("train", 4), ("sft", 11)):
         assert sum(p.split == split for p in drawn) / 4000 == pytest.approx(sixteenths / 16, abs=0.03)
-    # The split follows from the text alone, not from how the problem came about.
+    # The split follows from the text alone, however the problem was generated.
     assert ChainProblem(drawn[0].start, drawn[0].operations).split == drawn[0].split
 
 
@@ -129,14 +129,14 @@ def test_tokenizer_round_trip_and_lengths(split: Split) -> None:
         assert tokenizer.unk_token_id not in prompt + response
         assert 46 <= len(prompt) <= 47
         assert 115 <= len(response) + 1 <= 152
-        # No token joins prompt and response: sampling goes on exactly where training did.
+        # No token joins prompt and response: sampling continues exactly where training did.
         assert tokenizer(problem.prompt + problem.trace())["input_ids"] == prompt + response
 
 
 def test_typical_lengths() -> None:
     tokenizer = chain_tokenizer()
     lengths = sorted(len(tokenizer(p.trace())["input_ids"]) + 1 for p in take("train", 0))
-    # Nine in ten responses, stop token included.
+    # Nine in ten responses, including the stop token.
     assert lengths[25] >= 130
     assert lengths[-1] <= 152
 

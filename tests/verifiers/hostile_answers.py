@@ -1,7 +1,7 @@
 r"""Answers that break careless verifiers: slow, deep, long, or not even text.
 
-A verifier must call each of them wrong within its time limit and judge the next answer as if nothing had happened. None
-of them equals 1, so test with that as the gold answer.
+A verifier must judge each of them as wrong within its time limit and then judge the next answer correctly. None of them
+equals 1, so tests use 1 as the gold answer.
 """
 
 

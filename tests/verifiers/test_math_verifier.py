@@ -1,4 +1,4 @@
-"""Mathematical equality: what counts as right, and that no answer can hang, kill or fool the run."""
+"""Mathematical equality: correct answers, and answers that must not hang, kill or fool the run."""
 
 import itertools
 import json
@@ -98,7 +98,7 @@ RIGHT = [
     (r"\boxed{2(3)}", "6"),
     (r"\boxed{2\left(3\right)}", "6"),
 ]
-# What must not pass for the gold answer, near as it looks; some of it does in math-verify.
+# Answers close to the gold one that must not pass; some of them do in math-verify.
 WRONG = [
     (r"\boxed{7}", "8"),
     (r"\boxed{-7}", "7"),
@@ -204,12 +204,12 @@ def test_hostile_answers_end_and_harm_nobody(strict: MathVerifier) -> None:
     responses = [text for hostile in HOSTILE_ANSWERS.values() for text in (hostile, r"\boxed{1}")]
     started = time.monotonic()
     verdicts = strict.verify(responses, ["1"] * len(responses))
-    assert time.monotonic() - started < 20  # most are slow: one after the other, and with a second for a process, 40
+    assert time.monotonic() - started < 20  # most are slow: one after the other, and with a second per process, 40
     assert [name for name, v in zip(HOSTILE_ANSWERS, verdicts[::2], strict=True) if v.correct] == []
     reasons = {verdict.reason for verdict in verdicts[::2]}
     assert {"time limit", "too long", "no answer"} <= reasons
     assert all(v.extracted is None or len(v.extracted) <= 200 for v in verdicts)
-    assert verdicts[1::2] == _verdicts("1") * len(HOSTILE_ANSWERS)  # the honest ones between them, in their places
+    assert verdicts[1::2] == _verdicts("1") * len(HOSTILE_ANSWERS)  # the honest answers between them, in order
     "".join(verdict.extracted or "" for verdict in verdicts).encode()  # can be written to a file
 
 
@@ -296,7 +296,7 @@ def test_submit_returns_at_once_and_repeated_answers_are_judged_once(strict: Mat
     assert time.monotonic() - started < TIME_LIMIT
     assert other() == _verdicts("1")
     assert wait() == [Verdict(False, tower[7:-1], "time limit")] * 60
-    assert wait() == [Verdict(False, tower[7:-1], "time limit")] * 60  # may be asked again
+    assert wait() == [Verdict(False, tower[7:-1], "time limit")] * 60  # may be requested again
     assert time.monotonic() - started < TIME_LIMIT + 5  # six workers would take ten seconds for all
 
 

@@ -1,4 +1,4 @@
-"""Plain numbers: read exactly or not at all, and never equal unless they are."""
+"""Plain numbers: read exactly or not at all, and equal only if their values are."""
 
 import time
 from fractions import Fraction
@@ -87,7 +87,7 @@ def test_reads_hostile_text_quickly() -> None:
         ("10 cm", "10 centimeters", True),
         ("10 cm", "10 m", False),
         ("10 cm", "10 cm^2", False),
-        ("100 cm", "1 m", False),  # nothing is converted
+        ("100 cm", "1 m", False),  # no text is converted
         ("5 dollars", r"\$5", True),
         ("5 dollars", "5 euros", False),
         ("50", "50%", True),
@@ -162,7 +162,7 @@ def test_plain_numbers_are_the_same_only_if_they_are_equal(a: tuple[str, Fractio
     assert answer is not None
     if a[1] == b[1]:
         assert same_quantity(gold, answer)
-    elif abs(a[1] - b[1]) > Fraction(1, 2 * 10**6):  # a long decimal may stand for a fraction
+    elif abs(a[1] - b[1]) > Fraction(1, 2 * 10**6):  # a long decimal may be a fraction
         assert not same_quantity(gold, answer)
 
 

@@ -1,4 +1,4 @@
-"""Where an answer is found, and verifiers that compare text and numbers in this process."""
+"""Extraction of answers, and verifiers that compare text and numbers in this process."""
 
 import json
 import time

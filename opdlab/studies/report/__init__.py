@@ -1,4 +1,4 @@
-"""What came out of a study: paired comparisons of every variant with the baseline, and a report of them."""
+"""Reports of studies: paired comparisons of every variant with its baseline."""
 
 from opdlab.studies.report.render import Report, make_report, write_report
 

@@ -1,4 +1,4 @@
-"""Every variant against its baseline, by figure, benchmark and budget."""
+"""Comparisons of every variant with its baseline, by metric, benchmark and budget."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,12 +24,12 @@ from opdlab.studies.report.statistics import (
 )
 
 PASS_AT = (1, 8)
-TARGET = 0.05  # the difference that the report says how many seeds it would take
+TARGET = 0.05  # the report gives the number of seeds needed to detect this difference
 
 
 @dataclass(frozen=True)
 class Place:
-    """What is compared.
+    """A metric on a benchmark at a budget.
 
     Args:
         figure: ``pass@1``, ``pass@8``.
@@ -44,22 +44,22 @@ class Place:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A variant against its baseline, on the seeds that both have.
+    """A variant against its baseline, on the seeds that both have finished.
 
     Args:
-        place: what is compared.
+        place: metric, benchmark and budget.
         variant: its name.
         baseline: name of the variant that it is compared with.
         num_seeds: pairs of runs.
-        seeds_ahead: pairs in which the variant's figure is the higher one.
-        baseline_mean: the baseline's figure in these pairs.
-        variant_mean: the variant's.
+        seeds_ahead: pairs in which the variant's metric is higher.
+        baseline_mean: mean of the baseline's metric in these pairs.
+        variant_mean: mean of the variant's metric in these pairs.
         found: the difference and its standard error.
         interval: see :class:`~opdlab.studies.report.statistics.Interval`; within -1 and 1, where differences of rates
             are, and without ends where runs and problems do not vary.
         adjusted_p: p after Holm, over the variants at this place.
         detectable: smallest difference that would be found, after Bonferroni over these variants. Above 1 no difference
-            of rates would be. NaN where it is unknown: with one seed, or where runs and problems do not vary.
+            of rates would be. NaN if it is unknown: with one seed, or if runs and problems do not vary.
         seeds_needed: pairs with which a difference of 0.05 would be; None: unknown, or problems are what lacks.
     """
 
@@ -78,22 +78,22 @@ class Comparison:
 
     @property
     def has_interval(self) -> bool:
-        """Whether there is more than one seed and problem to judge from."""
+        """True unless there is only one seed and one problem, so that an interval exists."""
         return not np.isnan(self.found.standard_error)
 
     @property
     def knows_detectable(self) -> bool:
-        """Whether there is anything to tell from what would be detected."""
+        """True if the smallest detectable difference is known."""
         return not np.isnan(self.detectable)
 
     @property
     def differs(self) -> bool:
-        """Whether the variant can be told from the baseline."""
+        """True if the variant differs from the baseline significantly."""
         return self.adjusted_p < LEVEL
 
 
 def figure_names(results: Results) -> dict[str, int]:
-    """Figures that all benchmarks have samples enough for, and their k.
+    """Return the metrics for which all benchmarks have enough samples, with their k.
 
     Args:
         results: of the study.
@@ -103,13 +103,13 @@ def figure_names(results: Results) -> dict[str, int]:
 
 
 def benchmark_names(results: Results) -> list[str]:
-    """The benchmarks, after their mean where there are several."""
+    """Return the names of the benchmarks; if there are several, their mean comes first."""
     names = list(results.benchmarks)
     return [MEAN, *names] if len(names) > 1 else names
 
 
 def scores(results: Results, variant: str, seeds: Sequence[int], budget: int, k: int) -> dict[str, Array]:
-    """pass@k of each run and problem, [S, P], by benchmark.
+    """Return pass@k of each run and problem, [S, P], by benchmark.
 
     Args:
         results: of the study.
@@ -127,12 +127,12 @@ def scores(results: Results, variant: str, seeds: Sequence[int], budget: int, k:
 
 
 def run_figures(results: Results, variant: str, place: Place) -> Array:
-    """The figure of each finished run of a variant, [S].
+    """Return the metric of each finished run of a variant, [S].
 
     Args:
         results: of the study.
         variant: name.
-        place: what figure.
+        place: metric, benchmark and budget.
     """
     found = scores(results, variant, results.finished(variant), place.budget, figure_names(results)[place.figure])
     chosen = found.values() if place.benchmark == MEAN else [found[place.benchmark]]
@@ -141,12 +141,12 @@ def run_figures(results: Results, variant: str, place: Place) -> Array:
 
 
 def compare(results: Results) -> list[Comparison]:
-    """All comparisons: by budget, figure and benchmark, in the order of the study.
+    """Return all comparisons: by budget, metric and benchmark, in the order of the study.
 
     Args:
         results: of the study.
     """
-    groups: dict[tuple[int, ...], list[str]] = {}  # variants that share seeds with their baselines: resampled together
+    groups: dict[tuple[int, ...], list[str]] = {}  # variants with the same seeds are resampled together
     for variant in results.compared:
         groups.setdefault(tuple(results.paired(variant)), []).append(variant)
     found = {
@@ -184,7 +184,7 @@ def _comparison(place: Place, names: tuple[str, str], *, pair: Sequence[list[Arr
     theirs, ours = (np.mean([cells.mean(1) for cells in side], axis=0) for side in pair)
     found = estimate([one - other for one, other in zip(*pair, strict=True)])
     bounds = interval(found, resampled, derive_seed("report", "chi-square"))
-    # The truth lies between -1 and 1, so an interval that is cut there covers it as often.
+    # The true difference lies between -1 and 1, so cutting the interval there keeps its coverage.
     low, high = np.clip([bounds.low, bounds.high], -1, 1) if found.varies else (np.nan, np.nan)
     return Comparison(
         place=place,
@@ -204,7 +204,7 @@ def _comparison(place: Place, names: tuple[str, str], *, pair: Sequence[list[Arr
 
 
 def _adjusted(family: Sequence[Comparison]) -> list[Comparison]:
-    """The variants of one place, with what depends on how many they are."""
+    """Return the variants of one place, with p values and detectable differences corrected for their number."""
     number = sum(each.has_interval for each in family)
     adjusted = []
     for each, p in zip(family, holm([each.interval.p for each in family]), strict=True):

@@ -1,4 +1,4 @@
-"""How a study was made: what it took, on what, and what is missing."""
+"""Facts of a study: size, time, machine, versions, and missing runs."""
 
 import shlex
 from collections import Counter
@@ -12,7 +12,7 @@ from opdlab.studies.schema import FINISHED, Record
 
 
 def facts(results: Results) -> dict[str, str]:
-    """Size, time, machine and versions, by name."""
+    """Return size, time, machine and versions, by name."""
     finished = [run for run in results.runs.values() if run.state == FINISHED]
     seconds = sum(run.seconds for run in finished)
     sizes = [f"{name}: {len(b.problems)} problems x {b.num_samples}" for name, b in results.benchmarks.items()]
@@ -27,20 +27,20 @@ def facts(results: Results) -> dict[str, str]:
         "machine": _several([run.machine for run in finished]),
         "versions": _several([run.versions for run in finished]),
     }
-    # How the baseline's first run was started; the others differ by overrides, seed and folder.
+    # The command of the baseline's first run; the others differ by overrides, seed and folder.
     first = results.runs[results.study.baseline, results.finished(results.study.baseline)[0]]
     return found | ({"command of a run": shlex.join(first.command)} if first.command else {})
 
 
 def _taken_over(runs: Sequence[Record]) -> str:
-    """Which runs another study has made: what both report, they report of the same samples."""
+    """Return the number of runs copied from each other study: reports that share runs share their samples."""
     folders = [Path(run.taken_from) for run in runs if run.taken_from]
     studies = Counter(folder.parent.parent.parent.name for folder in folders)  # STUDY/runs/VARIANT/seed-N
     return "".join(f", {number} of them taken over from {study}" for study, number in studies.items())
 
 
 def _numbers(values: Sequence[int]) -> str:
-    """Numbers, written as ranges where three or more follow each other.
+    """Return numbers as text, with ranges for three or more consecutive ones.
 
     Example:
         >>> _numbers([0, 1, 2, 3, 7, 9])
@@ -57,13 +57,13 @@ def _numbers(values: Sequence[int]) -> str:
 
 
 def _several(values: Sequence[Mapping[str, Any]]) -> str:
-    """All the values that runs have, each once."""
+    """Return the distinct values of all runs."""
     texts = (", ".join(f"{key} {part}" for key, part in value.items()) for value in values)
     return "; ".join(dict.fromkeys(filter(None, texts))) or "-"
 
 
 def variants_table(results: Results) -> Table:
-    """Names, labels, what each is compared with, and overrides."""
+    """Return the table of variants: names, labels, baselines, and overrides."""
     rows = []
     for each in results.study.variants:
         base = results.baseline_of(each.name)
@@ -73,6 +73,6 @@ def variants_table(results: Results) -> Table:
 
 
 def missing_table(results: Results) -> Table | None:
-    """Runs that do not count, and why; None where all have finished."""
+    """Return the table of runs that do not count, with reasons; None if all have finished."""
     rows = [(results.label(run.variant), str(run.seed), run.state) for run in results.lacking]
     return Table(("variant", "seed", "state"), rows, num_names=3) if rows else None

@@ -1,7 +1,7 @@
-"""Pictures of a study, from numbers to matplotlib figures and files.
+"""Plots of a study, from numbers to matplotlib figures and files.
 
-No global state of matplotlib is touched: settings hold inside :func:`drawing` alone. Names are shown as they are:
-without it, matplotlib would read ``$`` as mathematics.
+No global state of matplotlib changes: settings hold only inside :func:`drawing`. Names are shown literally; by default
+matplotlib reads ``$`` as mathematics.
 """
 
 import io
@@ -29,18 +29,18 @@ _COLUMNS = 3
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """Settings for the making and the saving of figures, the same on every run; put back at the end."""
+    """Apply the settings for drawing and saving figures, equal on every run; restore the old ones at the end."""
     import matplotlib as mpl
 
-    # Names of elements in an SVG are random without a salt.
+    # Without a salt, names of elements in an SVG are random.
     settings: dict[Any, Any] = {"text.parse_math": False, "svg.hashsalt": "opdlab", "svg.fonttype": "path"}
     with mpl.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # names are in any script
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # Names may be in any script.
         yield
 
 
 def save(figure: "Figure", kind: Literal["png", "svg"]) -> bytes:
-    """A figure as a file; the same figure gives the same bytes."""
+    """Return a figure as the content of a file; equal figures give equal bytes."""
     file = io.BytesIO()
     metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
     figure.savefig(file, format=kind, metadata=metadata)
@@ -59,7 +59,7 @@ def _name(text: str) -> str:
 
 
 def forest(comparisons: Sequence[Comparison], results: Results) -> "Figure":
-    """Differences to baselines with their 95% intervals, a row each, in the order of the study.
+    """Return a forest plot: differences to baselines with 95% intervals, a row each, in the order of the study.
 
     Args:
         comparisons: the variants of one place.
@@ -70,11 +70,11 @@ def forest(comparisons: Sequence[Comparison], results: Results) -> "Figure":
     axes = figure.subplots()
     axes.axvline(0, color="0.5", linewidth=1, linestyle="--")
     for row, each in enumerate(comparisons):
-        found = each.differs and each.num_seeds > 1  # one seed says nothing of other runs
+        found = each.differs and each.num_seeds > 1  # With one seed the interval does not cover other runs.
         colour = _UNCLEAR if not found else _BETTER if each.found.difference > 0 else _WORSE
         if each.found.varies:
             axes.plot([each.interval.low, each.interval.high], [row, row], color=colour, linewidth=2)
-        # Not by colour alone: a filled marker can be told apart.
+        # A filled marker distinguishes them without colour.
         filling = colour if found else "white"
         axes.plot(each.found.difference, row, "o", markersize=7, color=colour, markerfacecolor=filling)
     names = [(_name(results.label(each.variant)), _name(results.label(each.baseline))) for each in comparisons]
@@ -87,13 +87,13 @@ def forest(comparisons: Sequence[Comparison], results: Results) -> "Figure":
 
 
 def every_run(results: Results, place: Place) -> "Figure":
-    """The figure of every run, a row for each variant; a collapsed run, which a mean hides, is seen.
+    """Return a plot of the metric of every run, a row for each variant, so that collapsed runs are visible.
 
-    Within a row runs stand by seed, so that those of one seed have the same height in all rows.
+    Within a row the height is given by the seed, so that runs of one seed have the same height in all rows.
 
     Args:
         results: of the study.
-        place: what figure.
+        place: metric, benchmark and budget.
     """
     variants = [each.name for each in results.study.variants if results.finished(each.name)]
     figure = _figure(7.0, 1.3 + 0.45 * len(variants))
@@ -109,7 +109,7 @@ def every_run(results: Results, place: Place) -> "Figure":
 
 
 def learning_curves(results: Results, figure_name: str, benchmark: str) -> "Figure":
-    """Mean over seeds at each budget, ± one standard deviation over seeds, a panel for each variant.
+    """Return a plot of the mean over seeds at each budget, ± one standard deviation, a panel for each variant.
 
     Args:
         results: of the study.
@@ -145,7 +145,7 @@ def learning_curves(results: Results, figure_name: str, benchmark: str) -> "Figu
 
 
 def _label(axes: "Axes", rows: Sequence[str], label: str, place: Place) -> None:
-    """Name the rows of a picture, the first on top, its horizontal axis and its place."""
+    """Label the rows of a plot, the first on top, its horizontal axis and its place."""
     axes.set_yticks(range(len(rows)), rows)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)

@@ -1,6 +1,6 @@
-"""A study's folder, read: which runs there are, and how many samples of each problem were correct.
+"""Reading of a study's folder: its runs, and the number of correct samples of each problem.
 
-Only finished runs count. What they answered must be comparable: the same problems, and as many samples of each.
+Only finished runs count. Their samples must be comparable: the same problems, and equally many samples of each.
 """
 
 from collections.abc import Iterable, Mapping
@@ -31,7 +31,7 @@ _Problem = tuple[str, str, str | None]  # id, text, gold answer
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What a benchmark asks; the same in every run.
+    """Problems and number of samples of a benchmark; the same in every run.
 
     Args:
         problems: (id, text, gold answer) of P problems, sorted.
@@ -44,13 +44,13 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Results:
-    """A study and what came out of it.
+    """A study and its results.
 
     Args:
-        study: as it was run; V variants, S seeds.
+        study: V variants, S seeds.
         benchmarks: by name, sorted.
         runs: record of every run that the study asks for, by variant and seed; only finished ones count.
-        counts: correct samples of each problem, [P], by variant, seed, budget and benchmark; finished runs alone.
+        counts: correct samples of each problem, [P], by variant, seed, budget and benchmark; only finished runs.
     """
 
     study: Study
@@ -59,7 +59,7 @@ class Results:
     counts: Mapping[tuple[str, int, int, str], NDArray[np.int64]]
 
     def label(self, variant: str) -> str:
-        """Return what the report calls a variant."""
+        """Return the label of a variant in the report."""
         return self.study.label(variant)
 
     def baseline_of(self, variant: str) -> str:
@@ -77,22 +77,22 @@ class Results:
 
     @property
     def budgets(self) -> list[int]:
-        """Optimizer steps at which runs were evaluated, ascending."""
+        """Return the optimizer steps at which runs were evaluated, ascending."""
         return sorted(self.study.budgets)
 
     @property
     def compared(self) -> list[str]:
-        """Variants that share at least one seed with their baseline; that of the study is not among them."""
+        """Return the variants that share at least one seed with their baseline, without the study's baseline."""
         return [v.name for v in self.study.variants if v.name != self.study.baseline and self.paired(v.name)]
 
     @property
     def baselines(self) -> list[str]:
-        """What variants are compared with, each once."""
+        """Return the names of all baselines, each once."""
         return list(dict.fromkeys(self.baseline_of(name) for name in self.compared))
 
     @property
     def lacking(self) -> list[Record]:
-        """Records of the runs that do not count."""
+        """Return the records of the runs that do not count."""
         return [record for record in self.runs.values() if record.state != FINISHED]
 
 
@@ -100,8 +100,8 @@ def load_results(folder: Path) -> Results:
     """Read a study's folder.
 
     Raises:
-        UsageError: it is no study, nothing has finished, the baseline has not, or the samples cannot be compared; the
-            message says which.
+        UsageError: the folder is not a study, no run has finished, no run of the baseline has, or the samples cannot be
+            compared; the message says which.
     """
     there = (folder / STUDY).is_file()
     require(there, f"{folder / STUDY} does not exist: give the folder of a study, as `opdlab study run` makes it")
@@ -152,7 +152,7 @@ def _read_run(folder: Path, variant: str, seed: int) -> Record:
 
 
 def _check_equal(name: str, theirs: Benchmark | None, first: Path, ours: Benchmark | None, place: Path) -> None:
-    """Refuse a benchmark that is another in ``place`` than in ``first``."""
+    """Raise if the benchmark in ``place`` differs from the one in ``first``."""
     if ours is None or theirs is None:
         has, lacks = (first, place) if ours is None else (place, first)
         raise UsageError(f"benchmark '{name}' is in {has} and not in {lacks}: runs of other problems don't compare")
@@ -178,7 +178,7 @@ def _read_evaluation(place: Path) -> dict[str, tuple[Benchmark, NDArray[np.int64
                 sample = Sample.parse(line)
                 if sample is None:
                     raise UsageError(f"{path}: line {number} is no whole sample line; repeat the run")
-                # A problem that two processes were given, to make their shares equal, counts once.
+                # A problem that was given to two processes, to make their shares equal, counts once.
                 lines.setdefault(sample.benchmark, {}).setdefault(sample.key, sample)
     return {name: _count(place, name, samples.values()) for name, samples in lines.items()}
 

@@ -1,4 +1,4 @@
-"""How the figures of a report were computed, in words, with the sources."""
+"""Description of the methods of a report, with references."""
 
 from opdlab.studies.report.compare import PASS_AT, TARGET, figure_names
 from opdlab.studies.report.load import Results
@@ -15,7 +15,7 @@ SOURCES = (
 
 
 def method(results: Results) -> list[str]:
-    """A paragraph each on figures, intervals and tests."""
+    """Return a paragraph each on metrics, intervals and tests."""
     samples = sorted({benchmark.num_samples for benchmark in results.benchmarks.values()})
     average = " and ".join(f"avg@{number}" for number in samples)
     figures = (

@@ -1,4 +1,4 @@
-"""The report of a study as files: two pages, tables, pictures."""
+"""The report of a study as files: two pages, tables, plots."""
 
 import base64
 import hashlib
@@ -41,13 +41,13 @@ _KINDS = ("png", "svg", "md", "csv", "tex")
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture in the report.
+    """A plot in the report.
 
     Args:
-        name: of its files, without ending.
-        alt: what it shows, for those who do not see it.
-        png: content of the one file.
-        svg: content of the other.
+        name: of its files, without extension.
+        alt: text alternative.
+        png: content of the PNG file.
+        svg: content of the SVG file.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Picture:
 
     @property
     def source(self) -> str:
-        """The picture itself as an address, for a page that asks for nothing."""
+        """Return the plot as a data URL, so that the page needs no other file."""
         return f"data:image/svg+xml;base64,{base64.b64encode(self.svg).decode('ascii')}"
 
 
@@ -66,10 +66,10 @@ class Section:
     """All variants at one place.
 
     Args:
-        title: of it.
+        title: of the section.
         table: a row for each variant.
-        sentences: one for each.
-        pictures: forest plot, every run, and learning curves where there are several budgets.
+        sentences: one for each variant.
+        pictures: forest plot, every run, and learning curves if there are several budgets.
     """
 
     title: str
@@ -80,12 +80,12 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """What came out of a study, ready to be written.
+    """The report of a study, ready to be written.
 
     Args:
-        folder: where it goes.
+        folder: output folder.
         files: content, by name inside the folder.
-        conclusion: what its first section says, a line each; what could harm a terminal is written out.
+        conclusion: lines of its first section; control characters are written as code points.
     """
 
     folder: Path
@@ -93,7 +93,7 @@ class Report:
     conclusion: Sequence[str]
 
     def write(self) -> Path:
-        """Write all files, and take away those of an earlier report that are no more.
+        """Write all files, and delete files of an earlier report that are no longer part of it.
 
         Returns:
             Path of ``report.md``.
@@ -118,7 +118,7 @@ class Report:
 
 
 def write_report(folder: Path) -> Path:
-    """Compare a study's variants, and write what came out to ``folder/report``; see :func:`make_report`.
+    """Compare a study's variants and write the report to ``folder/report``; see :func:`make_report`.
 
     Args:
         folder: of the study.
@@ -133,10 +133,10 @@ def write_report(folder: Path) -> Path:
 
 
 def make_report(folder: Path) -> Report:
-    """Compare a study's variants.
+    """Return the report that compares a study's variants.
 
     The report has ``report.md`` and ``report.html``, which needs no other file; ``tables/`` as Markdown, CSV and LaTeX;
-    ``figures/`` as PNG and SVG. The same samples give the same files, byte for byte.
+    ``figures/`` as PNG and SVG. Equal samples give equal files, byte for byte.
 
     Args:
         folder: of the study; the report goes to ``report`` inside it.
@@ -168,7 +168,7 @@ def make_report(folder: Path) -> Report:
         "sources": SOURCES,
     }
     for name, environment in (("report.md", _markdown()), ("report.html", _html())):
-        # A lone surrogate, which a name from a YAML file may hold, has no UTF-8; visible() has written it out before.
+        # A name from a YAML file may hold a lone surrogate, which has no UTF-8 encoding; visible() has replaced it.
         files[name] = environment.get_template(name).render(known).encode("utf-8", "replace")
     heading = f"at optimizer step {known['final']}:"
     lines = [heading, *(f"- {text}" for text in known["conclusion"]), *known["caveats"]]
@@ -202,12 +202,12 @@ def _sections(results: Results, comparisons: Sequence[Comparison]) -> list[Secti
 
 def _picture(figure: "Figure", name: str, alt: str) -> Picture:
     png = save(figure, "png")
-    figure.set_layout_engine("none")  # it is laid out by now, which is most of the work
+    figure.set_layout_engine("none")  # The layout is already computed, and it is most of the work.
     return Picture(name, alt, png, save(figure, "svg"))
 
 
 def _file_name(number: int, kind: str, place: Place) -> str:
-    """A name for any file system; the number keeps it unique.
+    """Return a file name that is valid on any file system; the number keeps it unique.
 
     Example:
         >>> _file_name(2, "forest", Place("pass@8", "AIME 24/I", 40))
@@ -249,7 +249,7 @@ def _environment(autoescape: bool, finalize: Callable[[Any], Any]) -> Environmen
 
 @cache
 def _markdown() -> Environment:
-    """Everything is escaped but what is marked as Markdown."""
+    """Return the Jinja environment for Markdown: it escapes everything except text marked as Markdown."""
 
     def escaped(value: Any) -> str:
         return str(value) if isinstance(value, Markup) else markdown_text(str(value))
@@ -261,7 +261,7 @@ def _markdown() -> Environment:
 
 @cache
 def _html() -> Environment:
-    """Everything is escaped; the page may ask for nothing, run no script, and has no style but its own."""
+    """Return the Jinja environment for HTML: text is escaped, and pages forbid requests, scripts and foreign styles."""
 
     def escaped(value: Any) -> Any:
         return value if isinstance(value, Markup) else visible(str(value))

@@ -1,4 +1,4 @@
-"""What was found, in plain words. Nothing is escaped here: whoever shows the text does that."""
+"""Results of a study as sentences. Text is not escaped here; each output format escapes it."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ _RATES = "rates differ by 1 at most"
 
 
 def number(value: float, sign: bool = False) -> str:
-    """Three decimals; a dash for what is not known.
+    """Return three decimals; a dash for unknown numbers.
 
     Example:
         >>> number(0.0456), number(-0.0001, sign=True), number(float("nan"))
@@ -25,7 +25,7 @@ def number(value: float, sign: bool = False) -> str:
 
 
 def detectable(value: float) -> str:
-    """A detectable difference of rates: above 1, it is not one.
+    """Return a detectable difference as text: "> 1" above 1, which no difference of rates reaches.
 
     Example:
         >>> detectable(0.25), detectable(1.092), detectable(float("nan"))
@@ -35,7 +35,7 @@ def detectable(value: float) -> str:
 
 
 def p_value(value: float) -> str:
-    """Three decimals, of which 0.05 must not be made by rounding.
+    """Return a p value with three decimals, or four where rounding would give 0.05.
 
     Example:
         >>> p_value(0.0002), p_value(0.0499), p_value(0.3)
@@ -49,13 +49,13 @@ def p_value(value: float) -> str:
 
 
 def place_name(place: Place) -> str:
-    """A figure and where: ``pass@1 on toy``."""
+    """Return metric and benchmark: ``pass@1 on toy``."""
     where = "the mean over benchmarks" if place.benchmark == MEAN else place.benchmark
     return f"{place.figure} on {where}"
 
 
 def detectable_range(values: Sequence[float]) -> str:
-    """Smallest detectable differences of some variants: one number, or two.
+    """Return the smallest detectable differences of some variants: one number, or two.
 
     Example:
         >>> detectable_range([0.2, 0.1]), detectable_range([0.9, 1.3])
@@ -66,7 +66,7 @@ def detectable_range(values: Sequence[float]) -> str:
 
 
 def _unknown(comparisons: Sequence[Comparison]) -> str:
-    """Why it is unknown what would be detected."""
+    """Return the reason why the detectable difference is unknown."""
     if all(each.num_seeds == 1 for each in comparisons):
         return "unknown, since one seed does not tell how runs vary"
     if any(each.num_seeds == 1 for each in comparisons):
@@ -75,11 +75,11 @@ def _unknown(comparisons: Sequence[Comparison]) -> str:
 
 
 def _smallest(judged: Sequence[Comparison], family: Sequence[Comparison], results: Results) -> str:
-    """What a study would detect: a clause without its stop.
+    """Return a clause on the smallest difference that a study detects, without a full stop.
 
     Args:
-        judged: the variants to speak of.
-        family: all that are corrected for.
+        judged: the variants that the clause is about.
+        family: all variants that the correction counts.
         results: of the study.
     """
     known = [each.detectable for each in judged if each.knows_detectable]
@@ -96,7 +96,7 @@ def _smallest(judged: Sequence[Comparison], family: Sequence[Comparison], result
 
 
 def sentence(comparison: Comparison, results: Results) -> str:
-    """What can be said of one variant at one place."""
+    """Return the result of one variant at one place."""
     name, base = results.label(comparison.variant), results.label(comparison.baseline)
     found, bounds = comparison.found, comparison.interval
     if not comparison.has_interval:
@@ -119,7 +119,7 @@ def sentence(comparison: Comparison, results: Results) -> str:
 
 
 def _side(comparison: Comparison) -> str:
-    """On which side of its baseline a variant is that can be told from it; one seed says nothing of other runs."""
+    """Return the words for a variant that differs from its baseline; one seed does not cover other runs."""
     up = comparison.found.difference > 0
     if comparison.num_seeds == 1:
         return "on this one seed ahead of" if up else "on this one seed behind"
@@ -140,10 +140,10 @@ def _equals(value: float) -> str:
 
 
 def conclusion(comparisons: Sequence[Comparison], results: Results) -> list[str]:
-    """A sentence for each figure and baseline, at the largest budget and over all benchmarks.
+    """Return a sentence for each metric and baseline, at the largest budget and over all benchmarks.
 
     Args:
-        comparisons: all of one place, for each place to conclude on, one after another.
+        comparisons: all comparisons of one place, place after place.
         results: of the study.
     """
     families: dict[Place, list[Comparison]] = {}
@@ -157,7 +157,7 @@ def conclusion(comparisons: Sequence[Comparison], results: Results) -> list[str]
 
 
 def _conclude(place: Place, baseline: str, corrected: Sequence[Comparison], results: Results) -> str:
-    """What can be said of the variants with this baseline; they are corrected for all at the place."""
+    """Return the result of the variants with this baseline; the correction counts all variants at the place."""
     base, where = results.label(baseline), place_name(place)
     corrected = [each for each in corrected if each.has_interval]
     judged = [each for each in corrected if each.baseline == baseline]
@@ -182,7 +182,7 @@ def _conclude(place: Place, baseline: str, corrected: Sequence[Comparison], resu
 
 
 def _mend(judged: Sequence[Comparison]) -> str:
-    """How large a study would have to be."""
+    """Return the size that a study needs."""
     repeated = [each for each in judged if each.knows_detectable]
     if not repeated or max(each.detectable for each in repeated) <= TARGET:
         return ""
@@ -194,7 +194,7 @@ def _mend(judged: Sequence[Comparison]) -> str:
 
 
 def caveats(results: Results, comparisons: Sequence[Comparison]) -> list[str]:
-    """What limits the comparisons: few seeds, few problems, runs that lack."""
+    """Return the limits of the comparisons: few seeds, few problems, missing runs."""
     said = []
     if any(each.num_seeds == 1 for each in comparisons):
         said.append(

@@ -1,15 +1,15 @@
 r"""Paired differences of runs, as pure functions of arrays.
 
-Shapes: M comparisons, S seeds, P problems, B resamples, K benchmarks. ``differences[m, s, p]`` is variant less
-baseline on problem p with seed s. Seeds and problems are both drawn from something larger, so both must be resampled:
+Shapes: M comparisons, S seeds, P problems, B resamples, K benchmarks. ``differences[m, s, p]`` is variant minus
+baseline on problem p with seed s. Seeds and problems are both samples of larger populations, so both must be resampled:
 a run repeated with the same problems, or the same runs on other problems, would have come out differently.
 
-The crossed ("pigeonhole") bootstrap draws seeds and problems independently, the same for both sides of a pair. As it
-is, its spread is wrong in both directions: with few seeds it is too narrow, by sqrt((S - 1) / S) and for want of t
-quantiles; and where the noise of single cells dominates it is too wide, up to sqrt(3) times, since a drawn row and a
-drawn column each carry that noise along once more (Owen 2007). So its deviations are rescaled to the standard error
-that the two-way analysis of variance gives without that bias, and each is divided by sqrt(chi2 / df), which makes a
-normal shape Student's t. `benchmarks/coverage.py` has the coverage of both.
+The crossed ("pigeonhole") bootstrap draws seeds and problems independently, the same for both sides of a pair. Without
+correction its spread is wrong in both directions: with few seeds it is too narrow, by sqrt((S - 1) / S) and for
+lack of t quantiles; where the noise of single cells dominates it is too wide, up to sqrt(3) times, since a drawn row
+and a drawn column each carry that noise along once more (Owen 2007). So its deviations are rescaled to the standard
+error that the two-way analysis of variance gives without that bias, and each is divided by sqrt(chi2 / df), which makes
+a normal shape Student's t. `benchmarks/coverage.py` has the coverage of both.
 
 References:
     Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1 (2007); Efron & Tibshirani, "An Introduction to the
@@ -31,14 +31,14 @@ Array = NDArray[np.float64]
 LEVEL, POWER = 0.05, 0.8
 NUM_RESAMPLES = 10_000
 _MAX_SEEDS = 1000
-_CHUNK = 1000  # resamples at once, so that weights of 10,000 problems stay below 100 MB
+_CHUNK = 1000  # Resamples at a time, so that weights of 10,000 problems stay below 100 MB.
 # The variance of a mean is at least that of its independent noise. An estimate below half of it is chance.
 _LEAST_NOISE = 0.5
-_NO_SPREAD = 1e-12  # rounding of equal cells is no spread
+_NO_SPREAD = 1e-12  # A smaller spread than this is rounding of equal cells.
 
 
 def problem_scores(num_correct: NDArray[np.int64], num_samples: int, k: int) -> Array:
-    """Unbiased pass@k of each problem; with k = 1 the share of correct samples, avg@n.
+    """Return the unbiased pass@k of each problem; with k = 1 it is the share of correct samples, avg@n.
 
     Args:
         num_correct: any shape, correct samples c of a problem.
@@ -55,14 +55,14 @@ def problem_scores(num_correct: NDArray[np.int64], num_samples: int, k: int) -> 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean difference and how well it is known.
+    """A mean difference and its standard error.
 
     Args:
         difference: mean over benchmarks of the mean over seeds and problems.
-        standard_error: NaN where there is but one seed and one problem.
+        standard_error: NaN with only one seed and one problem.
         degrees_of_freedom: of the standard error, after Satterthwaite.
-        seed_part: share of the variance that falls with the number of seeds, as variance; 0 with one seed.
-        problem_part: the rest, which falls with the number of problems alone.
+        seed_part: part of the variance that falls with the number of seeds; 0 with one seed.
+        problem_part: the rest, which falls only with the number of problems.
         problem_degrees: degrees of freedom of ``problem_part``.
     """
 
@@ -75,16 +75,16 @@ class Estimate:
 
     @property
     def varies(self) -> bool:
-        """Whether seeds or problems differ at all, without which nothing can be said of chance."""
+        """True if seeds or problems differ at all; otherwise the spread is unknown."""
         return bool(self.standard_error > _NO_SPREAD)  # False for NaN
 
 
 def estimate(differences: Sequence[Array]) -> Estimate:
-    """Mean difference, with a standard error from the two-way analysis of variance.
+    """Return the mean difference, with a standard error from the two-way analysis of variance.
 
     With seeds and problems as crossed random effects, ``var = A + sum(B_k) - sum(E_k)``: A is the variance over seeds
     of the mean over everything else, divided by S; B_k that over problems, divided by P; E_k the noise of single
-    cells, which is in both of them and is therefore taken off once. With one seed only problems vary, with one
+    cells, which both of them contain, so it is subtracted once. With one seed only problems vary, with one
     problem only seeds.
 
     Args:
@@ -129,7 +129,7 @@ def estimate(differences: Sequence[Array]) -> Estimate:
 
 
 def crossed_bootstrap(differences: Sequence[Array], seed: int, num_resamples: int = NUM_RESAMPLES) -> Array:
-    """Means of resampled seeds x resampled problems, the same draws for all comparisons.
+    """Return means of resampled seeds x resampled problems, with the same draws for all comparisons.
 
     Every mean is linear in how often each seed and each problem was drawn, so that a resample is a product of matrices.
 
@@ -143,7 +143,7 @@ def crossed_bootstrap(differences: Sequence[Array], seed: int, num_resamples: in
     """
     generator = np.random.default_rng(seed)
     num_comparisons, num_seeds = differences[0].shape[:2]
-    # [P, M * S]: a resample of problems is then one product for all comparisons and seeds.
+    # [P, M * S]: one matrix product resamples problems for all comparisons and seeds.
     by_problem = [np.moveaxis(cells, 2, 0).reshape(cells.shape[2], -1) for cells in differences]
     parts = []
     for start in range(0, num_resamples, _CHUNK):
@@ -158,22 +158,22 @@ def crossed_bootstrap(differences: Sequence[Array], seed: int, num_resamples: in
 
 
 def _draws(generator: np.random.Generator, size: int, number: int) -> Array:
-    """Share of each of ``number`` things among as many drawn with replacement; [size, number]."""
+    """Return the share of each of ``number`` items among as many draws with replacement; [size, number]."""
     drawn = generator.integers(number, size=(size, number)) + number * np.arange(size)[:, None]
     return np.bincount(drawn.ravel(), minlength=size * number).reshape(size, number) / number
 
 
 @dataclass(frozen=True)
 class Interval:
-    """What resampling says of a difference.
+    """Confidence interval and p value from resampling.
 
     Args:
         low: lower end of the 95% interval.
         high: upper end.
         probability: share of the rescaled resamples above 0, those at 0 counted half.
         p: two-sided: twice the smaller share at or beyond 0.
-        plain_low: lower end of the percentile interval of the bootstrap as it is.
-        plain_high: upper end.
+        plain_low: lower end of the percentile interval of the uncorrected bootstrap.
+        plain_high: its upper end.
     """
 
     low: float
@@ -185,7 +185,7 @@ class Interval:
 
 
 def interval(found: Estimate, resampled: Array, seed: int) -> Interval:
-    """95% interval, probability of improvement and p value.
+    """Return the 95% interval, the probability of improvement and the p value.
 
     Args:
         found: see :func:`estimate`.
@@ -193,7 +193,7 @@ def interval(found: Estimate, resampled: Array, seed: int) -> Interval:
         seed: for the chi-square draws.
 
     Returns:
-        NaN throughout where there is but one seed and one problem.
+        All NaN with only one seed and one problem.
     """
     if np.isnan(found.standard_error):
         return Interval(*[np.nan] * 6)
@@ -219,7 +219,7 @@ def interval(found: Estimate, resampled: Array, seed: int) -> Interval:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjustment: an adjusted p below 0.05 keeps the chance of any false positive below 5%. NaN is left out.
+    """Return Holm-adjusted p values: rejecting below 0.05 keeps the family-wise error below 5%. NaN is skipped.
 
     Example:
         >>> [round(p, 2) for p in holm([0.01, 0.04, 0.03])]
@@ -234,7 +234,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def detectable_difference(standard_error: float, degrees_of_freedom: float, num_comparisons: int = 1) -> float:
-    """Smallest true difference that would be found with a probability of 80%, two-sided at 5%.
+    """Return the smallest true difference that is detected with probability 80%, two-sided at 5%.
 
     ``(t(1 - 0.05 / 2m) + t(0.8)) * se``: the first of m comparisons in Holm's order has to pass 0.05 / m.
 
@@ -252,7 +252,7 @@ def detectable_difference(standard_error: float, degrees_of_freedom: float, num_
 
 
 def seeds_needed(found: Estimate, num_seeds: int, target: float, num_comparisons: int = 1) -> int | None:
-    """Number of seeds with which ``target`` would be detectable on the same number of problems.
+    """Return the number of seeds that makes ``target`` detectable on the same number of problems.
 
     Args:
         found: with ``num_seeds`` seeds.
@@ -261,8 +261,8 @@ def seeds_needed(found: Estimate, num_seeds: int, target: float, num_comparisons
         num_comparisons: see :func:`detectable_difference`.
 
     Returns:
-        At least 2; None where 1000 seeds would not do, and more problems are needed, and where nothing varies, which
-        tells nothing of other seeds and problems.
+        At least 2. None if 1000 seeds are not enough, so that more problems are needed; and if nothing varies, so that
+        the spread over other seeds and problems is unknown.
     """
     if not found.varies:
         return None

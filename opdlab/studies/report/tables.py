@@ -1,4 +1,4 @@
-"""Tables, and the three ways in which they are written: Markdown, CSV with all digits, LaTeX with booktabs."""
+"""Tables of a report in three formats: Markdown, CSV with all digits, LaTeX with booktabs."""
 
 import csv
 import io
@@ -34,7 +34,7 @@ _LATEX = {ord(char): f"\\{char}" for char in "&%$#_{}"} | {
 
 
 def markdown_text(text: str) -> str:
-    r"""Text that Markdown shows as it is, on one line.
+    r"""Return text escaped for Markdown, on one line.
 
     Example:
         >>> markdown_text("a|b <i>*c*")
@@ -44,7 +44,7 @@ def markdown_text(text: str) -> str:
 
 
 def latex_text(text: str) -> str:
-    r"""Text that LaTeX sets as it is.
+    r"""Return text escaped for LaTeX.
 
     Example:
         >>> latex_text("50% of a_b")
@@ -59,8 +59,8 @@ class Table:
 
     Args:
         header: names of the columns.
-        rows: as they are shown; names come first.
-        num_names: columns of text; the others are numbers, set to the right.
+        rows: displayed cells; names come first.
+        num_names: columns of text; the others are numbers, right-aligned.
     """
 
     header: Sequence[str]
@@ -68,22 +68,22 @@ class Table:
     num_names: int = 1
 
     def markdown(self) -> str:
-        """As a Markdown table."""
+        """Return the table in Markdown."""
         rule = [":--" if column < self.num_names else "--:" for column in range(len(self.header))]
         rows = [[markdown_text(cell) for cell in row] for row in (self.header, *self.rows)]
         return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])) + "\n"
 
     def latex(self) -> str:
-        """As a LaTeX tabular; needs the package booktabs."""
+        """Return the table as a LaTeX tabular; it needs the package booktabs."""
         columns = "l" * self.num_names + "r" * (len(self.header) - self.num_names)
-        # A bracket after \\ would be taken for its argument.
+        # LaTeX would read a bracket after \\ as its argument.
         head, *body = [r"{}" + " & ".join(map(latex_text, row)) + r" \\" for row in (self.header, *self.rows)]
         lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
         return "\n".join([*lines, r"\end{tabular}"]) + "\n"
 
 
 def csv_text(records: Sequence[dict[str, Any]]) -> str:
-    """Records as CSV: all digits, empty where a number is not known."""
+    """Return records as CSV: all digits, empty for unknown numbers."""
     file = io.StringIO()
     writer = csv.DictWriter(file, fieldnames=list(records[0]), lineterminator="\n")
     writer.writeheader()
@@ -96,12 +96,12 @@ _JUDGED = ("P(better)", "p", "p (Holm)", "seeds", "ahead in", "detectable", "see
 
 
 def comparison_table(comparisons: Sequence[Comparison], results: Results) -> Table:
-    """Return the variants of one place, a row each."""
+    """Return the table of the variants at one place, a row each."""
     return Table((*_COMPARED, *_JUDGED), [_cells(each, results) for each in comparisons], num_names=2)
 
 
 def comparisons_table(comparisons: Sequence[Comparison], results: Results) -> Table:
-    """Return the variants of many places, which are named in the first columns."""
+    """Return the table of the variants at many places, which the first columns name."""
     rows = [[*map(str, astuple(each.place)), *_cells(each, results)] for each in comparisons]
     return Table(("figure", "benchmark", "step", *_COMPARED, *_JUDGED), rows, num_names=5)
 
@@ -118,7 +118,7 @@ def _cells(each: Comparison, results: Results) -> list[str]:
 
 
 def comparison_records(comparisons: Sequence[Comparison], results: Results) -> list[dict[str, Any]]:
-    """All that is known of each comparison, for CSV."""
+    """Return all fields of each comparison, for CSV."""
     return [
         {
             "figure": each.place.figure,
@@ -149,7 +149,7 @@ def comparison_records(comparisons: Sequence[Comparison], results: Results) -> l
 
 
 def figure_records(results: Results) -> list[dict[str, Any]]:
-    """Mean and spread over runs of every variant, at every budget, for CSV."""
+    """Return mean and spread over runs of every variant at every budget, for CSV."""
     records = []
     for known, runs in _figures(results):
         spread = float(runs.std(ddof=1)) if len(runs) > 1 else np.nan
@@ -158,7 +158,7 @@ def figure_records(results: Results) -> list[dict[str, Any]]:
 
 
 def run_records(results: Results) -> list[dict[str, Any]]:
-    """The figures of every run, at every budget, for CSV."""
+    """Return the metrics of every run at every budget, for CSV."""
     return [
         known | {"seed": seed, "value": float(value)}
         for known, runs in _figures(results)
@@ -167,7 +167,7 @@ def run_records(results: Results) -> list[dict[str, Any]]:
 
 
 def _figures(results: Results) -> Iterator[tuple[dict[str, Any], Array]]:
-    """Each figure of each variant that has finished runs: what it is, and that of each run, [S]."""
+    """Yield each metric of each variant with finished runs: its place, and its value for each run, [S]."""
     for budget, figure, benchmark in product(results.budgets, figure_names(results), benchmark_names(results)):
         for variant in results.study.variants:
             if results.finished(variant.name):
@@ -177,7 +177,7 @@ def _figures(results: Results) -> Iterator[tuple[dict[str, Any], Array]]:
 
 
 def figures_table(records: Sequence[dict[str, Any]]) -> Table:
-    """What :func:`figure_records` has, as it is shown."""
+    """Return the displayed table of :func:`figure_records`."""
     rows = [
         [
             *map(str, (row["figure"], row["benchmark"], row["step"], row["label"])),

@@ -1,9 +1,9 @@
-r"""Whether two mathematical answers are equal, and the canonical form of an answer.
+r"""Equality of two mathematical answers, and the canonical form of an answer.
 
-An answer is untrusted text that can keep a computer algebra system busy for ever, take all memory, or overflow its
-stack: call these functions only in a process that can be killed, as :mod:`opdlab.verifiers.math.worker_process` does.
+An answer is untrusted text. It can make a computer algebra system run forever, exhaust memory, or overflow the stack.
+Call these functions only in a process that can be killed, as :mod:`opdlab.verifiers.math.worker_process` does.
 
-This module is imported in those processes and must stay light: no torch.
+Those processes import this module, so it must not import torch.
 """
 
 import functools
@@ -27,7 +27,7 @@ from opdlab.verifiers.verifier import bounded_form
 
 
 class Judgement(NamedTuple):
-    """The outcome of judging one answer: the fields of :class:`~opdlab.verifiers.Verdict`."""
+    """Result for one answer, with the fields of :class:`~opdlab.verifiers.Verdict`."""
 
     correct: bool
     extracted: str | None
@@ -35,18 +35,18 @@ class Judgement(NamedTuple):
 
 
 def judge(answer: str, gold: str, boxed: bool, decided: Callable[[bool], None] | None = None) -> Judgement:
-    r"""Compare an answer with the gold one. It has no time limit: call it only in a process that can be killed.
+    r"""Return the judgement of an answer. There is no time limit: call it only in a process that can be killed.
 
-    Where both are plain numbers, :func:`~opdlab.verifiers.quantities.same_quantity` decides; otherwise math-verify
-    does, on the text as it stands and then without punctuation and spacing. Vetoes keep math-verify from calling
-    different things equal: :func:`~opdlab.verifiers.math.notation.differ`, and a side of ``a=b=c`` that is another
-    number than the gold.
+    If both are plain numbers, :func:`~opdlab.verifiers.quantities.same_quantity` decides. Otherwise math-verify
+    decides, first on the text as written and then without punctuation and spacing. Vetoes reject different answers that
+    math-verify accepts: :func:`~opdlab.verifiers.math.notation.differ`, and a side of ``a=b=c`` that is another number
+    than the gold answer.
 
     Args:
-        answer: what stands in the box, or the end of a response without a box.
+        answer: text in the box, or the end of a response without a box.
         gold: the gold answer.
-        boxed: whether ``answer`` comes from a box.
-        decided: called with the outcome before the canonical form is made.
+        boxed: ``answer`` comes from a box.
+        decided: called with the result before the canonical form is computed.
     """
     found = None
     if not boxed:
@@ -86,7 +86,7 @@ def _equal(answer: str, gold: str, wanted: Quantity | None, quantity: Quantity |
 def _parse(text: str) -> list[Any]:
     from math_verify import parse
 
-    # The kernel keeps the time limit; math-verify's own is a Python signal handler, which C code does not let run.
+    # The kernel enforces the time limit; math-verify's is a Python signal handler, which cannot interrupt C code.
     found: list[Any] = parse(text, parsing_timeout=None)
     return found
 
@@ -103,7 +103,7 @@ def _verify(gold: list[Any], found: list[Any]) -> bool:
         return False
     if verify(gold, found, timeout_seconds=None):
         return True
-    # It compares an interval with a gold inequality, but not an inequality with a gold interval.
+    # math-verify compares an interval with a gold inequality, but not an inequality with a gold interval.
     return _is_interval(gold[0]) and _is_inequality(found[0]) and bool(verify(found, gold, timeout_seconds=None))
 
 
@@ -148,16 +148,16 @@ def _form(text: str, quantity: Quantity | None, gold: Quantity | None = None) ->
     """Return the canonical form, or the text if there is none, as for a number with too many digits."""
     try:
         return canonical(text, quantity, gold)
-    except Exception:  # SymPy raises all kinds; equality is decided already
+    except Exception:  # SymPy raises many types; equality is already decided
         return bounded_form(tidy(text))
 
 
 @functools.lru_cache(maxsize=1024)
 def canonical(text: str, quantity: Quantity | None, gold: Quantity | None = None) -> str:
-    r"""Return one string for the many ways to write an answer: ``\frac{2}{4}``, ``0.5`` and ``1/2`` are ``1/2``.
+    r"""Return one string for equivalent notations of an answer: ``\frac{2}{4}``, ``0.5`` and ``1/2`` are ``1/2``.
 
     Numbers become integers or fractions, sets are sorted, expressions are evaluated by SymPy, words lose ``\text`` and
-    case. A unit is kept only where the gold answer has another one. At most 200 characters.
+    case. A unit is kept only if the gold answer has another one. At most 200 characters.
     """
     if quantity is not None:
         dropped = gold is None or gold.unit in (None, quantity.unit)
@@ -193,7 +193,7 @@ def _evaluated(expression: Any) -> str:
 
 
 def _is_small_polynomial(expression: Any) -> bool:
-    """True if multiplying it out is cheap."""
+    """True if the expression is cheap to expand."""
     import sympy
 
     powers = expression.atoms(sympy.Pow)

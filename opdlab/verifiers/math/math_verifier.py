@@ -12,32 +12,32 @@ from opdlab.verifiers.math.worker_pool import WorkerPool
 from opdlab.verifiers.quantities import tidy
 from opdlab.verifiers.verifier import Verdict, Verifier, bounded_form, last_boxed
 
-# Without a box the answer is searched for at the end of the response; more text only costs time.
+# Without a box only this many characters at the end are searched, because more text only costs time.
 _TAIL_CHARACTERS = 400
-# No answer to a problem is as long; parsing it would only cost time.
+# Real answers are shorter; parsing longer text only costs time.
 _MAX_CHARACTERS = 5000
 _MIN_MEMORY = 512
-# Of the module, since a verifier must pickle.
+# Global, because a verifier must pickle.
 _STARTING = threading.Lock()
 
 
 class MathVerifier(Verifier):
-    r"""Correct if the answer is mathematically equal to the gold answer.
+    r"""Verifier that accepts an answer mathematically equal to the gold answer.
 
-    The answer is what stands in the last ``\boxed{…}``, or without a box whatever math-verify finds at the end of the
-    response. Plain numbers, with units or without, are compared exactly (:mod:`opdlab.verifiers.quantities` says what
-    is read how), everything else by math-verify. A right answer's ``extracted`` is the canonical form of the gold
-    answer and a wrong one's its own, as far as SymPy finds it: ``\frac{2}{4}`` and ``0.5`` are both ``1/2``, so that
-    equal answers can be counted as one; where no form is found in time, it is the text. Since only right answers are
-    compared with the gold one, wrong ones may split into more forms than they should.
+    The answer is the text in the last ``\boxed{…}``, or without a box the expression that math-verify finds at the end
+    of the response. Plain numbers, with or without units, are compared exactly (see
+    :mod:`opdlab.verifiers.quantities`), all other answers by math-verify. ``extracted`` is the canonical form from
+    SymPy, of the gold answer for a right answer and of the answer itself for a wrong one. ``\frac{2}{4}`` and ``0.5``
+    are both ``1/2``, so that a majority vote counts equal answers together. Without a form in time, ``extracted`` is
+    the text. Wrong answers are not compared with each other, so equal ones may have different forms.
 
-    Answers are untrusted and never parsed in this process. One that takes longer than the limit, or more memory, is
-    wrong; its process is replaced. Processes start with the first answers and end with the verifier.
+    Answers are untrusted and never parsed in this process. An answer that exceeds the time or memory limit is wrong,
+    and its process is replaced. Processes start with the first answers and end with the verifier.
 
     Args:
-        num_workers: processes, at least 1.
-        time_limit: seconds an answer may take, above 0. A process's start and waiting for one do not count.
-        memory_limit: MiB of address space for each process, at least 512.
+        num_workers: number of processes, at least 1.
+        time_limit: seconds per answer, above 0, without the start of a process and the wait for a free one.
+        memory_limit: MiB of address space per process, at least 512.
 
     Raises:
         UsageError: a value is out of range.
@@ -68,7 +68,7 @@ class MathVerifier(Verifier):
         return self.submit(responses, golds)()
 
     def submit(self, responses: Sequence[str], golds: Sequence[str]) -> Callable[[], list[Verdict]]:
-        """See :meth:`Verifier.submit`; what occurs several times is judged once."""
+        """See :meth:`Verifier.submit`; repeated answers are judged once."""
         pool = self._started_pool()
         keys = [(*_answer(response), gold) for response, gold in zip(responses, golds, strict=True)]
         futures = {
@@ -78,7 +78,7 @@ class MathVerifier(Verifier):
         }
 
         def wait() -> list[Verdict]:
-            assert self._pool is not None  # keeps the verifier, and so its processes, until then
+            assert self._pool is not None  # the closure keeps the verifier and its processes alive
             return [
                 _with_form(
                     Verdict(*futures[key].result()) if key in futures else Verdict(False, None, "too long"), *key
@@ -90,7 +90,7 @@ class MathVerifier(Verifier):
 
     def _started_pool(self) -> WorkerPool:
         with _STARTING:
-            # A forked process has its parent's pool, but not the threads that feed it.
+            # A forked process inherits the pool, but not the threads that feed it.
             if self._pool is None or self._pool.owner != os.getpid():
                 self._pool = WorkerPool(self.num_workers, self.time_limit, self.memory_limit)
                 weakref.finalize(self, self._pool.stop)
@@ -101,7 +101,7 @@ class MathVerifier(Verifier):
 
 
 def _with_form(verdict: Verdict, answer: str, boxed: bool, gold: str) -> Verdict:
-    """Put the text where no canonical form was found, so that the answer still counts in a majority vote."""
+    """Return the verdict with the text if it has no canonical form, so that the answer counts in a majority vote."""
     if verdict.extracted is not None or verdict.reason == "no answer" or not (verdict.correct or boxed):
         return verdict
     text = bounded_form(tidy(gold if verdict.correct else answer))

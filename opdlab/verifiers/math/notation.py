@@ -1,7 +1,7 @@
-r"""Differences between two answers that a computer algebra system does not see.
+r"""Detect differences between two answers that a computer algebra system ignores.
 
-math-verify drops number bases, units, and ``am``, and takes ``11=10`` for 10. The vetoes here refuse such answers, by
-regular expressions and without evaluating anything.
+math-verify drops number bases, units, and ``am``, and reads ``11=10`` as 10. The vetoes here reject such answers with
+regular expressions, without evaluating anything.
 """
 
 import re
@@ -15,7 +15,7 @@ _BASED = re.compile(r"\(?([0-9A-F]*[0-9][0-9A-F]*)\)?_([0-9]+)")
 _CLOCK = re.compile(r"([0-9]{1,2}:[0-9]{2}|[0-9]{1,2}(?= )) *([ap])\.? *m\.?", re.IGNORECASE)
 _TRAILING_TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox) *\{([^{}]*)\}((?:\^\{?[0-9]\}?)?)$")
 _NUMBER_AND_WORDS = re.compile(r"[+-]?[0-9][0-9.,/ ]*([a-zA-Z][a-zA-Z. ]{2,})")
-# Marks of a list of equations, or of another relation than equality.
+# Text of a list of equations, or of a relation other than equality.
 _NOT_A_CHAIN = re.compile(
     r",(?![0-9]{3})|;|\\\\|\b(?:or|and)\b|\\(?:quad|lor|land|vee|wedge|cup)|[<>!:~]=?|\\n?[lg]?eq?"
 )
@@ -30,7 +30,7 @@ def plain_text(text: str) -> str:
 
 
 def same_text(a: str, b: str) -> bool:
-    """True if two answers are the same text. Words may differ in case, but ``AB`` and ``ab`` may be products.
+    """True if two answers are the same text. Case is ignored in words, but not in ``AB``, which may be a product.
 
     Example:
         >>> same_text("True", "true"), same_text("AB", "ab")
@@ -43,7 +43,7 @@ def same_text(a: str, b: str) -> bool:
 
 
 def without_lead_in(text: str) -> str:
-    r"""Return the text without ``The answer is`` at its start.
+    r"""Return the text without a leading ``The answer is``.
 
     Example:
         >>> without_lead_in(r"\text{The answer is }12"), without_lead_in("The answer is 12")
@@ -70,7 +70,7 @@ def differ(answer: str, gold: str) -> bool:
     r"""True if the notation alone shows that two answers are not equal.
 
     This holds for numbers side by side (``2 3/4``, which math-verify reads as 5/4), sets against tuples or intervals,
-    another base than the gold one or none, another time of day, and other words after a number.
+    a base that is missing or differs from the gold one, another time of day, and other words after a number.
 
     Example:
         >>> pairs = ("2516_9", "2516_8"), ("3:45 am", "3:45 pm"), (r"10\text{ oranges}", r"10\text{ apples}")
@@ -84,7 +84,7 @@ def differ(answer: str, gold: str) -> bool:
 
 
 def chain(text: str) -> list[str]:
-    r"""Return the sides of ``a=b=c`` or ``a=b``; none for a list of equations or an equals sign in braces.
+    r"""Return the sides of ``a=b=c`` or ``a=b``; empty for a list of equations or an equals sign in braces.
 
     Example:
         >>> chain("x=11=10"), chain("x=1, y=2"), chain(r"\sum_{n=1}^3 n")

@@ -1,4 +1,4 @@
-"""Processes that judge answers, from the parent's side: one thread feeds one process, one answer at a time."""
+"""The parent's side of worker processes: each thread feeds one process, one answer at a time."""
 
 import json
 import os
@@ -15,29 +15,29 @@ from typing import Any
 
 from opdlab.verifiers.math.judging import Judgement
 
-# Not multiprocessing: it would run the main script again in each process, which imports torch. Its path is ours,
-# since the package may be importable only by what this process did to sys.path.
+# Not multiprocessing, which would run the main script again in each process and so import torch. The process gets our
+# sys.path, because the package may be importable only through it.
 _PROGRAM = (
     "import json, sys; fd, path, *limits = json.loads(sys.argv[1]); sys.path[:] = path; "
     "from multiprocessing.connection import Connection; from opdlab.verifiers.math.worker_process import serve; "
     "serve(Connection(fd), *limits)"
 )
 _START_LIMIT = 300.0  # seconds; a cold file system on a busy cluster is slow
-# The kernel ends an answer at its limit; this is for a process that was stopped or lost.
+# The kernel enforces the time limit; this covers a process that was stopped or lost.
 _GRACE = 5.0
 
 
 class WorkerStartError(RuntimeError):
-    """No process can be started, whatever the answer."""
+    """Error if no worker process can be started."""
 
 
 class WorkerPool:
     """Judges answers in processes that are killed when an answer takes too long.
 
     Args:
-        num_workers: processes; each starts with the first answer that it gets.
-        time_limit: seconds for one answer, neither a process's start nor the wait for a free one included.
-        memory_limit: MiB of address space for each process.
+        num_workers: number of processes; each starts with its first answer.
+        time_limit: seconds per answer, without the start of a process and the wait for a free one.
+        memory_limit: MiB of address space per process.
     """
 
     def __init__(self, num_workers: int, time_limit: float, memory_limit: int) -> None:
@@ -48,15 +48,18 @@ class WorkerPool:
         self._stopped = False
         self._broken: WorkerStartError | None = None
         self._workers: set[_Worker] = set()
-        # Daemons: an interpreter that ends must not wait for answers that nothing reads.
+        # Daemons, so that the interpreter does not wait at exit for unread answers.
         self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(num_workers)]
         for thread in self._threads:
             thread.start()
 
     def submit(self, answer: str, gold: str, boxed: bool) -> "Future[Judgement]":
-        """Queue an answer; the future raises :class:`WorkerStartError` where no process can be started, or any more."""
+        """Queue an answer, and return a future.
+
+        The future raises :class:`WorkerStartError` if no process can start, or after :meth:`stop`.
+        """
         future: Future[Judgement] = Future()
-        with self._lock:  # what is queued before the threads' end is looked at
+        with self._lock:  # answers queued before the threads' end marker are still processed
             if self._stopped:
                 future.set_exception(WorkerStartError("the verifier was stopped"))
             else:
@@ -64,9 +67,9 @@ class WorkerPool:
         return future
 
     def stop(self) -> None:
-        """Kill all processes, also those at work."""
+        """Kill all processes, including busy ones."""
         if os.getpid() != self.owner:
-            return  # a fork of the parent that ends must not take the parent's processes along
+            return  # a fork of the parent must not kill the parent's processes
         with self._lock:
             self._stopped = True
             for worker in list(self._workers):
@@ -92,7 +95,7 @@ class WorkerPool:
                     worker = None
                     future.set_result(Judgement(False, None, "time limit"))
                 except (EOFError, OSError):
-                    # The process itself died, not the fork that judges. The answer is hardly the cause, so try again.
+                    # The worker died, not its judging fork. The answer is probably not the cause, so try again.
                     self._end(worker)
                     worker = None
                     if reason is None:
@@ -116,7 +119,7 @@ class WorkerPool:
             worker.wait_until_ready()
         except WorkerStartError as error:
             self._end(worker)
-            self._broken = error  # the next would fail in the same way, at the same cost
+            self._broken = error  # the next start would fail in the same way, after the same wait
             raise
         return worker
 
@@ -129,7 +132,7 @@ class WorkerPool:
 
 
 class _Worker:
-    """A process group: the process that was started and the fork of it that judges."""
+    """A process group: the worker process and its judging fork."""
 
     def __init__(self, time_limit: float, memory_limit: int) -> None:
         self._patience = time_limit + _GRACE
@@ -142,8 +145,8 @@ class _Worker:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             pass_fds=[theirs.fileno()],
-            process_group=0,  # to be killed with its forks; and the parent handles Ctrl-C
-            env={**os.environ, "PYTHONHASHSEED": "0"},  # canonical forms are the same in every process
+            process_group=0,  # killed together with its forks; the parent handles Ctrl-C
+            env={**os.environ, "PYTHONHASHSEED": "0"},  # makes canonical forms equal in every process
         )
         theirs.close()
 

@@ -1,9 +1,9 @@
-"""The process that judges mathematical answers, from the inside.
+"""The worker process that judges mathematical answers.
 
-The process that the parent started only forks: a child judges, and the kernel ends the child when an answer's time is
-up, even inside C code. Forking takes a millisecond where a new interpreter with SymPy takes half a second.
+The worker only forks; its child judges, and the kernel ends the child at the time limit of an answer, even inside C
+code. A fork takes a millisecond, a new interpreter with SymPy half a second.
 
-This module must stay light: no torch.
+This module must not import torch.
 """
 
 import gc
@@ -18,13 +18,13 @@ from multiprocessing.connection import Connection
 
 from opdlab.verifiers.math.judging import Judgement, judge
 
-# A child that has grown by more than this is replaced: SymPy's caches keep what it has seen.
+# A child that grows by more than this is replaced, because SymPy's caches only grow.
 _MAX_GROWTH = 256 << 20
 
 _IDLE, _BUSY, _DIFFERENT, _EQUAL = range(4)
 _EXIT_PARENT_GONE, _EXIT_GROWN, _EXIT_FAILED = range(3)
 
-# Judged before any time limit runs: loads SymPy and fills the grammar's caches, which every fork inherits.
+# Judged without a time limit: this loads SymPy and fills the grammar's caches, which every fork inherits.
 _WARM_UP = (
     (r"\frac{x}{2} + \sqrt{3}", r"\sqrt{3} + 0.5x"),
     (r"\left( 3, \frac{\pi}{2} \right)", r"(3, -\frac{\pi}{2})"),
@@ -35,11 +35,11 @@ _WARM_UP = (
 
 
 def serve(channel: Connection, time_limit: float, memory_limit: int) -> None:
-    """Judge the answers that come through the channel until it closes.
+    """Judge answers from the channel until it closes.
 
     Args:
         channel: receives ``[answer, gold, boxed]`` as JSON, one at a time, and sends back the :class:`Judgement`.
-        time_limit: seconds for one answer.
+        time_limit: seconds per answer.
         memory_limit: MiB of address space.
     """
     _limit_memory(memory_limit << 20)
@@ -50,9 +50,9 @@ def serve(channel: Connection, time_limit: float, memory_limit: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     for answer, gold in _WARM_UP:
         judge(answer, gold, boxed=True)
-    gc.freeze()  # leave the pages shared with the children alone
+    gc.freeze()  # keeps memory pages shared with the children
     state = mmap.mmap(-1, 1)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # until here it told the parent why this failed
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # the parent reads errors of the start from stderr
     channel.send_bytes(b"ready")
     while True:
         state[0] = _IDLE
@@ -106,7 +106,7 @@ def _judge_safely(request: bytes, state: mmap.mmap) -> bytes:
         judgement = judge(answer, gold, boxed, decided)
     except MemoryError:
         judgement = Judgement(False, None, "memory limit")
-    except Exception as error:  # an answer that makes math-verify fail is wrong
+    except Exception as error:  # an answer that crashes math-verify is wrong
         judgement = Judgement(False, None, f"not understood ({type(error).__name__})")
     if judgement.reason not in ("equal", "different") and state[0] in (_EQUAL, _DIFFERENT):
         judgement = _of_the_killed(state[0], 0)

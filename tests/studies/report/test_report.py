@@ -1,4 +1,4 @@
-"""Reports of study folders whose truth is known, and folders that cannot be compared."""
+"""Reports of study folders with a known truth, and folders that cannot be compared."""
 
 import base64
 import csv
@@ -48,7 +48,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_known_effect_is_found_and_a_collapse_too(report: Path) -> None:
     rows = {(r["variant"], r["figure"], r["benchmark"], r["step"]): r for r in read_csv(report)}
-    assert len(rows) == 3 * 2 * 3 * 2  # variants, figures, benchmarks and their mean, budgets
+    assert len(rows) == 3 * 2 * 3 * 2  # variants, metrics, benchmarks and their mean, budgets
     span = rows["span", "pass@1", "mean", "40"]
     assert float(span["low"]) <= 0.2 <= float(span["high"])
     assert float(span["p_holm"]) < 0.05
@@ -126,7 +126,7 @@ def test_page_stands_alone(report: Path) -> None:
     assert "<script" not in page
     assert "\u202e" not in page
     sources = re.findall(r'src="([^"]*)"', page)
-    assert len(sources) == 3 * 6  # forest, runs and curves of two figures on two benchmarks and their mean
+    assert len(sources) == 3 * 6  # forest, runs and curves of two metrics on two benchmarks and their mean
     for source in sources:
         head, _, content = source.partition(",")
         assert head == "data:image/svg+xml;base64"
@@ -340,7 +340,7 @@ def test_a_variant_may_have_a_baseline_of_its_own(tmp_path: Path) -> None:
     assert "by optimizer step, each variant beside none or other" in figures
 
 
-# -- what cannot be compared ------------------------------------------------------------------------------------------
+# -- incomparable runs ------------------------------------------------------------------------------------------------
 
 
 def _rewrite(folder: Path, change: Callable[[dict[str, object]], object], lines: slice = slice(None)) -> None:

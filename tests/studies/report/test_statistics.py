@@ -1,4 +1,4 @@
-"""Paired statistics against scipy, closed forms, and data whose truth is known."""
+"""Paired statistics against scipy, closed forms, and data with a known truth."""
 
 import numpy as np
 import pytest
@@ -43,14 +43,14 @@ def test_crossed_bootstrap_is_scipys_of_two_independent_samples() -> None:
 
 
 def test_comparisons_and_benchmarks_share_the_draw_of_seeds() -> None:
-    # Cells that depend on the seed alone: only its draw matters.
+    # Cells that depend only on the seed: only its draw matters.
     by_seed = np.repeat(np.random.default_rng(0).normal(size=(6, 1)), 7, axis=1)
     found = crossed_bootstrap([np.stack([by_seed, -by_seed]), np.stack([by_seed, by_seed])[:, :, :3]], 1, 50)
     assert found.shape == (50, 2, 2)
     np.testing.assert_allclose(found[:, 0, 0], -found[:, 0, 1])
     np.testing.assert_allclose(found[:, 0, 0], found[:, 1, 0])
     assert found[:, 0, 0].std() > 0
-    # Cells that depend on the problem alone: benchmarks draw theirs apart, and comparisons together.
+    # Cells that depend only on the problem: benchmarks draw theirs separately, and comparisons together.
     by_problem = by_seed.T[:, :6]
     found = crossed_bootstrap([np.stack([by_problem, 2 * by_problem])] * 2, 1, 50)
     np.testing.assert_allclose(2 * found[:, :, 0], found[:, :, 1])
@@ -118,7 +118,7 @@ def test_without_any_spread() -> None:
     assert found.high == pytest.approx(-0.7)
     assert found.p < 0.005
     assert np.isnan(interval(estimate([worse[:1, :1]]), worse[:1, 0], 2).p)
-    for cells in (same, worse, same + 0.1):  # 0.1 leaves a rounding error behind
+    for cells in (same, worse, same + 0.1):  # 0.1 leaves a rounding error
         assert seeds_needed(estimate([cells]), 3, 0.05) is None
 
 
@@ -150,7 +150,7 @@ def test_false_positives_of_a_family() -> None:
         resampled = crossed_bootstrap([cells], repeat, 1000)[:, 0]
         p_values = [interval(estimate([each]), resampled[:, m], repeat).p for m, each in enumerate(cells)]
         false += min(holm(p_values)) < 0.05
-    assert false / 200 <= 0.08  # 0.05 and chance
+    assert false / 200 <= 0.08  # 0.05 plus chance
 
 
 def test_detectable_difference_is_detected_four_times_in_five() -> None:
