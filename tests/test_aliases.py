@@ -165,7 +165,10 @@ def test_samples_of_committed_studies_are_taken_up(tmp_path: Path) -> None:
     verifier = "data.benchmarks.toy (verifier)"
     assert settings["compared"][verifier].startswith("opdlab.tasks.")
     (tmp_path / "settings.json").write_text(json.dumps(settings))
-    new = settings["compared"] | {verifier: 'opdlab.verifiers.verifier.BoxedVerifier {"at_end": true}'}
+    new = read_settings(tmp_path)
+    assert new is not None
+    assert new["data"]["benchmarks"]["toy"]["verifier"] == 'opdlab.verifiers.verifier.BoxedVerifier {"at_end": true}'
     SampleFolder(tmp_path, {"compared": new}).close()
+    new["data"]["benchmarks"]["toy"]["verifier"] = "mine.Verifier {}"
     with pytest.raises(UsageError, match="verifier"):
-        SampleFolder(tmp_path, {"compared": new | {verifier: "mine.Verifier {}"}})
+        SampleFolder(tmp_path, {"compared": new})

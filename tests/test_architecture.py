@@ -143,7 +143,9 @@ def test_a_training_step_is_a_short_way(make_run: Callable[..., Run], monkeypatc
 
     monkeypatch.setattr(OPDModule, "training_step", watched)
     make_run(gate="block64", objective=TeacherTopK(k=32)).fit(2)
+    # The suite itself looks up each logged name, see conftest.py.
+    own = {function for function in steps[1].functions if function[1] != "find_metric"}
     plain = steps[1]  # the first one also keeps the behavior log-probabilities
-    assert len(plain.functions) <= 50, sorted(plain.functions)
-    assert len({file for file, _ in plain.functions}) <= 16
+    assert len(own) <= 50, sorted(own)
+    assert len({file for file, _ in own}) <= 16
     assert len(plain.longest) <= 7, plain.longest

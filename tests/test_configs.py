@@ -284,7 +284,11 @@ def test_extends_elsewhere_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_keys_that_earlier_versions_saved_as_null_are_read_over(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write(tmp_path, old="extends: quickstart\noptimizer: null\nlr_scheduler: null", bad="optimizer: Adam")
+    write(
+        tmp_path,
+        old="extends: quickstart\noptimizer: null\nlr_scheduler: null\nmodel: {reduction: token_mean}",
+        bad="optimizer: Adam",
+    )
     config = parse_fit(["-c", str(tmp_path / "old.yaml")])
     assert "optimizer" not in config
     assert "lr_scheduler" not in config

@@ -65,7 +65,6 @@ PUBLIC = {
         *("NonFiniteLossError", "OPDModule", "ScoredBatch", "gate_inputs", "join_gate_inputs", "score_batch"),
         "split_gates",
     ],
-    "opdlab.module": ["OPDModule"],
     "opdlab.diagnostics": [
         *("Chart", "Metric", "StepRecord", "StepTrace", "find_metric", "hidden_gradient_norms", "merge_records"),
         *("metric_rows", "register_metric", "step_metrics", "step_record"),

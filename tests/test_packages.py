@@ -105,7 +105,9 @@ def test_a_logger_without_its_package(said: Said, logger: str, package: str) -> 
 
 
 def test_what_opdlab_itself_requires_is_missing() -> None:
-    program = "import sys; sys.modules['torch'] = None; from opdlab.__main__ import start; start()"
+    program = (
+        "import sys; sys.modules['torch'] = None; sys.argv[1:] = ['gates']; from opdlab.__main__ import start; start()"
+    )
     ended = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
     assert ended.returncode == EXIT_USAGE
     assert ended.stderr == "opdlab: error: opdlab needs torch, which is not installed: pip install opdlab\n"

@@ -50,8 +50,7 @@ def _load_yaml(text: str) -> Any:
     followed = _FOLLOWED.get()
     _FOLLOWED.set(False)
     if isinstance(loaded, dict):
-        # The file of a section has no top-level keys of the configuration.
-        loaded = migrate(loaded) if followed else migrate({"section": loaded})["section"]
+        loaded = migrate(loaded)
         extended = loaded.pop(EXTENDS, None)  # not an option of the parser
         require(
             followed or extended is None,

@@ -56,7 +56,7 @@ def chosen_logits(hidden: Tensor, head: Head, support: Tensor) -> Tensor:
     with autocast_inputs(hidden) as states:
         logits: Tensor = _SupportLogits.apply(  # type: ignore[no-untyped-call]
             states, *head.tensors, support.long(), head, None
-        )[0]
+        )
     return logits
 
 

@@ -87,7 +87,7 @@ def test_the_help_of_fit_lists_gates_and_objectives(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit):
         main(["fit", "--help"])
     shown = capsys.readouterr().out
-    assert "block64              Blocks of 64 tokens: the paper's Block64.\n" in shown
+    assert "block64              Gate on blocks of 64 tokens: the paper's Block64.\n" in shown
     assert "\nteacher_topk  " in shown
     assert "\n  --optimizer" not in shown  # there is --model.optimizer
     assert "--model.optimizer" in shown

@@ -115,7 +115,7 @@ def test_a_gate_of_ones_own_as_the_readme_writes_it(opdlab: Opdlab, tmp_path: Pa
 def test_gates_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gates"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(re.match(r"block64 +Blocks of 64 tokens", line) for line in lines)
+    assert any(re.match(r"block64 +Gate on blocks of 64 tokens", line) for line in lines)
     assert len(lines) >= 7
 
 

@@ -282,7 +282,7 @@ def test_progress_reaches_its_total(model: LanguageModel, batch_size: int, monke
     ],
 )
 def test_bad_values_are_refused(key: str, value: float) -> None:
-    with pytest.raises(UsageError, match=f"sampling.{key} is {value}, but must be"):
+    with pytest.raises(UsageError, match=f"{key} is {value}, but must be"):
         SamplingConfig(**{key: value})  # type: ignore[arg-type]
 
 

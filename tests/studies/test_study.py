@@ -92,7 +92,10 @@ def test_what_is_no_study_is_refused(changes: dict[str, Any], words: str) -> Non
         ({"variants": [variant("none", "--data.max_prompt_tokens=0")]}, "data.max_prompt_tokens is 0"),
         ({"variants": [variant("none", "--gate_monitor.every_n_steps=0")]}, "gate_monitor.every_n_steps is 0"),
         ({"overrides": ["--model.gaet=span"]}, ": overrides: unknown key 'model.gaet'; did you mean 'model.gate'?"),
-        ({"overrides": ["--model.gate.tua=1"], "base": ["quickstart"]}, ": overrides: unknown key 'tua' of"),
+        (
+            {"overrides": ["--model.gate.tua=1"], "base": ["quickstart"]},
+            ": overrides: model.gate: unknown key 'tua' of",
+        ),
         ({"base": ["quickstrat"]}, "did you mean 'quickstart'?"),
     ],
 )
