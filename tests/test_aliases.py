@@ -17,6 +17,7 @@ from opdlab.aliases import PATHS, migrate, migrate_text, warn_of_old_names
 from opdlab.cli import EXIT_USAGE, main
 from opdlab.errors import UsageError
 from opdlab.evaluation import SampleFolder
+from opdlab.records import read_settings
 
 ROOT = Path(__file__).parents[1]
 OLD: dict[str, Any] = {
