@@ -27,11 +27,17 @@ TOY_MODELS = REPOSITORY / "opdlab" / "toy" / "models"
 
 
 class ChildError(RuntimeError):
-    """A child ended with an error or without a result; the message ends with the child's output."""
+    """A child ended with an error, without a result, or too late; the message ends with the child's output."""
 
 
 def run_child(
-    script: Path, arguments: Sequence[str], *, threads: int, python: str = sys.executable, device: str = "cpu"
+    script: Path,
+    arguments: Sequence[str],
+    *,
+    threads: int,
+    python: str = sys.executable,
+    device: str = "cpu",
+    timeout: float | None = None,
 ) -> dict[str, Any]:
     """Run ``script`` in a process of its own and return the JSON object that is its last line of output.
 
@@ -40,7 +46,11 @@ def run_child(
         arguments: its arguments.
         threads: for torch and its BLAS.
         python: the interpreter.
-        device: of the measurement; ``cpu`` hides accelerators.
+        device: of the measurement; for ``cpu`` accelerators are hidden.
+        timeout: seconds after which the child is killed; None to wait for as long as it takes.
+
+    Raises:
+        ChildError: the child failed, printed nothing, or took too long.
     """
     inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     environment = os.environ | {
@@ -52,7 +62,12 @@ def run_child(
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     command = [python, str(script), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=timeout)
+    except subprocess.TimeoutExpired as error:
+        # On POSIX the output so far is bytes, whatever `text` says; None if there was none.
+        written = error.stderr.decode(errors="replace") if isinstance(error.stderr, bytes) else error.stderr or ""
+        raise ChildError(f"{' '.join(command)} was killed after {timeout:g} s:\n{written[-4000:]}") from None
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         raise ChildError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")

@@ -14,8 +14,9 @@ By default weights of student and snapshot are float32 and arithmetic is bfloat1
 16,384 tokens is the paper's run, on one GPU of 80 GB. Then scoring alone is measured on as many positions, in bfloat16,
 against the kernels of TRL, Liger and cut-cross-entropy, if they are installed.
 
-``python benchmarks/gpu.py --json gpu.json`` on one CUDA GPU takes less than eight minutes; ``--smoke`` runs every
-line on tiny shapes, on a CPU too.
+``python benchmarks/gpu.py --json gpu.json`` on one CUDA GPU should take less than eight minutes; ``--smoke`` runs every
+line of it on tiny shapes, on a CPU too. Each student and the kernels run in a process of their own, which is killed
+after ``--timeout`` seconds, and the file is written after each: a part that fails or hangs costs its own figures only.
 """
 
 import argparse
@@ -113,7 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--student-dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     parser.add_argument("--peak-tflops", type=float, help="of the GPU in bfloat16, dense; known for common ones")
     parser.add_argument("--folder", type=Path, help="for random models, up to 15 GB (default: the system's)")
-    parser.add_argument("--json", type=Path, help="write everything measured to this file")
+    parser.add_argument("--timeout", type=float, default=240, help="seconds for a student, and for the kernels")
+    parser.add_argument("--json", type=Path, help="write what is measured to this file, after each part")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser
 
@@ -124,7 +126,9 @@ def _run(given: argparse.Namespace, part: str) -> dict[str, Any]:
     flags += ["--folder", str(given.folder)] if given.folder else []
     print(f"{part} …", file=sys.stderr)
     try:
-        return run_child(Path(__file__), flags, threads=torch.get_num_threads(), device=given.device)
+        return run_child(
+            Path(__file__), flags, threads=torch.get_num_threads(), device=given.device, timeout=given.timeout
+        )
     except ChildError as error:
         return {"error": str(error)[-600:], "kernels": []}
 
@@ -148,14 +152,21 @@ def main() -> int:
         "device": name,
         "peak_teraflops": given.peak_tflops or peak_teraflops(name),
         "options": {"smoke": given.smoke, "student_dtype": given.student_dtype},
-        "students": {student: _run(given, student) for student in given.students or plan.students},
+        "students": {},
+        "kernels": [],
     }
-    kernels = _run(given, "kernels")
-    result["kernels"] = kernels["kernels"]
+    failed = []
+    for part in (*(given.students or plan.students), "kernels"):
+        found = _run(given, part)
+        if "error" in found:
+            failed.append(found["error"])
+        if part == "kernels":
+            result["kernels"] = found["kernels"]
+        else:
+            result["students"][part] = found
+        if given.json:
+            given.json.write_text(json.dumps(result, indent=1) + "\n")
     report(result)
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n")
-    failed = [part["error"] for part in (*result["students"].values(), kernels) if "error" in part]
     for error in failed:
         print(error, file=sys.stderr)
     return int(bool(failed))

@@ -130,6 +130,34 @@ def test_gpu_smoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyte
     assert printed.count("(toy shapes)") == len(written["kernels"])
 
 
+def test_a_hanging_child_is_killed(tmp_path: Path) -> None:
+    common = script("common")
+    (tmp_path / "hang.py").write_text("import sys, time; print('began', file=sys.stderr, flush=True); time.sleep(600)")
+    with pytest.raises(common.ChildError, match=r"(?s)was killed after 2 s:.*began"):
+        common.run_child(tmp_path / "hang.py", [], threads=1, timeout=2)
+
+
+def test_gpu_keeps_what_was_measured_before_a_part_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gpu, path = script("gpu"), tmp_path / "gpu.json"
+    students = list(gpu.SMOKE.students)
+    written_before: list[list[str]] = []
+
+    def one_hangs(_: Path, arguments: list[str], *, timeout: float, **__: Any) -> Any:
+        assert timeout == 7
+        written_before.append(list(json.loads(path.read_text())["students"]) if path.exists() else [])
+        part = arguments[arguments.index("--child") + 1]
+        if part == students[1]:
+            raise gpu.ChildError("was killed after 7 s")
+        return {"kernels": []} if part == "kernels" else {"resident_bytes": 1.0, "phases": []}
+
+    monkeypatch.setattr(gpu, "run_child", one_hangs)
+    arguments = ["gpu.py", "--smoke", "--device", "cpu", "--timeout", "7", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert gpu.main() == 1
+    assert written_before == [[], students[:1], students]
+    assert "killed" in json.loads(path.read_text())["students"][students[1]]["error"]
+
+
 def test_gpu_says_that_there_is_none(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["gpu.py"])
