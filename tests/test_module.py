@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from opdlab.data.prompts import prompt_set
 from opdlab.errors import UsageError
 from opdlab.evaluation import EvaluationConfig
-from opdlab.gating import GateInputs, build_gate
+from opdlab.gating import GateInputs, RuleGate, build_gate
 from opdlab.module import NonFiniteLossError, OPDModule
 from opdlab.objectives import Objective, SampledTokenOPD, TeacherTopK
 from opdlab.policies import (
@@ -305,6 +305,20 @@ def test_a_non_finite_loss_stops_the_run_and_leaves_the_batch(make_run: MakeRun,
     saved = torch.load(tmp_path / "non_finite_loss_step_0.pt", weights_only=True)
     assert str(tmp_path / "non_finite_loss_step_0.pt") in str(caught.value)
     assert saved["rollouts"]["tokens"].shape[0] == 8
+
+
+class Negative(RuleGate):
+    def weight(self, inputs: GateInputs) -> Any:
+        return -inputs.mask.float()
+
+
+def test_a_gate_with_negative_weights_is_named(make_run: MakeRun) -> None:
+    run = make_run()
+    run.module.gate = Negative()
+    with pytest.raises(
+        UsageError, match="gate is Negative, whose weights are NaN or infinite at step 0: .* at least 0"
+    ):
+        run.fit(2)
 
 
 def test_support_larger_than_the_vocabulary_is_refused() -> None:

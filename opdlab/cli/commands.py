@@ -123,7 +123,13 @@ def console() -> None:
     advert.addFilter(lambda record: "litlogger" not in record.getMessage())
     # Python's default format names a file and quotes one of its lines.
     warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
-    raise SystemExit(main())
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        code = 128 + signal.SIGPIPE
+    raise SystemExit(code)
 
 
 def _is_slurm() -> bool:

@@ -151,7 +151,11 @@ def config_chain(path: str, extended_by: tuple[str, ...] = ()) -> list[str]:
     try:
         text = Path(path).read_text()  # the locale's encoding, as in the parser
         loaded = yaml.safe_load(text)
-    except (yaml.YAMLError, OSError, UnicodeDecodeError):
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"{path} is not text in {error.encoding}, from byte {error.start} on: give a YAML file"
+        ) from error
+    except (yaml.YAMLError, OSError):
         return [path]  # the parser reports the error
     require(loaded is not None, f"{path} is empty: give it keys, for example {EXTENDS}: quickstart")
     if isinstance(loaded, dict):

@@ -67,7 +67,7 @@ def explain(error: BaseException, keys: Iterable[str] = (), *, command: str = _H
     if match := re.search(r"^(\S+): Unable to load config ['\"](.*?)['\"]", text):
         return f"{match[1]} is {match[2]}, but it is a section{_nearest(f'{match[1]}.', sorted(keys), command)}"
     if match := re.search(r"^([\w.+]+): (.*)$", text):
-        return _wrong_value(match[1], match[2]) or text
+        return _wrong_value(match[1], match[2]) or f"{match[1]}: {_NO_PATH.sub('', match[2], count=1)}"
     if "arguments are required" in text:
         return f"{text}; start from a shipped configuration, for example -c quickstart"
     return text

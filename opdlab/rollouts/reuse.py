@@ -58,6 +58,7 @@ class ReuseConfig:
             f"data.reuse.batch_size is {self.batch_size}, which does not divide a pool of {pool_size} rollouts "
             "(prompts_per_pool * num_samples): choose one that does",
         )
+        require(micro_batches >= 1, f"trainer.accumulate_grad_batches is {micro_batches}, but must be at least 1")
         require(
             self.batch_size % micro_batches == 0,
             f"trainer.accumulate_grad_batches is {micro_batches}, which does not divide data.reuse.batch_size, which "

@@ -130,8 +130,15 @@ def check_checkpoint(checkpoint: dict[str, Any], own: dict[str, Tensor]) -> None
             )
 
 
-def stop_on_non_finite(loss: Tensor, rollouts: Rollouts, targets: Targets, step: int, folder: Path) -> None:
+def stop_on_non_finite(
+    loss: Tensor, gate: GateStrategy, weights: Tensor, rollouts: Rollouts, targets: Targets, step: int, folder: Path
+) -> None:
     """Write the micro-batch of a NaN or infinite loss to a folder, and raise :class:`NonFiniteLossError`."""
+    require(
+        bool(torch.isfinite(weights).all()),
+        f"model.gate is {type(gate).__name__}, whose weights are NaN or infinite at step {step}: its raw weights must "
+        "be at least 0 and finite",
+    )
     path = folder / f"non_finite_loss_step_{step}.pt"
     folder.mkdir(parents=True, exist_ok=True)
     torch.save({"step": step, "rollouts": rollouts.state_dict(), "targets": targets.state_dict()}, path)

@@ -181,7 +181,7 @@ class OPDModule(EvaluationModule):
         loss = reduce_losses(positions.losses, gates.weights, shares)  # [B, T] each -> scalar
         if not bool(torch.isfinite(loss)):  # the only device synchronization of the step
             folder = Path(self.trainer.default_root_dir)
-            checks.stop_on_non_finite(loss, rollouts, batch.targets, self.global_step, folder)
+            checks.stop_on_non_finite(loss, self.gate, gates.weights, rollouts, batch.targets, self.global_step, folder)
         values = {"entropy": positions.entropy, **positions.metrics}
         record = step_record(inputs, gates, **values) | {"loss": loss.detach().view(1)}
         whole = record if alone else self._window.finish(batch, record)

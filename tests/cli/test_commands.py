@@ -83,6 +83,15 @@ def test_a_hint_is_given_once(arguments: str, words: str, capsys: pytest.Capture
     assert error.count(hint) == 1
 
 
+def test_the_reader_of_a_pipe_may_end_first() -> None:
+    reader = "import sys; sys.stdin.close()"
+    command = (
+        f'"{sys.executable}" -u -m opdlab gates | "{sys.executable}" -c "{reader}"; echo "code ${{PIPESTATUS[0]}}"'
+    )
+    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert (ended.stdout, ended.stderr) == ("code 141\n", "")
+
+
 def test_the_help_of_fit_lists_gates_and_objectives(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["fit", "--help"])

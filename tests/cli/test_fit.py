@@ -145,6 +145,9 @@ def test_gates_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -
         ("--data.reuse.epochs 0", "error: data.reuse.epochs is 0"),
         ("--data.reuse.batch_size 3", "data.reuse.batch_size is 3, which does not divide a pool of 8"),
         ("--trainer.accumulate_grad_batches 3", "trainer.accumulate_grad_batches is 3"),
+        ("--trainer.accumulate_grad_batches 0", "trainer.accumulate_grad_batches is 0, but must be at least 1"),
+        ("-c binary.yaml", "binary.yaml is not text in utf-8, from byte 0 on: give a YAML file"),
+        ("--model.gate torch.nn.Linear", "error: model.gate: Import path torch.nn.Linear does not correspond to"),
         ("--data.reuse.prompts_per_pool 12", "prompts_per_pool is 12, but there are only 8 prompts"),
         ("--behavior_refresh.every_n_steps 0", "error: behavior_refresh.every_n_steps is 0"),
         ("--model.eval_sampling.num_samples 1", "pass_at has 2, but model.eval_sampling.num_samples is 1"),
@@ -184,6 +187,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
     (tmp_path / "unknown_gate.yaml").write_text("model:\n  gate: blok64\n")
     tau = {"class_path": "opdlab.tau.EffectiveSampleSizeTau", "init_args": {"target": 1.5}}
     gate = {"class_path": "block64", "init_args": {"tau": tau}}
+    (tmp_path / "binary.yaml").write_bytes(b"\xad\xff\x00")
     (tmp_path / "bad_target.yaml").write_text(yaml.dump({"model": {"gate": gate}}))
     student = {"init_args": {"adapter": {"r": 0}}}
     (tmp_path / "bad_adapter.yaml").write_text(yaml.dump({"model": {"student": student}}))
