@@ -121,8 +121,10 @@ def test_a_gate_that_the_record_cannot_serve_is_named(run: Path, capsys: pytest.
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(
-    run: Path, capsys: pytest.CaptureFixture[str], arguments: str, words: str
+    run: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], arguments: str, words: str
 ) -> None:
+    if "adapter" in arguments:
+        request.getfixturevalue("peft_pair")
     Path("small").touch()
     shutil.copytree(run, "bare", ignore=shutil.ignore_patterns("pools"))
     shutil.copytree(run, "cut")
