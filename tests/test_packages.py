@@ -78,9 +78,10 @@ def fake(folder: Path, name: str, source: str, monkeypatch: pytest.MonkeyPatch) 
             "attn_implementation 'flash_attention_2' cannot be used: .*; pip install flash-attn --no-build-isolation",
         ),
         (
+            # Not the name that another test uses: transformers 5.21 takes a kernel that it has refused once.
             "kernels",
-            "--model.student.init_args.attn_implementation nobody/kernel",
-            r"attn_implementation 'nobody/kernel' cannot be used: .*; pip install 'transformers\[kernels\]', or leave",
+            "--model.student.init_args.attn_implementation nobody/other",
+            r"attn_implementation 'nobody/other' cannot be used: .*; pip install 'transformers\[kernels\]', or leave",
         ),
         ("wandb", "--trainer.logger own.Own", "^trainer.logger needs wandb, .*: pip install wandb$"),
         ("wandb", "--trainer.callbacks+=own.Own", "^trainer.callbacks needs wandb, .*: pip install wandb$"),
