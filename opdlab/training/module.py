@@ -201,12 +201,14 @@ class OPDModule(EvaluationModule):
         self._wants_gradient_norms = True
 
     def _log_step(self, batch: Minibatch, record: StepRecord, tau: Tensor | None) -> None:
+        # The axis of all curves is the number of steps taken; Lightning's own is one behind for training metrics.
+        self.log("step", float(self.global_step + 1))
         # Each process has its part of the loss, so the parts are summed.
         self.log("train/loss", record.pop("loss").sum(), prog_bar=True, sync_dist=True, reduce_fx="sum")
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by Lightning's logger connector
         if every <= 0 or (self.global_step + 1) % every:
             return  # skip metrics that are not logged
-        self.log_dict({**step_metrics(record), **batch.pool_metrics})
+        self.log_dict({"epoch": float(self.current_epoch), **step_metrics(record), **batch.pool_metrics})
         if tau is not None:
             self.log("gate/tau", tau)
         self.log("rollout/age", (self.global_step - batch.rollouts.sampled_at_step).float().mean())
