@@ -254,9 +254,10 @@ class LanguageModel(nn.Module):
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         scale /= float(getattr(config, "logits_scaling", None) or 1.0)
         softcap = getattr(config, "final_logit_softcapping", None)
-        layer = self.model.get_output_embeddings()
-        plain, low_rank = base_of(layer), low_rank_of(layer)
-        return Head(plain.weight, getattr(plain, "bias", None), scale, softcap, temperature, low_rank=low_rank)
+        layer, low_rank = self.model.get_output_embeddings(), None
+        if hasattr(layer, "get_base_layer"):  # it has an adapter
+            layer, low_rank = base_of(layer), low_rank_of(layer)
+        return Head(layer.weight, getattr(layer, "bias", None), scale, softcap, temperature, low_rank=low_rank)
 
     def score(self, rollouts: Rollouts) -> Scored:
         """Return the scores of the responses from a pass over prompts and responses.
@@ -267,7 +268,7 @@ class LanguageModel(nn.Module):
         if self._compile:
             compile_layers(self.model)
         # Check once for each device and attention kernel whether rows can be packed end to end.
-        place = (self.device, self.model.config._attn_implementation)
+        place = (next(self.model.parameters()).device, self.model.config._attn_implementation)
         if self._packing is None or self._packing[0] != place:
             self._packing = place, attention_may_pack(self.model) and keeps_packed_rows_apart(self.model)
         packed = self._packing[1]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opdlab.scoring.head import Head, LogitTiles, autocast_inputs, places, product, tiles, wide_dtype
+from opdlab.scoring.head import Head, LogitTiles, autocast_inputs, places, product, tiles
 from opdlab.scoring.head_gradients import HeadGradients
 
 
@@ -175,7 +175,7 @@ def vocabulary_pass(
         k: number of most likely tokens.
         vocab_size: only the first ``vocab_size`` tokens may be among them; None for all.
     """
-    like = hidden.new_empty(0, dtype=wide_dtype(hidden))
+    like = hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
     softmax = OnlineSoftmax(hidden.shape[0], like, hidden_size)
     chosen = like.new_zeros(ids.shape)
     top = TopK(ids.new_zeros(len(hidden), k), like.new_full((len(hidden), k), -torch.inf))

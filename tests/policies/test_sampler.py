@@ -41,8 +41,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 
 @pytest.fixture(autouse=True, params=["own loop", "loop of transformers"])
 def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    def prepare(self: Any, *inputs: Any, **options: Any) -> Any:
-        return GenerationMixin.prepare_inputs_for_generation(self, *inputs, **options)
+    def prepare(self: Any, *inputs: Any, **kwargs: Any) -> Any:  # generate looks for this name
+        return GenerationMixin.prepare_inputs_for_generation(self, *inputs, **kwargs)
 
     if request.param != "own loop":  # which leaves models that prepare their own inputs to transformers
         monkeypatch.setattr(Qwen3ForCausalLM, "prepare_inputs_for_generation", prepare)
