@@ -77,7 +77,7 @@ class OPDModule(EvaluationModule):
         super().__init__(student, teacher, evaluation, eval_sampling)
         checks.check_reduction(reduction)
         checks.check_token_bound(max_tokens_per_pass)
-        student.configure_passes(max_tokens=max_tokens_per_pass)  # before the snapshot, which copies the bound
+        student.max_tokens = max_tokens_per_pass  # before the snapshot, which copies the bound
         self.behavior = BehaviorPolicy(student, sampling, **vars(behavior))
         self.objective, self.gate, self.sampling = objective, gate, sampling
         self.reduction: Reduction = reduction
@@ -109,12 +109,10 @@ class OPDModule(EvaluationModule):
         if data is not None:
             data.connect(self.student.tokenizer, self.collect, self.sampling.num_samples, training=stage == "fit")
         super().setup(stage)
-        self.student.configure_passes(
-            # A sharded model gathers its weights in every pass, so all processes must run the same number of passes.
-            group_lengths=self.whole_weights,
-            # Other strategies hook into gradients to reduce or shard them.
-            accumulate_head_grad=isinstance(self.trainer.strategy, SingleDeviceStrategy),
-        )
+        # A sharded model gathers its weights in every pass, so all processes must run the same number of passes.
+        self.student.group_lengths = self.whole_weights
+        # Other strategies hook into gradients to reduce or shard them.
+        self.student.accumulate_head_grad = isinstance(self.trainer.strategy, SingleDeviceStrategy)
 
     @property
     def whole_weights(self) -> bool:
