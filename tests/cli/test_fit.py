@@ -144,7 +144,7 @@ def test_gates_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -
         ("--model.objective.k 1", "error: model.objective.k is 1"),
         ("--model.objective.k 99", "error: model.objective.k is 99, but the vocabulary has only 38 tokens"),
         ("--data.reuse.epochs 0", "error: data.reuse.epochs is 0"),
-        ("--data.reuse.batch_size 3", "data.reuse.batch_size is 3, which does not divide a pool of 8"),
+        ("--data.reuse.batch_size 3", "data.reuse.batch_size is 3, which does not divide a rollout buffer of 8"),
         ("--trainer.accumulate_grad_batches 3", "trainer.accumulate_grad_batches is 3"),
         ("--trainer.accumulate_grad_batches 0", "trainer.accumulate_grad_batches is 0, but must be at least 1"),
         ("-c binary.yaml", "binary.yaml is not text in utf-8, from byte 0 on: give a YAML file"),
