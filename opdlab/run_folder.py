@@ -1,44 +1,10 @@
-"""Folders of runs and their checkpoints: ``ROOT/version_N/checkpoints``."""
+"""Folders of runs: ``ROOT/version_N``."""
 
-import pickle
 import re
 from pathlib import Path
 
-from opdlab.errors import UsageError, require
+from opdlab.errors import UsageError
 from opdlab.records import SETTINGS_PLACEHOLDER, digest
-
-
-def find_checkpoint(path: str, root: Path) -> Path:
-    """Return the file for ``ckpt_path``; ``last`` is the newest checkpoint of the newest run under ``root``.
-
-    Raises:
-        UsageError: the checkpoint does not exist.
-    """
-    if path != "last":
-        require(Path(path).is_file(), f"ckpt_path '{path}' does not exist: give a .ckpt file, or 'last'")
-        return Path(path)
-    found = sorted(root.glob("version_*/checkpoints/*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
-    require(bool(found), f"ckpt_path is 'last', but there is no checkpoint under {root}: start a run without it")
-    return found[-1]
-
-
-def check_checkpoint(path: Path) -> int:
-    """Return the optimizer step of a checkpoint, and refuse one that cannot be read.
-
-    Raises:
-        UsageError: the file is truncated, is not a checkpoint, or holds more than tensors and plain values.
-    """
-    import torch  # here, because a study's job process needs it only to resume a run
-
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0][:200]
-        raise UsageError(
-            f"ckpt_path '{path}' cannot be read, it may have been cut off while it was written: give an earlier "
-            f"checkpoint ({first_line})"
-        ) from error
-    return int(checkpoint.get("global_step", 0))
 
 
 def run_folder_for(ckpt_path: str | None, root: Path) -> Path:

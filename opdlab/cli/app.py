@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerStatus
 
 from opdlab.callbacks import EvaluationTable, LabProgressBar, SampleLogger, StopCheckpoint
+from opdlab.checkpoints import check_checkpoint
 from opdlab.cli.building import build
 from opdlab.cli.checks import warn_of_idle_recorder
 from opdlab.cli.estimate import refuse_oversized
@@ -22,7 +23,7 @@ from opdlab.errors import exit_code
 from opdlab.module import OPDModule
 from opdlab.policies import LanguageModel, LocalTeacher
 from opdlab.records import RESULTS
-from opdlab.run_folder import check_checkpoint, fit_samples_folder, run_folder_for, samples_folder_for
+from opdlab.run_folder import fit_samples_folder, run_folder_for, samples_folder_for
 
 
 def fit(arguments: Sequence[str]) -> int:
@@ -79,7 +80,7 @@ class OPDCLI(LightningCLI):
         """Parse and check the arguments, and the checkpoint to resume from."""
         self.config = parse_fit(args, self.command)
         if self.config.ckpt_path is not None:
-            self.resumed_step = check_checkpoint(Path(self.config.ckpt_path))
+            self.resumed_step = check_checkpoint(Path(self.config.ckpt_path), resume=self.command == "fit")
 
     def instantiate_classes(self) -> None:
         """Build all objects, after a check that the models' weights fit the device."""
