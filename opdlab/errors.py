@@ -1,6 +1,7 @@
 """The error for mistakes that the user can fix, and the signals that stop a run."""
 
 import signal
+from pathlib import Path
 
 
 class UsageError(ValueError):
@@ -28,6 +29,21 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signum: int = signal.SIGINT) -> None:
         super().__init__(signum)
         self.signum = signum
+
+
+class FullDiskError(RuntimeError):
+    """Error for a file that cannot be written because the disk is full. The command line exits with code 1.
+
+    It is no ``OSError``: a writer that only warns if a file cannot be written still stops when the disk is full.
+
+    Args:
+        path: the file, or a folder that holds it.
+        more: what to say besides the path.
+    """
+
+    def __init__(self, path: Path, more: str = "") -> None:
+        super().__init__(f"{path} cannot be written, because the disk is full{more}")
+        self.path = path
 
 
 def exit_code(stopped: BaseException | None) -> int:

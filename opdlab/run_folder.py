@@ -1,6 +1,5 @@
 """Folders of runs, and of evaluations' samples."""
 
-import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -9,45 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from opdlab.errors import UsageError, require
+from opdlab.errors import UsageError
+from opdlab.files import remove_partial_files
 from opdlab.locks import lock_holder, locked
 from opdlab.records import RESULTS, SETTINGS_PLACEHOLDER, digest
 
 CONFIG, METRICS = "config.yaml", "metrics.csv"
 _VERSION = re.compile(r"version_(\d+)")
-
-
-def find_checkpoint(path: str, root: Path) -> Path:
-    """Return the file for ``ckpt_path``; ``last`` is the newest checkpoint of the newest run under ``root``.
-
-    Raises:
-        UsageError: the checkpoint does not exist.
-    """
-    if path != "last":
-        require(Path(path).is_file(), f"ckpt_path '{path}' does not exist: give a .ckpt file, or 'last'")
-        return Path(path)
-    found = sorted(root.glob("version_*/checkpoints/*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
-    require(bool(found), f"ckpt_path is 'last', but there is no checkpoint under {root}: start a run without it")
-    return found[-1]
-
-
-def check_checkpoint(path: Path) -> int:
-    """Return the optimizer step of a checkpoint, and refuse one that cannot be read.
-
-    Raises:
-        UsageError: the file is truncated, is not a checkpoint, or holds more than tensors and plain values.
-    """
-    import torch  # here, because a study's job process needs it only to resume a run
-
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0][:200]
-        raise UsageError(
-            f"ckpt_path '{path}' cannot be read, it may have been cut off while it was written: give an earlier "
-            f"checkpoint ({first_line})"
-        ) from error
-    return int(checkpoint.get("global_step", 0))
 
 
 @dataclass(frozen=True)
@@ -132,7 +99,7 @@ class RunFolder:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Hold the folder's lock while the block runs.
+        """Hold the folder's lock while the block runs; files that a kill left half written are removed.
 
         Raises:
             UsageError: another process trains in this folder.
@@ -144,6 +111,7 @@ class RunFolder:
                     f"ckpt_path is of the run in {self.path}, which process {holder.get('pid', '?')} on "
                     f"{holder.get('host', '?')} is training: wait for its end, or start a run without ckpt_path"
                 )
+            remove_partial_files(self.path)
             yield
 
 

@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 
 from opdlab.callbacks import EvaluationTable, LabProgressBar, RunFiles, SampleLogger, StopCheckpoint
+from opdlab.checkpoints import check_checkpoint
 from opdlab.cli.building import build
 from opdlab.cli.checks import warn_of_idle_recorder
 from opdlab.cli.estimate import refuse_oversized
@@ -28,7 +29,7 @@ from opdlab.errors import exit_code
 from opdlab.module import OPDModule
 from opdlab.policies import LanguageModel, LocalTeacher
 from opdlab.records import RESULTS
-from opdlab.run_folder import RunFolder, check_checkpoint, fit_samples_folder, samples_folder_for
+from opdlab.run_folder import RunFolder, fit_samples_folder, samples_folder_for
 from opdlab.training.run_trainer import MetricsFile, RunTrainer
 
 _TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
@@ -92,7 +93,7 @@ class OPDCLI(LightningCLI):
         """Parse and check the arguments, and the checkpoint to resume from."""
         self.config = parse_fit(args, self.command)
         if self.config.ckpt_path is not None:
-            check_checkpoint(Path(self.config.ckpt_path))
+            check_checkpoint(Path(self.config.ckpt_path), resume=self.command == "fit")
 
     def instantiate_classes(self) -> None:
         """Build all objects, after a check that the models' weights fit the device."""

@@ -14,10 +14,8 @@ from types import FrameType
 
 from submitit.helpers import Checkpointable
 
-from opdlab.errors import UsageError
 from opdlab.locks import lock_holder, locked
 from opdlab.processes import LIFELINE, catching_signals
-from opdlab.run_folder import check_checkpoint
 from opdlab.studies import schema
 from opdlab.studies.schema import FAILED, FINISHED, Record, RunFolder
 
@@ -140,7 +138,9 @@ class _Attempt:
             self._spec.write_record(FAILED, tuple(self._folder.last_lines()))
 
     def _train(self) -> int:
-        checkpoint = self._newest_checkpoint()
+        from opdlab.checkpoints import newest_checkpoint  # here, because it imports torch
+
+        checkpoint = newest_checkpoint(self._folder.checkpoints)
         if checkpoint is None:
             self._folder.clean()
             self._share_first_evaluation()
@@ -186,16 +186,6 @@ class _Attempt:
         finally:
             os.close(reading)
             os.close(writing)
-
-    def _newest_checkpoint(self) -> tuple[Path, int] | None:
-        """Return the newest readable checkpoint and its step; delete checkpoints that a kill cut off."""
-        found = self._folder.checkpoints.glob("*.ckpt")
-        for path in sorted(found, key=lambda file: file.stat().st_mtime_ns, reverse=True):
-            try:
-                return path, check_checkpoint(path)
-            except UsageError:
-                path.unlink()
-        return None
 
     def _share_first_evaluation(self) -> None:
         """Copy the evaluation before training from another run with this seed.

@@ -8,14 +8,13 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from opdlab.checkpoints import CHECKPOINT_KEY
 from opdlab.errors import UsageError, require
 from opdlab.gating import GateInputs, GateStrategy
 from opdlab.objectives import Objective
 from opdlab.policies import LanguageModel, NoTeacher, Teacher, check_same_vocabulary, warn_of_stop_tokens
 from opdlab.registry import suggestion
 from opdlab.types import Rollouts, Targets, TeacherRequest
-
-CHECKPOINT_KEY = "opdlab"
 
 
 class NonFiniteLossError(UsageError):

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from opdlab.checkpoints import CHECKPOINT_KEY
 from opdlab.diagnostics import StepRecord, StepTrace, hidden_gradient_norms, step_metrics, step_record
 from opdlab.errors import require
 from opdlab.evaluation import EvaluationConfig, EvaluationModule
@@ -231,7 +232,7 @@ class OPDModule(EvaluationModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the accumulation window to the checkpoint, so that a run can resume inside it."""
-        checkpoint[checks.CHECKPOINT_KEY] = self._window.state_dict(self.student)
+        checkpoint[CHECKPOINT_KEY] = self._window.state_dict(self.student)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of this model, and restore its accumulation window.
@@ -240,4 +241,4 @@ class OPDModule(EvaluationModule):
             UsageError: the checkpoint was not written by opdlab, or is of another model.
         """
         checks.check_checkpoint(checkpoint, self.state_dict())
-        self._window.load_state_dict(checkpoint[checks.CHECKPOINT_KEY])
+        self._window.load_state_dict(checkpoint[CHECKPOINT_KEY])

@@ -10,6 +10,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from opdlab.files import replacing
+
 _STEP = "step"
 
 
@@ -116,9 +118,8 @@ class MetricsFile(Logger):
 
     def _write_all(self, rows: list[dict[str, str]]) -> None:
         lines = [self._line({name: name for name in self._columns}), *map(self._line, rows)]
-        part = self.path.with_name(f"{self.path.name}.part")
-        part.write_bytes(b"".join(lines))
-        part.replace(self.path)
+        with replacing(self.path) as file:
+            file.write(b"".join(lines))
         self._row = rows[-1] if rows else {}
         self._offset = sum(map(len, lines[:-1]))
 
