@@ -284,5 +284,5 @@ def _leaf_line(leaf: tuple[str, Any]) -> str:
     flat = value.detach().reshape(-1).view(torch.uint8) if value.numel() else value.new_empty(0, dtype=torch.uint8)
     crc = 0
     for start in range(0, len(flat), _PART):  # copies of parts bound the host memory for tensors on a device
-        crc = zlib.crc32(memoryview(flat[start : start + _PART].cpu().numpy()), crc)
+        crc = zlib.crc32(flat[start : start + _PART].cpu().numpy().data, crc)
     return f"{name} {value.dtype} {tuple(value.shape)} {crc:08x}"
