@@ -13,6 +13,7 @@ from opdlab.errors import require
 
 # Modules and packages in class paths and ``package://`` paths. If several match, the longest is used.
 PATHS = {
+    "opdlab.studies.progress": "opdlab.studies.step_file",
     "opdlab.tasks": "opdlab.verifiers",
     "opdlab.tasks.math_verifier": "opdlab.verifiers.math.math_verifier",
     "opdlab.tasks.plain_verifiers": "opdlab.verifiers.plain",

@@ -81,7 +81,7 @@ def test_a_run_leaves_a_card_with_its_figures(tmp_path: Path, monkeypatch: pytes
     assert re.search(r"\| gate \| SpanGate.*tau=2\.5.*\|", text)
     assert re.search(r"\| objective \| TeacherTopK\\\(k=32\\\) \|", text)
     assert "| optimizer steps | 1 |" in text
-    assert re.search(r"\| figure \| before \| after \| teacher \|", text)
+    assert re.search(r"\| metric \| before \| after \| teacher \|", text)
     assert re.search(r"\| toy/pass\\@8 (\| \d\.\d{3} ± \d\.\d{3} ){3}\|", text)
     assert json.loads((folder / "generation_config.json").read_text())["max_new_tokens"] == 8
     run_config = (folder.parent / "config.yaml").read_text()
