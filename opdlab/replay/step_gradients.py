@@ -21,7 +21,7 @@ from opdlab.module import OPDModule
 from opdlab.objectives import reduce_losses
 from opdlab.seeds import derive_seed
 from opdlab.training import ScoredBatch, score_batch
-from opdlab.types import Minibatch
+from opdlab.types import Minibatch, Rollouts, Targets
 
 # Size of a kept gradient. A larger model's is sketched; its inner products have an error of about
 # 1 / sqrt(2^22) = 0.05% of the product of the norms.
@@ -43,36 +43,60 @@ class StepGradients:
 
     Args:
         module: with the student's weights from before the step.
-        batches: the step's micro-batches, on the module's device.
+        parts: rollouts and targets of each micro-batch of the step.
         shares: of each micro-batch, see :func:`opdlab.objectives.loss_shares`.
         step: optimizer steps taken before.
         autocast: context of the forward pass.
+        reuse_epoch: passes over the buffer before this one.
+        behavior_known: False if the student's own log-probabilities are the behavior policy's.
     """
 
     def __init__(
-        self, module: OPDModule, batches: Sequence[Minibatch], shares: Sequence[Tensor], step: int, autocast: Autocast
+        self,
+        module: OPDModule,
+        parts: Sequence[tuple[Rollouts, Targets]],
+        shares: Sequence[Tensor],
+        step: int,
+        autocast: Autocast,
+        *,
+        reuse_epoch: int = 0,
+        behavior_known: bool = True,
     ) -> None:
-        self._module, self._batches, self._shares, self._step = module, batches, shares, step
-        self._autocast = autocast
+        num_tokens = torch.cat([rollouts.num_tokens for rollouts, _ in parts])
+        self._batches = [
+            Minibatch(
+                *part,
+                rows=torch.arange(len(part[0])),
+                num_tokens=int(num_tokens.sum()),
+                num_rollouts=int((num_tokens > 0).sum()),
+                micro_batches=tuple(parts),
+                position=position,
+                reuse_epoch=reuse_epoch,
+                pool_metrics={},
+                behavior_known=behavior_known,
+            ).to(module.device)
+            for position, part in enumerate(parts)
+        ]
+        self._module, self._step, self._autocast = module, step, autocast
+        self._shares = [share.to(module.device) for share in shares]
         self._parameters = [p for p in module.student.parameters() if p.requires_grad]
-        self._account: ScoredBatch | None = None
+        self._kept: ScoredBatch | None = None
         self.inputs: list[GateInputs] = []
         """Inputs of the gate, for each micro-batch."""
         self.importance: list[Tensor] = []
         """[B, T] of each micro-batch: norm of each position's part of the ungated gradient at the hidden states."""
-        for place, (batch, share) in enumerate(zip(batches, shares, strict=True)):
-            account = self._run(place)
+        for batch, share in zip(self._batches, self._shares, strict=True):
+            scored = self._score(batch)
             with autocast():
-                norms = hidden_gradient_norms(module.objective, account.scored, account.rollouts, batch.targets)
-            self.inputs.append(account.inputs)
+                norms = hidden_gradient_norms(module.objective, scored.scored, scored.rollouts, batch.targets)
+            self.inputs.append(scored.inputs)
             self.importance.append(norms * share)
-            if len(batches) == 1:
-                self._account = account
+            if len(parts) == 1:
+                self._kept = scored
 
-    def _run(self, place: int) -> ScoredBatch:
-        if self._account is not None:
-            return self._account
-        batch = self._batches[place]
+    def _score(self, batch: Minibatch) -> ScoredBatch:
+        if self._kept is not None:
+            return self._kept
         with torch.enable_grad(), self._autocast():
             return score_batch(self._module.student, self._module.objective, batch, self._step)
 
@@ -94,21 +118,17 @@ class StepGradients:
         Returns:
             [P] float32, or its sketch, see :func:`sketch`.
         """
-        total: Tensor | None = None
-        for place, share in enumerate(self._shares):
-            account = self._run(place)
+        total = torch.zeros((), device=self._module.device)
+        for place, (batch, share) in enumerate(zip(self._batches, self._shares, strict=True)):
             weight = torch.ones_like(share) if weights is None else weights[place]
-            loss = reduce_losses(account.positions.losses, weight, share)
             parts = torch.autograd.grad(
-                loss,
+                reduce_losses(self._score(batch).positions.losses, weight, share),
                 self._parameters,
-                retain_graph=self._account is not None,
+                retain_graph=self._kept is not None,
                 allow_unused=True,
                 materialize_grads=True,
             )
-            flat = sketch(parts)
-            total = flat if total is None else total + flat
-        assert total is not None
+            total = total + sketch(parts)
         return total
 
 
