@@ -3,7 +3,6 @@
 import importlib.resources
 import os
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +23,6 @@ _REGISTRIES: dict[str, Callable[[], Registry[Any]]] = {
 EXTENDS = "extends"
 """Key in a configuration file that names the configuration, or a list of them, that it extends."""
 
-# True only while the file given to --config is next to be loaded: the loader gets only text, also for section files.
-_FOLLOWED = ContextVar("_FOLLOWED", default=False)
-
 
 class ConfigFile(ActionConfigFile):
     """Action of ``--config NAME``: read a file or a shipped configuration, after those that it extends.
@@ -40,20 +36,22 @@ class ConfigFile(ActionConfigFile):
         before = cfg.get(self.dest)
         read = {os.path.realpath(str(file)) for file in before} if isinstance(before, list) else set()
         for each in [*(base for base in bases if os.path.realpath(base) not in read), path]:
-            _FOLLOWED.set(True)
             super().__call__(parser, cfg, each, option_string)  # type: ignore[no-untyped-call]
 
 
-def _load_yaml(text: str) -> Any:
-    """Return the loaded YAML, with old names migrated and registered names replaced by class paths."""
+def _load_yaml(text: str, path: str = "") -> Any:
+    """Return the loaded YAML, with old names migrated and registered names replaced by class paths.
+
+    Args:
+        text: of a file or of a value.
+        path: the file's name if it was given to ``--config``; the parser leaves it out for files of sections.
+    """
     loaded = yaml.safe_load(text)
-    followed = _FOLLOWED.get()
-    _FOLLOWED.set(False)
     if isinstance(loaded, dict):
         loaded = migrate(loaded)
         extended = loaded.pop(EXTENDS, None)  # not an option of the parser
         require(
-            followed or extended is None,
+            bool(path) or extended is None,
             f"{EXTENDS} is {extended}, but is obeyed only in files given to -c or --config on the command line: "
             "write out what is wanted here, or give the file with -c",
         )

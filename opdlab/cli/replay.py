@@ -10,9 +10,8 @@ from lightning.fabric import Fabric
 from lightning.pytorch import seed_everything
 from rich.console import Console
 
-from opdlab.cli.arguments import PlainParser
 from opdlab.cli.building import build
-from opdlab.cli.commands import COMMANDS
+from opdlab.cli.commands import COMMANDS, PlainParser
 from opdlab.cli.estimate import refuse_oversized
 from opdlab.cli.parsing import fit_parser, parse_fit
 from opdlab.errors import UsageError, require

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opdlab.module import OPDModule
 from opdlab.objectives import loss_shares
-from opdlab.replay.record import RecordedStep
+from opdlab.replay.record import RecordedBatch, RecordedStep
 from opdlab.replay.step_gradients import Autocast, StepGradients
 from opdlab.seeds import derive_seed
 from opdlab.types import Problem, Prompt, trimmed
@@ -74,9 +74,11 @@ def fresh_gradients(
     for rows in torch.split(torch.arange(len(prompts)), [len(draw) for draw in draws]):
         num_tokens = rollouts.num_tokens[rows]
         chunks = [chunk for chunk in rows.tensor_split(len(record.batches)) if len(chunk)]
-        pieces = [trimmed(rollouts.rows(chunk), targets.rows(chunk)) for chunk in chunks]
         counts = {"num_tokens": int(num_tokens.sum()), "num_rollouts": int((num_tokens > 0).sum())}
-        shares = [part * loss_shares(piece.mask, reduction=module.reduction, **counts) for piece, _ in pieces]
-        step = StepGradients(module, pieces, shares, record.facts.step, autocast, behavior_known=False)
-        found.append(step.gradient())
+        batches = []
+        for chunk in chunks:
+            piece = trimmed(rollouts.rows(chunk), targets.rows(chunk))
+            shares = part * loss_shares(piece[0].mask, reduction=module.reduction, **counts)
+            batches.append(RecordedBatch(*piece, shares))
+        found.append(StepGradients(module, batches, record.facts.step, autocast, behavior_known=False).gradient())
     return torch.stack(found)

@@ -63,22 +63,19 @@ def summarise(steps: Sequence[ReplayedStep], reference: str = "fresh") -> list[G
     for step in stale:
         for row in step.rows:
             groups.setdefault(tuple(row[name] for name in KEYS), []).append(row)
-    names = ("effective_sample_size", "ungated_norm_ratio", "ungated_cosine")
-    names += (f"{reference}_cosine", f"{reference}_change")
+    means = ("effective_sample_size", "ungated_norm_ratio", "ungated_cosine")
+    names = [*means, f"{reference}_cosine", f"{reference}_change"]
     summaries = []
     for key, rows in groups.items():
         if len(rows) < len(stale) or any(row[f"{reference}_change"] is None for row in rows):
             continue
         values = np.array([[row[name] for name in names] for row in rows], dtype=float)
-        summaries.append(
-            GateSummary(
-                tuple(f"{part:g}" if isinstance(part, float) else part and str(part) for part in key),
-                any(row["own"] for row in rows),
-                len(rows),
-                *values.mean(0).tolist(),
-                change_se=float(values[:, -1].std(ddof=1)) / math.sqrt(len(rows)) if len(rows) > 1 else None,
-            )
-        )
+        error = float(values[:, -1].std(ddof=1)) / math.sqrt(len(rows)) if len(rows) > 1 else None
+        parts = (f"{part:g}" if isinstance(part, float) else part for part in key)
+        labels = tuple(None if part is None else str(part) for part in parts)
+        own = any(row["own"] for row in rows)
+        size, norm, ungated, cosine, change = values.mean(0).tolist()
+        summaries.append(GateSummary(labels, own, len(rows), size, norm, ungated, cosine, change, error))
     return summaries
 
 

@@ -19,9 +19,10 @@ from opdlab.diagnostics import hidden_gradient_norms
 from opdlab.gating import GateInputs
 from opdlab.module import OPDModule
 from opdlab.objectives import reduce_losses
+from opdlab.replay.record import RecordedBatch
 from opdlab.seeds import derive_seed
 from opdlab.training import ScoredBatch, score_batch
-from opdlab.types import Minibatch, Rollouts, Targets
+from opdlab.types import Minibatch
 
 # Size of a kept gradient. A larger model's is sketched; its inner products have an error of about
 # 1 / sqrt(2^22) = 0.05% of the product of the norms.
@@ -43,8 +44,7 @@ class StepGradients:
 
     Args:
         module: with the student's weights from before the step.
-        parts: rollouts and targets of each micro-batch of the step.
-        shares: of each micro-batch, see :func:`opdlab.objectives.loss_shares`.
+        batches: the step's micro-batches.
         step: optimizer steps taken before.
         autocast: context of the forward pass.
         reuse_epoch: passes over the buffer before this one.
@@ -54,44 +54,44 @@ class StepGradients:
     def __init__(
         self,
         module: OPDModule,
-        parts: Sequence[tuple[Rollouts, Targets]],
-        shares: Sequence[Tensor],
+        batches: Sequence[RecordedBatch],
         step: int,
         autocast: Autocast,
         *,
         reuse_epoch: int = 0,
         behavior_known: bool = True,
     ) -> None:
-        num_tokens = torch.cat([rollouts.num_tokens for rollouts, _ in parts])
+        num_tokens = torch.cat([batch.rollouts.num_tokens for batch in batches])
         self._batches = [
             Minibatch(
-                *part,
-                rows=torch.arange(len(part[0])),
+                batch.rollouts,
+                batch.targets,
+                rows=torch.arange(len(batch.rollouts)),
                 num_tokens=int(num_tokens.sum()),
                 num_rollouts=int((num_tokens > 0).sum()),
-                micro_batches=tuple(parts),
+                micro_batches=tuple((each.rollouts, each.targets) for each in batches),
                 position=position,
                 reuse_epoch=reuse_epoch,
                 pool_metrics={},
                 behavior_known=behavior_known,
             ).to(module.device)
-            for position, part in enumerate(parts)
+            for position, batch in enumerate(batches)
         ]
         self._module, self._step, self._autocast = module, step, autocast
-        self._shares = [share.to(module.device) for share in shares]
+        self._shares = [batch.shares.to(module.device) for batch in batches]
         self._parameters = [p for p in module.student.parameters() if p.requires_grad]
         self._kept: ScoredBatch | None = None
         self.inputs: list[GateInputs] = []
         """Inputs of the gate, for each micro-batch."""
         self.importance: list[Tensor] = []
         """[B, T] of each micro-batch: norm of each position's part of the ungated gradient at the hidden states."""
-        for batch, share in zip(self._batches, self._shares, strict=True):
-            scored = self._score(batch)
+        for minibatch, share in zip(self._batches, self._shares, strict=True):
+            scored = self._score(minibatch)
             with autocast():
-                norms = hidden_gradient_norms(module.objective, scored.scored, scored.rollouts, batch.targets)
+                norms = hidden_gradient_norms(module.objective, scored.scored, scored.rollouts, minibatch.targets)
             self.inputs.append(scored.inputs)
             self.importance.append(norms * share)
-            if len(parts) == 1:
+            if len(batches) == 1:
                 self._kept = scored
 
     def _score(self, batch: Minibatch) -> ScoredBatch:

@@ -16,7 +16,7 @@ from opdlab.errors import require
 from opdlab.gating import DriftGate, GateInputs, Normalization
 from opdlab.module import OPDModule
 from opdlab.replay.fresh import Tokens, fresh_gradients, other_prompts, recorded_prompts
-from opdlab.replay.record import RecordedStep
+from opdlab.replay.record import RecordedBatch, RecordedStep
 from opdlab.replay.step_gradients import (
     LEAST_TOLERANCE,
     Autocast,
@@ -28,7 +28,7 @@ from opdlab.replay.step_gradients import (
 from opdlab.replay.variants import KEYS, Grid, Variant, expand
 from opdlab.seeds import derive_seed
 from opdlab.training import join_gate_inputs, split_gates
-from opdlab.types import Rollouts, Targets, TeacherRequest
+from opdlab.types import TeacherRequest
 
 Value = float | int | str | bool | None
 Row = dict[str, Value]
@@ -130,14 +130,8 @@ class Replayer:
         variants, skipped = expand(self._grid, module.gate, module.student.tokenizer, served)
         self.skipped |= skipped
         own = next(v for v, variant in enumerate(variants) if variant.own)
-        gradients = StepGradients(
-            module,
-            self._parts(record, entropy=any("teacher_entropy" in variant.strategy.needs for variant in variants)),
-            [batch.shares for batch in record.batches],
-            facts.step,
-            self._autocast,
-            reuse_epoch=facts.reuse_epoch,
-        )
+        batches = self._batches(record, entropy=any("teacher_entropy" in v.strategy.needs for v in variants))
+        gradients = StepGradients(module, batches, facts.step, self._autocast, reuse_epoch=facts.reuse_epoch)
         # The gates are normalised over the whole step.
         inputs = gradients.inputs
         joined = join_gate_inputs(inputs) if len(inputs) > 1 else inputs[0]
@@ -169,16 +163,16 @@ class Replayer:
             num_backward=products.num_backward,
         )
 
-    def _parts(self, record: RecordedStep, *, entropy: bool) -> list[tuple[Rollouts, Targets]]:
-        """Return rollouts and targets of each micro-batch, with the teacher's entropy if it is needed."""
-        parts = []
+    def _batches(self, record: RecordedStep, *, entropy: bool) -> list[RecordedBatch]:
+        """Return the micro-batches of a step, with the teacher's entropy if it is needed."""
+        batches = []
         for batch in record.batches:
             targets = batch.targets
             if entropy and targets.entropy is None:
                 again = self._module.teacher.score(batch.rollouts, TeacherRequest(entropy=True))
                 targets = replace(targets, entropy=again.entropy)
-            parts.append((batch.rollouts, targets))
-        return parts
+            batches.append(replace(batch, targets=targets))
+        return batches
 
     def _references(self, record: RecordedStep) -> dict[str, Tensor]:
         """Return gradients on fresh rollouts, [J, P], by the name of the reference."""

@@ -87,26 +87,12 @@ class Variant:
         tau = None if drift is None else "schedule" if isinstance(drift.tau, TauSchedule) else float(drift.tau)
         return cls(
             name,
-            drift and drift.statistic,
+            None if drift is None else drift.statistic,
             None if strategy.uniform else strategy.normalization.name,
             tau,
             strategy,
             type(strategy) is type(own) and (strategy.uniform or vars(strategy) == vars(own)),
         )
-
-    @property
-    def label(self) -> str:
-        """Return gate and options in one string.
-
-        Example:
-            >>> from opdlab.gating import build_gate
-            >>> gate = build_gate("block64", tau=5.0)
-            >>> Variant.of("block64", gate, own=gate).label
-            'block64 signed_mean mean tau 5'
-        """
-        tau = f"{self.tau:g}" if isinstance(self.tau, float) else self.tau
-        parts = (self.gate, self.statistic, self.normalization, None if tau is None else f"tau {tau}")
-        return " ".join(part for part in parts if part)
 
 
 def expand(
