@@ -94,7 +94,7 @@ class OPDCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Check that buffers can be split into batches, to fail before the first evaluation."""
         self.trainer.callbacks.append(self.stop)  # type: ignore[attr-defined] # last: reads files of the others
-        self.datamodule.check_reuse(self.model.sampling.num_samples, self.trainer.accumulate_grad_batches)
+        self.datamodule.reuse.check(self.model.sampling.num_samples, self.trainer.accumulate_grad_batches)
 
     # -- the run's folder ----------------------------------------------------------------------------------------
 
