@@ -2,9 +2,10 @@
 
 import itertools
 
-from opdlab.data.prompts import Problem, ProblemSource
+from opdlab.data.prompts import ProblemSource
 from opdlab.errors import require
 from opdlab.toy.chain import Split, chain_problems
+from opdlab.types import Problem
 from opdlab.verifiers.verifier import BoxedVerifier
 
 
