@@ -57,7 +57,7 @@ PUBLIC = {
         *("BehaviorConfig", "NoTeacher", "Teacher", "TeacherHolder", "TeacherRequest", "check_same_vocabulary"),
     ],
     "opdlab.data": [
-        *("Benchmark", "ChatTemplate", "CleaningAccount", "CleaningConfig", "DapoMath17k", "EvaluationBatch"),
+        *("Benchmark", "ChatTemplate", "CleaningReport", "CleaningConfig", "DapoMath17k", "EvaluationBatch"),
         *("JsonlProblems", "Problem", "ProblemSource", "Prompt", "PromptDataModule", "PromptSet", "RawTemplate"),
         *("ReuseConfig", "TableProblems", "Template", "prompt_set"),
     ],
