@@ -39,7 +39,7 @@ from opdlab.policies import LanguageModel
 from opdlab.rollouts import Rollouts, Targets
 
 GATES = ("none", "token", "sequence", "block32", "block64", "block128", "span")
-FIGURES = ("ages", "gathered", "figures", "read")
+METRICS = ("ages", "metrics", "read")
 REFERENCE = "exp"
 NEWLINE = 7
 TOY = "package://opdlab.toy/models/student"

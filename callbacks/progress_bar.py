@@ -83,7 +83,7 @@ class LabProgressBar(RichProgressBar):
             self._fetched_at = trainer.global_step
             logged = {name: value for name, value in trainer.callback_metrics.items() if name in names}
             fetched = to_host({name: value for name, value in logged.items() if name not in metrics})
-            self._values |= {name: value.tolist() for name, value in fetched.items()}
+            self._values |= {name: float(value.numpy()) for name, value in fetched.items()}
         self._line.items = progress_items(self._values)
         # The run's number is left out too: Lightning shows only its last four characters.
         return {name: value for name, value in metrics.items() if name not in (*names, "v_num")}
