@@ -74,9 +74,8 @@ PUBLIC = {
         *("expand", "read_record", "record_folders", "summarise"),
     ],
     "opdlab.viewer": [
-        *("INDEX", "ColorScale", "PageSummary", "Quantity", "RolloutText", "ShownRollout", "choose_rollouts"),
-        *("color_scale", "markdown_literal", "page_name", "quantities", "render_index", "render_page", "step_count"),
-        *("token_texts", "visible", "write_page"),
+        *("INDEX", "RolloutText", "ShownRollout", "choose_rollouts", "color_scale", "markdown_literal", "page_name"),
+        *("quantities", "render_page", "token_texts", "visible", "write_page"),
     ],
     "opdlab.testing": ["GateTester"],
 }
