@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlab.data.cleaning import CleaningAccount, CleaningConfig, clean
 from opdlab.data.prompts import ProblemSource, PromptSet, prompt_set
-from opdlab.errors import require
+from opdlab.errors import UsageError, require
 from opdlab.rollouts import Pool, ReuseConfig, RolloutLoader
 from opdlab.types import EvaluationBatch, Prompt
 from opdlab.verifiers.verifier import Verifier
@@ -115,6 +115,24 @@ class PromptDataModule(pl.LightningDataModule):
                 self.benchmarks[name] = prompts
         if training and self.train_prompts is None:
             self.train_prompts = self._cleaned_prompts(self.train_source, tokenizer)
+
+    def check_tokens(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+        """Raise a UsageError if a prompt has a token for which the student or the teacher has no row.
+
+        Args:
+            tokenizer: the student's.
+            vocab_size: number of tokens with a row; their ids are below it.
+        """
+        sets = {f"benchmarks.{name}": prompts for name, prompts in self.benchmarks.items()}
+        sets |= {"train": self.train_prompts} if self.train_prompts is not None else {}
+        for key, prompts in sets.items():
+            for prompt in prompts.prompts:
+                if (index := max(prompt.tokens)) >= vocab_size:
+                    raise UsageError(
+                        f"data.{key}: the prompt of problem '{prompt.problem.id}', {prompt.problem.text[:60]!r}, has "
+                        f"the token {tokenizer.convert_ids_to_tokens(index)!r} (id {index}), but the models have rows "
+                        f"for {vocab_size} tokens only: leave the problem out, or give models with a row for it"
+                    )
 
     def _cleaned_prompts(self, source: ProblemSource, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
         texts = {name: [p.problem.text for p in prompts.prompts] for name, prompts in self.benchmarks.items()}
