@@ -12,6 +12,7 @@ from opdlab.evaluation.config import EvaluationConfig
 from opdlab.evaluation.evaluator import Evaluator
 from opdlab.evaluation.folder import sample_folder
 from opdlab.policies import LanguageModel, NoTeacher, SamplingConfig, Teacher, TeacherHolder
+from opdlab.policies.decoding import NonFiniteLogitsError
 from opdlab.progress import Progress, SilentProgress
 from opdlab.records import package_versions
 from opdlab.types import EvaluationBatch
@@ -66,7 +67,9 @@ class EvaluationModule(pl.LightningModule):
         return next((each for each in callbacks if isinstance(each, Progress)), SilentProgress())
 
     def setup(self, stage: str) -> None:
-        """Create the metrics of the data module's benchmarks."""
+        """Create the metrics of the data module's benchmarks, and check the prompts' tokens."""
+        if self.data is not None:
+            self.data.check_tokens(self.student.tokenizer, self.student.vocab_size)
         names = self.data.benchmarks if self.data is not None else {}
         if list(self.evaluator.metrics) != list(names):
             self.evaluator = Evaluator(self.evaluator.config, self.evaluator.sampler.config, names).to(self.device)
@@ -88,13 +91,22 @@ class EvaluationModule(pl.LightningModule):
         finally:
             self._evaluated = before
 
+    @contextmanager
+    def naming_step(self) -> Iterator[None]:
+        """Name the optimizer step in an error for NaN or infinite logits while sampling."""
+        try:
+            yield
+        except NonFiniteLogitsError as error:
+            raise NonFiniteLogitsError(self.global_step) from error
+
     def validation_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sample answers to a batch of problems and submit them to the verifier."""
         teacher = self.teacher if self.evaluator.config.reverse_kl else None
         if teacher is not None:
             teacher.to(self.device)
         model = self._current.model
-        self.evaluator.evaluate(model, batch, (batch_idx, self.trainer.global_rank), self.progress, teacher)
+        with self.naming_step():
+            self.evaluator.evaluate(model, batch, (batch_idx, self.trainer.global_rank), self.progress, teacher)
 
     @property
     def _current(self) -> _Evaluated:

@@ -56,8 +56,8 @@ class Head:
     ``z = softcap * tanh(z / softcap)``; ``z /= temperature``.
 
     Args:
-        weight: [V, H].
-        bias: [V] or None.
+        weight: [V, H], or with more rows, see ``vocab_size``.
+        bias: as long as the weight, or None.
         scale: factor on the logits (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``).
         softcap: bound of the soft cap (Gemma's ``final_logit_softcapping``), or None.
         temperature: sampling temperature, above 0.
@@ -65,6 +65,8 @@ class Head:
             autograd. This saves one V x H buffer if a gradient already exists. Only for a leaf weight without gradient
             hooks (so not with DDP or FSDP); ``torch.autograd.grad`` then returns no gradient for it.
         low_rank: the LoRA update of the weight, or None.
+        vocab_size: V, number of tokens, if the weight has more rows: the first V rows are used, and the distribution
+            is over them. Other rows only pad the weight; their gradient is 0.
     """
 
     weight: Tensor
@@ -74,6 +76,12 @@ class Head:
     temperature: float = 1.0
     accumulate_grad: bool = False
     low_rank: LowRank | None = None
+    vocab_size: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Return V, the number of tokens of the distribution."""
+        return len(self.weight) if self.vocab_size is None else self.vocab_size
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:

@@ -73,8 +73,8 @@ class HeadGradients:
     def add_support(self, support: Tensor, gradient: Tensor) -> None:
         """Add the gradient of a support's raw logits: ids [N, K], gradient [N, K]."""
         weight, hidden = self._head.weight, self._hidden_states
-        if len(weight) <= _DENSE * support.shape[1]:
-            for rows, columns in tiles(len(gradient), len(weight)):
+        if self._head.num_tokens <= _DENSE * support.shape[1]:
+            for rows, columns in tiles(len(gradient), self._head.num_tokens):
                 inside, place = places(support[rows], columns)
                 tile = gradient.new_zeros(len(place), columns.stop - columns.start)
                 self.add_tile(rows, columns, tile.scatter_add_(1, place, gradient[rows] * inside))
