@@ -7,7 +7,7 @@ from traceback import walk_tb
 from opdlab.errors import first_line
 
 # Parts of messages of torch's allocators and libraries, which raise a RuntimeError.
-_SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED", "bad_alloc")
+_SIGNS = ("out of memory", "allocate memory", "not enough memory", "_status_alloc_failed", "bad_alloc")
 # By the module whose function was running, in this order: what it does, and how it needs less memory.
 _PHASES = (
     (
@@ -61,7 +61,7 @@ def out_of_memory(error: BaseException) -> str | None:
     """
     message = first_line(error)
     named = type(error).__name__ == "OutOfMemoryError"  # of torch, which need not be imported
-    of_torch = isinstance(error, RuntimeError) and (named or any(sign in message for sign in _SIGNS))
+    of_torch = isinstance(error, RuntimeError) and (named or any(sign in message.lower() for sign in _SIGNS))
     of_system = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
     if not of_torch and not of_system:
         return None

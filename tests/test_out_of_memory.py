@@ -9,7 +9,17 @@ import torch
 
 from opdlab.cli import main
 from opdlab.out_of_memory import out_of_memory
+from tests.cli.test_fit import SMALL
 
+FULL_DEVICE = """
+import torch
+from lightning.pytorch import Callback
+
+class Full(Callback):
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a")
+"""
 FIT = "fit -c configs/quickstart.yaml --trainer.default_root_dir {root} --trainer.max_steps 2 --trainer.logger false"
 
 
@@ -36,6 +46,25 @@ def test_a_run_without_memory_says_what_lowers_it(
     start, _, end = words.partition("(.* asked for)")
     assert "out of memory on the host " + start in line
     assert end in line
+
+
+def test_the_last_checkpoint_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A device's error at the third step; a real one needs a GPU.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "small.yaml").write_text(SMALL)
+    (tmp_path / "full_device.py").write_text(FULL_DEVICE)
+    arguments = ["fit", "-c", "quickstart", "-c", "small.yaml", "--trainer.max_steps", "4"]
+    assert main([*arguments, "--trainer.callbacks+=full_device.Full"]) == 1
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("opdlab: error: ")]
+    assert "out of memory on the device while training (2.00 GiB asked for): lower model.max_tokens_per_pass" in line
+    assert "the last checkpoint is kept" in line
+    run = tmp_path / "runs/quickstart/version_0"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-2.ckpt"]
+    assert main([*arguments, "--ckpt_path", "last", "--model.max_tokens_per_pass", "200"]) == 0
+    assert (run / "checkpoints/step-4.ckpt").is_file()
 
 
 def raised(function: object, *arguments: object) -> BaseException:

@@ -123,15 +123,17 @@ class PromptDataModule(pl.LightningDataModule):
             tokenizer: the student's.
             vocab_size: number of tokens with a row; their ids are below it.
         """
-        sets = {f"benchmarks.{name}": prompts for name, prompts in self.benchmarks.items()}
-        sets |= {"train": self.train_prompts} if self.train_prompts is not None else {}
-        for key, prompts in sets.items():
+        sets = [(f"benchmarks.{name}", self.benchmark_sources[name], each) for name, each in self.benchmarks.items()]
+        sets += [("train", self.train_source, self.train_prompts)] if self.train_prompts is not None else []
+        for key, source, prompts in sets:
             for prompt in prompts.prompts:
                 if (index := max(prompt.tokens)) >= vocab_size:
+                    problem, token = prompt.problem, tokenizer.convert_ids_to_tokens(index)
+                    row = next((n for n, each in enumerate(source.problems(), 1) if each == problem), "?")
                     raise UsageError(
-                        f"data.{key}: the prompt of problem '{prompt.problem.id}', {prompt.problem.text[:60]!r}, has "
-                        f"the token {tokenizer.convert_ids_to_tokens(index)!r} (id {index}), but the models have rows "
-                        f"for {vocab_size} tokens only: leave the problem out, or give models with a row for it"
+                        f"data.{key}: row {row} of {source.name} (id '{problem.id}') has a prompt with the token "
+                        f"{token!r} (id {index}), but the models have rows for {vocab_size} tokens only: leave the "
+                        "problem out, or give models with a row for the token"
                     )
 
     def _cleaned_prompts(self, source: ProblemSource, tokenizer: PreTrainedTokenizerBase) -> PromptSet:

@@ -58,7 +58,7 @@ def vocabulary_size(
                 f"{owner} has {num_rows} rows, and none for the {role} token{text} (id {index}): give the tokenizer "
                 "that belongs to the model, or add rows with resize_token_embeddings",
             )
-    size = min(num_rows, 1 + max(texts))
+    size: int = min(num_rows, 1 + max(texts))
     require(
         any(index < size for index in stop_ids),
         f"{owner}: its stop tokens (ids {sorted(stop_ids)}) are not in the tokenizer, so no response could ever end: "

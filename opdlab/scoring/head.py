@@ -43,10 +43,6 @@ class LowRank:
         """Return ``scaling * sums @ down``, [N, r] -> [N, H]: maps sums of rows of ``up`` to sums of update rows."""
         return (sums @ self.down.to(sums.dtype)).mul_(self.scaling)
 
-    def sum_up(self, factors: Tensor, columns: slice) -> Tensor:
-        """Return ``factors @ up[columns]``, [N, C] -> [N, r]: weighted sums of rows of ``up``."""
-        return factors @ self.up[columns].to(factors.dtype)
-
 
 @dataclass(frozen=True)
 class Head:
@@ -77,11 +73,6 @@ class Head:
     accumulate_grad: bool = False
     low_rank: LowRank | None = None
     vocab_size: int | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Return V, the number of tokens of the distribution."""
-        return len(self.weight) if self.vocab_size is None else self.vocab_size
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -194,15 +185,16 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def tiles(num_rows: int, num_columns: int) -> Iterator[tuple[slice, slice]]:
-    """Yield the row and column slices of tiles of bounded size that cover [num_rows, num_columns].
+def tiles(num_rows: int, head: Head) -> Iterator[tuple[slice, slice]]:
+    """Yield the row and column slices of tiles of bounded size that cover the logits, [num_rows, V].
 
     All tiles of the same columns are consecutive, so a sum over rows is complete before the next columns begin.
 
     Example:
-        >>> list(tiles(2, 3))
+        >>> list(tiles(2, Head(torch.zeros(8, 1), vocab_size=3)))
         [(slice(0, 2, None), slice(0, 3, None))]
     """
+    num_columns = len(head.weight) if head.vocab_size is None else head.vocab_size
     height = min(max(num_rows, 1), _MAX_TILE_ROWS, MAX_TILE_LOGITS)
     width = min(max(MAX_TILE_LOGITS // height, 1), max(num_columns, 1))
     for left in range(0, num_columns, width):

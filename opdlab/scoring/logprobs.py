@@ -152,7 +152,7 @@ class _TokenStatistics(torch.autograd.Function):
         hidden, *_, targets, normalizer = saved
         made = LogitTiles(ctx.head, hidden)
         sums = HeadGradients(ctx, made)
-        for rows, columns in tiles(hidden.shape[0], ctx.head.num_tokens):
+        for rows, columns in tiles(hidden.shape[0], ctx.head):
             logits = made.tile(rows, columns)
             slope = ctx.head.slope(logits)
             gradient = logits.sub_(normalizer[rows, None]).exp_().mul_(-upstream[rows, None])  # [N', C]
@@ -179,7 +179,7 @@ def vocabulary_pass(
     chosen = like.new_zeros(ids.shape)
     top = TopK(ids.new_zeros(len(hidden), k), like.new_full((len(hidden), k), -torch.inf))
     made = LogitTiles(head, hidden)
-    for rows, columns in tiles(hidden.shape[0], head.num_tokens):
+    for rows, columns in tiles(hidden.shape[0], head):
         logits = made.tile(rows, columns)
         inside, place = places(ids[rows], columns)
         chosen[rows] = torch.where(inside, logits.gather(1, place), chosen[rows])
@@ -194,7 +194,7 @@ def vocabulary_pass(
             factors = exponentials.mul_(slope)  # [N', C]
             summed = product(factors.to(hidden.dtype), head.weight[columns].to(hidden.dtype))  # @ [C, H]
             if head.low_rank is not None:
-                summed += head.low_rank.expand(head.low_rank.sum_up(factors, columns))
+                summed += head.low_rank.expand(factors @ head.low_rank.up[columns].to(factors.dtype))
             softmax.add_rows(rows, summed)
     return softmax, chosen, top
 
