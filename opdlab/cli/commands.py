@@ -1,6 +1,6 @@
 """The table of commands. A command's module is imported only when the command runs, so ``opdlab --help`` is fast.
 
-Every user error prints one line to standard error and exits with code 2.
+Every user error prints one line to standard error and exits with code 2; so does lack of memory, with code 1.
 """
 
 import logging
@@ -18,6 +18,7 @@ from types import FrameType
 from typing import NoReturn
 
 from opdlab.errors import Stopped, UsageError, exit_code
+from opdlab.out_of_memory import out_of_memory
 from opdlab.processes import hold_lifeline
 from opdlab.registry import suggestion
 from opdlab.version import __version__
@@ -111,6 +112,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"opdlab: error: {line}", file=sys.stderr)
         return EXIT_USAGE
+    except (MemoryError, RuntimeError, OSError) as error:
+        if (line := out_of_memory(error)) is None:
+            raise
+        print(f"opdlab: error: {line}", file=sys.stderr)
+        return 1
     except (KeyboardInterrupt, SystemExit) as stop:
         signalled = stop if isinstance(stop, KeyboardInterrupt) else stop.__context__
         if not isinstance(signalled, KeyboardInterrupt):  # `--help`

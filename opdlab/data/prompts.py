@@ -75,12 +75,15 @@ def prompt_set(
     Raises:
         UsageError: the source or a prompt is empty, or every prompt is too long.
     """
+    bos = tokenizer.bos_token_id
     remaining = iter(source.problems() if problems is None else problems)
     prompts: list[Prompt] = []
     too_long: list[int] = []  # token counts
     while chunk := list(islice(remaining, _CHUNK)):
         tokenized = source.template.tokenize([problem.text for problem in chunk], tokenizer)
-        for problem, tokens in zip(chunk, tokenized, strict=True):
+        for problem, given in zip(chunk, tokenized, strict=True):
+            # A template or a text may begin with the token that the tokenizer puts first anyway.
+            tokens = given[1:] if bos is not None and list(given[:2]) == [bos, bos] else given
             if not tokens:
                 raise UsageError(
                     f"problem '{problem.id}' of {source.name} is an empty prompt: leave it out, or give a template"
