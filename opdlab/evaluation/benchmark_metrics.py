@@ -64,9 +64,9 @@ class BenchmarkMetrics(nn.Module):
         figures: dict[str, Tensor] = {}
         for name, metric in metrics.items():
             assert isinstance(metric, ProblemMean)
-            if not metric.update_called:
+            if not metric.update_called or (value := metric.compute()).isnan():  # no answers to vote on
                 continue
-            figures[name] = metric.compute()
+            figures[name] = value
             error = metric.standard_error()
             if not error.isnan():
                 figures[name + ERROR_SUFFIX] = error
