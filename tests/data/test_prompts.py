@@ -73,6 +73,14 @@ def test_other_fields(tmp_path: Path) -> None:
     assert read(path, answer_field="final", limit=1, **options)[0].answer == "2"
 
 
+def test_a_verifier_needs_gold_answers(file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UsageError, match="answer_field is null, but verifier needs gold answers: .* verifier to null"):
+        JsonlProblems(str(file), answer_field=None, verifier=BoxedVerifier())
+    with pytest.raises(UsageError, match="problem '0' of the list has no gold answer, which the source's verifier"):
+        prompt_set(Listed(["1 a+1"], verifier=BoxedVerifier()), tokenizer, 99)
+    assert len(prompt_set(Listed(["1 a+1"]), tokenizer, 99)) == 1
+
+
 def test_rows_without_an_id_are_named_by_their_text(tmp_path: Path) -> None:
     lines = [json.dumps({"problem": text, "answer": "1"}) for text in ("a", "b", "a")]
     first, second, third = (problem.id for problem in read(write(tmp_path, *lines)))
