@@ -13,7 +13,7 @@ _PHASES = (
     (
         "opdlab.policies.loading",
         "loading a model",
-        "give its dtype bfloat16, or set model.teacher.offload or model.behavior.offload to true",
+        "set model.student.dtype or model.teacher.dtype to bfloat16, or give smaller models",
     ),
     (
         "opdlab.policies.teacher",
@@ -35,7 +35,7 @@ _PHASES = (
         "scoring with the behavior snapshot",
         "lower model.behavior.score_batch_size or model.max_tokens_per_pass",
     ),
-    ("opdlab.data", "reading problems", "set a limit for the problems"),
+    ("opdlab.data", "reading problems", "set data.train.limit or data.benchmarks.NAME.limit"),
     (
         "lightning.pytorch.loops",
         "training",

@@ -176,7 +176,7 @@ def vocabulary_pass(
     """
     like = hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
     softmax = OnlineSoftmax(hidden.shape[0], like, hidden_size)
-    chosen = like.new_zeros(ids.shape)
+    chosen = like.new_full(ids.shape, -torch.inf)  # ids beyond the vocabulary have probability 0
     top = TopK(ids.new_zeros(len(hidden), k), like.new_full((len(hidden), k), -torch.inf))
     made = LogitTiles(head, hidden)
     for rows, columns in tiles(hidden.shape[0], head):

@@ -136,6 +136,14 @@ def test_rows_beyond_the_vocabulary_have_no_part(accumulate: bool) -> None:
     torch.testing.assert_close([hidden.grad, weight.grad, bias.grad], list(wanted))
 
 
+def test_an_id_beyond_the_vocabulary_is_impossible() -> None:
+    hidden, weight, _ = inputs(bias=False)
+    targets = torch.full((N,), 45)
+    statistics = token_statistics(hidden, Head(weight, vocab_size=40), targets)
+    assert (statistics.logprobs == -torch.inf).all()
+    assert statistics.entropy.isfinite().all()
+
+
 @pytest.mark.usefixtures("_tiles")
 def test_statistics_match_categorical() -> None:
     hidden, weight, bias = inputs(bias=True)
