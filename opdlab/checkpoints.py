@@ -32,7 +32,7 @@ _STATE = {
     CHECKPOINT_KEY: dict,
 }
 _HASHING_THREADS = 4
-_MIB = 1 << 20
+_PART = 1 << 26  # bytes
 
 
 class CheckpointFiles(CheckpointIO):
@@ -281,9 +281,8 @@ def _leaf_line(leaf: tuple[str, Any]) -> str:
     if not isinstance(value, Tensor):
         plain = value is None or isinstance(value, bool | int | float | str | bytes | dict | list | tuple)
         return f"{name} {value!r}" if plain else f"{name} {type(value).__name__}"
-    # One copy per part bounds the memory for tensors on a device.
     flat = value.detach().reshape(-1).view(torch.uint8) if value.numel() else value.new_empty(0, dtype=torch.uint8)
     crc = 0
-    for part in flat.split(64 * _MIB):
-        crc = zlib.crc32(memoryview(part.cpu().numpy()), crc)
+    for start in range(0, len(flat), _PART):  # copies of parts bound the host memory for tensors on a device
+        crc = zlib.crc32(flat[start : start + _PART].cpu().numpy().data, crc)
     return f"{name} {value.dtype} {tuple(value.shape)} {crc:08x}"
