@@ -56,6 +56,16 @@ def exit_code(stopped: BaseException | None) -> int:
     return 128 + int(getattr(stopped, "signum", signal.SIGINT))
 
 
+def first_line(error: BaseException) -> str:
+    r"""Return the first line of an error's message, or the name of its type if it has none.
+
+    Example:
+        >>> first_line(OSError("no space\nleft")), first_line(MemoryError())
+        ('no space', 'MemoryError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def require(condition: bool, message: str) -> None:
     """Raise :class:`UsageError` with ``message`` unless ``condition`` holds."""
     if not condition:

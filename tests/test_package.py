@@ -36,7 +36,7 @@ PUBLIC = {
     ],
     "opdlab.objectives.functional": ["sampled_token_loss", "teacher_topk_loss"],
     "opdlab.scoring": [
-        *("Head", "LowRank", "TokenStatistics", "TopK", "chosen_logits", "support_logits", "support_statistics"),
+        *("Head", "LowRank", "TokenStatistics", "TopK", "support_logits", "support_statistics"),
         *("token_logprobs", "token_statistics", "topk_with_statistics"),
     ],
     "opdlab.metrics": ["MajorityVote", "PassAtK", "ProblemMean"],
@@ -53,7 +53,7 @@ PUBLIC = {
     "opdlab.toy": ["ChainProblem", "ChainProblems", "chain_problems", "chain_tokenizer"],
     "opdlab.policies": [
         *("AdapterConfig", "BaseTeacher", "StopTokens", "single_token_ids", "warn_of_stop_tokens"),
-        *("BehaviorPolicy", "LanguageModel", "LocalTeacher", "Sampler", "Samples", "SamplingConfig", "Scored"),
+        *("BehaviorPolicy", "LanguageModel", "LocalTeacher", "Sampler", "SamplingConfig", "Scored"),
         *("BehaviorConfig", "NoTeacher", "Teacher", "TeacherHolder", "TeacherRequest", "check_same_vocabulary"),
     ],
     "opdlab.data": [

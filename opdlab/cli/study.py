@@ -19,10 +19,11 @@ from opdlab.cli.config_files import config_path, shipped_configs
 from opdlab.cli.messages import explain
 from opdlab.cli.parsing import parse_fit
 from opdlab.errors import UsageError, require
+from opdlab.locks import locked
 from opdlab.registry import suggestion
 from opdlab.studies.launch import Cluster, Launcher, RunState, default_jobs
 from opdlab.studies.plan import Plan, Resolve, make_plan
-from opdlab.studies.schema import FAILED, FINISHED, locked
+from opdlab.studies.schema import FAILED, FINISHED
 from opdlab.studies.sharing import take_over
 from opdlab.studies.study import Study, read_study
 from opdlab.studies.table import StudyTable

@@ -118,6 +118,7 @@ class EvaluationModule(pl.LightningModule):
         self.evaluator.finish()
         figures = self.evaluator.compute()
         self.log_dict({f"{self._current.name}/{key}": value for key, value in figures.items()}, sync_dist=True)
+        self.log("step", float(self.global_step))  # Lightning's own axis is one behind during training
         if (folder := self.evaluator.folder) is not None:
             self.evaluator.close()
             values = {key: float(value) for key, value in figures.items()}

@@ -75,8 +75,8 @@ class Evaluator(nn.Module):
             return
         try:
             seed = derive_seed("evaluation", self.config.seed, batch.benchmark, *seed_parts)
-            samples = self.sampler.sample(model, [prompt.tokens for prompt in batch.prompts], seed, progress)
-            rollouts = samples.rollouts([p.index for p in batch.prompts], self.sampler.config.temperature)
+            prompts, rows = [p.tokens for p in batch.prompts], [p.index for p in batch.prompts]
+            rollouts = self.sampler.sample(model, prompts, seed, progress, rows)
             texts = model.responses(rollouts)
             verdicts = batch.submit(texts, rollouts)
             reverse_kl = _reverse_kl(model, teacher, rollouts) if teacher is not None else None

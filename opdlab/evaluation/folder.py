@@ -55,7 +55,7 @@ def sample_folder(
         },
     )
     return SampleFolder(
-        Path(config.samples) / subfolder,
+        Path(trainer.strategy.broadcast(str(Path(config.samples) / subfolder))),  # the first process knows the run's
         settings,
         rank=trainer.global_rank,
         replace=bool(subfolder),  # only this run uses a subfolder

@@ -3,7 +3,7 @@
 from opdlab.policies.adapters import AdapterConfig
 from opdlab.policies.behavior import BehaviorConfig, BehaviorPolicy
 from opdlab.policies.language_model import LanguageModel, Scored
-from opdlab.policies.sampler import Sampler, Samples, SamplingConfig
+from opdlab.policies.sampler import Sampler, SamplingConfig
 from opdlab.policies.teacher import BaseTeacher, LocalTeacher, NoTeacher, Teacher, TeacherHolder
 from opdlab.policies.tokenizers import StopTokens, check_same_vocabulary, single_token_ids, warn_of_stop_tokens
 from opdlab.types import TeacherRequest
@@ -17,7 +17,6 @@ __all__ = [
     "LocalTeacher",
     "NoTeacher",
     "Sampler",
-    "Samples",
     "SamplingConfig",
     "Scored",
     "StopTokens",

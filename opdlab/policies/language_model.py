@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,15 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlab.errors import require
+from opdlab.packages import require_package
 from opdlab.policies.adapters import (
     AdapterConfig,
     attach_adapter,
     base_of,
-    has_adapter,
     keep_adapter_only,
     load_adapter,
     low_rank_of,
     put_back_frozen,
-    require_peft,
     save_adapter,
     take_off_adapter,
 )
@@ -61,18 +59,15 @@ class Scored:
     head: Head
     mask: Tensor
     tokens: Tensor
-    # Keyed by the id of the support's tensor, which is kept alive so that its id is not reused.
-    _supports: dict[int, tuple[Tensor, Tensor, TokenStatistics]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    # By the tensor of the support's ids, which is compared by identity; None for no support.
+    _passes: dict[Tensor | None, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def statistics(self) -> TokenStatistics:
         """Return log-probability (differentiable), entropy and log-normalizer of every valid position, each [N]."""
-        return self._statistics
-
-    @cached_property
-    def _statistics(self) -> TokenStatistics:
-        return token_statistics(self.hidden, self.head, self.tokens)
+        if None not in self._passes:
+            self._passes[None] = token_statistics(self.hidden, self.head, self.tokens)
+        statistics: TokenStatistics = self._passes[None]
+        return statistics
 
     def support_statistics(self, support_ids: Tensor) -> tuple[Tensor, TokenStatistics]:
         """Return the logits of a support (differentiable), and :meth:`statistics` without gradient, in one pass.
@@ -83,11 +78,11 @@ class Scored:
         Returns:
             Logits [N, K] and statistics, each [N].
         """
-        if id(support_ids) not in self._supports:
+        if support_ids not in self._passes:
             chosen = support_ids.long()[self.mask]
-            found = support_statistics(self.hidden, self.head, self.tokens, chosen)
-            self._supports[id(support_ids)] = (support_ids, *found)
-        return self._supports[id(support_ids)][1:]
+            self._passes[support_ids] = support_statistics(self.hidden, self.head, self.tokens, chosen)
+        found: tuple[Tensor, TokenStatistics] = self._passes[support_ids]
+        return found
 
     def own_logprobs(self, targets: Targets) -> Tensor:
         """Return the model's log-probabilities of the sampled tokens, [B, T] nats, detached.
@@ -128,6 +123,14 @@ class LanguageModel(nn.Module):
             the extra ``bitsandbytes``.
         compile: compile the layers with torch.compile for scoring, not for sampling: adds about half a minute to the
             first steps and makes each step faster. Needs a C++ compiler.
+
+    Attributes:
+        group_lengths: True (the default) to score rows of similar length in one padded pass. Set it to False if all
+            processes must run the same number of passes, because each process would form different groups.
+        max_tokens: tokens per pass whose activations are kept, padding included; None (the default) for no bound. Leave
+            it None if all processes must run the same number of passes.
+        accumulate_head_grad: see :class:`opdlab.scoring.Head`; False by default. Set it to True only if nothing hooks
+            into the head's gradient.
 
     Raises:
         UsageError: the folder is missing or incomplete, a package or a compiler is missing, the tokenizer has no
@@ -184,34 +187,12 @@ class LanguageModel(nn.Module):
         if gradient_checkpointing:
             checkpoint_gradients(self.model, self.path)
 
-    def configure_passes(
-        self,
-        *,
-        group_lengths: bool | None = None,
-        max_tokens: int | None = None,
-        accumulate_head_grad: bool | None = None,
-    ) -> None:
-        """Change how rows are grouped into passes for scoring; options that are None keep their value.
-
-        Args:
-            group_lengths: whether to pad rows of similar length together (default True). Set False if all processes
-                must run the same number of passes, because each process would form different groups.
-            max_tokens: tokens per pass whose activations are kept, padding included (default: no bound). Not if all
-                processes must run the same number of passes.
-            accumulate_head_grad: see :class:`opdlab.scoring.Head` (default False). Only if nothing hooks into the
-                head's gradient.
-        """
-        self.group_lengths = self.group_lengths if group_lengths is None else group_lengths
-        self.max_tokens = self.max_tokens if max_tokens is None else max_tokens
-        if accumulate_head_grad is not None:
-            self.accumulate_head_grad = accumulate_head_grad
-
     def _load(
         self, source: ModelSource, adapter: AdapterConfig | None
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         base = adapter_base(self.path)
-        if base is not None or adapter is not None:
-            require_peft(self.path if base is not None else None)  # fail before reading the weights, which may be slow
+        if base is not None or adapter is not None:  # fail before reading the weights, which may be slow
+            require_package("peft", "model.student.adapter" if base is None else f"model '{self.path}'", "peft")
         source = replace(source, path=base or self.path)
         model, tokenizer = source.load()
         resolved = resolve(source.path, with_config=False)
@@ -230,7 +211,7 @@ class LanguageModel(nn.Module):
     @property
     def has_adapter(self) -> bool:
         """True if an adapter is trained and the weights below it are frozen."""
-        return has_adapter(self.model)
+        return bool(getattr(self.model, "_hf_peft_config_loaded", False))
 
     def snapshot(self) -> "LanguageModel":
         """Return a frozen copy in eval mode; it shares the weights below an adapter, which never change."""
@@ -260,8 +241,7 @@ class LanguageModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Return the device of the weights."""
-        device: torch.device = next(self.model.parameters()).device
-        return device
+        return next(self.parameters()).device
 
     @property
     def vocab_size(self) -> int:

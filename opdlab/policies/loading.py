@@ -13,7 +13,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from opdlab.errors import UsageError, require
+from opdlab.errors import UsageError, first_line, require
 from opdlab.packages import is_installed, package_trouble, require_package
 from opdlab.policies.tokenizers import StopTokens
 
@@ -45,8 +45,10 @@ class ModelSource:
             self.quantization in (None, *get_args(Quantization)),
             f"quantization is '{self.quantization}', but must be one of {', '.join(get_args(Quantization))}",
         )
-        for package, extra in self._packages():
-            require_package(package, f"model '{self.path}'", extra)
+        # transformers needs accelerate for both.
+        for extra, value in (("gguf", self.gguf_file), ("bitsandbytes", self.quantization)):
+            for package in (extra, "accelerate") if value else ():
+                require_package(package, f"model '{self.path}'", extra)
         source = resolve(self.path, with_config=self.gguf_file is None)
         options = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         options |= {"gguf_file": self.gguf_file} if self.gguf_file else {}
@@ -68,14 +70,6 @@ class ModelSource:
         if self.gguf_file:
             unmark_quantized(model)
         return model, tokenizer
-
-    def _packages(self) -> list[tuple[str, str]]:
-        needed = []
-        if self.gguf_file:  # transformers needs accelerate to read GGUF
-            needed += [("gguf", "gguf"), ("accelerate", "gguf")]
-        if self.quantization:
-            needed += [("bitsandbytes", "bitsandbytes"), ("accelerate", "bitsandbytes")]
-        return needed
 
     def _model_options(self) -> dict[str, Any]:
         dtype = getattr(torch, self.dtype)
@@ -100,10 +94,9 @@ class ModelSource:
         try:
             yield
         except Exception as error:  # parsers of damaged files raise many types, tokenizers a bare Exception
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            kernel = self.attn_implementation
-            if kernel and (isinstance(error, ImportError) or "attn_implementation" in first_line):
-                reason = f"attn_implementation '{kernel}' cannot be used: {first_line.rstrip('.')}"
+            reason, kernel = first_line(error), self.attn_implementation
+            if kernel and (isinstance(error, ImportError) or "attn_implementation" in reason):
+                reason = f"attn_implementation '{kernel}' cannot be used: {reason.rstrip('.')}"
                 raise UsageError(f"model '{self.path}': {reason}; {_kernel_mend(kernel, error)}") from error
             if (trouble := package_trouble(error)) is not None:  # a tokenizer's or a quantized model's package
                 raise UsageError(f"model '{self.path}' {trouble}") from error
@@ -112,7 +105,7 @@ class ModelSource:
                 if Path(source).is_dir()
                 else "check the name and the connection, or give a folder written by save_pretrained"
             )
-            raise UsageError(f"model '{self.path}' cannot be loaded: {hint} ({first_line})") from error
+            raise UsageError(f"model '{self.path}' cannot be loaded: {hint} ({reason})") from error
 
 
 def _kernel_mend(kernel: str, error: Exception) -> str:

@@ -119,10 +119,6 @@ class LocalTeacher(Teacher):
     @torch.no_grad()
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
         """Return the targets of ``rollouts``; see :meth:`Teacher.score`."""
-        with on_device(self.model, self._device) if self.offload else nullcontext():
-            return self._score(rollouts, request, progress or SilentProgress())
-
-    def _score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress) -> Targets:
         shape, k = rollouts.tokens.shape, request.top_k
         targets = Targets(
             logprobs=torch.zeros(shape),
@@ -131,7 +127,8 @@ class LocalTeacher(Teacher):
             support_mass=torch.zeros(shape) if k else None,
             entropy=torch.zeros(shape) if request.entropy else None,
         )
-        with progress.task("scoring (teacher)", len(rollouts)) as advance:
+        place = on_device(self.model, self._device) if self.offload else nullcontext()
+        with place, (progress or SilentProgress()).task("scoring (teacher)", len(rollouts)) as advance:
             for rows, scored in self.model.score_in_chunks(rollouts, self._batch_size):
                 if targets.support_ids is None or targets.support_logits is None or targets.support_mass is None:
                     statistics = scored.statistics()

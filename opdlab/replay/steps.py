@@ -114,7 +114,7 @@ class Replayer:
         self._module, self._grid, self._config = module, grid, config
         self._autocast, self._prompts = autocast, prompts
         # autograd.grad returns the gradients; `.grad` stays unchanged.
-        module.student.configure_passes(accumulate_head_grad=False)
+        module.student.accumulate_head_grad = False
         module.teacher.to(module.device)
         self.skipped: dict[str, str] = {}
         """Gates whose inputs a record lacks, with the reasons."""

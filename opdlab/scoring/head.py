@@ -113,24 +113,6 @@ class Head:
         """Return the logits of some columns, [N, H] -> [N, C], float32 or wider, without a graph."""
         return LogitTiles(self, hidden).tile(slice(None), columns)
 
-    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return rows of the weight, low-rank update included: ids [N] -> [N, H]."""
-        chosen = self.weight[ids].to(dtype)
-        return chosen if self.low_rank is None else chosen + self.low_rank.expand(self.low_rank.up[ids].to(dtype))
-
-    def sum_rows(self, factors: Tensor, columns: slice, dtype: torch.dtype) -> Tensor:
-        """Return ``factors @ weight[columns]``, [N, C] -> [N, H], low-rank update included.
-
-        Args:
-            factors: [N, C], float32 or wider.
-            columns: C columns of the vocabulary.
-            dtype: of the product with the weight; the product with the update has the dtype of the factors.
-        """
-        summed = product(factors.to(dtype), self.weight[columns].to(dtype))
-        if self.low_rank is not None:
-            summed += self.low_rank.expand(self.low_rank.sum_up(factors, columns))
-        return summed
-
     def transform_(self, z: Tensor) -> Tensor:
         """Apply scale, soft cap and temperature to raw logits, in place."""
         if self.softcap is not None:
@@ -172,17 +154,6 @@ class LogitTiles:
             z.addmm_(self.reduced[rows], head.low_rank.up[columns].to(z.dtype).T)  # [N', r] @ [r, C]
         if head.bias is not None:
             z += head.bias[columns]
-        return head.transform_(z)
-
-    def chosen(self, rows: slice, ids: Tensor) -> Tensor:
-        """Return the logits of the given ids only, [N', K] -> [N', K]."""
-        head, hidden, dtype = self.head, self.hidden[rows, :, None], wide_dtype(self.hidden)
-        z = torch.bmm(head.weight[ids].to(dtype), hidden.to(dtype))  # [N', K, H] @ [N', H, 1] -> [N', K, 1]
-        if head.low_rank is not None:
-            z.baddbmm_(head.low_rank.up[ids].to(dtype), self.reduced[rows, :, None])
-        z = z.squeeze(-1)
-        if head.bias is not None:
-            z += head.bias[ids]
         return head.transform_(z)
 
 

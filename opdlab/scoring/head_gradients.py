@@ -41,20 +41,17 @@ class HeadGradients:
         self._head, self._hidden_states = head, hidden
         self._hidden = hidden.new_zeros(hidden.shape, dtype=wide) if needs_hidden else None
         self._bias = head.bias.new_zeros(head.bias.shape, dtype=wide) if needs_bias and head.bias is not None else None
-        self._weight = self._weight_buffer() if needs_weight else None
+        self._weight: Tensor | None = None
+        if needs_weight:
+            existing = head.weight.grad if head.accumulates else None
+            self._weight = torch.zeros_like(head.weight) if existing is None else existing
+            if head.accumulates:
+                head.weight.grad = self._weight
         self._columns: Tensor | None = None  # float32 sum of the current columns, for narrower weights
         self._update: _UpdateGradients | None = None
         if head.low_rank is not None:
             needed = (needs_hidden, needs_down, needs_up)
             self._update = _UpdateGradients(head.low_rank, logits.reduced, needed)
-
-    def _weight_buffer(self) -> Tensor:
-        weight = self._head.weight
-        if not self._head.accumulates:
-            return torch.zeros_like(weight)
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        return weight.grad
 
     def add_tile(self, rows: slice, columns: slice, gradient: Tensor) -> None:
         """Add the gradient of a tile's raw logits, [N', C]; call in the order of :func:`opdlab.scoring.head.tiles`."""
@@ -64,24 +61,23 @@ class HeadGradients:
         if self._hidden is not None:
             self._hidden[rows] += product(narrow, self._head.weight[columns].to(narrow.dtype))  # [N', C] @ [C, H]
         if self._weight is not None:
-            self._add_columns(rows, columns, product(narrow.T, self._hidden_states[rows]))  # [C, N'] @ [N', H]
+            summed = product(narrow.T, self._hidden_states[rows])  # [C, N'] @ [N', H]
+            if self._weight.dtype != summed.dtype:
+                self._columns = summed if rows.start == 0 or self._columns is None else self._columns + summed
+                summed = self._columns
+            if self._weight.dtype == summed.dtype or rows.stop == len(self._hidden_states):
+                self._weight[columns] += summed.to(self._weight.dtype)  # narrow weights are rounded once
         if self._bias is not None:
             self._bias[columns] += gradient.sum(0)
-
-    def _add_columns(self, rows: slice, columns: slice, summed: Tensor) -> None:
-        assert self._weight is not None
-        if self._weight.dtype == summed.dtype:
-            self._weight[columns] += summed
-            return
-        self._columns = summed if rows.start == 0 or self._columns is None else self._columns + summed
-        if rows.stop == len(self._hidden_states):
-            self._weight[columns] += self._columns.to(self._weight.dtype)  # rounded once
 
     def add_support(self, support: Tensor, gradient: Tensor) -> None:
         """Add the gradient of a support's raw logits: ids [N, K], gradient [N, K]."""
         weight, hidden = self._head.weight, self._hidden_states
         if len(weight) <= _DENSE * support.shape[1]:
-            self._add_dense(support, gradient)
+            for rows, columns in tiles(len(gradient), len(weight)):
+                inside, place = places(support[rows], columns)
+                tile = gradient.new_zeros(len(place), columns.stop - columns.start)
+                self.add_tile(rows, columns, tile.scatter_add_(1, place, gradient[rows] * inside))
             return
         if self._update is not None:
             self._update.add_support(support, gradient)
@@ -91,12 +87,6 @@ class HeadGradients:
             _scatter_rows(self._weight, support, gradient, hidden)
         if self._bias is not None:
             self._bias.index_add_(0, support.flatten(), gradient.flatten())
-
-    def _add_dense(self, support: Tensor, gradient: Tensor) -> None:
-        for rows, columns in tiles(len(gradient), len(self._head.weight)):
-            inside, place = places(support[rows], columns)
-            tile = gradient.new_zeros(len(place), columns.stop - columns.start)
-            self.add_tile(rows, columns, tile.scatter_add_(1, place, gradient[rows] * inside))
 
     def returned(self) -> tuple[Tensor | None, ...]:
         """Return the gradients of hidden states, weight, bias, ``down`` and ``up`` for autograd, in their dtypes."""

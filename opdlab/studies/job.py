@@ -14,6 +14,7 @@ from types import FrameType
 
 from submitit.helpers import Checkpointable
 
+from opdlab.locks import lock_holder, locked
 from opdlab.processes import LIFELINE, catching_signals
 from opdlab.studies import schema
 from opdlab.studies.schema import FAILED, FINISHED, Record, RunFolder
@@ -98,7 +99,7 @@ class Job(Checkpointable):
         with catching_signals(note) as before:
             # The launcher has masked some signals, so that a terminal's do not end this process while it loads.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, before)
-            with schema.locked(spec.folder) as mine:
+            with locked(spec.folder) as mine:
                 if mine and not spec.run_folder.finished:
                     _Attempt(spec, signals, self._tied).make()
         for signum in dict.fromkeys(signals):
@@ -176,7 +177,7 @@ class _Attempt:
                 for signum in self._signals[sent:]:
                     child.send_signal(signum)
                     sent += 1
-                if self._tied and schema.lock_holder(spec.study) is None:
+                if self._tied and lock_holder(spec.study) is None:
                     self._signals.append(signal.SIGKILL)
                     os.killpg(child.pid, signal.SIGKILL)
                 with suppress(subprocess.TimeoutExpired):

@@ -15,9 +15,10 @@ import submitit
 import torch
 
 from opdlab.errors import UsageError, require
+from opdlab.locks import lock_holder
 from opdlab.processes import STOP_SIGNALS, catching_signals
 from opdlab.studies.job import Job, RunSpec
-from opdlab.studies.schema import FAILED, FINISHED, LAUNCH, RUNNING, WAITING, lock_holder
+from opdlab.studies.schema import FAILED, FINISHED, LAUNCH, RUNNING, WAITING
 
 _LOCAL = ("timeout_min", "gpus_per_node", "visible_gpus", "setup", "signal_delay_s", "stderr_to_stdout")
 _LOCAL_TIMEOUT_MIN = 60 * 24 * 365  # submitit's default ends a run after 2 minutes

@@ -21,23 +21,20 @@ A run is finished once `evaluations/` is complete and `run.json` says so. `run.j
 has neither.
 """
 
-import fcntl
-import json
 import os
 import platform
 import shutil
-import socket
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
 from opdlab.aliases import migrate
+from opdlab.locks import LOCK, lock_holder
 from opdlab.records import RESULTS, package_versions, read_json, read_settings, write_json
 from opdlab.run_folder import fit_samples_folder
 
-STUDY, VARIANTS, RUNS, REPORT, LOCK = "study.yaml", "variants", "runs", "report", "lock"
+STUDY, VARIANTS, RUNS, REPORT = "study.yaml", "variants", "runs", "report"
 RUN, PROGRESS, LOG, LAUNCH = "run.json", "progress.json", "log.txt", "submitit"
 EVALUATIONS, SAMPLES, VERSION = "evaluations", "samples", "version_0"
 _KEPT_WHEN_CLEANED = (LOCK, LOG, LAUNCH)
@@ -68,39 +65,6 @@ def write_variant(study: Path, variant: str, config: Mapping[str, Any]) -> None:
 def read_variant(study: Path, variant: str) -> dict[str, Any]:
     """Return the configuration of a variant; an empty one if it is missing or cut off."""
     return migrate(read_json(study / VARIANTS / f"{variant}.json"))
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Hold a folder's lock for this process; yield True if it was free. The lock names its process.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-        file.flush()
-        yield True
-        file.truncate(0)
-
-
-def lock_holder(folder: Path) -> dict[str, Any] | None:
-    """Return process and host that hold a folder's lock; None if it is free, as it is after they have ended."""
-    try:
-        with (folder / LOCK).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return read_json(folder / LOCK)
-    except FileNotFoundError:
-        pass
-    return None
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from opdlab.errors import require
+from opdlab.locks import locked
 from opdlab.records import package_versions
 from opdlab.studies.job import RunSpec
-from opdlab.studies.schema import EVALUATIONS, RUN, RUNS, STUDY, RunFolder, locked
+from opdlab.studies.schema import EVALUATIONS, RUN, RUNS, STUDY, RunFolder
 
 
 def take_over(specs: Iterable[RunSpec], studies: Sequence[Path]) -> int:

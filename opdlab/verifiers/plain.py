@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from opdlab.errors import UsageError, require
-from opdlab.verifiers.quantities import parse_number, parse_quantity, tidy, without_assignment
+from opdlab.verifiers.quantities import normalized, parse_number, parse_quantity, without_assignment
 from opdlab.verifiers.verifier import Verdict, Verifier, bounded_form, last_boxed
 
 # Without a box only this many characters at the end are searched for a number.
@@ -97,12 +97,15 @@ class NumericVerifier(Verifier):
         boxed = last_boxed(response)
         found = None if boxed is None else _plain_number(boxed)
         if found is None:
-            token = _last_number(response if boxed is None else boxed)
-            if token is None:
+            token = ""
+            for match in _LAST_NUMBER.finditer(normalized((response if boxed is None else boxed)[-_TAIL_CHARACTERS:])):
+                token = match.group()
+            if not token:
                 return Verdict(False, None, "no answer")
-            found = _number(token)
+            found = parse_number(token.lstrip("+-\u2013"))
             if found is None:
                 return Verdict(False, bounded_form(token), "number out of range")
+            found = -found if token.startswith(("-", "\u2013")) else found
         tolerance = max(Fraction(self.absolute_tolerance), Fraction(self.relative_tolerance) * abs(wanted))
         equal = abs(found - wanted) <= tolerance
         return Verdict(equal, bounded_form(str(found)), "equal" if equal else "different")
@@ -118,18 +121,5 @@ _LAST_NUMBER = re.compile(
 
 
 def _plain_number(text: str) -> Fraction | None:
-    quantity = parse_quantity(without_assignment(tidy(text[-_TAIL_CHARACTERS:])))
+    quantity = parse_quantity(without_assignment(normalized(text[-_TAIL_CHARACTERS:])))
     return None if quantity is None else quantity.value
-
-
-def _last_number(text: str) -> str | None:
-    token = None
-    for match in _LAST_NUMBER.finditer(tidy(text[-_TAIL_CHARACTERS:])):
-        token = match.group()
-    return token
-
-
-def _number(token: str) -> Fraction | None:
-    sign, unsigned = (-1, token[1:]) if token.startswith(("-", "\u2013")) else (1, token.removeprefix("+"))
-    value = parse_number(unsigned)
-    return None if value is None else sign * value

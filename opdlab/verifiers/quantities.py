@@ -49,7 +49,7 @@ def parse_quantity(text: str) -> Quantity | None:
     """
     if len(text) > _MAX_CHARACTERS:
         return None
-    match = _PREFIX.match(text := tidy(text))
+    match = _PREFIX.match(text := normalized(text))
     assert match is not None  # all of it is optional
     before, currency, after = match.groups()
     number = _number_at(text, match.end())
@@ -88,11 +88,11 @@ def same_quantity(gold: Quantity, answer: Quantity) -> bool:
     return _same_number(_without_percent(gold), _without_percent(answer))
 
 
-def tidy(text: str) -> str:
+def normalized(text: str) -> str:
     r"""Return the text without surrounding dollars, spacing commands, and final punctuation and line breaks.
 
     Example:
-        >>> tidy(r"$\dfrac{1}{2}\,.$"), tidy(r"\left(1,~2\right).")
+        >>> normalized(r"$\dfrac{1}{2}\,.$"), normalized(r"\left(1,~2\right).")
         ('\\frac{1}{2}', '(1, 2)')
     """
     text = _SPACES.sub(" ", text.replace("\\!", "").replace("\u2212", "-")).strip()
@@ -100,7 +100,11 @@ def tidy(text: str) -> str:
         if len(text) > len(opening + closing) and text.startswith(opening) and text.endswith(closing):
             text = text[len(opening) : -len(closing)]
     text = _EMPTY_COMMANDS.sub("", text)
-    return _without_ending(_FRAC.sub(r"\\frac", text).strip())
+    text = _FRAC.sub(r"\\frac", text).strip()
+    end = len(text)
+    while end and (text[end - 1] in ".,;: " or text.endswith("\\\\", 0, end)):  # linear time
+        end -= 1 if text[end - 1] in ".,;: " else 2
+    return text[:end]
 
 
 def without_assignment(text: str) -> str:
@@ -111,24 +115,6 @@ def without_assignment(text: str) -> str:
         ('5', '2x = 5')
     """
     return _ASSIGNMENT.sub("", text) if text.count("=") == 1 else text
-
-
-def known_unit(words: str) -> str | None:
-    """Return the canonical name of a unit, or None for an unknown one.
-
-    Example:
-        >>> known_unit("square feet"), known_unit("apples")
-        ('foot^2', None)
-    """
-    return _unit(words)
-
-
-def _without_ending(text: str) -> str:
-    """Return the text without final punctuation and line breaks, in linear time."""
-    end = len(text)
-    while end and (text[end - 1] in ".,;: " or text.endswith("\\\\", 0, end)):
-        end -= 1 if text[end - 1] in ".,;: " else 2
-    return text[:end]
 
 
 def parse_number(text: str) -> Fraction | None:
@@ -188,11 +174,17 @@ def _suffix(text: str) -> tuple[int, str | None] | None:
         factor, words = _FACTORS[first.lower()], rest
     if not words:
         return factor, None
-    unit = _unit(words)
+    unit = known_unit(words)
     return None if unit is None else (factor, unit)
 
 
-def _unit(words: str) -> str | None:
+def known_unit(words: str) -> str | None:
+    """Return the canonical name of a unit, or None for an unknown one.
+
+    Example:
+        >>> known_unit("square feet"), known_unit("apples")
+        ('foot^2', None)
+    """
     words = words.replace("\u00b2", "^2").replace("\u00b3", "^3").replace(" ^", "^")
     for power, spellings in (("^2", ("square ", "sq ", "sq. ")), ("^3", ("cubic ", "cu ", "cu. "))):
         for spelling in spellings:

@@ -223,7 +223,8 @@ def test_the_batch_size_bounds_the_rows(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_rows_that_are_done_neither_go_on_nor_widen_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Columns stay long here, beside rows that entered later. Absolute positions, exactly as many as are needed.
+    # Columns stay long here, beside rows that entered later; with the constants' own values they seldom do.
+    # Absolute positions, exactly as many as are needed.
     monkeypatch.setattr(decoding, "LEAVE_SHARE", 0.9)
     monkeypatch.setattr(decoding, "ENTER_SHARE", 0.9)
     config = GPT2Config(**IDS, vocab_size=38, n_embd=32, n_layer=2, n_head=4, n_positions=7 + 20 - 1)
@@ -235,7 +236,7 @@ def test_rows_that_are_done_neither_go_on_nor_widen_the_cache(monkeypatch: pytes
 
 
 def test_looks_are_rarer_where_they_make_the_host_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Sampling continues for a few tokens after a stop; none of them is returned.
+    # Sampling continues for a few tokens after a stop; none of them is returned. Only a GPU is looked at more rarely.
     model = random_model(CONFIGS["llama"]())
     each = decode(model, PROMPTS, 2, 3, temperature=1e-6, max_new_tokens=11)
     monkeypatch.setattr(decoding, "look_every", lambda device: 4)

@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3For
 
 from opdlab.errors import UsageError
 from opdlab.policies import LocalTeacher, TeacherRequest, check_same_vocabulary
-from opdlab.policies.loading import ModelSource
 from opdlab.toy import chain_tokenizer
 from opdlab.toy.make_models import toy_config
 from opdlab.types import Rollouts, Targets
@@ -218,7 +217,8 @@ def test_quantization_is_asked_of_transformers(plain: Path, quantization: Any, m
         asked.append(quantization_config)
         return original(*args, **options)
 
-    monkeypatch.setattr(ModelSource, "_packages", lambda self: [])
+    # bitsandbytes needs a GPU, and transformers would remember a fake package for the rest of the process.
+    monkeypatch.setattr("opdlab.policies.loading.require_package", lambda *_: None)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     teacher = LocalTeacher(str(plain), dtype="bfloat16", quantization=quantization)
     with pytest.raises(UsageError, match=f"model.student has quantization '{quantization}', .* cannot be trained"):

@@ -16,7 +16,6 @@ import opdlab.scoring.head
 from opdlab.scoring import (
     Head,
     LowRank,
-    chosen_logits,
     support_statistics,
     token_statistics,
     topk_with_statistics,
@@ -114,15 +113,6 @@ def test_what_takes_no_gradient_gets_none(trained: str) -> None:
     compare(token_statistics(model.hidden, model.head(**options), targets).logprobs, expected, model.variables())
     ours, _ = support_statistics(model.hidden, model.head(**options), targets, support)
     compare(ours, model.plain(**options).gather(1, support), model.variables())
-
-
-@pytest.mark.usefixtures("_tiles")
-@pytest.mark.parametrize("k", [K, 2 * V])
-@pytest.mark.parametrize("options", HEADS, ids=str)
-def test_chosen_logits(options: dict[str, Any], k: int) -> None:
-    model, support = Adapted.make(bias=True), draw(N, k)
-    expected = model.plain(**options).gather(1, support)
-    compare(chosen_logits(model.hidden, model.head(**options), support), expected, model.variables())
 
 
 @pytest.mark.usefixtures("_tiles")

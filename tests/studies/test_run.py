@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from opdlab.cli import EXIT_USAGE
+from opdlab.locks import locked
 from opdlab.records import flat, read_settings
 from opdlab.studies.job import Job, RunSpec
 from opdlab.studies.launch import Cluster, Launcher, RunState
-from opdlab.studies.schema import RunFolder, evaluation_is_complete, locked
+from opdlab.studies.schema import RunFolder, evaluation_is_complete
 from tests.studies.tiny import ROOT, WATCH, alive, content, lines, plan, study_run, until, write
 
 # submitit's debug executor closes its log files only at garbage collection.

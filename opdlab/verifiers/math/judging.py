@@ -22,7 +22,7 @@ from opdlab.verifiers.math.notation import (
     without_lead_in,
     words_differ,
 )
-from opdlab.verifiers.quantities import Quantity, parse_quantity, same_quantity, tidy, without_assignment
+from opdlab.verifiers.quantities import Quantity, normalized, parse_quantity, same_quantity, without_assignment
 from opdlab.verifiers.verifier import bounded_form
 
 
@@ -79,8 +79,8 @@ def _equal(answer: str, gold: str, wanted: Quantity | None, quantity: Quantity |
         return False
     if _verify(_boxed(gold), found or _boxed(answer)):
         return True
-    tidied = tidy(answer), tidy(gold)
-    return tidied != (answer, gold) and bool(tidied[0]) and _verify(_boxed(tidied[1]), _boxed(tidied[0]))
+    shorter = normalized(answer), normalized(gold)
+    return shorter != (answer, gold) and bool(shorter[0]) and _verify(_boxed(shorter[1]), _boxed(shorter[0]))
 
 
 def _parse(text: str) -> list[Any]:
@@ -149,7 +149,7 @@ def _form(text: str, quantity: Quantity | None, gold: Quantity | None = None) ->
     try:
         return canonical(text, quantity, gold)
     except Exception:  # SymPy raises many types; equality is already decided
-        return bounded_form(tidy(text))
+        return bounded_form(normalized(text))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -168,7 +168,7 @@ def canonical(text: str, quantity: Quantity | None, gold: Quantity | None = None
     notation = with_base(text) or time_of_day(text)
     if notation or NUMBERS_SIDE_BY_SIDE.fullmatch(words):
         return bounded_form(notation or words)
-    found = _boxed(tidy(text))
+    found = _boxed(normalized(text))
     return bounded_form(_evaluated(found[0]) if found and not isinstance(found[0], str) else words)
 
 

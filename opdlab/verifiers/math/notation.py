@@ -6,7 +6,7 @@ regular expressions, without evaluating anything.
 
 import re
 
-from opdlab.verifiers.quantities import known_unit, tidy
+from opdlab.verifiers.quantities import known_unit, normalized
 
 NUMBERS_SIDE_BY_SIDE = re.compile(r"[+-]?[0-9.]++(?: ++[0-9.]++)++(?: *+/ *+[0-9]++)?")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mbox)(?![a-zA-Z])|[{}]")
@@ -26,7 +26,7 @@ _ALL_TEXT = re.compile(r"\s*\\text *\{([^{}]*)\}\s*")
 
 def plain_text(text: str) -> str:
     r"""Return the text without braces and text commands: ``\text{ Evelyn }.`` becomes ``Evelyn``."""
-    return " ".join(_TEXT.sub(" ", tidy(text)).split())
+    return " ".join(_TEXT.sub(" ", normalized(text)).split())
 
 
 def same_text(a: str, b: str) -> bool:
@@ -62,7 +62,7 @@ def with_base(text: str) -> str | None:
         >>> with_base("2516_{8}"), with_base("2516"), with_base("x_1")
         ('2516_8', None, None)
     """
-    match = _BASED.fullmatch(re.sub(r"[{} ]", "", tidy(text)))
+    match = _BASED.fullmatch(re.sub(r"[{} ]", "", normalized(text)))
     return f"{match[1].lstrip('0') or '0'}_{match[2]}" if match else None
 
 
@@ -77,7 +77,7 @@ def differ(answer: str, gold: str) -> bool:
         >>> [differ(*pair) for pair in pairs]
         [True, True, True]
     """
-    if NUMBERS_SIDE_BY_SIDE.fullmatch(tidy(answer)) or {_brackets(answer), _brackets(gold)} == {"round", "set"}:
+    if NUMBERS_SIDE_BY_SIDE.fullmatch(normalized(answer)) or {_brackets(answer), _brackets(gold)} == {"round", "set"}:
         return True
     base = with_base(gold)
     return (base is not None and with_base(answer) != base) or _times_differ(answer, gold) or words_differ(answer, gold)
@@ -90,14 +90,14 @@ def chain(text: str) -> list[str]:
         >>> chain("x=11=10"), chain("x=1, y=2"), chain(r"\sum_{n=1}^3 n")
         (['x', '11', '10'], [], [])
     """
-    text = tidy(text)
+    text = normalized(text)
     if "=" not in re.sub(r"\{[^{}]*\}", "", text) or "=" in "".join(re.findall(r"\{[^{}]*\}", text)):
         return []
     return [] if _NOT_A_CHAIN.search(text) else text.split("=")
 
 
 def _brackets(text: str) -> str | None:
-    text = tidy(text)
+    text = normalized(text)
     if text.startswith("\\{") and text.endswith("\\}"):
         return "set"
     return "round" if text[:1] in ("(", "[") and text[-1:] in (")", "]") else None
@@ -128,7 +128,7 @@ def words_differ(answer: str, gold: str) -> bool:
         >>> words_differ("10 oranges", r"10\text{ apples}"), words_differ("10", r"10\text{ apples}")
         (True, False)
     """
-    if not any(_TRAILING_TEXT.search(tidy(text)) for text in (answer, gold)):
+    if not any(_TRAILING_TEXT.search(normalized(text)) for text in (answer, gold)):
         return False
     words = _words_after(answer), _words_after(gold)
     if not all(words):
@@ -142,7 +142,7 @@ def words_differ(answer: str, gold: str) -> bool:
 
 def _words_after(text: str) -> str:
     """Return the words after a number or an expression, with their power."""
-    text = tidy(text)
+    text = normalized(text)
     if (match := _TRAILING_TEXT.search(text)) and match.start() > 0:
         return match[1].strip() + re.sub("[{}]", "", match[2])
     match = _NUMBER_AND_WORDS.fullmatch(plain_text(text))

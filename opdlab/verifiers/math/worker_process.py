@@ -42,7 +42,9 @@ def serve(channel: Connection, time_limit: float, memory_limit: int) -> None:
         time_limit: seconds per answer.
         memory_limit: MiB of address space.
     """
-    _limit_memory(memory_limit << 20)
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = memory_limit << 20
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
     for name in ("math_verify", "latex2sympy2_extended"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
@@ -64,12 +66,6 @@ def serve(channel: Connection, time_limit: float, memory_limit: int) -> None:
             channel.send_bytes(json.dumps(_of_the_killed(state[0], status)).encode())
         elif status in (_EXIT_PARENT_GONE, _EXIT_FAILED):
             return
-
-
-def _limit_memory(limit: int) -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def _of_the_killed(state: int, status: int) -> Judgement:
