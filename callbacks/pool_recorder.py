@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from opdlab.callbacks.step_callback import StepCallback
 from opdlab.diagnostics import StepTrace
 from opdlab.errors import require
+from opdlab.files import naming_full_disk
 from opdlab.module import OPDModule
 from opdlab.objectives import reduce_losses
 from opdlab.replay.record import FOLDER, RecordedBatch, StepFacts, record_folder, record_folders, write_record
@@ -125,7 +126,8 @@ class PoolRecorder(StepCallback):
         facts = step_facts(trainer, pl_module, traces, self._gradient_norm)
         number = facts.step + 1
         try:
-            sizes = write_record(record_folder(self.folder, number), facts, batches, self._weights)
+            with naming_full_disk(record_folder(self.folder, number)):
+                sizes = write_record(record_folder(self.folder, number), facts, batches, self._weights)
         except OSError as error:
             rank_zero_warn(
                 f"{record_folder(self.folder, number)} cannot be written ({error.strerror or error}): the step is not "

@@ -1,28 +1,27 @@
 """The table of commands. A command's module is imported only when the command runs, so ``opdlab --help`` is fast.
 
-Every user error prints one line to standard error and exits with code 2.
+Every user error prints one line to standard error and exits with code 2, a full disk with code 1, and a signal with 128
+plus its number.
 """
 
 import logging
 import os
 import signal
 import sys
-import threading
 import warnings
 from argparse import ArgumentError
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import FrameType
 
 from opdlab.cli.arguments import PlainParser
-from opdlab.errors import Stopped, UsageError, exit_code
-from opdlab.processes import hold_lifeline
+from opdlab.errors import FullDiskError, UsageError, signal_name, stop_signal
+from opdlab.processes import STOP, hold_lifeline
 from opdlab.registry import suggestion
 from opdlab.version import __version__
 
-EXIT_USAGE = 2
+EXIT_FAILED, EXIT_USAGE = 1, 2
 
 
 @dataclass(frozen=True)
@@ -86,30 +85,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Makes user gates in the current folder importable by class_path, as with `python -m`.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
-    ours = threading.current_thread() is threading.main_thread() and not _is_slurm()
-    # Lightning calls this in addition to its own handler, which only sets a flag that evaluations do not check.
-    before = signal.signal(signal.SIGTERM, _terminate) if ours else None
-    try:
-        return _run(sys.argv[1:] if arguments is None else arguments)
-    except _user_errors() as error:
-        print(f"opdlab: error: {_in_one_line(error)}", file=sys.stderr)
-        return EXIT_USAGE
-    except ImportError as error:
-        from opdlab.packages import package_trouble  # here, because one of its imports may be the missing package
+    with STOP.listening():
+        try:
+            return _run(sys.argv[1:] if arguments is None else arguments)
+        except _user_errors() as error:
+            return _fail(_in_one_line(error), EXIT_USAGE)
+        except FullDiskError as error:
+            return _fail(str(error), EXIT_FAILED)
+        except ImportError as error:
+            from opdlab.packages import package_trouble  # here, because one of its imports may be the missing package
 
-        if (trouble := package_trouble(error)) is None:
-            raise
-        print(f"opdlab: error: opdlab {trouble}", file=sys.stderr)
-        return EXIT_USAGE
-    except (KeyboardInterrupt, SystemExit) as stop:
-        signalled = stop if isinstance(stop, KeyboardInterrupt) else stop.__context__
-        if not isinstance(signalled, KeyboardInterrupt):  # `--help`
-            raise
-        print("opdlab: stopped", file=sys.stderr)
-        return exit_code(signalled)
-    finally:
-        if ours:
-            signal.signal(signal.SIGTERM, before)
+            if (trouble := package_trouble(error)) is None:
+                raise
+            return _fail(f"opdlab {trouble}", EXIT_USAGE)
+        except BaseException as error:
+            if (stopped := stop_signal(error)) is None:
+                raise
+            print(f"opdlab: stopped by {signal_name(stopped)}; to go on, run the same command", file=sys.stderr)
+            return 128 + stopped
+
+
+def _fail(message: str, code: int) -> int:
+    """Print an error in one line, and return the exit code."""
+    print(f"opdlab: error: {message}", file=sys.stderr)
+    return code
 
 
 def console() -> None:
@@ -130,22 +129,6 @@ def console() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         code = 128 + signal.SIGPIPE
     raise SystemExit(code)
-
-
-def _is_slurm() -> bool:
-    """True in a SLURM job, where Lightning ignores SIGTERM and requeues the job."""
-    if "SLURM_NTASKS" not in os.environ:
-        return False
-    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-
-    return SLURMEnvironment.detect()
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    distributed = getattr(sys.modules.get("torch"), "distributed", None)  # torch may not be imported, or only partly
-    if distributed and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        return  # Lightning notifies the other processes, and all stop together
-    raise Stopped(signum)
 
 
 def _user_errors() -> tuple[type[Exception], ...]:

@@ -12,7 +12,7 @@ from opdlab.evaluation.config import EvaluationConfig
 from opdlab.evaluation.evaluator import Evaluator
 from opdlab.evaluation.folder import sample_folder
 from opdlab.policies import LanguageModel, NoTeacher, SamplingConfig, Teacher, TeacherHolder
-from opdlab.progress import Progress, SilentProgress
+from opdlab.progress import Progress, SilentProgress, StoppableProgress
 from opdlab.records import package_versions
 from opdlab.types import EvaluationBatch
 
@@ -61,9 +61,9 @@ class EvaluationModule(pl.LightningModule):
 
     @property
     def progress(self) -> Progress:
-        """Return the trainer's progress callback, or a silent one."""
+        """Return the trainer's progress callback, or a silent one; a signal stops work whose progress it shows."""
         callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined] # set by Lightning's connector
-        return next((each for each in callbacks if isinstance(each, Progress)), SilentProgress())
+        return StoppableProgress(next((each for each in callbacks if isinstance(each, Progress)), SilentProgress()))
 
     def setup(self, stage: str) -> None:
         """Create the metrics of the data module's benchmarks."""

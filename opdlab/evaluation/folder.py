@@ -10,6 +10,7 @@ from opdlab.evaluation.evaluator import Evaluator
 from opdlab.evaluation.samples import SampleFolder
 from opdlab.evaluation.settings import evaluation_settings
 from opdlab.policies import LanguageModel, LocalTeacher, Teacher
+from opdlab.run_folder import samples_of_other_runs
 
 
 def sample_folder(
@@ -54,9 +55,13 @@ def sample_folder(
             "accelerator": module.device.type,
         },
     )
+    samples = Path(trainer.strategy.broadcast(str(config.samples)))  # the first process knows the run's folder
+    # An evaluation before training may have been stopped in another run, which then has no checkpoint to resume from.
+    others = samples_of_other_runs(samples) if subfolder and not fitting else []
     return SampleFolder(
-        Path(trainer.strategy.broadcast(str(Path(config.samples) / subfolder))),  # the first process knows the run's
+        samples / subfolder,
         settings,
+        take_over=[other / subfolder for other in others],
         rank=trainer.global_rank,
         replace=bool(subfolder),  # only this run uses a subfolder
         barrier=trainer.strategy.barrier,

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor
 
+from opdlab.files import replacing
 from opdlab.types import Problem
 from opdlab.viewer.page_summary import PageSummary, read_summary, summarize
 from opdlab.viewer.rollouts import ShownRollout
@@ -101,6 +102,7 @@ def write_page(folder: Path, step: int, page: str) -> Path:
 
     Raises:
         OSError: the folder cannot be written.
+        FullDiskError: the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / page_name(step), page.encode())
@@ -128,13 +130,8 @@ def _link(folder: Path, steps: Sequence[int], index: int) -> None:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        file.write(content)
 
 
 # -- what the script of the page unpacks ----------------------------------------------------------------------------
