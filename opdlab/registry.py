@@ -70,11 +70,8 @@ class Registry(Generic[T]):
         self._load()
         if name not in self._classes:
             known = self.names()
-            raise UsageError(
-                f"unknown {self.kind} '{name}'{suggestion(name, known)} Registered: {', '.join(known)}"
-                if suggestion(name, known)
-                else f"unknown {self.kind} '{name}'; registered: {', '.join(known)}"
-            )
+            hint = suggestion(name, known) or ";"
+            raise UsageError(f"unknown {self.kind} '{name}'{hint} registered: {', '.join(known)}")
         return self._classes[name]
 
     def name_of(self, cls: type) -> str | None:

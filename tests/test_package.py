@@ -57,7 +57,7 @@ PUBLIC = {
         *("BehaviorConfig", "NoTeacher", "Teacher", "TeacherHolder", "TeacherRequest", "check_same_vocabulary"),
     ],
     "opdlab.data": [
-        *("Benchmark", "ChatTemplate", "CleaningAccount", "CleaningConfig", "DapoMath17k", "EvaluationBatch"),
+        *("Benchmark", "ChatTemplate", "CleaningReport", "CleaningConfig", "DapoMath17k", "EvaluationBatch"),
         *("JsonlProblems", "Problem", "ProblemSource", "Prompt", "PromptDataModule", "PromptSet", "RawTemplate"),
         *("ReuseConfig", "TableProblems", "Template", "prompt_set"),
     ],
@@ -74,9 +74,8 @@ PUBLIC = {
         *("expand", "read_record", "record_folders", "summarise"),
     ],
     "opdlab.viewer": [
-        *("INDEX", "ColorScale", "PageSummary", "Quantity", "RolloutText", "ShownRollout", "choose_rollouts"),
-        *("color_scale", "markdown_literal", "page_name", "quantities", "render_index", "render_page", "step_count"),
-        *("token_texts", "visible", "write_page"),
+        *("INDEX", "RolloutText", "ShownRollout", "choose_rollouts", "color_scale", "markdown_literal", "page_name"),
+        *("quantities", "render_page", "token_texts", "visible", "write_page"),
     ],
     "opdlab.testing": ["GateTester"],
 }

@@ -78,7 +78,7 @@ def test_a_class_of_another_kind_is_refused(registry: Registry[Plugin]) -> None:
 def test_an_unknown_name_is_answered_with_the_nearest(registry: Registry[Plugin]) -> None:
     registry.register("first")(First)
     registry.register("second")(Second)
-    with pytest.raises(UsageError, match=r"^unknown plugin 'frist'; did you mean 'first'\? Registered: first, second$"):
+    with pytest.raises(UsageError, match=r"^unknown plugin 'frist'; did you mean 'first'\? registered: first, second$"):
         registry.get("frist")
     with pytest.raises(UsageError, match=r"^unknown plugin 'zzz'; registered: first, second$"):
         registry.build("zzz")

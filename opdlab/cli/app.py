@@ -114,7 +114,7 @@ class OPDCLI(LightningCLI):
             if self.resumes:  # once the checkpoint is accepted: a refused one must not cost the run its configuration
                 callbacks.append(LambdaCallback(on_train_start=lambda *_: self._save_config()))
         callbacks.append(self.stop)  # last: reads files of the others
-        self.datamodule.check_reuse(self.model.sampling.num_samples, self.trainer.accumulate_grad_batches)
+        self.datamodule.reuse.check(self.model.sampling.num_samples, self.trainer.accumulate_grad_batches)
 
     # -- the run's folder ----------------------------------------------------------------------------------------
 

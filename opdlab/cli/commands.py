@@ -9,19 +9,34 @@ import os
 import signal
 import sys
 import warnings
-from argparse import ArgumentError
+from argparse import ArgumentError, ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
-from opdlab.cli.arguments import PlainParser
 from opdlab.errors import FullDiskError, UsageError, signal_name, stop_signal
 from opdlab.processes import STOP, hold_lifeline
 from opdlab.registry import suggestion
 from opdlab.version import __version__
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
+
+
+class PlainParser(ArgumentParser):
+    """``argparse.ArgumentParser`` whose errors are a :class:`~opdlab.errors.UsageError` that names its ``--help``.
+
+    Example:
+        >>> PlainParser(prog="opdlab gates").parse_args(["stray"])
+        Traceback (most recent call last):
+        ...
+        opdlab.errors.UsageError: unrecognized arguments: stray; see opdlab gates --help
+    """
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a :class:`~opdlab.errors.UsageError` instead of printing the usage."""
+        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 @dataclass(frozen=True)
@@ -88,27 +103,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with STOP.listening():
         try:
             return _run(sys.argv[1:] if arguments is None else arguments)
-        except _user_errors() as error:
-            return _fail(_in_one_line(error), EXIT_USAGE)
-        except FullDiskError as error:
-            return _fail(str(error), EXIT_FAILED)
-        except ImportError as error:
-            from opdlab.packages import package_trouble  # here, because one of its imports may be the missing package
-
-            if (trouble := package_trouble(error)) is None:
-                raise
-            return _fail(f"opdlab {trouble}", EXIT_USAGE)
         except BaseException as error:
-            if (stopped := stop_signal(error)) is None:
+            if (stopped := stop_signal(error)) is not None:
+                print(f"opdlab: stopped by {signal_name(stopped)}; to go on, run the same command", file=sys.stderr)
+                return 128 + stopped
+            if not isinstance(error, Exception) or (line := _told(error)) is None:
                 raise
-            print(f"opdlab: stopped by {signal_name(stopped)}; to go on, run the same command", file=sys.stderr)
-            return 128 + stopped
-
-
-def _fail(message: str, code: int) -> int:
-    """Print an error in one line, and return the exit code."""
-    print(f"opdlab: error: {message}", file=sys.stderr)
-    return code
+            print(f"opdlab: error: {line}", file=sys.stderr)
+            return EXIT_FAILED if isinstance(error, FullDiskError) else EXIT_USAGE
 
 
 def console() -> None:
@@ -131,15 +133,18 @@ def console() -> None:
     raise SystemExit(code)
 
 
-def _user_errors() -> tuple[type[Exception], ...]:
-    """Return the error types that a user can cause and fix, with Lightning's if it is imported."""
-    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
-    return (UsageError, ArgumentError, *([lightning.MisconfigurationException] if lightning else []))
-
-
-def _in_one_line(error: Exception) -> str:
-    if isinstance(error, UsageError):
+def _told(error: Exception) -> str | None:
+    """Return one line about an error that a user can cause and fix; None for any other."""
+    if isinstance(error, UsageError | FullDiskError):
         return str(error)
-    from opdlab.cli.messages import explain
+    if isinstance(error, ImportError):
+        from opdlab.packages import package_trouble  # here, because one of its imports may be the missing package
 
-    return explain(error)
+        trouble = package_trouble(error)
+        return trouble and f"opdlab {trouble}"
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # imported by some commands only
+    if isinstance(error, ArgumentError) or (lightning and isinstance(error, lightning.MisconfigurationException)):
+        from opdlab.cli.messages import explain
+
+        return explain(error)
+    return None

@@ -12,8 +12,6 @@ from opdlab.errors import UsageError, require
 from opdlab.types import Problem, Prompt
 from opdlab.verifiers.verifier import Verifier
 
-__all__ = ["Problem", "ProblemSource", "Prompt", "PromptSet", "prompt_set"]
-
 _CHUNK = 1024  # problems per tokenizer call
 
 

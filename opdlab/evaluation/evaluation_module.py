@@ -2,18 +2,22 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 
 from opdlab.data.datamodule import PromptDataModule
 from opdlab.errors import require
 from opdlab.evaluation.config import EvaluationConfig
 from opdlab.evaluation.evaluator import Evaluator
-from opdlab.evaluation.folder import sample_folder
-from opdlab.policies import LanguageModel, NoTeacher, SamplingConfig, Teacher, TeacherHolder
+from opdlab.evaluation.samples import SampleFolder
+from opdlab.evaluation.settings import benchmark_settings, fingerprint
+from opdlab.policies import LanguageModel, LocalTeacher, NoTeacher, SamplingConfig, Teacher, TeacherHolder
 from opdlab.progress import Progress, SilentProgress, StoppableProgress
 from opdlab.records import package_versions
+from opdlab.run_folder import samples_of_other_runs
 from opdlab.types import EvaluationBatch
 
 
@@ -46,7 +50,7 @@ class EvaluationModule(pl.LightningModule):
         self.student = student
         self._held = TeacherHolder(teacher)
         self.evaluator = Evaluator(evaluation, sampling, [])
-        self._evaluated: _Evaluated | None = None  # evaluated instead of the student
+        self._instead: _Evaluated | None = None  # evaluated instead of the student
 
     @property
     def teacher(self) -> Teacher:
@@ -82,49 +86,83 @@ class EvaluationModule(pl.LightningModule):
             subfolder: subfolder of ``model.evaluation.samples`` if that holds several evaluations; samples of other
                 settings in it are replaced.
         """
-        before, self._evaluated = self._evaluated, _Evaluated(name, model, subfolder)
+        self._instead = _Evaluated(name, model, subfolder)
         try:
             yield
         finally:
-            self._evaluated = before
+            self._instead = None
+
+    @property
+    def _evaluated(self) -> _Evaluated:
+        return self._instead or _Evaluated("val", self.student)
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sample answers to a batch of problems and submit them to the verifier."""
         teacher = self.teacher if self.evaluator.config.reverse_kl else None
         if teacher is not None:
             teacher.to(self.device)
-        model = self._current.model
-        self.evaluator.evaluate(model, batch, (batch_idx, self.trainer.global_rank), self.progress, teacher)
-
-    @property
-    def _current(self) -> _Evaluated:
-        return self._evaluated or _Evaluated("val", self.student)
+        place = (batch_idx, self.trainer.global_rank)
+        self.evaluator.evaluate(self._evaluated.model, batch, place, self.progress, teacher)
 
     def on_validation_epoch_start(self) -> None:
         """Reset the metrics, and open the folder of the samples."""
-        current = self._current
-        if self._evaluated is not None:
-            current.model.to(self.device)
+        if self._instead is not None:
+            self._instead.model.to(self.device)
         self.evaluator.close()  # a failed earlier evaluation may have the same files open
-        folder = None
-        if self.data is not None:
-            folder = sample_folder(
-                self, self.teacher, self.data, self.evaluator, current.model, current.name, current.subfolder
-            )
-        self.evaluator.start(folder)
+        self.evaluator.start(self._sample_folder())
 
     def on_validation_epoch_end(self) -> None:
         """Log every benchmark's metrics and their mean, and write them to the folder of the samples."""
         self.evaluator.finish()
-        figures = self.evaluator.compute()
-        self.log_dict({f"{self._current.name}/{key}": value for key, value in figures.items()}, sync_dist=True)
+        metrics = self.evaluator.compute()
+        self.log_dict({f"{self._evaluated.name}/{key}": value for key, value in metrics.items()}, sync_dist=True)
         self.log("step", float(self.global_step))  # Lightning's own axis is one behind during training
         if (folder := self.evaluator.folder) is not None:
             self.evaluator.close()
-            values = {key: float(value) for key, value in figures.items()}
+            values = {key: float(value) for key, value in metrics.items()}
             folder.write_results({"figures": values, "settings": folder.settings, "versions": package_versions()})
 
     # Testing runs the same hooks as validation.
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
+
+    def _sample_folder(self) -> SampleFolder | None:
+        """Return the folder into which the evaluation writes its samples; None if it writes none."""
+        config, data, trainer = self.evaluator.config, self.data, self.trainer
+        if config.samples is None or data is None or trainer.sanity_checking:
+            return None
+        evaluated = self._evaluated
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        subfolder = f"{evaluated.name}-step-{self.global_step}" if fitting else evaluated.subfolder
+        teacher = self.teacher if config.reverse_kl else None
+        compared = {
+            "model": {
+                "student": {"weights": fingerprint(evaluated.model)},
+                "teacher": {"weights": fingerprint(teacher.model) if isinstance(teacher, LocalTeacher) else None},
+                "eval_sampling": asdict(self.evaluator.sampler.config),
+                "evaluation": {"reverse_kl": config.reverse_kl, "seed": config.seed},
+            },
+            "data": {
+                "eval_batch_size": data.eval_batch_size,  # a batch's seed depends on its index
+                "benchmarks": {name: benchmark_settings(prompts) for name, prompts in data.benchmarks.items()},
+            },
+            "trainer": {
+                "precision": str(trainer.precision),
+                "devices": trainer.world_size,
+                "accelerator": self.device.type,
+            },
+        }
+        checkpoint = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
+        about = {"model": evaluated.model.path, "checkpoint": checkpoint, "step": self.global_step}
+        samples = Path(trainer.strategy.broadcast(str(config.samples)))  # the first process knows the run's folder
+        # An evaluation before training may have been stopped in another run, which has no checkpoint to resume from.
+        others = samples_of_other_runs(samples) if subfolder and not fitting else []
+        return SampleFolder(
+            samples / subfolder,
+            {**about, "compared": compared},
+            take_over=[other / subfolder for other in others],
+            rank=trainer.global_rank,
+            replace=bool(subfolder),  # only this run uses a subfolder
+            barrier=trainer.strategy.barrier,
+        )

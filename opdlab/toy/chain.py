@@ -18,8 +18,9 @@ from typing import Literal
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from opdlab.data.prompts import Problem, ProblemSource
+from opdlab.data.prompts import ProblemSource
 from opdlab.errors import require
+from opdlab.types import Problem
 from opdlab.verifiers.verifier import BoxedVerifier
 
 Split = Literal["sft", "train", "held_out"]

@@ -191,7 +191,8 @@ class OPDModule(EvaluationModule):
         if self._wants_gradient_norms:
             norms = hidden_gradient_norms(self.objective, step.scored, rollouts, batch.targets)
             self._wants_gradient_norms = False
-        trace = StepTrace(rollouts, batch.reuse_epoch, self.global_step, inputs, gates, shares, values, norms)
+        facts = (rollouts, batch.reuse_epoch, self.global_step)
+        trace = StepTrace(*facts, inputs, gates, shares, values, norms, batch.targets)
         # Lightning divides by the number of micro-batches and averages over processes, but the denominator already
         # covers them all.
         return {"loss": loss * len(batch.micro_batches) * self.trainer.world_size, "trace": trace}

@@ -197,14 +197,12 @@ def test_prompt_set(tokenizer: PreTrainedTokenizerFast) -> None:
     assert prompts.verifier is verifier
 
 
-def test_tokenizing_some_at_a_time_changes_nothing(
-    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = Listed(["1", "12345", "12", "123", "1", "12345", "7"])
-    at_once = prompt_set(source, tokenizer, max_prompt_tokens=3)
-    monkeypatch.setattr("opdlab.data.prompts._CHUNK", 2)
-    assert prompt_set(source, tokenizer, max_prompt_tokens=3) == at_once
-    assert (len(at_once), at_once.num_too_long) == (5, 2)
+def test_many_prompts_are_those_of_one_call(tokenizer: PreTrainedTokenizerFast) -> None:
+    source = Listed(["1", "12345", "12", "123", "1", "12345", "7"] * 400)  # more than are tokenized at a time
+    many = prompt_set(source, tokenizer, max_prompt_tokens=3)
+    at_once = RawTemplate().tokenize(source.texts, tokenizer)
+    assert [list(prompt.tokens) for prompt in many.prompts] == [row for row in at_once if len(row) <= 3]
+    assert (len(many), many.num_too_long) == (2_000, 800)
     some = prompt_set(source, tokenizer, 3, problems=iter(source.problems()[2:4]))
     assert [prompt.problem.text for prompt in some.prompts] == ["12", "123"]
 
