@@ -1,7 +1,7 @@
 """Checkpoints when training stops, by a signal or at the end."""
 
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +148,12 @@ class StopCheckpoint(Checkpoint):
         """Save if a signal has stopped training between two steps; restore the signal handlers."""
         stopped, between = isinstance(exception, Stopped), self._training and not self._in_step
         self._training, STOP.when = False, StopAt.ONCE
-        if stopped and isinstance(pl_module, EvaluationModule):
-            with torch.inference_mode():  # as in the evaluation
-                pl_module.evaluator.finish()  # keep the batch whose answers the verifier is checking
-            pl_module.evaluator.close()
+        if isinstance(pl_module, EvaluationModule):
+            if stopped:
+                with torch.inference_mode():  # as in the evaluation
+                    pl_module.evaluator.finish()  # keep the batch whose answers the verifier is checking
+            with suppress(OSError):  # a full disk, which is the error
+                pl_module.evaluator.close()
         try:
             if stopped and between and trainer.world_size == 1 and self._saved_step != trainer.global_step:
                 self._save(trainer, "interrupted.ckpt")

@@ -143,7 +143,7 @@ def full_disk(error: BaseException | None) -> Path | None:
     """Return the path that could not be written because the disk is full; None for other errors.
 
     Libraries wrap the system's error or quote it, so the errors that ``error`` was raised from and the messages are
-    looked at too. The path is empty if the system did not name it.
+    looked at too; the first error counts. The path is empty if nothing named it.
 
     Example:
         >>> full_disk(OSError(errno.ENOSPC, "No space left on device", "a.txt")), full_disk(ValueError())
@@ -152,8 +152,8 @@ def full_disk(error: BaseException | None) -> Path | None:
     found: Path | None = None
     while error is not None:
         if isinstance(error, FullDiskError):
-            return error.path
-        if isinstance(error, OSError) and error.errno in _FULL:
+            found = error.path
+        elif isinstance(error, OSError) and error.errno in _FULL:
             found = Path(error.filename or found or "")
         elif any(os.strerror(code) in str(error) for code in _FULL):
             found = found or Path()

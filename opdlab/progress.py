@@ -46,7 +46,7 @@ class StoppableProgress:
         with self._shown.task(name, total) as advance:
 
             def checked(num_units: int) -> None:
-                STOP.check()
                 advance(num_units)
+                STOP.check()
 
             yield checked

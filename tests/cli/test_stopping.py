@@ -76,8 +76,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ("place", "name", "count", "said"),
     [
         ("setup", "SIGTERM", 1, r"; to go on, run the same command$"),
+        ("sampling", "SIGUSR1", 2, r"; to go on, run the same command$"),
         ("on_validation_batch_start", "SIGHUP", 2, r"the samples so far are in .*val-step-0; .* run the same command$"),
-        ("sampling", "SIGUSR2", 12, r"at step 0, saved .*interrupted\.ckpt; .* --ckpt_path last$"),
+        ("scoring (teacher)", "SIGUSR2", 1, r"at step 0, saved .*interrupted\.ckpt; .* --ckpt_path last$"),
         ("scoring (teacher)", "SIGTERM", 2, r"at step 4, saved .*interrupted\.ckpt"),
         ("on_train_batch_start", "SIGINT", 2, r"by Ctrl-C at step 2, saved .*interrupted\.ckpt"),
         ("on_validation_batch_start", "SIGTERM", 4, r"at step 3, saved .*interrupted\.ckpt"),
@@ -126,24 +127,18 @@ def test_what_ends_training_after_a_validation_leaves_a_checkpoint_and_a_reason(
     fit: Fit, whole: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, stage: str
 ) -> None:
     caplog.set_level("INFO", "lightning.pytorch")
-    early = {
-        "monitor": "val/toy/length",
-        "patience": 1,
-        "mode": "max",
-        "check_on_train_epoch_end": str(stage == "on_train_epoch_end").lower(),
-    }
-    flags = ["--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping"]
-    flags += [f"--trainer.callbacks.{key}={value}" for key, value in early.items()]
-    assert fit(*flags, "--trainer.val_check_interval", "1", "--trainer.max_steps", "9") == 0
-    step = 4 if stage == "on_train_epoch_end" else 2
-    assert re.search(
-        rf"training ended at step {step}: EarlyStopping: Monitored metric val/toy/length did not improve in the last 1 "
-        rf"records.*; saved .*final\.ckpt",
-        caplog.text,
+    flags = ["--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping", "--trainer.callbacks.mode=max"]
+    flags += ["--trainer.callbacks.monitor=val/toy/length", "--trainer.callbacks.stopping_threshold"]
+    at_epoch_end = str(stage == "on_train_epoch_end").lower()
+    assert fit(*flags, "1", f"--trainer.callbacks.check_on_train_epoch_end={at_epoch_end}") == 0
+    step = 4 if stage == "on_train_epoch_end" else 3
+    said = (
+        rf"training ended at step {step}: EarlyStopping: Stopping threshold reached: val/toy/length = 12.*final\.ckpt"
     )
+    assert re.search(said, caplog.text)
     run = tmp_path / "runs/quickstart/version_0"
     assert (run / "student/model.safetensors").is_file()
-    assert fit("--ckpt_path", "last") == 0  # without the callback, and its steps
+    assert fit(*flags, "99", "--ckpt_path", "last", "--model.evaluation.teacher=false") == 0
     losses = [[row.get("train/loss") for row in rows] for rows in (left_behind(run)["metrics"], whole["metrics"])]
     assert losses[0] == losses[1]
     assert left_behind(run)["weights"] == whole["weights"]
@@ -153,12 +148,14 @@ def test_signals_are_heard_while_the_libraries_load_and_stay_ignored_under_nohup
     loading = "import signal\nsignal.raise_signal(signal.{name})\n"
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     command = [sys.executable, "-m", "opdlab", "gates"]
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup, which children inherit
     for name, code in {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}.items():
         (tmp_path / "torch.py").write_text(loading.format(name=name))
         shown = "Ctrl-C" if name == "SIGINT" else name
         stopped = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
         line = f"opdlab: stopped by {shown}; to go on, run the same command\n"
         assert (stopped.returncode, stopped.stdout, stopped.stderr) == (code, "", line)
+    signal.signal(signal.SIGHUP, hangup)
     (tmp_path / "torch.py").write_text(loading.format(name="SIGHUP") + "raise SystemExit(7)")
     ignoring = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *command]
     code = subprocess.run(ignoring, env=environment, cwd=tmp_path, check=False).returncode
@@ -262,4 +259,4 @@ def test_a_full_disk_is_one_line_and_the_newest_checkpoint_stays(
     assert check_checkpoint(Path(kept[2])) == int(kept[3]) == step
     (small_disk / "filler").unlink()
     assert list(root.rglob("*.partial")) == []
-    assert fit("--ckpt_path", "last", f"--trainer.default_root_dir={root}", "--trainer.max_steps=6") == 0
+    assert fit("--ckpt_path", "last", *every) == 0
