@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from opdlab.callbacks.step_callback import StepCallback
 from opdlab.diagnostics import StepTrace
 from opdlab.errors import require
+from opdlab.files import naming_full_disk
 from opdlab.module import OPDModule
 from opdlab.objectives import reduce_losses
 from opdlab.replay import record
@@ -131,7 +132,8 @@ class PoolRecorder(StepCallback):
         )
         folder = record.record_folder(self.folder, facts.step + 1)
         try:
-            sizes = record.write_record(folder, facts, batches, self._weights)
+            with naming_full_disk(folder):
+                sizes = record.write_record(folder, facts, batches, self._weights)
         except OSError as error:
             rank_zero_warn(
                 f"{folder} cannot be written ({error.strerror or error}): the step is not recorded; training goes on"

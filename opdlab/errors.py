@@ -46,14 +46,28 @@ class FullDiskError(RuntimeError):
         self.path = path
 
 
-def exit_code(stopped: BaseException | None) -> int:
-    """Return 128 plus the number of the signal that stopped a program, as shells do.
+def stop_signal(error: BaseException | None) -> int | None:
+    """Return the signal that an error comes from; None if it comes from none.
+
+    Lightning exits after Ctrl-C, so the error that an exit was raised from is looked at too.
 
     Example:
-        >>> exit_code(Stopped(signal.SIGTERM)), exit_code(KeyboardInterrupt())
-        (143, 130)
+        >>> stop_signal(Stopped(signal.SIGTERM)), stop_signal(KeyboardInterrupt()), stop_signal(SystemExit(0))
+        (15, 2, None)
     """
-    return 128 + int(getattr(stopped, "signum", signal.SIGINT))
+    if isinstance(error, SystemExit):
+        return stop_signal(error.__context__)
+    return int(getattr(error, "signum", signal.SIGINT)) if isinstance(error, KeyboardInterrupt) else None
+
+
+def signal_name(signum: int) -> str:
+    """Return the name of a signal.
+
+    Example:
+        >>> signal_name(15), signal_name(2)
+        ('SIGTERM', 'Ctrl-C')
+    """
+    return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
 
 
 def first_line(error: BaseException) -> str:

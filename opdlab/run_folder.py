@@ -13,7 +13,7 @@ from opdlab.files import remove_partial_files
 from opdlab.locks import lock_holder, locked
 from opdlab.records import RESULTS, SETTINGS_PLACEHOLDER, digest
 
-CONFIG, METRICS = "config.yaml", "metrics.csv"
+CONFIG, METRICS, EVALUATIONS = "config.yaml", "metrics.csv", "evaluations"
 _VERSION = re.compile(r"version_(\d+)")
 
 
@@ -27,6 +27,7 @@ class RunFolder:
         results.json     evaluations, costs, seeds, versions and state
         metrics.csv      logged metrics, one row a step
         checkpoints/     checkpoints
+        evaluations/     samples of the evaluations, unless ``model.evaluation.samples`` names another folder
         student/         the trained student
         rollouts/        pages of rollouts
         lock             names the process that trains in the folder
@@ -115,14 +116,25 @@ class RunFolder:
             yield
 
 
-def fit_samples_folder(samples: str, folder: Path) -> Path:
-    """Return the folder of a run's samples; it names the root too, because runs of other roots have the same numbers.
+def fit_samples_folder(samples: str | None, folder: Path) -> Path:
+    """Return the folder of a run's samples: in its own folder by default.
+
+    Elsewhere the name contains the root too, because runs of other roots have the same numbers.
 
     Args:
         samples: value of ``model.evaluation.samples``.
         folder: folder of the run.
     """
+    if samples is None:
+        return folder / EVALUATIONS
     return Path(samples) / f"{folder.name}-{digest(str(folder.resolve()))[:8]}"
+
+
+def samples_of_other_runs(samples: Path) -> list[Path]:
+    """Return the existing folders of samples of the other runs beside a run's, see :func:`fit_samples_folder`."""
+    own = samples.parent if samples.name == EVALUATIONS else samples
+    others = (path / EVALUATIONS if samples.name == EVALUATIONS else path for path in own.parent.glob("version_*"))
+    return [path for path in sorted(others) if path.is_dir() and path != samples]
 
 
 def samples_folder_for(student: str, ckpt_path: str | None, root: Path) -> str:

@@ -1,6 +1,5 @@
 """``opdlab fit | validate | test``: a LightningCLI with run folders, and an evaluation before and after training."""
 
-import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,18 +13,18 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 from opdlab.callbacks import EvaluationTable, LabProgressBar, RunFiles, SampleLogger, StopCheckpoint
 from opdlab.checkpoints import check_checkpoint
 from opdlab.cli.building import build
 from opdlab.cli.checks import warn_of_idle_recorder
+from opdlab.cli.ending import run_to_end
 from opdlab.cli.estimate import refuse_oversized
 from opdlab.cli.hparams import log_hyperparameters
 from opdlab.cli.parsing import RUN_KEYS, fit_parser, parse_fit
 from opdlab.data import PromptDataModule
-from opdlab.errors import exit_code
 from opdlab.module import OPDModule
 from opdlab.policies import LanguageModel, LocalTeacher
 from opdlab.records import RESULTS
@@ -144,8 +143,7 @@ class OPDCLI(LightningCLI):
     def _fill_fit(self, config: Namespace, root: Path) -> None:
         evaluation = config.model.evaluation
         self.folder = folder = self._run_folder(root)
-        if evaluation.samples is not None:
-            evaluation.samples = str(fit_samples_folder(evaluation.samples, folder.path))
+        evaluation.samples = str(fit_samples_folder(evaluation.samples, folder.path))
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(folder.checkpoints.absolute())
         if config.trainer.logger in (None, True):
@@ -178,35 +176,39 @@ class OPDCLI(LightningCLI):
     # -- running -------------------------------------------------------------------------------------------------
 
     def fit(self) -> int:
-        """Train, and return the exit code. Lightning exits on Ctrl-C; this also prints how to resume."""
-        self.before_fit()
+        """Train, and return the exit code."""
+        assert self.folder is not None
         if self.config.ckpt_path is not None:  # a resumed run uses its own folder on purpose
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-        try:
-            self.trainer.fit(self.model, datamodule=self.datamodule, **self._run_arguments)
-        except SystemExit as error:
-            if self.stop.path is None:
-                raise
-            stopped = f"stopped at step {self.trainer.global_step}, saved {self.stop.path}"
-            return _interrupted(stopped, " with --ckpt_path last", error)
+        return run_to_end(self._fit, self.trainer, self.folder.path, self._how_to_go_on)
+
+    def _fit(self) -> None:
+        self.before_fit()
+        self.trainer.fit(self.model, datamodule=self.datamodule, **self._run_arguments)
         self.after_fit()
-        return 0
+
+    def _how_to_go_on(self) -> str:
+        folder = self.model.evaluator.folder
+        samples = "" if folder is None else f", the samples so far are in {folder.path}"
+        if self.stop.path is not None and self.command == "fit":
+            ended = "" if self.trainer.state.fn == TrainerFn.FITTING else " in the evaluation after training"
+            saved = f"{ended} at step {self.trainer.global_step}, saved {self.stop.path}"
+            given = self.config.ckpt_path is not None and self.stop.path == Path(self.config.ckpt_path)
+            return f"{saved}; to go on, run the same command{'' if given else ' with --ckpt_path last'}"
+        return f"{samples}; to go on, run the same command"
 
     def evaluate(self) -> int:
-        """Evaluate, and return the exit code. After Ctrl-C or a kill, the same command resumes."""
+        """Evaluate, and return the exit code. After a signal or a kill, the same command takes up the samples."""
+        root = Path(self.config.trainer.default_root_dir)
+        return run_to_end(self._evaluate_alone, self.trainer, root, self._how_to_go_on)
+
+    def _evaluate_alone(self) -> None:
         run = self.trainer.test if self.command == "test" else self.trainer.validate
-        try:
-            run(self.model, datamodule=self.datamodule, verbose=False, **self._run_arguments)
-        except SystemExit as error:
-            folder = self.model.evaluator.folder
-            if self.trainer.state.status != TrainerStatus.INTERRUPTED or folder is None:
-                raise
-            return _interrupted(f"stopped, the samples so far are in {folder.path}", "", error)
+        run(self.model, datamodule=self.datamodule, verbose=False, **self._run_arguments)
         if self.trainer.is_global_zero:
             self.table.print(trained=False)
             if (folder := self.model.evaluator.folder) is not None:
                 print(f"samples and {RESULTS}: {folder.path}")
-        return 0
 
     @property
     def _run_arguments(self) -> dict[str, Any]:
@@ -262,9 +264,3 @@ def _keep_in(folder: RunFolder, logger: Any) -> None:
     if default is not None and default.default is not default.empty and arguments.get("save_dir") == default.default:
         arguments["save_dir"] = str(folder.path / Path(default.default or "."))
         logger["init_args"] = arguments
-
-
-def _interrupted(kept: str, needs: str, stop: SystemExit) -> int:
-    """Print what is on disk and how to resume, and return the exit code of the signal that caused ``stop``."""
-    print(f"opdlab: {kept}; to go on, run the same command{needs}", file=sys.stderr)
-    return exit_code(stop.__context__)

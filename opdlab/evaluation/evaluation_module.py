@@ -16,8 +16,9 @@ from opdlab.evaluation.samples import SampleFolder
 from opdlab.evaluation.settings import benchmark_settings, fingerprint
 from opdlab.policies import LanguageModel, LocalTeacher, NoTeacher, SamplingConfig, Teacher, TeacherHolder
 from opdlab.policies.decoding import NonFiniteLogitsError
-from opdlab.progress import Progress, SilentProgress
+from opdlab.progress import Progress, SilentProgress, StoppableProgress
 from opdlab.records import package_versions
+from opdlab.run_folder import samples_of_other_runs
 from opdlab.types import EvaluationBatch
 
 
@@ -65,9 +66,9 @@ class EvaluationModule(pl.LightningModule):
 
     @property
     def progress(self) -> Progress:
-        """Return the trainer's progress callback, or a silent one."""
+        """Return the trainer's progress callback, or a silent one; a signal stops work whose progress it shows."""
         callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined] # set by Lightning's connector
-        return next((each for each in callbacks if isinstance(each, Progress)), SilentProgress())
+        return StoppableProgress(next((each for each in callbacks if isinstance(each, Progress)), SilentProgress()))
 
     def setup(self, stage: str) -> None:
         """Create the metrics of the data module's benchmarks, and check the prompts' tokens."""
@@ -166,9 +167,13 @@ class EvaluationModule(pl.LightningModule):
         }
         checkpoint = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
         about = {"model": evaluated.model.path, "checkpoint": checkpoint, "step": self.global_step}
+        samples = Path(trainer.strategy.broadcast(str(config.samples)))  # the first process knows the run's folder
+        # An evaluation before training may have been stopped in another run, which has no checkpoint to resume from.
+        others = samples_of_other_runs(samples) if subfolder and not fitting else []
         return SampleFolder(
-            Path(trainer.strategy.broadcast(str(Path(config.samples) / subfolder))),  # it knows the run
+            samples / subfolder,
             {**about, "compared": compared},
+            take_over=[other / subfolder for other in others],
             rank=trainer.global_rank,
             replace=bool(subfolder),  # only this run uses a subfolder
             barrier=trainer.strategy.barrier,

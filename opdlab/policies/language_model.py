@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlab.errors import require
+from opdlab.files import replacing_files
 from opdlab.packages import require_package
 from opdlab.policies.adapters import (
     AdapterConfig,
@@ -305,7 +306,7 @@ class LanguageModel(nn.Module):
         return texts
 
     def save(self, folder: Path, merge: bool = False) -> None:
-        """Write model and tokenizer as a Hugging Face folder.
+        """Write model and tokenizer as a Hugging Face folder; a kill leaves an earlier one as it was.
 
         Args:
             folder: output folder.
@@ -314,19 +315,18 @@ class LanguageModel(nn.Module):
 
         Raises:
             UsageError: the weights were loaded from this folder.
+            FullDiskError: the disk is full.
         """
         self.check_not_origin(folder)
         # Files from an earlier save would be loaded instead of these, or in addition.
         other_kind = "config.json" if self.has_adapter and not merge else "adapter_*"
-        for pattern in (other_kind, "model*.safetensors*", "generation_config.json"):
-            for stale in Path(folder).glob(pattern):
-                stale.unlink()
-        with quiet_bars():
+        stale = (other_kind, "model*.safetensors*", "generation_config.json")
+        with replacing_files(Path(folder), stale) as new, quiet_bars():
             if self.has_adapter and not merge:
-                save_adapter(self.model, folder)
+                save_adapter(self.model, new)
             else:
-                (self.without_adapter(merge=True) if self.has_adapter else self).model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+                (self.without_adapter(merge=True) if self.has_adapter else self).model.save_pretrained(new)
+            self.tokenizer.save_pretrained(new)
 
     def check_not_origin(self, folder: Path) -> None:
         """Raise a UsageError if the weights were loaded from this folder, see :meth:`save`."""

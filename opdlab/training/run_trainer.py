@@ -80,7 +80,9 @@ class MetricsFile(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write metrics of a step; those of a step that is already in the last row are added to it."""
         if not self._columns:
-            self._load(self._read())
+            self._load(rows := self._read())
+            if rows:  # of an earlier attempt; without a row that a kill has cut off
+                self._write_all(rows)
         row = {_STEP: str(step or 0), **{name: repr(float(value)) for name, value in metrics.items()}}
         same = self._row.get(_STEP) == row[_STEP]
         if new := [name for name in row if name not in self._columns]:

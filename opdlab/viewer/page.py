@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from opdlab.diagnostics.metric_table import metric_title
+from opdlab.files import replacing
 from opdlab.types import Problem
 from opdlab.viewer.rollouts import ShownRollout
 from opdlab.viewer.token_colors import color_scale, quantities
@@ -89,6 +90,7 @@ def write_page(folder: Path, step: int, page: str) -> Path:
 
     Raises:
         OSError: the folder cannot be written.
+        FullDiskError: the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / page_name(step), page.encode())
@@ -114,13 +116,8 @@ def write_page(folder: Path, step: int, page: str) -> Path:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(f"{path.name}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        file.write(content)
 
 
 # -- the summary in the head of a page, a few metrics, which the index reads ------------------------------------------

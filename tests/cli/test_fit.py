@@ -3,10 +3,9 @@
 import csv
 import os
 import re
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opdlab.cli import EXIT_USAGE, main
-from opdlab.cli.commands import COMMANDS
 from opdlab.diagnostics import find_metric, metric_rows
+from tests.stops import stopper
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -208,13 +207,13 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
 def test_training_problems_are_read_before_anything_takes_long(
     opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    stops = _stopper(tmp_path, "on_validation_start", "SIGINT")  # an evaluation would end with another exit code
+    stops = stopper("on_validation_start", "SIGINT")  # an evaluation would end with another exit code
     (tmp_path / "problems.jsonl").write_text('{"problem": "1 + 1", "answer": "2"}')
     source = {"class_path": "opdlab.data.JsonlProblems", "init_args": {"path": "problems.jsonl"}}
     (tmp_path / "broken.yaml").write_text(yaml.dump({"data": {"train": source}}))
-    assert opdlab("-c", "broken.yaml", stops) == EXIT_USAGE
+    assert opdlab("-c", "broken.yaml", *stops) == EXIT_USAGE
     assert "there are only 1 prompts" in capsys.readouterr().err
-    assert opdlab("--data.reuse.prompts_per_pool", "12", stops) == EXIT_USAGE
+    assert opdlab("--data.reuse.prompts_per_pool", "12", *stops) == EXIT_USAGE
     assert "there are only 8 prompts" in capsys.readouterr().err
 
 
@@ -235,79 +234,11 @@ def test_an_empty_command_says_where_to_start(capsys: pytest.CaptureFixture[str]
     assert "-c quickstart" in capsys.readouterr().err
 
 
-@pytest.fixture
-def _signals_put_back() -> Iterator[None]:
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for signum, handler in before.items():  # Lightning leaves Ctrl-C ignored
-        signal.signal(signum, handler)
-
-
-def _stopper(folder: Path, hook: str, name: str) -> str:
-    """The flag for a callback that sends a signal."""
-    (folder / f"stops_{hook}_{name}.py").write_text(
-        "import signal\nfrom lightning.pytorch import Callback\n"
-        "class Stopper(Callback):\n"
-        f"    def {hook}(self, *_):\n"
-        f"        signal.raise_signal(signal.{name})\n"
-    )
-    return f"--trainer.callbacks+=stops_{hook}_{name}.Stopper"
-
-
-@pytest.mark.usefixtures("_signals_put_back")
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_in_training_saves_and_says_how_to_resume(
-    opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, code: int
-) -> None:
-    assert opdlab(_stopper(tmp_path, "on_train_batch_start", name)) == code
-    assert (tmp_path / "runs/quickstart/version_0/checkpoints/interrupted.ckpt").is_file()
-    assert "--ckpt_path last" in capsys.readouterr().err
-    assert opdlab("--ckpt_path", "last", "--model.evaluation.teacher", "false") == 0
-    events = EventAccumulator(str(tmp_path / "runs/quickstart/version_0"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
-
-
-@pytest.mark.usefixtures("_signals_put_back")
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_in_the_first_evaluation_stops(
-    opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, code: int
-) -> None:
-    assert opdlab(_stopper(tmp_path, "on_validation_batch_start", name)) == code
-    assert capsys.readouterr().err.endswith("opdlab: stopped\n")
-    assert not (tmp_path / "runs/quickstart/version_0/checkpoints").exists()
-
-
 def test_the_package_is_run_under_the_name_of_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "opdlab", "--help"]
     environment = {**os.environ, "PYTHONPATH": str(README.parent)}
     shown = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert shown.stdout.startswith("usage: opdlab ")
-
-
-def test_ctrl_c_is_heard_while_the_libraries_load(tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
-    command = [sys.executable, "-m", "opdlab", "gates"]
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{README.parent}"}
-    stopped = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (stopped.returncode, stopped.stdout, stopped.stderr) == (130, "", "opdlab: stopped\n")
-
-
-@pytest.mark.parametrize("slurm", [False, True])
-def test_sigterm_is_left_to_lightning_under_slurm(monkeypatch: pytest.MonkeyPatch, slurm: bool) -> None:
-    if slurm:
-        monkeypatch.setenv("SLURM_NTASKS", "1")
-        monkeypatch.setenv("SLURM_JOB_NAME", "run")
-    before, inside = signal.getsignal(signal.SIGTERM), []
-
-    def look(_: object) -> int:
-        inside.append(signal.getsignal(signal.SIGTERM))
-        return 0
-
-    monkeypatch.setitem(COMMANDS, "look", look)  # a command that sees the handlers while it runs
-    assert main(["look"]) == 0
-    assert (inside == [before]) is slurm
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_resumed_curve_does_not_run_backwards(opdlab: Opdlab, tmp_path: Path) -> None:

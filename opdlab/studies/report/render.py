@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from opdlab.errors import UsageError
+from opdlab.files import replacing
 from opdlab.studies.report.compare import PASS_AT, TARGET, Comparison, compare, metric_names
 from opdlab.studies.report.figures import drawing, every_run, forest, learning_curves, save
 from opdlab.studies.report.load import Results, load_results
@@ -104,10 +105,8 @@ class Report:
         try:
             for name, content in self.files.items():
                 path = self.folder / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                part = path.with_name(f"{path.name}.part")
-                part.write_bytes(content)
-                part.replace(path)
+                with replacing(path) as file:
+                    file.write(content)
             for path in (path for part in ("tables", "figures") for path in (self.folder / part).iterdir()):
                 if path.suffix[1:] in _KINDS and path.relative_to(self.folder).as_posix() not in self.files:
                     path.unlink()
