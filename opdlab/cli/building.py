@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from opdlab.errors import UsageError
+from opdlab.errors import UsageError, first_line, user_line
 from opdlab.packages import package_trouble
 
 
@@ -52,31 +52,45 @@ def build(parser: ArgumentParser, config: Namespace, *, groups: bool = True) -> 
         groups: also build classes of fixed sections, such as ``model``, not only those with a ``class_path``.
 
     Raises:
-        UsageError: a constructor refused its arguments.
+        UsageError: a constructor refused its arguments, or code outside opdlab failed in it.
     """
     refused: dict[str, UsageError] = {}
 
     def instantiate(cls: Any, *args: Any, **options: Any) -> Any:
         try:
             return cls(*args, **options)
-        except ImportError as error:
-            if (trouble := package_trouble(error)) is not None:
-                key = _key_of(config.as_dict(), cls, options) or cls.__name__
-                refused[str(error)] = UsageError(f"{key} {trouble}")
-            raise
-        except UsageError as error:
-            refused[str(error)] = with_key(error, _key_of(config.as_dict(), cls, options), options)
+        except Exception as error:
+            key = _key_of(config.as_dict(), cls, options)
+            if (told := _told(error, cls, key, options)) is not None:
+                refused[str(error)] = told
             raise
 
     parser.add_instantiator(instantiate, object, prepend=True)
     try:
         built: Namespace = parser.instantiate_classes(config, instantiate_groups=groups)
-    except (ValueError, ImportError) as error:
-        quoted = [named for said, named in refused.items() if said in str(error)]
+    except Exception as error:
+        quoted = [told for said, told in refused.items() if said in str(error)]
         if not quoted or quoted[-1] is error:
             raise
         raise quoted[-1] from error
     return built
+
+
+def _told(error: Exception, cls: Any, key: str, options: Container[str]) -> UsageError | None:
+    """Return an error of a constructor as one that names the key; None for an error inside opdlab."""
+    if isinstance(error, UsageError):
+        return with_key(error, key, options)
+    if isinstance(error, ImportError) and (trouble := package_trouble(error)) is not None:
+        return UsageError(f"{key or cls.__name__} {trouble}")
+    name = cls.__name__
+    if (line := user_line(error)) is not None:
+        return UsageError(
+            f"{key} cannot be built: {name} fails, change its options or {line}: {type(error).__name__}: "
+            f"{first_line(error)}"
+        )
+    if not str(cls.__module__).startswith("opdlab."):
+        return UsageError(f"{key} cannot be built: {name} refuses its options, change them: {first_line(error)}")
+    return None
 
 
 def _key_of(config: Mapping[str, Any], cls: Any, options: Mapping[str, Any]) -> str:
@@ -90,7 +104,7 @@ def _key_of(config: Mapping[str, Any], cls: Any, options: Mapping[str, Any]) -> 
         elif section.keys() != options.keys():
             continue
         plain = {name: value for name, value in own.items() if isinstance(value, str | int | float | None)}
-        if own.keys() <= options.keys() and all(options[name] == value for name, value in plain.items()):
+        if own.keys() <= options.keys() and all([options[name]] == [value] for name, value in plain.items()):
             return key
     return ""
 

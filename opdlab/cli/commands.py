@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from opdlab.errors import Stopped, UsageError, exit_code
+from opdlab.errors import Stopped, UsageError, exit_code, not_text, printable, require
 from opdlab.processes import hold_lifeline
 from opdlab.registry import suggestion
 from opdlab.version import __version__
@@ -105,11 +105,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Lightning calls this in addition to its own handler, which only sets a flag that evaluations do not check.
     before = signal.signal(signal.SIGTERM, _terminate) if ours else None
     try:
-        return _run(sys.argv[1:] if arguments is None else arguments)
+        arguments = sys.argv[1:] if arguments is None else arguments
+        for argument in arguments:
+            trouble = not_text(argument)
+            require(trouble is None, f"the argument {argument!a} is not text: {trouble}")
+        return _run(arguments)
     except Exception as error:
         if (line := _told(error)) is None:
             raise
-        print(f"opdlab: error: {line}", file=sys.stderr)
+        print(f"opdlab: error: {printable(line)}", file=sys.stderr)
         return EXIT_USAGE
     except (KeyboardInterrupt, SystemExit) as stop:
         signalled = stop if isinstance(stop, KeyboardInterrupt) else stop.__context__
@@ -169,7 +173,5 @@ def _told(error: Exception) -> str | None:
         return trouble and f"opdlab {trouble}"
     lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # imported by some commands only
     if isinstance(error, ArgumentError) or (lightning and isinstance(error, lightning.MisconfigurationException)):
-        from opdlab.cli.messages import explain
-
-        return explain(error)
+        return " ".join(str(error).split())
     return None

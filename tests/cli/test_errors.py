@@ -10,9 +10,9 @@ from jsonargparse import ArgumentParser
 
 from opdlab.cli import EXIT_USAGE, main
 from opdlab.cli.building import build
-from opdlab.cli.messages import options_of
 from opdlab.errors import UsageError, require
 from opdlab.gating import gate_registry
+from opdlab.parser_messages import options_of
 
 Said = Callable[..., str]
 
