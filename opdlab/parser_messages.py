@@ -11,7 +11,6 @@ import inspect
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, is_dataclass
-from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -22,15 +21,13 @@ _UNKNOWN = re.compile(
     r"^(?:Group '(?P<group>[\w.]+)' does not accept option|(?:.* does not accept )?[Oo]ption) '(?P<key>[^']+)'"
     r"|^unrecognized arguments: --(?P<argument>[\w.]+)"
 )
-_NO_PATH = re.compile(r"^- Expected a path but .*? either not accessible or invalid - ")
-# Texts that lead to an error further inside: of an option, of a class, of a function that takes a class, of a union.
-_KEY = re.compile(r'^Parser key "(?P<key>[^"]+)": (?P<rest>.*)$')
-_CLASS = re.compile(r"^Problem with given class_path '(?P<cls>[^']+)': (?P<rest>.*)$")
-_CALLABLE = re.compile(r"^Type typing\.Callable.*? expects a function or a callable class: (?P<rest>.*)$")
-_UNION = re.compile(
-    r"^Does not validate against any of the Union subtypes Subtypes: \[(?P<types>.*?)\] "
-    r"Errors: (?P<errors>.*) Given value type: .*? Given value: (?P<value>.*)$"
-)
+_NO_PATH = re.compile(r"^\s*- Expected a path but .*? either not accessible or invalid\s+- ", re.DOTALL)
+# Texts that lead to an error further inside: of an option, of a class, of a function that takes a class.
+_KEY = re.compile(r'^Parser key "(?P<key>[^"]+)":\s*(?P<rest>.*)$', re.DOTALL)
+_CLASS = re.compile(r"^Problem with given class_path '(?P<cls>[^']+)':\s*(?P<rest>.*)$", re.DOTALL)
+_CALLABLE = re.compile(r"^Type typing\.Callable.*? expects a function or a callable class:\s*(?P<rest>.*)$", re.DOTALL)
+# The errors of a union are indented below this line; those of its types that quote further errors, more deeply.
+_ERRORS = re.compile(r"^Does not validate .*?\n *Subtypes: \[(?P<types>.*?)\]\n(?P<indent> *)Errors:\n", re.DOTALL)
 _WRITTEN = re.compile(
     r"^(?:Expected a dot import path string: |Not a valid .*? Got value: )(?P<value>.*?)(?: Subclass types.*)?$"
 )
@@ -62,6 +59,7 @@ _RULES = [
             r"Expected an instantiatable class, but (?P<value>\S+) is",
             "is {value}, which is abstract: give a class that extends it",
         ),
+        (r"Unexpected import path format: (?P<value>.*)$", f"is {{value}}, but must be {_CLASS_PATH}"),
         (r"Expected a dot import path string: (?P<value>.*)$", f"is {{value}}, but must be {_CLASS_PATH}"),
         (
             r"Expected an import path or a subclass spec, but got (?P<value>.*?)(?:\.|$)",
@@ -123,7 +121,7 @@ class Explainer:
             return f"the key {_shown(match[1])} is not text: put it in quotes"
         if match := re.search(r"^(?:Spaces not allowed in keys|Empty nested key): (\".*\")", text):
             return f"unknown key {match[1]}; `{self.command}` lists all keys"
-        if match := _KEY.match(text):
+        if match := _KEY.match(str(error)):
             return self._value(match["key"], match["rest"], "", error)
         return text
 
@@ -137,14 +135,15 @@ class Explainer:
             error: the parser's error, whose cause may be a failed import.
         """
         text = _NO_PATH.sub("", text)
-        if match := re.search(r"\.? Got value: Namespace\((?:class_path='(?P<cls>[\w.]+)')?.*$", text):
+        if match := re.search(r"\.? Got value: Namespace\((?:class_path='(?P<cls>[\w.]+)')?.*$", text, re.DOTALL):
             text, cls = text[: match.start()], match["cls"] or cls  # the outer type quotes the value again
         if match := _KEY.match(text):
             return self._value(f"{key}.{match['key']}", match["rest"], "", error)
         if match := _CLASS.match(text) or _CALLABLE.match(text):
             return self._value(key, match["rest"], match.groupdict().get("cls") or cls, error)
-        if match := _UNION.match(text):
-            return self._union(key, match, error)
+        if match := _ERRORS.match(text):
+            return self._union(key, match, text[match.end() :], error)
+        text = " ".join(text.split())
         if match := re.match(r"Option '([\w.]+)' is not accepted", text):
             options = options_of(cls) if cls else []
             of, listed = (f" of {cls}", f" its keys: {', '.join(options)}") if cls else ("", "")
@@ -156,36 +155,38 @@ class Explainer:
         for pattern, words in _RULES:
             if match := pattern.match(text):
                 found = {"value": "", "types": "", "base": "", **match.groupdict()}
-                found |= {"value": _shown(found["value"]), "types": _in_words(found["types"])}
+                found |= {"value": _shown(found["value"]), "types": types_in_words(found["types"])}
                 return f"{key} {words.format(**found | {'base': self._class(key, found['base'])})}"
         return f"{key}: {text}"
 
-    def _union(self, key: str, match: re.Match[str], error: BaseException) -> str:
-        """Return what is wrong with a value that may have several types."""
-        if nested := re.match(r"NestedArg\(key='([^']+)'", match["value"]):
+    def _union(self, key: str, match: re.Match[str], text: str, error: BaseException) -> str:
+        """Return what is wrong with a value that may have several types; ``text`` has the errors and the value."""
+        indent = match["indent"]
+        quoted, given = re.split(
+            rf"^{indent}Given value type: .*\n *Given value: ", text, maxsplit=1, flags=re.MULTILINE
+        )
+        errors = re.split(rf"^{indent}  - ", quoted, flags=re.MULTILINE)[1:]
+        given = given.strip()
+        if nested := re.match(r"NestedArg\(key='([^']+)'", given):
             name, _, rest = nested[1].partition(".")
             return (
                 f"unknown key '{key}.{nested[1]}': {key} has no '{name}' that is a class"
                 f"{f' with the key {rest!r}' if rest else ''}; give it a class path first, or check the name"
             )
-        try:
-            value = ast.literal_eval(match["value"])
-        except (ValueError, SyntaxError):  # text, or an object of the parser
-            value = None
-        errors = re.split(r"(?:^| )- (?=[A-Z])", match["errors"])[1:]
         for pattern in _TELLING:
             for text in filter(pattern.match, errors):
                 written = re.search(r"(?:class_path '|Import path |class, but )([\w.]+)", text)
-                return self._value(key + (_place(value, written[1]) if written else ""), text, "", error)
-        for text in errors if isinstance(value, dict | list) else ():
-            if written := _WRITTEN.match(text):
-                place = _place(value, written[1])
-                if place or value == {"class_path": written[1]}:
-                    return self._value(key + place, text, "", error)
-        types, names = match["types"], _subclasses(match["types"])
-        near = difflib.get_close_matches(match["value"].lower(), [name.lower() for name in names], n=1, cutoff=0.5)
-        hint = "".join(f"; did you mean '{name}'?" for name in names if near and name.lower() == near[0])
-        return f"{key} is {_shown(match['value'])}, but must be {_in_words(types)}{hint}"
+                return self._value(key + ((written and _place(given, written[1])) or ""), text, "", error)
+        for text in errors if given[0] in "[{" else ():
+            written = _WRITTEN.match(" ".join(text.split()))
+            if written and (place := _place(given, written["value"])) is not None:
+                return self._value(f"{key}{place}", text, "", error)
+            if _ERRORS.match(text):  # of an item of a list
+                return self._value(key, text, "", error)
+        names = {name.lower(): name for name in _subclasses(match["types"])}
+        near = difflib.get_close_matches(given.lower(), names, n=1, cutoff=0.5)
+        hint = f"; did you mean '{names[near[0]]}'?" if near else ""
+        return f"{key} is {_shown(given)}, but must be {types_in_words(match['types'])}{hint}"
 
     def _import(self, key: str, cls: str, match: re.Match[str], error: BaseException) -> str:
         """Return why the class of a class path cannot be imported."""
@@ -224,18 +225,34 @@ def _shown(value: str) -> str:
     return value if len(value) <= 80 else f"{value[:80]}…"
 
 
-def _place(value: Any, written: str) -> str:
-    """Return the keys that lead to a class inside a value, such as ``.toy``; empty if it is not inside."""
-    for name, part in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        path = str(part.get("class_path") or part) if isinstance(part, dict) else str(part)
-        if name != "class_path" and (path == written or written.endswith(f".{path}")):
-            return f".{name}"
-        if inside := _place(part, written):
-            return f".{name}{inside}"
-    return ""
+def _place(value: str, written: str) -> str | None:
+    """Return the keys that lead to a class inside a value, such as ``.toy`` or ``.0``; None if it is absent.
+
+    Args:
+        value: a list or a section, as Python writes it.
+        written: the class path, or the part of the value that is not a class.
+    """
+    path, short = re.escape(written), re.escape(written.rpartition(".")[2])
+    part = rf"(?:{{'class_path': '(?:{path}|{short})'|'{path}'|{path})"
+    if match := re.search(rf"'(?!class_path|init_args)(\w+)': {part}", value):
+        return f".{match[1]}"
+    if re.match(part, value):
+        return ""
+    try:
+        items = ast.literal_eval(value)
+    except (ValueError, SyntaxError):  # an object of the parser is in it
+        return None
+    items = enumerate(items if isinstance(items, list) else ())
+    return next((f".{place}" for place, item in items if re.match(part, repr(item))), None)
 
 
-def _in_words(types: str) -> str:
+def types_in_words(types: str) -> str:
+    """Return what belongs to one of several types, as the parser or ``repr`` writes them.
+
+    Example:
+        >>> types_in_words("<class 'int'>, <class 'NoneType'>")
+        'an integer or null'
+    """
     # Commas inside brackets do not separate types.
     parts = [part.strip() for part in re.split(r",(?![^\[]*\])", types)]
     words = list(dict.fromkeys(map(_type_in_words, parts)))

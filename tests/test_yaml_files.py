@@ -1,5 +1,6 @@
 """Reading YAML: each mistake is one line with file and line number."""
 
+import contextlib
 import random
 from pathlib import Path
 
@@ -86,8 +87,10 @@ def test_random_bytes_are_refused_or_read(tmp_path: Path, seed: int) -> None:
     few = bytes(generator.choice(b"{}[]:,-?&*!|>'\"%@`#\n\t ab1\x80\xff") for _ in range(60))
     for content in (generator.randbytes(200), few):
         (tmp_path / "my.yaml").write_bytes(content)
-        try:
+        with contextlib.suppress(UsageError):
             read_yaml(tmp_path / "my.yaml")
-        except UsageError as error:
-            assert str(error).startswith(f"{tmp_path / 'my.yaml'}")
-            assert len(str(error).splitlines()) == 1
+            continue
+        with pytest.raises(UsageError) as caught:
+            read_yaml(tmp_path / "my.yaml")
+        assert str(caught.value).startswith(str(tmp_path))
+        assert len(str(caught.value).splitlines()) == 1

@@ -81,6 +81,9 @@ class OPDCLI(LightningCLI):
         if self.config.ckpt_path is not None:
             self.resumed_step = check_checkpoint(Path(self.config.ckpt_path))
 
+    def _parse_ckpt_path(self) -> None:
+        """Take nothing from the checkpoint: Lightning merges its hyperparameters, class paths included."""
+
     def instantiate_classes(self) -> None:
         """Build all objects, after a check that the models' weights fit the device."""
         check_trainer(self.config, here=True)

@@ -95,7 +95,7 @@ def _told(error: Exception, cls: Any, key: str, options: Container[str]) -> Usag
 
 def _key_of(config: Mapping[str, Any], cls: Any, options: Mapping[str, Any]) -> str:
     """Return the key of the section that ``cls`` is built from, the first if several have equal values."""
-    for key, section in _sections(config, ""):
+    for key, section in sections(config):
         own = section
         if "class_path" in section:
             if str(section["class_path"]).rpartition(".")[2] != cls.__name__:
@@ -109,11 +109,11 @@ def _key_of(config: Mapping[str, Any], cls: Any, options: Mapping[str, Any]) -> 
     return ""
 
 
-def _sections(value: Any, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def sections(value: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield all sections with their keys, innermost first. Keys omit ``init_args``, as the command line allows."""
     if not isinstance(value, Mapping | list):
         return
     for name, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
-        yield from _sections(inner, key if name == "init_args" else f"{key}.{name}".removeprefix("."))
+        yield from sections(inner, key if name == "init_args" else f"{key}.{name}".removeprefix("."))
     if isinstance(value, Mapping):
         yield key, value

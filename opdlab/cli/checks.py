@@ -1,11 +1,15 @@
 """Checks of a resolved configuration that need no model, to fail before long work."""
 
+import functools
 import inspect
 import logging
+import pkgutil
 import re
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from contextlib import suppress
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -17,11 +21,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from opdlab.callbacks import BehaviorRefresh, GateMonitor, HFExport, PoolRecorder, SampleLogger
-from opdlab.cli.building import build, under
+from opdlab.cli.building import build, sections, under
 from opdlab.data import PromptDataModule
 from opdlab.data.cleaning import CleaningConfig
 from opdlab.errors import UsageError, first_line, require, user_line
 from opdlab.evaluation.config import EvaluationConfig
+from opdlab.module import OPDModule
+from opdlab.parser_messages import types_in_words
 from opdlab.policies import SamplingConfig
 from opdlab.rollouts import ReuseConfig
 from opdlab.training.checks import check_token_bound
@@ -71,6 +77,7 @@ def check_config(parser: ArgumentParser, config: Namespace) -> None:
     Raises:
         UsageError: a value is out of range, or values are inconsistent.
     """
+    check_nulls(config)
     parts = {}
     for key, cls in _SECTIONS.items():
         options = config[key].as_dict()
@@ -88,9 +95,10 @@ def check_config(parser: ArgumentParser, config: Namespace) -> None:
         # Sources are not built, because they may read files.
         PromptDataModule(**{**config.data.as_dict(), "reuse": reuse, "clean": parts["data.clean"]})
     plugins = Namespace()  # type: ignore[no-untyped-call]
-    for key in ("model.gate", "model.objective", "model.optimizer", "model.lr_scheduler"):
+    for key in ("model.gate", "model.objective", "model.optimizer", "model.lr_scheduler", "data.train"):
         plugins[key] = config[key]
-    require(config.model.optimizer is not None, "model.optimizer is null, but must be the path of a class")
+    if not plugins.data.train.class_path.startswith("opdlab."):
+        del plugins["data"]  # the source of another package may read its files when it is built
     built = build(parser, plugins, groups=False).model
     check_optimizer(built.optimizer, built.lr_scheduler)
     seed = config.seed_everything
@@ -99,6 +107,39 @@ def check_config(parser: ArgumentParser, config: Namespace) -> None:
         f"seed_everything is {seed}, but must lie between 0 and {(1 << 32) - 1}",
     )
     check_trainer(config)
+
+
+def check_nulls(config: Namespace) -> None:
+    """Refuse null for options whose type has no null, which the parser takes for all.
+
+    Raises:
+        UsageError: an option is null.
+    """
+    plain = config.as_dict()
+    known = {"trainer": Trainer, "model": OPDModule, "data": PromptDataModule, **_SECTIONS}
+    for key, section in sections(plain):
+        cls, options = known.get(key), section
+        if "class_path" in section:
+            cls, options = pkgutil.resolve_name(section["class_path"]), section.get("init_args") or {}
+        for name in (name for name, value in options.items() if value is None and isinstance(cls, type)):
+            kind = _type_without_null(cls, name)
+            require(kind is None, f"{key}.{name} is null, but must be {kind}")
+
+
+@functools.cache
+def _type_without_null(cls: type, name: str) -> str | None:
+    """Return what belongs to an option of a class, in words; None if it may be null, or its type is unknown."""
+    for base in cls.__mro__:
+        made = inspect.signature(base.__init__).parameters if "__init__" in vars(base) else {}  # type: ignore[misc]
+        if name not in made:
+            continue
+        with suppress(NameError, TypeError):
+            kind = get_type_hints(base.__init__).get(name, Any)  # type: ignore[misc]
+            kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+            if made[name].default is not None and not {Any, object, type(None)} & set(kinds):
+                return types_in_words(", ".join(map(repr, kinds)))
+        return None
+    return None
 
 
 def check_optimizer(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:

@@ -15,6 +15,7 @@ from jsonargparse import (
 )
 
 from opdlab.aliases import migrate, migrate_text, nested, warn_of_old_names
+from opdlab.cli.building import sections
 from opdlab.errors import UsageError, require
 from opdlab.gating import gate_registry
 from opdlab.objectives.base import objective_registry
@@ -27,6 +28,7 @@ _REGISTRIES: dict[str, Callable[[], Registry[Any]]] = {
     "model.gate": gate_registry,
     "model.objective": objective_registry,
 }
+_CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 EXTENDS = "extends"
 """Key in a configuration file that names the configuration, or a list of them, that it extends."""
 
@@ -57,7 +59,7 @@ def explainer(parser: ArgumentParser) -> Explainer:
 
 
 def check_sections(parser: ArgumentParser, config: Mapping[str, Any], source: str) -> None:
-    """Refuse a section that is null, a list or a number, which the parser would drop or fail on later.
+    """Refuse sections and classes whose form is wrong, which the parser would drop or fail on later.
 
     Args:
         parser: has the sections.
@@ -65,7 +67,7 @@ def check_sections(parser: ArgumentParser, config: Mapping[str, Any], source: st
         source: name of the file in messages.
 
     Raises:
-        UsageError: a section has no keys.
+        UsageError: a section has no keys, or something else stands beside a class path and its ``init_args``.
     """
     defaults = parser.get_defaults()
     for key in defaults.keys(branches=True):
@@ -77,6 +79,16 @@ def check_sections(parser: ArgumentParser, config: Mapping[str, Any], source: st
                 f"{source}: {key} is {'null' if value is None else value}, but it is a section: give its keys, or "
                 "leave it out",
             )
+    for key, value in sections(config):
+        if "class_path" in value or "init_args" in value:
+            for name in value:
+                hint = suggestion(str(name), _CLASS_KEYS) or ";"
+                known = f"a class has the keys {', '.join(_CLASS_KEYS)}"
+                require(name in _CLASS_KEYS, f"{source}: unknown key '{key}.{name}'{hint} {known}")
+            path, options = value.get("class_path", ""), value.get("init_args", {})
+            require(isinstance(path, str), f"{source}: {key}.class_path is {path}, but must be the path of a class")
+            keys = "must be a section of keys; leave it out to set none"
+            require(isinstance(options, dict), f"{source}: {key}.init_args is {options}, but {keys}")
 
 
 def _load_value(text: str, path: str = "") -> Any:

@@ -153,3 +153,26 @@ def test_charts_match_as_tensorboard_does() -> None:
     charts = layout()["validation"]
     matched = {title: bool(re.match(patterns[0], "val/mean/pass@8")) for title, (_, patterns) in charts.items()}
     assert matched == {"pass@k, mean of the benchmarks": True, "pass@k": False, "length, tokens": False}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"chart": "drift"}, "metric 'my/metric': chart is a str, but must be a Chart"),
+        ({"progress": "loss"}, "metric 'my/metric': progress is 'loss', but must be a format of a number"),
+        (
+            {"progress": "loss {:.3z}"},
+            "metric 'my/metric': progress is 'loss {:.3z}', but must be a format of a number",
+        ),
+        ({"progress": "loss {"}, "metric 'my/metric': progress is 'loss {', but must be a format of a number"),
+        (
+            {"progress": "loss {name}"},
+            "metric 'my/metric': progress is 'loss {name}', but must be a format of a number",
+        ),
+    ],
+)
+def test_a_row_that_could_not_be_shown_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        register_metric(Metric("my/metric", "mine", "", "first", "mine.Objective", **options))
+    assert str(caught.value).startswith(message)
+    assert find_metric("my/metric") is None
