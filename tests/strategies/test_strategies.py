@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from opdlab.errors import UsageError
 from opdlab.gating import (
     DriftGate,
     GateInputs,
