@@ -109,6 +109,8 @@ class Explainer:
         if match := _UNKNOWN.search(text):
             key = f"{match['group']}.{match['key']}" if match["group"] else match["key"] or match["argument"]
             return f"unknown key '{key}'{self._nearest(key)}"
+        if match := re.search(r"^Parser key \"(\S+)\": Unable to load config '(.*?)' - a section, (line .*)$", text):
+            return f"{match[1]} is {match[2]}, a file that cannot be read: {match[3]}"
         if match := re.search(r"^Parser key \"(\S+)\": Unable to load config ['\"](.*?)['\"]", text):
             return f"{match[1]} is {match[2]}, but it is a section{self._nearest(f'{match[1]}.')}"
         if match := re.search(r"^the following arguments are required: (.*)$", text):
@@ -135,12 +137,14 @@ class Explainer:
             error: the parser's error, whose cause may be a failed import.
         """
         text = _NO_PATH.sub("", text)
-        if match := re.search(r"\.? Got value: Namespace\((?:class_path='(?P<cls>[\w.]+)')?.*$", text, re.DOTALL):
-            text, cls = text[: match.start()], match["cls"] or cls  # the outer type quotes the value again
         if match := _KEY.match(text):
             return self._value(f"{key}.{match['key']}", match["rest"], "", error)
-        if match := _CLASS.match(text) or _CALLABLE.match(text):
-            return self._value(key, match["rest"], match.groupdict().get("cls") or cls, error)
+        if match := _CLASS.match(text):
+            return self._value(key, match["rest"], match["cls"], error)
+        if match := _CALLABLE.match(text):
+            inner, _, given = match["rest"].rpartition(". Got value: Namespace(")
+            named = re.match(r"class_path='([\w.]+)'", given)
+            return self._value(key, inner or match["rest"], named[1] if named else cls, error)
         if match := _ERRORS.match(text):
             return self._union(key, match, text[match.end() :], error)
         text = " ".join(text.split())
@@ -167,12 +171,6 @@ class Explainer:
         )
         errors = re.split(rf"^{indent}  - ", quoted, flags=re.MULTILINE)[1:]
         given = given.strip()
-        if nested := re.match(r"NestedArg\(key='([^']+)'", given):
-            name, _, rest = nested[1].partition(".")
-            return (
-                f"unknown key '{key}.{nested[1]}': {key} has no '{name}' that is a class"
-                f"{f' with the key {rest!r}' if rest else ''}; give it a class path first, or check the name"
-            )
         for pattern in _TELLING:
             for text in filter(pattern.match, errors):
                 written = re.search(r"(?:class_path '|Import path |class, but )([\w.]+)", text)
@@ -183,6 +181,12 @@ class Explainer:
                 return self._value(f"{key}{place}", text, "", error)
             if _ERRORS.match(text):  # of an item of a list
                 return self._value(key, text, "", error)
+        if nested := re.match(r"NestedArg\(key='([^']+)'", given):
+            name, _, rest = nested[1].partition(".")
+            return (
+                f"unknown key '{key}.{nested[1]}': {key} has no '{name}' that is a class"
+                f"{f' with the key {rest!r}' if rest else ''}; give it a class path first, or check the name"
+            )
         names = {name.lower(): name for name in _subclasses(match["types"])}
         near = difflib.get_close_matches(given.lower(), names, n=1, cutoff=0.5)
         hint = f"; did you mean '{names[near[0]]}'?" if near else ""

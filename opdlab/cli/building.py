@@ -76,7 +76,7 @@ def build(parser: ArgumentParser, config: Namespace, *, groups: bool = True) -> 
     return built
 
 
-def _told(error: Exception, cls: Any, key: str, options: Container[str]) -> UsageError | None:
+def _told(error: Exception, cls: Any, key: str, options: Mapping[str, Any]) -> UsageError | None:
     """Return an error of a constructor as one that names the key; None for an error inside opdlab."""
     if isinstance(error, UsageError):
         return with_key(error, key, options)
@@ -89,7 +89,8 @@ def _told(error: Exception, cls: Any, key: str, options: Container[str]) -> Usag
             f"{first_line(error)}"
         )
     if not str(cls.__module__).startswith("opdlab."):
-        return UsageError(f"{key} cannot be built: {name} refuses its options, change them: {first_line(error)}")
+        keys = f"options ({', '.join(options)})"
+        return UsageError(f"{key} cannot be built: {name} refuses its {keys}, change them: {first_line(error)}")
     return None
 
 

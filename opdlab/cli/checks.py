@@ -63,6 +63,7 @@ _LEAST = {
     "accumulate_grad_batches": (1, "use 1 for none"),
     "limit_train_batches": (0, "leave it out for all"),
 }
+_MOST_DEVICES = 4096  # Lightning makes a list of them
 # The hardware that every machine has.
 _ANY_MACHINE = {"accelerator": "cpu", "devices": 1, "strategy": "auto", "num_nodes": 1, "precision": None}
 
@@ -100,30 +101,33 @@ def check_config(parser: ArgumentParser, config: Namespace) -> None:
     if not plugins.data.train.class_path.startswith("opdlab."):
         del plugins["data"]  # the source of another package may read its files when it is built
     built = build(parser, plugins, groups=False).model
-    check_optimizer(built.optimizer, built.lr_scheduler)
+    check_optimizer(built.optimizer, built.lr_scheduler, config)
     seed = config.seed_everything
     require(
-        isinstance(seed, bool) or 0 <= seed < 1 << 32,
+        isinstance(seed, bool) or (seed is not None and 0 <= seed < 1 << 32),
         f"seed_everything is {seed}, but must lie between 0 and {(1 << 32) - 1}",
     )
     check_trainer(config)
 
 
 def check_nulls(config: Namespace) -> None:
-    """Refuse null for options whose type has no null, which the parser takes for all.
+    """Refuse null for options whose type has no null, which the parser takes for all; and NaN for all options.
 
     Raises:
-        UsageError: an option is null.
+        UsageError: an option is null or NaN.
     """
     plain = config.as_dict()
+    for key in ("check_memory", "save_pools"):
+        require(plain[key] is not None, f"{key} is null, but must be true or false")
     known = {"trainer": Trainer, "model": OPDModule, "data": PromptDataModule, **_SECTIONS}
     for key, section in sections(plain):
         cls, options = known.get(key), section
         if "class_path" in section:
             cls, options = pkgutil.resolve_name(section["class_path"]), section.get("init_args") or {}
-        for name in (name for name, value in options.items() if value is None and isinstance(cls, type)):
-            kind = _type_without_null(cls, name)
+        for name, value in options.items():
+            kind = _type_without_null(cls, name) if value is None and isinstance(cls, type) else None
             require(kind is None, f"{key}.{name} is null, but must be {kind}")
+            require(value == value, f"{key}.{name} is nan, but must be a number")  # NaN equals nothing
 
 
 @functools.cache
@@ -142,7 +146,7 @@ def _type_without_null(cls: type, name: str) -> str | None:
     return None
 
 
-def check_optimizer(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None) -> None:
+def check_optimizer(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None, config: Namespace) -> None:
     """Build an optimizer and a schedule for one parameter, to refuse their options before models are loaded."""
     key = "model.optimizer"
     try:
@@ -151,8 +155,9 @@ def check_optimizer(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCalla
         if lr_scheduler is not None:
             lr_scheduler(made)
     except Exception as error:  # of a library, or of the user's own class
+        keys = f"init_args ({', '.join(config[key].as_dict().get('init_args') or {})})"
         where = f" or {line}" if (line := user_line(error)) is not None else ""
-        raise UsageError(f"{key} cannot be built, change its init_args{where}: {first_line(error)}") from error
+        raise UsageError(f"{key} cannot be built, change its {keys}{where}: {first_line(error)}") from error
 
 
 def check_trainer(config: Namespace, *, here: bool = False) -> None:
@@ -170,14 +175,17 @@ def check_trainer(config: Namespace, *, here: bool = False) -> None:
     for key, (least, fix) in _LEAST.items():
         value = options[key]
         require(value is None or value >= least, f"trainer.{key} is {value}, but must be at least {least}: {fix}")
+    devices = str(options["devices"])
+    most = f"must be at most {_MOST_DEVICES}: give the number of devices of each node"
+    require(not devices.isdigit() or int(devices) <= _MOST_DEVICES, f"trainer.devices is {devices}, but {most}")
     interval = options["val_check_interval"]
     require(interval != 0, "trainer.val_check_interval is 0, but must be above 0: leave it out to validate at the end")
     options |= {"logger": False, "callbacks": None, "plugins": None, "enable_model_summary": False}
     options |= {"enable_progress_bar": False, "enable_checkpointing": False}
-    devices = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     refused: Exception | None = None
     for attempt in [options] if here else [options, options | _ANY_MACHINE]:
-        devices.disabled = True  # the run's own trainer names the devices
+        rank_zero.disabled = True  # the run's own trainer names the devices
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -185,11 +193,11 @@ def check_trainer(config: Namespace, *, here: bool = False) -> None:
             return
         except (MisconfigurationException, ImportError) as error:
             refused = error  # the device or its package may be missing here alone
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
             refused = error
             break
         finally:
-            devices.disabled = False
+            rank_zero.disabled = False
     text = " ".join(str(refused).split())[:200].rstrip(".")
     places = {key: match.start() for key in options if (match := re.search(rf"\b{key}\b", text))}
     by_value = (key for key, value in options.items() if isinstance(value, str) and f"'{value}'" in text)

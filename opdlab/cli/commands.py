@@ -136,7 +136,9 @@ def console() -> None:
     advert = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advert.addFilter(lambda record: "litlogger" not in record.getMessage())
     # Python's default format names a file and quotes one of its lines.
-    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
+    warnings.formatwarning = lambda message, category, *_: (
+        f"{category.__name__}: {' '.join(map(printable, str(message).splitlines()))}\n"
+    )
     try:
         code = main()
         sys.stdout.flush()
