@@ -150,7 +150,7 @@ class Explainer:
         text = " ".join(text.split())
         if match := re.match(r"Option '([\w.]+)' is not accepted", text):
             options = options_of(cls) if cls else []
-            of, listed = (f" of {cls}", f" its keys: {', '.join(options)}") if cls else ("", "")
+            of, listed = f" of {cls}" if cls else "", f" its keys: {', '.join(options)}" if options else " it has none"
             return f"{key}: unknown key '{match[1]}'{of}{suggestion(match[1], options) or ';'}{listed}".rstrip(";")
         if match := re.match(r"the following arguments are required: (.*)$", text):
             return f"{key} lacks {match[1]}: give {', '.join(f'{key}.{name}' for name in match[1].split(', '))}"
@@ -171,22 +171,28 @@ class Explainer:
         )
         errors = re.split(rf"^{indent}  - ", quoted, flags=re.MULTILINE)[1:]
         given = given.strip()
+        # An option of a class that is given before, or an item of a section.
+        if nested := re.match(r"NestedArg\(key='(?P<key>[^']+)', val=(?P<value>.*)\)$", given, re.DOTALL):
+            owner, _, option = nested["key"].rpartition(".")
+            for text in (text for text in errors if _CLASS.match(text) or _CALLABLE.match(text)):
+                return self._value(f"{key}.{owner}".rstrip("."), text, "", error)
+            if match["types"].startswith("dict[") and not owner:
+                written = _shown(nested["value"].strip("'"))
+                return f"{key}.{option} is {written}, but must be {_CLASS_PATH}"
+            return (
+                f"unknown key '{key}.{nested['key']}': {f'{key}.{owner}'.rstrip('.')} is no class with the key "
+                f"'{option}'; give its class path first, or check the name"
+            )
         for pattern in _TELLING:
             for text in filter(pattern.match, errors):
-                written = re.search(r"(?:class_path '|Import path |class, but )([\w.]+)", text)
-                return self._value(key + ((written and _place(given, written[1])) or ""), text, "", error)
+                path = re.search(r"(?:class_path '|Import path |class, but )([\w.]+)", text)
+                return self._value(key + ((path and _place(given, path[1])) or ""), text, "", error)
         for text in errors if given[0] in "[{" else ():
-            written = _WRITTEN.match(" ".join(text.split()))
-            if written and (place := _place(given, written["value"])) is not None:
+            quoted_value = _WRITTEN.match(" ".join(text.split()))
+            if quoted_value and (place := _place(given, quoted_value["value"])) is not None:
                 return self._value(f"{key}{place}", text, "", error)
             if _ERRORS.match(text):  # of an item of a list
                 return self._value(key, text, "", error)
-        if nested := re.match(r"NestedArg\(key='([^']+)'", given):
-            name, _, rest = nested[1].partition(".")
-            return (
-                f"unknown key '{key}.{nested[1]}': {key} has no '{name}' that is a class"
-                f"{f' with the key {rest!r}' if rest else ''}; give it a class path first, or check the name"
-            )
         names = {name.lower(): name for name in _subclasses(match["types"])}
         near = difflib.get_close_matches(given.lower(), names, n=1, cutoff=0.5)
         hint = f"; did you mean '{names[near[0]]}'?" if near else ""

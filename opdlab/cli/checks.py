@@ -3,8 +3,8 @@
 import functools
 import inspect
 import logging
-import pkgutil
 import re
+import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
@@ -13,11 +13,11 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from opdlab.callbacks import BehaviorRefresh, GateMonitor, HFExport, PoolRecorder, SampleLogger
@@ -123,7 +123,8 @@ def check_nulls(config: Namespace) -> None:
     for key, section in sections(plain):
         cls, options = known.get(key), section
         if "class_path" in section:
-            cls, options = pkgutil.resolve_name(section["class_path"]), section.get("init_args") or {}
+            module, _, name = section["class_path"].rpartition(".")
+            cls, options = getattr(sys.modules.get(module), name, None), section.get("init_args") or {}
         for name, value in options.items():
             kind = _type_without_null(cls, name) if value is None and isinstance(cls, type) else None
             require(kind is None, f"{key}.{name} is null, but must be {kind}")
@@ -180,30 +181,35 @@ def check_trainer(config: Namespace, *, here: bool = False) -> None:
     require(not devices.isdigit() or int(devices) <= _MOST_DEVICES, f"trainer.devices is {devices}, but {most}")
     interval = options["val_check_interval"]
     require(interval != 0, "trainer.val_check_interval is 0, but must be above 0: leave it out to validate at the end")
-    options |= {"logger": False, "callbacks": None, "plugins": None, "enable_model_summary": False}
-    options |= {"enable_progress_bar": False, "enable_checkpointing": False}
-    rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    refused: Exception | None = None
-    for attempt in [options] if here else [options, options | _ANY_MACHINE]:
-        rank_zero.disabled = True  # the run's own trainer names the devices
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                Trainer(**attempt)
-            return
-        except (MisconfigurationException, ImportError) as error:
-            refused = error  # the device or its package may be missing here alone
-        except (ValueError, TypeError, RuntimeError, OverflowError) as error:
-            refused = error
-            break
-        finally:
-            rank_zero.disabled = False
-    text = " ".join(str(refused).split())[:200].rstrip(".")
+    error = _trainer_error(options)
+    if isinstance(error, MisconfigurationException | ImportError) and not here:
+        error = _trainer_error(options | _ANY_MACHINE)  # the device or its package may be missing here alone
+    if error is None:
+        return
+    text = " ".join(str(error).split())[:200].rstrip(".")
     places = {key: match.start() for key in options if (match := re.search(rf"\b{key}\b", text))}
-    by_value = (key for key, value in options.items() if isinstance(value, str) and f"'{value}'" in text)
+    written = text.replace("-", "_")
+    by_value = (key for key, v in options.items() if isinstance(v, str) and v.replace("-", "_") in written)
     key = min(places, key=places.__getitem__, default=next(by_value, "accelerator"))
     said = f"trainer.{key} is {options[key]}: {text}; `opdlab fit --help` lists what it takes"
-    raise UsageError(said) from refused
+    raise UsageError(said) from error
+
+
+def _trainer_error(options: Mapping[str, Any]) -> Exception | None:
+    """Return why Lightning refuses the options of a trainer, or None. Nothing is printed, and no file is made."""
+    quiet = {"logger": False, "callbacks": None, "plugins": None, "enable_model_summary": False}
+    quiet |= {"enable_progress_bar": False, "enable_checkpointing": False}
+    rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")  # the run's own trainer names the devices
+    rank_zero.disabled = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Trainer(**{**options, **quiet})
+    except (MisconfigurationException, ImportError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+        return error
+    finally:
+        rank_zero.disabled = False
+    return None
 
 
 def warn_of_idle_recorder(config: Namespace) -> None:

@@ -7,12 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import (
-    ActionConfigFile,
-    ArgumentParser,
-    Namespace,
-    set_loader,  # type: ignore[attr-defined] # documented, yet not in its __all__
-)
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_loader  # type: ignore[attr-defined]
 
 from opdlab.aliases import migrate, migrate_text, nested, warn_of_old_names
 from opdlab.cli.building import sections

@@ -104,6 +104,8 @@ def parse_fit(arguments: Sequence[str], command: str = "fit") -> Namespace:
             config = parser.parse_args(expand_names(arguments))
     except ArgumentError as error:
         raise UsageError(_explained(parser, error)) from error
+    finally:
+        vars(parser).pop("print_config", None)  # left by --print_config before a mistake
     config.trainer.default_root_dir = str(config.trainer.default_root_dir or "runs")
     if config.ckpt_path is not None:
         config.ckpt_path = str(find_checkpoint(config.ckpt_path, Path(config.trainer.default_root_dir)))

@@ -260,8 +260,10 @@ OTHERS = [
     ("fti", "unknown command 'fti'; did you mean 'fit'?"),
     ("", "give a command"),
 ]
-SECTIONS = ("trainer", "model", "model.sampling", "model.evaluation", "data", "data.reuse", "data.clean", "checkpoint")
-SECTIONS += ("behavior_refresh", "gate_monitor", "sample_logger", "pool_recorder", "export")
+SECTIONS = (
+    *("trainer", "model", "model.sampling", "model.evaluation", "data", "data.reuse", "data.clean", "checkpoint"),
+    *("behavior_refresh", "gate_monitor", "sample_logger", "pool_recorder", "export"),
+)
 
 
 def written() -> Iterator[tuple[str, str]]:
@@ -294,28 +296,25 @@ def mutants(config: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]
     """Yield copies of a configuration with one value changed: the kind of change, the key, and the copy."""
     for place in places(config):
         *parents, last = place.split("/")
-
-        def changed(change: Callable[[dict[str, Any], str], None], way: list[str] = parents, key: str = last) -> Any:
-            mutant = copy.deepcopy(config)
-            section = mutant
-            for name in way:
-                section = section[name]
-            change(section, key)
-            return mutant
-
-        value = config
-        for part in (*parents, last):
-            value = value[part]
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        wrong: dict[str, Any] = {"null": None, "a list": [{"x": 1}], "text": "n0 such value", "a number": 7.5}
-        yield "unknown key", last, changed(lambda section, key: section.update({f"{key}x": section.pop(key)}))
-        for name, other in wrong.items():
-            yield f"{name} instead", last, changed(lambda section, key, other=other: section.update({key: other}))
-        if number:
-            for other in (-value - 1, float("nan"), 10**40):
-                yield "out of range", last, changed(lambda section, key, other=other: section.update({key: other}))
+        section = config
+        for parent in parents:
+            section = section[parent]
+        value = section[last]
+        changes: list[tuple[str, Any]] = [("null", None), ("a list", [{"x": 1}]), ("text", "n0 such value")]
+        changes += [("a number", 7.5), ("unknown key", value)]
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            changes += [("out of range", other) for other in (-1 - value, float("nan"), 10**40)]
         if isinstance(value, str):
-            yield "missing file", last, changed(lambda section, key: section.update({key: "./missing/file.yaml"}))
+            changes.append(("missing file", "./missing/file.yaml"))
+        for kind, other in changes:
+            mutant = copy.deepcopy(config)
+            inside = mutant
+            for parent in parents:
+                inside = inside[parent]
+            inside[f"{last}x" if kind == "unknown key" else last] = other
+            if kind == "unknown key":
+                del inside[last]
+            yield kind, last, mutant
 
 
 def test_calls_that_are_written_down(call: Call, capsys: pytest.CaptureFixture[str]) -> None:
