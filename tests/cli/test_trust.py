@@ -11,7 +11,8 @@ import yaml
 
 from opdlab.cli import EXIT_USAGE, main
 from opdlab.cli.parsing import parse_fit
-from opdlab.cli.study import plain_config, plan_study
+from opdlab.cli.study import plain_config
+from opdlab.errors import UsageError
 from opdlab.studies.study import read_study
 from tests.cli.test_fit import SMALL
 
@@ -67,10 +68,11 @@ def test_no_command_takes_anything_from_a_checkpoint(checkpoint: str) -> None:
     assert saved["student"]["init_args"]["trust_remote_code"] is False
     assert (saved["gate"]["class_path"], saved["reduction"]) == ("opdlab.strategies.block.Block64Gate", "token_mean")
     assert main(["replay", "runs/quickstart/version_0", "--ckpt_path", checkpoint]) == EXIT_USAGE
-    study = {"name": "trust", "base": "quickstart", "seeds": [0], "baseline": "a"}
-    variants = [{"name": name, "overrides": ["--ckpt_path", checkpoint]} for name in "ab"]
+    study = {"name": "trust", "base": ["quickstart"], "seeds": [0], "budgets": [2], "baseline": "a"}
+    variants = [{"name": name, "overrides": [f"--ckpt_path={checkpoint}"]} for name in "ab"]
     Path("study.yaml").write_text(yaml.safe_dump({**study, "variants": variants}))
-    plan_study(read_study(Path("study.yaml")), Path("studies"), plain_config)
+    with pytest.raises(UsageError, match="ckpt_path follows from what a run left"):  # its runs are `opdlab fit`
+        read_study(Path("study.yaml"))
     assert not Path(MARK).exists()
     assert "effect" not in sys.modules
 
