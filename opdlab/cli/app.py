@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from opdlab.callbacks import EvaluationTable, LabProgressBar, RunFiles, SampleLogger, StopCheckpoint
 from opdlab.checkpoints import check_checkpoint
 from opdlab.cli.building import build
-from opdlab.cli.checks import warn_of_idle_recorder
+from opdlab.cli.checks import check_trainer, warn_of_idle_recorder
 from opdlab.cli.ending import run_to_end
 from opdlab.cli.estimate import refuse_oversized
 from opdlab.cli.hparams import log_hyperparameters
@@ -94,8 +94,12 @@ class OPDCLI(LightningCLI):
         if self.config.ckpt_path is not None:
             check_checkpoint(Path(self.config.ckpt_path), resume=self.command == "fit")
 
+    def _parse_ckpt_path(self) -> None:
+        """Take nothing from the checkpoint: Lightning merges its hyperparameters, class paths included."""
+
     def instantiate_classes(self) -> None:
         """Build all objects, after a check that the models' weights fit the device."""
+        check_trainer(self.config, here=True)
         if self.command == "fit":
             warn_of_idle_recorder(self.config)
             if self.config.check_memory:

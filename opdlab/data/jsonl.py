@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from opdlab.data.rows import RowProblems
-from opdlab.errors import require
+from opdlab.errors import UsageError, require
 
 
 class JsonlProblems(RowProblems):
@@ -40,11 +40,19 @@ class JsonlProblems(RowProblems):
             for number, line in enumerate(lines, start=1):
                 if not line.strip():
                     continue
+                place = f"{self.path}, line {number},"
                 try:
-                    row = json.loads(line.strip())
-                except ValueError as error:  # broken JSON, or not UTF-8
-                    row, reason = None, str(error)
-                else:
-                    reason = "not an object"
-                require(isinstance(row, dict), f"{self.path}, line {number}, is not JSON Lines: {reason}")
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    row = json.loads(text)
+                    if "\\ud" in text.lower():  # the escape of half a surrogate pair, which no file can hold
+                        json.dumps(row, ensure_ascii=False).encode()
+                except UnicodeDecodeError as error:
+                    raise UsageError(f"{place} is not text in UTF-8: write the file in that encoding") from error
+                except UnicodeEncodeError as error:
+                    raise UsageError(f"{place} has half a surrogate pair: leave it out") from error
+                except ValueError as error:
+                    raise UsageError(f"{place} is not JSON Lines: {error}") from error
+                except RecursionError as error:
+                    raise UsageError(f"{place} nests values too deeply: write it flatter") from error
+                require(isinstance(row, dict), f"{place} is not JSON Lines: not an object")
                 yield number, row

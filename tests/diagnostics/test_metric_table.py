@@ -153,3 +153,15 @@ def test_charts_match_as_tensorboard_does() -> None:
     charts = layout()["validation"]
     matched = {title: bool(re.match(patterns[0], "val/mean/pass@8")) for title, (_, patterns) in charts.items()}
     assert matched == {"pass@k, mean of the benchmarks": True, "pass@k": False, "length, tokens": False}
+
+
+@pytest.mark.parametrize("progress", ["loss", "loss {:.3z}", "loss {", "loss {name}"])
+def test_a_progress_item_that_shows_no_number_is_refused(progress: str) -> None:
+    with pytest.raises(UsageError, match="metric 'my/metric': progress is '.*', but must be a format of a number"):
+        register_metric(Metric("my/metric", "mine", "", "first", "mine.Objective", progress=progress))
+    assert find_metric("my/metric") is None
+
+
+def test_a_chart_that_is_only_a_name_is_refused() -> None:
+    with pytest.raises(UsageError, match="metric 'my/metric': chart is a str, but must be a Chart"):
+        register_metric(Metric("my/metric", "mine", "", "first", "mine.Objective", chart="drift"))  # type: ignore[arg-type]
