@@ -188,10 +188,10 @@ def test_equal_answers_have_one_form(
 
 def test_gold_answers_equal_themselves_with_other_numbers_in_them(verifier: MathVerifier) -> None:
     """Each integer n is written as 2n/2, so that no text is compared."""
-    structured = re.compile(r"[$_%:!]|[0-9] *\\frac|[0-9],|\\text|[0-9] [0-9]")
+    structured = re.compile(r"[$_%:!.]|mbox|\\frac *[0-9]|[0-9] *\\frac|[0-9],|\\text|[0-9] [0-9]")
     golds = [gold for gold in _golds("math500") if not structured.search(gold)]
-    doubled = [re.sub("[0-9]+", lambda number: rf"{{\frac{{{2 * int(number[0])}}}{{2}}}}", gold) for gold in golds]
-    assert sum(gold != other for gold, other in zip(golds, doubled, strict=True)) > 150
+    doubled = [re.sub("[0-9]+", lambda number: rf"\frac{{{2 * int(number[0])}}}{{2}}", gold) for gold in golds]
+    assert sum(gold != other for gold, other in zip(golds, doubled, strict=True)) > 130
     verdicts = verifier.verify([rf"\boxed{{{other}}}" for other in doubled], golds)
     assert [gold for gold, verdict in zip(golds, verdicts, strict=True) if not verdict.correct] == []
 

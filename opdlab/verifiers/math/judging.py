@@ -11,8 +11,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from opdlab.verifiers.math.equality import expression, same
+from opdlab.verifiers.math.equality import same
 from opdlab.verifiers.math.reading import ASIAN, Answer, Group, Relation, Single, plain_text, read
+from opdlab.verifiers.math.values import expression
 from opdlab.verifiers.quantities import units_differ
 from opdlab.verifiers.spelling import normalized, without_unicode
 from opdlab.verifiers.verifier import bounded_form
