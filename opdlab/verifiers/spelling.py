@@ -55,8 +55,8 @@ _REWRITES = tuple(
         (r"\\text\{ *\}", " "),
         (r"\\text\{ *([-+]?[0-9][0-9.,/]*) *\}", r" \1 "),
         (r"\\text\{ *([0-9A-Z]+) *\}(?= *_)", r"\1"),
-        (r"\\l(?:brace|brack)(?![a-zA-Z])", r"\\{"),
-        (r"\\r(?:brace|brack)(?![a-zA-Z])", r"\\}"),
+        (r"\\([lr])brace(?![a-zA-Z])", lambda found: "\\{" if found[1] == "l" else "\\}"),
+        (r"\\([lr])brack(?![a-zA-Z])", lambda found: "[" if found[1] == "l" else "]"),
         (r"\\[lr]?vert(?![a-zA-Z])", "|"),
         (r"\\(?:leq?(?:slant|q)?)(?![a-zA-Z])|<=", r"\\le "),
         (r"\\(?:geq?(?:slant|q)?)(?![a-zA-Z])|>=", r"\\ge "),
@@ -93,7 +93,7 @@ def normalized(text: str) -> str:
         >>> print(normalized(r"$\dfrac\pi4\,.$"), normalized("x\u00b2 + \u221a12"))
         \frac{\pi}{4} x^{2} + \sqrt{12}
     """
-    if text.isalnum() and text.isascii() and not text.isalpha():  # most answers are plain integers
+    if text.isdecimal() and text.isascii():  # most answers are plain integers
         return text
     text = without_unicode(text)
     dollars = text.replace("\\$", "").count("$")

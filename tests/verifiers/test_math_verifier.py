@@ -17,7 +17,7 @@ import pytest
 
 from opdlab.errors import UsageError
 from opdlab.verifiers import MathVerifier, Verdict
-from opdlab.verifiers.math.judging import Judgement, judge
+from opdlab.verifiers.math.judging import judge
 from opdlab.verifiers.math.worker_pool import WorkerPool, WorkerStartError
 from tests.verifiers.hostile_answers import HOSTILE_ANSWERS
 
@@ -371,8 +371,8 @@ def test_an_answer_that_kills_its_process_is_wrong() -> None:
 def test_judge_says_what_it_decided_before_the_canonical_form(boxed: bool) -> None:
     outcomes: list[bool] = []
     answer = "2" if boxed else "The final answer is $2$."
-    assert judge([answer], "2", boxed, outcomes.append) == Judgement(True, "2", "equal")
-    assert judge([answer], "3", boxed, outcomes.append) == Judgement(False, "2", "different")
+    assert judge([answer], "2", boxed, outcomes.append) == Verdict(True, "2", "equal")
+    assert judge([answer], "3", boxed, outcomes.append) == Verdict(False, "2", "different")
     assert outcomes == [True, False]
 
 

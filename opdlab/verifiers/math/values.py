@@ -93,10 +93,10 @@ def _same_number(a: Any, b: Any) -> bool:
 
 def rounds_to(decimal: Quantity, exact: Any) -> bool:
     """True if a decimal is an irrational number rounded; see :func:`opdlab.verifiers.quantities.is_rounded`."""
-    near = exact.evalf(_PRECISIONS[0])
-    if not near.is_Float or exact.doit().is_Rational:
+    if not decimal.places or not getattr(exact, "is_number", False):
         return False
-    return is_rounded(decimal, Fraction(str(near)))
+    near = exact.evalf(_PRECISIONS[0])
+    return near.is_Float and not exact.doit().is_Rational and is_rounded(decimal, Fraction(str(near)))
 
 
 # An ellipsis, times of day, numbers side by side, primes, and comparisons have no value.
