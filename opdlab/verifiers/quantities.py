@@ -127,7 +127,7 @@ def split_unit(text: str, letter: str | None = None) -> tuple[str, str | None]:
         if match is None or match.start() == 0:
             continue
         value, words = text[: match.start()].strip(), match[0].strip()
-        if (pattern is _SIGN_UNIT and _ANGLE.search(value)) or _COMPARISON.search(words):
+        if (pattern is _SIGN_UNIT and ANGLE.search(value)) or _COMPARISON.search(words):
             return text, None  # the degrees of an angle; "or more" is no unit
         if (factor := _FACTOR.match(words)) and not _is_known(
             parse_unit(words)
@@ -264,7 +264,7 @@ _CURRENCY = re.compile(r"([+-]? *)((?:US *)?\\?\$|\u20ac|\u00a3|\u00a5|Rs\.?) *(
 _TEXT = r"\\text\{(?:[^{}]|\{[^{}]*\})*\}"
 _TEXT_UNIT = re.compile(rf"{_TEXT}(?:{_TEXT}| |/|\\cdot|\^\{{-?[0-9]\}})*$")
 _SIGN_UNIT = re.compile(r"(?:\\?%|(?:\^\{)?\\circ\}?(?: *[CF])?|\\?\$|\u20ac|\u00a3|\u00a5|\u00a2|\\cents)$")
-_ANGLE = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
+ANGLE = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _ASIAN = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 _ASIAN_UNIT = re.compile(f"(?<![{_ASIAN}/])(?:(?!\u4ee5)[{_ASIAN}]/?)+$")  # not "and more", "and less"
 _WORD = r"[a-zA-Z]+\.?(?:\^\{-?[0-9]\})?"

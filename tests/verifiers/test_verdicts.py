@@ -1,5 +1,7 @@
 """What is equal and what is not: answers by kind, and laws that hold for all answers of a kind."""
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -44,6 +46,7 @@ RIGHT = {
         (r"1.6\times10^{-19}\text{ C}", r"0.16\times 10^{-18} C"),
         (r"60^\circ, 120^\circ", "120, 60"),
         (r"\cos 13^\circ", r"\sin 77^\circ"),
+        (r"180^\circ - 2\theta", r"180 - 2\theta"),
     ],
     "Chinese": [
         ("5", "5\u4e2a"),
@@ -221,6 +224,8 @@ def test_no_wrong_answer_passes(kind: str, verifier: MathVerifier) -> None:
         (r"First \boxed{4}, and after correcting the sign \boxed{9}.", "9", True),
         (r"First \boxed{4}, and after correcting the sign \boxed{9}.", "4", False),
         (r"\boxed{4} and \boxed{9}", "9", True),
+        (r"\boxed{75} and \boxed{75}", "75, 75", True),
+        (r"The smaller root is \boxed{1} and the larger one \boxed{2}.", "1, 2", True),
         (r"\boxed{4} and \boxed{9}", "4", False),
         (r"\boxed {5}", "5", True),
         (r"\fbox{5}", "5", True),
@@ -318,6 +323,53 @@ def test_numbers_in_a_base_are_read_as_one(base: int, whole: str, places: str, n
         assert not equal(f"{digits}_{base}", f"{other}_{base}")
         assert not equal(f"{digits}_{base}", f"{digits}_{base + 1}")
         assert base == 10 or not equal(f"{digits}_{base}", digits)
+
+
+GOLDS = [
+    *(
+        "12",
+        "-7",
+        "3.25",
+        r"\frac{3}{4}",
+        r"-\frac{2\pi}{5}",
+        r"2\sqrt{3}",
+        r"x^{2}-3x+1",
+        "(-3, 2)",
+        r"\{1,2,-5\}",
+        "1,-1",
+    ),
+    *(
+        r"(-\infty,-1)\cup(2,\infty)",
+        r"90^\circ",
+        r"x\le 3",
+        "2516_{8}",
+        r"10\text{ cm}^{2}",
+        r"\frac{1}{2^{98}}",
+        "y=2x-1",
+    ),
+]
+SPELLINGS = [
+    lambda text: text.translate({ord(digit): ord(digit) + 0xFEE0 for digit in "0123456789"}),
+    lambda text: text.replace("-", "\u2212"),
+    lambda text: text.replace("\\pi", "\u03c0").replace("\\infty", "\u221e").replace("\\cup", "\u222a"),
+    lambda text: text.replace("\\le ", "\u2264").replace("^\\circ", "\u00b0").replace("^{2}", "\u00b2"),
+    lambda text: text.replace("\\frac", "\\dfrac").replace("\\text", "\\mathrm"),
+    lambda text: text.replace(",", ",\\; "),
+    lambda text: f"${text}$",
+    lambda text: f"\\displaystyle {text}.",
+    lambda text: "\u200b".join(text) if "\\" not in text else text + "\ufeff",
+    lambda text: f"\u7b54\u6848\u662f {text}",
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(GOLDS), st.lists(st.sampled_from(SPELLINGS), max_size=5, unique=True))
+def test_an_answer_equals_itself_in_any_spelling(gold: str, spellings: list[Callable[[str], str]]) -> None:
+    answer = gold
+    for spelling in spellings:
+        answer = spelling(answer)
+    assert equal(gold, answer)
+    assert equal(answer, gold)
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,7 +13,7 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from opdlab.verifiers.quantities import Quantity, is_rounded
+from opdlab.verifiers.quantities import ANGLE, Quantity, is_rounded
 
 _PRECISIONS = (60, 500)  # digits; the second only where two numbers agree to the first
 _NUM_POINTS = 6
@@ -28,6 +28,7 @@ def expression(text: str) -> Any:
 
     if not text or _UNREADABLE.search(text):
         return None
+    text = text.replace("^{\\circ}", r"\frac{\pi}{180}" if ANGLE.search(text) else "")
     for pattern, replacement in _FOR_THE_PARSER:
         text = pattern.sub(replacement, text)
     try:
@@ -105,7 +106,6 @@ _UNREADABLE = re.compile(
 )
 _FOR_THE_PARSER = (
     (re.compile(r"(?<=[0-9])(?:\{,\}|,)(?=[0-9]{3}(?![0-9]))"), ""),
-    (re.compile(r"\^\{\\circ\}"), r"\\frac{\\pi}{180}"),
     (
         re.compile(r"([0-9]*)\.([0-9]+)"),
         lambda found: rf"\frac{{{found[1]}{found[2]}}}{{1{'0' * len(found[2])}}}",
