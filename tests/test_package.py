@@ -27,7 +27,15 @@ PUBLIC = {
         "TruncatedRatioGate",
     ],
     "opdlab.callbacks": [
-        *("BehaviorRefresh", "EvaluationTable", "GateMonitor", "HFExport", "PoolRecorder", "SampleLogger"),
+        *(
+            "BehaviorRefresh",
+            "CollapseGuard",
+            "EvaluationTable",
+            "GateMonitor",
+            "HFExport",
+            "PoolRecorder",
+            "SampleLogger",
+        ),
         *("StopCheckpoint", "LabProgressBar"),
     ],
     "opdlab.objectives": [

@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 
-from opdlab.callbacks import BehaviorRefresh, GateMonitor, HFExport, PoolRecorder, SampleLogger
+from opdlab.callbacks import BehaviorRefresh, CollapseGuard, GateMonitor, HFExport, PoolRecorder, SampleLogger
 from opdlab.cli.building import build, under
 from opdlab.data import PromptDataModule
 from opdlab.data.cleaning import CleaningConfig
@@ -23,6 +23,7 @@ CALLBACKS: Mapping[str, type[Callback]] = {
     "gate_monitor": GateMonitor,
     "sample_logger": SampleLogger,
     "pool_recorder": PoolRecorder,
+    "collapse_guard": CollapseGuard,
     "export": HFExport,
 }
 

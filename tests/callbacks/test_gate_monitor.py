@@ -33,12 +33,12 @@ from torch._subclasses.fake_tensor import (
 from opdlab.callbacks import GateMonitor, SampleLogger, gate_monitor
 from opdlab.callbacks.gate_monitor import DrawingTime
 from opdlab.callbacks.step_callback import StepCallback
-from opdlab.callbacks.tensorboard import layout
 from opdlab.diagnostics import StepTrace, gate_plots
 from opdlab.diagnostics.run_history import add_to_age_table, new_age_table, read_ages
 from opdlab.diagnostics.trace import to_host
 from opdlab.errors import Stopped, UsageError
 from opdlab.gating import DriftGate, GateInputs, build_gate
+from opdlab.loggers import layout
 from opdlab.objectives import SampledTokenOPD
 from opdlab.training import join_gate_inputs
 from tests.test_resume import SaveAt

@@ -12,11 +12,11 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 
 from opdlab.callbacks import EvaluationTable, GateMonitor, LabProgressBar, PoolRecorder, SampleLogger
-from opdlab.callbacks.tensorboard import layout
 from opdlab.diagnostics import Chart, Metric, find_metric, metric_rows, metric_table, register_metric
 from opdlab.diagnostics.metric_table import progress_items, progress_names
 from opdlab.errors import UsageError
 from opdlab.evaluation import EvaluationConfig
+from opdlab.loggers import layout
 from opdlab.objectives import SampledTokenOPD, TeacherTopK
 from opdlab.policies import LocalTeacher
 from opdlab.tau import LinearTau
