@@ -147,7 +147,8 @@ def log_media(
             elif items and not isinstance(logger, DummyLogger):
                 told = _TOLD.setdefault(logger, set())
                 if kind not in told:
-                    rank_zero_info(f"{type(logger).__name__} takes no {kind}: {', '.join(sorted(items)[:3])}… left out")
+                    names = ", ".join(sorted(items)[:3]) + (", …" if len(items) > 3 else "")
+                    rank_zero_info(f"{type(logger).__name__} takes no {kind}; left out: {names}")
                 told.add(kind)
 
 
