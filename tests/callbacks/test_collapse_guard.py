@@ -49,7 +49,7 @@ def test_what_goes_wrong_is_reported(make_run: MakeRun, name: str, objective: Ob
     if name == "zeros":
         options = {"student": zeros()}
     guard = CollapseGuard()
-    make_run(callbacks=(guard,), objective=objective, **options).fit(9)
+    make_run(callbacks=(guard,), objective=objective, **options).fit(4)  # at 1000 the fifth step is not finite
     assert guard.messages
     assert all(message.startswith("collapse: step ") for message in guard.messages)
     assert not guard.stopped
@@ -73,7 +73,7 @@ def test_a_healthy_run_has_no_message_and_its_metrics(make_run: MakeRun, tmp_pat
 
 
 def test_weights_are_those_without_the_guard_bit_for_bit(make_run: MakeRun) -> None:
-    plain, guarded = make_run(lr=1000.0), make_run(lr=1000.0, callbacks=(CollapseGuard(),))
+    plain, guarded = make_run(lr=30.0), make_run(lr=30.0, callbacks=(CollapseGuard(),))
     plain.fit(5, logger=False)
     guarded.fit(5, logger=False)
     for name, tensor in plain.module.state_dict().items():
@@ -85,7 +85,8 @@ def test_stopping_leaves_a_checkpoint_and_a_page(make_run: MakeRun, tmp_path: Pa
     guard = CollapseGuard(stop=True)
     gate = build_gate("block32", tau=1e6, normalization="none")
     others = () if own_checkpoint else (StopCheckpoint(),)
-    trainer = make_run(callbacks=(guard, *others), gate=gate, refresh=100).fit(9, logger=False)
+    run = make_run(callbacks=(guard, *others), gate=gate, refresh=100)
+    trainer = run.fit(9, logger=False, enable_checkpointing=not own_checkpoint)
     assert guard.stopped
     assert trainer.global_step == 4  # the first step is fresh
     (path,) = (tmp_path / "checkpoints").glob("*.ckpt")
