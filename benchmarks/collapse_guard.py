@@ -122,6 +122,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=16, help="of each healthy variant (default: %(default)s)")
     parser.add_argument("--first-seed", type=int, default=0, help="of them (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=16, help="optimizer steps of a run (default: %(default)s)")
+    parser.add_argument("--healthy-only", action="store_true", help="leave out the wrong runs")
     parser.add_argument("--json", type=Path, help="write everything measured to this file")
     given = parser.parse_args()
     sys.path.insert(0, str(REPOSITORY))
@@ -147,7 +148,7 @@ def main() -> None:
                 overrides = ["-c", "toy_study", *study["overrides"], *variant["overrides"]]
                 messages, metrics, share = run(overrides, seed, given.steps, folder / "runs")
                 runs.append({"messages": messages, "share of the time": share, **extremes(metrics)})
-        for name, changes in WRONG.items():
+        for name, changes in WRONG.items() if not given.healthy_only else ():
             for objective in ("teacher_topk", "sampled_token"):
                 overrides = [f"--model.objective={objective}", "--model.gate=block64"]
                 overrides += [change.format(zeros=folder / "zeros") for change in changes]

@@ -72,7 +72,7 @@ class FakeWandb(WandbLogger):
     def save_dir(self) -> None:
         return None
 
-    name = version = "fake"  # type: ignore[assignment]
+    name = version = "fake"
 
     def finalize(self, status: str) -> None: ...
 
@@ -80,7 +80,7 @@ class FakeWandb(WandbLogger):
 @pytest.fixture
 def fake_wandb(monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
     module = SimpleNamespace(Histogram=FakeHistogram, Image=FakeImage, Table=FakeTable)
-    monkeypatch.setitem(sys.modules, "wandb", module)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "wandb", module)
     return FakeWandb()
 
 
@@ -144,7 +144,7 @@ class FakeMLflow(MLFlowLogger):
         Logger.__init__(self)
         self.artifacts: dict[str, Any] = {}
 
-    run_id = "7"  # type: ignore[assignment]
+    run_id = "7"
 
     @property
     def experiment(self) -> Any:

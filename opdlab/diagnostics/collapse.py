@@ -42,7 +42,7 @@ class CollapseLimits:
     patience: int = 3
     min_weight: float = 1e-3
     min_entropy_ratio: float = 0.05
-    min_entropy: float = 1e-4
+    min_entropy: float = 1e-6
     max_uniformity: float = 0.9998
     max_repeated: float = 0.6
     max_truncated: float = 0.9
