@@ -1,5 +1,6 @@
 """``opdlab fit | validate | test``: a LightningCLI with run folders, and an evaluation before and after training."""
 
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
-from opdlab.callbacks import EvaluationTable, LabProgressBar, RunFiles, SampleLogger, StopCheckpoint
+from opdlab.callbacks import CollapseGuard, EvaluationTable, LabProgressBar, RunFiles, SampleLogger, StopCheckpoint
 from opdlab.checkpoints import check_checkpoint
 from opdlab.cli.building import build
 from opdlab.cli.checks import check_trainer, warn_of_idle_recorder
@@ -31,6 +32,7 @@ from opdlab.records import RESULTS
 from opdlab.run_folder import RunFolder, fit_samples_folder, samples_folder_for
 from opdlab.training.run_trainer import MetricsFile, RunTrainer
 
+EXIT_COLLAPSED = 3
 _TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 
 
@@ -184,12 +186,22 @@ class OPDCLI(LightningCLI):
         assert self.folder is not None
         if self.config.ckpt_path is not None:  # a resumed run uses its own folder on purpose
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-        return run_to_end(self._fit, self.trainer, self.folder.path, self._how_to_go_on)
+        code = run_to_end(self._fit, self.trainer, self.folder.path, self._how_to_go_on)
+        return EXIT_COLLAPSED if code == 0 and self._collapsed else code
+
+    @property
+    def _collapsed(self) -> bool:
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return any(isinstance(callback, CollapseGuard) and callback.stopped for callback in callbacks)
 
     def _fit(self) -> None:
+        assert self.folder is not None
         self.before_fit()
         self.trainer.fit(self.model, datamodule=self.datamodule, **self._run_arguments)
-        self.after_fit()
+        if not self._collapsed:
+            self.after_fit()
+        elif self.trainer.is_global_zero:
+            print(f"opdlab: training has collapsed and was stopped; see {self.folder.results}", file=sys.stderr)
 
     def _how_to_go_on(self) -> str:
         folder = self.model.evaluator.folder

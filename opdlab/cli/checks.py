@@ -20,7 +20,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from opdlab.callbacks import BehaviorRefresh, GateMonitor, HFExport, PoolRecorder, SampleLogger
+from opdlab.callbacks import BehaviorRefresh, CollapseGuard, GateMonitor, HFExport, PoolRecorder, SampleLogger
 from opdlab.cli.building import build, sections, under
 from opdlab.data import PromptDataModule
 from opdlab.data.cleaning import CleaningConfig
@@ -38,6 +38,7 @@ CALLBACKS: Mapping[str, type[Callback]] = {
     "gate_monitor": GateMonitor,
     "sample_logger": SampleLogger,
     "pool_recorder": PoolRecorder,
+    "collapse_guard": CollapseGuard,
     "export": HFExport,
 }
 
