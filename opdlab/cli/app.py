@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerStatus
 
 from opdlab.callbacks import EvaluationTable, LabProgressBar, SampleLogger, StopCheckpoint
-from opdlab.cli.building import build
+from opdlab.cli.building import build, with_seeds
 from opdlab.cli.checks import warn_of_idle_recorder
 from opdlab.cli.estimate import refuse_oversized
 from opdlab.cli.hparams import log_hyperparameters
@@ -23,6 +23,7 @@ from opdlab.module import OPDModule
 from opdlab.policies import LanguageModel, LocalTeacher
 from opdlab.records import RESULTS
 from opdlab.run_folder import check_checkpoint, fit_samples_folder, run_folder_for, samples_folder_for
+from opdlab.seeds import evaluation_seed
 
 
 def fit(arguments: Sequence[str]) -> int:
@@ -111,6 +112,7 @@ class OPDCLI(LightningCLI):
             config.trainer.logger = False if config.trainer.logger is None else config.trainer.logger
             if config.ckpt_path is not None and config.checkpoint.dirpath is None:
                 config.checkpoint.dirpath = str(Path(config.ckpt_path).absolute().parent)
+            evaluation.seed = evaluation_seed(evaluation.seed, config.ckpt_path)
             if evaluation.samples is None:
                 student = config.get("model.student.init_args.path") or "student"
                 evaluation.samples = samples_folder_for(student, config.ckpt_path, root)
@@ -177,7 +179,8 @@ class OPDCLI(LightningCLI):
         # Report invalid training problems before an evaluation that may take long.
         self.datamodule.prepare(self.model.student.tokenizer, training=True)
         self.datamodule.reuse.check_prompts(len(self.datamodule.train_prompts or ()), self.trainer.world_size)
-        log_hyperparameters(self.trainer, self.model, self.config.as_dict(), self.datamodule.benchmark_sources)
+        config = with_seeds(self.config).as_dict()
+        log_hyperparameters(self.trainer, self.model, config, self.datamodule.benchmark_sources)
         if self.config.ckpt_path is None and self._has_benchmarks:
             self._evaluate("val", self.model.student)
 

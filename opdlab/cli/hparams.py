@@ -96,6 +96,8 @@ def hyperparameters(module: OPDModule, config: Mapping[str, Any]) -> dict[str, V
         **_prefixed("adapter", _options(model["student"]).get("adapter")),
         "teacher": _options(model["teacher"]).get("path") or _class_name(model["teacher"]),
         "seed": config["seed_everything"],
+        "data.seed": data["seed"],
+        "evaluation.seed": model["evaluation"]["seed"],
     }
     return {name: _plain(value) for name, value in values.items() if value is not None}
 

@@ -119,8 +119,7 @@ def _built(arguments: Sequence[str]) -> tuple[Namespace, OPDModule, PromptDataMo
     config = parse_fit(arguments)
     if config.check_memory:
         refuse_oversized(config)
-    if config.seed_everything is not False:  # adapters are initialised at random
-        seed_everything(None if config.seed_everything is True else config.seed_everything, workers=True)
+    seed_everything(config.seed_everything, workers=True)  # adapters are initialised at random
     built = build(fit_parser(), config)
     return config, built.model, built.data
 

@@ -16,6 +16,7 @@ from opdlab.data.cleaning import CleaningConfig, CleaningReport, clean
 from opdlab.data.prompts import ProblemSource, PromptSet, prompt_set
 from opdlab.errors import require
 from opdlab.rollouts import Pool, ReuseConfig, RolloutLoader
+from opdlab.seeds import DEFAULT_SEED
 from opdlab.types import EvaluationBatch, Prompt
 from opdlab.verifiers.verifier import Verifier
 
@@ -30,7 +31,7 @@ class PromptDataModule(pl.LightningDataModule):
         clean: rules that drop training problems; see :class:`CleaningConfig`.
         max_prompt_tokens: longer prompts are dropped and counted.
         eval_batch_size: problems per evaluation batch.
-        seed: seed of the prompt order and of sampling.
+        seed: seed of the prompt order and of the rollouts. Null follows ``seed_everything``; in Python it means 0.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class PromptDataModule(pl.LightningDataModule):
         clean: CleaningConfig = CleaningConfig(),  # noqa: B008 - frozen
         max_prompt_tokens: int = 2048,
         eval_batch_size: int = 64,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         for name in benchmarks or {}:
@@ -55,7 +56,8 @@ class PromptDataModule(pl.LightningDataModule):
         self.benchmark_sources: Mapping[str, ProblemSource] = benchmarks or {}
         self.reuse = reuse
         self.clean = clean
-        self.max_prompt_tokens, self.eval_batch_size, self.seed = max_prompt_tokens, eval_batch_size, seed
+        self.max_prompt_tokens, self.eval_batch_size = max_prompt_tokens, eval_batch_size
+        self.seed = DEFAULT_SEED if seed is None else seed
         self.train_prompts: PromptSet | None = None
         self.cleaning_report: CleaningReport | None = None
         self.benchmarks: dict[str, PromptSet] = {}

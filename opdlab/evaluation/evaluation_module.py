@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
@@ -17,6 +18,7 @@ from opdlab.evaluation.settings import benchmark_settings, fingerprint
 from opdlab.policies import LanguageModel, LocalTeacher, NoTeacher, SamplingConfig, Teacher, TeacherHolder
 from opdlab.progress import Progress, SilentProgress
 from opdlab.records import package_versions
+from opdlab.seeds import EVALUATION_SEED_KEY
 from opdlab.types import EvaluationBatch
 
 
@@ -95,6 +97,10 @@ class EvaluationModule(pl.LightningModule):
     def _evaluated(self) -> _Evaluated:
         return self._instead or _Evaluated("val", self.student)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the evaluation seed, so that a later evaluation of the checkpoint can use it too."""
+        checkpoint[EVALUATION_SEED_KEY] = self.evaluator.config.seed
+
     def validation_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sample answers to a batch of problems and submit them to the verifier."""
         teacher = self.teacher if self.evaluator.config.reverse_kl else None
@@ -154,7 +160,7 @@ class EvaluationModule(pl.LightningModule):
         checkpoint = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
         about = {"model": evaluated.model.path, "checkpoint": checkpoint, "step": self.global_step}
         return SampleFolder(
-            Path(config.samples) / subfolder,
+            trainer.strategy.broadcast(str(Path(config.samples) / subfolder)),  # the first process knows the run's
             {**about, "compared": compared},
             rank=trainer.global_rank,
             replace=bool(subfolder),  # only this run uses a subfolder

@@ -152,7 +152,7 @@ def make_plan(study: Study, folder: Path, resolve: Resolve) -> Plan:
 
 def _resolve(resolve: Resolve, study: Study, variant: Variant) -> dict[str, Any]:
     """Return a variant's configuration by dotted key, after checking that every run ends and is evaluated."""
-    config = resolve([*_arguments(study, variant), "--seed_everything=false"])
+    config = resolve([*_arguments(study, variant), "--seed_everything=0"])
     require(
         bool(config["data"].get("benchmarks")),
         "data.benchmarks is empty, so that nothing would be evaluated: give at least one",
