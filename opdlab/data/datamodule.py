@@ -1,6 +1,7 @@
 """The data module: prompts for training, problems for evaluation."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -8,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -96,6 +97,13 @@ class PromptDataModule(pl.LightningDataModule):
         for name, source in self.benchmark_sources.items():
             if name not in self.benchmarks:
                 prompts = prompt_set(source, tokenizer, self.max_prompt_tokens)
+                ids = Counter(prompt.problem.id for prompt in prompts.prompts)
+                twice = next((id_ for id_, count in ids.items() if count > 1), None)
+                require(
+                    twice is None,
+                    f"data.benchmarks.{name} has the id '{twice}' more than once ({source.name}): samples are stored "
+                    "by id, so give each problem its own, or remove the repeated ones",
+                )
                 dropped = f", {prompts.num_too_long} dropped as too long" if prompts.num_too_long else ""
                 rank_zero_info(f"{name}: {len(prompts)} prompts from {source.name}{dropped}")
                 self.benchmarks[name] = prompts
@@ -111,6 +119,11 @@ class PromptDataModule(pl.LightningDataModule):
             self.train_prompts = prompt_set(source, tokenizer, self.max_prompt_tokens, problems)
             self.cleaning_report = replace(report, too_long=self.train_prompts.num_too_long)
             rank_zero_info(f"train: problems from {source.name}: {self.cleaning_report}")
+            if report.same_id:
+                rank_zero_warn(
+                    f"train: {report.same_id} problems from {source.name} have the id of an earlier one, and are left "
+                    "out: give each problem its own id, or set data.clean.deduplicate to false"
+                )
 
     def train_dataloader(self) -> RolloutLoader:
         """Return the rollout loader, which refreshes the rollout buffer when needed."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from opdlab.data.rows import RowProblems
-from opdlab.errors import require
+from opdlab.errors import UsageError, require
 
 
 class JsonlProblems(RowProblems):
@@ -17,7 +17,7 @@ class JsonlProblems(RowProblems):
         kwargs: see :class:`opdlab.data.rows.RowProblems`.
 
     Raises:
-        UsageError: the file is missing, empty or not JSON Lines, or a row lacks a field.
+        UsageError: the file is missing, cannot be read, or is not JSON Lines in UTF-8; or a row lacks a field.
     """
 
     def __init__(self, path: str, **kwargs: Any) -> None:
@@ -36,15 +36,23 @@ class JsonlProblems(RowProblems):
         as ``2020-01-01``, or ``7`` in a column that also has ``7.5``.
         """
         require(self.path.is_file(), f"{self.path} does not exist or is a folder: give the path of a JSON Lines file")
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line.strip())
-                except ValueError as error:  # broken JSON, or not UTF-8
-                    row, reason = None, str(error)
-                else:
-                    reason = "not an object"
-                require(isinstance(row, dict), f"{self.path}, line {number}, is not JSON Lines: {reason}")
-                yield number, row
+        try:
+            with self.path.open("rb") as lines:
+                yield from ((number, self._row(number, line)) for number, line in enumerate(lines, 1) if line.strip())
+        except OSError as error:
+            raise UsageError(f"{self.path} cannot be read: {error.strerror}") from error
+
+    def _row(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            # A file may begin with a byte order mark. json.loads would also guess other encodings from bytes.
+            row = json.loads(line.strip().decode("utf-8-sig"))
+        except UnicodeDecodeError:
+            row, reason = None, "it is not UTF-8 text, so save the file as UTF-8"
+        except ValueError as error:
+            row, reason = None, str(error)
+        except RecursionError:
+            row, reason = None, "it is nested too deeply"
+        else:
+            reason = "it is not an object, such as {...}"
+        require(isinstance(row, dict), f"{self.path}, line {number}, is not JSON Lines: {reason}")
+        return dict(row)
