@@ -77,7 +77,8 @@ class RowProblems(ProblemSource):
 
 
 def _problem(row: Mapping[str, Any], problem_field: str, answer_field: str | None, id_field: str) -> Problem:
-    value, messages = _required(row, problem_field), ()
+    value = _required(row, problem_field)
+    messages: tuple[Message, ...] = ()
     if isinstance(value, list | tuple):
         messages = _messages(value, problem_field)
         text = messages[-1].content
@@ -122,10 +123,10 @@ def _text(value: Any, field: str, or_else: str = "") -> str:
     is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     if is_number and value == value and abs(value) != math.inf:
         return str(value)
-    kind = f"the number {value}" if is_number else f"a {type(value).__name__}"
+    kind = str(value) if is_number else f"a {type(value).__name__}"
     inside = ", ".join(flat(dict(value), field)) if isinstance(value, Mapping) and value else ""
     mend = f"; give one of its fields: {inside}" if inside else ""
-    raise UsageError(f": the field '{field}' is {kind}, but must be text or a number{or_else}{mend}")
+    raise UsageError(f": the field '{field}' is {kind}, but must be text or a finite number{or_else}{mend}")
 
 
 def _messages(turns: Sequence[Any], field: str) -> tuple[Message, ...]:

@@ -99,7 +99,7 @@ class ChatTemplate(Template):
         )
         turns = [self._turns(chat) for chat in chats]
         try:
-            return encode(turns)["input_ids"]
+            ids: list[list[int]] = encode(turns)["input_ids"]
         except Exception:  # a template is a program, which may raise anything
             for each in turns:
                 try:
@@ -112,6 +112,7 @@ class ChatTemplate(Template):
                         "change the messages, the template's system message, or the student's tokenizer"
                     ) from error
             raise
+        return ids
 
     def _turns(self, chat: Chat) -> list[dict[str, str]]:
         *earlier, last = chat

@@ -34,7 +34,11 @@ VERL: dict[str, Any] = {
     "reward_model": {"ground_truth": "93", "style": "rule-lighteval/MATH_v2"},
     "extra_info": {"index": "9a9b6eb4"},
 }
-VERL_FIELDS = {"problem_field": "prompt", "answer_field": "reward_model.ground_truth", "id_field": "extra_info.index"}
+VERL_FIELDS: dict[str, Any] = {
+    "problem_field": "prompt",
+    "answer_field": "reward_model.ground_truth",
+    "id_field": "extra_info.index",
+}
 
 
 @pytest.fixture
@@ -60,12 +64,12 @@ def refusal(problems: ProblemSource) -> str:
 @pytest.mark.parametrize(
     ("value", "said"),
     [
-        (["72"], "is a list, but must be text or a number"),
-        ({}, "is a dict, but must be text or a number"),
+        (["72"], "is a list, but must be text or a finite number"),
+        ({}, "is a dict, but must be text or a finite number"),
         ({"ground_truth": "72", "style": {"name": "rule"}}, "give one of its fields: a.ground_truth, a.style.name"),
-        (True, "is a bool, but must be text or a number"),
-        (float("nan"), "is the number nan, but must be text or a number"),
-        (float("-inf"), "is the number -inf, but must be"),
+        (True, "is a bool, but must be text or a finite number"),
+        (float("nan"), "is nan, but must be text or a finite number"),
+        (float("-inf"), "is -inf, but must be"),
         ("7\ud8002", r"has a lone surrogate, \ud800: remove it"),
     ],
 )
@@ -179,7 +183,8 @@ def test_a_template_that_raises_is_one_line(tmp_path: Path, tokenizer: PreTraine
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (bytes(range(256)), "it is not UTF-8 text, so save the file as UTF-8"),
+        (bytes(range(256)), "Expecting value"),
+        (bytes(range(128, 256)), "it is not UTF-8 text, so save the file as UTF-8"),
         ('{"problem": "a", "answer": "1"}\n'.encode("utf-16"), "it is not UTF-8 text"),
         ('{"problem": "a", "answer": "1"}'.encode("utf-16-be"), "is not JSON Lines: "),
         (b"[" * 100_000, "it is nested too deeply"),
