@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from opdlab.callbacks.evaluation_table import EvaluationTable
 from opdlab.data import PromptDataModule
 from opdlab.errors import require
+from opdlab.files import naming_full_disk, replacing
 from opdlab.model_card import TrainingRecord, describe, hub_id_error, model_card
 from opdlab.module import OPDModule
 from opdlab.policies import LanguageModel, SamplingConfig
@@ -55,19 +56,20 @@ class HFExport(pl.Callback):
         if self.enabled and self.folder is not None:
             pl_module.student.check_not_origin(Path(self.folder))
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the folder, from one process."""
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the folder, from one process; also when a run resumes at its last step, where nothing is trained."""
         assert isinstance(pl_module, OPDModule)
         run_folder = trainer.log_dir or trainer.default_root_dir  # all processes take part, so outside the branch
         if not self.enabled or not trainer.is_global_zero:
             return
         folder = Path(self.folder or Path(run_folder) / "student")
         pl_module.student.save(folder, merge=self.merge)
-        generation_config(pl_module.student, pl_module.evaluator.sampler.config).save_pretrained(folder)
         config = Path(run_folder) / "config.yaml"
-        if config.is_file():
-            shutil.copyfile(config, folder / CONFIG_NAME)
         record = training_record(trainer, pl_module, CONFIG_NAME if config.is_file() else None)
+        with naming_full_disk(folder):
+            generation_config(pl_module.student, pl_module.evaluator.sampler.config).save_pretrained(folder)
+            if config.is_file():
+                shutil.copyfile(config, folder / CONFIG_NAME)
         self._written = (folder, record)
         self._write_card(trainer, folder, record)
         rank_zero_info(f"student written to {folder}")
@@ -85,14 +87,20 @@ class HFExport(pl.Callback):
 
     def _write_card(self, trainer: pl.Trainer, folder: Path, record: TrainingRecord) -> None:
         name = self.push_to_hub or folder.resolve().name
-        card = model_card(name, replace(record, results=_results(trainer)))
-        (folder / "README.md").write_text(card.content, encoding="utf-8")
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by Lightning's connector
+        table = next((callback for callback in callbacks if isinstance(callback, EvaluationTable)), EvaluationTable())
+        results = table.cells()
+        if table.after_step != trainer.global_step:
+            results.pop("after", None)  # the last evaluation is of an earlier step
+        card = model_card(name, replace(record, results=results))
+        with replacing(folder / "README.md") as file:
+            file.write(card.content.encode("utf-8", "replace"))
 
     def _push(self, folder: Path, *files: str) -> None:
         assert self.push_to_hub is not None
         try:
             hub = HfApi()
-            hub.create_repo(self.push_to_hub, private=True, exist_ok=True)
+            hub.create_repo(repo_id=self.push_to_hub, private=True, exist_ok=True)
             hub.upload_folder(
                 repo_id=self.push_to_hub,
                 folder_path=folder,
@@ -152,12 +160,3 @@ def training_record(trainer: pl.Trainer, module: OPDModule, config: str | None) 
         settings=settings | ({"reuse": describe(data.reuse)} if isinstance(data, PromptDataModule) else {}),
         config=config,
     )
-
-
-def _results(trainer: pl.Trainer) -> dict[str, dict[str, str]]:
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by Lightning's connector
-    table = next((callback for callback in callbacks if isinstance(callback, EvaluationTable)), EvaluationTable())
-    columns = table.cells()
-    if table.after_step != trainer.global_step:
-        columns.pop("after", None)  # the last evaluation is of an earlier step
-    return columns

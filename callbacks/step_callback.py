@@ -28,10 +28,6 @@ class StepCallback(pl.Callback):
         self.every_n_steps = every_n_steps
         self._traces: list[StepTrace] = []
 
-    def looks_at(self, trainer: pl.Trainer) -> bool:
-        """True if the callback uses the current optimizer step."""
-        return self.wants(trainer.global_step + 1)
-
     def wants(self, step: int) -> bool:
         """True if the callback uses the optimizer step of this number, counted from 1."""
         return step % self.every_n_steps == 0

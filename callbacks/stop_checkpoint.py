@@ -1,85 +1,223 @@
 """Checkpoints when training stops, by a signal or at the end."""
 
-import signal
-import time
-from contextlib import ExitStack
+import os
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.utilities import rank_zero_info
 
+from opdlab.checkpoints import CheckpointFiles
 from opdlab.errors import Stopped
-from opdlab.processes import STOP_SIGNALS, catching_signals
+from opdlab.evaluation import EvaluationModule
+from opdlab.files import remove_partial_files
+from opdlab.processes import STOP, StopAt
 
-_SAME_SECONDS = 1.0  # seconds; a scheduler and the process that it watches may both signal the same stop
+_OTHERS_SECONDS = 20.0  # seconds; time for the other processes to end by themselves
 
 
 class StopCheckpoint(Checkpoint):
     """Writes a checkpoint when training stops: after the last step, or on a signal, which finishes the step.
 
-    A checkpoint taken in the middle of a step would hold half an update, and a loader that is one minibatch ahead.
-    Signals are Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2; a second one, at least a second later, stops at once,
-    without a checkpoint. With several processes Lightning handles all signals except Ctrl-C and exchanges them between
-    the processes; under SLURM it handles them and queues the job again. The class is a ``Checkpoint``, so that
-    Lightning calls it after all other callbacks; list it after other checkpoints, so that their files exist.
+    A checkpoint taken in the middle of a step would hold half an update, so a signal waits for the end of the step.
+    While rollouts or answers are sampled or scored, no step is under way, and the signal stops training there. Signals
+    are Ctrl-C, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2; one that was ignored stays ignored. A second one, at least a
+    second later, stops at once, without a checkpoint. Several processes agree at the end of each step whether one of
+    them was signalled. Where Lightning queues a SLURM job again on a signal, it does so once the checkpoint is written.
+
+    Checkpoints are written by :class:`opdlab.checkpoints.CheckpointFiles`, unless the trainer has another plugin. The
+    class is a ``Checkpoint``, so that Lightning calls it after all other callbacks; list it after other checkpoints,
+    so that their files exist.
 
     Args:
         dirpath: folder for ``interrupted.ckpt`` and ``final.ckpt``; ``checkpoints`` in the run's folder by default.
-            ``final.ckpt`` is not written if a ``ModelCheckpoint`` has just saved the last step.
+            Neither is written if a ``ModelCheckpoint`` has just saved the step.
     """
 
     def __init__(self, dirpath: str | None = None) -> None:
         self.dirpath = dirpath
         self.path: Path | None = None
-        """Path of the last written checkpoint."""
-        self._signum: int | None = None
-        self._since = 0.0
+        """Path of the last checkpoint that was written, or found written, when training stopped."""
+        self.reason: str | None = None
+        """Why training ended before its last step; None otherwise, and for signals."""
+        self._folder = Path()
+        self._saved_step: int | None = None
+        self._training = False
+        self._in_step = False
+        self._step_end: dict[str, Any] = {}  # progress of Lightning's loops when the last step ended
+        self._validating = self._saving = False
         self._listening = ExitStack()
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Install the signal handlers."""
-        alone = trainer.world_size == 1 and not SLURMEnvironment.detect()
-        self._listening.enter_context(catching_signals(self._handle, STOP_SIGNALS if alone else (signal.SIGINT,)))
+    # -- signals -------------------------------------------------------------------------------------------------
 
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self._signum is not None:
-            if time.monotonic() - self._since < _SAME_SECONDS:
-                return
-            raise Stopped(signum)
-        self._since = time.monotonic()
-        self._signum = signum
-        name = "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
-        rank_zero_info(f"\n{name}: finishing this step, then saving a checkpoint (again to stop at once)")
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Listen to signals, and have checkpoints written so that none is lost."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = CheckpointFiles()
+        self._listening.enter_context(STOP.listening())
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Restore the signal handlers."""
+        self._listening.close()
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Replace Lightning's signal handlers: they exchange a flag though only one process may have been signalled."""
+        if self._training:
+            self._validating = True
+        else:
+            self._at_once(trainer)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Replace Lightning's signal handlers."""
+        self.on_validation_start(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note that the validation has all its answers."""
+        self._validating = False
+
+    def _at_once(self, trainer: pl.Trainer) -> None:
+        STOP.take_back()
+        STOP.when = StopAt.ONCE
+        if trainer.local_rank != 0 and isinstance(
+            trainer._accelerator_connector.cluster_environment, LightningEnvironment
+        ):
+            STOP.forward_to = os.getppid()  # the first process, which ends the others
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let signals wait for the end of a step."""
+        STOP.take_back()
+        STOP.forward_to = None
+        self._between_steps(trainer)
+        self._training, self._validating, self.reason, self.path, self._saved_step = True, False, None, None, None
+        if trainer.ckpt_path is not None:  # until the next step, nothing has happened that it lacks
+            self.path, self._saved_step = Path(trainer.ckpt_path), trainer.global_step
+        self._folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
+        if trainer.is_global_zero:
+            remove_partial_files(self._folder)
+        self._step_end = _progress(trainer)
+
+    def _between_steps(self, trainer: pl.Trainer) -> None:
+        # With several processes, one that stopped while sampling would leave the others waiting for it.
+        self._in_step, STOP.when = False, StopAt.SAFE_POINT if trainer.world_size == 1 else StopAt.STEP_END
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Let signals wait for the end of this step."""
+        self._in_step, STOP.when = True, StopAt.STEP_END
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save at the last step or after a signal, then stop."""
-        if self._signum is not None:
+        self._step_end = _progress(trainer)
+        if (signum := _agreed(trainer, STOP.signum)) is not None:
+            STOP.signum = signum
             self._save(trainer, "interrupted.ckpt")
             # Lightning logs the step after this hook, and a stop would skip that.
             trainer._logger_connector.update_train_step_metrics()
-            raise Stopped(self._signum)
+            if signum == _requeue_signal(trainer):
+                trainer._signal_connector._slurm_sigusr_handler_fn(signum, None)  # type: ignore[arg-type]
+            self._in_step = False
+            raise Stopped(signum)
         # Not in on_train_end: by then Lightning has closed the epoch, and a longer run could not continue inside it.
-        if _is_last_step(trainer) and not _just_saved(trainer):
+        if _is_last_step(trainer):
             self._save(trainer, "final.ckpt")
+        self._between_steps(trainer)
 
-    def _save(self, trainer: pl.Trainer, name: str) -> None:
-        folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
-        trainer.save_checkpoint(folder / name)
-        self.path = folder / name
+    # -- the end -------------------------------------------------------------------------------------------------
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Restore the signal handlers."""
-        self._listening.close()
+        """Save if something has ended training after its step, such as an evaluation, and say why it ended."""
+        self.reason = _why_stopped(trainer)
+        if self._saved_step != trainer.global_step:
+            self._save(trainer, "final.ckpt", anew=True)
+        if self.reason is not None:
+            rank_zero_info(f"training ended at step {trainer.global_step}: {self.reason}; saved {self.path}")
+        STOP.signum = _agreed(trainer, STOP.signum)
+        self._training = False
+        self._at_once(trainer)
+        STOP.check()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Restore the signal handlers."""
-        self._listening.close()
+        """Save if a signal has stopped training between two steps; restore the signal handlers."""
+        stopped, between = isinstance(exception, Stopped), self._training and not self._in_step
+        self._training, STOP.when = False, StopAt.ONCE
+        if isinstance(pl_module, EvaluationModule):
+            if stopped:
+                with torch.inference_mode():  # as in the evaluation
+                    pl_module.evaluator.finish()  # keep the batch whose answers the verifier is checking
+            with suppress(OSError):  # a full disk, which is the error
+                pl_module.evaluator.close()
+        try:
+            if stopped and between and trainer.world_size == 1 and self._saved_step != trainer.global_step:
+                self._save(trainer, "interrupted.ckpt")
+        finally:
+            self._listening.close()
+        if stopped and trainer.is_global_zero:
+            # Lightning kills them, and ends this process by SIGKILL for it, unless they have ended by themselves.
+            for process in getattr(trainer.strategy.launcher, "procs", []):
+                process.wait(_OTHERS_SECONDS)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save the progress of Lightning's loops as it was when the last step ended.
+
+        Lightning cannot continue inside an epoch that it has closed early, nor inside a validation: it starts one that
+        is noted as begun from its first batch, which takes up the answers on disk.
+        """
+        loops = checkpoint["loops"]["fit_loop"]
+        if self._saving and self._validating:
+            begun = dict.fromkeys(("ready", "started"), 1) | dict.fromkeys(("processed", "completed"), 0)
+            progress = {"total": begun, "current": dict(begun), "is_last_batch": False}
+            loops["epoch_loop.val_loop.batch_progress"] = progress
+        elif self._saving:
+            loops.update(self._step_end)
+
+    def _save(self, trainer: pl.Trainer, name: str, *, anew: bool = False) -> None:
+        self._saved_step = trainer.global_step
+        for each in trainer.checkpoint_callbacks if not anew else ():
+            if not isinstance(each, ModelCheckpoint) or each.save_weights_only:
+                continue
+            if each._last_checkpoint_saved and each._last_global_step_saved == trainer.global_step:
+                self.path = Path(each._last_checkpoint_saved)
+                return
+        self._saving = True
+        try:
+            trainer.save_checkpoint(self._folder / name)
+        finally:
+            self._saving = False
+        self.path = self._folder / name
+
+
+def _requeue_signal(trainer: pl.Trainer) -> int | None:
+    """Return the signal on which Lightning queues a SLURM job again; None elsewhere."""
+    environment = trainer._accelerator_connector.cluster_environment
+    requeues = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+    return environment.requeue_signal if requeues else None
+
+
+def _progress(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return the progress of the training loops, without the loader's state, in the form of a checkpoint."""
+    loop = trainer.fit_loop
+    state: dict[str, Any] = {"epoch_progress": loop.epoch_progress.state_dict()}
+    loop.epoch_loop.state_dict(state, "epoch_loop.")
+    return state
+
+
+def _agreed(trainer: pl.Trainer, signum: int | None) -> int | None:
+    """Return the signal that one of the processes has received; None without one. All processes call it together."""
+    if trainer.world_size > 1:
+        own = torch.tensor(signum or 0, device=trainer.strategy.root_device)
+        signum = int(trainer.strategy.reduce(own, reduce_op="max"))
+    return signum or None
 
 
 def _is_last_step(trainer: pl.Trainer) -> bool:
@@ -88,8 +226,14 @@ def _is_last_step(trainer: pl.Trainer) -> bool:
     return trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
 
 
-def _just_saved(trainer: pl.Trainer) -> bool:
-    return any(
-        isinstance(callback, ModelCheckpoint) and callback._last_global_step_saved == trainer.global_step
-        for callback in trainer.checkpoint_callbacks
-    )
+def _why_stopped(trainer: pl.Trainer) -> str | None:
+    """Return why training has ended before the configured steps or epochs; None if it has not."""
+    if not trainer.should_stop or 0 <= trainer.max_steps <= trainer.global_step:
+        return None
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by Lightning's connector
+    for callback in callbacks:
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+            return f"EarlyStopping: {callback.stopping_reason_message.partition(' Signaling')[0]}"
+        if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None and left <= 0:
+            return "trainer.max_time has passed"
+    return "a callback has set trainer.should_stop"

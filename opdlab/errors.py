@@ -1,6 +1,7 @@
 """The error for mistakes that the user can fix, and the signals that stop a run."""
 
 import signal
+from pathlib import Path
 
 
 class UsageError(ValueError):
@@ -30,14 +31,53 @@ class Stopped(KeyboardInterrupt):
         self.signum = signum
 
 
-def exit_code(stopped: BaseException | None) -> int:
-    """Return 128 plus the number of the signal that stopped a program, as shells do.
+class FullDiskError(RuntimeError):
+    """Error for a file that cannot be written because the disk is full. The command line exits with code 1.
+
+    It is no ``OSError``: a writer that only warns if a file cannot be written still stops when the disk is full.
+
+    Args:
+        path: the file, or a folder that holds it.
+        more: what to say besides the path.
+    """
+
+    def __init__(self, path: Path, more: str = "") -> None:
+        super().__init__(f"{path} cannot be written, because the disk is full{more}")
+        self.path = path
+
+
+def stop_signal(error: BaseException | None) -> int | None:
+    """Return the signal that an error comes from; None if it comes from none.
+
+    Lightning exits after Ctrl-C, so the error that an exit was raised from is looked at too.
 
     Example:
-        >>> exit_code(Stopped(signal.SIGTERM)), exit_code(KeyboardInterrupt())
-        (143, 130)
+        >>> stop_signal(Stopped(signal.SIGTERM)), stop_signal(KeyboardInterrupt()), stop_signal(SystemExit(0))
+        (15, 2, None)
     """
-    return 128 + int(getattr(stopped, "signum", signal.SIGINT))
+    if isinstance(error, SystemExit):
+        return stop_signal(error.__context__)
+    return int(getattr(error, "signum", signal.SIGINT)) if isinstance(error, KeyboardInterrupt) else None
+
+
+def signal_name(signum: int) -> str:
+    """Return the name of a signal.
+
+    Example:
+        >>> signal_name(15), signal_name(2)
+        ('SIGTERM', 'Ctrl-C')
+    """
+    return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
+
+
+def first_line(error: BaseException) -> str:
+    r"""Return the first line of an error's message, or the name of its type if it has none.
+
+    Example:
+        >>> first_line(OSError("no space\nleft")), first_line(MemoryError())
+        ('no space', 'MemoryError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def require(condition: bool, message: str) -> None:

@@ -82,29 +82,42 @@ def test_first_minibatch_after_a_refresh_and_a_fresh_pool_has_no_drift(make_run:
         assert steps[1]["train/clip_share"] == 0
 
 
+class Counting(LanguageModel):
+    """Keeps the numbers of rollouts that it scores in chunks; the snapshot is a copy and has its own list."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.scored: list[int] = []
+
+    def score_in_chunks(self, rollouts: Any, batch_size: int) -> Any:
+        self.scored.append(len(rollouts))
+        return super().score_in_chunks(rollouts, batch_size)
+
+
+class Sharded(OPDModule):
+    """As under a strategy that shards weights: only the snapshot scores."""
+
+    whole_weights = False
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("objective", [TeacherTopK(k=8), SampledTokenOPD()], ids=["lsm", "sampled"])
 def test_the_snapshot_scores_only_what_the_students_own_pass_does_not(
-    make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, objective: Objective, accumulate: int
+    make_run: MakeRun, objective: Objective, accumulate: int
 ) -> None:
-    def run(equal: bool) -> tuple[Run, Watch, list[int]]:
-        watch, scored = Watch(), []
-        made = make_run(objective=objective, refresh=4, accumulate=accumulate, callbacks=(watch,))
-        policy = made.module.behavior.policy
-
-        def counted(rollouts: Any, batch_size: int) -> Any:
-            scored.append(len(rollouts))
-            return LanguageModel.score_in_chunks(policy, rollouts, batch_size)
-
-        monkeypatch.setattr(policy, "score_in_chunks", counted)
-        if not equal:
-            monkeypatch.setattr(made.module.behavior, "equals", lambda student: False)
+    def run(module: type[OPDModule]) -> tuple[Run, Watch, list[int]]:
+        watch, student = Watch(), Counting(STUDENT)
+        made = make_run(
+            module=module, student=student, objective=objective, refresh=4, accumulate=accumulate, callbacks=(watch,)
+        )
         made.fit(8)
+        scored = made.module.behavior.policy.scored
+        assert isinstance(scored, list)
         return made, watch, scored
 
-    by_snapshot, seen, rows = run(equal=False)
+    by_snapshot, seen, rows = run(Sharded)
     assert rows == [16, 16]  # two buffers of 16 rollouts, in optimizer batches of 8
-    by_student, own, fewer = run(equal=True)
+    by_student, own, fewer = run(OPDModule)
     assert fewer == [8, 8]
     torch.testing.assert_close(by_student.recorder.losses, by_snapshot.recorder.losses, rtol=1e-4, atol=1e-6)
     assert by_student.recorder.steps[5]["train/drift/max"] == 0  # the second buffer's first step
@@ -313,12 +326,9 @@ class Negative(RuleGate):
 
 
 def test_a_gate_with_negative_weights_is_named(make_run: MakeRun) -> None:
-    run = make_run()
-    run.module.gate = Negative()
-    with pytest.raises(
-        UsageError, match="gate is Negative, whose weights are NaN or infinite at step 0: .* at least 0"
-    ):
-        run.fit(2)
+    words = "gate is Negative, whose weights are NaN or infinite at step 0: .* at least 0"
+    with pytest.raises(UsageError, match=words):
+        make_run(gate=Negative()).fit(2)
 
 
 def test_support_larger_than_the_vocabulary_is_refused() -> None:
@@ -428,6 +438,7 @@ def test_validation_logs_pass_at_k_and_their_mean(make_run: MakeRun) -> None:
 def test_an_evaluated_model_goes_where_lightning_puts_the_module(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # A CPU is one device, so the calls are counted.
     run = make_run()
     trainer = pl.Trainer(**{**run.trainer_options, "limit_val_batches": 1})
     model = run.module.teacher.model  # type: ignore[attr-defined]

@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from opdlab.callbacks import StopCheckpoint
+from opdlab.checkpoints import check_checkpoint
 from opdlab.errors import UsageError
 from opdlab.processes import STOP_SIGNALS
-from opdlab.run_folder import check_checkpoint
 from tests.toy_run import Run
 
 MakeRun = Callable[..., Run]

@@ -59,11 +59,12 @@ class Run:
         student: LanguageModel | None = None,
         teacher: Teacher | None = None,
         evaluation: EvaluationConfig | None = None,
+        module: type[OPDModule] = OPDModule,
         **options: Any,
     ) -> None:
         torch.manual_seed(0)
         sampling = SamplingConfig(num_samples=2, max_new_tokens=max_new_tokens, batch_size=32)
-        self.module = OPDModule(
+        self.module = module(
             student or LanguageModel(STUDENT),
             teacher or LocalTeacher(TEACHER),
             objective or TeacherTopK(k=8),

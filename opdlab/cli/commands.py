@@ -1,28 +1,43 @@
 """The table of commands. A command's module is imported only when the command runs, so ``opdlab --help`` is fast.
 
-Every user error prints one line to standard error and exits with code 2.
+Every user error prints one line to standard error and exits with code 2, a full disk or lack of memory with code 1, and
+a signal with 128 plus its number.
 """
 
 import logging
 import os
 import signal
 import sys
-import threading
 import warnings
-from argparse import ArgumentError
+from argparse import ArgumentError, ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import FrameType
+from typing import NoReturn
 
-from opdlab.cli.arguments import PlainParser
-from opdlab.errors import Stopped, UsageError, exit_code
-from opdlab.processes import hold_lifeline
+from opdlab.errors import FullDiskError, UsageError, signal_name, stop_signal
+from opdlab.out_of_memory import out_of_memory
+from opdlab.processes import STOP, hold_lifeline
 from opdlab.registry import suggestion
 from opdlab.version import __version__
 
-EXIT_USAGE = 2
+EXIT_FAILED, EXIT_USAGE = 1, 2
+
+
+class PlainParser(ArgumentParser):
+    """``argparse.ArgumentParser`` whose errors are a :class:`~opdlab.errors.UsageError` that names its ``--help``.
+
+    Example:
+        >>> PlainParser(prog="opdlab gates").parse_args(["stray"])
+        Traceback (most recent call last):
+        ...
+        opdlab.errors.UsageError: unrecognized arguments: stray; see opdlab gates --help
+    """
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a :class:`~opdlab.errors.UsageError` instead of printing the usage."""
+        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 @dataclass(frozen=True)
@@ -86,30 +101,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Makes user gates in the current folder importable by class_path, as with `python -m`.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
-    ours = threading.current_thread() is threading.main_thread() and not _is_slurm()
-    # Lightning calls this in addition to its own handler, which only sets a flag that evaluations do not check.
-    before = signal.signal(signal.SIGTERM, _terminate) if ours else None
-    try:
-        return _run(sys.argv[1:] if arguments is None else arguments)
-    except _user_errors() as error:
-        print(f"opdlab: error: {_in_one_line(error)}", file=sys.stderr)
-        return EXIT_USAGE
-    except ImportError as error:
-        from opdlab.packages import package_trouble  # here, because one of its imports may be the missing package
-
-        if (trouble := package_trouble(error)) is None:
-            raise
-        print(f"opdlab: error: opdlab {trouble}", file=sys.stderr)
-        return EXIT_USAGE
-    except (KeyboardInterrupt, SystemExit) as stop:
-        signalled = stop if isinstance(stop, KeyboardInterrupt) else stop.__context__
-        if not isinstance(signalled, KeyboardInterrupt):  # `--help`
-            raise
-        print("opdlab: stopped", file=sys.stderr)
-        return exit_code(signalled)
-    finally:
-        if ours:
-            signal.signal(signal.SIGTERM, before)
+    with STOP.listening():
+        try:
+            return _run(sys.argv[1:] if arguments is None else arguments)
+        except BaseException as error:
+            if (stopped := stop_signal(error)) is not None:
+                print(f"opdlab: stopped by {signal_name(stopped)}; to go on, run the same command", file=sys.stderr)
+                return 128 + stopped
+            if not isinstance(error, Exception) or (line := _told(error) or out_of_memory(error)) is None:
+                raise
+            print(f"opdlab: error: {line}", file=sys.stderr)
+            return EXIT_USAGE if _told(error) and not isinstance(error, FullDiskError) else EXIT_FAILED
 
 
 def console() -> None:
@@ -132,31 +134,18 @@ def console() -> None:
     raise SystemExit(code)
 
 
-def _is_slurm() -> bool:
-    """True in a SLURM job, where Lightning ignores SIGTERM and requeues the job."""
-    if "SLURM_NTASKS" not in os.environ:
-        return False
-    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-
-    return SLURMEnvironment.detect()
-
-
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    distributed = getattr(sys.modules.get("torch"), "distributed", None)  # torch may not be imported, or only partly
-    if distributed and distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        return  # Lightning notifies the other processes, and all stop together
-    raise Stopped(signum)
-
-
-def _user_errors() -> tuple[type[Exception], ...]:
-    """Return the error types that a user can cause and fix, with Lightning's if it is imported."""
-    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
-    return (UsageError, ArgumentError, *([lightning.MisconfigurationException] if lightning else []))
-
-
-def _in_one_line(error: Exception) -> str:
-    if isinstance(error, UsageError):
+def _told(error: Exception) -> str | None:
+    """Return one line about an error that a user can cause and fix; None for any other."""
+    if isinstance(error, UsageError | FullDiskError):
         return str(error)
-    from opdlab.cli.messages import explain
+    if isinstance(error, ImportError):
+        from opdlab.packages import package_trouble  # here, because one of its imports may be the missing package
 
-    return explain(error)
+        trouble = package_trouble(error)
+        return trouble and f"opdlab {trouble}"
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # imported by some commands only
+    if isinstance(error, ArgumentError) or (lightning and isinstance(error, lightning.MisconfigurationException)):
+        from opdlab.cli.messages import explain
+
+        return explain(error)
+    return None

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlab.data.cleaning import CleaningConfig, CleaningReport, clean
 from opdlab.data.prompts import ProblemSource, PromptSet, prompt_set
-from opdlab.errors import require
+from opdlab.errors import UsageError, require
 from opdlab.rollouts import Pool, ReuseConfig, RolloutLoader
 from opdlab.seeds import DEFAULT_SEED
 from opdlab.types import EvaluationBatch, Prompt
@@ -124,6 +124,26 @@ class PromptDataModule(pl.LightningDataModule):
                     f"train: {report.same_id} problems from {source.name} have the id of an earlier one, and are left "
                     "out: give each problem its own id, or set data.clean.deduplicate to false"
                 )
+
+    def check_tokens(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+        """Raise a UsageError if a prompt has a token for which the student or the teacher has no row.
+
+        Args:
+            tokenizer: the student's.
+            vocab_size: number of tokens with a row; their ids are below it.
+        """
+        sets = [(f"benchmarks.{name}", self.benchmark_sources[name], each) for name, each in self.benchmarks.items()]
+        sets += [("train", self.train_source, self.train_prompts)] if self.train_prompts is not None else []
+        for key, source, prompts in sets:
+            for prompt in prompts.prompts:
+                if (index := max(prompt.tokens)) >= vocab_size:
+                    problem, token = prompt.problem, tokenizer.convert_ids_to_tokens(index)
+                    row = next((n for n, each in enumerate(source.problems(), 1) if each == problem), "?")
+                    raise UsageError(
+                        f"data.{key}: row {row} of {source.name} (id '{problem.id}') has a prompt with the token "
+                        f"{token!r} (id {index}), but the models have rows for {vocab_size} tokens only: leave the "
+                        "problem out, or give models with a row for the token"
+                    )
 
     def train_dataloader(self) -> RolloutLoader:
         """Return the rollout loader, which refreshes the rollout buffer when needed."""

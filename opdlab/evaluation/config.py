@@ -18,9 +18,9 @@ class EvaluationConfig:
         seed: determines the samples; with equal seeds, evaluations differ only by the weights. Null follows
             ``seed_everything``, and with ``opdlab validate --ckpt_path`` the checkpoint's run; in Python it means 0.
         samples: folder for the samples, which are written batch by batch; an interrupted evaluation resumes from it.
-            ``{settings}`` in it is replaced by a digest of weights and settings. None writes no samples, except that
-            ``opdlab validate`` then uses ``ROOT/evaluations/NAME-{settings}``. ``opdlab fit`` creates a subfolder for
-            each evaluation of each run.
+            ``{settings}`` in it is replaced by a digest of weights and settings. ``opdlab fit`` creates a subfolder for
+            each evaluation of each run. None writes no samples from Python; ``opdlab fit`` then uses ``evaluations`` in
+            the run's folder, and ``opdlab validate`` ``ROOT/evaluations/NAME-{settings}``.
     """
 
     pass_at: tuple[int, ...] = (1, 8)

@@ -16,8 +16,10 @@ from opdlab.evaluation.evaluator import Evaluator
 from opdlab.evaluation.samples import SampleFolder
 from opdlab.evaluation.settings import benchmark_settings, fingerprint
 from opdlab.policies import LanguageModel, LocalTeacher, NoTeacher, SamplingConfig, Teacher, TeacherHolder
-from opdlab.progress import Progress, SilentProgress
+from opdlab.policies.decoding import NonFiniteLogitsError
+from opdlab.progress import Progress, SilentProgress, StoppableProgress
 from opdlab.records import package_versions
+from opdlab.run_folder import samples_of_other_runs
 from opdlab.seeds import EVALUATION_SEED_KEY
 from opdlab.types import EvaluationBatch
 
@@ -66,12 +68,14 @@ class EvaluationModule(pl.LightningModule):
 
     @property
     def progress(self) -> Progress:
-        """Return the trainer's progress callback, or a silent one."""
+        """Return the trainer's progress callback, or a silent one; a signal stops work whose progress it shows."""
         callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined] # set by Lightning's connector
-        return next((each for each in callbacks if isinstance(each, Progress)), SilentProgress())
+        return StoppableProgress(next((each for each in callbacks if isinstance(each, Progress)), SilentProgress()))
 
     def setup(self, stage: str) -> None:
-        """Create the metrics of the data module's benchmarks."""
+        """Create the metrics of the data module's benchmarks, and check the prompts' tokens."""
+        if self.data is not None:
+            self.data.check_tokens(self.student.tokenizer, self.student.vocab_size)
         names = self.data.benchmarks if self.data is not None else {}
         if list(self.evaluator.metrics) != list(names):
             self.evaluator = Evaluator(self.evaluator.config, self.evaluator.sampler.config, names).to(self.device)
@@ -101,13 +105,22 @@ class EvaluationModule(pl.LightningModule):
         """Add the evaluation seed, so that a later evaluation of the checkpoint can use it too."""
         checkpoint[EVALUATION_SEED_KEY] = self.evaluator.config.seed
 
+    @contextmanager
+    def naming_step(self) -> Iterator[None]:
+        """Name the optimizer step in an error for NaN or infinite logits while sampling."""
+        try:
+            yield
+        except NonFiniteLogitsError as error:
+            raise NonFiniteLogitsError(self.global_step) from error
+
     def validation_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sample answers to a batch of problems and submit them to the verifier."""
         teacher = self.teacher if self.evaluator.config.reverse_kl else None
         if teacher is not None:
             teacher.to(self.device)
         place = (batch_idx, self.trainer.global_rank)
-        self.evaluator.evaluate(self._evaluated.model, batch, place, self.progress, teacher)
+        with self.naming_step():
+            self.evaluator.evaluate(self._evaluated.model, batch, place, self.progress, teacher)
 
     def on_validation_epoch_start(self) -> None:
         """Reset the metrics, and open the folder of the samples."""
@@ -121,6 +134,7 @@ class EvaluationModule(pl.LightningModule):
         self.evaluator.finish()
         metrics = self.evaluator.compute()
         self.log_dict({f"{self._evaluated.name}/{key}": value for key, value in metrics.items()}, sync_dist=True)
+        self.log("step", float(self.global_step))  # Lightning's own axis is one behind during training
         if (folder := self.evaluator.folder) is not None:
             self.evaluator.close()
             values = {key: float(value) for key, value in metrics.items()}
@@ -159,9 +173,13 @@ class EvaluationModule(pl.LightningModule):
         }
         checkpoint = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
         about = {"model": evaluated.model.path, "checkpoint": checkpoint, "step": self.global_step}
+        samples = Path(trainer.strategy.broadcast(str(config.samples)))  # the first process knows the run's folder
+        # An evaluation before training may have been stopped in another run, which has no checkpoint to resume from.
+        others = samples_of_other_runs(samples) if subfolder and not fitting else []
         return SampleFolder(
-            trainer.strategy.broadcast(str(Path(config.samples) / subfolder)),  # the first process knows the run's
+            samples / subfolder,
             {**about, "compared": compared},
+            take_over=[other / subfolder for other in others],
             rank=trainer.global_rank,
             replace=bool(subfolder),  # only this run uses a subfolder
             barrier=trainer.strategy.barrier,

@@ -72,8 +72,8 @@ class Evaluator(nn.Module):
         assert self.config.seed is not None  # set in the constructor
         try:
             seed = derive_seed("evaluation", self.config.seed, batch.benchmark, *seed_parts)
-            samples = self.sampler.sample(model, [prompt.tokens for prompt in batch.prompts], seed, progress)
-            rollouts = samples.rollouts([p.index for p in batch.prompts], self.sampler.config.temperature)
+            prompts, rows = [p.tokens for p in batch.prompts], [p.index for p in batch.prompts]
+            rollouts = self.sampler.sample(model, prompts, seed, progress, rows)
             texts = model.responses(rollouts)
             verdicts = batch.submit(texts, rollouts)
             reverse_kl = _reverse_kl(model, teacher, rollouts) if teacher is not None else None
@@ -138,7 +138,7 @@ def _samples(
 
 def _reverse_kl(model: LanguageModel, teacher: Teacher, rollouts: Rollouts, batch_size: int = 16) -> list[float]:
     """Return the mean of ``logpi - logq`` over the tokens of each fresh rollout, [B], nats."""
-    targets = teacher.score(rollouts, TeacherRequest())
+    targets = teacher.score(rollouts, TeacherRequest(vocab_size=model.vocab_size))
     sums = torch.zeros(len(rollouts), dtype=torch.float64)
     for rows, scored in model.score_in_chunks(rollouts, batch_size):
         logprobs = scored.padded(scored.statistics().logprobs).cpu()  # [rows, T]

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 
 from opdlab.errors import UsageError, require
+from opdlab.files import naming_full_disk
 from opdlab.records import RESULTS, SETTINGS, SETTINGS_PLACEHOLDER, difference, digest, read_settings, write_json
 
 
@@ -135,6 +137,8 @@ class SampleFolder:
             of configuration keys; other entries are not compared.
         rank: rank of this process.
         replace: delete samples of other settings instead of raising an error.
+        take_over: folders of other runs. If this one is new, samples of the same settings are copied from the one that
+            has most.
         barrier: waits for all processes.
 
     Raises:
@@ -148,6 +152,7 @@ class SampleFolder:
         *,
         rank: int = 0,
         replace: bool = False,
+        take_over: Sequence[Path] = (),
         barrier: Callable[[], None] = lambda: None,
     ) -> None:
         compared = settings["compared"]
@@ -170,6 +175,7 @@ class SampleFolder:
                     for file in [*self.path.glob("*.jsonl"), self.path / RESULTS]:
                         file.unlink(missing_ok=True)
                 if differs is not None or not (self.path / SETTINGS).exists():
+                    self._copy_from(take_over, compared)
                     write_json(self.path / SETTINGS, settings)
         barrier()
 
@@ -185,7 +191,7 @@ class SampleFolder:
 
     def write(self, samples: Sequence[Sample]) -> None:
         """Append a batch of one benchmark and flush it, so that it survives if the process is killed."""
-        with self._explained():
+        with self._explained(), naming_full_disk(self.path / f"{samples[0].benchmark}-{self._rank}.jsonl"):
             self._file(samples[0].benchmark).write(samples)
 
     def write_results(self, results: dict[str, Any]) -> None:
@@ -204,6 +210,13 @@ class SampleFolder:
         if benchmark not in self._files:
             self._files[benchmark] = _SampleFile(self.path / f"{benchmark}-{self._rank}.jsonl")
         return self._files[benchmark]
+
+    def _copy_from(self, folders: Sequence[Path], compared: dict[str, Any]) -> None:
+        """Copy the samples of a folder with equal settings; a batch that is being written there is sampled again."""
+        equal = [folder for folder in folders if read_settings(folder) == compared]
+        sizes = {folder: sum(file.stat().st_size for file in folder.glob("*.jsonl")) for folder in equal}
+        for file in max(sizes, key=sizes.__getitem__).glob("*.jsonl") if any(sizes.values()) else ():
+            shutil.copyfile(file, self.path / file.name)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

@@ -85,15 +85,12 @@ class RolloutLoader:
         world_size: int = 1,
     ) -> None:
         self._pool_size = prompts_per_pool * samples_per_prompt
-        reuse = ReuseConfig(prompts_per_pool, reuse_epochs, batch_size)  # checks its values
-        reuse.check(samples_per_prompt, micro_batches)
-        reuse.check_prompts(len(prompts), world_size)
+        self._reuse = ReuseConfig(prompts_per_pool, reuse_epochs, batch_size)  # checks its values
+        self._reuse.check(samples_per_prompt, micro_batches)
+        self._reuse.check_prompts(len(prompts), world_size)
         self._prompts = prompts
         self._collect = collect
-        self._prompts_per_pool = prompts_per_pool
-        self._batch_size = batch_size
         self._micro_batches = micro_batches
-        self._reuse_epochs = reuse_epochs
         self._seed = seed
         self._rank, self._world_size = rank, world_size
         self._epoch = 0  # finished passes over the prompts
@@ -104,12 +101,12 @@ class RolloutLoader:
     @property
     def pools_per_epoch(self) -> int:
         """Return the number of buffers in one pass over the prompts; leftover prompts are dropped for that pass."""
-        return len(self._prompts) // self._world_size // self._prompts_per_pool
+        return len(self._prompts) // self._world_size // self._reuse.prompts_per_pool
 
     @property
     def minibatches_per_pool(self) -> int:
         """Return the number of minibatches that one buffer yields over all its passes."""
-        return self._reuse_epochs * (self._pool_size // self._batch_size) * self._micro_batches
+        return self._reuse.epochs * (self._pool_size // self._reuse.batch_size) * self._micro_batches
 
     def __len__(self) -> int:
         return self.pools_per_epoch * self.minibatches_per_pool
@@ -128,23 +125,23 @@ class RolloutLoader:
     def _next_pool(self) -> Pool:
         generator = torch.Generator().manual_seed(derive_seed("prompts", self._seed, self._epoch))
         order = torch.randperm(len(self._prompts), generator=generator)[self._rank :: self._world_size]
-        start = self._pool_index * self._prompts_per_pool
-        chosen = [self._prompts[i] for i in order[start : start + self._prompts_per_pool].tolist()]
+        start = self._pool_index * self._reuse.prompts_per_pool
+        chosen = [self._prompts[i] for i in order[start : start + self._reuse.prompts_per_pool].tolist()]
         number = (self._epoch * self.pools_per_epoch + self._pool_index) * self._world_size + self._rank
         pool_seed = derive_seed("pool", self._seed, number)
         return self._collect(
             chosen,
             seed=pool_seed,
             first_rollout_id=number * self._pool_size,
-            first_batch=self._row_order(0)[: self._batch_size],
+            first_batch=self._row_order(0)[: self._reuse.batch_size],
         )
 
     def _rest_of_pool(self) -> Iterator[Minibatch]:
         first = self._cursor // self._micro_batches
-        batches_per_pass = self._pool_size // self._batch_size
-        for batch in range(first, self._reuse_epochs * batches_per_pass):
+        batches_per_pass = self._pool_size // self._reuse.batch_size
+        for batch in range(first, self._reuse.epochs * batches_per_pass):
             reuse_epoch, number = divmod(batch, batches_per_pass)
-            rows = self._row_order(reuse_epoch)[number * self._batch_size :][: self._batch_size]
+            rows = self._row_order(reuse_epoch)[number * self._reuse.batch_size :][: self._reuse.batch_size]
             minibatches = self._optimizer_batch(rows, reuse_epoch, is_first=batch == 0)
             for minibatch in minibatches[self._cursor % self._micro_batches :]:
                 self._cursor += 1
@@ -214,7 +211,7 @@ class RolloutLoader:
             rollouts = Rollouts.from_state_dict(pool["rollouts"])
             require(
                 len(rollouts) == self._pool_size,
-                f"the checkpoint is in the middle of a pool of {len(rollouts)} rollouts, but the configuration asks "
+                f"the checkpoint is in the middle of a rollout buffer of {len(rollouts)}, but the configuration asks "
                 f"for {self._pool_size}: resume with the configuration that the run was started with",
             )
             targets = Targets.from_state_dict(pool["targets"])

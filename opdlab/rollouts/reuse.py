@@ -55,7 +55,7 @@ class ReuseConfig:
         pool_size = self.prompts_per_pool * samples_per_prompt
         require(
             pool_size % self.batch_size == 0,
-            f"data.reuse.batch_size is {self.batch_size}, which does not divide a pool of {pool_size} rollouts "
+            f"data.reuse.batch_size is {self.batch_size}, which does not divide a rollout buffer of {pool_size} "
             "(prompts_per_pool * num_samples): choose one that does",
         )
         require(micro_batches >= 1, f"trainer.accumulate_grad_batches is {micro_batches}, but must be at least 1")

@@ -31,17 +31,11 @@ class ScoredBatch:
     inputs: GateInputs
 
 
-def with_own_behavior(batch: Minibatch, scored: Scored) -> Rollouts:
-    """Return the batch's rollouts with the student's log-probabilities as behavior log-probabilities.
-
-    For batches whose behavior log-probabilities are not computed yet: the student still equals the behavior policy, so
-    both are the same, and the drift is exactly 0 in any precision.
-    """
-    return replace(batch.rollouts, behavior_logprobs=scored.own_logprobs(batch.targets))
-
-
 def score_batch(student: LanguageModel, objective: Objective, batch: Minibatch, step: int) -> ScoredBatch:
-    """Return a micro-batch's scores, losses and gate inputs, computed as in the training step.
+    """Return a micro-batch's scores, losses and gate inputs, as the training step uses them.
+
+    If the batch's behavior log-probabilities are not computed yet, the student still equals the behavior policy: its
+    own log-probabilities are the behavior's, and the drift is exactly 0 in any precision.
 
     Args:
         student: on the batch's device.
@@ -49,8 +43,10 @@ def score_batch(student: LanguageModel, objective: Objective, batch: Minibatch, 
         batch: on the student's device.
         step: optimizer steps taken so far.
     """
-    scored = student.score(batch.rollouts)
-    rollouts = batch.rollouts if batch.behavior_known else with_own_behavior(batch, scored)
+    rollouts = batch.rollouts
+    scored = student.score(rollouts)
+    if not batch.behavior_known:
+        rollouts = replace(rollouts, behavior_logprobs=scored.own_logprobs(batch.targets))
     positions = objective.position_losses(scored, rollouts, batch.targets)
     return ScoredBatch(rollouts, scored, positions, gate_inputs(rollouts, batch.targets, positions, step))
 

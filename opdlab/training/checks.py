@@ -2,21 +2,20 @@
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
+from opdlab.checkpoints import CHECKPOINT_KEY
 from opdlab.errors import UsageError, require
 from opdlab.gating import GateInputs, GateStrategy
-from opdlab.objectives import Objective, Reduction
-from opdlab.policies import LanguageModel, NoTeacher, Teacher, check_same_vocabulary, warn_of_stop_tokens
+from opdlab.objectives import Objective
+from opdlab.policies import LanguageModel, NoTeacher, Teacher, share_vocabulary
+from opdlab.policies.loading import non_finite
 from opdlab.registry import suggestion
 from opdlab.types import Rollouts, Targets, TeacherRequest
-
-CHECKPOINT_KEY = "opdlab"
 
 
 class NonFiniteLossError(UsageError):
@@ -29,12 +28,6 @@ def check_token_bound(tokens: int | None) -> None:
         tokens is None or tokens >= 1,
         f"max_tokens_per_pass is {tokens}, but must be at least 1: use null for no bound",
     )
-
-
-def check_reduction(reduction: str) -> None:
-    """Raise a UsageError if the reduction is unknown."""
-    choices = get_args(Reduction)
-    require(reduction in choices, f"reduction is '{reduction}', but must be one of {', '.join(choices)}")
 
 
 def check_known_needs(gate: GateStrategy) -> None:
@@ -59,33 +52,27 @@ def teacher_request(
     if isinstance(teacher, NoTeacher):
         return TeacherRequest()
     teacher.bind(student)
-    check_same_vocabulary(student.tokenizer, teacher.tokenizer)
-    warn_of_stop_tokens(student.tokenizer, student.stop_tokens, teacher.stop_tokens)
-    # Rows that pad the embedding to a round size are not tokens.
-    shared = min(student.vocab_size, teacher.vocab_size, len(student.tokenizer))
-    k = objective.request.top_k
+    share_vocabulary(student, teacher)
+    k, shared = objective.request.top_k, student.vocab_size
     require(k <= shared, f"objective.k is {k}, but the vocabulary has only {shared} tokens: lower it")
     return TeacherRequest(k, shared, objective.request.entropy or "teacher_entropy" in gate.needs)
 
 
-def has_whole_weights(trainer: pl.Trainer) -> bool:
-    """True if each process holds all weights."""
-    return isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+def check_trainer(trainer: pl.Trainer, max_tokens: int | None, whole_weights: bool) -> None:
+    """Raise a UsageError if the trainer's precision or strategy does not suit the module.
 
-
-def check_precision(trainer: pl.Trainer) -> None:
-    """Raise a UsageError if the precision would also round the metrics of evaluations."""
+    Args:
+        trainer: the module's trainer.
+        max_tokens: the module's ``max_tokens_per_pass``.
+        whole_weights: True if each process holds all weights.
+    """
     require(
         not str(trainer.precision).endswith("-true") or trainer.precision == "32-true",
         f"trainer.precision is {trainer.precision}, which would round what is counted in evaluations too: "
         "use bf16-mixed, or give the models' dtype",
     )
-
-
-def check_strategy(trainer: pl.Trainer, max_tokens: int | None) -> None:
-    """Raise a UsageError if ``max_tokens_per_pass`` is set and weights are sharded."""
     require(
-        max_tokens is None or has_whole_weights(trainer),
+        max_tokens is None or whole_weights,
         f"model.max_tokens_per_pass is {max_tokens}, but with trainer.strategy "
         f"{type(trainer.strategy).__name__} all processes must take as many passes: use null and raise "
         "trainer.accumulate_grad_batches instead, or take the strategy ddp",
@@ -128,6 +115,12 @@ def check_checkpoint(checkpoint: dict[str, Any], own: dict[str, Tensor]) -> None
                 f"ckpt_path is a checkpoint of another model: {name} is {shapes[0]} in it and {shapes[1]} in "
                 "model.student; resume with the configuration that the run was started with"
             )
+    # Masks among a model's buffers may be infinite by design.
+    broken = non_finite((name, tensor) for name, tensor in saved.items() if non_finite([(name, own[name])]) is None)
+    require(
+        broken is None,
+        f"ckpt_path is a checkpoint with NaN or infinite weights, first in {broken}: resume from an earlier one",
+    )
 
 
 def stop_on_non_finite(

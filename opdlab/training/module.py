@@ -3,15 +3,17 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from opdlab.checkpoints import CHECKPOINT_KEY
 from opdlab.diagnostics import StepRecord, StepTrace, hidden_gradient_norms, step_metrics, step_record
+from opdlab.errors import require
 from opdlab.evaluation import EvaluationConfig, EvaluationModule
 from opdlab.gating import GateStrategy
 from opdlab.objectives import Objective, Reduction, loss_shares, reduce_losses
@@ -26,7 +28,7 @@ from opdlab.policies import (
 from opdlab.policies.offload import keep_from_strategy
 from opdlab.rollouts import Collector, Pool
 from opdlab.training import checks
-from opdlab.training.accumulation import AccumulationWindow, gate_inputs, with_own_behavior
+from opdlab.training.accumulation import AccumulationWindow, score_batch
 from opdlab.types import Minibatch, Prompt
 
 
@@ -75,16 +77,20 @@ class OPDModule(EvaluationModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(student, teacher, evaluation, eval_sampling)
-        checks.check_reduction(reduction)
+        require(
+            reduction in get_args(Reduction),
+            f"reduction is '{reduction}', but must be one of {', '.join(get_args(Reduction))}",
+        )
         checks.check_token_bound(max_tokens_per_pass)
-        student.configure_passes(max_tokens=max_tokens_per_pass)  # before the snapshot, which copies the bound
+        student.max_tokens = max_tokens_per_pass
+        request = checks.teacher_request(student, teacher, objective, gate)
+        # After these two, because the snapshot copies the bound and the vocabulary.
         self.behavior = BehaviorPolicy(student, sampling, **vars(behavior))
         self.objective, self.gate, self.sampling = objective, gate, sampling
         self.reduction: Reduction = reduction
         gate.setup(student.tokenizer)
         checks.check_known_needs(gate)
         masked_first = single_token_ids(student.tokenizer, mask_first, "mask_first")
-        request = checks.teacher_request(student, teacher, objective, gate)
         self.collector = Collector(self.behavior, teacher, request, masked_first)
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._window = AccumulationWindow()
@@ -96,8 +102,7 @@ class OPDModule(EvaluationModule):
 
     def setup(self, stage: str) -> None:
         """Check that trainer, data and module are compatible, and connect the data with the student."""
-        checks.check_precision(self.trainer)
-        checks.check_strategy(self.trainer, self.student.max_tokens)
+        checks.check_trainer(self.trainer, self.student.max_tokens, self.whole_weights)
         if self.behavior.offload:
             keep_from_strategy(self, "behavior.policy", self.trainer.strategy, "model.behavior.offload")
         data = self.data
@@ -109,17 +114,15 @@ class OPDModule(EvaluationModule):
         if data is not None:
             data.connect(self.student.tokenizer, self.collect, self.sampling.num_samples, training=stage == "fit")
         super().setup(stage)
-        self.student.configure_passes(
-            # A sharded model gathers its weights in every pass, so all processes must run the same number of passes.
-            group_lengths=self.whole_weights,
-            # Other strategies hook into gradients to reduce or shard them.
-            accumulate_head_grad=isinstance(self.trainer.strategy, SingleDeviceStrategy),
-        )
+        # A sharded model gathers its weights in every pass, so all processes must run the same number of passes.
+        self.student.group_lengths = self.whole_weights
+        # Other strategies hook into gradients to reduce or shard them.
+        self.student.accumulate_head_grad = isinstance(self.trainer.strategy, SingleDeviceStrategy)
 
     @property
     def whole_weights(self) -> bool:
         """True if each process holds all weights."""
-        return checks.has_whole_weights(self.trainer)
+        return isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer of the student's trainable parameters, and the scheduler if there is one."""
@@ -146,23 +149,22 @@ class OPDModule(EvaluationModule):
         If the snapshot equals the student, the forward pass of the next training step scores ``first_batch``.
         """
         fresh = self.whole_weights and self.behavior.equals(self.student)
-        return self.collector.collect(
-            prompts,
-            step=self.global_step,
-            unscored=first_batch if fresh else None,
-            autocast=self.trainer.precision_plugin.forward_context,
-            progress=self.progress,
-            **options,
-        )
+        with self.naming_step():
+            return self.collector.collect(
+                prompts,
+                step=self.global_step,
+                unscored=first_batch if fresh else None,
+                autocast=self.trainer.precision_plugin.forward_context,
+                progress=self.progress,
+                **options,
+            )
 
     # -- training ------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Minibatch, batch_idx: int) -> dict[str, Any]:
         """Return a micro-batch's loss, and its :class:`StepTrace` for callbacks: score, gate, reduce."""
-        scored = self.student.score(batch.rollouts)
-        rollouts = batch.rollouts if batch.behavior_known else with_own_behavior(batch, scored)
-        positions = self.objective.position_losses(scored, rollouts, batch.targets)
-        inputs = gate_inputs(rollouts, batch.targets, positions, self.global_step)
+        step = score_batch(self.student, self.objective, batch, self.global_step)
+        rollouts, positions, inputs = step.rollouts, step.positions, step.inputs
         if not batch.behavior_known:
             # Only here the training step writes to the buffer: the student equals the behavior policy, so its
             # log-probabilities are stored for later passes and the snapshot need not score these rows.
@@ -189,9 +191,10 @@ class OPDModule(EvaluationModule):
             self._log_step(batch, whole, gates.tau)
         norms = None
         if self._wants_gradient_norms:
-            norms = hidden_gradient_norms(self.objective, scored, rollouts, batch.targets)
+            norms = hidden_gradient_norms(self.objective, step.scored, rollouts, batch.targets)
             self._wants_gradient_norms = False
-        trace = StepTrace(rollouts, batch.reuse_epoch, self.global_step, inputs, gates, shares, values, norms)
+        facts = (rollouts, batch.reuse_epoch, self.global_step)
+        trace = StepTrace(*facts, inputs, gates, shares, values, norms, batch.targets)
         # Lightning divides by the number of micro-batches and averages over processes, but the denominator already
         # covers them all.
         return {"loss": loss * len(batch.micro_batches) * self.trainer.world_size, "trace": trace}
@@ -201,12 +204,14 @@ class OPDModule(EvaluationModule):
         self._wants_gradient_norms = True
 
     def _log_step(self, batch: Minibatch, record: StepRecord, tau: Tensor | None) -> None:
+        # The axis of all curves is the number of steps taken; Lightning's own is one behind for training metrics.
+        self.log("step", float(self.global_step + 1))
         # Each process has its part of the loss, so the parts are summed.
         self.log("train/loss", record.pop("loss").sum(), prog_bar=True, sync_dist=True, reduce_fx="sum")
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by Lightning's logger connector
         if every <= 0 or (self.global_step + 1) % every:
             return  # skip metrics that are not logged
-        self.log_dict({**step_metrics(record), **batch.pool_metrics})
+        self.log_dict({"epoch": float(self.current_epoch), **step_metrics(record), **batch.pool_metrics})
         if tau is not None:
             self.log("gate/tau", tau)
         self.log("rollout/age", (self.global_step - batch.rollouts.sampled_at_step).float().mean())
@@ -231,7 +236,7 @@ class OPDModule(EvaluationModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the accumulation window to the checkpoint, so that a run can resume inside it."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[checks.CHECKPOINT_KEY] = self._window.state_dict(self.student)
+        checkpoint[CHECKPOINT_KEY] = self._window.state_dict(self.student)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of this model, and restore its accumulation window.
@@ -240,4 +245,4 @@ class OPDModule(EvaluationModule):
             UsageError: the checkpoint was not written by opdlab, or is of another model.
         """
         checks.check_checkpoint(checkpoint, self.state_dict())
-        self._window.load_state_dict(checkpoint[checks.CHECKPOINT_KEY])
+        self._window.load_state_dict(checkpoint[CHECKPOINT_KEY])

@@ -1,11 +1,11 @@
 """``opdlab fit`` through the command line, in this process."""
 
+import csv
 import os
 import re
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opdlab.cli import EXIT_USAGE, main
-from opdlab.cli.commands import COMMANDS
 from opdlab.diagnostics import find_metric, metric_rows
-from opdlab.policies import Sampler
+from tests.stops import stopper
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -143,7 +142,7 @@ def test_gates_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -
         ("--model.objective.k 1", "error: model.objective.k is 1"),
         ("--model.objective.k 99", "error: model.objective.k is 99, but the vocabulary has only 38 tokens"),
         ("--data.reuse.epochs 0", "error: data.reuse.epochs is 0"),
-        ("--data.reuse.batch_size 3", "data.reuse.batch_size is 3, which does not divide a pool of 8"),
+        ("--data.reuse.batch_size 3", "data.reuse.batch_size is 3, which does not divide a rollout buffer of 8"),
         ("--trainer.accumulate_grad_batches 3", "trainer.accumulate_grad_batches is 3"),
         ("--trainer.accumulate_grad_batches 0", "trainer.accumulate_grad_batches is 0, but must be at least 1"),
         ("-c binary.yaml", "binary.yaml is not text in utf-8, from byte 0 on: give a YAML file"),
@@ -206,15 +205,15 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
 
 
 def test_training_problems_are_read_before_anything_takes_long(
-    opdlab: Opdlab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Sampler, "sample", None)  # sampling fails with a traceback
+    stops = stopper("on_validation_start", "SIGINT")  # an evaluation would end with another exit code
     (tmp_path / "problems.jsonl").write_text('{"problem": "1 + 1", "answer": "2"}')
     source = {"class_path": "opdlab.data.JsonlProblems", "init_args": {"path": "problems.jsonl"}}
     (tmp_path / "broken.yaml").write_text(yaml.dump({"data": {"train": source}}))
-    assert opdlab("-c", "broken.yaml") == EXIT_USAGE
+    assert opdlab("-c", "broken.yaml", *stops) == EXIT_USAGE
     assert "there are only 1 prompts" in capsys.readouterr().err
-    assert opdlab("--data.reuse.prompts_per_pool", "12") == EXIT_USAGE
+    assert opdlab("--data.reuse.prompts_per_pool", "12", *stops) == EXIT_USAGE
     assert "there are only 8 prompts" in capsys.readouterr().err
 
 
@@ -235,79 +234,11 @@ def test_an_empty_command_says_where_to_start(capsys: pytest.CaptureFixture[str]
     assert "-c quickstart" in capsys.readouterr().err
 
 
-@pytest.fixture
-def _signals_put_back() -> Iterator[None]:
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for signum, handler in before.items():  # Lightning leaves Ctrl-C ignored
-        signal.signal(signum, handler)
-
-
-def _stopper(folder: Path, hook: str, name: str) -> str:
-    """The flag for a callback that sends a signal."""
-    (folder / f"stops_{hook}_{name}.py").write_text(
-        "import signal\nfrom lightning.pytorch import Callback\n"
-        "class Stopper(Callback):\n"
-        f"    def {hook}(self, *_):\n"
-        f"        signal.raise_signal(signal.{name})\n"
-    )
-    return f"--trainer.callbacks+=stops_{hook}_{name}.Stopper"
-
-
-@pytest.mark.usefixtures("_signals_put_back")
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_in_training_saves_and_says_how_to_resume(
-    opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, code: int
-) -> None:
-    assert opdlab(_stopper(tmp_path, "on_train_batch_start", name)) == code
-    assert (tmp_path / "runs/quickstart/version_0/checkpoints/interrupted.ckpt").is_file()
-    assert "--ckpt_path last" in capsys.readouterr().err
-    assert opdlab("--ckpt_path", "last", "--model.evaluation.teacher", "false") == 0
-    events = EventAccumulator(str(tmp_path / "runs/quickstart/version_0"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [0, 1]
-
-
-@pytest.mark.usefixtures("_signals_put_back")
-@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_signal_in_the_first_evaluation_stops(
-    opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, code: int
-) -> None:
-    assert opdlab(_stopper(tmp_path, "on_validation_batch_start", name)) == code
-    assert capsys.readouterr().err.endswith("opdlab: stopped\n")
-    assert not (tmp_path / "runs/quickstart/version_0/checkpoints").exists()
-
-
 def test_the_package_is_run_under_the_name_of_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "opdlab", "--help"]
     environment = {**os.environ, "PYTHONPATH": str(README.parent)}
     shown = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert shown.stdout.startswith("usage: opdlab ")
-
-
-def test_ctrl_c_is_heard_while_the_libraries_load(tmp_path: Path) -> None:
-    (tmp_path / "torch.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
-    command = [sys.executable, "-m", "opdlab", "gates"]
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{README.parent}"}
-    stopped = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (stopped.returncode, stopped.stdout, stopped.stderr) == (130, "", "opdlab: stopped\n")
-
-
-@pytest.mark.parametrize("slurm", [False, True])
-def test_sigterm_is_left_to_lightning_under_slurm(monkeypatch: pytest.MonkeyPatch, slurm: bool) -> None:
-    if slurm:
-        monkeypatch.setenv("SLURM_NTASKS", "1")
-        monkeypatch.setenv("SLURM_JOB_NAME", "run")
-    before, inside = signal.getsignal(signal.SIGTERM), []
-
-    def look(_: object) -> int:
-        inside.append(signal.getsignal(signal.SIGTERM))
-        return 0
-
-    monkeypatch.setitem(COMMANDS, "look", look)
-    assert main(["look"]) == 0
-    assert (inside == [before]) is slurm
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_resumed_curve_does_not_run_backwards(opdlab: Opdlab, tmp_path: Path) -> None:
@@ -324,7 +255,10 @@ def test_a_resumed_curve_does_not_run_backwards(opdlab: Opdlab, tmp_path: Path) 
     assert opdlab(*quick, "--trainer.max_steps", "6", "--ckpt_path", str(folder / "checkpoints/step-2.ckpt")) == 0
     events = EventAccumulator(str(folder))
     events.Reload()
-    steps = [event.step for event in events.Scalars("train/loss")]
-    assert steps == sorted(steps)
-    assert set(steps) == set(range(6))
-    assert len(steps) <= 7  # only the step after the checkpoint may occur twice
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("val/toy/pass@1")] == [0, 6]
+    with (folder / "metrics.csv").open() as file:
+        rows = {int(row["step"]): row for row in csv.DictReader(file)}
+    assert list(rows) == [0, 1, 2, 3, 4, 5, 6]
+    losses = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert {step: float(row["train/loss"]) for step, row in rows.items() if step} == pytest.approx(losses)

@@ -173,7 +173,7 @@ def test_state_holds_a_pool_only_while_it_is_in_use() -> None:
 def test_a_state_of_another_size_is_refused() -> None:
     made = loader()
     next(iter(made))
-    with pytest.raises(UsageError, match="pool of 8 rollouts, but the configuration asks for 4"):
+    with pytest.raises(UsageError, match="rollout buffer of 8, but the configuration asks for 4"):
         loader(prompts_per_pool=2).load_state_dict(made.state_dict())
 
 
@@ -182,7 +182,7 @@ def test_a_state_of_another_size_is_refused() -> None:
     [
         ({"prompts_per_pool": 12}, "prompts_per_pool is 12, but there are only 11"),
         ({"prompts_per_pool": 0}, "prompts_per_pool is 0"),
-        ({"batch_size": 3}, "batch_size is 3, which does not divide a pool of 8"),
+        ({"batch_size": 3}, "batch_size is 3, which does not divide a rollout buffer of 8"),
         ({"micro_batches": 3}, "accumulate_grad_batches is 3"),
         ({"reuse_epochs": 0}, "epochs is 0"),
     ],

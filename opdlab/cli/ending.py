@@ -1,0 +1,56 @@
+"""What a run says when a signal or a full disk ends it."""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+from opdlab.checkpoints import newest_checkpoint
+from opdlab.errors import FullDiskError, signal_name, stop_signal
+from opdlab.files import full_disk
+from opdlab.processes import STOP
+
+
+def run_to_end(run: Callable[[], None], trainer: Trainer, folder: Path, how_to_go_on: Callable[[], str]) -> int:
+    """Call a function that uses a trainer, and return the exit code: 0, or 128 plus the signal that stopped it.
+
+    Args:
+        run: the function.
+        trainer: its trainer.
+        folder: holds the files of the run; ``checkpoints`` in it are named if the disk is full.
+        how_to_go_on: returns what is kept after a signal, and how to go on.
+
+    Raises:
+        FullDiskError: the disk is full; the message names file, step and newest checkpoint.
+    """
+    with _quiet_writers():
+        try:
+            run()
+            STOP.check()  # a library may have dropped the exception of a signal
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
+            if (path := full_disk(error)) is not None:
+                newest = newest_checkpoint(folder / "checkpoints")
+                kept = "" if newest is None else f"; the newest checkpoint is {newest[0]}, of step {newest[1]}"
+                path = folder if path == Path() else path
+                raise FullDiskError(path, f" (at step {trainer.global_step}{kept})") from error
+            if (signum := stop_signal(error)) is None:
+                raise
+            if not trainer.is_global_zero:
+                return 0  # all processes have stopped together; Lightning kills the first one for another code
+            print(f"opdlab: stopped by {signal_name(signum)}{how_to_go_on()}", file=sys.stderr)
+            return 128 + signum
+    return 0
+
+
+@contextmanager
+def _quiet_writers() -> Iterator[None]:
+    """Do not print the traceback of a writer's thread that finds the disk full: the main thread raises its error."""
+    before = threading.excepthook
+    threading.excepthook = lambda args: before(args) if full_disk(args.exc_value) is None else None
+    try:
+        yield
+    finally:
+        threading.excepthook = before

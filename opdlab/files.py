@@ -1,0 +1,161 @@
+"""Files that are never half written, and full disks.
+
+Only the standard library is imported, so that processes that only supervise others start at once.
+"""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from opdlab.errors import FullDiskError
+
+PARTIAL = ".partial"
+"""Suffix of a file that is being written."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Yield a binary file that replaces ``path`` when the block ends: a reader sees the old content or the new.
+
+    The file is written beside ``path``, so that the last step is a rename within one file system, and is on the disk
+    before it gets its name. A kill leaves ``path`` as it was, and at most ``path.partial``; an error leaves neither.
+
+    Args:
+        path: its folder is made if it is missing.
+
+    Raises:
+        FullDiskError: the disk is full.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "folder" / "numbers.txt"
+        >>> with replacing(path) as file:
+        ...     _ = file.write(b"1 2 3")
+        ...     path.exists()
+        False
+        >>> path.read_bytes(), [file.name for file in path.parent.iterdir()]
+        (b'1 2 3', ['numbers.txt'])
+    """
+    partial = path.with_name(f"{path.name}{PARTIAL}")
+    with naming_full_disk(path):
+        try:
+            _make_folder(path.parent)
+            with partial.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+            _sync_folder(path.parent)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def replacing_files(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
+    """Yield an empty folder whose files move into ``folder`` when the block ends; other files there stay.
+
+    The files are written beside ``folder`` and are all on the disk before the first one moves. A kill while they are
+    written leaves ``folder`` as it was, and ``folder.partial``; an error leaves only the first.
+
+    Args:
+        folder: made if it is missing.
+        stale: patterns of files to delete in ``folder`` unless they are replaced.
+
+    Raises:
+        FullDiskError: the disk is full.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp()) / "model"
+        >>> for name in ("weights-1.bin", "weights-2.bin"):
+        ...     with replacing_files(folder, stale=["weights-*"]) as new:
+        ...         (new / name).touch()
+        >>> [file.name for file in folder.iterdir()]
+        ['weights-2.bin']
+    """
+    partial = folder.with_name(f"{folder.name}{PARTIAL}")
+    with naming_full_disk(folder):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            files = [path.relative_to(partial) for path in partial.rglob("*") if path.is_file()]
+            for name in files:
+                with (partial / name).open("rb") as file:
+                    os.fsync(file.fileno())
+            old = {path.relative_to(folder) for pattern in stale for path in folder.glob(pattern)}
+            for name in files:
+                _make_folder((folder / name).parent)
+                (partial / name).replace(folder / name)
+            for name in old.difference(files):
+                (folder / name).unlink()
+            _sync_folder(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def naming_full_disk(path: Path) -> Iterator[None]:
+    """Raise a :class:`FullDiskError` that names ``path`` if the block finds the disk full."""
+    try:
+        yield
+    except FullDiskError:
+        raise
+    except Exception as error:
+        if full_disk(error) is not None:
+            raise FullDiskError(path) from error
+        raise
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        _sync_folder(folder.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Write a folder's entries to the disk, so that a new name survives a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError:  # some network file systems refuse it for folders
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what a kill left half written in ``folder`` and below; call it when no other process writes there."""
+    for path in list(folder.rglob(f"*{PARTIAL}")):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def full_disk(error: BaseException | None) -> Path | None:
+    """Return the path that could not be written because the disk is full; None for other errors.
+
+    Libraries wrap the system's error or quote it, so the errors that ``error`` was raised from and the messages are
+    looked at too; the first error counts. The path is empty if nothing named it.
+
+    Example:
+        >>> full_disk(OSError(errno.ENOSPC, "No space left on device", "a.txt")), full_disk(ValueError())
+        (PosixPath('a.txt'), None)
+    """
+    found: Path | None = None
+    while error is not None:
+        if isinstance(error, FullDiskError):
+            found = error.path
+        elif isinstance(error, OSError) and error.errno in _FULL:
+            found = Path(error.filename or found or "")
+        elif any(os.strerror(code) in str(error) for code in _FULL):
+            found = found or Path()
+        error = error.__cause__ or error.__context__
+    return found
