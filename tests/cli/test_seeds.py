@@ -11,6 +11,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from opdlab.checkpoints import CheckpointFiles
 from opdlab.cli import EXIT_USAGE, main
 from opdlab.data import PromptDataModule
 from opdlab.evaluation import EvaluationConfig, Evaluator
@@ -67,6 +68,8 @@ def test_everything_follows_the_seed_and_a_saved_configuration_too(fit: Fit) -> 
         *("rerun", "--seed_everything", "2", "--trainer.logger", "true", "--checkpoint.dirpath", "null"),
         config=(str(one / "config.yaml"),),
     )
+    used = json.loads((one / "results.json").read_text())["seeds"]
+    assert used == {"seed_everything": 1, "data.seed": 1, "model.evaluation.seed": 1}
     assert equal(weights(one), weights(again))
     assert equal(weights(two), weights(rerun))
     assert not equal(weights(one), weights(two))
@@ -106,9 +109,9 @@ def test_an_evaluation_of_a_checkpoint_takes_the_seed_of_its_run(fit: Fit, tmp_p
 
     assert validate() == 3
     assert validate("--model.evaluation.seed", "5") == 5
-    content = torch.load(checkpoint, weights_only=True)
+    content = CheckpointFiles().load_checkpoint(checkpoint)
     del content["opdlab_evaluation_seed"]  # as an earlier version wrote it
-    torch.save(content, checkpoint)
+    CheckpointFiles().save_checkpoint(content, checkpoint)
     assert validate("--seed_everything", "4") == 4
 
 

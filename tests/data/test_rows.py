@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 import pytest
+import yaml
 from transformers import PreTrainedTokenizerFast
 
 from opdlab.cli import EXIT_USAGE, main
@@ -21,9 +22,12 @@ from opdlab.data import (
 )
 from opdlab.data.cleaning import clean
 from opdlab.errors import UsageError
+from opdlab.policies import LanguageModel
 from opdlab.toy import chain_tokenizer
 from opdlab.types import Message
+from tests.cli.test_fit import SMALL
 from tests.data.test_prompts import CHAT
+from tests.toy_run import STUDENT
 
 USER = {"role": "user", "content": "86 a+7"}
 # A row as verl's preprocessing writes it.
@@ -108,6 +112,31 @@ def test_rows_of_verl_train_as_they_are(tmp_path: Path, tokenizer: PreTrainedTok
         assert list(problems.problems()) == [problem]
         (prompt,) = prompt_set(problems, tokenizer, 100).prompts
         assert tokenizer.decode(prompt.tokens) == ":86 a+7\n"
+
+
+def test_a_run_trains_and_evaluates_on_rows_of_verl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    student = LanguageModel(STUDENT)
+    student.tokenizer.chat_template = CHAT
+    student.save(tmp_path / "student")
+    rows = [{**VERL, "prompt": [{**USER, "content": f"{n} a+7"}], "extra_info": {"index": str(n)}} for n in range(12)]
+    datasets.Dataset.from_list(rows).to_parquet("rows.parquet")
+    verifier = {"verifier": {"class_path": "opdlab.verifiers.BoxedVerifier"}}
+    options: dict[str, Any] = {"path": "rows.parquet", **VERL_FIELDS, **verifier}
+    train, held_out = (
+        {"class_path": "opdlab.data.TableProblems", "init_args": {**options, **part}}
+        for part in ({"limit": 8}, {"offset": 8})
+    )
+    data = {"train": train, "benchmarks": {"verl": held_out}}
+    Path("rows.yaml").write_text(yaml.safe_dump(yaml.safe_load(SMALL) | {"data": yaml.safe_load(SMALL)["data"] | data}))
+    command = ["fit", "-c", "quickstart", "-c", "rows.yaml", "--model.student.path", "student"]
+    assert main([*command, "--trainer.default_root_dir", "runs", "--model.evaluation.samples", "samples"]) == 0
+    lines = [
+        json.loads(line) for file in Path("samples").rglob("verl-0.jsonl") for line in file.read_text().splitlines()
+    ]
+    assert {(line["id"], line["problem"], line["gold"]) for line in lines} == {
+        (str(n), f"{n} a+7", "93") for n in range(8, 12)
+    }
 
 
 def test_a_chat_keeps_its_turns(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
