@@ -81,6 +81,13 @@ class PoolRecorder(StepCallback):
             "weights to record: take a single device or ddp, or set save_pools to false",
         )
         self.folder = Path(trainer.log_dir or trainer.default_root_dir)
+        left = range(trainer.global_step + 1, trainer.max_steps + 1)
+        if self.enabled and left and not any(map(self.wants, left)):
+            when = f"every_n_steps is {self.every_n_steps}" if self.steps is None else f"steps is {self.steps}"
+            rank_zero_warn(
+                f"save_pools is true, but nothing will be recorded: pool_recorder.{when}, and the last step is "
+                f"{trainer.max_steps}: choose steps before it"
+            )
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

@@ -1,10 +1,71 @@
-"""Seeds derived from the position in a run, so that random draws need no state beyond a few counters."""
+"""The seeds of a run, and seeds derived from the position in it.
+
+A run has three seeds: ``seed_everything`` for the global generators, ``data.seed`` for the order of the prompts and the
+rollouts, ``model.evaluation.seed`` for the answers in evaluations. The last two are null by default and follow the
+first. The problems do not depend on them: a problem source has its own seed.
+
+Random draws are seeded by their position (buffer, pass, batch), so they need no state beyond a few counters.
+"""
 
 import hashlib
+import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
+
+from opdlab.errors import require
+
+FOLLOWING_SEEDS = ("data.seed", "model.evaluation.seed")
+"""Keys that follow ``seed_everything`` if they are null."""
+DEFAULT_SEED = 0
+"""Value of a null seed in a Python program, where there is no ``seed_everything`` key."""
+EVALUATION_SEED_KEY = "opdlab_evaluation_seed"
+"""Key of the evaluation seed in a checkpoint."""
+_LARGEST = 2**32 - 1
+_NUM_PROCESSES = ("WORLD_SIZE", "SLURM_NTASKS")  # set by launchers that start all processes of a run
+
+
+def run_seed(given: bool | int) -> int:
+    """Return the number that a value of ``seed_everything`` stands for; true takes a random one.
+
+    Processes that Lightning starts take the number of the first process from the environment.
+
+    Raises:
+        UsageError: the value is false or out of range, or it is true and the processes cannot agree on a number.
+
+    Example:
+        >>> run_seed(7)
+        7
+        >>> run_seed(False)
+        Traceback (most recent call last):
+        ...
+        opdlab.errors.UsageError: seed_everything is false, but a run needs a seed: give a number, or true for any
+    """
+    require(given is not False, "seed_everything is false, but a run needs a seed: give a number, or true for any")
+    if given is True:
+        shared = os.environ.get("PL_GLOBAL_SEED")
+        require(
+            shared is not None or all(os.environ.get(name, "1") == "1" for name in _NUM_PROCESSES),
+            "seed_everything is true, but the processes of a run need the same seed: give a number",
+        )
+        given = int(shared) if shared is not None else secrets.randbelow(_LARGEST + 1)
+    require(0 <= given <= _LARGEST, f"seed_everything is {given}, but must lie between 0 and {_LARGEST}")
+    return given
+
+
+def evaluation_seed(given: int | None, checkpoint: str | Path | None) -> int | None:
+    """Return the seed of an evaluation: the given one, or that of the run that wrote the checkpoint.
+
+    None if neither exists: checkpoints of earlier versions do not hold it.
+    """
+    if given is not None or checkpoint is None:
+        return given
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    seed = content.get(EVALUATION_SEED_KEY) if isinstance(content, dict) else None
+    return seed if type(seed) is int else None
 
 
 def derive_seed(*parts: int | str) -> int:

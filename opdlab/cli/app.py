@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from opdlab.callbacks import CollapseGuard, EvaluationTable, LabProgressBar, RunFiles, SampleLogger, StopCheckpoint
 from opdlab.checkpoints import check_checkpoint
-from opdlab.cli.building import build
+from opdlab.cli.building import build, with_seeds
 from opdlab.cli.checks import check_trainer, warn_of_idle_recorder
 from opdlab.cli.ending import run_to_end
 from opdlab.cli.estimate import refuse_oversized
@@ -30,6 +30,7 @@ from opdlab.module import OPDModule
 from opdlab.policies import LanguageModel, LocalTeacher
 from opdlab.records import RESULTS
 from opdlab.run_folder import RunFolder, fit_samples_folder, samples_folder_for
+from opdlab.seeds import evaluation_seed
 from opdlab.training.run_trainer import MetricsFile, RunTrainer
 
 EXIT_COLLAPSED = 3
@@ -139,6 +140,7 @@ class OPDCLI(LightningCLI):
         config.trainer.logger = False if config.trainer.logger is None else config.trainer.logger
         if config.ckpt_path is not None and config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(Path(config.ckpt_path).absolute().parent)
+        evaluation.seed = evaluation_seed(evaluation.seed, config.ckpt_path)
         if evaluation.samples is None:
             student = config.get("model.student.init_args.path") or "student"
             evaluation.samples = samples_folder_for(student, config.ckpt_path, root)
@@ -240,7 +242,8 @@ class OPDCLI(LightningCLI):
         self.accepted = True
         if not self.resumes:
             self._save_config()
-        log_hyperparameters(self.trainer, self.model, self.config.as_dict(), self.datamodule.benchmark_sources)
+        config = with_seeds(self.config).as_dict()
+        log_hyperparameters(self.trainer, self.model, config, self.datamodule.benchmark_sources)
         if self.config.ckpt_path is None and self._has_benchmarks:
             self._evaluate("val", self.model.student)
 

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from opdlab.errors import UsageError, first_line, user_line
 from opdlab.packages import package_trouble
+from opdlab.seeds import FOLLOWING_SEEDS
 
 
 def with_key(error: UsageError, key: str, fields: Container[str]) -> UsageError:
@@ -40,6 +41,22 @@ def under(key: str, fields: Container[str]) -> Iterator[None]:
         raise with_key(error, key, fields) from error
 
 
+def with_seeds(config: Namespace) -> Namespace:
+    """Return a copy of a configuration in which seeds that are null have the value of ``seed_everything``.
+
+    Only objects are built from the copy; a saved configuration keeps the null, so it can be run with another seed.
+
+    Example:
+        >>> with_seeds(Namespace(seed_everything=3, data=Namespace(seed=None))).data.seed
+        3
+    """
+    filled = config.clone()
+    for key in FOLLOWING_SEEDS:
+        if key in config and config[key] is None:
+            filled[key] = config.seed_everything
+    return filled
+
+
 def build(parser: ArgumentParser, config: Namespace, *, groups: bool = True) -> Namespace:
     """Return ``config`` with each described class replaced by an instance.
 
@@ -48,12 +65,13 @@ def build(parser: ArgumentParser, config: Namespace, *, groups: bool = True) -> 
 
     Args:
         parser: the parser that parsed ``config``.
-        config: the whole configuration, or the sections to build.
+        config: the whole configuration, or the sections to build; see :func:`with_seeds` for its seeds.
         groups: also build classes of fixed sections, such as ``model``, not only those with a ``class_path``.
 
     Raises:
         UsageError: a constructor refused its arguments, or code outside opdlab failed in it.
     """
+    config = with_seeds(config)
     refused: dict[str, UsageError] = {}
 
     def instantiate(cls: Any, *args: Any, **options: Any) -> Any:

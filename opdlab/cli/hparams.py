@@ -41,6 +41,8 @@ _KEYS = {
     "student": "model.student.init_args.path",
     "teacher": "model.teacher.init_args.path",
     "seed": "seed_everything",
+    "data.seed": "data.seed",
+    "evaluation.seed": "model.evaluation.seed",
 }
 # Sections all of whose keys are columns, by the prefix of their names.
 _SECTIONS = {

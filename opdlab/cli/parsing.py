@@ -23,6 +23,7 @@ from opdlab.errors import UsageError, user_code
 from opdlab.gating import gate_registry
 from opdlab.module import OPDModule
 from opdlab.objectives.base import objective_registry
+from opdlab.seeds import run_seed
 
 RUN_KEYS = ("ckpt_path", "weights_only")
 """Keys that are passed to the method of the trainer."""
@@ -57,7 +58,8 @@ def fit_parser(command: str = "fit") -> LightningArgumentParser:
         "--seed_everything",
         type=bool | int,
         default=0,
-        help="Seed of all generators, set before anything is built; true takes a random one, false sets none.",
+        help="Seed of all generators, set before anything is built; true takes a random one. data.seed and "
+        "model.evaluation.seed follow it unless they are given.",
     )
     parser.add_lightning_class_args(Trainer, "trainer")
     parser.add_lightning_class_args(OPDModule, "model")
@@ -106,6 +108,7 @@ def parse_fit(arguments: Sequence[str], command: str = "fit") -> Namespace:
         raise UsageError(_explained(parser, error)) from error
     finally:
         vars(parser).pop("print_config", None)  # left by --print_config before a mistake
+    config.seed_everything = run_seed(config.seed_everything)
     config.trainer.default_root_dir = str(config.trainer.default_root_dir or "runs")
     if config.ckpt_path is not None:
         root = Path(config.trainer.default_root_dir)

@@ -127,8 +127,7 @@ def _replayer(run: Path, overrides: Sequence[str], grid: Grid, config: ReplayCon
     settings = parse_fit(["-c", str(run / CONFIG), "--ckpt_path", "null", *overrides])
     if settings.check_memory:
         refuse_oversized(settings)
-    if settings.seed_everything is not False:  # adapters are initialised at random
-        seed_everything(None if settings.seed_everything is True else settings.seed_everything, workers=True)
+    seed_everything(settings.seed_everything, workers=True)  # adapters are initialised at random
     built = build(fit_parser(), settings)
     module, data = built.model, built.data
     # The replay uses one device, even if the run used more.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from opdlab.data.overlap import BenchmarkIndex, Suspect, normalized
 from opdlab.errors import require
-from opdlab.types import Problem
+from opdlab.types import Message, Problem
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class CleaningConfig:
 
     1. ``drop_conflicting``: drop every row of a text that occurs with different golds, because it is unknown which is
        right. This comes before deduplication, which would hide the conflict.
-    2. ``deduplicate``: drop all but the first row of a text.
+    2. ``deduplicate``: drop all but the first row of a text, and of an id. The text of a chat is that of all its turns.
     3. ``decontaminate``: drop rows that are a problem of a configured benchmark, exactly or by runs of words; see
        :class:`opdlab.data.overlap.BenchmarkIndex`.
 
@@ -68,6 +68,7 @@ class CleaningReport:
         exact: rows that are a problem of a benchmark, by benchmark.
         by_ngrams: rows that share enough runs of words with a problem, by benchmark.
         too_long: rows with more prompt tokens than allowed.
+        same_id: rows whose id an earlier row with another text has.
 
     Example:
         >>> print(CleaningReport(9, conflicting=2, duplicate=1, exact={"amc23": 1}, by_ngrams={"amc23": 3}))
@@ -80,6 +81,7 @@ class CleaningReport:
     exact: Mapping[str, int] = field(default_factory=dict)
     by_ngrams: Mapping[str, int] = field(default_factory=dict)
     too_long: int = 0
+    same_id: int = 0
 
     @property
     def contaminated(self) -> int:
@@ -89,13 +91,15 @@ class CleaningReport:
     @property
     def kept(self) -> int:
         """Return the number of rows kept."""
-        return self.read - self.conflicting - self.duplicate - self.contaminated - self.too_long
+        return self.read - self.conflicting - self.duplicate - self.contaminated - self.too_long - self.same_id
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {self.exact[name]} + {self.by_ngrams[name]}" for name in self.exact)
+        same_id = f"{self.same_id} with the id of another, " if self.same_id else ""
         return (
             f"{self.read} read, {self.conflicting} conflicting, {self.duplicate} duplicate, {self.contaminated} "
-            f"contaminated{parts and f' (exact + by n-grams: {parts})'}, {self.too_long} too long, {self.kept} kept"
+            f"contaminated{parts and f' (exact + by n-grams: {parts})'}, {self.too_long} too long, {same_id}"
+            f"{self.kept} kept"
         )
 
 
@@ -136,11 +140,13 @@ def clean(
     texts: dict[bytes, _Text] = {}
     candidates: list[tuple[Problem, _Text]] = []
     for problem in problems:
-        normal = normalized(problem.text)
+        turns = problem.messages or (Message("user", problem.text),)
         gold = None if problem.answer is None else normalized(problem.answer)
-        key = hashlib.blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        whole = "\0".join(normalized(part) for turn in turns for part in turn)
+        key = hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if key not in texts:
-            texts[key] = _Text(gold, index.look_up(normal))
+            asked = normalized(" ".join(turn.content for turn in turns if turn.role == "user"))
+            texts[key] = _Text(gold, index.look_up(asked))
         text = texts[key]
         text.rows += 1
         text.conflicting |= config.drop_conflicting and gold != text.gold
@@ -148,15 +154,20 @@ def clean(
             candidates.append((problem, text))
     # Conflicts and common phrases are known only after all rows are read.
     exact, by_ngrams = dict.fromkeys(compared, 0), dict.fromkeys(compared, 0)
-    kept = []
+    kept: list[Problem] = []
+    ids: set[str] = set()
+    same_id = 0
     for problem, text in candidates:
         if text.conflicting:
             continue
         if text.suspect is not None and (benchmark := index.match(text.suspect)) is not None:
             (by_ngrams if text.suspect.exact is None else exact)[benchmark] += 1
+        elif config.deduplicate and problem.id in ids:
+            same_id += 1
         else:
+            ids.add(problem.id)
             kept.append(problem)
     read = sum(text.rows for text in texts.values())
     conflicting = sum(text.rows for text in texts.values() if text.conflicting)
     duplicate = read - conflicting - sum(not text.conflicting for _, text in candidates)
-    return kept, CleaningReport(read, conflicting, duplicate, exact, by_ngrams)
+    return kept, CleaningReport(read, conflicting, duplicate, exact, by_ngrams, same_id=same_id)

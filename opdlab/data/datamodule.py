@@ -1,6 +1,7 @@
 """The data module: prompts for training, problems for evaluation."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -8,7 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +17,7 @@ from opdlab.data.cleaning import CleaningConfig, CleaningReport, clean
 from opdlab.data.prompts import ProblemSource, PromptSet, prompt_set
 from opdlab.errors import UsageError, require
 from opdlab.rollouts import Pool, ReuseConfig, RolloutLoader
+from opdlab.seeds import DEFAULT_SEED
 from opdlab.types import EvaluationBatch, Prompt
 from opdlab.verifiers.verifier import Verifier
 
@@ -30,7 +32,7 @@ class PromptDataModule(pl.LightningDataModule):
         clean: rules that drop training problems; see :class:`CleaningConfig`.
         max_prompt_tokens: longer prompts are dropped and counted.
         eval_batch_size: problems per evaluation batch.
-        seed: seed of the prompt order and of sampling.
+        seed: seed of the prompt order and of the rollouts. Null follows ``seed_everything``; in Python it means 0.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class PromptDataModule(pl.LightningDataModule):
         clean: CleaningConfig = CleaningConfig(),  # noqa: B008 - frozen
         max_prompt_tokens: int = 2048,
         eval_batch_size: int = 64,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         for name in benchmarks or {}:
@@ -55,7 +57,8 @@ class PromptDataModule(pl.LightningDataModule):
         self.benchmark_sources: Mapping[str, ProblemSource] = benchmarks or {}
         self.reuse = reuse
         self.clean = clean
-        self.max_prompt_tokens, self.eval_batch_size, self.seed = max_prompt_tokens, eval_batch_size, seed
+        self.max_prompt_tokens, self.eval_batch_size = max_prompt_tokens, eval_batch_size
+        self.seed = DEFAULT_SEED if seed is None else seed
         self.train_prompts: PromptSet | None = None
         self.cleaning_report: CleaningReport | None = None
         self.benchmarks: dict[str, PromptSet] = {}
@@ -94,6 +97,13 @@ class PromptDataModule(pl.LightningDataModule):
         for name, source in self.benchmark_sources.items():
             if name not in self.benchmarks:
                 prompts = prompt_set(source, tokenizer, self.max_prompt_tokens)
+                ids = Counter(prompt.problem.id for prompt in prompts.prompts)
+                twice = next((id_ for id_, count in ids.items() if count > 1), None)
+                require(
+                    twice is None,
+                    f"data.benchmarks.{name} has the id '{twice}' more than once ({source.name}): samples are stored "
+                    "by id, so give each problem its own, or remove the repeated ones",
+                )
                 dropped = f", {prompts.num_too_long} dropped as too long" if prompts.num_too_long else ""
                 rank_zero_info(f"{name}: {len(prompts)} prompts from {source.name}{dropped}")
                 self.benchmarks[name] = prompts
@@ -109,6 +119,11 @@ class PromptDataModule(pl.LightningDataModule):
             self.train_prompts = prompt_set(source, tokenizer, self.max_prompt_tokens, problems)
             self.cleaning_report = replace(report, too_long=self.train_prompts.num_too_long)
             rank_zero_info(f"train: problems from {source.name}: {self.cleaning_report}")
+            if report.same_id:
+                rank_zero_warn(
+                    f"train: {report.same_id} problems from {source.name} have the id of an earlier one, and are left "
+                    "out: give each problem its own id, or set data.clean.deduplicate to false"
+                )
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
         """Raise a UsageError if a prompt has a token for which the student or the teacher has no row.

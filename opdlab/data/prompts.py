@@ -1,13 +1,13 @@
 """Sources of problems, and their tokenized prompts."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from transformers import PreTrainedTokenizerBase
 
-from opdlab.data.templates import RawTemplate, Template
+from opdlab.data.templates import DefaultTemplate, Template
 from opdlab.errors import UsageError, require
 from opdlab.types import Problem, Prompt
 from opdlab.verifiers.verifier import Verifier
@@ -24,7 +24,7 @@ class ProblemSource(ABC):
     """
 
     def __init__(self, template: Template | None = None, verifier: Verifier | None = None) -> None:
-        self.template: Template = template or RawTemplate()
+        self.template: Template = template or DefaultTemplate()
         self.verifier = verifier
 
     @abstractmethod
@@ -58,6 +58,17 @@ class PromptSet:
         return len(self.prompts)
 
 
+def _tokenized(
+    problems: Sequence[Problem], template: Template, tokenizer: PreTrainedTokenizerBase
+) -> Iterable[list[int]]:
+    """Return the token ids of the prompt of each problem, plain text or chat."""
+    texts = [problem.text for problem in problems if not problem.messages]
+    chats = [problem.messages for problem in problems if problem.messages]
+    plain = iter(template.tokenize(texts, tokenizer) if texts else ())
+    turns = iter(template.tokenize_chats(chats, tokenizer) if chats else ())
+    return [next(turns if problem.messages else plain) for problem in problems]
+
+
 def prompt_set(
     source: ProblemSource,
     tokenizer: PreTrainedTokenizerBase,
@@ -80,7 +91,7 @@ def prompt_set(
     prompts: list[Prompt] = []
     too_long: list[int] = []  # token counts
     while chunk := list(islice(remaining, _CHUNK)):
-        tokenized = source.template.tokenize([problem.text for problem in chunk], tokenizer)
+        tokenized = _tokenized(chunk, source.template, tokenizer)
         for problem, given in zip(chunk, tokenized, strict=True):
             # A template or a text may begin with the token that the tokenizer puts first anyway.
             tokens = given[1:] if bos is not None and list(given[:2]) == [bos, bos] else given

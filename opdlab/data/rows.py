@@ -1,21 +1,31 @@
 """Problems from rows of named fields, independent of the file format."""
 
 import hashlib
+import json
+import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from itertools import islice
 from typing import Any
 
 from opdlab.data.prompts import ProblemSource
 from opdlab.data.templates import Template
-from opdlab.errors import require
+from opdlab.errors import UsageError, require
+from opdlab.records import flat
 from opdlab.registry import suggestion
-from opdlab.types import Problem
+from opdlab.types import Message, Problem
 from opdlab.verifiers.verifier import Verifier
+
+_SHOWN = 20  # names of fields in a message
 
 
 class RowProblems(ProblemSource):
     """Problems in rows of named fields.
+
+    A field holds text or a number. The problem may also be a chat: a list of messages with ``role`` and ``content``.
+    The prompt is then all of its turns up to the user's last one, system message included; an answer of the assistant
+    at its end is not part of the prompt. A dotted name such as ``reward_model.ground_truth`` is a field inside a field.
 
     Args:
         problem_field: field that holds the problem.
@@ -23,11 +33,12 @@ class RowProblems(ProblemSource):
         id_field: field with the id of a row; rows without it get a hash of the problem as id.
         limit: use at most this many rows.
         offset: skip this many rows first.
-        template: turns a problem into a prompt; plain text by default.
+        template: turns a problem into a prompt; by default plain text stays as it is, and a chat goes through the
+            tokenizer's chat template.
         verifier: checks answers; null for none, which ``answer_field: null`` requires.
 
     Raises:
-        UsageError: a field is missing or null in a row, or a number is out of range.
+        UsageError: a field is missing or null in a row, or has a type that is not allowed; or a number is out of range.
     """
 
     row_name = "line"  # name of a row in messages
@@ -59,25 +70,87 @@ class RowProblems(ProblemSource):
 
     def problems(self) -> Iterator[Problem]:
         """Yield the problems, one row at a time."""
-        return (self._problem(number, row) for number, row in islice(self.rows(), *self._rows))
+        for number, row in islice(self.rows(), *self._rows):
+            try:
+                yield _problem(row, *self._fields)
+            except (UsageError, RecursionError) as error:
+                said = ": a field is nested too deeply" if isinstance(error, RecursionError) else error
+                raise UsageError(f"{self.name}, {self.row_name} {number}{said}") from error
 
-    def _problem(self, number: int, row: Mapping[str, Any]) -> Problem:
-        problem_field, answer_field, id_field = self._fields
-        for field in (problem_field, answer_field):
-            if field is None:
-                continue
-            require(
-                field in row,
-                f"{self.name}, {self.row_name} {number}, has no field '{field}'{suggestion(field, row) or ';'} "
-                f"its fields: {', '.join(row)}",
-            )
-            require(
-                row[field] is not None,
-                f"{self.name}, {self.row_name} {number}: the field '{field}' is null; give it a value",
-            )
-        text, name = str(row[problem_field]), row.get(id_field)
-        return Problem(
-            hashlib.sha256(text.encode()).hexdigest()[:12] if name is None else str(name),
-            text,
-            None if answer_field is None else str(row[answer_field]),
-        )
+
+# The messages of these functions follow the name of the file and the number of the row.
+
+
+def _problem(row: Mapping[str, Any], problem_field: str, answer_field: str | None, id_field: str) -> Problem:
+    value = _required(row, problem_field)
+    messages: tuple[Message, ...] = ()
+    if isinstance(value, list | tuple):
+        messages = _messages(value, problem_field)
+        text = messages[-1].content
+    else:
+        text = _text(value, problem_field, " or a list of messages with role and content")
+    answer = None if answer_field is None else _text(_required(row, answer_field), answer_field)
+    name = _find(row, id_field)
+    if name is None:
+        identity = json.dumps(messages) if messages else text
+        return Problem(hashlib.sha256(identity.encode()).hexdigest()[:12], text, answer, messages)
+    return Problem(_text(name, id_field), text, answer, messages)
+
+
+def _find(row: Mapping[str, Any], field: str) -> Any:
+    """Return the value of a field, whose name may be dotted; None if it is missing or null."""
+    value: Any = row
+    for part in [field] if field in row else field.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def _required(row: Mapping[str, Any], field: str) -> Any:
+    value = _find(row, field)
+    if value is not None:
+        return value
+    names = list(flat(dict(row)))
+    if field in names:
+        raise UsageError(f": the field '{field}' is null; give it a value")
+    shown = ", ".join([*names[:_SHOWN], *(["…"] if len(names) > _SHOWN else [])])
+    raise UsageError(f", has no field '{field}'{suggestion(field, names) or ';'} its fields: {shown}")
+
+
+def _text(value: Any, field: str, or_else: str = "") -> str:
+    """Return a field's text, or its number as text."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = value[error.start].encode("ascii", "backslashreplace").decode()
+            raise UsageError(f": the field '{field}' has a lone surrogate, {half}: remove it") from error
+        return value
+    is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
+    if is_number and value == value and abs(value) != math.inf:
+        return str(value)
+    kind = str(value) if is_number else f"a {type(value).__name__}"
+    inside = ", ".join(flat(dict(value), field)) if isinstance(value, Mapping) and value else ""
+    mend = f"; give one of its fields: {inside}" if inside else ""
+    raise UsageError(f": the field '{field}' is {kind}, but must be text or a finite number{or_else}{mend}")
+
+
+def _messages(turns: Sequence[Any], field: str) -> tuple[Message, ...]:
+    """Return the messages of a chat up to the user's last turn."""
+    messages = []
+    for number, turn in enumerate(turns):
+        place = f": the field '{field}.{number}'"
+        require(isinstance(turn, Mapping), f"{place} is a {type(turn).__name__}, but must have role and content")
+        more = ", ".join(key for key, value in turn.items() if key not in Message._fields and value is not None)
+        require(not more, f"{place} has {more}, but a message has role and content only")
+        for key in Message._fields:
+            kind = "missing" if turn.get(key) is None else f"a {type(turn[key]).__name__}"
+            require(isinstance(turn.get(key), str), f"{place} is no message: its {key} is {kind}, but must be text")
+        messages.append(Message(*(_text(turn[key], f"{field}.{number}.{key}") for key in Message._fields)))
+    if len(messages) > 1 and messages[-1].role == "assistant":
+        messages.pop()  # the reference answer
+    last = f"a message of the role '{messages[-1].role}'" if messages else "no message"
+    require(
+        bool(messages) and messages[-1].role == "user",
+        f": the field '{field}' ends with {last}, but its last message must be the user's",
+    )
+    return tuple(messages)

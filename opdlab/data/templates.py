@@ -2,11 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from opdlab.errors import UsageError
+from opdlab.errors import UsageError, require
+from opdlab.types import Message
 
+Chat = Sequence[Message]
+"""The turns of a problem; the last one is the user's."""
 REASONING_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 """Common suffix of prompts for mathematical problems."""
 
@@ -16,7 +20,18 @@ class Template(ABC):
 
     @abstractmethod
     def tokenize(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        """Return the token ids of each problem's prompt."""
+        """Return the token ids of the prompt of each plain text."""
+
+    def tokenize_chats(self, chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """Return the token ids of the prompt of each chat.
+
+        Raises:
+            UsageError: the template takes plain text only.
+        """
+        raise UsageError(
+            f"template is {type(self).__name__}, which takes plain text, but the problems are lists of messages: give "
+            "opdlab.data.ChatTemplate, or leave the template out"
+        )
 
 
 class RawTemplate(Template):
@@ -53,13 +68,15 @@ class RawTemplate(Template):
 class ChatTemplate(Template):
     """Template that puts the problem into a user turn of the tokenizer's chat template.
 
+    A problem that is a chat keeps its turns and its own system message.
+
     Args:
-        system: a system message, or None.
-        suffix: text after the problem in the user turn.
+        system: system message of problems that have none, or None.
+        suffix: text after the problem in the last user turn.
         enable_thinking: passed to the template if not None; Qwen3's template reads it.
 
     Raises:
-        UsageError: the tokenizer has no chat template.
+        UsageError: the tokenizer has no chat template, or its template refuses the messages.
     """
 
     def __init__(self, system: str | None = None, suffix: str = "", enable_thinking: bool | None = None) -> None:
@@ -69,15 +86,51 @@ class ChatTemplate(Template):
 
     def tokenize(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         """See :meth:`Template.tokenize`."""
-        if not tokenizer.chat_template:
-            raise UsageError(
-                "template is ChatTemplate, but the student's tokenizer has no chat template: use RawTemplate"
-            )
-        turns = [{"role": "system", "content": self.system}] if self.system else []
-        chats = [[*turns, {"role": "user", "content": text + self.suffix}] for text in texts]
-        options = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
-        encoded = tokenizer.apply_chat_template(
-            chats, tokenize=True, add_generation_prompt=True, return_dict=True, **options
+        require(
+            bool(tokenizer.chat_template),
+            "template is ChatTemplate, but the student's tokenizer has no chat template: use RawTemplate",
         )
-        ids: list[list[int]] = encoded["input_ids"]
+        return self.tokenize_chats([[Message("user", text)] for text in texts], tokenizer)
+
+    def tokenize_chats(self, chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """See :meth:`Template.tokenize_chats`."""
+        require(
+            bool(tokenizer.chat_template),
+            "the problems are lists of messages, but the student's tokenizer has no chat template: give a student with "
+            "one, or plain text as the problem",
+        )
+        options = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        encode = partial(
+            tokenizer.apply_chat_template, tokenize=True, add_generation_prompt=True, return_dict=True, **options
+        )
+        turns = [self._turns(chat) for chat in chats]
+        try:
+            ids: list[list[int]] = encode(turns)["input_ids"]
+        except Exception:  # a template is a program, which may raise anything
+            for each in turns:
+                try:
+                    encode(each)
+                except Exception as error:
+                    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    roles, text = ", ".join(turn["role"] for turn in each), each[-1]["content"][:40]
+                    raise UsageError(
+                        f"the student's chat template refuses the problem {text!r}, messages of {roles}: {reason}; "
+                        "change the messages, the template's system message, or the student's tokenizer"
+                    ) from error
+            raise
         return ids
+
+    def _turns(self, chat: Chat) -> list[dict[str, str]]:
+        *earlier, last = chat
+        turns = [*earlier, Message(last.role, last.content + self.suffix)]
+        if self.system and turns[0].role != "system":
+            turns.insert(0, Message("system", self.system))
+        return [turn._asdict() for turn in turns]
+
+
+class DefaultTemplate(RawTemplate):
+    """Template of problems without one: plain text stays as it is, a chat goes through the tokenizer's template."""
+
+    def tokenize_chats(self, chats: Sequence[Chat], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        """See :meth:`Template.tokenize_chats`."""
+        return ChatTemplate().tokenize_chats(chats, tokenizer)

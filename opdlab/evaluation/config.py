@@ -15,7 +15,8 @@ class EvaluationConfig:
         reverse_kl: also estimate the reverse KL to the teacher per token, ``mean(logpi - logq)`` over the fresh
             samples; costs a pass of student and teacher over them. Unbiased at ``top_p`` 1.
         teacher: evaluate the teacher too, once, when training ends.
-        seed: determines the samples; with equal seeds, evaluations differ only by the weights.
+        seed: determines the samples; with equal seeds, evaluations differ only by the weights. Null follows
+            ``seed_everything``, and with ``opdlab validate --ckpt_path`` the checkpoint's run; in Python it means 0.
         samples: folder for the samples, which are written batch by batch; an interrupted evaluation resumes from it.
             ``{settings}`` in it is replaced by a digest of weights and settings. ``opdlab fit`` creates a subfolder for
             each evaluation of each run. None writes no samples from Python; ``opdlab fit`` then uses ``evaluations`` in
@@ -25,7 +26,7 @@ class EvaluationConfig:
     pass_at: tuple[int, ...] = (1, 8)
     reverse_kl: bool = False
     teacher: bool = True
-    seed: int = 0
+    seed: int | None = None
     samples: str | None = None
 
     def __post_init__(self) -> None:

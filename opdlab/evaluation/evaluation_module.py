@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
@@ -19,6 +20,7 @@ from opdlab.policies.decoding import NonFiniteLogitsError
 from opdlab.progress import Progress, SilentProgress, StoppableProgress
 from opdlab.records import package_versions
 from opdlab.run_folder import samples_of_other_runs
+from opdlab.seeds import EVALUATION_SEED_KEY
 from opdlab.types import EvaluationBatch
 
 
@@ -98,6 +100,10 @@ class EvaluationModule(pl.LightningModule):
     @property
     def _evaluated(self) -> _Evaluated:
         return self._instead or _Evaluated("val", self.student)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the evaluation seed, so that a later evaluation of the checkpoint can use it too."""
+        checkpoint[EVALUATION_SEED_KEY] = self.evaluator.config.seed
 
     @contextmanager
     def naming_step(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.sampler import Sampler, SamplingConfig
 from opdlab.policies.teacher import Teacher
 from opdlab.progress import Progress
-from opdlab.seeds import derive_seed
+from opdlab.seeds import DEFAULT_SEED, derive_seed
 from opdlab.types import EvaluationBatch, Rollouts, StopReason, TeacherRequest, Verdicts
 
 
@@ -23,14 +23,14 @@ class Evaluator(nn.Module):
     A batch is verified while the next one is sampled. Batches are counted and written to disk in order.
 
     Args:
-        config: see :class:`EvaluationConfig`.
+        config: see :class:`EvaluationConfig`; its seed is a number in :attr:`config`.
         sampling: sampling options of the answers.
         benchmarks: names of the benchmarks.
     """
 
     def __init__(self, config: EvaluationConfig, sampling: SamplingConfig, benchmarks: Iterable[str]) -> None:
         super().__init__()
-        self.config = config
+        self.config = replace(config, seed=DEFAULT_SEED) if config.seed is None else config
         self.sampler = Sampler(sampling)
         self.metrics = nn.ModuleDict({name: BenchmarkMetrics(config, sampling.num_samples) for name in benchmarks})
         self.folder: SampleFolder | None = None
@@ -69,6 +69,7 @@ class Evaluator(nn.Module):
             self.finish()  # another benchmark's last batch may be pending
             self._count(written)
             return
+        assert self.config.seed is not None  # set in the constructor
         try:
             seed = derive_seed("evaluation", self.config.seed, batch.benchmark, *seed_parts)
             prompts, rows = [p.tokens for p in batch.prompts], [p.index for p in batch.prompts]

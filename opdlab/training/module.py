@@ -235,6 +235,7 @@ class OPDModule(EvaluationModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the accumulation window to the checkpoint, so that a run can resume inside it."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint[CHECKPOINT_KEY] = self._window.state_dict(self.student)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -4,11 +4,12 @@ This package does not compute or load anything. A problem becomes a prompt, the 
 the teacher adds targets, and a training step receives a minibatch of both.
 """
 
-from opdlab.types.problems import EvaluationBatch, Problem, Prompt, Verdicts
+from opdlab.types.problems import EvaluationBatch, Message, Problem, Prompt, Verdicts
 from opdlab.types.rollouts import Minibatch, Rollouts, StopReason, Targets, TeacherRequest, id_dtype, trimmed
 
 __all__ = [
     "EvaluationBatch",
+    "Message",
     "Minibatch",
     "Problem",
     "Prompt",

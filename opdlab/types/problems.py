@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from opdlab.types.rollouts import Rollouts
 from opdlab.verifiers.verifier import Verdict, Verifier
@@ -10,23 +11,39 @@ Verdicts = Callable[[], list[Verdict]]
 """A function that waits for the verdicts of submitted responses."""
 
 
+class Message(NamedTuple):
+    """A turn of a chat.
+
+    Args:
+        role: ``system``, ``user``, ``assistant``, or another role that the chat template knows.
+        content: text of the turn.
+    """
+
+    role: str
+    content: str
+
+
 @dataclass(frozen=True)
 class Problem:
     """A problem as given by its source.
 
     Args:
         id: unique within the source.
-        text: the problem.
+        text: the problem; for a chat, its last turn.
         answer: the gold answer, or None if the source has none.
+        messages: all turns of a chat, which ends with the user's; empty for plain text.
 
     Example:
         >>> Problem(id="gsm-17", text="What is 3 + 4?", answer="7").answer
         '7'
+        >>> Problem("1", "And 4 + 4?", "8", (Message("system", "Be brief."), Message("user", "And 4 + 4?"))).messages[0]
+        Message(role='system', content='Be brief.')
     """
 
     id: str
     text: str
     answer: str | None
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,13 @@ def test_nothing_is_recorded_unless_asked(make_run: MakeRun) -> None:
     assert not (folder / "pools").exists()
 
 
+@pytest.mark.parametrize("options", [{"every_n_steps": 3}, {"steps": [3, 8]}])
+def test_a_run_too_short_for_a_record_warns(make_run: MakeRun, tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match=r"save_pools is true, but nothing will be recorded: .* the last step is 2"):
+        make_run(callbacks=(PoolRecorder(**options),)).fit(2)
+    assert not list(tmp_path.rglob("pools"))
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
