@@ -43,14 +43,9 @@ class JsonlProblems(RowProblems):
                         continue
                     place = f"{self.path}, line {number},"
                     try:
-                        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                        row = json.loads(text)
-                        if "\\ud" in text.lower():  # the escape of half a surrogate pair, which no file can hold
-                            json.dumps(row, ensure_ascii=False).encode()
+                        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                     except UnicodeDecodeError as error:
                         raise UsageError(f"{place} is not text in UTF-8: write the file in that encoding") from error
-                    except UnicodeEncodeError as error:
-                        raise UsageError(f"{place} has half a surrogate pair: leave it out") from error
                     except ValueError as error:
                         raise UsageError(f"{place} is not JSON Lines: {error}") from error
                     except RecursionError as error:
