@@ -36,11 +36,13 @@ class Resident:
         path = shape.save(folder / "student", getattr(torch, dtype), device)
         self.student = LanguageModel(path, dtype, gradient_checkpointing=True).to(device)  # type: ignore[arg-type]
         self.student.accumulate_head_grad = True
+        self.student.vocab_size = shape.vocab_size  # as if each row had a token
         rows, length = plan.sampled
         self.behavior = BehaviorPolicy(self.student, SamplingConfig(max_new_tokens=length, batch_size=rows))
         self.behavior.to(device)
         path = plan.teacher.save(folder / "teacher", torch.bfloat16, device)
         self.teacher = LocalTeacher(path, dtype="bfloat16", batch_size=1)
+        self.teacher.vocab_size = plan.teacher.vocab_size
         self.teacher.to(device)
         self.optimizer = torch.optim.AdamW([p for p in self.student.parameters() if p.requires_grad], lr=2e-6)
         self.objective, self.gate = TeacherTopK(plan.k), build_gate("block64")

@@ -146,6 +146,6 @@ def test_a_training_step_is_a_short_way(make_run: Callable[..., Run], monkeypatc
     # The suite itself looks up each logged name, see conftest.py.
     own = {function for function in steps[1].functions if function[1] != "find_metric"}
     plain = steps[1]  # the first one also keeps the behavior log-probabilities
-    assert len(own) <= 50, sorted(own)
+    assert len(own) <= 50, "\n".join(map(str, sorted(own)))
     assert len({file for file, _ in own}) <= 16
     assert len(plain.longest) <= 7, plain.longest

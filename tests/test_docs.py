@@ -159,7 +159,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=name_of)
 def test_python_code_runs(page: Path, folder: Path) -> None:
-    for number, code in enumerate(blocks(page, "python")):
+    code_blocks = blocks(page, "python")
+    if any("runs/quickstart" in code for code in code_blocks):
+        assert main(["fit", "-c", "quickstart", "--trainer.max_steps", "1"]) == 0
+    for number, code in enumerate(code_blocks):
         # In a file, so that a gate's tester finds the class by its path.
         (folder / f"{page.stem}_block_{number}.py").write_text(code)
         importlib.invalidate_caches()

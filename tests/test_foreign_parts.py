@@ -41,7 +41,6 @@ ATTRIBUTES = {
     "_stop_progress": ("lightning.pytorch.callbacks", "RichProgressBar", "the line below the bars"),
     "_add_task": ("lightning.pytorch.callbacks", "RichProgressBar", "bars for sampling and scoring"),
     "_update": ("lightning.pytorch.callbacks", "RichProgressBar", "the bar of a resumed run"),
-    "_actions": ("jsonargparse", "ArgumentParser()", "the options that exist, for messages"),
     "_buffers": ("torch.nn", "Module()", "buffers that a model replaced while it was on the device"),
     "_Inequality": ("sympy.core.relational", "", "inequalities among parsed answers"),
     "_to_sync": ("torchmetrics", "MeanMetric()", "whether a metric is summed over processes"),

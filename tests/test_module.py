@@ -464,4 +464,4 @@ def test_evaluations_before_and_within_training_count_anew(make_run: MakeRun) ->
     trainer.validate(run.module, datamodule=run.data, verbose=False)
     trainer.fit(run.module, datamodule=run.data)
     metrics = run.module.evaluator.metrics["toy"]
-    assert metrics.pass_at["pass@1"].num_problems == 3  # type: ignore[index, union-attr]
+    assert metrics.metrics["pass@1"].num_problems == 3  # type: ignore[index, union-attr]

@@ -27,8 +27,8 @@ PUBLIC = {
         "TruncatedRatioGate",
     ],
     "opdlab.callbacks": [
-        *("BehaviorRefresh", "EvaluationTable", "GateMonitor", "HFExport", "PoolRecorder", "SampleLogger"),
-        *("StopCheckpoint", "LabProgressBar"),
+        *("BehaviorRefresh", "EvaluationTable", "GateMonitor", "HFExport", "PoolRecorder", "RunFiles"),
+        *("SampleLogger", "StopCheckpoint", "LabProgressBar"),
     ],
     "opdlab.objectives": [
         *("Objective", "PositionLosses", "Reduction", "SampledTokenOPD", "TeacherTopK"),
@@ -52,7 +52,7 @@ PUBLIC = {
     ],
     "opdlab.toy": ["ChainProblem", "ChainProblems", "chain_problems", "chain_tokenizer"],
     "opdlab.policies": [
-        *("AdapterConfig", "BaseTeacher", "StopTokens", "single_token_ids", "warn_of_stop_tokens"),
+        *("AdapterConfig", "BaseTeacher", "StopTokens", "share_vocabulary", "single_token_ids", "warn_of_stop_tokens"),
         *("BehaviorPolicy", "LanguageModel", "LocalTeacher", "Sampler", "SamplingConfig", "Scored"),
         *("BehaviorConfig", "NoTeacher", "Teacher", "TeacherHolder", "TeacherRequest", "check_same_vocabulary"),
     ],

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from opdlab.errors import UsageError
+from opdlab.gating import build_gate
 from opdlab.registry import Registry, suggestion
 
 
@@ -117,3 +118,26 @@ def test_gates_of_installed_packages_are_found(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("StrangerGate(tau=2.0")
+
+
+def test_an_unknown_option_is_named_with_the_known_ones(registry: Registry[Plugin]) -> None:
+    class Larger(Plugin):
+        def __init__(self, depth: int = 1, **options: int) -> None:
+            super().__init__(**options)
+            self.depth = depth
+
+    registry.register("larger")(Larger)
+    with pytest.raises(UsageError, match="plugin 'larger' has no option 'dept'; did you mean 'depth'.* depth, size"):
+        registry.build("larger", dept=3)
+    with pytest.raises(UsageError, match="gate 'block64' has no option 'tua'; did you mean 'tau'"):
+        build_gate("block64", tua=3)
+
+
+def test_an_error_inside_a_plugin_is_its_own(registry: Registry[Plugin]) -> None:
+    class Wrong(Plugin):
+        def __init__(self, size: int = 1) -> None:
+            super().__init__(length=size)  # type: ignore[call-arg]
+
+    registry.register("wrong")(Wrong)
+    with pytest.raises(TypeError, match="length"):
+        registry.build("wrong", size=3)

@@ -1,7 +1,7 @@
 """The table of commands. A command's module is imported only when the command runs, so ``opdlab --help`` is fast.
 
-Every user error prints one line to standard error and exits with code 2, a full disk with code 1, and a signal with 128
-plus its number.
+Every user error prints one line to standard error and exits with code 2, a full disk and lack of memory with code 1, and a
+signal with 128 plus its number.
 """
 
 import logging
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from opdlab.errors import FullDiskError, UsageError, signal_name, stop_signal
+from opdlab.out_of_memory import out_of_memory
 from opdlab.processes import STOP, hold_lifeline
 from opdlab.registry import suggestion
 from opdlab.version import __version__
@@ -107,10 +108,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if (stopped := stop_signal(error)) is not None:
                 print(f"opdlab: stopped by {signal_name(stopped)}; to go on, run the same command", file=sys.stderr)
                 return 128 + stopped
-            if not isinstance(error, Exception) or (line := _told(error)) is None:
+            if not isinstance(error, Exception):
                 raise
-            print(f"opdlab: error: {line}", file=sys.stderr)
-            return EXIT_FAILED if isinstance(error, FullDiskError) else EXIT_USAGE
+            wrong = _told(error)
+            failed = str(error) if isinstance(error, FullDiskError) else out_of_memory(error)
+            if wrong is None and failed is None:
+                raise
+            print(f"opdlab: error: {wrong or failed}", file=sys.stderr)
+            return EXIT_USAGE if wrong is not None else EXIT_FAILED
 
 
 def console() -> None:
@@ -135,7 +140,7 @@ def console() -> None:
 
 def _told(error: Exception) -> str | None:
     """Return one line about an error that a user can cause and fix; None for any other."""
-    if isinstance(error, UsageError | FullDiskError):
+    if isinstance(error, UsageError):
         return str(error)
     if isinstance(error, ImportError):
         from opdlab.packages import package_trouble  # here, because one of its imports may be the missing package

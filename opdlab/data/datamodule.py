@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlab.data.cleaning import CleaningConfig, CleaningReport, clean
 from opdlab.data.prompts import ProblemSource, PromptSet, prompt_set
-from opdlab.errors import require
+from opdlab.errors import UsageError, require
 from opdlab.rollouts import Pool, ReuseConfig, RolloutLoader
 from opdlab.types import EvaluationBatch, Prompt
 from opdlab.verifiers.verifier import Verifier
@@ -109,6 +109,26 @@ class PromptDataModule(pl.LightningDataModule):
             self.train_prompts = prompt_set(source, tokenizer, self.max_prompt_tokens, problems)
             self.cleaning_report = replace(report, too_long=self.train_prompts.num_too_long)
             rank_zero_info(f"train: problems from {source.name}: {self.cleaning_report}")
+
+    def check_tokens(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+        """Raise a UsageError if a prompt has a token for which the student or the teacher has no row.
+
+        Args:
+            tokenizer: the student's.
+            vocab_size: number of tokens with a row; their ids are below it.
+        """
+        sets = [(f"benchmarks.{name}", self.benchmark_sources[name], each) for name, each in self.benchmarks.items()]
+        sets += [("train", self.train_source, self.train_prompts)] if self.train_prompts is not None else []
+        for key, source, prompts in sets:
+            for prompt in prompts.prompts:
+                if (index := max(prompt.tokens)) >= vocab_size:
+                    problem, token = prompt.problem, tokenizer.convert_ids_to_tokens(index)
+                    row = next((n for n, each in enumerate(source.problems(), 1) if each == problem), "?")
+                    raise UsageError(
+                        f"data.{key}: row {row} of {source.name} (id '{problem.id}') has a prompt with the token "
+                        f"{token!r} (id {index}), but the models have rows for {vocab_size} tokens only: leave the "
+                        "problem out, or give models with a row for the token"
+                    )
 
     def train_dataloader(self) -> RolloutLoader:
         """Return the rollout loader, which refreshes the rollout buffer when needed."""

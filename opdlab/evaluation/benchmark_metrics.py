@@ -62,9 +62,9 @@ class BenchmarkMetrics(nn.Module):
         values: dict[str, Tensor] = {}
         for name, metric in self.metrics.items():
             assert isinstance(metric, ProblemMean)
-            if not metric.update_called:
+            if not metric.update_called or (value := metric.compute()).isnan():  # no answers to vote on
                 continue
-            values[name] = metric.compute()
+            values[name] = value
             error = metric.standard_error()
             if not error.isnan():
                 values[name + ERROR_SUFFIX] = error

@@ -15,6 +15,7 @@ from opdlab.evaluation.evaluator import Evaluator
 from opdlab.evaluation.samples import SampleFolder
 from opdlab.evaluation.settings import benchmark_settings, fingerprint
 from opdlab.policies import LanguageModel, LocalTeacher, NoTeacher, SamplingConfig, Teacher, TeacherHolder
+from opdlab.policies.decoding import NonFiniteLogitsError
 from opdlab.progress import Progress, SilentProgress, StoppableProgress
 from opdlab.records import package_versions
 from opdlab.run_folder import samples_of_other_runs
@@ -70,7 +71,9 @@ class EvaluationModule(pl.LightningModule):
         return StoppableProgress(next((each for each in callbacks if isinstance(each, Progress)), SilentProgress()))
 
     def setup(self, stage: str) -> None:
-        """Create the metrics of the data module's benchmarks."""
+        """Create the metrics of the data module's benchmarks, and check the prompts' tokens."""
+        if self.data is not None:
+            self.data.check_tokens(self.student.tokenizer, self.student.vocab_size)
         names = self.data.benchmarks if self.data is not None else {}
         if list(self.evaluator.metrics) != list(names):
             self.evaluator = Evaluator(self.evaluator.config, self.evaluator.sampler.config, names).to(self.device)
@@ -96,13 +99,22 @@ class EvaluationModule(pl.LightningModule):
     def _evaluated(self) -> _Evaluated:
         return self._instead or _Evaluated("val", self.student)
 
+    @contextmanager
+    def naming_step(self) -> Iterator[None]:
+        """Name the optimizer step in an error for NaN or infinite logits while sampling."""
+        try:
+            yield
+        except NonFiniteLogitsError as error:
+            raise NonFiniteLogitsError(self.global_step) from error
+
     def validation_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sample answers to a batch of problems and submit them to the verifier."""
         teacher = self.teacher if self.evaluator.config.reverse_kl else None
         if teacher is not None:
             teacher.to(self.device)
         place = (batch_idx, self.trainer.global_rank)
-        self.evaluator.evaluate(self._evaluated.model, batch, place, self.progress, teacher)
+        with self.naming_step():
+            self.evaluator.evaluate(self._evaluated.model, batch, place, self.progress, teacher)
 
     def on_validation_epoch_start(self) -> None:
         """Reset the metrics, and open the folder of the samples."""

@@ -137,7 +137,7 @@ def _samples(
 
 def _reverse_kl(model: LanguageModel, teacher: Teacher, rollouts: Rollouts, batch_size: int = 16) -> list[float]:
     """Return the mean of ``logpi - logq`` over the tokens of each fresh rollout, [B], nats."""
-    targets = teacher.score(rollouts, TeacherRequest())
+    targets = teacher.score(rollouts, TeacherRequest(vocab_size=model.vocab_size))
     sums = torch.zeros(len(rollouts), dtype=torch.float64)
     for rows, scored in model.score_in_chunks(rollouts, batch_size):
         logprobs = scored.padded(scored.statistics().logprobs).cpu()  # [rows, T]

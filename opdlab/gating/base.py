@@ -86,7 +86,8 @@ class GateInputs:
     def cleaned(self) -> "GateInputs":
         """Return a detached copy with a boolean mask and zeros at masked positions."""
         invalid = ~self.mask.bool()
-        return replace(self.map(lambda value: value.detach().masked_fill(invalid, 0)), mask=~invalid)
+        cleaned: dict[str, Any] = {k: v.detach().masked_fill(invalid, 0) for k, v in self.tensors().items()}
+        return replace(self, **cleaned | {"mask": ~invalid})
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "GateInputs":
         """Return a copy with ``function`` applied to every tensor that is not None."""

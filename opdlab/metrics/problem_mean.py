@@ -116,6 +116,11 @@ class MajorityVote(ProblemMean):
     """
 
     higher_is_better = True
+    num_votes: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("num_votes", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(  # type: ignore[override] # as torchmetrics' own subclasses do
         self, answers: Sequence[Sequence[str | None]], correct: Tensor
@@ -126,4 +131,9 @@ class MajorityVote(ProblemMean):
             answers: P rows of n answers, None if none was extracted.
             correct: [P, n] bool.
         """
+        self.num_votes += sum(answer is not None for row in answers for answer in row)
         super().update(majority_vote(answers, correct))
+
+    def compute(self) -> Tensor:
+        """Return the share, a scalar; NaN if no problem has an extracted answer."""
+        return torch.where(self.num_votes > 0, super().compute(), torch.nan)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from opdlab.errors import UsageError, first_line, require
+from opdlab.out_of_memory import out_of_memory
 from opdlab.packages import working_pair
 from opdlab.registry import suggestion
 from opdlab.scoring import LowRank
@@ -140,6 +141,8 @@ def load_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
     except UsageError:
         raise
     except Exception as error:  # peft, safetensors and json each raise their own types
+        if out_of_memory(error) is not None:
+            raise
         refuse(f"is the adapter of this base? ({first_line(error)})")
     config.base_model_name_or_path = base
     cast_adapter_dtype(model, _NAME)

@@ -20,6 +20,8 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from opdlab.errors import UsageError
+
 # Rows leave once this share of them is done, because the whole cache is copied whenever rows leave or enter. Half and
 # twice this value were slower on a CPU.
 LEAVE_SHARE = 0.125
@@ -81,6 +83,21 @@ def why_not_selectable(model: PreTrainedModel) -> str | None:
     return None
 
 
+class NonFiniteLogitsError(UsageError):
+    """Error for NaN or infinite logits while sampling.
+
+    Args:
+        step: optimizer steps taken, if known.
+    """
+
+    def __init__(self, step: int | None = None) -> None:
+        when = "" if step is None else f" at step {step}"
+        super().__init__(
+            f"sampling{when}: the logits of the model are NaN or infinite: lower the learning rate, or resume from an "
+            "earlier checkpoint"
+        )
+
+
 def look_every(device: torch.device) -> int:
     """Return how many tokens to draw between checks for finished rows; on a GPU each check makes the host wait."""
     return 1 if device.type == "cpu" else 4
@@ -140,6 +157,8 @@ class Decoding:
             else:
                 loop.steps(rows, min(look_every(input_ids.device), max(remaining)))
             remaining = rows.remaining.tolist()
+            if loop.failed:
+                raise NonFiniteLogitsError
             before, done = done, entered * max_new_tokens - sum(remaining)
             self._advance(done - before)
 
@@ -191,6 +210,7 @@ class _Loop:
 
     Attributes:
         max_width: columns of the cache that the longest response needs.
+        failed: bool scalar: True once logits were NaN or infinite; a tensor, so that the host need not wait for it.
         output: [N, max_new_tokens + 1] long; the last column receives the tokens drawn for finished rows.
     """
 
@@ -214,6 +234,7 @@ class _Loop:
         # Find the cache by type: `generate` and a model may name the argument differently.
         self._empty_cache = next(value for value in arguments.values() if isinstance(value, Cache))
         self.max_width = prompts.shape[1] + config.max_new_tokens
+        self.failed = torch.zeros((), dtype=torch.bool, device=prompts.device)
         size = len(prompts) * num_samples, config.max_new_tokens + 1
         self.output = prompts.new_full(size, config.pad_token_id)
 
@@ -252,7 +273,9 @@ class _Loop:
             self._draw(rows, logits)
 
     def _draw(self, rows: _Rows, logits: Tensor) -> None:
-        rows.tokens = draw(self._processor(None, logits.float()).softmax(-1))
+        drawn = draw(self._processor(None, logits.float()).softmax(-1))
+        self.failed |= (drawn < 0).any()
+        rows.tokens = drawn.clamp(min=0)
         self.output[rows.places, self.output.shape[1] - 1 - rows.remaining] = rows.tokens
         stopped = torch.isin(rows.tokens, self._stops)
         rows.remaining = (rows.remaining - 1).clamp(min=0).masked_fill(stopped, 0)
@@ -270,21 +293,20 @@ def draw(probabilities: Tensor) -> Tensor:
         probabilities: [A, V], not negative; need not sum to 1.
 
     Returns:
-        [A] long; never an index of probability 0.
+        [A] long; never an index of probability 0; -1 if a row's probabilities are NaN or infinite.
 
     Example:
         >>> draw(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.5]]))
         tensor([1, 2])
     """
     if probabilities.device.type != "cpu":
-        return torch.multinomial(probabilities, 1).squeeze(1)
+        broken = ~probabilities.sum(-1, keepdim=True).isfinite()  # multinomial would end the process's use of the GPU
+        return torch.multinomial(probabilities.masked_fill(broken, 1.0), 1).masked_fill(broken, -1).squeeze(1)
     cumulative = probabilities.cumsum(-1, dtype=torch.double)
     total = cumulative[:, -1:]
-    if not total.isfinite().all():
-        raise RuntimeError("probabilities are NaN or infinite")  # as torch.multinomial does
     # rand is at most 1 - 2^-53, so the product never rounds up to the total and an index above it always exists.
     drawn = torch.rand_like(total) * total  # [A, 1]
-    return torch.searchsorted(cumulative, drawn, right=True).squeeze(1)
+    return torch.searchsorted(cumulative, drawn, right=True).masked_fill(~total.isfinite(), -1).squeeze(1)
 
 
 def _join(parts: Sequence[_Rows], max_width: int) -> _Rows:

@@ -25,7 +25,7 @@ from opdlab.policies.adapters import (
     take_off_adapter,
 )
 from opdlab.policies.compiling import compile_layers, require_compiler
-from opdlab.policies.heads import check_head, output_layer
+from opdlab.policies.heads import check_head, check_weights
 from opdlab.policies.loading import (
     DType,
     ModelSource,
@@ -39,6 +39,7 @@ from opdlab.policies.loading import (
 )
 from opdlab.policies.packing import attention_may_pack, keeps_packed_rows_apart
 from opdlab.policies.passes import PackedRows, length_groups, length_packs
+from opdlab.policies.tokenizers import vocabulary_size
 from opdlab.scoring import Head, TokenStatistics, support_statistics, token_statistics
 from opdlab.types import Rollouts, Targets
 
@@ -126,6 +127,9 @@ class LanguageModel(nn.Module):
             first steps and makes each step faster. Needs a C++ compiler.
 
     Attributes:
+        vocab_size: number of tokens: rows of the embedding that are tokens of the tokenizer, and that the teacher has
+            too (:func:`opdlab.policies.share_vocabulary`). Only ids below it are sampled, and distributions are over
+            these; other rows only pad the embedding.
         group_lengths: True (the default) to score rows of similar length in one padded pass. Set it to False if all
             processes must run the same number of passes, because each process would form different groups.
         max_tokens: tokens per pass whose activations are kept, padding included; None (the default) for no bound. Leave
@@ -135,7 +139,8 @@ class LanguageModel(nn.Module):
 
     Raises:
         UsageError: the folder is missing or incomplete, a package or a compiler is missing, the tokenizer has no
-            stop token, or opdlab does not support the model's head.
+            stop token, a stop, padding or BOS token has no row, weights are NaN or infinite, or opdlab does not support
+            the model's head.
 
     Example:
         >>> model = LanguageModel("package://opdlab.toy/models/student")
@@ -176,15 +181,13 @@ class LanguageModel(nn.Module):
         self.register_load_state_dict_pre_hook(put_back_frozen)  # type: ignore[no-untyped-call]
         self.stop_tokens = stop_tokens_of(self.model, self.tokenizer, self.path)
         self.stop_ids = sorted(self.stop_tokens.ids)
+        num_rows = check_weights(self.model, self.path)
+        self.vocab_size = vocabulary_size(self.tokenizer, self.stop_ids, num_rows, f"model '{self.path}'")
         if self.tokenizer.pad_token_id is None:
             # Padding is always masked, so any token works; the stop token is the usual choice.
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.stop_ids[0])
         self.tokenizer.padding_side = "left"
-        require(
-            isinstance(getattr(output_layer(self.model), "weight", None), Tensor),
-            f"model '{self.path}' has no output layer: give a causal language model",
-        )
-        check_head(self.model, self.head(), self.path, len(self.tokenizer))
+        check_head(self.model, self.head(), self.path, self.vocab_size)
         if gradient_checkpointing:
             checkpoint_gradients(self.model, self.path)
 
@@ -244,11 +247,6 @@ class LanguageModel(nn.Module):
         """Return the device of the weights."""
         return next(self.parameters()).device
 
-    @property
-    def vocab_size(self) -> int:
-        """Return the number of rows of the head, padding rows included."""
-        return int(output_layer(self.model).weight.shape[0])
-
     def head(self, temperature: float = 1.0) -> Head:
         """Return the model's head, with the scale and soft cap of its architecture and the adapter's update."""
         config = self.model.config.get_text_config()
@@ -258,7 +256,8 @@ class LanguageModel(nn.Module):
         layer, low_rank = self.model.get_output_embeddings(), None
         if hasattr(layer, "get_base_layer"):  # it has an adapter
             layer, low_rank = base_of(layer), low_rank_of(layer)
-        return Head(layer.weight, getattr(layer, "bias", None), scale, softcap, temperature, low_rank=low_rank)
+        bias, vocab_size = getattr(layer, "bias", None), self.vocab_size
+        return Head(layer.weight, bias, scale, softcap, temperature, low_rank=low_rank, vocab_size=vocab_size)
 
     def score(self, rollouts: Rollouts) -> Scored:
         """Return the scores of the responses from a pass over prompts and responses.

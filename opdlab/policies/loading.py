@@ -2,7 +2,7 @@
 
 import importlib.resources
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +10,12 @@ from typing import Any, Literal, get_args
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from opdlab.errors import UsageError, first_line, require
+from opdlab.out_of_memory import out_of_memory
 from opdlab.packages import is_installed, package_trouble, require_package
 from opdlab.policies.tokenizers import StopTokens
 
@@ -94,6 +96,8 @@ class ModelSource:
         try:
             yield
         except Exception as error:  # parsers of damaged files raise many types, tokenizers a bare Exception
+            if out_of_memory(error) is not None:
+                raise
             reason, kernel = first_line(error), self.attn_implementation
             if kernel and (isinstance(error, ImportError) or "attn_implementation" in reason):
                 reason = f"attn_implementation '{kernel}' cannot be used: {reason.rstrip('.')}"
@@ -192,6 +196,25 @@ def stop_tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, p
     stops = StopTokens(frozenset({tokenizer.eos_token_id} - {None}), frozenset(ids) - {None})
     require(bool(stops.ids), f"model '{path}': its tokenizer has no eos_token, so no response could ever end; set one")
     return stops
+
+
+def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Return the name of the first tensor with a NaN or infinite value; None if there is none.
+
+    Args:
+        tensors: names and tensors; integers and packed weights are skipped.
+
+    Example:
+        >>> non_finite([("a", torch.ones(2)), ("b", torch.tensor([1.0, torch.nan]))])
+        'b'
+    """
+    for name, tensor in tensors:
+        # The extremes of a tensor with a NaN are NaN. Floats of one byte are packed weights.
+        if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel():
+            low, high = tensor.detach().aminmax()
+            if not bool(low.isfinite() & high.isfinite()):
+                return name
+    return None
 
 
 def unmark_quantized(model: PreTrainedModel) -> None:

@@ -11,10 +11,17 @@ from typing import Any, TypeAlias
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from opdlab.errors import require
-from opdlab.policies.decoding import Decoding, why_not_selectable
+from opdlab.policies.decoding import Decoding, NonFiniteLogitsError, why_not_selectable
 from opdlab.policies.language_model import LanguageModel
 from opdlab.progress import Progress, SilentProgress
 from opdlab.seeds import derive_seed, seeded
@@ -151,6 +158,7 @@ class Sampler:
     @torch.no_grad()
     def _generate(self, model: LanguageModel, tokens: Tensor, mask: Tensor, **options: Any) -> Tensor:
         network = model.model
+        only_tokens = _OnlyTokens(model.vocab_size, check="custom_generate" not in options)
         config = GenerationConfig(
             do_sample=True,
             temperature=self.config.temperature,
@@ -169,12 +177,32 @@ class Sampler:
                 tokens.to(model.device),
                 attention_mask=mask.long().to(model.device),
                 generation_config=config,
+                logits_processor=LogitsProcessorList([only_tokens]),  # applied before temperature and top-p
                 **options,
             )
         finally:
             network.generation_config = own
             network.train(training)
         return output.cpu()
+
+
+class _OnlyTokens(LogitsProcessor):  # type: ignore[misc] # transformers is not typed
+    """Gives probability 0 to the rows of the output layer beyond the model's tokens.
+
+    Args:
+        vocab_size: number of tokens.
+        check: also raise :class:`NonFiniteLogitsError` for NaN or infinite logits, for which the device must be waited.
+    """
+
+    def __init__(self, vocab_size: int, check: bool) -> None:
+        self._vocab_size, self._check = vocab_size, check
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._check and not bool(scores.amax(1).isfinite().all()):
+            raise NonFiniteLogitsError
+        if scores.shape[1] > self._vocab_size:
+            scores[:, self._vocab_size :] = -torch.inf
+        return scores
 
 
 class _Tick(StoppingCriteria):  # type: ignore[misc] # transformers is not typed

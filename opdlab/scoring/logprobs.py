@@ -149,10 +149,10 @@ class _TokenStatistics(torch.autograd.Function):
         upstream, saved = gradients[0], ctx.saved_tensors
         if ctx.ahead:
             return (upstream[:, None] * saved[0]).to(saved[0].dtype), *[None] * 7
-        hidden, weight, *_, targets, normalizer = saved
+        hidden, *_, targets, normalizer = saved
         made = LogitTiles(ctx.head, hidden)
         sums = HeadGradients(ctx, made)
-        for rows, columns in tiles(hidden.shape[0], weight.shape[0]):
+        for rows, columns in tiles(hidden.shape[0], ctx.head):
             logits = made.tile(rows, columns)
             slope = ctx.head.slope(logits)
             gradient = logits.sub_(normalizer[rows, None]).exp_().mul_(-upstream[rows, None])  # [N', C]
@@ -163,7 +163,7 @@ class _TokenStatistics(torch.autograd.Function):
 
 
 def vocabulary_pass(
-    hidden: Tensor, head: Head, ids: Tensor, hidden_size: int = 0, k: int = 0, vocab_size: int | None = None
+    hidden: Tensor, head: Head, ids: Tensor, hidden_size: int = 0, k: int = 0
 ) -> tuple[OnlineSoftmax, Tensor, TopK]:
     """Return the sums over the vocabulary, the logits of given ids, [N, I], and the K most likely tokens, in one pass.
 
@@ -173,20 +173,18 @@ def vocabulary_pass(
         ids: [N, I] long.
         hidden_size: H, to also sum the head's rows weighted by their probability; 0 to skip this.
         k: number of most likely tokens.
-        vocab_size: only the first ``vocab_size`` tokens may be among them; None for all.
     """
     like = hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
     softmax = OnlineSoftmax(hidden.shape[0], like, hidden_size)
-    chosen = like.new_zeros(ids.shape)
+    chosen = like.new_full(ids.shape, -torch.inf)  # ids beyond the vocabulary have probability 0
     top = TopK(ids.new_zeros(len(hidden), k), like.new_full((len(hidden), k), -torch.inf))
-    made, limit = LogitTiles(head, hidden), vocab_size or len(head.weight)
-    for rows, columns in tiles(hidden.shape[0], head.weight.shape[0]):
+    made = LogitTiles(head, hidden)
+    for rows, columns in tiles(hidden.shape[0], head):
         logits = made.tile(rows, columns)
         inside, place = places(ids[rows], columns)
         chosen[rows] = torch.where(inside, logits.gather(1, place), chosen[rows])
-        if k and columns.start < limit:
-            new = logits[:, : limit - columns.start]
-            new_logits, new_places = new.topk(min(k, new.shape[1]), dim=1)
+        if k:
+            new_logits, new_places = logits.topk(min(k, logits.shape[1]), dim=1)
             both = torch.cat([top.logits[rows], new_logits], dim=1)  # [N', K + min(K, C)]
             top.logits[rows], best = both.topk(k, dim=1)
             top.ids[rows] = torch.cat([top.ids[rows], new_places + columns.start], dim=1).gather(1, best)
@@ -196,15 +194,13 @@ def vocabulary_pass(
             factors = exponentials.mul_(slope)  # [N', C]
             summed = product(factors.to(hidden.dtype), head.weight[columns].to(hidden.dtype))  # @ [C, H]
             if head.low_rank is not None:
-                summed += head.low_rank.expand(head.low_rank.sum_up(factors, columns))
+                summed += head.low_rank.expand(factors @ head.low_rank.up[columns].to(factors.dtype))
             softmax.add_rows(rows, summed)
     return softmax, chosen, top
 
 
 @torch.no_grad()
-def topk_with_statistics(
-    hidden: Tensor, head: Head, targets: Tensor, k: int, vocab_size: int | None = None
-) -> tuple[TopK, TokenStatistics]:
+def topk_with_statistics(hidden: Tensor, head: Head, targets: Tensor, k: int) -> tuple[TopK, TokenStatistics]:
     """Return the top K and the target's statistics from one pass over the head, without gradient.
 
     Args:
@@ -212,14 +208,12 @@ def topk_with_statistics(
         head: the head.
         targets: [N] long.
         k: size of the support.
-        vocab_size: only the first ``vocab_size`` tokens may enter the support (this excludes rows that pad the
-            embedding).
 
     Returns:
         The top K and the :class:`TokenStatistics`.
     """
     with autocast_inputs(hidden) as states:
-        softmax, chosen, top = vocabulary_pass(states, head.gathered(), targets[:, None], 0, k, vocab_size)
+        softmax, chosen, top = vocabulary_pass(states, head.gathered(), targets[:, None], k=k)
     return top, softmax.statistics(chosen.squeeze(1))
 
 

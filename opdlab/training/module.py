@@ -82,14 +82,15 @@ class OPDModule(EvaluationModule):
             f"reduction is '{reduction}', but must be one of {', '.join(get_args(Reduction))}",
         )
         checks.check_token_bound(max_tokens_per_pass)
-        student.max_tokens = max_tokens_per_pass  # before the snapshot, which copies the bound
+        student.max_tokens = max_tokens_per_pass
+        request = checks.teacher_request(student, teacher, objective, gate)
+        # After these two, because the snapshot copies the bound and the vocabulary.
         self.behavior = BehaviorPolicy(student, sampling, **vars(behavior))
         self.objective, self.gate, self.sampling = objective, gate, sampling
         self.reduction: Reduction = reduction
         gate.setup(student.tokenizer)
         checks.check_known_needs(gate)
         masked_first = single_token_ids(student.tokenizer, mask_first, "mask_first")
-        request = checks.teacher_request(student, teacher, objective, gate)
         self.collector = Collector(self.behavior, teacher, request, masked_first)
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._window = AccumulationWindow()
@@ -148,14 +149,15 @@ class OPDModule(EvaluationModule):
         If the snapshot equals the student, the forward pass of the next training step scores ``first_batch``.
         """
         fresh = self.whole_weights and self.behavior.equals(self.student)
-        return self.collector.collect(
-            prompts,
-            step=self.global_step,
-            unscored=first_batch if fresh else None,
-            autocast=self.trainer.precision_plugin.forward_context,
-            progress=self.progress,
-            **options,
-        )
+        with self.naming_step():
+            return self.collector.collect(
+                prompts,
+                step=self.global_step,
+                unscored=first_batch if fresh else None,
+                autocast=self.trainer.precision_plugin.forward_context,
+                progress=self.progress,
+                **options,
+            )
 
     # -- training ------------------------------------------------------------------------------------------------
 

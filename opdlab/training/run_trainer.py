@@ -42,6 +42,7 @@ class MetricsFile(Logger):
         path: of the file; an existing one is continued.
 
     Example:
+        >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "metrics.csv"
         >>> file = MetricsFile(path)
         >>> file.log_metrics({"train/loss": 0.5}, 1)

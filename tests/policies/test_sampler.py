@@ -209,6 +209,7 @@ def test_the_models_own_generation_defaults_are_ignored_and_kept(
 def test_no_token_is_too_unlikely(tmp_path: Path) -> None:
     # From 80 about equally likely tokens; by default transformers samples from the 50 likeliest.
     flat = random_model(tmp_path, spread=0.01, vocab_size=80)
+    flat.vocab_size = 80  # as if each row had a token
     samples = sample(flat, prompts=[[5]], num_samples=2000, max_new_tokens=1, batch_size=2000)
     assert len(set(samples.tokens.flatten().tolist())) == 80
 

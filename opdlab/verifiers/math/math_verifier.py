@@ -9,8 +9,7 @@ from typing import Any
 
 from opdlab.errors import require
 from opdlab.verifiers.math.worker_pool import WorkerPool
-from opdlab.verifiers.quantities import normalized
-from opdlab.verifiers.verifier import Verdict, Verifier, bounded_form, last_boxed
+from opdlab.verifiers.verifier import Verdict, Verifier, bounded_form, boxes
 
 # Without a box only this many characters at the end are searched, because more text only costs time.
 _TAIL_CHARACTERS = 400
@@ -72,20 +71,25 @@ class MathVerifier(Verifier):
         pool = self._started_pool()
         keys = []
         for response, gold in zip(responses, golds, strict=True):
-            boxed = last_boxed(response)
-            answer = response[-_TAIL_CHARACTERS:] if boxed is None else boxed
-            keys.append((answer, gold, boxed is not None))
-        futures = {key: pool.submit(*key) for key in dict.fromkeys(keys) if len(key[0]) <= _MAX_CHARACTERS}
+            found = boxes(response)
+            unboxed = () if found is None else (response[-_TAIL_CHARACTERS:],)  # an open box is no answer
+            keys.append((tuple(box.text for box in found) if found else unboxed, gold, bool(found)))
+        futures = {
+            key: pool.submit(*key) for key in dict.fromkeys(keys) if key[0] and sum(map(len, key[0])) <= _MAX_CHARACTERS
+        }
 
         def wait() -> list[Verdict]:
             assert self._pool is not None  # the closure keeps the verifier and its processes alive
             verdicts = []
             for key in keys:
-                answer, gold, boxed = key
-                verdict = Verdict(*futures[key].result()) if key in futures else Verdict(False, None, "too long")
+                answers, gold, boxed = key
+                if key in futures:
+                    verdict = Verdict(*futures[key].result())
+                else:
+                    verdict = Verdict(False, None, "too long" if answers else "no answer")
                 if verdict.extracted is None and verdict.reason != "no answer" and (verdict.correct or boxed):
                     # Without a canonical form the text counts in a majority vote.
-                    text = bounded_form(normalized(gold if verdict.correct else answer))
+                    text = bounded_form(" ".join((gold if verdict.correct else answers[-1])[:_MAX_CHARACTERS].split()))
                     verdict = Verdict(verdict.correct, text or None, verdict.reason)
                 verdicts.append(verdict)
             return verdicts

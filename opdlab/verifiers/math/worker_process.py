@@ -38,7 +38,7 @@ def serve(channel: Connection, time_limit: float, memory_limit: int) -> None:
     """Judge answers from the channel until it closes.
 
     Args:
-        channel: receives ``[answer, gold, boxed]`` as JSON, one at a time, and sends back the :class:`Judgement`.
+        channel: receives ``[answers, gold, boxed]`` as JSON, one at a time, and sends back the :class:`Judgement`.
         time_limit: seconds per answer.
         memory_limit: MiB of address space.
     """
@@ -51,7 +51,7 @@ def serve(channel: Connection, time_limit: float, memory_limit: int) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     for answer, gold in _WARM_UP:
-        judge(answer, gold, boxed=True)
+        judge([answer], gold, boxed=True)
     gc.freeze()  # keeps memory pages shared with the children
     state = mmap.mmap(-1, 1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # the parent reads errors of the start from stderr
@@ -98,8 +98,7 @@ def _judge_safely(request: bytes, state: mmap.mmap) -> bytes:
         state[0] = _EQUAL if equal else _DIFFERENT
 
     try:
-        answer, gold, boxed = json.loads(request)
-        judgement = judge(answer, gold, boxed, decided)
+        judgement = judge(*json.loads(request), decided)
     except MemoryError:
         judgement = Judgement(False, None, "memory limit")
     except Exception as error:  # an answer that crashes math-verify is wrong
