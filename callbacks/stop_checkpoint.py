@@ -16,6 +16,7 @@ from opdlab.checkpoints import CheckpointFiles
 from opdlab.errors import Stopped, UsageError, first_line
 from opdlab.evaluation import EvaluationModule
 from opdlab.files import remove_partial_files
+from opdlab.out_of_memory import out_of_memory
 from opdlab.processes import STOP, StopAt
 
 _OTHERS_SECONDS = 20.0  # seconds; time for the other processes to end by themselves
@@ -205,7 +206,7 @@ def _explain_restoring(trainer: pl.Trainer, error: BaseException) -> None:
     """Raise a UsageError if Lightning could not restore a checkpoint, whatever part of it is at fault."""
     restoring = bool(trainer._checkpoint_connector._loaded_checkpoint)  # emptied when all is restored
     unexpected = isinstance(error, LookupError | TypeError | AttributeError | ValueError | RuntimeError)
-    if restoring and unexpected and not isinstance(error, UsageError | torch.OutOfMemoryError):
+    if restoring and unexpected and not isinstance(error, UsageError) and out_of_memory(error) is None:
         raise UsageError(
             f"ckpt_path '{trainer.ckpt_path}' cannot be restored ({type(error).__name__}: {first_line(error)[:200]}): "
             "resume with the configuration and the version of opdlab that wrote it, or give another checkpoint"

@@ -1,7 +1,7 @@
 """The table of commands. A command's module is imported only when the command runs, so ``opdlab --help`` is fast.
 
-Every user error prints one line to standard error and exits with code 2, a full disk and lack of memory with code 1, and a
-signal with 128 plus its number.
+Every user error prints one line to standard error and exits with code 2, a full disk and lack of memory with code 1,
+and a signal with 128 plus its number.
 """
 
 import logging
