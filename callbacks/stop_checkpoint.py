@@ -14,9 +14,10 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoi
 from lightning.pytorch.utilities import rank_zero_info
 
 from opdlab.checkpoints import CheckpointFiles
-from opdlab.errors import Stopped
+from opdlab.errors import Stopped, UsageError, first_line
 from opdlab.evaluation import EvaluationModule
 from opdlab.files import remove_partial_files
+from opdlab.out_of_memory import out_of_memory
 from opdlab.processes import STOP, StopAt
 
 _OTHERS_SECONDS = 20.0  # seconds; time for the other processes to end by themselves
@@ -146,7 +147,12 @@ class StopCheckpoint(Checkpoint):
         STOP.check()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Save if a signal has stopped training between two steps; restore the signal handlers."""
+        """Save if a signal has stopped training between two steps; restore the signal handlers.
+
+        Raises:
+            UsageError: the error came while a checkpoint was restored.
+        """
+        _explain_restoring(trainer, exception)
         stopped, between = isinstance(exception, Stopped), self._training and not self._in_step
         self._training, STOP.when = False, StopAt.ONCE
         if isinstance(pl_module, EvaluationModule):
@@ -195,6 +201,17 @@ class StopCheckpoint(Checkpoint):
         finally:
             self._saving = False
         self.path = self._folder / name
+
+
+def _explain_restoring(trainer: pl.Trainer, error: BaseException) -> None:
+    """Raise a UsageError if Lightning could not restore a checkpoint, whatever part of it is at fault."""
+    restoring = bool(trainer._checkpoint_connector._loaded_checkpoint)  # emptied when all is restored
+    unexpected = isinstance(error, LookupError | TypeError | AttributeError | ValueError | RuntimeError)
+    if restoring and unexpected and not isinstance(error, UsageError) and out_of_memory(error) is None:
+        raise UsageError(
+            f"ckpt_path '{trainer.ckpt_path}' cannot be restored ({type(error).__name__}: {first_line(error)[:200]}): "
+            "resume with the configuration and the version of opdlab that wrote it, or give another checkpoint"
+        ) from error
 
 
 def _requeue_signal(trainer: pl.Trainer) -> int | None:
