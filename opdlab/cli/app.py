@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerStatus
 
 from opdlab.callbacks import EvaluationTable, LabProgressBar, SampleLogger, StopCheckpoint
 from opdlab.cli.building import build
-from opdlab.cli.checks import check_trainer, warn_of_idle_recorder
+from opdlab.cli.checks import check_files, check_trainer, warn_of_idle_recorder
 from opdlab.cli.estimate import refuse_oversized
 from opdlab.cli.hparams import log_hyperparameters
 from opdlab.cli.parsing import RUN_KEYS, fit_parser, parse_fit
@@ -87,6 +87,7 @@ class OPDCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build all objects, after a check that the models' weights fit the device."""
         check_trainer(self.config, here=True)
+        check_files(self.config)
         if self.command == "fit":
             warn_of_idle_recorder(self.config)
             if self.config.check_memory:
