@@ -215,17 +215,13 @@ def parse_study(content: Any) -> Study:
     except UsageError:
         raise
     except Exception as error:  # argparse's own error is not a ValueError
-        raise UsageError(_explain(error)) from error
-
-
-def _explain(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if match := re.search(r"arguments are required: (.+)$", text):
-        return f"{match[1]} is missing: give it"
-    keys = re.findall(r'Parser key "([^"]+)"', text)
-    if match := re.search(r"Expected an? <class '(\w+)'>\. Got value: (.+)$", text):
-        return f"{': '.join(keys)} has {match[2]}, but must be of type {match[1]}"
-    return text
+        text = " ".join(str(error).split())
+        if match := re.search(r"arguments are required: (.+)$", text):
+            text = f"{match[1]} is missing: give it"
+        elif match := re.search(r"Expected an? <class '(\w+)'>\. Got value: (.+)$", text):
+            keys = ": ".join(re.findall(r'Parser key "([^"]+)"', text))
+            text = f"{keys} has {match[2]}, but must be of type {match[1]}"
+        raise UsageError(text) from error
 
 
 def read_study(path: Path) -> Study:
