@@ -266,7 +266,7 @@ _TEXT_UNIT = re.compile(rf"{_TEXT}(?:{_TEXT}| |/|\\cdot|\^\{{-?[0-9]\}})*$")
 _SIGN_UNIT = re.compile(r"(?:\\?%|(?:\^\{)?\\circ\}?(?: *[CF])?|\\?\$|\u20ac|\u00a3|\u00a5|\u00a2|\\cents)$")
 ANGLE = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _ASIAN = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-_ASIAN_UNIT = re.compile(f"(?<![{_ASIAN}/])(?:(?!\u4ee5)[{_ASIAN}]/?)+$")  # not "and more", "and less"
+_ASIAN_UNIT = re.compile(f"(?<![{_ASIAN}/])(?:(?![\u4ee5\u4e0d])[{_ASIAN}]/?)+$")  # not "and more", "is not"
 _WORD = r"[a-zA-Z]+\.?(?:\^\{-?[0-9]\})?"
 _WORD_UNIT = re.compile(rf"(?:(?<=[0-9}})\]])|(?<=\\pi)) *{_WORD}(?: ?/ ?{_WORD}| {_WORD})*$")
 _LETTERS = re.compile(
