@@ -171,7 +171,8 @@ _ROWS = (
     Metric("val/<benchmark>/maj@<n>", "maj@n", "share",
            "share of problems whose most frequent extracted answer is right. Answers are compared as text; those from "
            "which nothing was extracted do not vote; where several are equally frequent, one is drawn at random and "
-           "the expectation counts; where nobody votes it is 0", _BENCHMARK,
+           "the expectation counts; a problem without votes counts as 0. Left out if nothing was extracted at all",
+           _BENCHMARK,
            "mostly above pass@1; below it, the model is wrong in one and the same way"),
     Metric("val/<benchmark>/truncated", "truncated", "share", "share of answers that hit `max_new_tokens`", _BENCHMARK,
            "near 0; above 0.1 the other metrics say more of the limit than of the model"),
