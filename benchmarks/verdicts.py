@@ -185,6 +185,8 @@ def _other_numbers(gold: str, generator: random.Random) -> Iterator[tuple[str, s
 
 
 def _other_structure(gold: str) -> Iterator[tuple[str, str]]:
+    if match := re.search(r"(\\sqrt|\^)\{[^{}]*(\})([a-zA-Z0-9])", gold):
+        yield "a brace moved", f"{gold[: match.start(2)]}{match[3]}}}{gold[match.end() :]}"
     items = _items(gold)
     if len(set(items)) > 1:
         yield "an item less", ", ".join(items[:-1])

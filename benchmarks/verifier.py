@@ -96,7 +96,7 @@ def measure_set(path: Path, verifier: MathVerifier) -> dict[str, Any] | None:
 def measure_messages(time_limit: float, count: int = 4000) -> dict[str, float]:
     """Return seconds per plain integer in this process, and through one worker."""
     answers = [str(n) for n in range(count)]
-    here = _seconds(lambda: [judge(answer, answer, boxed=True) for answer in answers])
+    here = _seconds(lambda: [judge([answer], answer, boxed=True) for answer in answers])
     verifier = MathVerifier(num_workers=1, time_limit=time_limit)
     verifier.verify(*HONEST[:2])
     there = _seconds(lambda: verifier.verify([f"\\boxed{{{answer}}}" for answer in answers], answers))

@@ -6,6 +6,7 @@ if __name__ != "opdlab.callbacks":
     )
 
 from opdlab.callbacks.behavior_refresh import BehaviorRefresh
+from opdlab.callbacks.collapse_guard import CollapseGuard
 from opdlab.callbacks.evaluation_table import EvaluationTable
 from opdlab.callbacks.gate_monitor import GateMonitor
 from opdlab.callbacks.hf_export import HFExport
@@ -17,6 +18,7 @@ from opdlab.callbacks.stop_checkpoint import StopCheckpoint
 
 __all__ = [
     "BehaviorRefresh",
+    "CollapseGuard",
     "EvaluationTable",
     "GateMonitor",
     "HFExport",

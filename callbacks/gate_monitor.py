@@ -8,12 +8,12 @@ from typing import Any
 import lightning.pytorch as pl
 
 from opdlab.callbacks.step_callback import StepCallback
-from opdlab.callbacks.tensorboard import layout, write_histograms, write_images, writers
 from opdlab.diagnostics import StepTrace
 from opdlab.diagnostics.gate_metrics import gate_tensors, read_gates
 from opdlab.diagnostics.run_history import BlockHistory, add_to_age_table, age_scalars, new_age_table, read_ages
 from opdlab.diagnostics.trace import to_host
 from opdlab.errors import require
+from opdlab.loggers import log_layout, log_media, media_writer
 from opdlab.module import OPDModule
 
 
@@ -72,8 +72,8 @@ class GateMonitor(StepCallback):
     - A page of TensorBoard ("Custom scalars") that groups related scalars.
 
     Metrics cover the whole optimizer batch, independent of its micro-batches. Between logged steps only sums by age
-    are kept, on the device; at a logged step everything is copied to the host at once. Loggers other than TensorBoard's
-    get the scalars. With several processes, the first one's share of the batch is shown.
+    are kept, on the device; at a logged step everything is copied to the host at once. Every logger gets the scalars,
+    and what else it takes (:mod:`opdlab.loggers`). With several processes, the first one's share of the batch is shown.
 
     Args:
         every_n_steps: n, at least 1.
@@ -104,8 +104,7 @@ class GateMonitor(StepCallback):
         """Start the clock, and set up TensorBoard's page."""
         self._time = DrawingTime()
         if trainer.is_global_zero:
-            for writer in writers(trainer.loggers):
-                writer.add_custom_scalars(layout())
+            log_layout(trainer.loggers)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -136,8 +135,7 @@ class GateMonitor(StepCallback):
         self._history.add(trainer.global_step, metrics.block_weights, metrics.block_drift)
         for logger in trainer.loggers:
             logger.log_metrics({**metrics.scalars, **age_scalars(recent)}, step=trainer.global_step)
-        for writer in writers(trainer.loggers):
-            write_histograms(writer, metrics.histograms, trainer.global_step)
+        log_media(trainer.loggers, trainer.global_step, histograms=metrics.histograms)
         if self._time.may_draw():
             self._draw(trainer)
 
@@ -154,8 +152,7 @@ class GateMonitor(StepCallback):
     # -- plots ---------------------------------------------------------------------------------------------------
 
     def _draw(self, trainer: pl.Trainer) -> None:
-        targets = writers(trainer.loggers)
-        if not targets:
+        if not any("images" in media_writer(logger).takes for logger in trainer.loggers):
             return
         with self._time.drawing():
             # Imported here: matplotlib takes a third of a second to load.
@@ -169,8 +166,8 @@ class GateMonitor(StepCallback):
             ages = read_ages(self._ages + self._recent_ages.cpu())["age"]
             if ages.ages:
                 figures["gate/by_age"] = by_age(ages)
-            for writer in targets:
-                write_images(writer, {tag: render(figure) for tag, figure in figures.items()}, trainer.global_step)
+            images = {tag: render(figure) for tag, figure in figures.items()}
+            log_media(trainer.loggers, trainer.global_step, images=images)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

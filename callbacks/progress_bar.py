@@ -33,14 +33,15 @@ class SummaryLine:
 
     def __init__(self) -> None:
         self.items: Sequence[str] = ()
+        self.note = ""  # before the items; cut if it does not fit
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the line; nothing if it has no item."""
-        items = list(self.items)  # another thread renders it
-        while items and cell_len(" · ".join(items)) > options.max_width:
+        items = [self.note, *self.items] if self.note else list(self.items)  # another thread renders it
+        while len(items) > bool(self.note) and cell_len(" · ".join(items)) > options.max_width:
             items.pop()
         if items:
-            yield Text(" · ".join(items), no_wrap=True)
+            yield Text(" · ".join(items), no_wrap=True, overflow="ellipsis")
 
 
 class LabProgressBar(RichProgressBar):
@@ -68,6 +69,8 @@ class LabProgressBar(RichProgressBar):
         """Reset the display of another run or stage."""
         super().setup(trainer, pl_module, stage)
         self._line.items, self._values, self._fetched_at = (), {}, -1
+        if stage == "fit":
+            self._line.note = ""
 
     # -- metrics -------------------------------------------------------------------------------------------------
 
@@ -87,6 +90,10 @@ class LabProgressBar(RichProgressBar):
         self._line.items = progress_items(self._values)
         # The run's number is left out too: Lightning shows only its last four characters.
         return {name: value for name, value in metrics.items() if name not in (*names, "v_num")}
+
+    def note(self, text: str) -> None:
+        """Show a text at the beginning of the line, until the next one or the end of the run."""
+        self._line.note = text
 
     # -- the bars ------------------------------------------------------------------------------------------------
 

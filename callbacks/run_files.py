@@ -13,6 +13,7 @@ from lightning.pytorch.loggers.logger import Logger
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
+from opdlab.callbacks.collapse_guard import CollapseGuard
 from opdlab.callbacks.evaluation_table import EvaluationTable
 from opdlab.evaluation.benchmark_metrics import ERROR_SUFFIX
 from opdlab.records import RESULTS, package_versions, write_json
@@ -98,7 +99,7 @@ class RunFiles(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the results of a run that has ended."""
-        self._end(trainer, pl_module, FINISHED)
+        self._end(trainer, pl_module, COLLAPSED if any(guard.stopped for guard in _guards(trainer)) else FINISHED)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the results again after an evaluation that follows the training."""
@@ -137,10 +138,15 @@ class RunFiles(pl.Callback):
                 "seconds": round(self._seconds, 3),
                 "seeds": seeds,
                 "versions": {"python": platform.python_version(), **package_versions()},
-                "warnings": [],
+                "warnings": [message for guard in _guards(trainer) for message in guard.messages],
                 "state": state,
             },
         )
+
+
+def _guards(trainer: pl.Trainer) -> list[CollapseGuard]:
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by Lightning's connector
+    return [callback for callback in callbacks if isinstance(callback, CollapseGuard)]
 
 
 def _with_errors(metrics: Mapping[str, float]) -> dict[str, dict[str, float | None]]:

@@ -1,4 +1,4 @@
-"""Rollouts of a training step as text for TensorBoard, and as a page with coloured tokens."""
+"""Rollouts of a training step as text for loggers, and as a page with coloured tokens."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,10 +8,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from opdlab.callbacks.step_callback import StepCallback
-from opdlab.callbacks.tensorboard import writers
 from opdlab.data.datamodule import PromptDataModule
 from opdlab.diagnostics import StepTrace
 from opdlab.errors import require
+from opdlab.loggers import log_media
 from opdlab.module import OPDModule
 from opdlab.viewer import (
     INDEX,
@@ -30,11 +30,11 @@ _VERDICTS = {None: "unchecked", True: "correct", False: "wrong"}
 
 
 class SampleLogger(StepCallback):
-    """Writes some rollouts of every n-th optimizer step as text to TensorBoard and as a page with coloured tokens.
+    """Writes some rollouts of every n-th optimizer step as text to the loggers and as a page with coloured tokens.
 
     The rollouts are those at evenly spaced ranks of mean absolute drift, from the most drifted to the least, see
-    :func:`opdlab.viewer.choose_rollouts`; the step has used them, and nothing is sampled or scored again. TensorBoard
-    has them as ``rollouts/0``, ``rollouts/1``, …; the page is ``rollouts/step-000200.html`` in the run's folder, or in
+    :func:`opdlab.viewer.choose_rollouts`; the step has used them, and nothing is sampled or scored again. Loggers
+    have them as ``rollouts/0``, ``rollouts/1``, …; the page is ``rollouts/step-000200.html`` in the run's folder, or in
     ``default_root_dir`` without a logger, beside an ``index.html``. Only the first process writes, of its own
     rollouts. If a page cannot be written, there is one warning and training continues.
 
@@ -76,17 +76,11 @@ class SampleLogger(StepCallback):
         if not rollouts:  # the loss may leave out every token of the step
             return
         texts = rollout_texts(trainer, pl_module.student.tokenizer, rollouts)
-        for writer in writers(trainer.loggers):
-            for place, pair in enumerate(zip(rollouts, texts, strict=True)):
-                writer.add_text(f"rollouts/{place}", rollout_markdown(*pair), trainer.global_step)
-        gate = visible(repr(pl_module.gate))
-        facts = {
-            "gate": gate if len(gate) <= _SHOWN else f"{gate[:_SHOWN]}…",
-            "objective": type(pl_module.objective).__name__,
-        }
-        page = render_page(trainer.global_step, rollouts, texts, facts)
+        marked = [rollout_markdown(*pair) for pair in zip(rollouts, texts, strict=True)]
+        shown = {f"rollouts/{place}": text for place, text in enumerate(marked)}
+        log_media(trainer.loggers, trainer.global_step, texts=shown)
         try:
-            write_page(self.folder, trainer.global_step, page)
+            write_rollout_page(self.folder, trainer, pl_module, rollouts, texts)
         except OSError as error:
             if not self._warned:
                 rank_zero_warn(
@@ -120,8 +114,36 @@ def rollout_texts(
     ]
 
 
+def write_rollout_page(
+    folder: Path,
+    trainer: pl.Trainer,
+    module: OPDModule,
+    rollouts: Sequence[ShownRollout],
+    texts: Sequence[RolloutText],
+    **facts: str,
+) -> Path:
+    """Write the page of the current step, and return its path.
+
+    Args:
+        folder: of the run's pages.
+        trainer: of the run.
+        module: of the run; its gate and objective are in the head of the page.
+        rollouts: shown on the page.
+        texts: of each.
+        facts: further ones for the head of the page, by name.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    gate = visible(repr(module.gate))
+    shown = gate if len(gate) <= _SHOWN else f"{gate[:_SHOWN]}…"
+    facts = {"gate": shown, "objective": type(module.objective).__name__, **facts}
+    page = render_page(trainer.global_step, rollouts, texts, facts)
+    return write_page(folder, trainer.global_step, page)
+
+
 def rollout_markdown(rollout: ShownRollout, text: RolloutText) -> str:
-    """Return TensorBoard's text for a rollout: text of models and data is in code blocks, which have no markup.
+    """Return Markdown for a rollout: text of models and data is in code blocks, which have no markup.
 
     Args:
         rollout: its values.

@@ -200,8 +200,9 @@ class StopCheckpoint(Checkpoint):
 def _requeue_signal(trainer: pl.Trainer) -> int | None:
     """Return the signal on which Lightning queues a SLURM job again; None elsewhere."""
     environment = trainer._accelerator_connector.cluster_environment
-    requeues = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
-    return environment.requeue_signal if requeues else None
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        return environment.requeue_signal
+    return None
 
 
 def _progress(trainer: pl.Trainer) -> dict[str, Any]:

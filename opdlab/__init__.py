@@ -18,6 +18,7 @@ from opdlab.version import __version__
 
 if TYPE_CHECKING:
     from opdlab.callbacks import BehaviorRefresh as BehaviorRefresh
+    from opdlab.callbacks import CollapseGuard as CollapseGuard
     from opdlab.callbacks import EvaluationTable as EvaluationTable
     from opdlab.callbacks import GateMonitor as GateMonitor
     from opdlab.callbacks import HFExport as HFExport
@@ -50,8 +51,8 @@ if TYPE_CHECKING:
 # Public names by the module that defines them.
 _MODULES = {
     "opdlab.callbacks": (
-        *("BehaviorRefresh", "EvaluationTable", "GateMonitor", "HFExport", "LabProgressBar", "PoolRecorder"),
-        *("SampleLogger", "StopCheckpoint"),
+        *("BehaviorRefresh", "CollapseGuard", "EvaluationTable", "GateMonitor", "HFExport", "LabProgressBar"),
+        *("PoolRecorder", "SampleLogger", "StopCheckpoint"),
     ),
     "opdlab.data": ("PromptDataModule", "ReuseConfig"),
     "opdlab.evaluation": ("EvaluationConfig",),

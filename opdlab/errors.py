@@ -1,7 +1,15 @@
 """The error for mistakes that the user can fix, and the signals that stop a run."""
 
+import re
 import signal
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+# Control characters, some of which a terminal obeys; a tab and a line feed are text.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class UsageError(ValueError):
@@ -70,17 +78,82 @@ def signal_name(signum: int) -> str:
     return "Ctrl-C" if signum == signal.SIGINT else signal.Signals(signum).name
 
 
-def first_line(error: BaseException) -> str:
-    r"""Return the first line of an error's message, or the name of its type if it has none.
-
-    Example:
-        >>> first_line(OSError("no space\nleft")), first_line(MemoryError())
-        ('no space', 'MemoryError')
-    """
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def require(condition: bool, message: str) -> None:
     """Raise :class:`UsageError` with ``message`` unless ``condition`` holds."""
     if not condition:
         raise UsageError(message)
+
+
+def not_text(value: str) -> str | None:
+    r"""Return why a string is not text: it has a control character or half a surrogate pair. None if it is text.
+
+    Example:
+        >>> not_text("\x1b[31m"), not_text("a\tb")
+        ('it has the control character \\x1b: leave it out', None)
+        >>> not_text("\ud800")
+        'it has half a surrogate pair, \\ud800: leave it out'
+    """
+    if match := _CONTROL.search(value):
+        return f"it has the control character {ascii(match[0])[1:-1]}: leave it out"
+    if match := re.search(r"[\ud800-\udfff]", value):
+        return f"it has half a surrogate pair, {ascii(match[0])[1:-1]}: leave it out"
+    return None
+
+
+def printable(line: str) -> str:
+    r"""Return a line with every character escaped that a terminal does not show, such as the start of a colour code.
+
+    Example:
+        >>> printable("\x1b[31mred\u202e é")
+        '\\x1b[31mred\\u202e é'
+    """
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+
+
+def first_line(error: BaseException) -> str:
+    r"""Return the first line of an error's message, or its type if it has none.
+
+    Example:
+        >>> first_line(ValueError("one\ntwo")), first_line(KeyboardInterrupt())
+        ('one', 'KeyboardInterrupt')
+    """
+    if isinstance(error, SyntaxError):
+        return error.msg
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def user_line(error: BaseException) -> str | None:
+    """Return "FILE, line N" of the innermost line of an error that is neither in opdlab nor in an installed package.
+
+    Only the lines that ran inside the ``try`` that caught the error are looked at. None if all are installed.
+    """
+    if isinstance(error, SyntaxError) and error.filename is not None and _is_users(error.filename):
+        return f"{error.filename}, line {error.lineno}"
+    frames = reversed(traceback.extract_tb(error.__traceback__))
+    return next((f"{frame.filename}, line {frame.lineno}" for frame in frames if _is_users(frame.filename)), None)
+
+
+def _is_users(file: str) -> bool:
+    here = Path(__file__).parent
+    places = [here, here / "strategies", here / "callbacks"]  # links in a checkout
+    places += [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    real = Path(file).resolve()
+    return not file.startswith("<") and not any(real.is_relative_to(place.resolve()) for place in places)
+
+
+@contextmanager
+def user_code(doing: str) -> Iterator[None]:
+    """Raise an error of the user's own code in the block as a :class:`UsageError` with its file and line.
+
+    Args:
+        doing: what the block does, the beginning of the message.
+    """
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as error:
+        if (line := user_line(error)) is None:
+            raise
+        said = f"{doing} fails, change {line}: {type(error).__name__}: {first_line(error)}"
+        raise UsageError(said) from error

@@ -9,12 +9,16 @@ V vocabulary, N = B * T.
 """
 
 import json
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub.constants import ENDPOINT
 from lightning.pytorch.cli import instantiate_class
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -246,6 +250,14 @@ class ModelSize:
         return int(frozen * (self.packed or self.widths.weights)) + adapter
 
 
+def _hub_is_known() -> bool:
+    """False if the hub's name cannot be looked up; its client would try again for 23 s for each file."""
+    try:
+        return bool(getproxies() or socket.getaddrinfo(urlsplit(ENDPOINT).hostname, None))
+    except OSError:
+        return False
+
+
 _PACKED = {"4bit": 0.5, "8bit": 1.0}
 
 
@@ -269,6 +281,7 @@ def model_size(options: Mapping[str, Any], precision: str | int | None) -> Model
         same = {"r": saved["r"], "target_modules": saved["target_modules"], "use_dora": saved.get("use_dora", False)}
         return model_size({**options, "path": base, "adapter": same}, precision)
     more = {key: options[key] for key in ("revision", "trust_remote_code") if options.get(key)}
+    more["local_files_only"] = not _hub_is_known()
     source = resolve(path, with_config=False)  # only config.json is read; AutoConfig reports if it is missing
     gguf = {"gguf_file": options["gguf_file"]} if options.get("gguf_file") else {}
     if gguf:

@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any, Generic, TypeVar
 
-from opdlab.errors import UsageError
+from opdlab.errors import UsageError, first_line
 
 T = TypeVar("T")
 C = TypeVar("C", bound=type)
@@ -115,7 +115,14 @@ class Registry(Generic[T]):
         try:
             import_module(self._builtin)
             for entry in entry_points(group=self._group):
-                entry.load()
+                try:
+                    entry.load()
+                except Exception as error:
+                    package = entry.dist.name if entry.dist is not None else "a package"
+                    raise UsageError(
+                        f"{package} declares the {self.kind} '{entry.name}', but importing {entry.value} fails "
+                        f"({type(error).__name__}: {first_line(error)}): mend or uninstall it"
+                    ) from error
         except BaseException:
             self._loaded = False  # an incomplete registry would report known names as unknown
             raise

@@ -18,6 +18,7 @@ import yaml
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
+from opdlab.errors import UsageError
 from opdlab.gating import GateInputs, Gates, GateStrategy
 
 if TYPE_CHECKING:
@@ -90,6 +91,13 @@ class GateTester:
         num_tokens: int = 150,
         seed: int = 0,
     ) -> None:
+        try:
+            make_gate()
+        except TypeError as error:
+            raise UsageError(
+                f"GateTester calls make_gate without arguments, which fails ({error}): give a function, for example "
+                "GateTester(lambda: MyGate(width=3))"
+            ) from error
         self._make_gate = make_gate
         self._tokenizer = tokenizer
         self._zero_drift_is_uniform = zero_drift_is_uniform

@@ -27,8 +27,8 @@ PUBLIC = {
         "TruncatedRatioGate",
     ],
     "opdlab.callbacks": [
-        *("BehaviorRefresh", "EvaluationTable", "GateMonitor", "HFExport", "PoolRecorder", "RunFiles"),
-        *("SampleLogger", "StopCheckpoint", "LabProgressBar"),
+        *("BehaviorRefresh", "CollapseGuard", "EvaluationTable", "GateMonitor", "HFExport", "PoolRecorder"),
+        *("RunFiles", "SampleLogger", "StopCheckpoint", "LabProgressBar"),
     ],
     "opdlab.objectives": [
         *("Objective", "PositionLosses", "Reduction", "SampledTokenOPD", "TeacherTopK"),

@@ -141,3 +141,18 @@ def test_an_error_inside_a_plugin_is_its_own(registry: Registry[Plugin]) -> None
     registry.register("wrong")(Wrong)
     with pytest.raises(TypeError, match="length"):
         registry.build("wrong", size=3)
+
+
+def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
+    (tmp_path / "broken_gates.py").write_text("raise RuntimeError('boom')\n")
+    info = tmp_path / "broken_gates-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-gates\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[opdlab.gates]\nbroken = broken_gates\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    command = [sys.executable, "-m", "opdlab", "gates"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    words = "broken-gates declares the plugin 'broken', but importing broken_gates fails (RuntimeError: boom)"
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"opdlab: error: {words.replace('plugin', 'gate')}")
+    assert len(result.stderr.splitlines()) == 1

@@ -55,6 +55,7 @@ class Run:
         reduction: Any = "token_mean",
         callbacks: tuple[Callback, ...] = (),
         max_new_tokens: int = 40,
+        temperature: float = 1.0,
         num_problems: int = 16,
         student: LanguageModel | None = None,
         teacher: Teacher | None = None,
@@ -63,7 +64,7 @@ class Run:
         **options: Any,
     ) -> None:
         torch.manual_seed(0)
-        sampling = SamplingConfig(num_samples=2, max_new_tokens=max_new_tokens, batch_size=32)
+        sampling = SamplingConfig(num_samples=2, temperature=temperature, max_new_tokens=max_new_tokens, batch_size=32)
         self.module = module(
             student or LanguageModel(STUDENT),
             teacher or LocalTeacher(TEACHER),

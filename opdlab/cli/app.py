@@ -1,5 +1,6 @@
 """``opdlab fit | validate | test``: a LightningCLI with run folders, and an evaluation before and after training."""
 
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -16,10 +17,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
-from opdlab.callbacks import EvaluationTable, LabProgressBar, RunFiles, SampleLogger, StopCheckpoint
+from opdlab.callbacks import CollapseGuard, EvaluationTable, LabProgressBar, RunFiles, SampleLogger, StopCheckpoint
 from opdlab.checkpoints import check_checkpoint
 from opdlab.cli.building import build, with_seeds
-from opdlab.cli.checks import warn_of_idle_recorder
+from opdlab.cli.checks import check_trainer, warn_of_idle_recorder
 from opdlab.cli.ending import run_to_end
 from opdlab.cli.estimate import refuse_oversized
 from opdlab.cli.hparams import log_hyperparameters
@@ -32,6 +33,7 @@ from opdlab.run_folder import RunFolder, fit_samples_folder, samples_folder_for
 from opdlab.seeds import evaluation_seed
 from opdlab.training.run_trainer import MetricsFile, RunTrainer
 
+EXIT_COLLAPSED = 3
 _TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 
 
@@ -95,8 +97,12 @@ class OPDCLI(LightningCLI):
         if self.config.ckpt_path is not None:
             check_checkpoint(Path(self.config.ckpt_path), resume=self.command == "fit")
 
+    def _parse_ckpt_path(self) -> None:
+        """Take nothing from the checkpoint: Lightning merges its hyperparameters, class paths included."""
+
     def instantiate_classes(self) -> None:
         """Build all objects, after a check that the models' weights fit the device."""
+        check_trainer(self.config, here=True)
         if self.command == "fit":
             warn_of_idle_recorder(self.config)
             if self.config.check_memory:
@@ -182,12 +188,22 @@ class OPDCLI(LightningCLI):
         assert self.folder is not None
         if self.config.ckpt_path is not None:  # a resumed run uses its own folder on purpose
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-        return run_to_end(self._fit, self.trainer, self.folder.path, self._how_to_go_on)
+        code = run_to_end(self._fit, self.trainer, self.folder.path, self._how_to_go_on)
+        return EXIT_COLLAPSED if code == 0 and self._collapsed else code
+
+    @property
+    def _collapsed(self) -> bool:
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return any(isinstance(callback, CollapseGuard) and callback.stopped for callback in callbacks)
 
     def _fit(self) -> None:
+        assert self.folder is not None
         self.before_fit()
         self.trainer.fit(self.model, datamodule=self.datamodule, **self._run_arguments)
-        self.after_fit()
+        if not self._collapsed:
+            self.after_fit()
+        elif self.trainer.is_global_zero:
+            print(f"opdlab: training has collapsed and was stopped; see {self.folder.results}", file=sys.stderr)
 
     def _how_to_go_on(self) -> str:
         folder = self.model.evaluator.folder

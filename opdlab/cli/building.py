@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 
-from opdlab.errors import UsageError
+from opdlab.errors import UsageError, first_line, user_line
 from opdlab.packages import package_trouble
 from opdlab.seeds import FOLLOWING_SEEDS
 
@@ -69,7 +69,7 @@ def build(parser: ArgumentParser, config: Namespace, *, groups: bool = True) -> 
         groups: also build classes of fixed sections, such as ``model``, not only those with a ``class_path``.
 
     Raises:
-        UsageError: a constructor refused its arguments.
+        UsageError: a constructor refused its arguments, or code outside opdlab failed in it.
     """
     config = with_seeds(config)
     refused: dict[str, UsageError] = {}
@@ -77,29 +77,44 @@ def build(parser: ArgumentParser, config: Namespace, *, groups: bool = True) -> 
     def instantiate(cls: Any, *args: Any, **options: Any) -> Any:
         try:
             return cls(*args, **options)
-        except ImportError as error:
-            if (trouble := package_trouble(error)) is not None:
-                key = _key_of(config.as_dict(), cls, options) or cls.__name__
-                refused[str(error)] = UsageError(f"{key} {trouble}")
-            raise
-        except UsageError as error:
-            refused[str(error)] = with_key(error, _key_of(config.as_dict(), cls, options), options)
+        except Exception as error:
+            key = _key_of(config.as_dict(), cls, options)
+            if (told := _told(error, cls, key, options)) is not None:
+                refused[str(error)] = told
             raise
 
     parser.add_instantiator(instantiate, object, prepend=True)
     try:
         built: Namespace = parser.instantiate_classes(config, instantiate_groups=groups)
-    except (ValueError, ImportError) as error:
-        quoted = [named for said, named in refused.items() if said in str(error)]
+    except Exception as error:
+        quoted = [told for said, told in refused.items() if said in str(error)]
         if not quoted or quoted[-1] is error:
             raise
         raise quoted[-1] from error
     return built
 
 
+def _told(error: Exception, cls: Any, key: str, options: Mapping[str, Any]) -> UsageError | None:
+    """Return an error of a constructor as one that names the key; None for an error inside opdlab."""
+    if isinstance(error, UsageError):
+        return with_key(error, key, options)
+    if isinstance(error, ImportError) and (trouble := package_trouble(error)) is not None:
+        return UsageError(f"{key or cls.__name__} {trouble}")
+    name = cls.__name__
+    if (line := user_line(error)) is not None:
+        return UsageError(
+            f"{key} cannot be built: {name} fails, change its options or {line}: {type(error).__name__}: "
+            f"{first_line(error)}"
+        )
+    if not str(cls.__module__).startswith("opdlab."):
+        keys = f"options ({', '.join(options)})"
+        return UsageError(f"{key} cannot be built: {name} refuses its {keys}, change them: {first_line(error)}")
+    return None
+
+
 def _key_of(config: Mapping[str, Any], cls: Any, options: Mapping[str, Any]) -> str:
     """Return the key of the section that ``cls`` is built from, the first if several have equal values."""
-    for key, section in _sections(config, ""):
+    for key, section in sections(config):
         own = section
         if "class_path" in section:
             if str(section["class_path"]).rpartition(".")[2] != cls.__name__:
@@ -108,16 +123,16 @@ def _key_of(config: Mapping[str, Any], cls: Any, options: Mapping[str, Any]) -> 
         elif section.keys() != options.keys():
             continue
         plain = {name: value for name, value in own.items() if isinstance(value, str | int | float | None)}
-        if own.keys() <= options.keys() and all(options[name] == value for name, value in plain.items()):
+        if own.keys() <= options.keys() and all([options[name]] == [value] for name, value in plain.items()):
             return key
     return ""
 
 
-def _sections(value: Any, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def sections(value: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield all sections with their keys, innermost first. Keys omit ``init_args``, as the command line allows."""
     if not isinstance(value, Mapping | list):
         return
     for name, inner in value.items() if isinstance(value, Mapping) else enumerate(value):
-        yield from _sections(inner, key if name == "init_args" else f"{key}.{name}".removeprefix("."))
+        yield from sections(inner, key if name == "init_args" else f"{key}.{name}".removeprefix("."))
     if isinstance(value, Mapping):
         yield key, value

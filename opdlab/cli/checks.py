@@ -1,18 +1,33 @@
 """Checks of a resolved configuration that need no model, to fail before long work."""
 
+import functools
 import inspect
+import logging
+import re
+import sys
+import warnings
 from collections.abc import Mapping
-from typing import Any
+from contextlib import suppress
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
+import torch
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch import Callback
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
-from opdlab.callbacks import BehaviorRefresh, GateMonitor, HFExport, PoolRecorder, SampleLogger
-from opdlab.cli.building import build, under
+from opdlab.callbacks import BehaviorRefresh, CollapseGuard, GateMonitor, HFExport, PoolRecorder, SampleLogger
+from opdlab.cli.building import build, sections, under
 from opdlab.data import PromptDataModule
 from opdlab.data.cleaning import CleaningConfig
+from opdlab.errors import UsageError, first_line, require, user_line
 from opdlab.evaluation.config import EvaluationConfig
+from opdlab.module import OPDModule
+from opdlab.parser_messages import types_in_words
 from opdlab.policies import SamplingConfig
 from opdlab.rollouts import ReuseConfig
 from opdlab.training.checks import check_token_bound
@@ -23,6 +38,7 @@ CALLBACKS: Mapping[str, type[Callback]] = {
     "gate_monitor": GateMonitor,
     "sample_logger": SampleLogger,
     "pool_recorder": PoolRecorder,
+    "collapse_guard": CollapseGuard,
     "export": HFExport,
 }
 
@@ -35,7 +51,22 @@ _SECTIONS: Mapping[str, Any] = {
     "data.reuse": ReuseConfig,
     "data.clean": CleaningConfig,
     **CALLBACKS,
+    "checkpoint": ModelCheckpoint,
 }
+
+# Options of the trainer whose values Lightning takes, though it fails on them later: the smallest one, and the fix.
+_LEAST = {
+    "min_steps": (0, "leave it out"),
+    "check_val_every_n_epoch": (1, "use null to count micro-batches through the whole run"),
+    "num_sanity_val_steps": (-1, "use 0 for none"),
+    "log_every_n_steps": (1, "use a larger number to log less"),
+    "gradient_clip_val": (0, "use null for no clipping"),
+    "accumulate_grad_batches": (1, "use 1 for none"),
+    "limit_train_batches": (0, "leave it out for all"),
+}
+_MOST_DEVICES = 4096  # Lightning makes a list of them
+# The hardware that every machine has.
+_ANY_MACHINE = {"accelerator": "cpu", "devices": 1, "strategy": "auto", "num_nodes": 1, "precision": None}
 
 
 def check_config(parser: ArgumentParser, config: Namespace) -> None:
@@ -48,11 +79,15 @@ def check_config(parser: ArgumentParser, config: Namespace) -> None:
     Raises:
         UsageError: a value is out of range, or values are inconsistent.
     """
+    check_nulls(config)
     parts = {}
     for key, cls in _SECTIONS.items():
         options = config[key].as_dict()
         with under(key, options):
-            parts[key] = cls(**options)
+            try:
+                parts[key] = cls(**options)
+            except MisconfigurationException as error:
+                raise UsageError(f"{key} cannot be built, change its keys: {first_line(error)}") from error
     parts["model.evaluation"].check(parts["model.eval_sampling"])
     reuse = parts["data.reuse"]
     reuse.check(parts["model.sampling"].num_samples, config.trainer.accumulate_grad_batches)
@@ -62,9 +97,115 @@ def check_config(parser: ArgumentParser, config: Namespace) -> None:
         # Sources are not built, because they may read files.
         PromptDataModule(**{**config.data.as_dict(), "reuse": reuse, "clean": parts["data.clean"]})
     plugins = Namespace()  # type: ignore[no-untyped-call]
-    for key in ("model.gate", "model.objective"):
+    for key in ("model.gate", "model.objective", "model.optimizer", "model.lr_scheduler", "data.train"):
         plugins[key] = config[key]
-    build(parser, plugins, groups=False)
+    if not plugins.data.train.class_path.startswith("opdlab."):
+        del plugins["data"]  # the source of another package may read its files when it is built
+    built = build(parser, plugins, groups=False).model
+    check_optimizer(built.optimizer, built.lr_scheduler, config)
+    check_trainer(config)
+
+
+def check_nulls(config: Namespace) -> None:
+    """Refuse null for options whose type has no null, which the parser takes for all; and NaN for all options.
+
+    Raises:
+        UsageError: an option is null or NaN.
+    """
+    plain = config.as_dict()
+    for key in ("check_memory", "save_pools"):
+        require(plain[key] is not None, f"{key} is null, but must be true or false")
+    known = {"trainer": Trainer, "model": OPDModule, "data": PromptDataModule, **_SECTIONS}
+    for key, section in sections(plain):
+        cls, options = known.get(key), section
+        if "class_path" in section:
+            module, _, name = section["class_path"].rpartition(".")
+            cls, options = getattr(sys.modules.get(module), name, None), section.get("init_args") or {}
+        for name, value in options.items():
+            kind = _type_without_null(cls, name) if value is None and isinstance(cls, type) else None
+            require(kind is None, f"{key}.{name} is null, but must be {kind}")
+            require(value == value, f"{key}.{name} is nan, but must be a number")  # NaN equals nothing
+
+
+@functools.cache
+def _type_without_null(cls: type, name: str) -> str | None:
+    """Return what belongs to an option of a class, in words; None if it may be null, or its type is unknown."""
+    for base in cls.__mro__:
+        made = inspect.signature(base.__init__).parameters if "__init__" in vars(base) else {}  # type: ignore[misc]
+        if name not in made:
+            continue
+        with suppress(NameError, TypeError):
+            kind = get_type_hints(base.__init__).get(name, Any)  # type: ignore[misc]
+            kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+            if made[name].default is not None and not {Any, object, type(None)} & set(kinds):
+                return types_in_words(", ".join(map(repr, kinds)))
+        return None
+    return None
+
+
+def check_optimizer(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None, config: Namespace) -> None:
+    """Build an optimizer and a schedule for one parameter, to refuse their options before models are loaded."""
+    key = "model.optimizer"
+    try:
+        made = optimizer([nn.Parameter(torch.zeros(1))])
+        key = "model.lr_scheduler"
+        if lr_scheduler is not None:
+            lr_scheduler(made)
+    except Exception as error:  # of a library, or of the user's own class
+        keys = f"init_args ({', '.join(config[key].as_dict().get('init_args') or {})})"
+        where = f" or {line}" if (line := user_line(error)) is not None else ""
+        raise UsageError(f"{key} cannot be built, change its {keys}{where}: {first_line(error)}") from error
+
+
+def check_trainer(config: Namespace, *, here: bool = False) -> None:
+    """Build a trainer from the plain options, to refuse them before models are loaded.
+
+    Args:
+        config: configuration of ``opdlab fit``.
+        here: also refuse devices that this machine lacks. A study may be checked on a machine other than those that run
+            it, and an estimate is for any device.
+
+    Raises:
+        UsageError: an option is invalid.
+    """
+    options = {key: value for key, value in config.trainer.as_dict().items() if not isinstance(value, dict)}
+    for key, (least, fix) in _LEAST.items():
+        value = options[key]
+        require(value is None or value >= least, f"trainer.{key} is {value}, but must be at least {least}: {fix}")
+    devices = str(options["devices"])
+    most = f"must be at most {_MOST_DEVICES}: give the number of devices of each node"
+    require(not devices.isdigit() or int(devices) <= _MOST_DEVICES, f"trainer.devices is {devices}, but {most}")
+    interval = options["val_check_interval"]
+    require(interval != 0, "trainer.val_check_interval is 0, but must be above 0: leave it out to validate at the end")
+    error = _trainer_error(options)
+    if isinstance(error, MisconfigurationException | ImportError) and not here:
+        error = _trainer_error(options | _ANY_MACHINE)  # the device or its package may be missing here alone
+    if error is None:
+        return
+    text = " ".join(str(error).split())[:200].rstrip(".")
+    places = {key: match.start() for key in options if (match := re.search(rf"\b{key}\b", text))}
+    written = text.replace("-", "_")
+    by_value = (key for key, v in options.items() if isinstance(v, str) and v.replace("-", "_") in written)
+    key = min(places, key=places.__getitem__, default=next(by_value, "accelerator"))
+    said = f"trainer.{key} is {options[key]}: {text}; `opdlab fit --help` lists what it takes"
+    raise UsageError(said) from error
+
+
+def _trainer_error(options: Mapping[str, Any]) -> Exception | None:
+    """Return why Lightning refuses the options of a trainer, or None. Nothing is printed, and no file is made."""
+    quiet = {"logger": False, "callbacks": None, "plugins": None, "enable_model_summary": False}
+    quiet |= {"enable_progress_bar": False, "enable_checkpointing": False}
+    rank_zero = logging.getLogger("lightning.pytorch.utilities.rank_zero")  # the run's own trainer names the devices
+    rank_zero.disabled = True
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Trainer(**{**options, **quiet})
+    except (MisconfigurationException, ImportError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+        return error
+    finally:
+        rank_zero.disabled = False
+    return None
 
 
 def warn_of_idle_recorder(config: Namespace) -> None:

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from opdlab.errors import FullDiskError, UsageError, signal_name, stop_signal
+from opdlab.errors import FullDiskError, UsageError, not_text, printable, require, signal_name, stop_signal
 from opdlab.out_of_memory import out_of_memory
 from opdlab.processes import STOP, hold_lifeline
 from opdlab.registry import suggestion
@@ -101,16 +101,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Makes user gates in the current folder importable by class_path, as with `python -m`.
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
+    arguments = sys.argv[1:] if arguments is None else arguments
     with STOP.listening():
         try:
-            return _run(sys.argv[1:] if arguments is None else arguments)
+            for argument in arguments:
+                trouble = not_text(argument)
+                require(trouble is None, f"the argument {argument!a} is not text: {trouble}")
+            return _run(arguments)
         except BaseException as error:
             if (stopped := stop_signal(error)) is not None:
                 print(f"opdlab: stopped by {signal_name(stopped)}; to go on, run the same command", file=sys.stderr)
                 return 128 + stopped
             if not isinstance(error, Exception) or (line := _told(error) or out_of_memory(error)) is None:
                 raise
-            print(f"opdlab: error: {line}", file=sys.stderr)
+            print(f"opdlab: error: {printable(line)}", file=sys.stderr)
             return EXIT_USAGE if _told(error) and not isinstance(error, FullDiskError) else EXIT_FAILED
 
 
@@ -124,7 +128,9 @@ def console() -> None:
     advert = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advert.addFilter(lambda record: "litlogger" not in record.getMessage())
     # Python's default format names a file and quotes one of its lines.
-    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {message}\n"
+    warnings.formatwarning = lambda message, category, *_: (
+        f"{category.__name__}: {' '.join(map(printable, str(message).splitlines()))}\n"
+    )
     try:
         code = main()
         sys.stdout.flush()
@@ -145,7 +151,5 @@ def _told(error: Exception) -> str | None:
         return trouble and f"opdlab {trouble}"
     lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # imported by some commands only
     if isinstance(error, ArgumentError) or (lightning and isinstance(error, lightning.MisconfigurationException)):
-        from opdlab.cli.messages import explain
-
-        return explain(error)
+        return " ".join(str(error).split())
     return None

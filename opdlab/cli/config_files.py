@@ -2,24 +2,28 @@
 
 import importlib.resources
 import os
-from collections.abc import Callable, Sequence
+from argparse import ArgumentError
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-from jsonargparse import ActionConfigFile, set_loader  # type: ignore[attr-defined] # documented, yet not in its __all__
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_loader  # type: ignore[attr-defined]
 
 from opdlab.aliases import migrate, migrate_text, nested, warn_of_old_names
+from opdlab.cli.building import sections
 from opdlab.errors import UsageError, require
 from opdlab.gating import gate_registry
 from opdlab.objectives.base import objective_registry
+from opdlab.parser_messages import Explainer
 from opdlab.registry import Registry, suggestion
+from opdlab.yaml_files import YamlError, load_yaml, read_yaml
 
 # Keys whose value may be a registered name instead of a class path.
 _REGISTRIES: dict[str, Callable[[], Registry[Any]]] = {
     "model.gate": gate_registry,
     "model.objective": objective_registry,
 }
+_CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 EXTENDS = "extends"
 """Key in a configuration file that names the configuration, or a list of them, that it extends."""
 
@@ -36,17 +40,60 @@ class ConfigFile(ActionConfigFile):
         before = cfg.get(self.dest)
         read = {os.path.realpath(str(file)) for file in before} if isinstance(before, list) else set()
         for each in [*(base for base in bases if os.path.realpath(base) not in read), path]:
-            super().__call__(parser, cfg, each, option_string)  # type: ignore[no-untyped-call]
+            check_sections(parser, read_yaml(each), each)
+            try:
+                super().__call__(parser, cfg, each, option_string)  # type: ignore[no-untyped-call]
+            except ArgumentError as error:
+                raise UsageError(f"{each}: {explainer(parser)(error)}") from error
 
 
-def _load_yaml(text: str, path: str = "") -> Any:
-    """Return the loaded YAML, with old names migrated and registered names replaced by class paths.
+def explainer(parser: ArgumentParser) -> Explainer:
+    """Return the function that says what is wrong with the arguments of a parser."""
+    keys = parser.get_defaults().keys(branches=True)
+    return Explainer(keys, f"{parser.prog} --help", {key: of().names() for key, of in _REGISTRIES.items()})
+
+
+def check_sections(parser: ArgumentParser, config: Mapping[str, Any], source: str) -> None:
+    """Refuse sections and classes whose form is wrong, which the parser would drop or fail on later.
+
+    Args:
+        parser: has the sections.
+        config: what was read.
+        source: name of the file in messages.
+
+    Raises:
+        UsageError: a section has no keys, or something else stands beside a class path and its ``init_args``.
+    """
+    defaults = parser.get_defaults()
+    for key in defaults.keys(branches=True):
+        if isinstance(defaults[key], Namespace) and "class_path" not in defaults[key]:
+            section, last = nested(config, key)
+            value = section.get(last, {})
+            require(
+                isinstance(value, dict | str),  # a string is the path of a file with the section
+                f"{source}: {key} is {'null' if value is None else value}, but it is a section: give its keys, or "
+                "leave it out",
+            )
+    for key, value in sections(config):
+        if "class_path" in value or "init_args" in value:
+            for name in value:
+                hint = suggestion(str(name), _CLASS_KEYS) or ";"
+                known = f"a class has the keys {', '.join(_CLASS_KEYS)}"
+                require(name in _CLASS_KEYS, f"{source}: unknown key '{key}.{name}'{hint} {known}")
+            path, options = value.get("class_path", ""), value.get("init_args", {})
+            require(isinstance(path, str), f"{source}: {key}.class_path is {path}, but must be the path of a class")
+            keys = "must be a section of keys; leave it out to set none"
+            require(isinstance(options, dict), f"{source}: {key}.init_args is {options}, but {keys}")
+
+
+def _load_value(text: str, path: str = "") -> Any:
+    """Return the content of YAML, with old names migrated and registered names replaced by class paths.
 
     Args:
         text: of a file or of a value.
         path: the file's name if it was given to ``--config``; the parser leaves it out for files of sections.
     """
-    loaded = yaml.safe_load(text)
+    loaded = load_yaml(text, path or "a section")
     if isinstance(loaded, dict):
         loaded = migrate(loaded)
         extended = loaded.pop(EXTENDS, None)  # not an option of the parser
@@ -55,18 +102,18 @@ def _load_yaml(text: str, path: str = "") -> Any:
             f"{EXTENDS} is {extended}, but is obeyed only in files given to -c or --config on the command line: "
             "write out what is wanted here, or give the file with -c",
         )
-        for key in _REGISTRIES:
-            section, last = nested(loaded, key)
-            value = section.get(last)
-            if isinstance(value, str):
-                section[last] = {"class_path": class_path_of(key, value)}
-            elif isinstance(value, dict) and isinstance(value.get("class_path"), str):
-                value["class_path"] = class_path_of(key, value["class_path"])
+        for name in _REGISTRIES:
+            for section, last in (nested(loaded, name), (loaded, name)):
+                value = section.get(last)
+                if isinstance(value, str):
+                    section[last] = {"class_path": class_path_of(name, value)}
+                elif isinstance(value, dict) and isinstance(value.get("class_path"), str):
+                    value["class_path"] = class_path_of(name, value["class_path"])
     return loaded
 
 
 CONFIG_MODE = "opdlab_yaml"
-set_loader(CONFIG_MODE, _load_yaml, exceptions=(yaml.YAMLError,))
+set_loader(CONFIG_MODE, _load_value, exceptions=(YamlError,))
 
 
 def class_path_of(key: str, name: str) -> str:
@@ -139,19 +186,15 @@ def config_chain(path: str, extended_by: tuple[str, ...] = ()) -> list[str]:
     trail = (*extended_by, path)
     circle = os.path.realpath(path) in map(os.path.realpath, extended_by)
     require(not circle, f"{trail[0]}: extends leads in a circle: {' -> '.join(trail)}; take one out")
-    try:
-        text = Path(path).read_text()  # the locale's encoding, as in the parser
-        loaded = yaml.safe_load(text)
-    except UnicodeDecodeError as error:
-        raise UsageError(
-            f"{path} is not text in {error.encoding}, from byte {error.start} on: give a YAML file"
-        ) from error
-    except (yaml.YAMLError, OSError):
-        return [path]  # the parser reports the error
+    loaded = read_yaml(path)
     require(loaded is not None, f"{path} is empty: give it keys, for example {EXTENDS}: quickstart")
-    if isinstance(loaded, dict):
-        warn_of_old_names(path, loaded)
-    names = loaded.get(EXTENDS, []) if isinstance(loaded, dict) else []
+    require(
+        isinstance(loaded, dict),
+        f"{path} holds {'a list' if isinstance(loaded, list) else 'a single value'}, but must hold keys, for example "
+        f"{EXTENDS}: quickstart",
+    )
+    warn_of_old_names(path, loaded)
+    names = loaded.get(EXTENDS, [])
     names = [names] if isinstance(names, str) else names
     require(
         isinstance(names, list) and all(isinstance(name, str) for name in names),

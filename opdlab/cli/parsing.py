@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 from argparse import ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +16,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 from opdlab.checkpoints import find_checkpoint
 from opdlab.cli.checks import CALLBACKS, check_config
 from opdlab.cli.commands import COMMANDS
-from opdlab.cli.config_files import CONFIG_MODE, ConfigFile, expand_names
+from opdlab.cli.config_files import CONFIG_MODE, ConfigFile, expand_names, explainer, shipped_configs
 from opdlab.cli.gates import described
-from opdlab.cli.messages import explain
 from opdlab.data import PromptDataModule
-from opdlab.errors import UsageError
+from opdlab.errors import UsageError, user_code
 from opdlab.gating import gate_registry
 from opdlab.module import OPDModule
 from opdlab.objectives.base import objective_registry
@@ -102,10 +102,12 @@ def parse_fit(arguments: Sequence[str], command: str = "fit") -> Namespace:
     """
     parser = fit_parser(command)
     try:
-        config = parser.parse_args(expand_names(arguments))
+        with user_code("importing a class of the configuration"):
+            config = parser.parse_args(expand_names(arguments))
     except ArgumentError as error:
-        keys = parser.get_defaults().keys(branches=True)
-        raise UsageError(explain(error, keys, command=f"{parser.prog} --help")) from error
+        raise UsageError(_explained(parser, error)) from error
+    finally:
+        vars(parser).pop("print_config", None)  # left by --print_config before a mistake
     config.seed_everything = run_seed(config.seed_everything)
     config.trainer.default_root_dir = str(config.trainer.default_root_dir or "runs")
     if config.ckpt_path is not None:
@@ -113,3 +115,14 @@ def parse_fit(arguments: Sequence[str], command: str = "fit") -> Namespace:
         config.ckpt_path = str(find_checkpoint(config.ckpt_path, root, resume=command == "fit"))
     check_config(parser, config)
     return config
+
+
+def _explained(parser: LightningArgumentParser, error: ArgumentError) -> str:
+    """Return one line about an error of the parser."""
+    if match := re.match(r"unrecognized arguments: (?!-)(\S+)", str(error)):
+        known = match[1] in shipped_configs() or match[1].endswith((".yaml", ".yml"))
+        hint = f"; did you mean -c {match[1]}?" if known else f"; see {parser.prog} --help"
+        return f"'{match[1]}' is one argument too many{hint}"
+    if match := re.match(r"argument (\S+): expected one argument", str(error)):
+        return f"{match[1].rpartition('/')[2]} has no value: give one after it"
+    return explainer(parser)(error)

@@ -17,10 +17,10 @@ from rich.console import Console
 
 from opdlab.cli.commands import COMMANDS
 from opdlab.cli.config_files import config_path, shipped_configs
-from opdlab.cli.messages import explain
 from opdlab.cli.parsing import parse_fit
 from opdlab.errors import UsageError, require
 from opdlab.locks import locked
+from opdlab.parser_messages import Explainer
 from opdlab.registry import suggestion
 from opdlab.studies.launch import Cluster, Launcher, default_jobs
 from opdlab.studies.plan import Plan, Resolve, make_plan, take_over
@@ -79,7 +79,7 @@ def _explain(error: ArgumentError, command: str) -> str:
     if match := re.search(r"unrecognized arguments: ([^-].*)$", text):
         return f"'{match[1]}' is one argument too many; `{listing}` lists what there is"
     keys = _run_parser().get_defaults().keys() if command == "run" else ()
-    return explain(error, keys, command=listing)
+    return Explainer(keys, listing)(error)
 
 
 def parser() -> ArgumentParser:

@@ -10,6 +10,7 @@ _MODULE, _COLLECT = "opdlab.module.OPDModule", "opdlab.module.OPDModule.collect"
 _STEP = "opdlab.diagnostics.training_metrics.step_metrics"
 _SAMPLED, _TOP_K = "opdlab.objectives.SampledTokenOPD", "opdlab.objectives.TeacherTopK"
 _EFFECT, _AGES = "opdlab.diagnostics.gate_metrics.gate_tensors", "opdlab.diagnostics.run_history.age_scalars"
+_GUARD = "opdlab.callbacks.CollapseGuard"
 _BENCHMARK, _MEAN = (
     "opdlab.evaluation.benchmark_metrics.BenchmarkMetrics",
     "opdlab.evaluation.benchmark_metrics.over_benchmarks",
@@ -23,7 +24,7 @@ _WEIGHT = Chart("gate", "weight: mean, min, max", band=True)
 _EXTREMES = Chart("gate", "share of weights below 0.5, above 2")
 _CORRELATION = Chart("gate", "correlation of the weight with")
 _UNGATED = Chart("gated against ungated step")
-_JUDGED = Chart("rollout", "accuracy, truncated share")
+_JUDGED = Chart("rollout", "accuracy, truncated and repeated shares")
 
 _DRIFT_ITEM = "drift {:.3f} (max {:.1f})"
 _WEIGHTS_ITEM = "weights {:.2f}\N{EN DASH}{:.2f}"
@@ -66,6 +67,10 @@ _ROWS = (
     Metric("train/clip_share", "clip share", "share",
            "sampled-token: share of positions at which the PPO clip binds", _SAMPLED, "0 when fresh; below 0.2",
            Chart("loss")),
+
+    Metric("train/teacher_entropy", "teacher's entropy", "nats",
+           "entropy of the teacher's next-token distribution on the same positions: a lower bound from its support, or "
+           "an estimate from the sampled tokens", _GUARD, "the student's comes close to it", Chart("loss")),
 
     # The gate's weights over the valid positions.
     Metric("gate/mean", "mean weight", "", "mean weight", _STEP,
@@ -131,6 +136,12 @@ _ROWS = (
     Metric("rollout/truncated_share", "truncated share", "share",
            "share of the buffer's responses that hit `max_new_tokens`", _COLLECT,
            "near 0; rises to 0.3 in collapsed runs", _JUDGED),
+    Metric("rollout/repeated_share", "repeated 4-grams", "share",
+           "share of the 4-grams of the buffer's responses that repeat an earlier one of their response", _GUARD,
+           "steady; rises towards 1 where responses run in circles", _JUDGED),
+    Metric("rollout/reverse_kl", "reverse KL of the buffer", "nats",
+           "mean of logpi_b - logq over the buffer: the snapshot's reverse KL to the teacher per token; biased below "
+           "`top_p` 1", _GUARD, "falls towards 0", Chart("rollout")),
     Metric("rollout/age", "age", "steps", "mean optimizer steps since the minibatch's rollouts were sampled", _MODULE,
            "0 to steps per buffer - 1", Chart("rollout"), "age {:.3g}"),
     Metric("rollout/sampled_tokens_per_second", "sampling rate", "tokens/s",

@@ -54,6 +54,9 @@ class Metric:
         progress: format of its item in the progress line; rows with the same format share the item and fill it in
             the order of the table. Empty: not in the line.
 
+    Raises:
+        UsageError: ``chart`` is not a :class:`Chart`, or ``progress`` is not a format of a number.
+
     Example:
         >>> row = Metric("age/drift/<age>", "drift by age", "nats", "mean abs(d)", "my_gate.MyGate")
         >>> row.title, row.matches("age/drift/003"), row.matches("age/drift/003/x")
@@ -68,6 +71,18 @@ class Metric:
     healthy: str = ""
     chart: Chart | None = None
     progress: str = ""
+
+    def __post_init__(self) -> None:
+        row = f"metric '{self.name}'"
+        kind = type(self.chart).__name__
+        require(self.chart is None or isinstance(self.chart, Chart), f"{row}: chart is a {kind}, but must be a Chart")
+        number = "1k" if self.unit == "tokens/s" else 0.5
+        try:
+            fits = not self.progress or self.progress.format(*[number] * 10) != self.progress  # rows may share an item
+        except (ValueError, LookupError, AttributeError, TypeError):
+            fits = False
+        example = "loss {:.3f}"
+        require(fits, f"{row}: progress is '{self.progress}', but must be a format of a number, such as '{example}'")
 
     @property
     def title(self) -> str:

@@ -9,7 +9,7 @@ from typing import get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from opdlab.errors import UsageError, require
+from opdlab.errors import UsageError, require, user_code
 from opdlab.gating import DriftGate, GateStrategy, NormalizationName, Statistic, gate_registry
 from opdlab.registry import suggestion
 from opdlab.tau import TauSchedule, check_tau
@@ -165,7 +165,10 @@ def gate_class(name: str) -> type[GateStrategy]:
     if "." not in name:
         return gate_registry().get(name)
     try:
-        cls = pkgutil.resolve_name(name)
+        with user_code(f"importing --gates {name}"):
+            cls = pkgutil.resolve_name(name)
+    except UsageError:
+        raise
     except (ImportError, AttributeError, ValueError) as error:
         raise UsageError(f"--gates has '{name}', but {error}: give a gate's class path") from error
     require(

@@ -60,6 +60,7 @@ class Plan:
             "model.evaluation.seed": seed,
             "model.evaluation.samples": path / SAMPLES,
             "trainer.default_root_dir": path,
+            "collapse_guard.stop": "false",  # a collapsed run is a result too; the report marks it
             # The recorder does not influence the run, so the command has it but the comparison does not.
             "trainer.callbacks+": "opdlab.studies.step_file.StepFile",
             "trainer.callbacks.folder": path,

@@ -11,8 +11,10 @@ from typing import Any
 import yaml
 
 from opdlab.errors import UsageError, require
+from opdlab.parser_messages import Explainer
 from opdlab.registry import suggestion
 from opdlab.studies.schema import STUDY
+from opdlab.yaml_files import read_yaml
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _MAX_SEED = 2**32 - 1
@@ -222,10 +224,7 @@ def _explain(error: Exception) -> str:
     text = " ".join(str(error).split())
     if match := re.search(r"arguments are required: (.+)$", text):
         return f"{match[1]} is missing: give it"
-    keys = re.findall(r'Parser key "([^"]+)"', text)
-    if match := re.search(r"Expected an? <class '(\w+)'>\. Got value: (.+)$", text):
-        return f"{': '.join(keys)} has {match[2]}, but must be of type {match[1]}"
-    return text
+    return Explainer()(error)
 
 
 def read_study(path: Path) -> Study:
@@ -235,12 +234,7 @@ def read_study(path: Path) -> Study:
         UsageError: the file is missing, or its content is invalid; see :func:`parse_study`.
     """
     file = path / STUDY if path.is_dir() else path
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{file} cannot be read ({error.strerror}): give a study's file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(file)
     try:
         study = parse_study(content)
     except UsageError as error:

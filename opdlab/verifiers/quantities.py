@@ -127,15 +127,16 @@ def split_unit(text: str, letter: str | None = None) -> tuple[str, str | None]:
         if match is None or match.start() == 0:
             continue
         value, words = text[: match.start()].strip(), match[0].strip()
-        if pattern is _SIGN_UNIT and _ANGLE.search(value):
-            return text, None  # the degrees of an angle
-        if factor := _FACTOR.match(words):
-            if parse_unit(words) not in _NAMES:
-                value, words = f"{value} {factor[1]}", words[factor.end() :].strip(" {}")
+        if (pattern is _SIGN_UNIT and ANGLE.search(value)) or _COMPARISON.search(words):
+            return text, None  # the degrees of an angle; "or more" is no unit
+        if (factor := _FACTOR.match(words)) and not _is_known(
+            parse_unit(words)
+        ):  # in Chinese, a kilometer is a thousand meters
+            value, words = f"{value} {factor[1]}", words[factor.end() :].strip(" {}")
             if not words:
                 return value, None
         unit = parse_unit(words)
-        known = all(name in _NAMES for name in re.findall("[^ /^0-9-]+", unit))
+        known = _is_known(unit)
         if pattern is _WORD_UNIT and len(words) == 1:
             known = unit == letter if letter is not None else known and match[0] != words
         elif pattern is _WORD_UNIT and not known:
@@ -154,7 +155,7 @@ def parse_unit(words: str) -> str:
     plain = " ".join(re.sub(r"\\text|\\cdot|[{}]|^US(?= ?\\?\$)", " ", words).split()).rstrip(".")
     plain = re.sub(r"(?i)^(?:(mph)|kmp?h|kph)$", lambda match: "mi/h" if match[1] else "km/h", plain)
     powers: dict[str, int] = {}
-    for index, part in enumerate(re.split(r" ?/ ?| per ", re.sub(r" ?\^ ?", "^", plain))):
+    for index, part in enumerate(re.split(" ?/ ?| per |\u6bcf", re.sub(r" ?\^ ?", "^", plain))):
         factor = 1
         if match := _SQUARED.match(part):
             factor, part = 2 if match[1] else 3, part[match.end() :]
@@ -170,6 +171,10 @@ def parse_unit(words: str) -> str:
         for sign in (1, -1)
     )
     return f"{upper}/{lower}" if lower else upper
+
+
+def _is_known(unit: str) -> bool:
+    return all(name in _NAMES for name in re.findall("[^ /^0-9-]+", unit))
 
 
 def _name(word: str) -> str | None:
@@ -259,11 +264,12 @@ _CURRENCY = re.compile(r"([+-]? *)((?:US *)?\\?\$|\u20ac|\u00a3|\u00a5|Rs\.?) *(
 _TEXT = r"\\text\{(?:[^{}]|\{[^{}]*\})*\}"
 _TEXT_UNIT = re.compile(rf"{_TEXT}(?:{_TEXT}| |/|\\cdot|\^\{{-?[0-9]\}})*$")
 _SIGN_UNIT = re.compile(r"(?:\\?%|(?:\^\{)?\\circ\}?(?: *[CF])?|\\?\$|\u20ac|\u00a3|\u00a5|\u00a2|\\cents)$")
-_ANGLE = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
+ANGLE = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _ASIAN = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-_ASIAN_UNIT = re.compile(f"(?<![{_ASIAN}])(?:(?!\u4ee5)[{_ASIAN}])+$")  # not "and more", "and less"
+_ASIAN_UNIT = re.compile(f"(?<![{_ASIAN}/])(?:(?!\u4ee5)[{_ASIAN}]/?)+$")  # not "and more", "and less"
 _WORD = r"[a-zA-Z]+\.?(?:\^\{-?[0-9]\})?"
 _WORD_UNIT = re.compile(rf"(?:(?<=[0-9}})\]])|(?<=\\pi)) *{_WORD}(?: ?/ ?{_WORD}| {_WORD})*$")
+_COMPARISON = re.compile(r"(?<![a-zA-Z])(?:or|more|less|least|most|than|not|over|under)(?![a-zA-Z])")
 _PLAIN_WORDS = re.compile(r"[a-zA-Z]{3,}\.?(?: [a-zA-Z]{2,}\.?)*")
 _SQUARED = re.compile(r"(square |sq\.? |\u5e73\u65b9)|cubic |cu\.? |\u7acb\u65b9", re.IGNORECASE)
 _UNITS = {

@@ -55,8 +55,8 @@ _REWRITES = tuple(
         (r"\\text\{ *\}", " "),
         (r"\\text\{ *([-+]?[0-9][0-9.,/]*) *\}", r" \1 "),
         (r"\\text\{ *([0-9A-Z]+) *\}(?= *_)", r"\1"),
-        (r"\\l(?:brace|brack)(?![a-zA-Z])", r"\\{"),
-        (r"\\r(?:brace|brack)(?![a-zA-Z])", r"\\}"),
+        (r"\\([lr])brace(?![a-zA-Z])", lambda found: "\\{" if found[1] == "l" else "\\}"),
+        (r"\\([lr])brack(?![a-zA-Z])", lambda found: "[" if found[1] == "l" else "]"),
         (r"\\[lr]?vert(?![a-zA-Z])", "|"),
         (r"\\(?:leq?(?:slant|q)?)(?![a-zA-Z])|<=", r"\\le "),
         (r"\\(?:geq?(?:slant|q)?)(?![a-zA-Z])|>=", r"\\ge "),
@@ -93,7 +93,7 @@ def normalized(text: str) -> str:
         >>> print(normalized(r"$\dfrac\pi4\,.$"), normalized("x\u00b2 + \u221a12"))
         \frac{\pi}{4} x^{2} + \sqrt{12}
     """
-    if text.isalnum() and text.isascii() and not text.isalpha():  # most answers are plain integers
+    if text.isdecimal() and text.isascii():  # most answers are plain integers
         return text
     text = without_unicode(text)
     dollars = text.replace("\\$", "").count("$")
@@ -165,7 +165,7 @@ def _with_braces(text: str) -> str:
 def _end_of_argument(text: str, start: int, script: bool) -> int:
     """Return the end of a group, of a command with its groups, or of a character; for ``^`` and ``_`` of a number."""
     if text.startswith("{", start):
-        return end_of_group(text, start)
+        return end_of_group(text, start) or len(text)
     if script and (number := _SCRIPT.match(text, start)):
         return number.end()
     if text.startswith("(", start):
@@ -173,7 +173,7 @@ def _end_of_argument(text: str, start: int, script: bool) -> int:
     if command := _COMMAND.match(text, start):
         end = command.end()
         while text.startswith("{", end):
-            end = end_of_group(text, end)
+            end = end_of_group(text, end) or len(text)
         return end
     return min(start + 1, len(text))
 
@@ -187,16 +187,16 @@ def _end_of_parenthesis(text: str, start: int) -> int:
     return start + 1
 
 
-def end_of_group(text: str, start: int) -> int:
-    r"""Return the end of the group whose brace is at ``start``, or of the text if the group is open.
+def end_of_group(text: str, start: int, limit: int | None = None) -> int | None:
+    r"""Return the end of the group whose brace is at ``start``, or None if it is not closed before ``limit``.
 
     Example:
-        >>> end_of_group(r"{a\}{b}} c", 0)
-        8
+        >>> end_of_group(r"{a\}{b}} c", 0), end_of_group("{a", 0)
+        (8, None)
     """
     depth = 0
-    for found in _BRACES.finditer(text, start):
+    for found in _BRACES.finditer(text, start, len(text) if limit is None else limit):
         depth += {"{": 1, "}": -1}.get(found[0], 0)
         if depth == 0:
             return found.end()
-    return len(text)
+    return None

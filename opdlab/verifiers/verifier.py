@@ -6,8 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from opdlab.verifiers.spelling import end_of_group
+
 _MAX_EXTRACTED = 200
-_BOX_OR_BRACE = re.compile(r"\\+(?:(?P<box>(?:boxed|fbox)\s*+\{)|(?P<escaped>[{}]))?|[{}]")
+_MAX_BOXES = 100  # bounds the work on hostile text
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 # What may stand between boxes that give one answer together: punctuation, "and", "or", and "x =", or a short phrase
 # with "and" or "or" that does not correct what stands before it.
 _BETWEEN = re.compile(
@@ -83,31 +86,17 @@ def boxes(text: str) -> list[Box] | None:
         >>> boxes("12"), boxes(r"\boxed{1}, cut off at \boxed{12")
         ([], None)
     """
-    # Linear time, so that hostile text with many braces is cheap.
-    opened: list[tuple[int, int] | None] = []  # of each open brace: start of the box and of its text, or None
-    found: list[Box] = []
-    last = -1
-    for match in _BOX_OR_BRACE.finditer(text):
-        if match["box"]:
-            last = match.start()
-            opened.append((last, match.end()))
-        elif (match["escaped"] and match.group().count("\\") % 2) or match.group().endswith("\\"):
-            continue  # \{ is printed, and groups nothing
-        elif match.group().endswith("{"):
-            opened.append(None)
-        elif opened and (box := opened.pop()):
-            found.append(Box(text[box[1] : match.start()], box[0], match.end()))
-    if last < 0:
-        return []
-    found.sort(key=lambda box: box.start)
-    if not found or found[-1].start != last:
-        return None
-    together = [found.pop()]
-    for box in reversed(found):
-        if box.end > together[0].start or not _BETWEEN.fullmatch(text, box.end, together[0].start):
+    together: list[Box] = []
+    following = len(text)
+    for opening in reversed(list(_BOX.finditer(text))[-_MAX_BOXES:]):
+        end = end_of_group(text, opening.end() - 1, following)
+        if end is None and not together:
+            return None
+        if end is None or (together and not _BETWEEN.fullmatch(text, end, following)):
             break
-        together.insert(0, box)
-    return together
+        following = opening.start()
+        together.append(Box(text[opening.end() : end - 1], following, end))
+    return together[::-1]
 
 
 def last_boxed(text: str) -> str | None:

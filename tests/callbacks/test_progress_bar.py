@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console, RenderableType
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from opdlab.callbacks import LabProgressBar
+from opdlab.callbacks import CollapseGuard, LabProgressBar
 from opdlab.callbacks.progress_bar import SummaryLine
 from opdlab.diagnostics.metric_table import progress_items
 from tests.toy_run import Run
@@ -193,6 +193,24 @@ def test_a_file_gets_each_bar_and_the_line_once(tmp_path: Path) -> None:
     terminal.fit(4)
     lines = terminal.output.getvalue().split("\n")
     assert [line.split()[0] for line in lines if line.strip()] == ["Training", "loss"]
+
+
+def test_a_collapse_is_at_the_beginning_of_the_line(tmp_path: Path) -> None:
+    terminal = Terminal(tmp_path, temperature=1e-6)
+    guard = CollapseGuard()
+    terminal.run.trainer_options["callbacks"].insert(0, guard)
+    terminal.fit(4)
+    (message,) = guard.messages
+    assert terminal.frames.at[2][-1].startswith("loss ")
+    assert terminal.frames.at[4][-1].startswith(f"{message} · loss ")
+
+
+def test_a_note_that_does_not_fit_is_cut() -> None:
+    line = SummaryLine()
+    line.note, line.items = "collapse: step 3", ["loss 0.1"]
+    assert printed(line, 30) == "collapse: step 3 · loss 0.1\n"
+    assert printed(line, 20) == "collapse: step 3\n"
+    assert printed(line, 10) == "collapse:…\n"
 
 
 def test_no_bar_means_no_line(tmp_path: Path) -> None:

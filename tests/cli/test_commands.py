@@ -69,8 +69,8 @@ def test_every_command_refuses_what_it_does_not_know(name: str, capsys: pytest.C
         ("--quux", "unrecognized arguments: --quux; see opdlab --help"),
         (
             "fit",
-            "the following arguments are required: model.student, model.teacher, model.objective, model.gate, "
-            "data.train; start from a shipped configuration, for example -c quickstart\n",
+            "model.student, model.teacher, model.objective, model.gate, data.train are missing: give class paths, or "
+            "start from a shipped configuration, for example -c quickstart\n",
         ),
     ],
 )

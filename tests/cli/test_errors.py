@@ -1,5 +1,6 @@
 """Messages of the command line about values that the parser refuses."""
 
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -10,9 +11,9 @@ from jsonargparse import ArgumentParser
 
 from opdlab.cli import EXIT_USAGE, main
 from opdlab.cli.building import build
-from opdlab.cli.messages import options_of
 from opdlab.errors import UsageError, require
 from opdlab.gating import gate_registry
+from opdlab.parser_messages import options_of
 
 Said = Callable[..., str]
 
@@ -42,7 +43,7 @@ def said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("objective.k x", "objective.k is x, but must be an integer"),
         ("mask_first 5", "mask_first is 5, but must be a list"),
         ("optimizer Adamm", "optimizer is Adamm, but must be the path of a class, such as package.module.Name"),
-        ("optimizer.lr x", "optimizer.lr is x, but must be a number or Tensor"),
+        ("optimizer.lr x", "optimizer.lr is x, but must be a number or the path of a class that extends Tensor"),
         ("gate fire_opd --model.gate.alpha x", "gate.alpha is x, but must be a number"),
         (
             "gate fire_opd --model.gate.normalization meen",
@@ -59,11 +60,11 @@ def test_a_value_of_the_wrong_type(said: Said, arguments: str, words: str) -> No
     assert said(f"fit -c quickstart --model.{arguments}") == f"model.{words}"
 
 
-@pytest.mark.parametrize("value", ["abc", "CosineTau", "nowhere.CosineTau"])
+@pytest.mark.parametrize("value", ["abc", "CosineTau"])
 def test_what_is_no_schedule_of_tau(said: Said, value: str) -> None:
     message = said(f"fit -c quickstart --model.gate.tau {value}")
     assert message.startswith(f"model.gate.tau is {value}, but must be a number or one of LinearTau, EffectiveSample")
-    assert message.endswith("(or a class path)")
+    assert "(or a class path)" in message
 
 
 def test_a_study_and_a_replay_are_asked_for(said: Said) -> None:
@@ -150,12 +151,13 @@ def test_a_refusal_names_the_key_wherever_the_class_stands(bad: str, key: str) -
     assert str(caught.value) == f"{key}.size is 0, but must be above 0"
 
 
-def test_an_error_of_somebody_else_stays_what_it_is() -> None:
+def test_an_error_in_a_class_of_the_users_has_file_and_line() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Picky, "picky")
-    with pytest.raises(ValueError, match="of somebody else") as caught:
+    with pytest.raises(UsageError) as caught:
         build(parser, parser.parse_object({"picky": {"size": 0, "ours": False}}))
-    assert not isinstance(caught.value, UsageError)
+    place = r".*test_errors\.py, line \d+: ValueError: of somebody else$"
+    assert re.search(rf"^picky cannot be built: Picky fails, change its options or {place}", str(caught.value))
 
 
 @pytest.mark.parametrize("flags", [["--model.gate.help=iw_opd"], ["--model.gate.help", "iw_opd"]])

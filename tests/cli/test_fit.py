@@ -145,8 +145,8 @@ def test_gates_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -
         ("--data.reuse.batch_size 3", "data.reuse.batch_size is 3, which does not divide a rollout buffer of 8"),
         ("--trainer.accumulate_grad_batches 3", "trainer.accumulate_grad_batches is 3"),
         ("--trainer.accumulate_grad_batches 0", "trainer.accumulate_grad_batches is 0, but must be at least 1"),
-        ("-c binary.yaml", "binary.yaml is not text in utf-8, from byte 0 on: give a YAML file"),
-        ("--model.gate torch.nn.Linear", "error: model.gate: Import path torch.nn.Linear does not correspond to"),
+        ("-c binary.yaml", "binary.yaml, line 1, is not text in UTF-8: give a YAML file in that encoding"),
+        ("--model.gate torch.nn.Linear", "error: model.gate is torch.nn.Linear, but must be one of block, "),
         ("--data.reuse.prompts_per_pool 12", "prompts_per_pool is 12, but there are only 8 prompts"),
         ("--behavior_refresh.every_n_steps 0", "error: behavior_refresh.every_n_steps is 0"),
         ("--model.eval_sampling.num_samples 1", "pass_at has 2, but model.eval_sampling.num_samples is 1"),
@@ -239,6 +239,17 @@ def test_the_package_is_run_under_the_name_of_the_command(tmp_path: Path) -> Non
     environment = {**os.environ, "PYTHONPATH": str(README.parent)}
     shown = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert shown.stdout.startswith("usage: opdlab ")
+
+
+@pytest.mark.parametrize("module", ["torch", "argparse"])  # of a command; of the command line itself
+def test_ctrl_c_is_handled_while_the_libraries_load(tmp_path: Path, module: str) -> None:
+    (tmp_path / f"{module}.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    command = [sys.executable, "-m", "opdlab", "gates"]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{README.parent}"}
+    stopped = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (stopped.returncode, stopped.stdout) == (130, "")
+    assert stopped.stderr.startswith("opdlab: stopped")
+    assert len(stopped.stderr.splitlines()) == 1
 
 
 def test_a_resumed_curve_does_not_run_backwards(opdlab: Opdlab, tmp_path: Path) -> None:

@@ -187,3 +187,21 @@ def test_a_kill_between_a_checkpoint_and_its_log_leaves_no_hole(opdlab: Opdlab, 
     assert {k: v for k, v in rows_of(folder)[2].items() if k not in timed} == {
         k: v for k, v in whole[2].items() if k not in timed
     }
+
+
+def test_a_collapsed_run_says_so(opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    collapse = ("--model.optimizer.lr", "1000", "--trainer.gradient_clip_val", "null", "--trainer.max_steps", "6")
+    assert opdlab(*collapse, *NO_TEACHER) == 0
+    results = results_of(tmp_path / "runs/quickstart/version_0")
+    assert results["state"] == "finished"
+    assert results["warnings"]
+    assert all(message.startswith("collapse: ") for message in results["warnings"])
+    capsys.readouterr()
+    assert opdlab(*collapse, "--collapse_guard.stop", "true", *NO_TEACHER) == 3
+    folder = tmp_path / "runs/quickstart/version_1"
+    results = results_of(folder)
+    assert results["state"] == "collapsed"
+    assert results["steps"] < 6
+    assert list((folder / "checkpoints").glob("*.ckpt"))
+    assert list((folder / "rollouts").glob("*.html"))
+    assert "training has collapsed" in capsys.readouterr().err

@@ -50,12 +50,12 @@ class Listed(ProblemSource):
 
     name = "the list"
 
-    def __init__(self, texts: Sequence[str], **options: Any) -> None:
+    def __init__(self, texts: Sequence[str], answer: str | None = None, **options: Any) -> None:
         super().__init__(**options)
-        self.texts = texts
+        self.texts, self.answer = texts, answer
 
     def problems(self) -> list[Problem]:
-        return [Problem(str(i), text, None) for i, text in enumerate(self.texts)]
+        return [Problem(str(i), text, self.answer) for i, text in enumerate(self.texts)]
 
 
 def test_rows(file: Path) -> None:
@@ -197,7 +197,7 @@ def test_chat_template_needs_one_on_the_tokenizer(tokenizer: PreTrainedTokenizer
 
 def test_prompt_set(tokenizer: PreTrainedTokenizerFast) -> None:
     verifier = BoxedVerifier()
-    source = Listed(["1", "12345", "12", "123456", ""], template=RawTemplate(suffix=":"), verifier=verifier)
+    source = Listed(["1", "12345", "12", "123456", ""], template=RawTemplate(suffix=":"), verifier=verifier, answer="7")
     prompts = prompt_set(source, tokenizer, max_prompt_tokens=3)
     assert [prompt.problem.text for prompt in prompts.prompts] == ["1", "12", ""]
     assert [prompt.index for prompt in prompts.prompts] == [0, 1, 2]

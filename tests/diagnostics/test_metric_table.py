@@ -11,12 +11,12 @@ import pytest
 import torch
 from lightning.pytorch.loggers.logger import Logger
 
-from opdlab.callbacks import EvaluationTable, GateMonitor, LabProgressBar, PoolRecorder, SampleLogger
-from opdlab.callbacks.tensorboard import layout
+from opdlab.callbacks import CollapseGuard, EvaluationTable, GateMonitor, LabProgressBar, PoolRecorder, SampleLogger
 from opdlab.diagnostics import Chart, Metric, find_metric, metric_rows, metric_table, register_metric
 from opdlab.diagnostics.metric_table import progress_items, progress_names
 from opdlab.errors import UsageError
 from opdlab.evaluation import EvaluationConfig
+from opdlab.loggers import layout
 from opdlab.objectives import SampledTokenOPD, TeacherTopK
 from opdlab.policies import LocalTeacher
 from opdlab.tau import LinearTau
@@ -41,11 +41,12 @@ class Names(Logger):
 
 
 def logged_names(folder: Path, **options: Any) -> set[str]:
-    """The names that a run of two steps with two evaluations logs, with all callbacks that look at a step."""
-    callbacks = (GateMonitor(1), SampleLogger(1), PoolRecorder(every_n_steps=1), EvaluationTable(), LabProgressBar())
+    """The names that a run of three steps with evaluations logs, with all callbacks that look at a step."""
+    looking = (GateMonitor(1), SampleLogger(1), PoolRecorder(every_n_steps=1), CollapseGuard())
+    callbacks = (*looking, EvaluationTable(), LabProgressBar())
     run, logger = Run(folder, callbacks=callbacks, max_new_tokens=48, **options), Names()
     validation: dict[str, Any] = {"limit_val_batches": 1.0, "val_check_interval": 1, "check_val_every_n_epoch": None}
-    trainer = run.fit(2, logger=logger, enable_progress_bar=True, num_sanity_val_steps=0, **validation)
+    trainer = run.fit(3, logger=logger, enable_progress_bar=True, num_sanity_val_steps=0, **validation)
     assert isinstance(run.module.teacher, LocalTeacher)
     with run.module.evaluating("teacher", run.module.teacher.model):
         trainer.validate(run.module, datamodule=run.data, verbose=False)
@@ -153,3 +154,15 @@ def test_charts_match_as_tensorboard_does() -> None:
     charts = layout()["validation"]
     matched = {title: bool(re.match(patterns[0], "val/mean/pass@8")) for title, (_, patterns) in charts.items()}
     assert matched == {"pass@k, mean of the benchmarks": True, "pass@k": False, "length, tokens": False}
+
+
+@pytest.mark.parametrize("progress", ["loss", "loss {:.3z}", "loss {", "loss {name}"])
+def test_a_progress_item_that_shows_no_number_is_refused(progress: str) -> None:
+    with pytest.raises(UsageError, match="metric 'my/metric': progress is '.*', but must be a format of a number"):
+        register_metric(Metric("my/metric", "mine", "", "first", "mine.Objective", progress=progress))
+    assert find_metric("my/metric") is None
+
+
+def test_a_chart_that_is_only_a_name_is_refused() -> None:
+    with pytest.raises(UsageError, match="metric 'my/metric': chart is a str, but must be a Chart"):
+        register_metric(Metric("my/metric", "mine", "", "first", "mine.Objective", chart="drift"))  # type: ignore[arg-type]

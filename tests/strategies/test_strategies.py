@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from opdlab.errors import UsageError
 from opdlab.gating import (
     DriftGate,
     GateInputs,
@@ -212,3 +213,16 @@ def test_constructor_arguments_may_be_given() -> None:
     GateTester(lambda: NamelessGate(3.0), init_args={"sharpness": 3.0}).run()
     with pytest.raises(AssertionError, match="yaml_round_trip"):
         GateTester(lambda: NamelessGate(3.0), init_args={"sharpness": 2.0}).run()
+
+
+def test_a_gate_that_needs_arguments_is_built_by_a_function() -> None:
+    class WideGate(TokenGate):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.width = width
+
+    with pytest.raises(
+        UsageError, match=r"make_gate without arguments.*'width'.*give a function, for example GateTest"
+    ):
+        GateTester(WideGate)  # type: ignore[arg-type]
+    GateTester(lambda: WideGate(3), init_args={"width": 3}).unit_mean()

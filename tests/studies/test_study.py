@@ -25,7 +25,7 @@ def variant(name: str, *overrides: str) -> dict[str, Any]:
         ({"sedes": [1]}, "unknown key 'sedes'; did you mean 'seeds'?"),
         ({"variants": [{"nam": "none"}]}, "unknown key 'nam'; did you mean 'name'? keys of a variant: name, overrides"),
         ({"seeds": None}, "seeds is missing"),
-        ({"seeds": ["a"]}, "seeds has a, but must be of type int"),
+        ({"seeds": ["a"]}, "seeds is a, but must be an integer"),
         ({"seeds": []}, "seeds is empty: give numbers from 0"),
         ({"seeds": [3, 1, 3]}, "seeds has 3 twice"),
         ({"seeds": [-1]}, "seeds has -1, but must be numbers from 0"),

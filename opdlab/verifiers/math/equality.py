@@ -1,16 +1,9 @@
 r"""Equality of two answers that :func:`opdlab.verifiers.math.reading.read` has read.
 
-math-verify rounds numbers to six places and compares differences with 0 up to 15 digits, so it takes a small number for
-its negative. Here rational numbers are compared exactly, other numbers to 40 digits, and functions at random rational
-points. Expressions come from math-verify's parser (latex2sympy2_extended).
-
 These functions have no time limit: call them only in a process that can be killed.
 """
 
-import functools
-import random
 import re
-from fractions import Fraction
 from typing import Any
 
 from opdlab.verifiers.math.reading import (
@@ -23,11 +16,8 @@ from opdlab.verifiers.math.reading import (
     plain_text,
     read_list,
 )
-from opdlab.verifiers.quantities import Quantity, is_rounded, same_quantity, units_differ
-
-_DIGITS = 60
-_AGREEING_DIGITS = 40
-_NUM_POINTS = 6
+from opdlab.verifiers.math.values import MIN_POINTS, at_points, expression, rounds_to, same_value
+from opdlab.verifiers.quantities import same_quantity, units_differ
 
 
 def same(gold: Answer, answer: Answer) -> bool:
@@ -72,31 +62,10 @@ def same_text(a: str, b: str) -> bool:
         >>> same_text("True", "true"), same_text("AB", "ab"), same_text("1 2", "12")
         (True, False, False)
     """
-    a, b = (_LOOSE_SPACE.sub("", plain_text(text)) for text in (a, b))
+    a, b = (_LOOSE_SPACE.sub("", " ".join(_TEXT.sub(r" \1 ", text).split())) for text in (a, b))
     if not a or a.lower() != b.lower():
         return False
     return a == b or (_WORDS.fullmatch(a) is not None and (len(a) > 3 or a[1:] == b[1:]))
-
-
-@functools.lru_cache(maxsize=256)
-def expression(text: str) -> Any:
-    r"""Return what math-verify's parser makes of an expression, with exact decimals; None if it cannot be read."""
-    from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
-    from sympy import I, Symbol
-
-    if not text or _UNREADABLE.search(text):
-        return None
-    for pattern, replacement in _FOR_THE_PARSER:
-        text = pattern.sub(replacement, text)
-    try:
-        found = latex2sympy(
-            text, is_real=True, normalization_config=None, conversion_config=ConversionConfig(lowercase_symbols=False)
-        )
-        return found.subs(Symbol("i", real=True), I) if "i" in text else found
-    except MemoryError:
-        raise
-    except Exception:  # the parser raises bare exceptions, SymPy many types
-        return None
 
 
 def _same_single(gold: Single, answer: Single) -> bool:
@@ -111,10 +80,12 @@ def _same_single(gold: Single, answer: Single) -> bool:
     values = expression(gold.value), expression(answer.value)
     if values[0] is None or values[1] is None:
         return False
-    for single, other in ((gold, values[1]), (answer, values[0])):
-        if single.quantity and single.quantity.places and not other.is_Matrix and other.is_number:
-            return same_value(*values) or _is_rounded_value(single.quantity, other)
-    return same_value(*values)
+    if same_value(*values):
+        return True
+    return any(
+        single.quantity is not None and rounds_to(single.quantity, other)
+        for single, other in ((gold, values[1]), (answer, values[0]))
+    )
 
 
 def _is_word(text: str) -> bool:
@@ -140,7 +111,7 @@ def _chain_holds(gold: Answer, answer: Relation) -> bool:
     return all(
         same(gold, side)
         for side, value in zip(exact, [*values, None], strict=True)
-        if side is exact[-1] or (value is not None and value.is_number)
+        if side is exact[-1] or getattr(value, "is_number", False)
     )
 
 
@@ -149,7 +120,7 @@ def _same_group(gold: Group, answer: Group) -> bool:
     for group in (gold, answer):
         square = group.brackets == "[]" and len(group.items) != 2  # no interval
         kinds.append("()" if square else group.brackets)
-    if len(gold.items) != len(answer.items):
+    if len(gold.items) != len(answer.items) or gold.joint != answer.joint:
         return False
     if set(kinds) <= {"", "{}"}:
         left = list(answer.items)
@@ -179,9 +150,9 @@ def _same_relation(gold: Relation, answer: Relation) -> bool:
     if any(value is None or not getattr(value, "is_commutative", False) for value in values):
         return False
     ratios = [
-        one / other if other != 0 else None for one, other in _at_points(values[1] - values[0], values[3] - values[2])
+        one / other if other != 0 else None for one, other in at_points(values[1] - values[0], values[3] - values[2])
     ]
-    if len(ratios) < _NUM_POINTS // 2 or None in ratios or not all(same_value(ratios[0], ratio) for ratio in ratios):
+    if len(ratios) < MIN_POINTS or None in ratios or not all(same_value(ratios[0], ratio) for ratio in ratios):
         return False
     return ratios[0] != 0 and (operators[0] in ("=", "\\ne") or ratios[0].is_positive is True)
 
@@ -194,10 +165,13 @@ def _same_set(gold: Answer, answer: Answer) -> bool:
     symbols = [_symbols(one) for one in answers]
     if all(symbols) and symbols[0] != symbols[1]:
         return False
-    sets = [_as_set(one) for one in answers]
-    if sets[0] is None or sets[1] is None:
+    try:
+        sets = [_as_set(one) for one in answers]
+        if sets[0] is None or sets[1] is None:
+            return False
+        pieces = [_pieces(one) for one in sets]
+    except (NotImplementedError, TypeError, ValueError):  # several variables, or unordered numbers
         return False
-    pieces = [_pieces(one) for one in sets]
     return sets[0] == sets[1] or (
         len(pieces[0]) == len(pieces[1])
         and all(kind == other and all(map(same_value, a, b)) for (kind, a), (other, b) in zip(*pieces, strict=True))
@@ -268,76 +242,8 @@ def _pieces(found: Any) -> list[tuple[str, list[Any]]]:
     return sorted(pieces, key=lambda piece: [float(number) for number in piece[1]])
 
 
-def same_value(a: Any, b: Any) -> bool:
-    """True if two SymPy objects are equal: numbers exactly or to 40 digits, functions at random rational points."""
-    if a == b:
-        return True
-    matrices = getattr(a, "is_Matrix", False), getattr(b, "is_Matrix", False)
-    if any(matrices):
-        a, b = a.doit(), b.doit()
-        return all(matrices) and a.shape == b.shape and all(map(same_value, a, b))
-    if not (hasattr(a, "evalf") and hasattr(b, "evalf")) or a.is_Boolean or b.is_Boolean:
-        return False
-    if not a.free_symbols | b.free_symbols:
-        return _same_number(a, b)
-    pairs = _at_points(a, b)
-    return len(pairs) >= _NUM_POINTS // 2 and all(_same_number(*pair) for pair in pairs)
-
-
-def _at_points(a: Any, b: Any) -> list[tuple[Any, Any]]:
-    """Return the values of two functions at random rational points, except where one is not a finite number."""
-    from sympy import Rational
-
-    symbols = sorted(a.free_symbols | b.free_symbols, key=str)
-    generator = random.Random(f"{a} {b}")
-    pairs = []
-    for _ in range(2 * _NUM_POINTS):
-        point = {s: Rational(generator.choice((-1, 1)) * generator.randint(1, 400), 127) for s in symbols}
-        pair = tuple(one.subs(point) for one in (a, b))
-        if all(one.is_number and one.is_finite is not False for one in pair):
-            pairs.append(pair)
-        if len(pairs) == _NUM_POINTS:
-            break
-    return pairs
-
-
-def _same_number(a: Any, b: Any) -> bool:
-    import sympy
-
-    if a.is_Rational and b.is_Rational:
-        return bool(a == b)
-    near = [one.evalf(_DIGITS) for one in (a, b)]
-    if not all(one.is_number and one.is_finite for one in near):
-        return near[0] == near[1] and near[0].is_extended_real is True
-    if 0 in near:
-        return bool(sympy.simplify(a - b) == 0)
-    difference, scale = abs(near[0] - near[1]), max(abs(near[0]), abs(near[1]))
-    if difference > scale * sympy.Float(10) ** -_AGREEING_DIGITS:
-        return False
-    a, b = a.doit(), b.doit()
-    return bool(a == b) if a.is_Rational and b.is_Rational else True
-
-
-def _is_rounded_value(decimal: Quantity, exact: Any) -> bool:
-    near = exact.evalf(_DIGITS)
-    if not near.is_Float or exact.doit().is_Rational:
-        return False
-    return is_rounded(decimal, Fraction(str(near)))
-
-
+_TEXT = re.compile(r"\\text\{((?:[^{}]|\{[^{}]*\})*)\}")
 # Spaces between digits or between letters count.
 _LOOSE_SPACE = re.compile("(?<![0-9a-zA-Z]) | (?![0-9a-zA-Z])|(?<=[0-9]) (?=[a-zA-Z])|(?<=[a-zA-Z]) (?=[0-9])")
 _FLIPPED = {"<": ">", ">": "<", "\\le": "\\ge", "\\ge": "\\le", "\\ne": "\\ne"}
 _WORDS = re.compile(r"no|[a-z]{3,}|[a-z]{2,}(?: [a-z]+)+", re.IGNORECASE)
-# An ellipsis, times of day, numbers side by side, primes, and comparisons have no value.
-_UNREADABLE = re.compile(r"\\ldots|:[0-9]{2}(?![0-9])|:.*:|[0-9.] +[0-9]|['?!]{2}|'|[<>=]|\\begin\{cases\}")
-_FOR_THE_PARSER = (
-    (re.compile(r"(?<=[0-9])(?:\{,\}|,)(?=[0-9]{3}(?![0-9]))"), ""),
-    (re.compile(r"\^\{\\circ\}"), r"\\frac{\\pi}{180}"),
-    (
-        re.compile(r"([0-9]*)\.([0-9]+)"),
-        lambda found: rf"\frac{{{found[1]}{found[2]}}}{{1{'0' * len(found[2])}}}",
-    ),
-    # latex2sympy reads a number before a number in parentheses as a mixed number: 2(3) as 5.
-    (re.compile(r"(?<![\w^.])([0-9]+)\s*(?=\()"), r"\1 \\cdot "),
-)

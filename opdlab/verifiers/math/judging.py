@@ -9,25 +9,18 @@ Those processes import this module, so it must not import torch.
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-from opdlab.verifiers.math.equality import expression, same
+from opdlab.verifiers.math.equality import same
 from opdlab.verifiers.math.reading import ASIAN, Answer, Group, Relation, Single, plain_text, read
+from opdlab.verifiers.math.values import expression
 from opdlab.verifiers.quantities import units_differ
 from opdlab.verifiers.spelling import normalized, without_unicode
-from opdlab.verifiers.verifier import bounded_form
+from opdlab.verifiers.verifier import Verdict, bounded_form
 
 
-class Judgement(NamedTuple):
-    """Result for one answer, with the fields of :class:`~opdlab.verifiers.Verdict`."""
-
-    correct: bool
-    extracted: str | None
-    reason: str
-
-
-def judge(answers: Sequence[str], gold: str, boxed: bool, decided: Callable[[bool], None] | None = None) -> Judgement:
-    r"""Return the judgement of an answer. There is no time limit: call it only in a process that can be killed.
+def judge(answers: Sequence[str], gold: str, boxed: bool, decided: Callable[[bool], None] | None = None) -> Verdict:
+    r"""Return the verdict of an answer. There is no time limit: call it only in a process that can be killed.
 
     Several boxes are a list if the gold answer is a list or a set, and a tuple if it is a tuple; otherwise the last box
     counts. Equality is :func:`opdlab.verifiers.math.equality.same`.
@@ -40,10 +33,11 @@ def judge(answers: Sequence[str], gold: str, boxed: bool, decided: Callable[[boo
     """
     texts = [normalized(text) for text in (answers if boxed else _unboxed(answers[-1]))]
     if not texts or not texts[-1]:
-        return Judgement(False, None, "no answer")
+        return Verdict(False, None, "no answer")
     wanted = read(normalized(gold))
     letter = wanted.unit if isinstance(wanted, Single) and wanted.unit else ""
-    found = [read(text, letter) for text in dict.fromkeys(texts)]
+    repeated = isinstance(wanted, Group) and len(wanted.items) == len(texts)  # 75, 75
+    found = [read(text, letter) for text in (texts if repeated else dict.fromkeys(texts))]
     answer = found[-1]
     if len(found) > 1 and isinstance(wanted, Group):
         bracketed = any(isinstance(one, Group) for one in found)
@@ -54,7 +48,7 @@ def judge(answers: Sequence[str], gold: str, boxed: bool, decided: Callable[[boo
     if decided is not None:
         decided(equal)
     unit = wanted.unit if isinstance(wanted, Single) else None
-    return Judgement(equal, _form(wanted if equal else answer, unit), "equal" if equal else "different")
+    return Verdict(equal, _form(wanted if equal else answer, unit), "equal" if equal else "different")
 
 
 def _is_list(answer: Answer) -> bool:

@@ -23,12 +23,18 @@ _STARTING = threading.Lock()
 class MathVerifier(Verifier):
     r"""Verifier that accepts an answer mathematically equal to the gold answer.
 
-    The answer is the text in the last ``\boxed{…}``, or without a box the expression that math-verify finds at the end
-    of the response. Plain numbers, with or without units, are compared exactly (see
-    :mod:`opdlab.verifiers.quantities`), all other answers by math-verify. ``extracted`` is the canonical form from
-    SymPy, of the gold answer for a right answer and of the answer itself for a wrong one. ``\frac{2}{4}`` and ``0.5``
-    are both ``1/2``, so that a majority vote counts equal answers together. Without a form in time, ``extracted`` is
-    the text. Wrong answers are not compared with each other, so equal ones may have different forms.
+    The answer is the text in the last ``\boxed{…}`` or ``\fbox{…}``. Boxes that stand together are one list, or one
+    tuple, if the gold answer is one. A last box that is not closed is no answer. Without a box the answer is what
+    follows ``the answer is``, the last formula, or the last number.
+
+    Numbers are compared exactly, with their units (see :mod:`opdlab.verifiers.quantities`), lists, intervals and
+    relations by their structure (:mod:`opdlab.verifiers.math.equality`), and expressions, which math-verify's parser
+    reads, at random points (:mod:`opdlab.verifiers.math.values`). What cannot be read equals only the same text.
+
+    ``extracted`` is the canonical form from SymPy, of the gold answer for a right answer and of the answer itself for a
+    wrong one. ``\frac{2}{4}`` and ``0.5`` are both ``1/2``, so that a majority vote counts equal answers together.
+    Without a form in time, ``extracted`` is the text. Wrong answers are not compared with each other, so equal ones may
+    have different forms.
 
     Answers are untrusted and never parsed in this process. An answer that exceeds the time or memory limit is wrong,
     and its process is replaced. Processes start with the first answers and end with the verifier.
@@ -84,7 +90,7 @@ class MathVerifier(Verifier):
             for key in keys:
                 answers, gold, boxed = key
                 if key in futures:
-                    verdict = Verdict(*futures[key].result())
+                    verdict = futures[key].result()
                 else:
                     verdict = Verdict(False, None, "too long" if answers else "no answer")
                 if verdict.extracted is None and verdict.reason != "no answer" and (verdict.correct or boxed):

@@ -9,6 +9,7 @@ import re
 from dataclasses import dataclass
 
 from opdlab.verifiers.quantities import Quantity, parse_quantity, split_unit
+from opdlab.verifiers.spelling import end_of_group
 
 ASIAN = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 
@@ -48,7 +49,7 @@ class Group(Answer):
     Args:
         brackets: ``()``, ``[]``, ``(]``, ``[)``, ``{}``, or empty for a list without brackets.
         items: two or more; one only in braces.
-        joint: all items hold together, as in ``x > 1 and x < 3``.
+        joint: the items are inequalities that hold together, as in ``x > 1 and x < 3``.
     """
 
     brackets: str
@@ -115,8 +116,9 @@ def read_list(text: str, letter: str | None = None) -> Group | None:
         parts, separators = _split(text, _ANY_SEPARATOR)
     if len(parts) < 2:
         return None
-    joint = all("and" in separator for separator in separators)
     items = [read(part, letter) for part in parts if part]
+    inequalities = any(isinstance(item, Relation) and not item.assigns for item in items)
+    joint = inequalities and all("and" in separator for separator in separators)
     return Group(text, "", tuple(_flat(items)), joint)
 
 
@@ -194,6 +196,8 @@ def _split(text: str, separator: re.Pattern[str]) -> tuple[list[str], list[str]]
 
 def _without_lead_in(text: str) -> str:
     text = text.strip()
+    while text.startswith("{") and end_of_group(text, 0) == len(text):
+        text = text[1:-1].strip()
     if match := _ALL_TEXT.fullmatch(text):
         text = match[1].strip()
     for pattern in (_LEAD_IN, _ASIAN_LEAD_IN, _ABOUT):
@@ -225,6 +229,6 @@ _LEAD_IN = re.compile(
 # "Not", "negative", "minus", "below", "less than" and the like are no lead-in.
 _ASIAN_LEAD_IN = re.compile(
     r"(?:\\text\{)?(?:(?![\u4e0d\u975e\u8d1f\u8ca0\u51cf\u672a\u65e0\u7121\u6ca1\u6c92\u96f6]|.[\u4e8e\u65bc]|\u8d85\u8fc7)"
-    rf"[{ASIAN},:; ])+(?=[^{ASIAN},:; }}])"
+    rf"[{ASIAN},:; ])+(?=\}}?[^{ASIAN},:; }}])"
 )
 _ABOUT = re.compile(r"(?:\\approx(?![a-zA-Z])|\\sim(?![a-zA-Z])|=) *")

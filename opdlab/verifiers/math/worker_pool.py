@@ -14,7 +14,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from opdlab.verifiers.math.judging import Judgement
+from opdlab.verifiers.verifier import Verdict
 
 # Not multiprocessing, which would run the main script again in each process and so import torch. The process gets our
 # sys.path, because the package may be importable only through it.
@@ -44,7 +44,7 @@ class WorkerPool:
     def __init__(self, num_workers: int, time_limit: float, memory_limit: int) -> None:
         self.owner = os.getpid()
         self._limits = time_limit, memory_limit
-        self._tasks: SimpleQueue[tuple[Future[Judgement], bytes] | None] = SimpleQueue()
+        self._tasks: SimpleQueue[tuple[Future[Verdict], bytes] | None] = SimpleQueue()
         self._lock = threading.RLock()  # the garbage collector may call stop() anywhere
         self._stopped = False
         self._broken: WorkerStartError | None = None
@@ -54,12 +54,12 @@ class WorkerPool:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, answers: Sequence[str], gold: str, boxed: bool) -> "Future[Judgement]":
+    def submit(self, answers: Sequence[str], gold: str, boxed: bool) -> "Future[Verdict]":
         """Queue the boxes of an answer, and return a future; see :func:`opdlab.verifiers.math.judging.judge`.
 
         The future raises :class:`WorkerStartError` if no process can start, or after :meth:`stop`.
         """
-        future: Future[Judgement] = Future()
+        future: Future[Verdict] = Future()
         with self._lock:  # answers queued before the threads' end marker are still processed
             if self._stopped:
                 future.set_exception(WorkerStartError("the verifier was stopped"))
@@ -94,14 +94,14 @@ class WorkerPool:
                 except TimeoutError:
                     self._end(worker)
                     worker = None
-                    future.set_result(Judgement(False, None, "time limit"))
+                    future.set_result(Verdict(False, None, "time limit"))
                 except (EOFError, OSError):
                     # The worker died, not its judging fork. The answer is probably not the cause, so try again.
                     self._end(worker)
                     worker = None
                     if reason is None:
                         continue
-                    future.set_result(Judgement(False, None, reason))
+                    future.set_result(Verdict(False, None, reason))
                 break
         self._end(worker)
 
@@ -162,12 +162,12 @@ class _Worker:
         lines = self._process.stderr.read().decode(errors="replace").strip().splitlines()
         raise WorkerStartError(f"no process can be started to judge answers: {lines[-1] if lines else 'it was killed'}")
 
-    def judge(self, request: bytes) -> Judgement:
+    def judge(self, request: bytes) -> Verdict:
         self._channel.send_bytes(request)
         if not self._channel.poll(self._patience):
             raise TimeoutError
         answer: list[Any] = json.loads(self._channel.recv_bytes())
-        return Judgement(*answer)
+        return Verdict(*answer)
 
     def kill(self) -> None:
         if self._process.poll() is None:

@@ -14,9 +14,11 @@ import os
 import resource
 import signal
 import sys
+from dataclasses import astuple
 from multiprocessing.connection import Connection
 
-from opdlab.verifiers.math.judging import Judgement, judge
+from opdlab.verifiers.math.judging import judge
+from opdlab.verifiers.verifier import Verdict
 
 # A child that grows by more than this is replaced, because SymPy's caches only grow.
 _MAX_GROWTH = 256 << 20
@@ -38,7 +40,7 @@ def serve(channel: Connection, time_limit: float, memory_limit: int) -> None:
     """Judge answers from the channel until it closes.
 
     Args:
-        channel: receives ``[answers, gold, boxed]`` as JSON, one at a time, and sends back the :class:`Judgement`.
+        channel: receives ``[answers, gold, boxed]`` as JSON, one at a time, and sends back the :class:`Verdict`.
         time_limit: seconds per answer.
         memory_limit: MiB of address space.
     """
@@ -63,15 +65,20 @@ def serve(channel: Connection, time_limit: float, memory_limit: int) -> None:
             _serve_in_child(channel, state, time_limit)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if state[0] != _IDLE:
-            channel.send_bytes(json.dumps(_of_the_killed(state[0], status)).encode())
+            reason = "time limit" if status == -signal.SIGALRM else "worker died"
+            channel.send_bytes(_encoded(_without_form(state, reason)))
         elif status in (_EXIT_PARENT_GONE, _EXIT_FAILED):
             return
 
 
-def _of_the_killed(state: int, status: int) -> Judgement:
-    if state in (_EQUAL, _DIFFERENT):  # only the canonical form took too long
-        return Judgement(state == _EQUAL, None, "equal" if state == _EQUAL else "different")
-    return Judgement(False, None, "time limit" if status == -signal.SIGALRM else "worker died")
+def _without_form(state: mmap.mmap, reason: str) -> Verdict:
+    """Return the verdict after an interruption: for ``reason``, unless only the canonical form was interrupted."""
+    reasons = {_EQUAL: "equal", _DIFFERENT: "different"}
+    return Verdict(state[0] == _EQUAL, None, reasons.get(state[0], reason))
+
+
+def _encoded(verdict: Verdict) -> bytes:
+    return json.dumps(astuple(verdict)).encode()
 
 
 def _serve_in_child(channel: Connection, state: mmap.mmap, time_limit: float) -> None:
@@ -82,7 +89,7 @@ def _serve_in_child(channel: Connection, state: mmap.mmap, time_limit: float) ->
             request = channel.recv_bytes()
             state[0] = _BUSY
             signal.setitimer(signal.ITIMER_REAL, time_limit)
-            answer = _judge_safely(request, state)
+            answer = _encoded(_judge_safely(request, state))
             signal.setitimer(signal.ITIMER_REAL, 0)
             state[0] = _IDLE
             channel.send_bytes(answer)
@@ -93,19 +100,16 @@ def _serve_in_child(channel: Connection, state: mmap.mmap, time_limit: float) ->
         os._exit(code)
 
 
-def _judge_safely(request: bytes, state: mmap.mmap) -> bytes:
+def _judge_safely(request: bytes, state: mmap.mmap) -> Verdict:
     def decided(equal: bool) -> None:
         state[0] = _EQUAL if equal else _DIFFERENT
 
     try:
-        judgement = judge(*json.loads(request), decided)
+        return judge(*json.loads(request), decided)
     except MemoryError:
-        judgement = Judgement(False, None, "memory limit")
-    except Exception as error:  # an answer that crashes math-verify is wrong
-        judgement = Judgement(False, None, f"not understood ({type(error).__name__})")
-    if judgement.reason not in ("equal", "different") and state[0] in (_EQUAL, _DIFFERENT):
-        judgement = _of_the_killed(state[0], 0)
-    return json.dumps(judgement).encode()
+        return _without_form(state, "memory limit")
+    except Exception as error:  # an answer that crashes the parser is wrong
+        return _without_form(state, f"not understood ({type(error).__name__})")
 
 
 def _peak_memory() -> int:

@@ -379,7 +379,7 @@ def _truncate(folder: Path, lines: int, cut: int = 0) -> None:
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no study": (lambda f: (f / "study.yaml").unlink(), "study.yaml does not exist"),
     "no keys": (lambda f: (f / "study.yaml").write_text("- 1"), "holds no keys"),
-    "no yaml": (lambda f: (f / "study.yaml").write_text("a: [\x00"), "is no YAML"),
+    "no yaml": (lambda f: (f / "study.yaml").write_text("a: ["), "is not YAML"),
     "no seeds": (lambda f: (f / "study.yaml").write_text("{name: x, variants: [{name: a}], baseline: a}"), "seeds"),
     "no lines": (
         lambda f: shutil.rmtree(f / "runs/a/seed-1/evaluations"),

@@ -1,0 +1,175 @@
+"""Histograms, images and text for loggers: one place that knows what each logger takes besides scalars.
+
+TensorBoard and Weights & Biases take all three, MLflow images and text (as artifacts), other loggers none. Another
+logger is added with ``media_writer.register``.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import singledispatch
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities import rank_zero_info
+from numpy.typing import NDArray
+
+from opdlab.diagnostics.histograms import Histogram
+from opdlab.diagnostics.metric_table import chart_layout
+
+Histograms = Mapping[str, Histogram]
+Images = Mapping[str, NDArray[np.uint8]]
+Texts = Mapping[str, str]
+
+_TOLD: WeakKeyDictionary[Logger, set[str]] = WeakKeyDictionary()
+
+
+class MediaWriter:
+    """Base of the writers of one logger; it takes nothing.
+
+    A subclass names in :attr:`takes` what its logger takes, and defines the method of each.
+
+    Args:
+        logger: the logger.
+    """
+
+    takes: tuple[str, ...] = ()
+    """Of ``histograms``, ``images``, ``texts``."""
+
+    def __init__(self, logger: Logger) -> None:
+        self.logger: Any = logger
+
+    def histograms(self, items: Histograms, step: int) -> None:
+        """Write histograms by tag."""
+
+    def images(self, items: Images, step: int) -> None:
+        """Write images by tag, each [height, width, 3]."""
+
+    def texts(self, items: Texts, step: int) -> None:
+        """Write Markdown by tag."""
+
+
+@singledispatch
+def media_writer(logger: Logger) -> MediaWriter:
+    """Return the writer for a logger; one that takes nothing if its class is not registered.
+
+    Args:
+        logger: dispatched by its class.
+
+    Example:
+        >>> from lightning.pytorch.loggers import CSVLogger
+        >>> media_writer(CSVLogger("runs")).takes
+        ()
+    """
+    return MediaWriter(logger)
+
+
+@media_writer.register(TensorBoardLogger)
+class _TensorBoard(MediaWriter):
+    takes = ("histograms", "images", "texts")
+
+    def histograms(self, items: Histograms, step: int) -> None:
+        for tag, h in items.items():
+            self.logger.experiment.add_histogram_raw(
+                tag, h.min, h.max, h.num, h.sum, h.sum_squares, h.limits, h.counts, step
+            )
+
+    def images(self, items: Images, step: int) -> None:
+        for tag, image in items.items():
+            self.logger.experiment.add_image(tag, image, step, dataformats="HWC")
+
+    def texts(self, items: Texts, step: int) -> None:
+        for tag, text in items.items():
+            self.logger.experiment.add_text(tag, text, step)
+
+
+@media_writer.register(WandbLogger)
+class _Wandb(MediaWriter):
+    takes = ("histograms", "images", "texts")
+
+    def _log(self, items: Mapping[str, Any], step: int) -> None:
+        self.logger.log_metrics(items, step=step)  # one call, since each makes a row
+
+    def histograms(self, items: Histograms, step: int) -> None:
+        from wandb import Histogram as WandbHistogram
+
+        self._log({tag: WandbHistogram(np_histogram=(h.counts, [h.min, *h.limits])) for tag, h in items.items()}, step)
+
+    def images(self, items: Images, step: int) -> None:
+        from wandb import Image
+
+        self._log({tag: Image(image) for tag, image in items.items()}, step)
+
+    def texts(self, items: Texts, step: int) -> None:
+        from wandb import Table
+
+        # A cell of a table shows text as it is; the page of HTML would interpret it.
+        self._log({tag: Table(columns=["text"], data=[[text]]) for tag, text in items.items()}, step)
+
+
+@media_writer.register(MLFlowLogger)
+class _MLflow(MediaWriter):
+    takes = ("images", "texts")
+
+    def images(self, items: Images, step: int) -> None:
+        for tag, image in items.items():
+            self.logger.experiment.log_image(self.logger.run_id, image, artifact_file=f"{tag}/step-{step:06d}.png")
+
+    def texts(self, items: Texts, step: int) -> None:
+        for tag, text in items.items():
+            self.logger.experiment.log_text(self.logger.run_id, text, artifact_file=f"{tag}/step-{step:06d}.md")
+
+
+def log_media(
+    loggers: Sequence[Logger],
+    step: int,
+    *,
+    histograms: Histograms | None = None,
+    images: Images | None = None,
+    texts: Texts | None = None,
+) -> None:
+    """Write histograms, images and text to every logger that takes them; the others are named once in the log.
+
+    Args:
+        loggers: of the trainer.
+        step: optimizer steps taken.
+        histograms: by tag.
+        images: by tag, each [height, width, 3].
+        texts: Markdown by tag.
+    """
+    given = {"histograms": histograms, "images": images, "texts": texts}
+    for logger in loggers:
+        writer = media_writer(logger)
+        for kind, items in given.items():
+            if items and kind in writer.takes:
+                getattr(writer, kind)(items, step)
+            elif items and not isinstance(logger, DummyLogger):
+                told = _TOLD.setdefault(logger, set())
+                if kind not in told:
+                    names = ", ".join(sorted(items)[:3]) + (", …" if len(items) > 3 else "")
+                    rank_zero_info(f"{type(logger).__name__} takes no {kind}; left out: {names}")
+                told.add(kind)
+
+
+def log_layout(loggers: Sequence[Logger]) -> None:
+    """Write TensorBoard's page "Custom scalars"; other loggers have none."""
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_custom_scalars(layout())
+
+
+def layout() -> dict[str, dict[str, tuple[str, list[str]]]]:
+    """Return the charts of the page "Custom scalars", in the form that ``SummaryWriter.add_custom_scalars`` takes.
+
+    A ``Multiline`` chart has a line for each name that one of its regular expressions matches, a ``Margin`` chart a
+    line in a band, given by the names of value, lower and upper bound.
+    """
+    pages: dict[str, dict[str, tuple[str, list[str]]]] = {}
+    for page, charts in chart_layout().items():
+        pages[page] = {}
+        for title, rows in charts.items():
+            band = any(row.chart is not None and row.chart.band for row in rows)
+            names = [row.name if band else row.pattern for row in rows]
+            pages[page][title] = ("Margin" if band else "Multiline", names)
+    return pages
