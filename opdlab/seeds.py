@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from opdlab.errors import require
+from opdlab.errors import UsageError, require
 
 FOLLOWING_SEEDS = ("data.seed", "model.evaluation.seed")
 """Keys that follow ``seed_everything`` if they are null."""
@@ -28,13 +28,13 @@ _LARGEST = 2**32 - 1
 _NUM_PROCESSES = ("WORLD_SIZE", "SLURM_NTASKS")  # set by launchers that start all processes of a run
 
 
-def run_seed(given: bool | int) -> int:
+def run_seed(given: bool | int | None) -> int:
     """Return the number that a value of ``seed_everything`` stands for; true takes a random one.
 
     Processes that Lightning starts take the number of the first process from the environment.
 
     Raises:
-        UsageError: the value is false or out of range, or it is true and the processes cannot agree on a number.
+        UsageError: the value is false, null or out of range, or it is true and the processes cannot agree on a number.
 
     Example:
         >>> run_seed(7)
@@ -44,7 +44,9 @@ def run_seed(given: bool | int) -> int:
         ...
         opdlab.errors.UsageError: seed_everything is false, but a run needs a seed: give a number, or true for any
     """
-    require(given is not False, "seed_everything is false, but a run needs a seed: give a number, or true for any")
+    if given is None or given is False:
+        value = "null" if given is None else "false"
+        raise UsageError(f"seed_everything is {value}, but a run needs a seed: give a number, or true for any")
     if given is True:
         shared = os.environ.get("PL_GLOBAL_SEED")
         require(

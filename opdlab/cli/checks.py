@@ -104,11 +104,6 @@ def check_config(parser: ArgumentParser, config: Namespace) -> None:
         del plugins["data"]  # the source of another package may read its files when it is built
     built = build(parser, plugins, groups=False).model
     check_optimizer(built.optimizer, built.lr_scheduler, config)
-    seed = config.seed_everything
-    require(
-        isinstance(seed, bool) or (seed is not None and 0 <= seed < 1 << 32),
-        f"seed_everything is {seed}, but must lie between 0 and {(1 << 32) - 1}",
-    )
     check_trainer(config)
 
 

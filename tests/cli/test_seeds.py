@@ -115,7 +115,7 @@ def test_an_evaluation_of_a_checkpoint_takes_the_seed_of_its_run(fit: Fit, tmp_p
     assert validate("--seed_everything", "4") == 4
 
 
-@pytest.mark.parametrize("value", ["false", "-1", "4294967296"])
+@pytest.mark.parametrize("value", ["false", "null", "-1", "4294967296"])
 def test_seeds_that_are_refused(value: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fit", "-c", "quickstart", "--seed_everything", value]) == EXIT_USAGE
     (line,) = capsys.readouterr().err.strip().splitlines()

@@ -215,7 +215,8 @@ def _template(name: str) -> Template:
     HTML pages forbid requests, scripts and foreign styles.
     """
     kind = name.rpartition(".")[2]
-    escape = {"md": markdown_text, "html": visible, "txt": str}[kind]
+    escapes: dict[str, Callable[[str], str]] = {"md": markdown_text, "html": visible, "txt": str}
+    escape = escapes[kind]
     environment = Environment(
         loader=PackageLoader("opdlab.studies.report"),
         autoescape=kind == "html",
