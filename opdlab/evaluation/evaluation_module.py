@@ -118,6 +118,8 @@ class EvaluationModule(pl.LightningModule):
         self.evaluator.finish()
         figures = self.evaluator.compute()
         self.log_dict({f"{self._current.name}/{key}": value for key, value in figures.items()}, sync_dist=True)
+        # Lightning logs at this step. Its own counter lags behind within training and after a resume.
+        self.log("step", float(self.global_step))
         if (folder := self.evaluator.folder) is not None:
             self.evaluator.close()
             values = {key: float(value) for key, value in figures.items()}

@@ -96,7 +96,6 @@ class AccumulationWindow:
     def __init__(self) -> None:
         self._gates: list[Gates] | None = None  # of each micro-batch, once they are computed
         self._records: list[StepRecord] = []
-        self._restored_gradients: dict[str, Tensor] = {}
 
     def gates(
         self, gate: GateStrategy, batch: Minibatch, inputs: GateInputs, student: LanguageModel, objective: Objective
@@ -134,20 +133,3 @@ class AccumulationWindow:
             return None
         self._records, self._gates = [], None
         return merge_records(records)
-
-    def state_dict(self, student: LanguageModel) -> dict[str, Any]:
-        """Return the state for a resume inside the window: the gradients so far, which Lightning does not save."""
-        gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-        return {"gradients": gradients if self._records else {}, "records": self._records}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the window of a checkpoint; call :meth:`restore_gradients` when training starts."""
-        self._gates, self._records = None, list(state["records"])
-        self._restored_gradients = state["gradients"]
-
-    def restore_gradients(self, student: LanguageModel) -> None:
-        """Restore the gradients of a checkpoint's window."""
-        parameters = dict(student.named_parameters())
-        for name, gradient in self._restored_gradients.items():
-            parameters[name].grad = gradient.to(parameters[name].device)
-        self._restored_gradients = {}
