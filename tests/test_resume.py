@@ -4,6 +4,7 @@ import csv
 import os
 import signal
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_other_batches_and_passes_inside_a_buffer(make_run: MakeRun, tmp_path: P
     trainer = resumed.fit(7, ckpt_path=path)
     batches = list(seen[1].steps.values())
     assert batches[0] + batches[1] == seen[0].steps[2]  # what was left of the first pass
-    assert sorted(sum(batches[2:], [])) == list(range(16, 32))  # one pass over the next buffer
+    assert sorted(chain.from_iterable(batches[2:])) == list(range(16, 32))  # one pass over the next buffer
     assert trainer.current_epoch == 1
 
 
@@ -201,23 +202,24 @@ def curve(folder: Path, name: str) -> list[tuple[int, float]]:
 
 
 class SaveAfterEvaluation(Callback):
-    """Writes a checkpoint after the first evaluation."""
+    """Writes a checkpoint after the evaluation at a step."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, step: int) -> None:
+        self.path, self.step = path, step
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self.path.exists():
+        if trainer.global_step == self.step:
             trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (1, 2), (2, 1)])
+@pytest.mark.parametrize("step", [4, 8])  # 8 ends a pass over the prompts
 @pytest.mark.parametrize("evaluated", [False, True])
 def test_an_evaluation_that_a_checkpoint_lacks_is_made_up_for(
-    make_run: MakeRun, tmp_path: Path, before: int, after: int, evaluated: bool
+    make_run: MakeRun, tmp_path: Path, before: int, after: int, step: int, evaluated: bool
 ) -> None:
     path = tmp_path / "stopped.ckpt"
-    saving = SaveAfterEvaluation(path) if evaluated else SaveAt(path, 4 * before)
+    saving = SaveAfterEvaluation(path, step) if evaluated else SaveAt(path, step * before)
 
     def run(accumulate: int, *callbacks: Callback, ckpt_path: Path | None = None) -> tuple[list[Any], list[Any]]:
         options = {"limit_val_batches": 1.0, "val_check_interval": 4 * accumulate, "check_val_every_n_epoch": None}
@@ -226,14 +228,14 @@ def test_an_evaluation_that_a_checkpoint_lacks_is_made_up_for(
         return curve(tmp_path, "train/loss"), curve(tmp_path, "val/toy/length")
 
     losses, lengths = run(before, saving)
-    assert [step for step, _ in losses] == list(range(1, 10))
-    assert [step for step, _ in lengths] == [4, 8]
+    assert [at for at, _ in losses] == list(range(1, 10))
+    assert [at for at, _ in lengths] == [4, 8]
     resumed_losses, resumed_lengths = run(after, ckpt_path=path)
-    assert [step for step, _ in resumed_losses] == [5, 6, 7, 8, 9]
-    assert [step for step, _ in resumed_lengths] == ([8] if evaluated else [4, 8])
+    assert [at for at, _ in resumed_losses] == list(range(step + 1, 10))
+    assert [at for at, _ in resumed_lengths] == [at for at in (4, 8) if at > step or (at == step and not evaluated)]
     if before == after:
-        assert resumed_losses == losses[4:]
-        assert resumed_lengths == lengths[-len(resumed_lengths) :]
+        assert resumed_losses == losses[step:]
+        assert all(point in lengths for point in resumed_lengths)
 
 
 class ReadsTheLog(SaveAt):

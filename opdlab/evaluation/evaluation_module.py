@@ -1,10 +1,12 @@
 """The evaluation part of the LightningModule."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 
 from opdlab.data.datamodule import PromptDataModule
 from opdlab.errors import require
@@ -117,13 +119,28 @@ class EvaluationModule(pl.LightningModule):
         """Log every benchmark's metrics and their mean, and write them to the folder of the samples."""
         self.evaluator.finish()
         figures = self.evaluator.compute()
-        self.log_dict({f"{self._current.name}/{key}": value for key, value in figures.items()}, sync_dist=True)
-        # Lightning logs at this step. Its own counter lags behind within training and after a resume.
-        self.log("step", float(self.global_step))
+        named = {f"{self._current.name}/{key}": value for key, value in figures.items()}
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        self.log_dict(named, sync_dist=True, logger=False if fitting else None)
+        if fitting and not self.trainer.sanity_checking:  # Lightning would log them one step too early
+            self.write_metrics({**named, "epoch": self.current_epoch}, self.global_step)
         if (folder := self.evaluator.folder) is not None:
             self.evaluator.close()
             values = {key: float(value) for key, value in figures.items()}
             folder.write_results({"figures": values, "settings": folder.settings, "versions": package_versions()})
+
+    def write_metrics(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Write metrics to all loggers at once; :meth:`log` writes when the callbacks of a step are done.
+
+        Args:
+            metrics: scalars by name, the same in all processes.
+            step: optimizer steps taken.
+        """
+        if self.loggers and self.trainer.is_global_zero:
+            values = {name: float(value) for name, value in metrics.items()}
+            for logger in self.loggers:
+                logger.log_metrics(values, step=step)
+                logger.save()
 
     # Testing runs the same hooks as validation.
     test_step = validation_step

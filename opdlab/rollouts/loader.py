@@ -119,32 +119,20 @@ class RolloutLoader:
         self._micro_batches = micro_batches
         self.seed, self.world_size = seed, world_size
         self._rank = rank
+        self._prompts_per_buffer = prompts_per_pool * world_size  # of all processes; leftovers of a pass are dropped
+        self._minibatches_per_buffer = reuse_epochs * (self._pool_size // batch_size) * micro_batches
         self._position = Position()
         self._pool: Pool | None = None  # the buffer at the position, once it is filled
 
     def __len__(self) -> int:
-        return len(self._prompts) // self._prompts_per_buffer * self._minibatches_per_pool
-
-    @property
-    def _prompts_per_buffer(self) -> int:
-        """Return the number of prompts that the buffers of all processes take; leftovers of a pass are dropped."""
-        return self.reuse.prompts_per_pool * self.world_size
-
-    @property
-    def _minibatches_per_pool(self) -> int:
-        return self.reuse.epochs * (self._pool_size // self.reuse.batch_size) * self._micro_batches
-
-    @property
-    def inside_buffer(self) -> bool:
-        """True if some rollouts of a buffer were trained on, and others are left."""
-        return self._position.rows > 0
+        return len(self._prompts) // self._prompts_per_buffer * self._minibatches_per_buffer
 
     @property
     def num_yielded(self) -> int:
         """Return the number of minibatches of this pass over the prompts that lie before the position."""
         left = (len(self._prompts) - self._position.prompts) // self._prompts_per_buffer
         rows = self._position.rows // self.reuse.batch_size * self._micro_batches
-        return len(self) - left * self._minibatches_per_pool + rows
+        return len(self) - left * self._minibatches_per_buffer + rows
 
     def __iter__(self) -> Iterator[Minibatch]:
         epoch = self._position.epoch

@@ -120,6 +120,17 @@ class OPDModule(EvaluationModule):
         if data is not None:
             data.connect(self.student.tokenizer, self.collect, self.sampling.num_samples, training=stage == "fit")
         super().setup(stage)
+        if stage == "fit":  # before a strategy shards the weights
+            self._settings = resume.run_settings(
+                student=self.student,
+                teacher=self.teacher,
+                objective=self.objective,
+                request=self.request,
+                sampling=self.sampling,
+                mask_first=self.mask_first,
+                optimizers=self.configure_optimizers(),
+                data=data,
+            )
         self.student.configure_passes(
             # A sharded model gathers its weights in every pass, so all processes must run the same number of passes.
             group_lengths=self.whole_weights,
@@ -153,7 +164,6 @@ class OPDModule(EvaluationModule):
         """Begin the first optimizer batch; a run that resumes inside one repeats it from its start."""
         self._update_started = time.perf_counter()
         self._window = AccumulationWindow()
-        self._settings = resume.run_settings(self, self.trainer.train_dataloader)
 
     def collect(self, prompts: Sequence[Prompt], *, first_batch: Tensor, **options: Any) -> Pool:
         """Return a rollout buffer for the loader, see :meth:`opdlab.rollouts.Collector.collect`.
@@ -244,11 +254,8 @@ class OPDModule(EvaluationModule):
         if self._step_ended is not None:
             self._timing["train/tokens_per_second"] = self._batch_tokens / (now - self._step_ended)
         self._step_ended = now
-        if self._metrics and self.trainer.is_global_zero:
-            values = {name: float(value) for name, value in {**self._metrics, **self._timing}.items()}
-            for logger in self.loggers:
-                logger.log_metrics(values, step=self.global_step + 1)
-                logger.save()
+        if self._metrics:
+            self.write_metrics({**self._metrics, **self._timing}, self.global_step + 1)
 
     def on_train_batch_end(self, outputs: Any, batch: Minibatch, batch_idx: int) -> None:
         """Show the time of the update, and the trained tokens per second of total time."""
@@ -273,4 +280,5 @@ class OPDModule(EvaluationModule):
         """
         checks.check_checkpoint(checkpoint, self.state_dict())
         if self.trainer.state.fn == TrainerFn.FITTING:
-            resume.go_on_from(checkpoint, self, self.data.train_dataloader() if self.data is not None else None)
+            loader = self.data.train_dataloader() if self.data is not None else None
+            resume.go_on_from(checkpoint, self.trainer, self._settings, loader)

@@ -2,23 +2,23 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
+from opdlab.data import PromptDataModule
 from opdlab.errors import require
 from opdlab.evaluation.settings import benchmark_settings
-from opdlab.policies import LocalTeacher
+from opdlab.objectives import Objective
+from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig, Teacher
 from opdlab.records import digest
 from opdlab.rollouts import RolloutLoader
 from opdlab.training.checks import CHECKPOINT_KEY
-
-if TYPE_CHECKING:
-    from opdlab.training.module import OPDModule
+from opdlab.types import TeacherRequest
 
 MAY_CHANGE = (
     "trainer.max_steps, trainer.accumulate_grad_batches, data.reuse.epochs, data.reuse.batch_size if it divides what "
@@ -28,48 +28,60 @@ MAY_CHANGE = (
 _SAMPLES = 64  # values of each parameter that tell one model from another
 
 
-def run_settings(module: "OPDModule", loader: RolloutLoader | None) -> dict[str, dict[str, Any]]:
+def run_settings(
+    *,
+    student: LanguageModel,
+    teacher: Teacher,
+    objective: Objective,
+    request: TeacherRequest,
+    sampling: SamplingConfig,
+    mask_first: Sequence[str],
+    optimizers: Any,
+    data: PromptDataModule | None,
+) -> dict[str, dict[str, Any]]:
     """Return the settings of a run that may not change at every checkpoint, as plain values by key.
 
     Args:
-        module: attached to its trainer.
-        loader: the loader of rollouts; without one, its settings are left out.
+        student: before a strategy shards its weights.
+        teacher: of the run.
+        objective: of the run.
+        request: what objective and gate require of the teacher.
+        sampling: of rollouts.
+        mask_first: see :class:`OPDModule`.
+        optimizers: what ``configure_optimizers`` returns, before any step.
+        data: attached to its trainer, with its problems; without it, its settings are left out.
 
     Returns:
         Under ``run`` those that hold for the whole run, under ``buffer`` those that may change where a buffer ends.
     """
-    student, teacher, data = module.student, module.teacher, module.data
-    prompts = data.train_prompts if data is not None else None
-    train = benchmark_settings(prompts) if prompts is not None else {}
-    made = module.configure_optimizers()  # as they are before any step
-    optimizer, scheduler = made, None
-    if isinstance(made, dict):
-        optimizer, scheduler = made["optimizer"], made["lr_scheduler"]["scheduler"]
-    sampling = {f"model.sampling.{name}": value for name, value in asdict(module.sampling).items()}
-    del sampling["model.sampling.batch_size"]
-    run = {
-        "data.max_prompt_tokens": data.max_prompt_tokens if data is not None else None,
-        "data.train": f"{train['num_problems']} prompts with digest {train['prompts'][:8]}" if train else None,
+    optimizer, scheduler = optimizers, None
+    if isinstance(optimizers, dict):
+        optimizer, scheduler = optimizers["optimizer"], optimizers["lr_scheduler"]["scheduler"]
+    sampled = {f"model.sampling.{name}": value for name, value in asdict(sampling).items() if name != "batch_size"}
+    run: dict[str, Any] = {
         "model.student (its tokenizer)": digest(sorted(student.tokenizer.get_vocab().items()))[:8],
         # Weights below an adapter are not in the state dict.
         "model.student (its frozen weights)": _weights_digest(student, frozen=True),
         **_options("model.optimizer", optimizer, optimizer.defaults),
         **_options("model.lr_scheduler", scheduler, scheduler.state_dict() if scheduler is not None else {}),
     }
-    buffer = {
-        "data.train.verifier": train.get("verifier"),
-        **sampling,
-        "model.mask_first": list(module.mask_first),
-        "model.objective": _name(module.objective),
-        "model.objective.k": module.request.top_k,
-        "model.gate, model.objective (one needs the teacher's entropy)": module.request.entropy,
+    buffer: dict[str, Any] = {
+        **sampled,
+        "model.mask_first": list(mask_first),
+        "model.objective": _name(objective),
+        "model.objective.k": request.top_k,
+        "model.gate, model.objective (one needs the teacher's entropy)": request.entropy,
         "model.teacher": _name(teacher),
         "model.teacher (its weights)": _weights_digest(teacher.model) if isinstance(teacher, LocalTeacher) else None,
     }
-    if loader is not None:
+    if data is not None and data.train_prompts is not None:
+        train, loader = benchmark_settings(data.train_prompts), data.train_dataloader()
         run["data.seed"] = loader.seed
-        buffer["trainer.devices * trainer.num_nodes"] = loader.world_size
+        run["data.max_prompt_tokens"] = data.max_prompt_tokens
+        run["data.train"] = f"{train['num_problems']} prompts with digest {train['prompts'][:8]}"
+        buffer["data.train.verifier"] = train["verifier"]
         buffer["data.reuse.prompts_per_pool"] = loader.reuse.prompts_per_pool
+        buffer["trainer.devices * trainer.num_nodes"] = loader.world_size
     return {"run": run, "buffer": buffer}
 
 
@@ -125,18 +137,21 @@ def _check_limits(trainer: Trainer, step: int, epoch: int) -> None:
         )
 
 
-def go_on_from(checkpoint: dict[str, Any], module: "OPDModule", loader: RolloutLoader | None) -> None:
+def go_on_from(
+    checkpoint: dict[str, Any], trainer: Trainer, settings: Mapping[str, Any], loader: RolloutLoader | None
+) -> None:
     """Check that a run may go on from a checkpoint, and change the checkpoint to the counters of its trainer.
 
     Args:
         checkpoint: of opdlab; its ``loops`` are changed in place.
-        module: attached to its trainer.
-        loader: a new loader of rollouts, or None if the data module does not make it; its state is restored.
+        trainer: of the run that goes on.
+        settings: its :func:`run_settings`.
+        loader: a new loader of rollouts, or None if no data module makes it; its state is restored.
 
     Raises:
         UsageError: a setting differs that may not change there, or the run ends before the checkpoint.
     """
-    own, step, trainer = checkpoint[CHECKPOINT_KEY], checkpoint["global_step"], module.trainer
+    own, step = checkpoint[CHECKPOINT_KEY], checkpoint["global_step"]
     loops = checkpoint["loops"]["fit_loop"]
     states = loops["state_dict"].get("combined_loader", [])
     require(
@@ -145,10 +160,17 @@ def go_on_from(checkpoint: dict[str, Any], module: "OPDModule", loader: RolloutL
         "validate, or start a new run from its student",
     )
     _check_limits(trainer, step, checkpoint["epoch"])
-    _check_settings(own["settings"], run_settings(module, loader), inside="pools" in states[0])
+    _check_settings(own["settings"], settings, inside="pools" in states[0])
     if loader is not None:
         loader.load_state_dict(states[0])
         _rewind(loops, loader, trainer, step, own["micro_batches"])
+        return
+    micro_batches, ready = own["micro_batches"], loops["epoch_loop.batch_progress"]["current"]["ready"]
+    require(
+        micro_batches == trainer.accumulate_grad_batches and ready % micro_batches == 0,
+        f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}, but {micro_batches} in ckpt_path, or "
+        "ckpt_path is inside an optimizer batch: a run goes on from it only with a PromptDataModule",
+    )
 
 
 def _rewind(loops: dict[str, Any], loader: RolloutLoader, trainer: Trainer, step: int, micro_batches: int) -> None:
@@ -177,17 +199,20 @@ def _rewind(loops: dict[str, Any], loader: RolloutLoader, trainer: Trainer, step
     for counts, value in ((total, step * trainer.accumulate_grad_batches), (current, yielded)):
         counts.update(ready=value, started=value, processed=value, completed=value - 1)
     batches["is_last_batch"] = yielded == len(loader)
-    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1
-    if not evaluated and _evaluation_is_due(trainer, total["ready"], yielded, len(loader)):
-        loops["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1  # counted again after the evaluation
+    behind = 0 if step == trainer.max_steps else 1  # Lightning moves its step of the log when it goes on
+    if behind and not evaluated and _evaluation_is_due(trainer, total["ready"], yielded, len(loader)):
+        behind = 2  # once more after the evaluation
         # An evaluation that stopped before its first batch.
         evaluation = loops["epoch_loop.val_loop.batch_progress"]
         evaluation["total"].update(ready=1, started=1, processed=0, completed=0)
         evaluation["current"].update(ready=0, started=0, processed=0, completed=0)
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = step - behind
 
 
 def _evaluation_is_due(trainer: Trainer, total: int, current: int, length: int) -> bool:
-    interval: Any = trainer.val_check_interval  # type: ignore[attr-defined] # set by Lightning's data connector
+    if not trainer.enable_validation:
+        return False
+    interval: Any = trainer.val_check_interval
     if isinstance(interval, float):
         interval = max(1, int(length * interval))
     every_epoch = trainer.check_val_every_n_epoch is not None

@@ -265,7 +265,7 @@ def test_a_signal_in_training_saves_and_says_how_to_resume(
     assert opdlab("--ckpt_path", "last", "--model.evaluation.teacher", "false") == 0
     events = EventAccumulator(str(tmp_path / "runs/quickstart/version_0"))
     events.Reload()
-    assert [event.step for event in events.Scalars("train/loss")] == [0, 1]
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2]
 
 
 @pytest.mark.usefixtures("_signals_put_back")
@@ -325,6 +325,4 @@ def test_a_resumed_curve_does_not_run_backwards(opdlab: Opdlab, tmp_path: Path) 
     events = EventAccumulator(str(folder))
     events.Reload()
     steps = [event.step for event in events.Scalars("train/loss")]
-    assert steps == sorted(steps)
-    assert set(steps) == set(range(6))
-    assert len(steps) <= 7  # only the step after the checkpoint may occur twice
+    assert steps == [1, 2, 3, 4, 5, 6]

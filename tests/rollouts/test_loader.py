@@ -187,7 +187,6 @@ def test_a_finished_buffer_is_not_collected_again() -> None:
 def test_sizes_and_processes_may_change_where_a_buffer_ends() -> None:
     ranks = [loader(rank=rank, world_size=2, prompts_per_pool=2, batch_size=2) for rank in range(2)]
     seen = [flat(ids_of(list(islice(each, 6)))) for each in ranks]
-    assert not any(each.inside_buffer for each in ranks)
     alone = loader(collect := Collector(), prompts_per_pool=3, batch_size=2)
     alone.load_state_dict(ranks[0].state_dict())
     assert alone.num_yielded == len(alone) - 2 * 9  # two buffers of three prompts are left of 11 - 4
