@@ -1,100 +1,120 @@
-"""Coverage of the 95% interval of a study's report, on simulated studies.
+"""False positives and power of a study's report, on simulated studies.
 
-Seeds and problems are crossed random effects, samples are binomial: a problem's probability under the baseline is
-uniform, and run, problem and variant shift it by normal effects. Three intervals are compared:
+Seeds and problems are crossed random effects, samples are binomial. On the logit scale, a problem has a difficulty,
+and each variant, the baseline included, has an effect for every seed and one for every problem, drawn alike; so without
+a shift all variants are equal. The statistics are those of `opdlab study report`, for all studies at once.
 
-- report: the interval of `opdlab study report`;
-- plain: percentiles of the uncorrected crossed bootstrap;
-- pairs: percentiles over seeds alone, with fixed problems.
+- false: share of studies that call a variant different, though it is not, with the upper end of a 95% interval;
+- of 5: share of studies with five such variants that call any of them different after Holm, likewise;
+- power: share of studies that find a variant whose logits are shifted, beside its mean difference.
 
-Run it with `python benchmarks/coverage.py` (`--studies 2000` for a smaller error); it uses one thread.
+Run it with `python benchmarks/coverage.py` (`--studies 1000` for a first look); it uses one thread and fixed seeds.
 """
 
 import argparse
 import itertools
-import json
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from scipy import stats
 
-from opdlab.studies.report.statistics import (
-    crossed_bootstrap,
-    detectable_difference,
-    estimate,
-    holm,
-    interval,
-    problem_scores,
-)
+from opdlab.studies.report.statistics import LEVEL, Estimate, estimate, problem_scores
 
-NUM_SAMPLES = 8
-EFFECT = 0.03
-NUM_VARIANTS = 5
+NUM_SAMPLES, NUM_VARIANTS = 8, 5
+SEEDS, PROBLEMS = (4, 8, 16), (7, 30, 128)
+CHUNK = 500
 
 
-def simulate(
-    generator: np.random.Generator,
-    shape: tuple[int, int],
-    seed_std: float,
-    problem_std: float,
-    effects: Sequence[float],
-) -> np.ndarray:
-    """Return correct samples of a baseline and of variants, [1 + V, S, P]."""
-    num_seeds, num_problems = shape
-    base = generator.uniform(0.25, 0.75, num_problems)
-    luck = seed_std * generator.standard_normal((1 + len(effects), num_seeds, 1))
-    taste = problem_std * generator.standard_normal((1 + len(effects), 1, num_problems))
-    taste[0] = 0
-    chance = base + luck + taste + np.array([0.0, *effects])[:, None, None]
-    return generator.binomial(NUM_SAMPLES, np.clip(chance, 0, 1))
+@dataclass(frozen=True)
+class Scenario:
+    """A kind of study.
+
+    Args:
+        k: of pass@k, with 8 samples of each problem.
+        rates: lowest and highest chance of a correct sample, before effects.
+        seed_std: standard deviation of the seeds' effects, logits.
+        problem_std: standard deviation of the problems' effects, logits.
+        shift: of the variant whose difference is to be found, logits.
+        tails: degrees of freedom of Student's t, from which seeds' effects are drawn; normal by default.
+        collapse: probability that a run answers nothing right.
+    """
+
+    k: int
+    rates: tuple[float, float]
+    seed_std: float
+    problem_std: float
+    shift: float
+    tails: float = np.inf
+    collapse: float = 0.0
 
 
-def differences(correct: np.ndarray) -> np.ndarray:
-    """Return pass@1 of variants minus that of the baseline, [V, S, P]."""
-    found = problem_scores(correct, NUM_SAMPLES, 1)
-    return found[1:] - found[0]
+SCENARIOS = {
+    "pass@1, seeds and problems vary": Scenario(1, (0.25, 0.75), 0.2, 0.2, 0.6),
+    "pass@1, only seeds vary": Scenario(1, (0.25, 0.75), 0.4, 0.0, 0.6),
+    "pass@1, only problems vary": Scenario(1, (0.25, 0.75), 0.0, 0.8, 0.6),
+    "pass@1, neither varies": Scenario(1, (0.25, 0.75), 0.0, 0.0, 0.6),
+    "pass@8 near 0": Scenario(8, (0.001, 0.005), 0.2, 0.2, 2.0),
+    "pass@8 near 1": Scenario(8, (0.5, 0.9), 0.2, 0.2, -2.0),
+    "pass@1, heavy-tailed seeds": Scenario(1, (0.25, 0.75), 0.2, 0.2, 0.6, tails=2),
+    "pass@1, one run in ten collapses": Scenario(1, (0.25, 0.75), 0.2, 0.2, 0.6, collapse=0.1),
+}
 
 
-def measure(shape: tuple[int, int], seed_std: float, problem_std: float, studies: int, resamples: int) -> dict:
-    """Return coverage, width, and false positives of a family of variants that all equal the baseline."""
-    generator = np.random.default_rng([*shape, int(1000 * seed_std), int(1000 * problem_std)])
-    covered, widths, false, detectable = np.zeros(3), [], 0, []
-    for study in range(studies):
-        (cells,) = differences(simulate(generator, shape, seed_std, problem_std, [EFFECT]))
-        resampled = crossed_bootstrap([cells[None]], study, resamples)[:, 0, 0]
-        estimated = estimate([cells])
-        found = interval(estimated, resampled, study)
-        # A column of means has one problem: only seeds are drawn.
-        pairs = np.percentile(crossed_bootstrap([cells.mean(1)[None, :, None]], study, resamples), [2.5, 97.5])
-        bounds = [(found.low, found.high), (found.plain_low, found.plain_high), pairs]
-        covered += [low <= EFFECT <= high for low, high in bounds]
-        widths.append(found.high - found.low)
-        detectable.append(detectable_difference(estimated.standard_error, estimated.degrees_of_freedom))
-        family = differences(simulate(generator, shape, seed_std, problem_std, [0.0] * NUM_VARIANTS))
-        means = crossed_bootstrap([family], study, resamples)[:, 0]
-        p_values = [interval(estimate([each]), means[:, index], study).p for index, each in enumerate(family)]
-        false += min(holm(p_values)) < 0.05
-    names = ("report", "plain", "pairs")
-    return {
-        "seeds": shape[0],
-        "problems": shape[1],
-        "seed_std": seed_std,
-        "problem_std": problem_std,
-        **{name: round(float(share), 3) for name, share in zip(names, covered / studies, strict=True)},
-        "width": round(float(np.median(widths)), 4),
-        "detectable": round(float(np.median(detectable)), 4),
-        "false_positives": round(false / studies, 3),
-    }
+def simulate(generator: np.random.Generator, scenario: Scenario, shape: tuple[int, int, int]) -> np.ndarray:
+    """Return pass@k of a baseline, equal variants, and one that is shifted: [2 + V, studies, S, P]."""
+    studies, num_seeds, num_problems = shape
+    low, high = scenario.rates
+    rates = generator.uniform(low, high, (studies, 1, num_problems))
+    seeds = generator.standard_normal((2 + NUM_VARIANTS, studies, num_seeds, 1))
+    if np.isfinite(scenario.tails):
+        seeds /= np.sqrt(generator.chisquare(scenario.tails, seeds.shape) / scenario.tails)
+    problems = generator.standard_normal((2 + NUM_VARIANTS, studies, 1, num_problems))
+    logits = np.log(rates / (1 - rates)) + scenario.seed_std * seeds + scenario.problem_std * problems
+    logits[-1] += scenario.shift
+    chances = 1 / (1 + np.exp(-logits)) * (generator.random(seeds.shape) >= scenario.collapse)
+    return problem_scores(generator.binomial(NUM_SAMPLES, chances), NUM_SAMPLES, scenario.k)
+
+
+def found(differences: Estimate, num_comparisons: int = 1) -> np.ndarray:
+    """Return the studies whose report calls the variant different, as the first of some comparisons in Holm's order."""
+    constant = 2 * 0.25**differences.num_seeds < LEVEL / num_comparisons
+    size = np.abs(differences.difference)
+    bound = differences.error_bound(LEVEL / 2 / num_comparisons)
+    return np.where(differences.varies, size > bound, constant & (size > 1e-12))
+
+
+def measure(scenario: Scenario, num_seeds: int, num_problems: int, studies: int) -> tuple[np.ndarray, float]:
+    """Return numbers of studies: with a false positive, with one among five, with the shift found; and its size."""
+    generator = np.random.default_rng([num_seeds, num_problems, list(SCENARIOS.values()).index(scenario)])
+    counts, size = np.zeros(3, dtype=int), 0.0
+    for start in range(0, studies, CHUNK):
+        shape = (min(CHUNK, studies - start), num_seeds, num_problems)
+        baseline, *others = simulate(generator, scenario, shape)
+        estimates = [estimate([cells - baseline]) for cells in others]
+        shifted = estimates.pop()
+        family = np.any([found(each, NUM_VARIANTS) for each in estimates], axis=0)
+        right = found(shifted) & (np.sign(shifted.difference) == np.sign(scenario.shift))
+        counts += [found(estimates[0]).sum(), family.sum(), right.sum()]
+        size += float(shifted.difference.sum()) / studies
+    return counts, size
 
 
 def main() -> None:
-    """Print the table, and a line of JSON for each size."""
+    """Print the table, in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--studies", type=int, default=400, help="simulated studies of each size")
-    parser.add_argument("--resamples", type=int, default=1000, help="of each study")
-    options = parser.parse_args()
-    for seed_std, problem_std in itertools.product((0.05, 0.0), (0.05, 0.0)):
-        for shape in itertools.product((4, 8, 16), (64, 256)):
-            print(json.dumps(measure(shape, seed_std, problem_std, options.studies, options.resamples)), flush=True)
+    parser.add_argument("--studies", type=int, default=10_000, help="simulated studies of each size")
+    studies = parser.parse_args().studies
+    print("| study | seeds | problems | false | at most | of 5 | at most | difference | power |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    worst = 0.0
+    for (name, scenario), num_seeds, num_problems in itertools.product(SCENARIOS.items(), SEEDS, PROBLEMS):
+        counts, size = measure(scenario, num_seeds, num_problems, studies)
+        highs = [stats.binomtest(int(count), studies).proportion_ci().high for count in counts[:2]]
+        worst = max(worst, *highs)
+        cells = [name, num_seeds, num_problems, f"{counts[0] / studies:.4f}", f"{highs[0]:.4f}"]
+        cells += [f"{counts[1] / studies:.4f}", f"{highs[1]:.4f}", f"{size:+.3f}", f"{counts[2] / studies:.2f}"]
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
+    print(f"\nhighest upper bound: {worst:.4f}")
 
 
 if __name__ == "__main__":

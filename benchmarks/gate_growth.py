@@ -30,15 +30,16 @@ from rich.table import Table
 sys.path.insert(0, str(REPOSITORY))
 
 from opdlab.diagnostics import StepTrace
-from opdlab.diagnostics.age_metrics import add_to_age_table, new_age_table
-from opdlab.diagnostics.gate_metrics import gate_tensors, read_gates, step_positions, to_host
+from opdlab.diagnostics.gate_metrics import gate_tensors, read_gates
+from opdlab.diagnostics.run_history import add_to_age_table, new_age_table
+from opdlab.diagnostics.trace import to_host
 from opdlab.gating import GateInputs, build_gate
 from opdlab.objectives import TeacherTopK
 from opdlab.policies import LanguageModel
 from opdlab.rollouts import Rollouts, Targets
 
 GATES = ("none", "token", "sequence", "block32", "block64", "block128", "span")
-FIGURES = ("ages", "gathered", "figures", "read")
+METRICS = ("ages", "metrics", "read")
 REFERENCE = "exp"
 NEWLINE = 7
 TOY = "package://opdlab.toy/models/student"
@@ -125,13 +126,11 @@ def measure(rows: int, length: int, device: torch.device, budget: float) -> dict
         gate = gate_of(name)
         work[name] = lambda gate=gate: gate(inputs)
     trace = trace_of(rollouts, inputs)
-    positions = step_positions([trace])
-    tensors = gate_tensors(positions, MAX_BLOCKS)
+    tensors = gate_tensors([trace], MAX_BLOCKS)
     ages = new_age_table(device)
     work |= {
         "ages": lambda: add_to_age_table(ages, trace),
-        "gathered": lambda: step_positions([trace]),
-        "figures": lambda: gate_tensors(positions, MAX_BLOCKS),
+        "metrics": lambda: gate_tensors([trace], MAX_BLOCKS),
         "read": lambda: read_gates(to_host(tensors)),
     }
     return {name: seconds_of(function, device, budget) for name, function in work.items()}

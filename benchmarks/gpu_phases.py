@@ -35,7 +35,7 @@ class Resident:
         shape = plan.students[student]
         path = shape.save(folder / "student", getattr(torch, dtype), device)
         self.student = LanguageModel(path, dtype, gradient_checkpointing=True).to(device)  # type: ignore[arg-type]
-        self.student.configure_passes(accumulate_head_grad=True)
+        self.student.accumulate_head_grad = True
         rows, length = plan.sampled
         self.behavior = BehaviorPolicy(self.student, SamplingConfig(max_new_tokens=length, batch_size=rows))
         self.behavior.to(device)

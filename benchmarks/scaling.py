@@ -65,7 +65,7 @@ class Updates:
             Qwen3ForCausalLM(config).save_pretrained(folder)
             AutoTokenizer.from_pretrained(TOY_MODELS / "student").save_pretrained(folder)
             self.student = LanguageModel(folder)
-        self.student.configure_passes(accumulate_head_grad=True)
+        self.student.accumulate_head_grad = True
         self._size, self._objective, self._gate = size, TeacherTopK(size.k), build_gate("block64", tau=1.0)
 
     def run(self, batch: int, length: int, lengths: Any = None) -> dict[str, float]:

@@ -1,26 +1,63 @@
 """Metrics, histograms and plots of a gate's effect."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor
 
 from opdlab.callbacks.step_callback import StepCallback
-from opdlab.callbacks.tensorboard import write_histograms, write_images, write_layout, writers
+from opdlab.callbacks.tensorboard import layout, write_histograms, write_images, writers
 from opdlab.diagnostics import StepTrace
-from opdlab.diagnostics.age_metrics import add_to_age_table, age_scalars, new_age_table, read_ages
-from opdlab.diagnostics.block_history import BlockHistory
-from opdlab.diagnostics.gate_metrics import gate_tensors, read_gates, step_positions, to_host
+from opdlab.diagnostics.gate_metrics import gate_tensors, read_gates
+from opdlab.diagnostics.run_history import BlockHistory, add_to_age_table, age_scalars, new_age_table, read_ages
+from opdlab.diagnostics.trace import to_host
 from opdlab.errors import require
 from opdlab.module import OPDModule
 
-# Drawing may take this share of the run's time. A plot is drawn again only when the run is longer by that much: it
-# covers the whole run, so that the next would hardly differ, and each stays in the event file.
-_DRAWING_SHARE = 0.005
-_DRAWING_GROWTH = 1.05
-# Expected seconds of the first drawing, including the import of matplotlib.
-_FIRST_DRAWING = 1.0
+
+class DrawingTime:
+    """Says when the plots of a run may be drawn again.
+
+    Drawing may take 0.5% of the run's time, and a plot is drawn again only when the run is longer by 5%: it covers the
+    whole run, so that the next would hardly differ, and each stays in the logger's files.
+
+    Args:
+        clock: function that returns seconds.
+
+    Example:
+        >>> time = DrawingTime(clock=iter([0.0, 100.0, 300.0, 300.0, 302.0, 310.0]).__next__)
+        >>> time.may_draw(), time.may_draw()
+        (False, True)
+        >>> with time.drawing():
+        ...     pass
+        >>> time.may_draw()
+        False
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._started = self._drawn_at = clock()
+        self._spent = 0.0
+        self._next = 1.0  # expected seconds of the first drawing, including the import of matplotlib
+
+    def may_draw(self) -> bool:
+        """True if another drawing keeps to the share of the time."""
+        now = self._clock()
+        elapsed = now - self._started
+        return self._spent + self._next < 0.005 * elapsed and elapsed > 1.05 * (self._drawn_at - self._started)
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Count the time of the block; the next drawing is expected to take as long."""
+        began = self._clock()
+        yield
+        self._drawn_at = self._clock()
+        self._next = self._drawn_at - began
+        self._spent += self._next
 
 
 class GateMonitor(StepCallback):
@@ -52,28 +89,26 @@ class GateMonitor(StepCallback):
         super().__init__(every_n_steps)
         require(max_blocks >= 1, f"max_blocks is {max_blocks}, but must be at least 1")
         self.max_blocks = max_blocks
-        self._forget()
-
-    def _forget(self) -> None:
-        self._history = BlockHistory(self.max_blocks)
+        self._time = DrawingTime()
+        self._history = BlockHistory(max_blocks)
         self._ages = new_age_table()  # of all steps up to the last logged one, on the host
         self._recent_ages = new_age_table()  # of the steps since then, on the device
-        self._started = time.perf_counter()
-        self._drawing_seconds, self._next_drawing, self._drawn_at = 0.0, _FIRST_DRAWING, 0.0
+        self._step_ages: Tensor | None = None  # of the current step, on the device
 
     # -- when ----------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Reset the data of an earlier run; a checkpoint's state is loaded after this."""
         if trainer.global_step == 0:
-            self._forget()
+            self._history, self._ages = BlockHistory(self.max_blocks), new_age_table()
+            self._recent_ages = new_age_table()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock, and set up TensorBoard's page."""
-        self._started = time.perf_counter()
+        self._time, self._step_ages = DrawingTime(), None
         if trainer.is_global_zero:
             for writer in writers(trainer.loggers):
-                write_layout(writer)
+                writer.add_custom_scalars(layout())
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -84,21 +119,24 @@ class GateMonitor(StepCallback):
         """
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         assert isinstance(pl_module, OPDModule)
-        if self.looks_at(trainer) and trainer.loggers:
+        if self.wants(trainer.global_step + 1) and trainer.loggers:
             pl_module.request_gradient_norms()
 
-    def on_trace(self, trainer: pl.Trainer, trace: StepTrace) -> None:
-        """Add the micro-batch to the sums by age."""
+    def on_trace(self, trainer: pl.Trainer, trace: StepTrace, is_last: bool) -> None:
+        """Add the micro-batch to the sums by age; those that a checkpoint holds are of whole steps."""
         if trainer.is_global_zero and trainer.loggers:
             self._recent_ages = self._recent_ages.to(trace.gates.weights.device)  # moves only once
-            add_to_age_table(self._recent_ages, trace)
+            ages = torch.zeros_like(self._recent_ages) if self._step_ages is None else self._step_ages
+            add_to_age_table(ages, trace)
+            self._step_ages = None if is_last else ages
+            if is_last:
+                self._recent_ages += ages
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, traces: Sequence[StepTrace]) -> None:
         """Log the step."""
         if not trainer.is_global_zero or not trainer.loggers:
             return
-        tensors = gate_tensors(step_positions(traces), self.max_blocks)
-        found = to_host({**tensors, "ages": self._recent_ages})
+        found = to_host({**gate_tensors(traces, self.max_blocks), "ages": self._recent_ages})
         metrics, recent = read_gates(found), found["ages"]
         self._recent_ages.zero_()
         self._ages += recent
@@ -107,7 +145,7 @@ class GateMonitor(StepCallback):
             logger.log_metrics({**metrics.scalars, **age_scalars(recent)}, step=trainer.global_step)
         for writer in writers(trainer.loggers):
             write_histograms(writer, metrics.histograms, trainer.global_step)
-        if self._may_draw():
+        if self._time.may_draw():
             self._draw(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -122,37 +160,24 @@ class GateMonitor(StepCallback):
 
     # -- plots ---------------------------------------------------------------------------------------------------
 
-    def _may_draw(self) -> bool:
-        elapsed = time.perf_counter() - self._started
-        affordable = self._drawing_seconds + self._next_drawing < _DRAWING_SHARE * elapsed
-        return affordable and elapsed > _DRAWING_GROWTH * self._drawn_at
-
     def _draw(self, trainer: pl.Trainer) -> None:
         targets = writers(trainer.loggers)
         if not targets:
             return
-        began = time.perf_counter()
-        images = self._pictures()
-        for writer in targets:
-            write_images(writer, images, trainer.global_step)
-        ended = time.perf_counter()
-        self._next_drawing = ended - began
-        self._drawing_seconds += ended - began
-        self._drawn_at = ended - self._started
+        with self._time.drawing():
+            # Imported here: matplotlib takes a third of a second to load.
+            from opdlab.diagnostics.gate_plots import block_heat_map, by_age, render
 
-    def _pictures(self) -> dict[str, Any]:
-        # Imported here: matplotlib takes a third of a second to load.
-        from opdlab.diagnostics.gate_plots import block_heat_map, by_age, render
-
-        figures = {}
-        if self._history.steps:
-            weights, drift = self._history.values
-            figures["gate/heat_map/weight"] = block_heat_map(self._history.steps, weights, "weight")
-            figures["gate/heat_map/drift"] = block_heat_map(self._history.steps, drift, "drift")
-        ages, _ = read_ages(self._ages + self._recent_ages.cpu())
-        if ages.ages:
-            figures["gate/by_age"] = by_age(ages)
-        return {tag: render(figure) for tag, figure in figures.items()}
+            figures = {}
+            if self._history.steps:
+                weights, drift = self._history.values
+                figures["gate/heat_map/weight"] = block_heat_map(self._history.steps, weights, "weight")
+                figures["gate/heat_map/drift"] = block_heat_map(self._history.steps, drift, "drift")
+            ages = read_ages(self._ages + self._recent_ages.cpu())["age"]
+            if ages.ages:
+                figures["gate/by_age"] = by_age(ages)
+            for writer in targets:
+                write_images(writer, {tag: render(figure) for tag, figure in figures.items()}, trainer.global_step)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

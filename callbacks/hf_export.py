@@ -85,14 +85,19 @@ class HFExport(pl.Callback):
 
     def _write_card(self, trainer: pl.Trainer, folder: Path, record: TrainingRecord) -> None:
         name = self.push_to_hub or folder.resolve().name
-        card = model_card(name, replace(record, results=_results(trainer)))
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by Lightning's connector
+        table = next((callback for callback in callbacks if isinstance(callback, EvaluationTable)), EvaluationTable())
+        results = table.cells()
+        if table.after_step != trainer.global_step:
+            results.pop("after", None)  # the last evaluation is of an earlier step
+        card = model_card(name, replace(record, results=results))
         (folder / "README.md").write_text(card.content, encoding="utf-8")
 
     def _push(self, folder: Path, *files: str) -> None:
         assert self.push_to_hub is not None
         try:
             hub = HfApi()
-            hub.create_repo(self.push_to_hub, private=True, exist_ok=True)
+            hub.create_repo(repo_id=self.push_to_hub, private=True, exist_ok=True)
             hub.upload_folder(
                 repo_id=self.push_to_hub,
                 folder_path=folder,
@@ -152,12 +157,3 @@ def training_record(trainer: pl.Trainer, module: OPDModule, config: str | None) 
         settings=settings | ({"reuse": describe(data.reuse)} if isinstance(data, PromptDataModule) else {}),
         config=config,
     )
-
-
-def _results(trainer: pl.Trainer) -> dict[str, dict[str, str]]:
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by Lightning's connector
-    table = next((callback for callback in callbacks if isinstance(callback, EvaluationTable)), EvaluationTable())
-    columns = table.cells()
-    if table.after_step != trainer.global_step:
-        columns.pop("after", None)  # the last evaluation is of an earlier step
-    return columns

@@ -16,9 +16,7 @@ from opdlab.diagnostics import StepTrace
 from opdlab.errors import require
 from opdlab.module import OPDModule
 from opdlab.objectives import reduce_losses
-from opdlab.replay.record import FOLDER, RecordedBatch, StepFacts, record_folder, record_folders, write_record
-from opdlab.replay.record import trained_weights as weights_of
-from opdlab.rollouts import Targets
+from opdlab.replay import record
 
 _MIB = 1 << 20
 
@@ -66,7 +64,6 @@ class PoolRecorder(StepCallback):
         self.folder = Path()
         """The run's folder, set when training starts."""
         self._weights: dict[str, Tensor] = {}
-        self._targets: list[Targets] = []
         self._gradient_norm: float | None = None
         self._announced = False
 
@@ -91,9 +88,10 @@ class PoolRecorder(StepCallback):
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         assert isinstance(pl_module, OPDModule)
         if batch.position == 0:
-            self._targets, self._weights, self._gradient_norm = [], {}, None
-            if trainer.is_global_zero and self.looks_at(trainer):
-                self._weights = {name: t.to("cpu", copy=True) for name, t in weights_of(pl_module.student).items()}
+            self._weights, self._gradient_norm = {}, None
+            if trainer.is_global_zero and self.wants(trainer.global_step + 1):
+                weights = record.trained_weights(pl_module.student)
+                self._weights = {name: tensor.to("cpu", copy=True) for name, tensor in weights.items()}
 
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
@@ -105,91 +103,67 @@ class PoolRecorder(StepCallback):
             norm = float(torch.linalg.vector_norm(norms))
             self._gradient_norm = norm if norm < float("inf") else None  # JSON has no NaN
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Keep the targets, which traces do not have."""
-        if self._weights:
-            self._targets.append(batch.targets)
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, traces: Sequence[StepTrace]) -> None:
         """Write the record."""
         assert isinstance(pl_module, OPDModule)
         if not self._weights:  # only the first process writes
             return
-        batches = [
-            RecordedBatch(trace.rollouts, targets, trace.loss_shares)
-            for trace, targets in zip(traces, self._targets, strict=True)
-        ]
-        facts = step_facts(trainer, pl_module, traces, self._gradient_norm)
-        number = facts.step + 1
+        losses, batches = [], []
+        for trace in traces:
+            assert trace.inputs.position_losses is not None
+            assert trace.targets is not None
+            # The same function of the same tensors as in the step, so the same bits.
+            losses.append(float(reduce_losses(trace.inputs.position_losses, trace.gates.weights, trace.loss_shares)))
+            batches.append(record.RecordedBatch(trace.rollouts, trace.targets, trace.loss_shares))
+        tau = traces[0].gates.tau
+        facts = record.StepFacts(
+            step=traces[0].step,
+            reuse_epoch=traces[0].reuse_epoch,
+            losses=losses,
+            gradient_norm=self._gradient_norm,
+            gate=repr(pl_module.gate),
+            tau=None if tau is None else float(tau),
+            num_processes=trainer.world_size,
+            num_threads=torch.get_num_threads(),
+            device=pl_module.device.type,
+            precision=str(trainer.precision),
+            torch_version=str(torch.__version__),
+        )
+        folder = record.record_folder(self.folder, facts.step + 1)
         try:
-            sizes = write_record(record_folder(self.folder, number), facts, batches, self._weights)
+            sizes = record.write_record(folder, facts, batches, self._weights)
         except OSError as error:
             rank_zero_warn(
-                f"{record_folder(self.folder, number)} cannot be written ({error.strerror or error}): the step is not "
-                "recorded; training goes on"
+                f"{folder} cannot be written ({error.strerror or error}): the step is not recorded; training goes on"
             )
             return
         finally:
-            self._weights, self._targets = {}, []
-        self._announce(trainer, sizes)
+            self._weights = {}
+        if not self._announced:
+            self._announced = True
+            self._announce(trainer, sizes)
         if self.keep_last is not None:
-            for old in list(record_folders(self.folder).values())[: -self.keep_last]:
+            for old in list(record.record_folders(self.folder).values())[: -self.keep_last]:
                 shutil.rmtree(old, ignore_errors=True)
 
     def _announce(self, trainer: pl.Trainer, sizes: dict[str, int]) -> None:
-        """Print once where records are written, and their size."""
-        if self._announced:
-            return
-        self._announced = True
+        """Print where records are written, and their size."""
         size = sum(sizes.values())
-        more = sum(map(self.wants, range(trainer.global_step + 1, max(trainer.max_steps, trainer.global_step) + 1)))
-        text = (
-            f"recording in {self.folder / FOLDER}: {size / _MIB:.1f} MiB a step, of which weights "
-            f"{sizes['weights'] / _MIB:.1f}"
+        num_kept = self.keep_last
+        if trainer.max_steps >= 0:
+            num_written = sum(map(self.wants, range(trainer.global_step, trainer.max_steps + 1)))
+            num_kept = min(num_written, self.keep_last or num_written)
+        kept = "all are kept"
+        if num_kept is not None:
+            kept = f"{num_kept} records kept by the end, {num_kept * size / _MIB:.0f} MiB"
+        share = f"; of {trainer.world_size} processes the first one's share" if trainer.world_size > 1 else ""
+        rank_zero_info(
+            f"recording in {self.folder / record.FOLDER}: {size / _MIB:.1f} MiB a step, of which weights "
+            f"{sizes['weights'] / _MIB:.1f}; {kept}{share}"
         )
-        count = 1 + more if self.keep_last is None else min(1 + more, self.keep_last)
-        bounded = trainer.max_steps >= 0 or self.keep_last is not None
-        text += f"; {count} records kept by the end, {count * size / _MIB:.0f} MiB" if bounded else "; all are kept"
-        if trainer.world_size > 1:
-            text += f"; of {trainer.world_size} processes the first one's share"
-        rank_zero_info(text)
         free = shutil.disk_usage(self.folder).free
-        if (count - 1) * size > free:
+        if num_kept is not None and (num_kept - 1) * size > free:
             rank_zero_warn(
-                f"records will take {count * size / _MIB:.0f} MiB, but {self.folder} has {free / _MIB:.0f} MiB free: "
-                "raise pool_recorder.every_n_steps or set pool_recorder.keep_last"
+                f"records will take {num_kept * size / _MIB:.0f} MiB, but {self.folder} has {free / _MIB:.0f} MiB "
+                "free: raise pool_recorder.every_n_steps or set pool_recorder.keep_last"
             )
-
-
-def step_facts(
-    trainer: pl.Trainer, module: OPDModule, traces: Sequence[StepTrace], gradient_norm: float | None
-) -> StepFacts:
-    """Return the plain values of a step.
-
-    Args:
-        trainer: of the run.
-        module: of the run.
-        traces: of the step's micro-batches.
-        gradient_norm: before clipping.
-    """
-    losses = []
-    for trace in traces:  # the same function of the same tensors as in the step, so the same bits
-        assert trace.inputs.position_losses is not None
-        losses.append(float(reduce_losses(trace.inputs.position_losses, trace.gates.weights, trace.loss_shares)))
-    tau = traces[0].gates.tau
-    return StepFacts(
-        step=traces[0].step,
-        reuse_epoch=traces[0].reuse_epoch,
-        losses=losses,
-        gradient_norm=gradient_norm,
-        gate=repr(module.gate),
-        tau=None if tau is None else float(tau),
-        num_processes=trainer.world_size,
-        num_threads=torch.get_num_threads(),
-        device=module.device.type,
-        precision=str(trainer.precision),
-        torch_version=str(torch.__version__),
-    )

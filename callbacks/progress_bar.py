@@ -2,19 +2,18 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
-from torch import Tensor
 
 from opdlab.diagnostics.metric_table import progress_items, progress_names
+from opdlab.diagnostics.trace import to_host
 
 # Their handlers keep the standard error stream from the import of Lightning.
 _LOGGERS = ("lightning.pytorch", "lightning.fabric")
@@ -38,10 +37,10 @@ class SummaryLine:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Yield the line; nothing if it has no item."""
         items = list(self.items)  # another thread renders it
-        while items and cell_len(_joined(items)) > options.max_width:
+        while items and cell_len(" · ".join(items)) > options.max_width:
             items.pop()
         if items:
-            yield Text(_joined(items), no_wrap=True)
+            yield Text(" · ".join(items), no_wrap=True)
 
 
 class LabProgressBar(RichProgressBar):
@@ -82,7 +81,9 @@ class LabProgressBar(RichProgressBar):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined] # set by Lightning's logger connector
         if trainer.global_step != self._fetched_at and every > 0 and trainer.global_step % every == 0:
             self._fetched_at = trainer.global_step
-            self._values |= _fetch(trainer.callback_metrics, [name for name in names if name not in metrics])
+            logged = {name: value for name, value in trainer.callback_metrics.items() if name in names}
+            fetched = to_host({name: value for name, value in logged.items() if name not in metrics})
+            self._values |= {name: float(value.numpy()) for name, value in fetched.items()}
         self._line.items = progress_items(self._values)
         # The run's number is left out too: Lightning shows only its last four characters.
         return {name: value for name, value in metrics.items() if name not in (*names, "v_num")}
@@ -140,19 +141,7 @@ class LabProgressBar(RichProgressBar):
             self.refresh()
 
 
-def _fetch(metrics: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, float]:
-    known = [name for name in names if name in metrics]
-    if not known:
-        return {}
-    # One copy to the host for everything.
-    return dict(zip(known, torch.stack([metrics[name] for name in known]).tolist(), strict=True))
-
-
 def _redirect_messages(before: TextIO, after: TextIO) -> None:
     for handler in (handler for name in _LOGGERS for handler in logging.getLogger(name).handlers):
         if isinstance(handler, logging.StreamHandler) and handler.stream is before:
             handler.setStream(after)
-
-
-def _joined(items: Sequence[str]) -> str:
-    return " · ".join(items)

@@ -4,16 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from opdlab.callbacks.step_callback import StepCallback
+from opdlab.callbacks.tensorboard import writers
 from opdlab.data.datamodule import PromptDataModule
 from opdlab.diagnostics import StepTrace
 from opdlab.errors import require
 from opdlab.module import OPDModule
-from opdlab.types import Problem
 from opdlab.viewer import (
     INDEX,
     RolloutText,
@@ -21,7 +20,6 @@ from opdlab.viewer import (
     choose_rollouts,
     markdown_literal,
     render_page,
-    step_count,
     token_texts,
     visible,
     write_page,
@@ -77,12 +75,10 @@ class SampleLogger(StepCallback):
         rollouts = choose_rollouts(traces, self.num_rollouts)
         if not rollouts:  # the loss may leave out every token of the step
             return
-        problems = _problems(trainer)
-        texts = [_text(pl_module.student.tokenizer, rollout, problems) for rollout in rollouts]
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                for place, pair in enumerate(zip(rollouts, texts, strict=True)):
-                    logger.experiment.add_text(f"rollouts/{place}", rollout_markdown(*pair), trainer.global_step)
+        texts = rollout_texts(trainer, pl_module.student.tokenizer, rollouts)
+        for writer in writers(trainer.loggers):
+            for place, pair in enumerate(zip(rollouts, texts, strict=True)):
+                writer.add_text(f"rollouts/{place}", rollout_markdown(*pair), trainer.global_step)
         gate = visible(repr(pl_module.gate))
         facts = {
             "gate": gate if len(gate) <= _SHOWN else f"{gate[:_SHOWN]}…",
@@ -100,22 +96,28 @@ class SampleLogger(StepCallback):
             self._warned = True
 
 
-def _problems(trainer: pl.Trainer) -> Sequence[Problem]:
+def rollout_texts(
+    trainer: pl.Trainer, tokenizer: PreTrainedTokenizerBase, rollouts: Sequence[ShownRollout]
+) -> list[RolloutText]:
+    """Return the text of each rollout.
+
+    Args:
+        trainer: of the run; its data module knows the problems.
+        tokenizer: the student's.
+        rollouts: with their token ids.
+    """
     data = trainer.datamodule  # type: ignore[attr-defined] # set by Lightning's data connector
-    if not isinstance(data, PromptDataModule) or data.train_prompts is None:
-        return ()
-    return [prompt.problem for prompt in data.train_prompts.prompts]
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, rollout: ShownRollout, problems: Sequence[Problem]) -> RolloutText:
+    prompts = data.train_prompts.prompts if isinstance(data, PromptDataModule) and data.train_prompts else ()
     special = set(tokenizer.all_special_ids)
-    tokens = rollout.tokens.tolist()
-    return RolloutText(
-        prompt=tokenizer.decode(rollout.prompt_tokens.tolist(), clean_up_tokenization_spaces=False),
-        tokens=token_texts(tokenizer, tokens),
-        special=[token in special for token in tokens],
-        problem=problems[rollout.prompt_id] if rollout.prompt_id < len(problems) else None,
-    )
+    return [
+        RolloutText(
+            prompt=tokenizer.decode(rollout.prompt_tokens.tolist(), clean_up_tokenization_spaces=False),
+            tokens=token_texts(tokenizer, tokens := rollout.tokens.tolist()),
+            special=[token in special for token in tokens],
+            problem=prompts[rollout.prompt_id].problem if rollout.prompt_id < len(prompts) else None,
+        )
+        for rollout in rollouts
+    ]
 
 
 def rollout_markdown(rollout: ShownRollout, text: RolloutText) -> str:
@@ -128,7 +130,7 @@ def rollout_markdown(rollout: ShownRollout, text: RolloutText) -> str:
     facts = {
         "answer": _VERDICTS[rollout.correct],
         "stopped by": rollout.stop_reason.name.lower(),
-        "age": step_count(rollout.age),
+        "age": f"{rollout.age} step{'s' * (rollout.age != 1)}",
         "reuse epoch": str(rollout.reuse_epoch),
         "length": f"{len(rollout.tokens)} token{'s' * (len(rollout.tokens) != 1)}",
         "mean abs(drift)": f"{rollout.mean_drift:.3g} nats",

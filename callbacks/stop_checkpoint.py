@@ -9,9 +9,11 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
+from opdlab.checkpoints import CheckpointFiles
 from opdlab.errors import Stopped
 from opdlab.processes import STOP_SIGNALS, catching_signals
 
@@ -39,6 +41,11 @@ class StopCheckpoint(Checkpoint):
         self._signum: int | None = None
         self._since = 0.0
         self._listening = ExitStack()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Have checkpoints written by :class:`opdlab.checkpoints.CheckpointFiles`, unless the user chose a plugin."""
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = CheckpointFiles()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Install the signal handlers."""

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 
 from opdlab.diagnostics.histograms import Histogram
-from opdlab.diagnostics.metric_table import Metric, chart_layout
+from opdlab.diagnostics.metric_table import chart_layout
 
 
 def writers(loggers: Sequence[Logger]) -> list[SummaryWriter]:
@@ -22,18 +22,14 @@ def layout() -> dict[str, dict[str, tuple[str, list[str]]]]:
     A ``Multiline`` chart has a line for each name that one of its regular expressions matches, a ``Margin`` chart a
     line in a band, given by the names of value, lower and upper bound.
     """
-    return {page: {title: _chart(rows) for title, rows in charts.items()} for page, charts in chart_layout().items()}
-
-
-def _chart(rows: Sequence[Metric]) -> tuple[str, list[str]]:
-    if any(row.chart is not None and row.chart.band for row in rows):
-        return "Margin", [row.name for row in rows]
-    return "Multiline", [row.pattern for row in rows]
-
-
-def write_layout(writer: SummaryWriter) -> None:
-    """Write the page "Custom scalars", once for each writer."""
-    writer.add_custom_scalars(layout())
+    pages: dict[str, dict[str, tuple[str, list[str]]]] = {}
+    for page, charts in chart_layout().items():
+        pages[page] = {}
+        for title, rows in charts.items():
+            band = any(row.chart is not None and row.chart.band for row in rows)
+            names = [row.name if band else row.pattern for row in rows]
+            pages[page][title] = ("Margin" if band else "Multiline", names)
+    return pages
 
 
 def write_histograms(writer: SummaryWriter, histograms: Mapping[str, Histogram], step: int) -> None:

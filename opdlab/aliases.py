@@ -6,13 +6,14 @@ Code that reads one calls :func:`migrate` first. Add a row here when you rename 
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from opdlab.errors import require
 
 # Modules and packages in class paths and ``package://`` paths. If several match, the longest is used.
 PATHS = {
+    "opdlab.studies.progress": "opdlab.studies.step_file",
     "opdlab.tasks": "opdlab.verifiers",
     "opdlab.tasks.math_verifier": "opdlab.verifiers.math.math_verifier",
     "opdlab.tasks.plain_verifiers": "opdlab.verifiers.plain",
@@ -103,9 +104,9 @@ def _replace_texts(value: Any, found: dict[str, str]) -> Any:
 def _migrate(config: dict[str, Any], found: dict[str, str]) -> dict[str, Any]:
     migrated: dict[str, Any] = _replace_texts(config, found)
     for old, new in KEYS.items():
-        for section, key in ((migrated, old), _nested(migrated, old)):
+        for section, key in ((migrated, old), nested(migrated, old)):
             if key in section:
-                target, new_key = (section, new) if key == old else _nested(migrated, new)
+                target, new_key = (section, new) if key == old else nested(migrated, new)
                 require(new_key not in target, f"{old} is now {new}, and both are given: leave {old} out")
                 target[new_key] = section.pop(key)
                 found[old] = new
@@ -116,10 +117,15 @@ def _migrate(config: dict[str, Any], found: dict[str, str]) -> dict[str, Any]:
     return migrated
 
 
-def _nested(config: dict[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
-    """Return the section that holds a dotted key (empty if missing), and the last part of the key."""
+def nested(config: Mapping[str, Any], dotted: str) -> tuple[dict[str, Any], str]:
+    """Return the section that holds a dotted key (empty if missing), and the last part of the key.
+
+    Example:
+        >>> nested({"model": {"gate": "block64"}}, "model.gate")
+        ({'gate': 'block64'}, 'gate')
+    """
     *parents, last = dotted.split(".")
     section: Any = config
     for parent in parents:
-        section = section.get(parent) if isinstance(section, dict) else None
+        section = section.get(parent) if isinstance(section, Mapping) else None
     return (section if isinstance(section, dict) else {}), last

@@ -1,6 +1,7 @@
 """The error for mistakes that the user can fix, and the signals that stop a run."""
 
 import signal
+from pathlib import Path
 
 
 class UsageError(ValueError):
@@ -30,6 +31,21 @@ class Stopped(KeyboardInterrupt):
         self.signum = signum
 
 
+class FullDiskError(RuntimeError):
+    """Error for a file that cannot be written because the disk is full. The command line exits with code 1.
+
+    It is no ``OSError``: a writer that only warns if a file cannot be written still stops when the disk is full.
+
+    Args:
+        path: the file, or a folder that holds it.
+        more: what to say besides the path.
+    """
+
+    def __init__(self, path: Path, more: str = "") -> None:
+        super().__init__(f"{path} cannot be written, because the disk is full{more}")
+        self.path = path
+
+
 def exit_code(stopped: BaseException | None) -> int:
     """Return 128 plus the number of the signal that stopped a program, as shells do.
 
@@ -38,6 +54,16 @@ def exit_code(stopped: BaseException | None) -> int:
         (143, 130)
     """
     return 128 + int(getattr(stopped, "signum", signal.SIGINT))
+
+
+def first_line(error: BaseException) -> str:
+    r"""Return the first line of an error's message, or the name of its type if it has none.
+
+    Example:
+        >>> first_line(OSError("no space\nleft")), first_line(MemoryError())
+        ('no space', 'MemoryError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def require(condition: bool, message: str) -> None:

@@ -117,14 +117,11 @@ def model_card(name: str, record: TrainingRecord) -> ModelCard:
     if record.config is not None:
         parts += [f"To repeat it: `opdlab fit -c {record.config}`, with the file of that name in this folder.\n"]
     if record.results:
-        parts += ["## Results\n", _results(record.results)]
+        metrics = dict.fromkeys(name for column in record.results.values() for name in column)
+        lines = [[name, *(column.get(name, "") for column in record.results.values())] for name in metrics]
+        cells = [list(map(escaped, line)) for line in lines]
+        parts += ["## Results\n", _table(["metric", *map(escaped, record.results)], cells)]
     return ModelCard("\n".join(parts))
-
-
-def _results(results: Mapping[str, Mapping[str, str]]) -> str:
-    figures = dict.fromkeys(name for column in results.values() for name in column)
-    rows = [[escaped(name), *(escaped(column.get(name, "")) for column in results.values())] for name in figures]
-    return _table(["figure", *map(escaped, results)], rows)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

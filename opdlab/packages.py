@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import InvalidVersion, Version
 
-from opdlab.errors import UsageError
+from opdlab.errors import UsageError, first_line
 
 # Names in transformers that hold the lowest supported version. A name that no longer exists is skipped.
 _LOWEST = {
@@ -51,7 +51,7 @@ def require_package(name: str, why: str, extra: str) -> None:
     except Exception as error:  # libraries that cannot be loaded raise OSError, RuntimeError, …
         missing = isinstance(error, ModuleNotFoundError) and (error.name or name).partition(".")[0] != name
         mend = command if missing else f"pip install --force-reinstall --no-deps {name}"
-        said = f"importing {name} {_version(name)} fails ({_first_line(error)})"
+        said = f"importing {name} {_version(name)} fails ({first_line(error)})"
         raise UsageError(f"{why} needs {name}, but {said}: {mend}") from error
     if (reason := refusal(name)) is not None:
         raise UsageError(f"{why}: {reason}: {command}, which takes a pair that works")
@@ -109,7 +109,7 @@ def working_pair(name: str, why: str, extra: str) -> Iterator[None]:
     except UsageError:
         raise
     except (ImportError, AttributeError, ValueError) as error:
-        line = _first_line(error)
+        line = first_line(error)
         if isinstance(error, ValueError) and not ("version" in line and name in line.lower()):
             raise
         lowest = re.search(r">= ?(\d[\w.]*)", line)
@@ -134,26 +134,30 @@ def package_trouble(error: BaseException) -> str | None:
     seen: list[BaseException] = []  # `raise error from error` makes a cycle
     cause: BaseException | None = error
     while cause is not None and cause not in seen:
-        if isinstance(cause, ImportError) and (said := _told(cause)) is not None:
+        if isinstance(cause, ImportError) and (said := _message(cause)) is not None:
             return said
         seen.append(cause)
         cause = cause.__cause__
     return None
 
 
-def _told(error: ImportError) -> str | None:
+def _message(error: ImportError) -> str | None:
+    """Return the message for a failed import, with the command that fixes it; None if its cause is unknown."""
     top = (error.name or "").partition(".")[0]
     if top == "opdlab":  # a bug in opdlab
         return None
     line = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError) and top and not is_installed(top):
-        wanted = "opdlab" if _is_own_requirement(_distribution(top)) else _distribution(top)
-        return f"needs {_distribution(top)}, which is not installed: pip install {wanted}"
+        missing, required = _distribution(top), []
+        with suppress(importlib.metadata.PackageNotFoundError):  # opdlab is read from a checkout
+            required = [line for line in importlib.metadata.requires("opdlab") or [] if "extra ==" not in line]
+        wanted = "opdlab" if any(Requirement(line).name == missing for line in required) else missing
+        return f"needs {missing}, which is not installed: pip install {wanted}"
     with suppress(TypeError, InvalidRequirement):
-        required = Requirement(_REQUIREMENT.search(line)[1])  # type: ignore[index] # TypeError if nothing matches
-        if (installed := _version(required.name)) is None:
-            return f"needs {required.name}, which is not installed: pip install {required.name}"
-        return f"needs {required}, but {installed} is installed: pip install -U '{required}'"
+        requirement = Requirement(_REQUIREMENT.search(line)[1])  # type: ignore[index] # TypeError if nothing matches
+        if (installed := _version(requirement.name)) is None:
+            return f"needs {requirement.name}, which is not installed: pip install {requirement.name}"
+        return f"needs {requirement}, but {installed} is installed: pip install -U '{requirement}'"
     if command := _COMMAND.search(line):
         reason = line[: command.start()].rstrip(" `:'\"")
         return f"needs a package ({reason}): {command[0]}"
@@ -161,15 +165,6 @@ def _told(error: ImportError) -> str | None:
     if installed is None:
         return None
     return f"needs {top}, but importing {top} {installed} fails ({line}): pip install --upgrade {_distribution(top)}"
-
-
-def _is_own_requirement(name: str) -> bool:
-    """True if opdlab requires a distribution without an extra, so that ``pip install opdlab`` brings it."""
-    try:
-        lines = importlib.metadata.requires("opdlab") or []
-    except importlib.metadata.PackageNotFoundError:  # read from a checkout that is not installed
-        return False
-    return any(Requirement(line).name == name for line in lines if "extra ==" not in line)
 
 
 def _distribution(module: str) -> str:
@@ -181,10 +176,3 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(_distribution(name))
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-__all__ = ["is_installed", "package_trouble", "refusal", "require_package", "working_pair"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from opdlab.aliases import migrate
+from opdlab.files import replacing
 from opdlab.version import __version__
 
 SETTINGS, RESULTS = "settings.json", "results.json"  # files of an evaluation
@@ -33,9 +34,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file atomically: a reader sees the old content or the new, never a part."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
+    with replacing(path) as file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:

@@ -1,6 +1,8 @@
 """Registry of plug-ins by name: a decorator that registers a class, and a lookup that suggests the nearest name."""
 
 import difflib
+import inspect
+import re
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -21,6 +23,18 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """
     nearest = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean '{nearest[0]}'?" if nearest else ""
+
+
+def _options_of(cls: type) -> set[str]:
+    """Return the keyword arguments of a class, with those that it passes on to its bases through ``**options``."""
+    names: set[str] = set()
+    for each in cls.__mro__:
+        if "__init__" in vars(each):
+            parameters = list(inspect.signature(each.__init__).parameters.values())[1:]  # type: ignore[misc]
+            names |= {p.name for p in parameters if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)}
+            if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+                break
+    return names
 
 
 class Registry(Generic[T]):
@@ -70,11 +84,8 @@ class Registry(Generic[T]):
         self._load()
         if name not in self._classes:
             known = self.names()
-            raise UsageError(
-                f"unknown {self.kind} '{name}'{suggestion(name, known)} Registered: {', '.join(known)}"
-                if suggestion(name, known)
-                else f"unknown {self.kind} '{name}'; registered: {', '.join(known)}"
-            )
+            hint = suggestion(name, known) or ";"
+            raise UsageError(f"unknown {self.kind} '{name}'{hint} registered: {', '.join(known)}")
         return self._classes[name]
 
     def name_of(self, cls: type) -> str | None:
@@ -83,8 +94,19 @@ class Registry(Generic[T]):
         return next((name for name, known in self._classes.items() if known is cls), None)
 
     def build(self, name: str, **options: Any) -> T:
-        """Return an instance of the class registered as ``name``."""
-        return self.get(name)(**options)
+        """Return an instance of the class registered as ``name``; raise :class:`UsageError` for an unknown option."""
+        cls = self.get(name)
+        try:
+            return cls(**options)
+        except TypeError as error:
+            found = re.search(r"(?:unexpected|multiple values for) keyword argument '(\w+)'", str(error))
+            if found is None or found[1] not in options:
+                raise
+            known = sorted(_options_of(cls) - {found[1]})
+            raise UsageError(
+                f"{self.kind} '{name}' has no option '{found[1]}'{suggestion(found[1], known) or ';'} its options: "
+                f"{', '.join(known) or 'none'}"
+            ) from error
 
     def _load(self) -> None:
         if self._loaded:

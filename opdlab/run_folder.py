@@ -1,64 +1,118 @@
-"""Folders of runs and their checkpoints: ``ROOT/version_N/checkpoints``."""
+"""Folders of runs, and of evaluations' samples."""
 
-import pickle
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
-from opdlab.errors import UsageError, require
-from opdlab.records import SETTINGS_PLACEHOLDER, digest
+from opdlab.errors import UsageError
+from opdlab.files import remove_partial_files
+from opdlab.locks import lock_holder, locked
+from opdlab.records import RESULTS, SETTINGS_PLACEHOLDER, digest
+
+CONFIG, METRICS = "config.yaml", "metrics.csv"
+_VERSION = re.compile(r"version_(\d+)")
 
 
-def find_checkpoint(path: str, root: Path) -> Path:
-    """Return the file for ``ckpt_path``; ``last`` is the newest checkpoint of the newest run under ``root``.
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run of ``opdlab fit``, whatever its loggers: ``ROOT/version_N``.
 
-    Raises:
-        UsageError: the checkpoint does not exist.
+    ::
+
+        config.yaml      configuration of the run
+        results.json     evaluations, costs, seeds, versions and state
+        metrics.csv      logged metrics, one row a step
+        checkpoints/     checkpoints
+        student/         the trained student
+        rollouts/        pages of rollouts
+        lock             names the process that trains in the folder
+
+    Args:
+        path: of the folder.
+        made: folders above it that were made for it, the innermost first.
     """
-    if path != "last":
-        require(Path(path).is_file(), f"ckpt_path '{path}' does not exist: give a .ckpt file, or 'last'")
-        return Path(path)
-    found = sorted(root.glob("version_*/checkpoints/*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
-    require(bool(found), f"ckpt_path is 'last', but there is no checkpoint under {root}: start a run without it")
-    return found[-1]
 
+    path: Path
+    made: tuple[Path, ...] = ()
 
-def check_checkpoint(path: Path) -> int:
-    """Return the optimizer step of a checkpoint, and refuse one that cannot be read.
+    @classmethod
+    def create(cls, root: Path) -> Self:
+        """Create the folder of a new run: the first free ``version_N`` after all that exist.
 
-    Raises:
-        UsageError: the file is truncated, is not a checkpoint, or holds more than tensors and plain values.
-    """
-    import torch  # here, because a study's job process needs it only to resume a run
+        Two runs that start at the same moment get two folders, because a folder belongs to the run that created it.
 
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0][:200]
-        raise UsageError(
-            f"ckpt_path '{path}' cannot be read, it may have been cut off while it was written: give an earlier "
-            f"checkpoint ({first_line})"
-        ) from error
-    return int(checkpoint.get("global_step", 0))
+        Raises:
+            UsageError: ``root`` cannot be written.
+        """
+        try:
+            made = tuple(folder for folder in (root, *root.parents) if not folder.exists())
+            root.mkdir(parents=True, exist_ok=True)
+            names = (_VERSION.fullmatch(path.name) for path in root.iterdir())
+            number = max((int(name[1]) for name in names if name), default=-1) + 1
+            while True:
+                with suppress(FileExistsError):
+                    (root / f"version_{number}").mkdir()
+                    return cls(root / f"version_{number}", made)
+                number += 1
+        except OSError as error:
+            raise UsageError(
+                f"trainer.default_root_dir is '{root}', which cannot be written ({error.strerror}): give another folder"
+            ) from error
 
+    @classmethod
+    def of_checkpoint(cls, ckpt_path: Path, root: Path) -> Self | None:
+        """Return the folder of the run under ``root`` that wrote a checkpoint; None if there is none."""
+        folder = ckpt_path.resolve().parent.parent
+        inside = folder.parent == root.resolve() and _VERSION.fullmatch(folder.name)
+        return cls(root / folder.name) if inside else None
 
-def run_folder_for(ckpt_path: str | None, root: Path) -> Path:
-    """Return the folder of a run: a new ``version_N``, or the folder of the checkpoint that it resumes.
+    @property
+    def config(self) -> Path:
+        """Return the path of the configuration."""
+        return self.path / CONFIG
 
-    Raises:
-        UsageError: ``root`` cannot be created.
-    """
-    if ckpt_path is not None:
-        folder = Path(ckpt_path).resolve().parent.parent
-        if folder.parent == root.resolve() and re.fullmatch(r"version_\d+", folder.name):
-            return root / folder.name
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(
-            f"trainer.default_root_dir is '{root}', but it cannot be made ({error.strerror}): give another folder"
-        ) from error
-    numbers = [int(path.name.removeprefix("version_")) for path in root.glob("version_*") if path.name[8:].isdigit()]
-    return root / f"version_{max(numbers, default=-1) + 1}"
+    @property
+    def results(self) -> Path:
+        """Return the path of the results."""
+        return self.path / RESULTS
+
+    @property
+    def metrics(self) -> Path:
+        """Return the path of the logged metrics."""
+        return self.path / METRICS
+
+    @property
+    def checkpoints(self) -> Path:
+        """Return the folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def discard(self) -> None:
+        """Delete the folder of a run that was refused, and those made for it if nothing else is in them."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):
+            for folder in self.made:
+                folder.rmdir()
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Hold the folder's lock while the block runs; files that a kill left half written are removed.
+
+        Raises:
+            UsageError: another process trains in this folder.
+        """
+        with locked(self.path) as free:
+            if not free:
+                holder = lock_holder(self.path) or {}
+                raise UsageError(
+                    f"ckpt_path is of the run in {self.path}, which process {holder.get('pid', '?')} on "
+                    f"{holder.get('host', '?')} is training: wait for its end, or start a run without ckpt_path"
+                )
+            remove_partial_files(self.path)
+            yield
 
 
 def fit_samples_folder(samples: str, folder: Path) -> Path:

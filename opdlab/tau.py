@@ -117,6 +117,3 @@ class EffectiveSampleSizeTau(TauSchedule):
             size = weights.sum().square() / (mask.sum() * weights.square().sum())
             low, high = torch.where(size > self.target, middle, low), torch.where(size > self.target, high, middle)
         return high.exp().clamp(max=self.max_tau)
-
-
-__all__ = ["MAX_TAU", "EffectiveSampleSizeTau", "LinearTau", "TauSchedule", "check_tau"]

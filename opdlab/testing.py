@@ -10,7 +10,7 @@ import functools
 import pickle
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 Law = Callable[[], None]
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LAWS: list[str] = []
 
 
@@ -120,7 +119,10 @@ class GateTester:
 
     def gate(self) -> GateStrategy:
         """Return a new gate after ``setup``."""
-        return self._set_up(self._make_gate())
+        gate = self._make_gate()
+        if self._tokenizer is not None:
+            gate.setup(self._tokenizer)
+        return gate
 
     def inputs(self, dtype: torch.dtype = torch.float32, device: str = "cpu") -> GateInputs:
         """Return the batch for the laws, [5, T]: rows full, short, with holes, of one token, and empty."""
@@ -133,22 +135,18 @@ class GateTester:
         mask[4] = False
         behavior = -3 * torch.rand(shape, generator=generator)
         drift = 0.5 * torch.randn(shape, generator=generator) + torch.tensor([0.0, 0.5, -0.5, 1.0, 0.0]).unsqueeze(1)
-        verdicts = torch.tensor([1, 0, -1, 1, 0], dtype=torch.int8, device=device)
-        vocabulary = len(self._tokenizer) if self._tokenizer is not None else 32
-        values: dict[str, Any] = {
-            "behavior_logprobs": behavior,
-            "current_logprobs": behavior + drift,
-            "teacher_logprobs": -3 * torch.rand(shape, generator=generator),
-            "position_losses": torch.randn(shape, generator=generator),
-            "entropy": 3 * torch.rand(shape, generator=generator),
-            "teacher_entropy": 3 * torch.rand(shape, generator=generator),
-        }
-        return GateInputs(
-            tokens=torch.randint(vocabulary, shape, generator=generator).to(device),
-            mask=mask.to(device),
-            correct=verdicts[:, None].expand(shape),
-            **{name: value.to(device, dtype) for name, value in values.items()},
+        inputs = GateInputs(
+            tokens=torch.randint(len(self._tokenizer) if self._tokenizer else 32, shape, generator=generator),
+            mask=mask,
+            behavior_logprobs=behavior,
+            current_logprobs=behavior + drift,
+            teacher_logprobs=-3 * torch.rand(shape, generator=generator),
+            position_losses=torch.randn(shape, generator=generator),
+            entropy=3 * torch.rand(shape, generator=generator),
+            teacher_entropy=3 * torch.rand(shape, generator=generator),
+            correct=torch.tensor([[1], [0], [-1], [1], [0]], dtype=torch.int8).expand(shape),
         )
+        return inputs.map(lambda value: value.to(device, dtype if value.is_floating_point() else value.dtype))
 
     @_law
     def unit_mean(self) -> None:
@@ -158,18 +156,16 @@ class GateTester:
     @_law
     def no_gradient(self) -> None:
         """Check that weights have no gradient for any inputs, and that segment ids are long."""
-        given = self.inputs()
-        inputs = replace(given, **{name: value.requires_grad_() for name, value in _floats(given).items()})
+        inputs = self.inputs().map(lambda value: value.requires_grad_(value.is_floating_point()))
         gates = self.gate()(inputs)
-        for name, value in _tensors(gates).items():
-            _check(not value.requires_grad, f"{name} requires grad")
+        for name, value in vars(gates).items():
+            _check(value is None or not value.requires_grad, f"{name} requires grad")
         _check(gates.segment_ids.dtype == torch.long, f"segment_ids are {gates.segment_ids.dtype}, not torch.int64")
 
     @_law
     def masked_positions_are_blank(self) -> None:
         """Check that masked positions have weight 0, drift 0 and segment id -1."""
-        inputs = self.inputs()
-        gates = self.gate()(inputs)
+        inputs, _, gates = self._applied()
         for name, value in _maps(gates).items():
             _check(value.shape == inputs.mask.shape, f"{name} is {list(value.shape)} and not {list(inputs.mask.shape)}")
             blank = torch.full_like(value, -1 if name == "segment_ids" else 0)
@@ -178,45 +174,37 @@ class GateTester:
     @_law
     def garbage_behind_the_mask_has_no_influence(self) -> None:
         """Check that NaN, infinities and unknown tokens at masked positions change no bit of the output."""
-        inputs = self.inputs()
-        gate = self.gate()
-        expected = gate(inputs)
+        inputs, gate, expected = self._applied()
         for garbage, token in ((torch.nan, 1), (torch.inf, -1), (-torch.inf, 2**40), (1e30, 0)):
-            floats = {name: value.where(inputs.mask, garbage) for name, value in _floats(inputs).items()}
-            soiled = replace(inputs, tokens=inputs.tokens.where(inputs.mask, token), **floats)
+            soiled = inputs.map(
+                lambda value, fill=garbage: value.where(inputs.mask, fill) if value.is_floating_point() else value  # type: ignore[misc]
+            )
+            soiled = replace(soiled, tokens=inputs.tokens.where(inputs.mask, token))
             _check_gates(f"with {garbage} and token {token} behind the mask,", gate(soiled), expected)
 
     @_law
     def mask_dtype_has_no_influence(self) -> None:
         """Check that a numeric mask gives the same output as a boolean mask."""
-        inputs = self.inputs()
-        gate = self.gate()
-        expected = gate(inputs)
+        inputs, gate, expected = self._applied()
         for dtype in (torch.long, torch.float32):
             _check_gates(f"mask as {dtype},", gate(replace(inputs, mask=inputs.mask.to(dtype))), expected)
 
     @_law
     def padding_invariance(self) -> None:
         """Check that more padding columns do not change the output."""
-        inputs = self.inputs()
-        gate = self.gate()
-        expected = gate(inputs)
+        inputs, gate, expected = self._applied()
         for num_columns in (1, 77):
-            pad = (0, num_columns)
-            wider = inputs.map(functools.partial(torch.nn.functional.pad, pad=pad))
-            padded = _maps(gate(wider))
-            seen = Gates(**{name: value[:, : self._num_tokens] for name, value in padded.items()})
+            wider = inputs.map(functools.partial(torch.nn.functional.pad, pad=(0, num_columns)))
+            seen = Gates(**{name: value[:, : self._num_tokens] for name, value in _maps(gate(wider)).items()})
             _check_gates(f"with {num_columns} more columns of padding,", seen, expected, tolerance=1e-6)
 
     @_law
     def row_permutation_equivariance(self) -> None:
         """Check that a permutation of the rows permutes the output."""
-        inputs = self.inputs()
-        gate = self.gate()
+        inputs, gate, unpermuted = self._applied()
         order = torch.tensor([3, 0, 4, 2, 1])
-        permuted = gate(inputs.map(lambda value: value[order]))
-        expected = Gates(**{name: value[order] for name, value in _maps(gate(inputs)).items()})
-        _check_gates("", permuted, expected, tolerance=1e-6)
+        expected = Gates(**{name: value[order] for name, value in _maps(unpermuted).items()})
+        _check_gates("", gate(inputs.map(lambda value: value[order])), expected, tolerance=1e-6)
 
     @_law
     def zero_drift_gives_ones(self) -> None:
@@ -228,24 +216,22 @@ class GateTester:
     @_law
     def uniform_gates_give_ones(self) -> None:
         """Check that a gate declared ``uniform`` gives every valid position weight 1."""
-        inputs = self.inputs()
-        gate = self.gate()
+        inputs, gate, gates = self._applied()
         if gate.uniform:
-            _check_equal("weights,", gate(inputs).weights, inputs.mask.float(), tolerance=1e-6)
+            _check_equal("weights,", gates.weights, inputs.mask.float(), tolerance=1e-6)
 
     @_law
     def segments_are_numbered_from_zero(self) -> None:
         """Check that the n segments of a row have ids 0 to n-1."""
-        inputs = self.inputs()
-        for row, (ids, mask) in enumerate(zip(self.gate()(inputs).segment_ids, inputs.mask, strict=True)):
+        inputs, _, gates = self._applied()
+        for row, (ids, mask) in enumerate(zip(gates.segment_ids, inputs.mask, strict=True)):
             seen = ids[mask].unique().tolist()
             _check(seen == list(range(len(seen))), f"the segment ids of row {row} are {seen}")
 
     @_law
     def segment_drift_is_the_mean(self) -> None:
         """Check that the drift of a segment is the signed mean over its positions."""
-        inputs = self.inputs()
-        gates = self.gate()(inputs)
+        inputs, _, gates = self._applied()
         expected = torch.zeros_like(inputs.drift)
         for row, ids in enumerate(gates.segment_ids):
             for index in ids[inputs.mask[row]].unique():
@@ -256,23 +242,22 @@ class GateTester:
     def inputs_are_not_modified(self) -> None:
         """Check that the gate does not modify its inputs."""
         inputs = self.inputs()
-        before = {name: value.clone() for name, value in _tensors(inputs).items()}
+        before = inputs.map(torch.clone).tensors()
         self.gate()(inputs)
-        for name, value in _tensors(inputs).items():
+        for name, value in inputs.tensors().items():
             _check_equal(f"{name} after the call,", value, before[name])
 
     @_law
     def pickling_round_trip(self) -> None:
         """Check that a pickled gate gives the same weights."""
-        gate = self.gate()
-        copy = pickle.loads(pickle.dumps(gate))
-        _check_gates("after pickling,", copy(self.inputs()), gate(self.inputs()))
+        inputs, gate, expected = self._applied()
+        _check_gates("after pickling,", pickle.loads(pickle.dumps(gate))(inputs), expected)
 
     @_law
     def devices_and_dtypes(self) -> None:
         """Check for inputs of each floating dtype: weights are float32, on the inputs' device, and keep their mean."""
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-            for dtype in _DTYPES:
+            for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
                 self._check_weights(self.inputs(dtype, device), f"inputs {dtype} on {device}: ")
 
     @_law
@@ -296,35 +281,36 @@ class GateTester:
         gate = self._make_gate()
         path = _class_path(type(gate))
         _check(path is not None, f"no class path leads to {type(gate).__qualname__}")
-        text = yaml.safe_dump({"gate": {"class_path": path, "init_args": self._init_args_of(gate)}})
+        arguments = self._init_args
+        if arguments is None:
+            keys = ArgumentParser().add_class_arguments(type(gate), "gate", fail_untyped=False)
+            names = [key.removeprefix("gate.") for key in keys]
+            options = gate.normalization.options
+            missing = ", ".join(name for name in names if name not in options and not hasattr(gate, name))
+            _check(not missing, f"no attribute holds the argument {missing}: store it, or give init_args")
+            arguments = {name: options.get(name, getattr(gate, name, None)) for name in names}
+        text = yaml.safe_dump({"gate": {"class_path": path, "init_args": dict(arguments)}})
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(GateStrategy, "gate")
         # jsonargparse 4.49 renamed it.
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-        copy = self._set_up(instantiate(parser.parse_string(text))["gate"])
+        copy = instantiate(parser.parse_string(text))["gate"]
         _check(type(copy) is type(gate), f"{path} was read as a {type(copy).__qualname__}")
-        _check_gates(f"after a round trip through {text!r},", copy(self.inputs()), self.gate()(self.inputs()))
-
-    def _set_up(self, gate: GateStrategy) -> GateStrategy:
         if self._tokenizer is not None:
-            gate.setup(self._tokenizer)
-        return gate
+            copy.setup(self._tokenizer)
+        inputs, _, expected = self._applied()
+        _check_gates(f"after a round trip through {text!r},", copy(inputs), expected)
 
-    def _init_args_of(self, gate: GateStrategy) -> dict[str, Any]:
-        if self._init_args is not None:
-            return dict(self._init_args)
-        keys = ArgumentParser().add_class_arguments(type(gate), "gate", fail_untyped=False)
-        names = [key.removeprefix("gate.") for key in keys]
-        options = gate.normalization.options
-        missing = [name for name in names if name not in options and not hasattr(gate, name)]
-        _check(not missing, f"no attribute holds the argument {', '.join(missing)}: store it, or give init_args")
-        return {name: options[name] if name in options else getattr(gate, name) for name in names}
+    def _applied(self) -> tuple[GateInputs, GateStrategy, Gates]:
+        """Return the batch, a gate, and its output for the batch."""
+        inputs, gate = self.inputs(), self.gate()
+        return inputs, gate, gate(inputs)
 
     def _check_weights(self, inputs: GateInputs, case: str = "") -> None:
         """Check that weights are finite, at least 0, and have the mean of the gate's normalization."""
         gate = self.gate()
         gates = gate(inputs)
-        for name, value in _tensors(gates).items():
+        for name, value in _maps(gates).items():
             _check(value.device == inputs.mask.device, f"{case}{name} is on {value.device}")
             _check(bool(value.isfinite().all()), f"{case}{name} holds {value[~value.isfinite()][:1].tolist()}")
         _check(
@@ -348,17 +334,9 @@ def _class_path(cls: type) -> str | None:
     return f"{cls.__module__}.{cls.__qualname__}" if found else None
 
 
-def _tensors(value: GateInputs | Gates) -> dict[str, Tensor]:
-    return {f.name: tensor for f in fields(value) if isinstance(tensor := getattr(value, f.name), Tensor)}
-
-
 def _maps(gates: Gates) -> dict[str, Tensor]:
     """Return the tensors with a value per position."""
-    return {name: value for name, value in _tensors(gates).items() if name != "tau"}
-
-
-def _floats(inputs: GateInputs) -> dict[str, Any]:
-    return {name: value for name, value in _tensors(inputs).items() if value.is_floating_point()}
+    return {name: value for name, value in vars(gates).items() if name != "tau"}
 
 
 def _check(holds: bool, seen: str) -> None:
@@ -368,8 +346,7 @@ def _check(holds: bool, seen: str) -> None:
 
 def _check_gates(case: str, seen: Gates, expected: Gates, tolerance: float = 0.0) -> None:
     for name, value in _maps(seen).items():
-        what = f"{case} {name}".strip()
-        _check_equal(what, value, getattr(expected, name), 0.0 if name == "segment_ids" else tolerance)
+        _check_equal(f"{case} {name}".strip(), value, getattr(expected, name), tolerance)
 
 
 def _check_equal(what: str, seen: Tensor, expected: Tensor, tolerance: float = 0.0) -> None:

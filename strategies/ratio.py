@@ -1,13 +1,14 @@
 """Controls of reinforcement learning on the ratio of student to behavior policy: masks and truncated weights."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from opdlab.errors import require
 from opdlab.gating import GateInputs, RuleGate, register_gate
+from opdlab.gating.normalization import check_choice
 
 Aggregate = Literal["geometric_mean", "product"]
 
@@ -39,12 +40,22 @@ class RatioMaskGate(RuleGate):
 
     def __init__(self, min_ratio: float = 0.5, max_ratio: float = 5.0, **options: Any) -> None:
         super().__init__(**options)
-        _check_band(min_ratio, max_ratio)
+        require(
+            0 <= min_ratio <= 1 <= max_ratio,
+            f"min_ratio is {min_ratio} and max_ratio is {max_ratio}, but 0 <= min_ratio <= 1 <= max_ratio must hold",
+        )
         self.min_ratio, self.max_ratio = min_ratio, max_ratio
 
+    def log_ratio(self, inputs: GateInputs) -> Tensor:
+        """Return the logarithm of the ratio that the band is for, [B, T] or [B, 1]."""
+        return inputs.drift
+
     def weight(self, inputs: GateInputs) -> Tensor:
-        """Return 1 inside the band, 0 outside."""
-        return _inside(inputs.drift, self.min_ratio, self.max_ratio).to(inputs.drift.dtype)
+        """Return 1 inside the band, 0 outside; compared as logarithms, which do not overflow."""
+        low = math.log(self.min_ratio) if self.min_ratio else -math.inf
+        ratio = self.log_ratio(inputs)
+        inside = (ratio >= low) & (ratio <= math.log(self.max_ratio))
+        return inside.to(ratio.dtype).expand_as(inputs.drift)
 
 
 @register_gate("truncated_ratio")
@@ -87,7 +98,7 @@ class TruncatedRatioGate(RuleGate):
 
 
 @register_gate("sequence_ratio_mask")
-class SequenceRatioMaskGate(RuleGate):
+class SequenceRatioMaskGate(RatioMaskGate):
     """Hard trust region for whole responses, on the ratio of the response.
 
     Args:
@@ -118,33 +129,17 @@ class SequenceRatioMaskGate(RuleGate):
         aggregate: Aggregate = "geometric_mean",
         **options: Any,
     ) -> None:
-        super().__init__(**options)
-        _check_band(min_ratio, max_ratio)
-        require(
-            aggregate in ("geometric_mean", "product"),
-            f"aggregate is '{aggregate}', but must be geometric_mean or product",
-        )
-        self.min_ratio, self.max_ratio, self.aggregate = min_ratio, max_ratio, aggregate
+        super().__init__(min_ratio, max_ratio, **options)
+        check_choice("aggregate", aggregate, get_args(Aggregate))
+        self.aggregate = aggregate
 
     def segment_ids(self, inputs: GateInputs) -> Tensor:
         """Return the same label everywhere: a response is one segment."""
         return torch.zeros_like(inputs.tokens)
 
-    def weight(self, inputs: GateInputs) -> Tensor:
-        """Return 1 for a response inside the band, 0 for one outside."""
+    def log_ratio(self, inputs: GateInputs) -> Tensor:
+        """Return the logarithm of each response's ratio, [B, 1]."""
         total = inputs.drift.sum(1, keepdim=True)
         if self.aggregate == "geometric_mean":
             total = total / inputs.mask.sum(1, keepdim=True).clamp(min=1)
-        return _inside(total, self.min_ratio, self.max_ratio).to(total.dtype).expand_as(inputs.drift)
-
-
-def _check_band(low: float, high: float) -> None:
-    require(
-        0 <= low <= 1 <= high,
-        f"min_ratio is {low} and max_ratio is {high}, but 0 <= min_ratio <= 1 <= max_ratio must hold",
-    )
-
-
-def _inside(log_ratio: Tensor, low: float, high: float) -> Tensor:
-    """Return True where the ratio lies in [low, high]; compared as logarithms, which do not overflow."""
-    return (log_ratio >= (math.log(low) if low else -torch.inf)) & (log_ratio <= math.log(high))
+        return total

@@ -83,11 +83,11 @@ def test_an_endless_pair_stops_at_another_token(monkeypatch: pytest.MonkeyPatch)
 # -- gates -----------------------------------------------------------------------------------------------------------
 
 
-def test_gate_growth_measures_every_gate_and_figure() -> None:
+def test_gate_growth_measures_every_gate_and_metric() -> None:
     growth = script("gate_growth")
     cpu = torch.device("cpu")
     measured = [growth.measure(2, length, cpu, budget=0.0) for length in (64, 128)]
-    assert set(measured[0]) == {growth.REFERENCE, *growth.GATES, *growth.FIGURES}
+    assert set(measured[0]) == {growth.REFERENCE, *growth.GATES, *growth.METRICS}
     result = {
         "options": {"rows": 2, "lengths": [64, 128]},
         "seconds": {name: [row[name] for row in measured] for name in measured[0]},

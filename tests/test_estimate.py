@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from jsonargparse import Namespace
 from torch import Tensor, nn
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from opdlab.cli import EXIT_USAGE, main
-from opdlab.cli.estimate import DeviceMemory, Estimate, _cache, _scoring, _update
+from opdlab.cli.estimate import DeviceMemory, Estimate, estimate
+from opdlab.cli.parsing import parse_fit
 from opdlab.estimate import (
     ModelSize,
     Shape,
@@ -37,7 +37,6 @@ from opdlab.policies.adapters import AdapterConfig, attach_adapter
 from opdlab.scoring import Head, token_statistics
 from tests.toy_run import STUDENT
 
-Config: Any = Namespace  # without types
 SHAPES = [  # hidden, intermediate, layers, heads, kv heads, head dim
     (64, 192, 2, 4, 2, 16),
     (96, 256, 3, 6, 6, 16),
@@ -210,6 +209,7 @@ def test_optimizer_state(name: str, options: dict[str, Any], dtype: str) -> None
 
 
 def test_the_heads_working_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Smaller tiles, so that a small head has several.
     monkeypatch.setattr("opdlab.scoring.head.MAX_TILE_LOGITS", 200 * VOCAB)
     monkeypatch.setattr("opdlab.estimate.MAX_TILE_LOGITS", 200 * VOCAB)
     hidden = torch.randn(1000, 32, requires_grad=True)
@@ -226,15 +226,21 @@ def test_the_heads_working_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert head_bytes(shape, 1000, training=True) == pytest.approx(peak["Total"] - before - per_position, rel=0.15)
 
 
+def configured(*flags: object) -> Any:
+    """Return the configuration of the quickstart with other flags."""
+    return parse_fit(["-c", "quickstart", *map(str, flags)])
+
+
+def tiny_size(model: PreTrainedModel) -> ModelSize:
+    """Return a size with the shape of a model, and without weights, whose bytes other tests compare."""
+    return ModelSize("tiny", 0, 0, Shape.of(model), Widths(4, 4))
+
+
 def update_of(model: PreTrainedModel, rows: int, length: int, bound: int | None) -> Estimate:
-    config = Config(
-        model=Config(student=Config(), max_tokens_per_pass=bound, sampling=Config(max_new_tokens=length)),
-        data=Config(reuse=Config(batch_size=rows), max_prompt_tokens=0),
-        trainer=Config(accumulate_grad_batches=1),
-    )
-    result = Estimate()
-    _update(result, config, ModelSize("tiny", 0, 0, Shape.of(model), Widths(4, 4)), [])
-    return result
+    flags = ["--model.max_tokens_per_pass", "null" if bound is None else bound, "--data.max_prompt_tokens", 1]
+    flags += ["--model.sampling.max_new_tokens", length - 1, "--data.reuse.batch_size", rows]
+    flags += ["--data.reuse.prompts_per_pool", 3 * rows]
+    return estimate(configured(*flags), {"student": tiny_size(model)})
 
 
 @pytest.mark.parametrize(("rows", "bound"), [(6, 80), (6, 10), (4, 160)])
@@ -263,24 +269,23 @@ def test_passes_that_are_computed_again(rows: int, bound: int) -> None:
     assert saved == pytest.approx(peak(rows) - peak(max(1, bound // length)), rel=0.1)
     assert bounded.parts["hidden states of all passes"][0] == 2 * 4 * rows * length * 64
     assert "hidden states of all passes" not in whole.parts
-    assert update_of(model, rows, length, rows * length).parts == whole.parts
+    ample = update_of(model, rows, length, rows * length)
+    assert {name: ample.parts[name] for name in ample.phases["update"]} == {
+        name: whole.parts[name] for name in whole.phases["update"]
+    }
 
 
 def test_the_snapshots_scoring_is_bounded_too() -> None:
-    size = ModelSize("tiny", 0, 0, Shape.of(tiny(SHAPES[0])), Widths(4, 4))
-    reuse, sampling = Config(prompts_per_pool=8), Config(num_samples=1, max_new_tokens=60)
+    size = tiny_size(tiny(SHAPES[0]))
+    flags = ["--data.max_prompt_tokens", 20, "--model.sampling.max_new_tokens", 60]
+    flags += ["--model.behavior.score_batch_size", 4, "--model.teacher.batch_size", 4]
     parts = []
-    for bound in (None, 100):
-        model = {"behavior": Config(score_batch_size=4), "teacher": Config(init_args=Config(batch_size=4))}
-        config = Config(
-            model=Config(sampling=sampling, max_tokens_per_pass=bound, **model),
-            data=Config(reuse=reuse, max_prompt_tokens=20),
-        )
-        result = Estimate()
-        _scoring(result, config, {"student": size, "teacher": size}, [])
+    for bound in ("null", 100):
+        config = configured(*flags, "--model.max_tokens_per_pass", bound)
+        result = estimate(config, {"student": size, "teacher": size})
         both = [result.parts[f"forward pass of {whose} scoring"] for whose in ("behavior", "teacher")]
         parts.append([size for size, _ in both])
-        expected = "320 tokens" if bound is None else "100 of 320 tokens at a time"
+        expected = "320 tokens" if bound == "null" else "100 of 320 tokens at a time"
         assert [remark for _, remark in both] == [expected, "320 tokens"]
     saved = inference_bytes(size.shape, 4 * 80 - 100, size.widths) - 4 * 80 * 64 * 4  # except for optimizer states
     assert parts[0][0] - parts[1][0] == saved
@@ -298,9 +303,11 @@ def test_sampling_stays_below_its_bound(num_samples: int, prompt: int, new: int,
     sampling = SamplingConfig(num_samples=num_samples, max_new_tokens=new, batch_size=batch)
     with LiveBytes(student) as live, torch.no_grad():
         Sampler(sampling).sample(student, [[5] * prompt] * (rows // num_samples), seed=1)
-    size = ModelSize("tiny", 0, 0, Shape.of(student.model), Widths(4, 4))
-    run = Config(data=Config(max_prompt_tokens=prompt))
-    assert 0.4 * _cache(size, run, sampling, rows)[0] <= live.peak <= _cache(size, run, sampling, rows)[0]
+    flags = ["--model.sampling.num_samples", num_samples, "--model.sampling.max_new_tokens", new]
+    flags += ["--model.sampling.batch_size", batch, "--data.max_prompt_tokens", prompt]
+    flags += ["--data.reuse.prompts_per_pool", rows // num_samples, "--data.reuse.batch_size", rows]
+    bound, _ = estimate(configured(*flags), {"student": tiny_size(student.model)}).parts["KV cache"]
+    assert 0.4 * bound <= live.peak <= bound
 
 
 def test_what_pinning_rounds_up_to(tmp_path: Path) -> None:
@@ -350,7 +357,7 @@ def paper_models(folder: Path) -> list[str]:
     return flags
 
 
-def figure(output: str, part: str) -> float:
+def shown_size(output: str, part: str) -> float:
     line = next(line for line in output.splitlines() if line.startswith(f"│ {part} "))
     return float(line.split("│")[2])
 
@@ -361,10 +368,10 @@ def test_the_papers_run_as_its_readme_has_it(opdlab: Any, tmp_path: Path, capsys
     output = capsys.readouterr().out
     readme = (Path(__file__).parents[1] / "configs/paper/README.md").read_text()
     for phase in ("sampling", "behavior scoring", "teacher scoring", "update", "evaluation"):
-        assert f"| {phase} | {figure(output, f'peak of {phase}'):.1f} |" in readme
+        assert f"| {phase} | {shown_size(output, f'peak of {phase}'):.1f} |" in readme
     assert "1,720,574,976 x 4 bytes" in output  # the published number of parameters
     assert opdlab("estimate", "-c", "paper/lsm-block64", *flags, "--model.student.gradient_checkpointing", "false") == 0
-    assert figure(capsys.readouterr().out, "activations") > 5 * figure(output, "activations")
+    assert shown_size(capsys.readouterr().out, "activations") > 5 * shown_size(output, "activations")
     assert not list(tmp_path.glob("runs"))  # no model is built and no file is left
 
 
@@ -379,7 +386,7 @@ def test_what_rests_on_the_host_is_counted_where_it_works(
         return capsys.readouterr().out
 
     plain, offloaded = shown(), shown(*offload)
-    snapshot, teacher = (figure(plain, part) for part in ("behavior snapshot", "teacher weights"))
+    snapshot, teacher = (shown_size(plain, part) for part in ("behavior snapshot", "teacher weights"))
     saved = {
         "sampling": teacher,
         "behavior scoring": teacher,
@@ -388,17 +395,17 @@ def test_what_rests_on_the_host_is_counted_where_it_works(
         "evaluation": snapshot + teacher,
     }
     for phase, size in saved.items():
-        difference = figure(plain, f"peak of {phase}") - figure(offloaded, f"peak of {phase}")
+        difference = shown_size(plain, f"peak of {phase}") - shown_size(offloaded, f"peak of {phase}")
         assert difference == pytest.approx(size, abs=0.03)
-    caches = [figure(offloaded, f"KV cache of {whose}") for whose in ("evaluation", "the teacher's evaluation")]
-    expected = figure(offloaded, "peak of evaluation") - caches[0] + caches[1] + teacher
-    assert figure(offloaded, "peak of the teacher's evaluation") == pytest.approx(expected, abs=0.03)
+    caches = [shown_size(offloaded, f"KV cache of {whose}") for whose in ("evaluation", "the teacher's evaluation")]
+    expected = shown_size(offloaded, "peak of evaluation") - caches[0] + caches[1] + teacher
+    assert shown_size(offloaded, "peak of the teacher's evaluation") == pytest.approx(expected, abs=0.03)
     for part, size in (("behavior snapshot", snapshot), ("teacher weights", teacher)):
-        assert "on the host" not in plain.replace("pool, on the host", "")
-        assert size <= figure(offloaded, f"{part}, on the host") <= 2 * size
+        assert "on the host" not in plain.replace("rollout buffer, on the host", "")
+        assert size <= shown_size(offloaded, f"{part}, on the host") <= 2 * size
     measured = shown(*offload, "--model.evaluation.reverse_kl", "true", "--model.evaluation.teacher", "false")
     assert "the teacher's evaluation" not in measured
-    more = figure(measured, "peak of evaluation") - figure(offloaded, "peak of evaluation")
+    more = shown_size(measured, "peak of evaluation") - shown_size(offloaded, "peak of evaluation")
     assert more == pytest.approx(teacher, abs=0.03)
     on_cpu = shown(*offload, "--trainer.accelerator", "cpu")
     assert [line for line in on_cpu.splitlines() if "peak of" in line and "│" in line] == [
@@ -409,25 +416,25 @@ def test_what_rests_on_the_host_is_counted_where_it_works(
 def test_the_quickstart_fits_and_overrides_work(opdlab: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert opdlab("estimate", "-c", "quickstart", "--model.optimizer", "torch.optim.SGD") == 0
     output = capsys.readouterr().out
-    assert figure(output, "optimizer state") == 0
+    assert shown_size(output, "optimizer state") == 0
     assert "fits" in output
     assert opdlab("estimate", "-c", "quickstart", "--model.gaet", "span") == EXIT_USAGE
 
 
 def test_the_verdict_names_phase_and_part() -> None:
     parts = {"weights": (2 << 30, ""), "cache": (5 << 30, "")}
-    estimate = Estimate(parts, {"update": ["weights"], "sampling": ["weights", "cache"]})
-    line = estimate.verdict(DeviceMemory("card", 8 << 30, 6 << 30))
+    result = Estimate(parts, {"update": ["weights"], "sampling": ["weights", "cache"]})
+    line = result.verdict(DeviceMemory("card", 8 << 30, 6 << 30))
     assert line.startswith("card has 6.00 GiB free of 8.00: the peak of sampling, 7.00 GiB, does not fit")
     assert line.endswith("cache")
-    assert "7.00 GiB in sampling, fits" in estimate.verdict(DeviceMemory("card", 8 << 30, 7 << 30))
+    assert "7.00 GiB in sampling, fits" in result.verdict(DeviceMemory("card", 8 << 30, 7 << 30))
     # The host also has the offloaded weights.
-    estimate.host = {"pool": (1 << 30, "")}
-    assert "7.00 GiB in sampling, fits" in estimate.verdict(DeviceMemory("card", 8 << 30, 7 << 30))
+    result.host = {"rollout buffer": (1 << 30, "")}
+    assert "7.00 GiB in sampling, fits" in result.verdict(DeviceMemory("card", 8 << 30, 7 << 30))
     host = DeviceMemory("host", 9 << 30, 8 << 30, is_host=True)
-    assert "8.00 GiB with the pool in sampling, fits" in estimate.verdict(host)
-    estimate.host = {"pool": (2 << 30, "")}
-    assert "the peak of sampling, 9.00 GiB with the pool, does not fit" in estimate.verdict(host)
+    assert "8.00 GiB with the rollout buffer in sampling, fits" in result.verdict(host)
+    result.host = {"rollout buffer": (2 << 30, "")}
+    assert "the peak of sampling, 9.00 GiB with the rollout buffer, does not fit" in result.verdict(host)
 
 
 @pytest.mark.parametrize("accelerator", ["auto", "cpu"])
@@ -435,6 +442,7 @@ def test_the_verdict_on_a_cpu_knows_no_offloading(
     accelerator: str, opdlab: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = DeviceMemory("this machine", 60 << 30, 50 << 30, is_host=True)
+    # The memory of another machine.
     monkeypatch.setattr("opdlab.cli.estimate.device_memory", lambda accelerator: memory)
     flags = ["-c", "paper/lsm-block64", *paper_models(tmp_path), "--trainer.accelerator", accelerator]
     offload = ["--model.behavior.offload", "true", "--model.teacher.offload", "true"]
@@ -448,10 +456,10 @@ def test_the_verdict_on_a_cpu_knows_no_offloading(
     assert verdicts[0] == verdicts[1]  # the real need of the run
     assert "no effect" not in plain
     phases = [line.split("│")[1].strip() for line in plain.splitlines() if "│ peak of" in line]
-    peaks = {phase.removeprefix("peak of "): figure(plain, phase) for phase in phases}
+    peaks = {phase.removeprefix("peak of "): shown_size(plain, phase) for phase in phases}
     largest = max(peaks, key=lambda phase: peaks[phase])
-    pool = figure(plain, "pool, on the host")
-    found = re.search(rf"the peak of {largest}, ([\d.]+) GiB with the pool, does not fit", verdicts[1])
+    pool = shown_size(plain, "rollout buffer, on the host")
+    found = re.search(rf"the peak of {largest}, ([\d.]+) GiB with the rollout buffer, does not fit", verdicts[1])
     assert found is not None
     assert float(found[1]) == pytest.approx(peaks[largest] + pool, abs=0.02)
     remark = offloaded.splitlines()[-2]
@@ -465,6 +473,7 @@ def test_fit_refuses_weights_that_cannot_fit(
     opdlab: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = DeviceMemory("card", 6 << 30, 1)  # 6.41 GiB of weights; memory used by others now does not count
+    # The memory of another machine.
     monkeypatch.setattr("opdlab.cli.estimate.device_memory", lambda accelerator: memory)
     flags = paper_models(tmp_path)
     assert opdlab("fit", "-c", "paper/lsm", *flags) == EXIT_USAGE

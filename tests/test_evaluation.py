@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -22,9 +22,10 @@ from opdlab.errors import UsageError
 from opdlab.evaluation import BenchmarkMetrics, EvaluationConfig, Evaluator, Sample, SampleFolder
 from opdlab.evaluation.settings import fingerprint
 from opdlab.metrics.functional import pass_at_k
-from opdlab.policies import LanguageModel, LocalTeacher, Sampler, SamplingConfig
-from opdlab.progress import SilentProgress
+from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig
+from opdlab.progress import Progress, SilentProgress
 from opdlab.toy import ChainProblems
+from opdlab.types import Rollouts, Targets, TeacherRequest
 from opdlab.verifiers import Verdict, Verifier
 from tests.toy_run import STUDENT, TEACHER, Run
 
@@ -55,18 +56,24 @@ def opdlab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int
     return lambda *arguments: main([*COMMAND, "--model.student.path", TEACHER, *arguments])
 
 
+class CountingModel(LanguageModel):
+    """Counts the batches that are sampled: their responses are decoded once, those on disk never."""
+
+    batches: ClassVar[list[int]] = []
+
+    def responses(self, rollouts: Rollouts) -> list[str]:
+        self.batches.append(len(rollouts))
+        return super().responses(rollouts)
+
+
+COUNTED = ["--model.student", "tests.test_evaluation.CountingModel"]
+
+
 @pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Number of prompts in every batch sampled from here on."""
-    sampled: list[int] = []
-    sample = Sampler.sample
-
-    def counting(self: Sampler, model: LanguageModel, prompts: Sequence[Any], *rest: Any) -> Any:
-        sampled.append(len(prompts))
-        return sample(self, model, prompts, *rest)
-
-    monkeypatch.setattr(Sampler, "sample", counting)
-    return sampled
+def batches() -> list[int]:
+    """Return the list that gets the number of rollouts in every batch that a :class:`CountingModel` samples."""
+    CountingModel.batches.clear()
+    return CountingModel.batches
 
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
@@ -85,7 +92,7 @@ def test_killed_and_started_again_it_ends_the_same(
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    assert opdlab(SAMPLES, "whole") == 0
+    assert opdlab(*COUNTED, SAMPLES, "whole") == 0
     whole_table = capsys.readouterr().out.split("samples and")[0]
     shown = re.findall(r"│ (\w+)/(\S+) +│ [\d.]+ ± [\d.]+", whole_table)
     rows = ["pass@1", "pass@2", "pass@4", "maj@4", "truncated", "length"]
@@ -112,7 +119,7 @@ def test_killed_and_started_again_it_ends_the_same(
     assert not (tmp_path / "killed/results.json").exists()
 
     batches.clear()
-    assert opdlab(SAMPLES, "killed") == 0
+    assert opdlab(*COUNTED, SAMPLES, "killed") == 0
     assert len(batches) == num_batches - left
     assert f"{left} batches taken up from killed/one-0.jsonl" in caplog.messages
     assert capsys.readouterr().out.split("samples and")[0] == whole_table
@@ -120,7 +127,7 @@ def test_killed_and_started_again_it_ends_the_same(
     assert lines_of(tmp_path / "killed") == lines_of(tmp_path / "whole")
 
     batches.clear()
-    assert opdlab(SAMPLES, "killed") == 0  # finished: read, not sampled
+    assert opdlab(*COUNTED, SAMPLES, "killed") == 0  # finished: read, not sampled
     assert batches == []
     assert figures_of(tmp_path / "killed") == figures_of(tmp_path / "whole")
 
@@ -185,13 +192,9 @@ def test_any_other_setting_is_refused_by_name(
 
 
 def test_no_teacher_is_loaded_and_each_model_has_a_folder_of_its_own(
-    opdlab: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    opdlab: Callable[..., int], tmp_path: Path
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("validate loads a teacher")
-
-    monkeypatch.setattr(LocalTeacher, "__init__", refuse)
-    few = ["--model.eval_sampling.max_new_tokens", "4"]
+    few = ["--model.eval_sampling.max_new_tokens", "4", "--model.teacher.path", "nowhere"]
     assert opdlab(*few) == 0
     assert opdlab(*few, "--model.student.path", STUDENT) == 0
     names = sorted(path.name.rpartition("-")[0] for path in (tmp_path / "runs/quickstart/evaluations").iterdir())
@@ -218,15 +221,17 @@ def test_training_keeps_samples_only_when_asked(opdlab: Callable[..., int], tmp_
 
 
 def test_reverse_kl_is_read_back(opdlab: Callable[..., int], tmp_path: Path, batches: list[int]) -> None:
-    flags = ["--model.evaluation.reverse_kl", "true", "--model.eval_sampling.max_new_tokens", "8", SAMPLES, "kl"]
-    assert opdlab(*flags, "--model.student.path", STUDENT) == 0
+    short = ["--model.eval_sampling.max_new_tokens", "8", "--model.student.path", STUDENT]
+    flags = ["--model.evaluation.reverse_kl", "true", *short, *COUNTED, SAMPLES, "kl"]
+    assert opdlab(*flags) == 0
+    assert len(batches) == 6 + 2
     figures, lines = figures_of(tmp_path / "kl"), lines_of(tmp_path / "kl")
     own = [line for line in lines if line["benchmark"] == "one"]
     expected = np.average([line["reverse_kl"] for line in own], weights=[line["tokens"] for line in own])
     assert figures["one/reverse_kl"] == pytest.approx(expected, rel=1e-5)
     assert figures["one/reverse_kl_se"] > 0
     batches.clear()
-    assert opdlab(*flags, "--model.student.path", STUDENT) == 0
+    assert opdlab(*flags) == 0
     assert batches == []
     assert figures_of(tmp_path / "kl") == figures
 
@@ -298,7 +303,7 @@ def test_a_benchmark_without_a_verifier_has_no_verdicts_to_count() -> None:
 
 
 class Slow(Verifier):
-    """Notes when it is handed answers, and when somebody waits for its verdicts."""
+    """Notes when answers are submitted, and when their verdicts are waited for."""
 
     def __init__(self, events: list[str]) -> None:
         self.events = events
@@ -321,45 +326,46 @@ def one_problem(index: int, verifier: Verifier) -> EvaluationBatch:
     return EvaluationBatch("b", [Prompt(index, Problem(str(index), "1 a+1", str(index)), tokens)], verifier)
 
 
-def test_answers_are_checked_while_the_next_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_checked_while_the_next_are_sampled(tmp_path: Path) -> None:
     events: list[str] = []
+
+    class Noting(LanguageModel):
+        """Notes when its samples are decoded, and runs out of memory at the fourth batch."""
+
+        def responses(self, rollouts: Rollouts) -> list[str]:
+            if len(events) > 6:
+                raise MemoryError
+            events.append("sample")
+            return super().responses(rollouts)
+
     evaluator = Evaluator(EvaluationConfig(pass_at=(1,)), SamplingConfig(2, max_new_tokens=2), ["b"])
     evaluator.start(SampleFolder(tmp_path, {"compared": {}}))
-    model, sample = LanguageModel(STUDENT), evaluator.sampler.sample
-
-    def sampling(*arguments: Any) -> Any:
-        if len(events) > 6:
-            raise MemoryError
-        events.append("sample")
-        return sample(*arguments)
-
-    monkeypatch.setattr(evaluator.sampler, "sample", sampling)
+    model = Noting(STUDENT)
     for index in range(3):
         evaluator.evaluate(model, one_problem(index, Slow(events)), (index,), SilentProgress())
     assert events == ["sample", "submit 0", *("sample", "submit 1", "collect 0"), *("sample", "submit 2", "collect 1")]
     with pytest.raises(MemoryError):
         evaluator.evaluate(model, one_problem(3, Slow(events)), (3,), SilentProgress())
-    assert events[-1] == "collect 2"  # sampled and judged before: not lost with the batch that failed
+    assert events[-1] == "collect 2"  # sampled and verified before, so it is kept although the next batch failed
     assert [line["id"] for line in lines_of(tmp_path)] == ["0", "0", "1", "1", "2", "2"]
     assert evaluator.compute()["b/pass@1"] == 1
     evaluator.close()
 
 
-def test_rollouts_are_checked_while_the_teacher_scores(
-    make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rollouts_are_checked_while_the_teacher_scores(make_run: Callable[..., Run]) -> None:
     events: list[str] = []
-    run = make_run()
+
+    class Noting(LocalTeacher):
+        """Notes when it scores."""
+
+        def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
+            events.append("score")
+            return super().score(rollouts, request, progress)
+
+    run = make_run(teacher=Noting(TEACHER))
     source = ChainProblems(16)
     source.verifier = Slow(events)
     run.data.train_source = source
-    score = run.module.teacher.score
-
-    def scoring(*arguments: Any) -> Any:
-        events.append("score")
-        return score(*arguments)
-
-    monkeypatch.setattr(run.module.teacher, "score", scoring)
     run.fit(1)
     assert [event.split()[0] for event in events] == ["submit", "score", "collect"]
     assert run.recorder.steps[1]["rollout/accuracy"] == 1
@@ -377,8 +383,7 @@ def test_fingerprint_tells_models_apart_and_not_folders(tmp_path: Path) -> None:
 
 
 def test_library_users_get_the_folder_they_name(make_run: Callable[..., Run], tmp_path: Path) -> None:
-    run = make_run()
-    run.module.evaluator.config = EvaluationConfig(pass_at=(1, 2), samples=str(tmp_path / "kept-{settings}"))
+    run = make_run(evaluation=EvaluationConfig(pass_at=(1, 2), samples=str(tmp_path / "kept-{settings}")))
     trainer = pl.Trainer(**{**run.trainer_options, "limit_val_batches": 1.0})
     trainer.validate(run.module, datamodule=run.data, verbose=False)
     (folder,) = tmp_path.glob("kept-????????")

@@ -640,6 +640,7 @@ def test_results_of_another_shape_are_refused(gate: str, words: str) -> None:
 
 def test_a_registered_gate_is_built_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     gate_names()  # the built-in gates register now, and stay
+    # The registry belongs to the process, and no class can be taken out of it: a copy, for this test alone.
     monkeypatch.setattr(gate_registry(), "_classes", dict(gate_registry()._classes))
     assert register_gate("parity")(ParityGate) is ParityGate
     gate = build_gate("parity", tau=3.0)

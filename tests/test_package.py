@@ -36,7 +36,7 @@ PUBLIC = {
     ],
     "opdlab.objectives.functional": ["sampled_token_loss", "teacher_topk_loss"],
     "opdlab.scoring": [
-        *("Head", "LowRank", "TokenStatistics", "TopK", "chosen_logits", "support_logits", "support_statistics"),
+        *("Head", "LowRank", "TokenStatistics", "TopK", "support_logits", "support_statistics"),
         *("token_logprobs", "token_statistics", "topk_with_statistics"),
     ],
     "opdlab.metrics": ["MajorityVote", "PassAtK", "ProblemMean"],
@@ -52,12 +52,12 @@ PUBLIC = {
     ],
     "opdlab.toy": ["ChainProblem", "ChainProblems", "chain_problems", "chain_tokenizer"],
     "opdlab.policies": [
-        *("AdapterConfig", "BaseTeacher", "StopTokens", "single_token_ids", "warn_of_stop_tokens"),
-        *("BehaviorPolicy", "LanguageModel", "LocalTeacher", "Sampler", "Samples", "SamplingConfig", "Scored"),
+        *("AdapterConfig", "BaseTeacher", "StopTokens", "share_vocabulary", "single_token_ids", "warn_of_stop_tokens"),
+        *("BehaviorPolicy", "LanguageModel", "LocalTeacher", "Sampler", "SamplingConfig", "Scored"),
         *("BehaviorConfig", "NoTeacher", "Teacher", "TeacherHolder", "TeacherRequest", "check_same_vocabulary"),
     ],
     "opdlab.data": [
-        *("Benchmark", "ChatTemplate", "CleaningAccount", "CleaningConfig", "DapoMath17k", "EvaluationBatch"),
+        *("Benchmark", "ChatTemplate", "CleaningReport", "CleaningConfig", "DapoMath17k", "EvaluationBatch"),
         *("JsonlProblems", "Problem", "ProblemSource", "Prompt", "PromptDataModule", "PromptSet", "RawTemplate"),
         *("ReuseConfig", "TableProblems", "Template", "prompt_set"),
     ],
@@ -74,9 +74,8 @@ PUBLIC = {
         *("expand", "read_record", "record_folders", "summarise"),
     ],
     "opdlab.viewer": [
-        *("INDEX", "ColorScale", "PageSummary", "Quantity", "RolloutText", "ShownRollout", "choose_rollouts"),
-        *("color_scale", "markdown_literal", "page_name", "quantities", "render_index", "render_page", "step_count"),
-        *("token_texts", "visible", "write_page"),
+        *("INDEX", "RolloutText", "ShownRollout", "choose_rollouts", "color_scale", "markdown_literal", "page_name"),
+        *("quantities", "render_page", "token_texts", "visible", "write_page"),
     ],
     "opdlab.testing": ["GateTester"],
 }

@@ -84,7 +84,7 @@ def test_a_snapshot_scored_in_another_precision_is_seen_as_drift(
             return collect(self, *arguments, **options)
 
     monkeypatch.setattr(OPDModule, "collect", in_float32)
-    # Otherwise the first step's own pass replaces the snapshot's.
+    # A mistake of opdlab's own, which only a patch can make. Otherwise the first step's pass replaces the snapshot's.
     monkeypatch.setattr(BehaviorPolicy, "equals", lambda self, student: False)
     assert fresh_drift(run(tmp_path, "bf16-mixed", steps=1))[0] > 1e-2
 
@@ -113,7 +113,8 @@ def test_only_the_operands_of_the_head_are_rounded(
     statistics: Callable[[Tensor, Head, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert error_of_logprobs(statistics) < 1e-4
-    # The bound is sharp: with logits rounded to bfloat16 the error is a hundred times as large.
+    # The bound is sharp: with logits rounded to bfloat16, which only a patch can do, the error is a hundred times as
+    # large.
     tile = LogitTiles.tile
     monkeypatch.setattr(LogitTiles, "tile", lambda *arguments: tile(*arguments).bfloat16().float())
     assert error_of_logprobs(statistics) > 1e-2

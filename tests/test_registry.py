@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from opdlab.errors import UsageError
+from opdlab.gating import build_gate
 from opdlab.registry import Registry, suggestion
 
 
@@ -78,7 +79,7 @@ def test_a_class_of_another_kind_is_refused(registry: Registry[Plugin]) -> None:
 def test_an_unknown_name_is_answered_with_the_nearest(registry: Registry[Plugin]) -> None:
     registry.register("first")(First)
     registry.register("second")(Second)
-    with pytest.raises(UsageError, match=r"^unknown plugin 'frist'; did you mean 'first'\? Registered: first, second$"):
+    with pytest.raises(UsageError, match=r"^unknown plugin 'frist'; did you mean 'first'\? registered: first, second$"):
         registry.get("frist")
     with pytest.raises(UsageError, match=r"^unknown plugin 'zzz'; registered: first, second$"):
         registry.build("zzz")
@@ -117,3 +118,26 @@ def test_gates_of_installed_packages_are_found(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("StrangerGate(tau=2.0")
+
+
+def test_an_unknown_option_is_named_with_the_known_ones(registry: Registry[Plugin]) -> None:
+    class Larger(Plugin):
+        def __init__(self, depth: int = 1, **options: int) -> None:
+            super().__init__(**options)
+            self.depth = depth
+
+    registry.register("larger")(Larger)
+    with pytest.raises(UsageError, match="plugin 'larger' has no option 'dept'; did you mean 'depth'.* depth, size"):
+        registry.build("larger", dept=3)
+    with pytest.raises(UsageError, match="gate 'block64' has no option 'tua'; did you mean 'tau'"):
+        build_gate("block64", tua=3)
+
+
+def test_an_error_inside_a_plugin_is_its_own(registry: Registry[Plugin]) -> None:
+    class Wrong(Plugin):
+        def __init__(self, size: int = 1) -> None:
+            super().__init__(length=size)  # type: ignore[call-arg]
+
+    registry.register("wrong")(Wrong)
+    with pytest.raises(TypeError, match="length"):
+        registry.build("wrong", size=3)

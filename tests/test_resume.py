@@ -15,12 +15,12 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from opdlab.callbacks import StopCheckpoint
+from opdlab.checkpoints import check_checkpoint
 from opdlab.data import ReuseConfig
 from opdlab.errors import UsageError
 from opdlab.objectives import SampledTokenOPD, TeacherTopK
 from opdlab.policies import LocalTeacher
 from opdlab.processes import STOP_SIGNALS
-from opdlab.run_folder import check_checkpoint
 from tests.toy_run import STUDENT, Run
 
 MakeRun = Callable[..., Run]

@@ -99,16 +99,11 @@ def page_data(page: str | Path) -> dict[str, Any]:
         runs = _unpacked("i", rollout["runs"])
         rollout["ids"] = _unpacked("i", rollout["ids"])
         rollout["segments"] = _repeated(_unpacked("i", rollout["segments"]), runs)
-        columns = dict(rollout["values"])
-        for name, packed in columns.items():
+        for name, packed in rollout["values"].items():
             if isinstance(packed, str):
                 rollout["values"][name] = _unpacked("f", packed)
-            elif "runs" in packed:
+            else:
                 rollout["values"][name] = _repeated(_unpacked("f", packed["runs"]), runs)
-        for name, packed in columns.items():
-            if isinstance(packed, dict) and "minus" in packed:
-                one, other = (torch.tensor(rollout["values"][part]) for part in packed["minus"])
-                rollout["values"][name] = (one - other).tolist()
     return data
 
 

@@ -3,15 +3,22 @@
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from jsonargparse import Namespace
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities import rank_zero_only
 
-from opdlab.callbacks import EvaluationTable, LabProgressBar, SampleLogger, StopCheckpoint
+from opdlab.callbacks import EvaluationTable, LabProgressBar, RunFiles, SampleLogger, StopCheckpoint
+from opdlab.checkpoints import check_checkpoint
 from opdlab.cli.building import build
 from opdlab.cli.checks import warn_of_idle_recorder
 from opdlab.cli.estimate import refuse_oversized
@@ -22,48 +29,55 @@ from opdlab.errors import exit_code
 from opdlab.module import OPDModule
 from opdlab.policies import LanguageModel, LocalTeacher
 from opdlab.records import RESULTS
-from opdlab.run_folder import check_checkpoint, fit_samples_folder, run_folder_for, samples_folder_for
+from opdlab.run_folder import RunFolder, fit_samples_folder, samples_folder_for
+from opdlab.training.run_trainer import MetricsFile, RunTrainer
+
+_TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 
 
 def fit(arguments: Sequence[str]) -> int:
     """Run ``opdlab fit``, and return the exit code."""
-    return OPDCLI("fit", arguments).fit()
+    with ExitStack() as held:
+        return OPDCLI("fit", arguments, held).fit()
 
 
 def validate(arguments: Sequence[str]) -> int:
     """Run ``opdlab validate``, and return the exit code."""
-    return OPDCLI("validate", arguments).evaluate()
+    with ExitStack() as held:
+        return OPDCLI("validate", arguments, held).evaluate()
 
 
 def test(arguments: Sequence[str]) -> int:
     """Run ``opdlab test``, and return the exit code."""
-    return OPDCLI("test", arguments).evaluate()
-
-
-class _SaveFitConfig(SaveConfigCallback):
-    """Writes config.yaml into the run's folder; only ``fit`` has one."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.logger is not None:
-            super().setup(trainer, pl_module, stage)
+    with ExitStack() as held:
+        return OPDCLI("test", arguments, held).evaluate()
 
 
 class OPDCLI(LightningCLI):
-    """LightningCLI with opdlab's callbacks, run folders, and an evaluation before and after training."""
+    """LightningCLI with opdlab's callbacks, run folders, and an evaluation before and after training.
+
+    Args:
+        command: fit, validate or test.
+        arguments: after the name of the command.
+        held: closed by the caller when the command has ended; holds the lock of the run's folder.
+    """
 
     datamodule: PromptDataModule
     model: OPDModule
+    trainer: RunTrainer
 
-    def __init__(self, command: str, arguments: Sequence[str]) -> None:
+    def __init__(self, command: str, arguments: Sequence[str], held: ExitStack) -> None:
         self.command = command
+        self.held = held
         self.table = EvaluationTable()
-        self.resumed_step = 0
         self.stop = StopCheckpoint()
+        self.folder: RunFolder | None = None
+        self.resumes = self.accepted = False
         super().__init__(
             OPDModule,
             PromptDataModule,
-            save_config_callback=_SaveFitConfig,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=None,  # see `_save_config`
+            trainer_class=RunTrainer,
             trainer_defaults={"callbacks": [self.table]},
             args=list(arguments),
             run=False,  # the command is known; Lightning's subcommands would build a parser for each
@@ -79,7 +93,7 @@ class OPDCLI(LightningCLI):
         """Parse and check the arguments, and the checkpoint to resume from."""
         self.config = parse_fit(args, self.command)
         if self.config.ckpt_path is not None:
-            self.resumed_step = check_checkpoint(Path(self.config.ckpt_path))
+            check_checkpoint(Path(self.config.ckpt_path), resume=self.command == "fit")
 
     def instantiate_classes(self) -> None:
         """Build all objects, after a check that the models' weights fit the device."""
@@ -87,51 +101,79 @@ class OPDCLI(LightningCLI):
             warn_of_idle_recorder(self.config)
             if self.config.check_memory:
                 refuse_oversized(self.config)
-        self.config_init = build(self.parser, self.config)
+        self.config_init = build(self.parser, self.filled)
         self.model, self.datamodule = self.config_init.model, self.config_init.data
-        self.trainer = self.instantiate_trainer()
+        self.trainer = self.instantiate_trainer()  # type: ignore[assignment] # of `trainer_class`
 
     def after_instantiate_classes(self) -> None:
         """Check that buffers can be split into batches, to fail before the first evaluation."""
-        self.trainer.callbacks.append(self.stop)  # type: ignore[attr-defined] # last: reads files of the others
-        self.datamodule.check_reuse(self.model.sampling.num_samples, self.trainer.accumulate_grad_batches)
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        callbacks.append(RunFiles(self.table))
+        if self.folder is not None:
+            self.trainer.run_folder = self.folder.path
+            self.trainer.loggers = [*self.trainer.loggers, MetricsFile(self.folder.metrics)]
+            if self.resumes:  # once the checkpoint is accepted: a refused one must not cost the run its configuration
+                callbacks.append(LambdaCallback(on_train_start=lambda *_: self._save_config()))
+        callbacks.append(self.stop)  # last: reads files of the others
+        self.datamodule.reuse.check(self.model.sampling.num_samples, self.trainer.accumulate_grad_batches)
 
     # -- the run's folder ----------------------------------------------------------------------------------------
 
     def before_instantiate_classes(self) -> None:
-        """Set the run's folder: ``ROOT/version_N`` holds its events, configuration, checkpoints and student."""
-        config = self.config
-        root = Path(config.trainer.default_root_dir)
-        if config.weights_only is None:
-            config.weights_only = True  # checkpoints hold only tensors and plain values
-        if config.trainer.enable_progress_bar is not False:
+        """Make the folder of the run, and fill in what depends on it; ``config.yaml`` stays as the user wrote it."""
+        root = Path(self.config.trainer.default_root_dir)
+        if self.config.weights_only is None:
+            self.config.weights_only = True  # checkpoints hold only tensors and plain values
+        if self.config.trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(LabProgressBar())
-        evaluation = config.model.evaluation
-        if self.command != "fit":
-            config.trainer.logger = False if config.trainer.logger is None else config.trainer.logger
-            if config.ckpt_path is not None and config.checkpoint.dirpath is None:
-                config.checkpoint.dirpath = str(Path(config.ckpt_path).absolute().parent)
-            if evaluation.samples is None:
-                student = config.get("model.student.init_args.path") or "student"
-                evaluation.samples = samples_folder_for(student, config.ckpt_path, root)
-            if not evaluation.reverse_kl:
-                # Avoids reading the teacher's weights.
-                config.model.teacher = {"class_path": "opdlab.evaluation.NoTeacher"}
-            return
-        folder = run_folder_for(config.ckpt_path, root)
-        if evaluation.samples is not None:
-            evaluation.samples = str(fit_samples_folder(evaluation.samples, folder))
-        if config.trainer.logger in (None, True):
-            config.trainer.logger = self._logger(root, folder.name, resumed=config.ckpt_path is not None)
-        if config.checkpoint.dirpath is None:
-            config.checkpoint.dirpath = str((folder / "checkpoints").absolute())
+        self.filled = config = self.config.clone()
+        (self._fill_fit if self.command == "fit" else self._fill_evaluation)(config, root)
 
-    def _logger(self, root: Path, version: str, *, resumed: bool) -> dict[str, Any]:
-        # A resumed run logs the steps after its checkpoint again. Keep the metrics of the checkpoint's own step: some
-        # were logged before the checkpoint was written, and are not logged again.
-        purge = {"dict_kwargs": {"purge_step": self.resumed_step + 1}} if resumed else {}
-        arguments = {"save_dir": str(root), "name": "", "version": version}
-        return {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": arguments, **purge}
+    def _fill_evaluation(self, config: Namespace, root: Path) -> None:
+        evaluation = config.model.evaluation
+        config.trainer.logger = False if config.trainer.logger is None else config.trainer.logger
+        if config.ckpt_path is not None and config.checkpoint.dirpath is None:
+            config.checkpoint.dirpath = str(Path(config.ckpt_path).absolute().parent)
+        if evaluation.samples is None:
+            student = config.get("model.student.init_args.path") or "student"
+            evaluation.samples = samples_folder_for(student, config.ckpt_path, root)
+        if not evaluation.reverse_kl:
+            # Avoids reading the teacher's weights.
+            config.model.teacher = {"class_path": "opdlab.evaluation.NoTeacher"}
+
+    def _fill_fit(self, config: Namespace, root: Path) -> None:
+        evaluation = config.model.evaluation
+        self.folder = folder = self._run_folder(root)
+        if evaluation.samples is not None:
+            evaluation.samples = str(fit_samples_folder(evaluation.samples, folder.path))
+        if config.checkpoint.dirpath is None:
+            config.checkpoint.dirpath = str(folder.checkpoints.absolute())
+        if config.trainer.logger in (None, True):
+            arguments = {"save_dir": str(root), "name": "", "version": folder.path.name}
+            config.trainer.logger = {"class_path": _TENSORBOARD, "init_args": arguments}
+        for logger in config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]:
+            _keep_in(folder, logger)
+
+    def _run_folder(self, root: Path) -> RunFolder:
+        """Return the folder of the resumed run, or a new one; the first process makes it, and others learn of it later.
+
+        The folder belongs to this process until it ends.
+        """
+        folder = None
+        if self.config.ckpt_path is not None:
+            folder = RunFolder.of_checkpoint(Path(self.config.ckpt_path), root)
+            self.resumes = folder is not None
+        if rank_zero_only.rank != 0:  # type: ignore[attr-defined] # set by Lightning from the environment
+            return folder or RunFolder(root / "of-the-first-process")
+        if folder is None:
+            folder = RunFolder.create(root)
+            self.held.callback(lambda: None if self.accepted else folder.discard())
+        self.held.enter_context(folder.in_use())
+        return folder
+
+    def _save_config(self) -> None:
+        if self.folder is not None and self.trainer.is_global_zero:
+            self.parser.save(self.config, str(self.folder.config), skip_none=False, overwrite=True)
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -177,6 +219,9 @@ class OPDCLI(LightningCLI):
         # Report invalid training problems before an evaluation that may take long.
         self.datamodule.prepare(self.model.student.tokenizer, training=True)
         self.datamodule.reuse.check_prompts(len(self.datamodule.train_prompts or ()), self.trainer.world_size)
+        self.accepted = True
+        if not self.resumes:
+            self._save_config()
         log_hyperparameters(self.trainer, self.model, self.config.as_dict(), self.datamodule.benchmark_sources)
         if self.config.ckpt_path is None and self._has_benchmarks:
             self._evaluate("val", self.model.student)
@@ -189,10 +234,9 @@ class OPDCLI(LightningCLI):
             teacher = self.model.teacher
             if isinstance(teacher, LocalTeacher) and self.model.evaluator.config.teacher and not self.table.teacher:
                 self._evaluate("teacher", teacher.model)
-        run_folder = self.trainer.log_dir  # a collective call, so outside the branch below
-        if self.trainer.is_global_zero:
+        if self.trainer.is_global_zero and self.folder is not None:
             self.table.print()
-            print(f"run folder: {run_folder}")
+            print(f"run folder: {self.folder.path}")
             if any(isinstance(logger, TensorBoardLogger) for logger in self.trainer.loggers):
                 print(f"look closer: tensorboard --logdir {self.trainer.default_root_dir}")
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
@@ -206,6 +250,18 @@ class OPDCLI(LightningCLI):
     @property
     def _has_benchmarks(self) -> bool:
         return bool(self.datamodule.benchmark_sources)
+
+
+def _keep_in(folder: RunFolder, logger: Any) -> None:
+    """Let a logger write into the run's folder unless the user gave it a folder: fill in an unset ``save_dir``."""
+    if not isinstance(logger, dict | Namespace) or "class_path" not in logger:
+        return
+    module, _, name = logger["class_path"].rpartition(".")
+    default = signature(getattr(import_module(module), name)).parameters.get("save_dir")
+    arguments = logger.get("init_args") or {}
+    if default is not None and default.default is not default.empty and arguments.get("save_dir") == default.default:
+        arguments["save_dir"] = str(folder.path / Path(default.default or "."))
+        logger["init_args"] = arguments
 
 
 def _interrupted(kept: str, needs: str, stop: SystemExit) -> int:

@@ -81,7 +81,18 @@ def build(parser: ArgumentParser, config: Namespace, *, groups: bool = True) -> 
 
 def _key_of(config: Mapping[str, Any], cls: Any, options: Mapping[str, Any]) -> str:
     """Return the key of the section that ``cls`` is built from, the first if several have equal values."""
-    return next((key for key, section in _sections(config, "") if _describes(section, cls, options)), "")
+    for key, section in _sections(config, ""):
+        own = section
+        if "class_path" in section:
+            if str(section["class_path"]).rpartition(".")[2] != cls.__name__:
+                continue
+            own = section.get("init_args") or {}
+        elif section.keys() != options.keys():
+            continue
+        plain = {name: value for name, value in own.items() if isinstance(value, str | int | float | None)}
+        if own.keys() <= options.keys() and all(options[name] == value for name, value in plain.items()):
+            return key
+    return ""
 
 
 def _sections(value: Any, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -92,16 +103,3 @@ def _sections(value: Any, key: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield from _sections(inner, key if name == "init_args" else f"{key}.{name}".removeprefix("."))
     if isinstance(value, Mapping):
         yield key, value
-
-
-def _describes(section: Mapping[str, Any], cls: Any, options: Mapping[str, Any]) -> bool:
-    if "class_path" in section:
-        if str(section["class_path"]).rpartition(".")[2] != cls.__name__:
-            return False
-        section = section.get("init_args") or {}
-    elif section.keys() != options.keys():
-        return False
-    plain = (str, int, float, type(None))
-    return section.keys() <= options.keys() and all(
-        options[name] == value for name, value in section.items() if isinstance(value, plain)
-    )

@@ -1,6 +1,6 @@
 """The table of commands. A command's module is imported only when the command runs, so ``opdlab --help`` is fast.
 
-Every user error prints one line to standard error and exits with code 2.
+Every user error prints one line to standard error and exits with code 2; so does lack of memory, with code 1.
 """
 
 import logging
@@ -9,20 +9,36 @@ import signal
 import sys
 import threading
 import warnings
-from argparse import ArgumentError
+from argparse import ArgumentError, ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
-from opdlab.cli.arguments import PlainParser
 from opdlab.errors import Stopped, UsageError, exit_code
+from opdlab.out_of_memory import out_of_memory
 from opdlab.processes import hold_lifeline
 from opdlab.registry import suggestion
 from opdlab.version import __version__
 
 EXIT_USAGE = 2
+
+
+class PlainParser(ArgumentParser):
+    """``argparse.ArgumentParser`` whose errors are a :class:`~opdlab.errors.UsageError` that names its ``--help``.
+
+    Example:
+        >>> PlainParser(prog="opdlab gates").parse_args(["stray"])
+        Traceback (most recent call last):
+        ...
+        opdlab.errors.UsageError: unrecognized arguments: stray; see opdlab gates --help
+    """
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a :class:`~opdlab.errors.UsageError` instead of printing the usage."""
+        raise UsageError(f"{message}; see {self.prog} --help")
 
 
 @dataclass(frozen=True)
@@ -91,16 +107,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, _terminate) if ours else None
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
-    except _user_errors() as error:
-        print(f"opdlab: error: {_in_one_line(error)}", file=sys.stderr)
-        return EXIT_USAGE
-    except ImportError as error:
-        from opdlab.packages import package_trouble  # here, because one of its imports may be the missing package
-
-        if (trouble := package_trouble(error)) is None:
+    except Exception as error:
+        if (line := _told(error)) is None:
             raise
-        print(f"opdlab: error: opdlab {trouble}", file=sys.stderr)
+        print(f"opdlab: error: {line}", file=sys.stderr)
         return EXIT_USAGE
+    except (MemoryError, RuntimeError, OSError) as error:
+        if (line := out_of_memory(error)) is None:
+            raise
+        print(f"opdlab: error: {line}", file=sys.stderr)
+        return 1
     except (KeyboardInterrupt, SystemExit) as stop:
         signalled = stop if isinstance(stop, KeyboardInterrupt) else stop.__context__
         if not isinstance(signalled, KeyboardInterrupt):  # `--help`
@@ -148,15 +164,18 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
     raise Stopped(signum)
 
 
-def _user_errors() -> tuple[type[Exception], ...]:
-    """Return the error types that a user can cause and fix, with Lightning's if it is imported."""
-    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")
-    return (UsageError, ArgumentError, *([lightning.MisconfigurationException] if lightning else []))
-
-
-def _in_one_line(error: Exception) -> str:
+def _told(error: Exception) -> str | None:
+    """Return one line about an error that a user can cause and fix; None for any other."""
     if isinstance(error, UsageError):
         return str(error)
-    from opdlab.cli.messages import explain
+    if isinstance(error, ImportError):
+        from opdlab.packages import package_trouble  # here, because one of its imports may be the missing package
 
-    return explain(error)
+        trouble = package_trouble(error)
+        return trouble and f"opdlab {trouble}"
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # imported by some commands only
+    if isinstance(error, ArgumentError) or (lightning and isinstance(error, lightning.MisconfigurationException)):
+        from opdlab.cli.messages import explain
+
+        return explain(error)
+    return None

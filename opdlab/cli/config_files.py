@@ -3,14 +3,13 @@
 import importlib.resources
 import os
 from collections.abc import Callable, Sequence
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ActionConfigFile, set_loader  # type: ignore[attr-defined] # documented, yet not in its __all__
 
-from opdlab.aliases import migrate, migrate_text, warn_of_old_names
+from opdlab.aliases import migrate, migrate_text, nested, warn_of_old_names
 from opdlab.errors import UsageError, require
 from opdlab.gating import gate_registry
 from opdlab.objectives.base import objective_registry
@@ -23,9 +22,6 @@ _REGISTRIES: dict[str, Callable[[], Registry[Any]]] = {
 }
 EXTENDS = "extends"
 """Key in a configuration file that names the configuration, or a list of them, that it extends."""
-
-# True only while the file given to --config is next to be loaded: the loader gets only text, also for section files.
-_FOLLOWED = ContextVar("_FOLLOWED", default=False)
 
 
 class ConfigFile(ActionConfigFile):
@@ -40,40 +36,33 @@ class ConfigFile(ActionConfigFile):
         before = cfg.get(self.dest)
         read = {os.path.realpath(str(file)) for file in before} if isinstance(before, list) else set()
         for each in [*(base for base in bases if os.path.realpath(base) not in read), path]:
-            _FOLLOWED.set(True)
             super().__call__(parser, cfg, each, option_string)  # type: ignore[no-untyped-call]
 
 
-def _load_yaml(text: str) -> Any:
-    """Return the loaded YAML, with old names migrated and registered names replaced by class paths."""
+def _load_yaml(text: str, path: str = "") -> Any:
+    """Return the loaded YAML, with old names migrated and registered names replaced by class paths.
+
+    Args:
+        text: of a file or of a value.
+        path: the file's name if it was given to ``--config``; the parser leaves it out for files of sections.
+    """
     loaded = yaml.safe_load(text)
-    followed = _FOLLOWED.get()
-    _FOLLOWED.set(False)
     if isinstance(loaded, dict):
         loaded = migrate(loaded)
         extended = loaded.pop(EXTENDS, None)  # not an option of the parser
         require(
-            followed or extended is None,
+            bool(path) or extended is None,
             f"{EXTENDS} is {extended}, but is obeyed only in files given to -c or --config on the command line: "
             "write out what is wanted here, or give the file with -c",
         )
         for key in _REGISTRIES:
-            _expand_in(loaded, key)
+            section, last = nested(loaded, key)
+            value = section.get(last)
+            if isinstance(value, str):
+                section[last] = {"class_path": class_path_of(key, value)}
+            elif isinstance(value, dict) and isinstance(value.get("class_path"), str):
+                value["class_path"] = class_path_of(key, value["class_path"])
     return loaded
-
-
-def _expand_in(config: dict[str, Any], key: str) -> None:
-    *parents, last = key.split(".")
-    section: Any = config
-    for parent in parents:
-        section = section.get(parent) if isinstance(section, dict) else None
-    if not isinstance(section, dict) or last not in section:
-        return
-    value = section[last]
-    if isinstance(value, str):
-        section[last] = {"class_path": class_path_of(key, value)}
-    elif isinstance(value, dict) and isinstance(value.get("class_path"), str):
-        value["class_path"] = class_path_of(key, value["class_path"])
 
 
 CONFIG_MODE = "opdlab_yaml"
@@ -110,19 +99,21 @@ def expand_names(arguments: Sequence[str]) -> list[str]:
         ['--model.gate', 'opdlab.strategies.token.TokenGate']
     """
     warn_of_old_names("the command line", arguments)
-    arguments = [migrate_text(argument) for argument in arguments]
-    return [_expand_name(argument, before) for argument, before in zip(arguments, ["", *arguments], strict=False)]
-
-
-def _expand_name(argument: str, before: str) -> str:
-    """Return ``argument`` with a registered name in it, or in its value, replaced by a class path."""
-    flag, equals, value = argument.partition("=")
-    if (key := flag.removeprefix("--").removesuffix(".help")) in _REGISTRIES and flag.startswith("--"):
-        return f"{flag}={class_path_of(key, value)}" if equals else argument
-    help_alone = before.endswith(".help") and argument.startswith("-")  # its value is optional
-    if (key := before.removeprefix("--").removesuffix(".help")) in _REGISTRIES and not help_alone:
-        return class_path_of(key, argument)
-    return argument
+    expanded: list[str] = []
+    before = ""
+    for argument in map(migrate_text, arguments):
+        flag, equals, value = argument.partition("=")
+        own, last = (text.removeprefix("--").removesuffix(".help") for text in (flag, before))
+        if equals and own in _REGISTRIES and flag.startswith("--"):
+            expanded.append(f"{flag}={class_path_of(own, value)}")
+        elif last in _REGISTRIES and not (
+            before.endswith(".help") and argument.startswith("-")
+        ):  # its value is optional
+            expanded.append(class_path_of(last, argument))
+        else:
+            expanded.append(argument)
+        before = argument
+    return expanded
 
 
 def config_chain(path: str, extended_by: tuple[str, ...] = ()) -> list[str]:

@@ -28,6 +28,7 @@ _GIB = 1 << 30
 _CASTS = "weights cast by autocast"
 _SNAPSHOT = "behavior snapshot"
 _TEACHER = "teacher weights"
+_BUFFER = "rollout buffer"
 
 
 @dataclass(frozen=True)
@@ -55,19 +56,24 @@ class Estimate:
         parts: bytes and a remark, by part.
         phases: names of the parts that are alive, by phase.
         host: parts that are in the host's memory on any device.
+        resident: names of the parts that are on the device in all phases.
     """
 
     parts: dict[str, tuple[int, str]] = field(default_factory=dict)
     phases: dict[str, list[str]] = field(default_factory=dict)
     host: dict[str, tuple[int, str]] = field(default_factory=dict)
+    resident: list[str] = field(default_factory=list)
 
-    def offload(self, part: str, pinned: int) -> None:
-        """Move a part to the host, where it takes ``pinned`` bytes; phases that use it also count it on the device."""
-        self.host[part] = (pinned, "offloaded: pinned in powers of two")
+    def add_phase(self, phase: str, *used: str, new: Mapping[str, tuple[int, str]]) -> None:
+        """Add a phase that uses the parts that are always on the device, ``used``, and ``new`` parts.
 
-    def add_phase(self, phase: str, resident: list[str], *more: str) -> None:
-        """Add a phase in which ``resident`` parts and ``more`` are alive."""
-        self.phases[phase] = list(dict.fromkeys([*resident, *more]))
+        Args:
+            phase: its name.
+            used: names of further parts; offloaded ones are on the device in this phase.
+            new: bytes and a remark of parts that are added.
+        """
+        self.parts |= new
+        self.phases[phase] = list(dict.fromkeys([*self.resident, *used, *new]))
 
     def peak(self, phase: str) -> int:
         """Return the bytes alive in a phase."""
@@ -81,10 +87,10 @@ class Estimate:
         for name, (size, remark) in self.host.items():
             table.add_row(f"{name}, on the host", _gib(size), remark)
         table.add_section()
-        throughout = set.intersection(*map(set, self.phases.values()))
+        always = set.intersection(*map(set, self.phases.values()))
         for phase, parts in self.phases.items():
-            more = [name for name in parts if name not in throughout]
-            table.add_row(f"peak of {phase}", _gib(self.peak(phase)), " + ".join(["what is always there", *more]))
+            more = [name for name in parts if name not in always]
+            table.add_row(f"peak of {phase}", _gib(self.peak(phase)), " + ".join(["parts of all phases", *more]))
         return table
 
     def verdict(self, device: DeviceMemory) -> str:
@@ -105,12 +111,29 @@ class Estimate:
 
 
 def estimate_command(arguments: Sequence[str]) -> int:
-    """Run ``opdlab estimate``, and return the exit code.
+    """Run ``opdlab estimate``: print the table, compare it with the device of ``opdlab fit``, return the exit code.
 
     Raises:
         UsageError: an argument is invalid, or a model's configuration cannot be read.
     """
-    print_estimate(parse_fit(arguments, "estimate"))
+    config = parse_fit(arguments, "estimate")
+    models = dict(_models(config))
+    result = estimate(config, models)
+    Console().print(result.table())
+    print("left out: the device's own context, fragmentation, short-lived results; model parallelism is not looked at")
+    accelerator = config.trainer.accelerator
+    if (device := device_memory(accelerator)) is None:
+        return 0
+    if device.is_host and (options := list(_offloaded(config, models))):
+        line = f"{' and '.join(options)} {'have' if len(options) > 1 else 'has'} no effect on a CPU"
+        if accelerator != "cpu":
+            line += (
+                ": the table is for a GPU; this machine has none, so in what follows the weights are there in every "
+                "phase, as in the table with --trainer.accelerator cpu"
+            )
+        print(line)
+        result = estimate(config, models, on_cpu=True)
+    print(result.verdict(device))
     return 0
 
 
@@ -127,45 +150,23 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
         UsageError: a model's configuration cannot be read.
     """
     models = dict(_models(config)) if models is None else models
-    student, teacher = models["student"], models.get("teacher")
     on_cpu = config.trainer.accelerator == "cpu" if on_cpu is None else on_cpu
-    result = Estimate()
-    _resident(result, config, student, teacher)
-    if not on_cpu:
-        _offload(result, config, models)
-    resident = [part for part in result.parts if part not in result.host]
-    _sampling(result, config, student, resident)
-    _scoring(result, config, models, resident)
-    _update(result, config, student, resident)
+    result, student = Estimate(), models["student"]
+    _add_resident(result, config, models, {} if on_cpu else _offloaded(config, models))
+    num_rollouts = config.data.reuse.prompts_per_pool * config.model.sampling.num_samples
+    cache = _cache(student, config, config.model.sampling, num_rollouts)
+    result.add_phase("sampling", _SNAPSHOT, new={"KV cache": cache})
+    _add_scoring(result, config, models, num_rollouts)
+    _add_update(result, config, student)
     if config.data.benchmarks:
-        _evaluation(result, config, models, resident)
-    _pool(result, config)
+        _add_evaluation(result, config, models)
+    init = {"class_path": config.model.objective.class_path, "init_args": _options(config.model.objective)}
+    k, length = instantiate_class((), init).request.top_k, config.model.sampling.max_new_tokens
+    # Tokens (8) and mask (1); log-probabilities of snapshot and teacher, and mass; ids and logits of the support.
+    per_token = 8 + 1 + 3 * FLOAT + k * (4 + FLOAT)
+    size = num_rollouts * (length * per_token + config.data.max_prompt_tokens * (8 + 1))
+    result.host[_BUFFER] = (size, f"{num_rollouts} rollouts x {length:,} tokens x {per_token} bytes, top {k}")
     return result
-
-
-def print_estimate(config: Any) -> None:
-    """Print the table, and compare it with the device that ``opdlab fit`` would use."""
-    models = dict(_models(config))
-    result = estimate(config, models)
-    Console().print(result.table())
-    print("left out: the device's own context, fragmentation, short-lived results; model parallelism is not looked at")
-    device = device_memory(config.trainer.accelerator)
-    if device is None:
-        return
-    if device.is_host and (options := _offload_options(config, models)):
-        print(_without_offloading(options, config.trainer.accelerator))
-        result = estimate(config, models, on_cpu=True)
-    print(result.verdict(device))
-
-
-def _without_offloading(options: Sequence[str], accelerator: str) -> str:
-    line = f"{' and '.join(options)} {'have' if len(options) > 1 else 'has'} no effect on a CPU"
-    if accelerator == "cpu":
-        return line
-    return (
-        f"{line}: the table is for a GPU; here there is none, so in what follows the weights are there in every phase, "
-        "as in the table with --trainer.accelerator cpu"
-    )
 
 
 def refuse_oversized(config: Any) -> None:
@@ -200,10 +201,10 @@ def device_memory(accelerator: str) -> DeviceMemory | None:
     if accelerator not in ("auto", "cpu") or torch.backends.mps.is_available():
         return None
     meminfo = Path("/proc/meminfo")  # Linux only
-    figures = dict(re.findall(r"^(\w+): +(\d+) kB$", meminfo.read_text(), re.MULTILINE)) if meminfo.is_file() else {}
-    if not {"MemTotal", "MemAvailable"} <= figures.keys():
+    sizes = dict(re.findall(r"^(\w+): +(\d+) kB$", meminfo.read_text(), re.MULTILINE)) if meminfo.is_file() else {}
+    if not {"MemTotal", "MemAvailable"} <= sizes.keys():
         return None
-    return DeviceMemory("this machine", int(figures["MemTotal"]) << 10, int(figures["MemAvailable"]) << 10, True)
+    return DeviceMemory("this machine", int(sizes["MemTotal"]) << 10, int(sizes["MemAvailable"]) << 10, True)
 
 
 def _gib(size: int) -> str:
@@ -222,55 +223,47 @@ def _models(config: Any) -> Iterator[tuple[str, ModelSize]]:
         yield "teacher", model_size(teacher, None)
 
 
-def _pool_size(config: Any) -> int:
-    return int(config.data.reuse.prompts_per_pool * config.model.sampling.num_samples)
-
-
 def _length(config: Any) -> int:
     return int(config.data.max_prompt_tokens + config.model.sampling.max_new_tokens)
 
 
-def _resident(result: Estimate, config: Any, student: ModelSize, teacher: ModelSize | None) -> None:
+def _offloaded(config: Any, models: Mapping[str, ModelSize]) -> dict[str, str]:
+    """Return the parts that are offloaded, by the option that asks for it."""
+    teacher = "teacher" in models and _options(config.model.teacher).get("offload")
+    wanted = {"model.behavior.offload": config.model.behavior.get("offload"), "model.teacher.offload": teacher}
+    parts = {"model.behavior.offload": _SNAPSHOT, "model.teacher.offload": _TEACHER}
+    return {name: parts[name] for name, on in wanted.items() if on}
+
+
+def _add_resident(result: Estimate, config: Any, models: Mapping[str, ModelSize], offloaded: Mapping[str, str]) -> None:
     """Add the parts alive in all phases, with gradients: Lightning clears them only before the next backward pass."""
-    parts, width, optimizer = result.parts, student.trained_width, config.model.optimizer
+    student, optimizer = models["student"], config.model.optimizer
+    width, own = student.trained_width, config.model.behavior.dtype
     each = optimizer_bytes_per_parameter({"class_path": optimizer.class_path, "init_args": _options(optimizer)}, width)
-    name = optimizer.class_path.rpartition(".")[2]
-    parts["student weights"] = (
-        student.bytes,
-        f"{student.parameters:,} x {student.packed or student.widths.weights} bytes",
-    )
-    parts["gradients"] = (student.trainable * width, f"{student.trainable:,} x {width} bytes")
-    parts["optimizer state"] = (int(student.trainable * each), f"{name}: {each:.3g} bytes each")
-    snapshot_width = _snapshot_width(config, student)
-    if student.has_adapter:  # the base weights are shared
-        parts[_SNAPSHOT] = (student.trainable * width, "the adapter alone")
-    else:
-        parts[_SNAPSHOT] = (student.parameters * snapshot_width, f"{snapshot_width} bytes each")
-    if teacher is not None:
-        remark = f"{teacher.parameters:,} x {teacher.packed or teacher.widths.weights} bytes"
-        parts[_TEACHER] = (teacher.bytes, remark)
-
-
-def _offload_options(config: Any, models: Mapping[str, ModelSize]) -> list[str]:
-    wanted = {
-        "model.behavior.offload": config.model.behavior.get("offload"),
-        "model.teacher.offload": "teacher" in models and _options(config.model.teacher).get("offload"),
+    snapshot = getattr(torch, own).itemsize if own else student.widths.weights
+    weights = {
+        role: (model.bytes, f"{model.parameters:,} x {model.packed or model.widths.weights} bytes")
+        for role, model in models.items()
     }
-    return [name for name, on in wanted.items() if on]
-
-
-def _offload(result: Estimate, config: Any, models: Mapping[str, ModelSize]) -> None:
-    """Move offloaded parts to the host."""
-    options = _offload_options(config, models)
-    if "model.behavior.offload" in options:
-        result.offload(_SNAPSHOT, models["student"].rounded * _snapshot_width(config, models["student"]))
-    if "model.teacher.offload" in options:
-        result.offload(_TEACHER, models["teacher"].rounded * models["teacher"].widths.weights)
-
-
-def _snapshot_width(config: Any, student: ModelSize) -> int:
-    name = config.model.behavior.dtype
-    return int(getattr(torch, name).itemsize) if name else student.widths.weights
+    result.parts = {
+        "student weights": weights["student"],
+        "gradients": (student.trainable * width, f"{student.trainable:,} x {width} bytes"),
+        "optimizer state": (
+            int(student.trainable * each),
+            f"{optimizer.class_path.rpartition('.')[2]}: {each:.3g} bytes each",
+        ),
+        _SNAPSHOT: (
+            (student.trainable * width, "the adapter alone")  # the base weights are shared
+            if student.has_adapter
+            else (student.parameters * snapshot, f"{snapshot} bytes each")
+        ),
+    }
+    pinned = {_SNAPSHOT: student.rounded * snapshot}
+    if (teacher := models.get("teacher")) is not None:
+        result.parts[_TEACHER] = weights["teacher"]
+        pinned[_TEACHER] = teacher.rounded * teacher.widths.weights
+    result.host = {part: (pinned[part], "offloaded: pinned in powers of two") for part in offloaded.values()}
+    result.resident = [part for part in result.parts if part not in result.host]
 
 
 def _cache(model: ModelSize, config: Any, sampling: Any, wanted: int) -> tuple[int, str]:
@@ -285,60 +278,50 @@ def _cache(model: ModelSize, config: Any, sampling: Any, wanted: int) -> tuple[i
     return cache + reading + logits, f"{batch} responses x {length:,} tokens"
 
 
-def _sampling(result: Estimate, config: Any, student: ModelSize, resident: list[str]) -> None:
-    result.parts["KV cache"] = _cache(student, config, config.model.sampling, _pool_size(config))
-    result.add_phase("sampling", resident, _SNAPSHOT, "KV cache")
-
-
-def _evaluation(result: Estimate, config: Any, models: Mapping[str, ModelSize], resident: list[str]) -> None:
+def _add_evaluation(result: Estimate, config: Any, models: Mapping[str, ModelSize]) -> None:
     sampling, options = config.model.eval_sampling, config.model.evaluation
     wanted = config.data.eval_batch_size * sampling.num_samples
-    caches = {"KV cache of evaluation": _cache(models["student"], config, sampling, wanted)}
+    own, teachers = "KV cache of evaluation", "KV cache of the teacher's evaluation"
+    caches = {own: _cache(models["student"], config, sampling, wanted)}
     if "teacher" in models and options.teacher:
-        caches["KV cache of the teacher's evaluation"] = _cache(models["teacher"], config, sampling, wanted)
+        caches[teachers] = _cache(models["teacher"], config, sampling, wanted)
     casts = [_CASTS] if _CASTS in result.parts else []  # autocast caches copies of all trainable weights
-    if _TEACHER in result.host:
-        result.parts |= caches
-        measured = [_TEACHER] if options.reverse_kl else []  # the teacher scores each batch of answers
-        result.add_phase("evaluation", resident, *measured, "KV cache of evaluation", *casts)
-        if options.teacher:
-            result.add_phase("the teacher's evaluation", resident, _TEACHER, [*caches][-1], *casts)
+    if _TEACHER not in result.host:
+        result.add_phase("evaluation", *casts, new={own: max(caches.values())})
         return
-    result.parts["KV cache of evaluation"] = max(caches.values())
-    result.add_phase("evaluation", resident, "KV cache of evaluation", *casts)
+    measured = [_TEACHER] if options.reverse_kl else []  # the teacher scores each batch of answers
+    result.add_phase("evaluation", *measured, *casts, new={own: caches.pop(own)})
+    if caches:
+        result.add_phase("the teacher's evaluation", _TEACHER, *casts, new=caches)
 
 
-def _scoring(result: Estimate, config: Any, models: Mapping[str, ModelSize], resident: list[str]) -> None:
-    sizes = {
-        "student": config.model.behavior.score_batch_size,
-        "teacher": _options(config.model.teacher).get("batch_size"),
-    }
+def _add_scoring(result: Estimate, config: Any, models: Mapping[str, ModelSize], num_rollouts: int) -> None:
     for role, model in models.items():
-        phase, weights = {
-            "student": ("behavior scoring", _SNAPSHOT),
-            "teacher": ("teacher scoring", _TEACHER),
-        }[role]
-        tokens = min(sizes[role] or 1, _pool_size(config)) * _length(config)
+        phase, weights, batch = (
+            ("behavior scoring", _SNAPSHOT, config.model.behavior.score_batch_size)
+            if role == "student"
+            else ("teacher scoring", _TEACHER, _options(config.model.teacher).get("batch_size"))
+        )
+        tokens = min(batch or 1, num_rollouts) * _length(config)
         at_once = _tokens_of_pass(config, tokens) if role == "student" else tokens
         size = inference_bytes(model.shape, at_once, model.widths) + head_bytes(model.shape, tokens, training=False)
         if at_once < tokens:  # hidden states of the previous passes
             size += tokens * model.shape.hidden * model.widths.weights
         said = f"{tokens:,} tokens" if at_once == tokens else f"{at_once:,} of {tokens:,} tokens at a time"
-        result.parts[f"forward pass of {phase}"] = (size, said)
-        result.add_phase(phase, resident, weights, f"forward pass of {phase}")
+        result.add_phase(phase, weights, new={f"forward pass of {phase}": (size, said)})
 
 
 def _tokens_of_pass(config: Any, tokens: int) -> int:
     """Return the tokens per forward pass of the student; a row longer than the bound is a pass of its own."""
-    bound = config.model.get("max_tokens_per_pass")
+    bound = config.model.max_tokens_per_pass
     return tokens if bound is None else min(tokens, max(bound, _length(config)))
 
 
-def _update(result: Estimate, config: Any, student: ModelSize, resident: list[str]) -> None:
+def _add_update(result: Estimate, config: Any, student: ModelSize) -> None:
     tokens = -(-config.data.reuse.batch_size // config.trainer.accumulate_grad_batches) * _length(config)
     at_once = _tokens_of_pass(config, tokens)
     checkpointing = bool(_options(config.model.student).get("gradient_checkpointing"))
-    more = {
+    new = {
         "activations": (
             activation_bytes(student.shape, at_once, student.widths, checkpointing=checkpointing),
             f"{at_once:,} tokens, gradient checkpointing {'on' if checkpointing else 'off'}",
@@ -347,19 +330,8 @@ def _update(result: Estimate, config: Any, student: ModelSize, resident: list[st
     }
     if at_once < tokens:
         size = 2 * tokens * student.shape.hidden * student.widths.weights
-        more["hidden states of all passes"] = (size, f"{tokens:,} tokens, and their gradient")
+        new["hidden states of all passes"] = (size, f"{tokens:,} tokens, and their gradient")
     if student.widths.autocast:  # autocast keeps a cast copy of the weights
         width = student.widths.compute
-        more[_CASTS] = (student.parameters * width, f"{width} bytes each")
-    result.parts |= more
-    result.add_phase("update", resident, *more)
-
-
-def _pool(result: Estimate, config: Any) -> None:
-    rollouts, length = _pool_size(config), config.model.sampling.max_new_tokens
-    init = {"class_path": config.model.objective.class_path, "init_args": _options(config.model.objective)}
-    k = instantiate_class((), init).request.top_k
-    # Tokens (8) and mask (1); log-probabilities of snapshot and teacher, and mass; ids and logits of the support.
-    per_token = 8 + 1 + 3 * FLOAT + k * (4 + FLOAT)
-    size = rollouts * (length * per_token + config.data.max_prompt_tokens * (8 + 1))
-    result.host["pool"] = (size, f"{rollouts} rollouts x {length:,} tokens x {per_token} bytes, top {k}")
+        new[_CASTS] = (student.parameters * width, f"{width} bytes each")
+    result.add_phase("update", new=new)

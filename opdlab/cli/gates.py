@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from opdlab.cli.arguments import PlainParser
-from opdlab.cli.commands import COMMANDS
+from opdlab.cli.commands import COMMANDS, PlainParser
 from opdlab.gating import gate_registry
 from opdlab.registry import Registry
 
@@ -23,8 +22,5 @@ def list_gates(arguments: Sequence[str]) -> int:
 def described(registry: Registry[Any]) -> str:
     """Return one line per registered class: its name and the first line of its docstring."""
     width = max(map(len, registry.names()))
-    lines = []
-    for name in registry.names():
-        documentation = (registry.get(name).__doc__ or "").strip().splitlines()
-        lines.append(f"{name:{width}}  {documentation[0] if documentation else ''}")
-    return "\n".join(lines)
+    documented = {name: (registry.get(name).__doc__ or "").strip() for name in registry.names()}
+    return "\n".join(f"{name:{width}}  {text.partition(chr(10))[0]}" for name, text in documented.items())

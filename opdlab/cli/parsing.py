@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 
+from opdlab.checkpoints import find_checkpoint
 from opdlab.cli.checks import CALLBACKS, check_config
 from opdlab.cli.commands import COMMANDS
 from opdlab.cli.config_files import CONFIG_MODE, ConfigFile, expand_names
@@ -22,7 +23,6 @@ from opdlab.errors import UsageError
 from opdlab.gating import gate_registry
 from opdlab.module import OPDModule
 from opdlab.objectives.base import objective_registry
-from opdlab.run_folder import find_checkpoint
 
 RUN_KEYS = ("ckpt_path", "weights_only")
 """Keys that are passed to the method of the trainer."""
@@ -106,6 +106,7 @@ def parse_fit(arguments: Sequence[str], command: str = "fit") -> Namespace:
         raise UsageError(explain(error, keys, command=f"{parser.prog} --help")) from error
     config.trainer.default_root_dir = str(config.trainer.default_root_dir or "runs")
     if config.ckpt_path is not None:
-        config.ckpt_path = str(find_checkpoint(config.ckpt_path, Path(config.trainer.default_root_dir)))
+        root = Path(config.trainer.default_root_dir)
+        config.ckpt_path = str(find_checkpoint(config.ckpt_path, root, resume=command == "fit"))
     check_config(parser, config)
     return config

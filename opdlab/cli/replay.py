@@ -1,33 +1,30 @@
 """``opdlab replay RUN``: replay recorded steps of a run under every gate, without retraining."""
 
 import time
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from jsonargparse import Namespace
 from lightning.fabric import Fabric
 from lightning.pytorch import seed_everything
 from rich.console import Console
 
-from opdlab.cli.arguments import PlainParser
 from opdlab.cli.building import build
-from opdlab.cli.commands import COMMANDS
+from opdlab.cli.commands import COMMANDS, PlainParser
 from opdlab.cli.estimate import refuse_oversized
 from opdlab.cli.parsing import fit_parser, parse_fit
-from opdlab.data import PromptDataModule
 from opdlab.errors import UsageError, require
-from opdlab.module import OPDModule
 from opdlab.registry import suggestion
 from opdlab.replay.charts import cosines_by_age, sample_sizes, save
-from opdlab.replay.gate_summary import console_table, markdown, step_table, summarise, write_rows
+from opdlab.replay.gate_summary import GateSummary, console_table, markdown, step_table, summarise, write_rows
 from opdlab.replay.record import FOLDER, RecordedStep, read_record, record_folders
 from opdlab.replay.steps import ReplayConfig, ReplayedStep, Replayer
 from opdlab.replay.variants import NORMALIZATIONS, STATISTICS, Grid, gate_class
 
 CONFIG = "config.yaml"
 _PASSED_ON = ("--model.", "--data.", "--trainer.")
+_LISTS = ("gates", "statistics", "normalizations", "taus", "steps")
 
 
 def parser() -> PlainParser:
@@ -68,61 +65,80 @@ def replay(arguments: Sequence[str]) -> int:
         UsageError: an argument, the run or its configuration is invalid.
     """
     require(bool(arguments), "give a run's folder, such as runs/quickstart/version_0; see opdlab replay --help")
-    options, overrides = parser().parse_known_args(arguments)
-    _check_overrides(overrides)
-    grid = _grid(options)
+    options, overrides = _parsed(arguments)
     config = ReplayConfig(options.draws, options.seed, options.other_prompts, options.tolerance)
-    folders = chosen_folders(options.run, _split(options.steps))
-    out = _made(options.out or options.run / "replay")
+    grid = Grid(options.gates, options.statistics, options.normalizations, options.taus)
+    folders = chosen_folders(options.run, options.steps)
+    out = options.out or options.run / "replay"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out '{out}' cannot be made ({error.strerror}): give another folder") from error
     records = [read_record(folder) for folder in folders.values()]
     for name in grid.gates or ():
         gate_class(name)  # fail before models are loaded
     started = time.perf_counter()
-    replayer = _replayer(options, overrides, grid, config)
+    replayer = _replayer(options.run, overrides, grid, config)
     steps: list[ReplayedStep] = []
     console = Console()
     with console.status("replaying") as status:
         for record in records:
             status.update(f"replaying step {record.number} ({len(steps) + 1} of {len(records)})")
             steps.append(replayer.replay(record))
-    seconds = time.perf_counter() - started
     about = [
-        f"{_steps(len(steps))} under {max(len(step.rows) for step in steps)} gates in {seconds:.0f} s, with "
-        f"{sum(step.num_backward for step in steps)} backward passes; fresh gradients: {config.draws} a step",
+        f"{len(steps)} step{'s' * (len(steps) != 1)} under {max(len(step.rows) for step in steps)} gates in "
+        f"{time.perf_counter() - started:.0f} s, with {sum(step.num_backward for step in steps)} backward passes; "
+        f"fresh gradients: {config.draws} a step",
         *(f"left out: {name}, which {reason}" for name, reason in replayer.skipped.items()),
-        *reproduction(steps, records),
+        reproduction(steps, records),
     ]
-    write_results(out, steps, about, grid)
-    if summaries := summarise(steps):
+    summaries = summarise(steps)
+    write_results(out, steps, summaries, about, sorted(grid.taus)[len(grid.taus) // 2])
+    if summaries:
         console.print(console_table(summaries))
-    for line in about:
-        print(line)
-    print(f"results: {out}")
+    print(*about, f"results: {out}", sep="\n")
     return 0
 
 
-def _replayer(options: Any, overrides: Sequence[str], grid: Grid, config: ReplayConfig) -> Replayer:
+def _parsed(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
+    """Return the options, with lists split at commas, and the arguments that override the run's configuration."""
+    known = parser()
+    options, overrides = known.parse_known_args(arguments)
+    for flag in overrides:
+        key = flag.partition("=")[0]
+        hint = suggestion(key, [f"--{name}" for name in vars(options)]) or ";"
+        require(
+            not key.startswith("-") or key.startswith(_PASSED_ON) or key.lstrip("-")[:1].isdigit(),
+            f"unknown option '{key}'{hint} see {known.prog} --help",
+        )
+    if overrides and not overrides[0].startswith("-"):
+        raise UsageError(f"'{overrides[0]}' is one argument too many: give one run's folder")
+    for name in _LISTS:
+        if (values := getattr(options, name)) is not None:
+            setattr(options, name, list(dict.fromkeys(part for value in values for part in value.split(",") if part)))
+    try:
+        options.taus = [float(text) for text in options.taus]
+    except ValueError as error:
+        raise UsageError(f"--taus is {' '.join(options.taus)}, but must be numbers, such as 1 5 ({error})") from error
+    return options, overrides
+
+
+def _replayer(run: Path, overrides: Sequence[str], grid: Grid, config: ReplayConfig) -> Replayer:
+    settings = parse_fit(["-c", str(run / CONFIG), "--ckpt_path", "null", *overrides])
+    if settings.check_memory:
+        refuse_oversized(settings)
+    if settings.seed_everything is not False:  # adapters are initialised at random
+        seed_everything(None if settings.seed_everything is True else settings.seed_everything, workers=True)
+    built = build(fit_parser(), settings)
+    module, data = built.model, built.data
     # The replay uses one device, even if the run used more.
-    run, module, data = _built(["-c", str(options.run / CONFIG), "--ckpt_path", "null", *overrides])
-    fabric = Fabric(accelerator=run.trainer.accelerator, devices=1, precision=run.trainer.precision)
+    fabric = Fabric(accelerator=settings.trainer.accelerator, devices=1, precision=settings.trainer.precision)
     module.to(fabric.device)
-    prompts: list[tuple[int, ...]] = []
+    prompts = []
     if config.other_prompts:
         data.prepare(module.student.tokenizer, training=True)
-        assert data.train_prompts is not None
         prompts = [prompt.tokens for prompt in data.train_prompts.prompts]
     return Replayer(module, grid, config, fabric.autocast, prompts)
-
-
-def _built(arguments: Sequence[str]) -> tuple[Namespace, OPDModule, PromptDataModule]:
-    """Return the configuration of ``opdlab fit`` with ``arguments``, its module and its data module; no trainer."""
-    config = parse_fit(arguments)
-    if config.check_memory:
-        refuse_oversized(config)
-    if config.seed_everything is not False:  # adapters are initialised at random
-        seed_everything(None if config.seed_everything is True else config.seed_everything, workers=True)
-    built = build(fit_parser(), config)
-    return config, built.model, built.data
 
 
 def chosen_folders(run: Path, steps: Sequence[str] | None) -> dict[int, Path]:
@@ -156,79 +172,39 @@ def chosen_folders(run: Path, steps: Sequence[str] | None) -> dict[int, Path]:
     return dict(sorted(chosen.items()))
 
 
-def _grid(options: Any) -> Grid:
-    taus = []
-    for text in _split(options.taus) or ():
-        try:
-            taus.append(float(text))
-        except ValueError as error:
-            raise UsageError(f"--taus has '{text}', which is no number: give numbers, such as 1 5") from error
-    return Grid(_split(options.gates), _split(options.statistics) or (), _split(options.normalizations) or (), taus)
-
-
-def _split(values: Sequence[str] | None) -> list[str] | None:
-    if values is None:
-        return None
-    return list(dict.fromkeys(part for value in values for part in value.split(",") if part))
-
-
-def _check_overrides(overrides: Sequence[str]) -> None:
-    known = [action.option_strings[0] for action in parser()._actions if action.option_strings]
-    for flag in overrides:
-        key = flag.partition("=")[0]
-        require(
-            not key.startswith("-") or key.startswith(_PASSED_ON) or key.lstrip("-")[:1].isdigit(),
-            f"unknown option '{key}'{suggestion(key, known) or ';'} see opdlab replay --help",
-        )
-    require(
-        not overrides or overrides[0].startswith("-"),
-        f"'{overrides[0] if overrides else ''}' is one argument too many: give one run's folder",
-    )
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out '{folder}' cannot be made ({error.strerror}): give another folder") from error
-    return folder
-
-
-def _steps(number: int) -> str:
-    return f"{number} step" if number == 1 else f"{number} steps"
-
-
-def reproduction(steps: Sequence[ReplayedStep], records: Sequence[RecordedStep]) -> list[str]:
-    """Return lines that compare the losses replayed under the run's own gate with the recorded ones.
+def reproduction(steps: Sequence[ReplayedStep], records: Sequence[RecordedStep]) -> str:
+    """Return a line that compares the losses replayed under the run's own gate with the recorded ones.
 
     Args:
         steps: the replayed steps.
         records: the records of the same steps.
     """
     equal = sum(step.recorded_loss == step.replayed_loss for step in steps)
+    line = "under the run's own gate the recorded losses come out to the bit"
     if equal == len(steps):
-        return ["under the run's own gate the recorded losses come out to the bit, at all of them"]
+        return f"{line}, at all of them"
     off = max(abs(step.replayed_loss - step.recorded_loss) / max(abs(step.recorded_loss), 1e-12) for step in steps)
     facts = records[0].facts
-    had = f"{facts.num_threads} threads on {facts.device}, precision {facts.precision}, torch {facts.torch_version}"
-    return [
-        f"under the run's own gate the recorded losses come out to the bit at {equal} of {len(steps)} steps; the "
-        f"largest relative difference is {off:.1e}. The run had {had}; this replay has {torch.get_num_threads()} "
-        f"threads, torch {torch.__version__}"
-    ]
+    return (
+        f"{line} at {equal} of {len(steps)} steps; the largest relative difference is {off:.1e}. The run had "
+        f"{facts.num_threads} threads on {facts.device}, precision {facts.precision}, torch {facts.torch_version}; "
+        f"this replay has {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
 
 
-def write_results(out: Path, steps: Sequence[ReplayedStep], about: Sequence[str], grid: Grid) -> None:
+def write_results(
+    out: Path, steps: Sequence[ReplayedStep], summaries: Sequence[GateSummary], about: Sequence[str], tau: float
+) -> None:
     """Write ``replay.csv``, ``replay.md`` and pictures.
 
     Args:
         out: an existing folder.
         steps: the replayed steps.
+        summaries: of the gates over the steps.
         about: lines about the replay.
-        grid: grid of gates; the picture by age shows its median tau.
+        tau: of the gates in the picture by age, per nat.
     """
     write_rows(out / "replay.csv", steps)
-    summaries = summarise(steps)
     text = [
         "# Replay",
         "\n".join(f"- {line}" for line in about),
@@ -244,7 +220,6 @@ def write_results(out: Path, steps: Sequence[ReplayedStep], about: Sequence[str]
         markdown(summaries) if summaries else "No recorded step is stale.",
     ]
     (out / "replay.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    tau = sorted(grid.taus)[len(grid.taus) // 2]
     for reference in steps[0].ceilings:
         save(cosines_by_age(steps, tau, reference), out, f"cosine-{reference}")
     save(sample_sizes(steps), out, "sample-size")

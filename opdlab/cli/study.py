@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -19,11 +20,11 @@ from opdlab.cli.config_files import config_path, shipped_configs
 from opdlab.cli.messages import explain
 from opdlab.cli.parsing import parse_fit
 from opdlab.errors import UsageError, require
+from opdlab.locks import locked
 from opdlab.registry import suggestion
-from opdlab.studies.launch import Cluster, Launcher, RunState, default_jobs
-from opdlab.studies.plan import Plan, Resolve, make_plan
-from opdlab.studies.schema import FAILED, FINISHED, locked
-from opdlab.studies.sharing import take_over
+from opdlab.studies.launch import Cluster, Launcher, default_jobs
+from opdlab.studies.plan import Plan, Resolve, make_plan, take_over
+from opdlab.studies.schema import FAILED, FINISHED, STUDY
 from opdlab.studies.study import Study, read_study
 from opdlab.studies.table import StudyTable
 
@@ -158,9 +159,14 @@ def _run(options: Namespace) -> int:
     if options.threads is not None:
         study = replace(study, threads=options.threads)
     folder = Path(options.folder or _ROOT / study.name)
-    cluster = Cluster(options.cluster, options.parameters)
     require(options.jobs is None or options.jobs >= 1, f"--jobs is {options.jobs}: give at least 1")
+    shared = [Path(other) for other in options.share]
+    for other in shared:
+        require((other / STUDY).is_file(), f"--share has '{other}', which has no {STUDY}: give a study's folder")
     plan = plan_study(study, folder, plain_config)
+    cluster = Cluster(options.cluster, options.parameters)
+    with TemporaryDirectory() as scratch:
+        cluster.executor(Path(scratch))  # A cluster that cannot be used is refused before the study has a folder.
     with ExitStack() as stack:
         try:
             mine = stack.enter_context(locked(folder))  # two launchers would start the same runs twice
@@ -168,10 +174,9 @@ def _run(options: Namespace) -> int:
             fault = f"--folder is '{folder}', which cannot be written ({error.strerror}): give another"
             raise UsageError(fault) from error
         require(mine, f"{folder} is in use by another `opdlab study run`: wait for it, or give another --folder")
-        cluster.check(folder)
         plan.settle()
-        if shared := take_over(plan.runs(), [Path(other) for other in options.share]):
-            print(f"{shared} runs taken over from {', '.join(options.share)}")
+        if number := take_over(plan.runs(), shared):
+            print(f"{number} runs taken over from {', '.join(options.share)}")
         return _launch(plan, cluster, options.jobs)
 
 
@@ -194,23 +199,17 @@ def _launch(plan: Plan, cluster: Cluster, jobs: int | None) -> int:
         soft_wrap=True,
     )
     with table.shown():
-        signum = launcher.run(table)
+        for run in launcher.run():
+            table.update(run)
     for run in launcher.runs:
         if run.state == FAILED:
-            _print_failure(run)
-    if signum is not None:
+            text = f"{run.spec.variant} seed {run.spec.seed} failed; {run.spec.path} has its log, which ends:"
+            print(text, *(f"    {line}" for line in run.spec.record.last_lines), sep="\n", file=sys.stderr)
+    if launcher.signals:
         print(f"opdlab: stopped, {table.summary()}; to go on, run the same command", file=sys.stderr)
-        return 128 + signum
+        return 128 + launcher.signals[0]
     if launcher.count()[FAILED]:
         print("opdlab: the same command tries failed runs again", file=sys.stderr)
         return 1
     print(f"all runs are in {plan.folder}; compare them: opdlab study report {plan.folder}")
     return 0
-
-
-def _print_failure(run: RunState) -> None:
-    print(
-        f"{run.spec.variant} seed {run.spec.seed} failed; {run.spec.folder} has its log, which ends:", file=sys.stderr
-    )
-    for line in run.spec.run_folder.record.last_lines:
-        print(f"    {line}", file=sys.stderr)

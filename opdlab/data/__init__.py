@@ -1,7 +1,7 @@
 """Problems, prompts, and the data module that serves them."""
 
 from opdlab.data.benchmarks import Benchmark, DapoMath17k
-from opdlab.data.cleaning import CleaningAccount, CleaningConfig
+from opdlab.data.cleaning import CleaningConfig, CleaningReport
 from opdlab.data.datamodule import PromptDataModule
 from opdlab.data.jsonl import JsonlProblems
 from opdlab.data.prompts import ProblemSource, PromptSet, prompt_set
@@ -13,7 +13,7 @@ from opdlab.types import EvaluationBatch, Problem, Prompt
 __all__ = [
     "Benchmark",
     "ChatTemplate",
-    "CleaningAccount",
+    "CleaningReport",
     "CleaningConfig",
     "DapoMath17k",
     "EvaluationBatch",

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from opdlab.data.jsonl import JsonlProblems
 from opdlab.data.prompts import ProblemSource
@@ -16,10 +17,6 @@ from opdlab.registry import suggestion
 from opdlab.types import Problem
 from opdlab.verifiers.math.math_verifier import MathVerifier
 from opdlab.verifiers.verifier import Verifier
-
-
-def _as_written(answer: str) -> str:
-    return answer.strip()
 
 
 def _integer(answer: str) -> str:
@@ -43,7 +40,7 @@ class _Published:
     problem_field: str = "problem"
     answer_field: str = "answer"
     id_field: str = "id"
-    answer: Callable[[str], str] = _as_written
+    answer: Callable[[str], str] = str.strip
     prefix: str = ""  # removed from the problem
     suffix: str = ""  # removed from the problem
 
@@ -75,7 +72,23 @@ _DAPO = _Published(
 _shared_verifier = functools.cache(MathVerifier)
 
 
-class _PublishedProblems(ProblemSource):
+class PublishedProblems(ProblemSource):
+    r"""Problems of a published set, from the hub or from a local copy.
+
+    Args:
+        path: read this instead of the hub: a JSON Lines file with the fields ``id``, ``problem`` and ``answer``, or a
+            folder with a copy of the hub's data set.
+        revision: branch, tag or commit on the hub.
+        template: turns a problem into a prompt; by default plain text, a new line and "Please reason step by step, and
+            put your final answer within \boxed{}."
+        verifier: checks answers; by default a :class:`opdlab.verifiers.MathVerifier` that all presets share.
+        limit: use at most this many problems.
+        offset: skip this many problems first.
+
+    Raises:
+        UsageError: both ``path`` and ``revision`` are given; on reading, the file or the hub cannot be read.
+    """
+
     _published: _Published
 
     def __init__(
@@ -92,13 +105,12 @@ class _PublishedProblems(ProblemSource):
             path is None or revision is None,
             f"revision is '{revision}', but path is '{path}': a local copy has no revisions, so leave one of them out",
         )
-        self._rows = self._source(path, revision, limit, offset)
-
-    def _source(self, path: str | None, revision: str | None, limit: int | None, offset: int) -> RowProblems:
         known = self._published
+        self._rows: RowProblems
         if path is not None and not Path(path).expanduser().is_dir():
-            return JsonlProblems(path, limit=limit, offset=offset)
-        return TableProblems(
+            self._rows = JsonlProblems(path, limit=limit, offset=offset)
+            return
+        self._rows = TableProblems(
             known.hub_id if path is None else path,
             known.subset,
             known.split,
@@ -120,7 +132,7 @@ class _PublishedProblems(ProblemSource):
         return self._rows.name
 
 
-class Benchmark(_PublishedProblems):
+class Benchmark(PublishedProblems):
     r"""Problems of a named benchmark.
 
     ========= ======== ===================================== =========================================
@@ -135,14 +147,8 @@ class Benchmark(_PublishedProblems):
 
     Args:
         name: see the table.
-        path: read this instead of the hub: a JSON Lines file with the fields ``id``, ``problem`` and ``answer``, or a
-            folder with a copy of the hub's data set.
-        revision: branch, tag or commit on the hub.
-        template: turns a problem into a prompt; by default plain text, a new line and "Please reason step by step, and
-            put your final answer within \boxed{}."
-        verifier: checks answers; by default a :class:`opdlab.verifiers.MathVerifier` that all presets share.
-        limit: use at most this many problems.
-        offset: skip this many problems first.
+        path: local copy, read instead of the hub; see :class:`PublishedProblems`.
+        kwargs: see :class:`PublishedProblems`.
 
     Raises:
         UsageError: the name is unknown; on reading, the file or the hub cannot be read.
@@ -156,25 +162,16 @@ class Benchmark(_PublishedProblems):
         opdlab.errors.UsageError: unknown benchmark 'math50'; did you mean 'math500'? Known: aime24, aime25, amc23, ...
     """
 
-    def __init__(
-        self,
-        name: str,
-        path: str | None = None,
-        revision: str | None = None,
-        template: Template | None = None,
-        verifier: Verifier | None = None,
-        limit: int | None = None,
-        offset: int = 0,
-    ) -> None:
+    def __init__(self, name: str, path: str | None = None, **kwargs: Any) -> None:
         require(
             name in _BENCHMARKS,
             f"unknown benchmark '{name}'{suggestion(name, _BENCHMARKS) or ';'} Known: {', '.join(_BENCHMARKS)}",
         )
         self._published = _BENCHMARKS[name]
-        super().__init__(path, revision, template, verifier, limit, offset)
+        super().__init__(path, **kwargs)
 
 
-class DapoMath17k(_PublishedProblems):
+class DapoMath17k(PublishedProblems):
     r"""Prompts of DAPO-Math-17k, in English and Chinese, with integer answers.
 
     The released set repeats its 17,398 prompts a hundred times; the hub's processed copy
@@ -182,12 +179,7 @@ class DapoMath17k(_PublishedProblems):
     problem are removed. :class:`opdlab.data.CleaningConfig` removes its overlap with benchmarks.
 
     Args:
-        path: read this instead of the hub; see :class:`Benchmark`.
-        revision: branch, tag or commit on the hub.
-        template: turns a problem into a prompt; see :class:`Benchmark`.
-        verifier: checks answers; see :class:`Benchmark`.
-        limit: use at most this many problems.
-        offset: skip this many problems first.
+        kwargs: see :class:`PublishedProblems`.
 
     Raises:
         UsageError: on reading, the file or the hub cannot be read.

@@ -1,7 +1,7 @@
 """Cleaning of training problems: remove conflicting answers, duplicates, and benchmark problems."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from opdlab.data.overlap import BenchmarkIndex, Suspect, normalized
@@ -58,7 +58,7 @@ class CleaningConfig:
 
 
 @dataclass(frozen=True)
-class CleaningAccount:
+class CleaningReport:
     """Cleaning report: number of rows read and dropped, by reason.
 
     Args:
@@ -70,7 +70,7 @@ class CleaningAccount:
         too_long: rows with more prompt tokens than allowed.
 
     Example:
-        >>> print(CleaningAccount(9, conflicting=2, duplicate=1, exact={"amc23": 1}, by_ngrams={"amc23": 3}))
+        >>> print(CleaningReport(9, conflicting=2, duplicate=1, exact={"amc23": 1}, by_ngrams={"amc23": 3}))
         9 read, 2 conflicting, 1 duplicate, 4 contaminated (exact + by n-grams: amc23 1 + 3), 0 too long, 2 kept
     """
 
@@ -103,15 +103,15 @@ class CleaningAccount:
 class _Text:
     """State of one distinct text."""
 
+    gold: str | None
+    suspect: Suspect | None
     rows: int = 0
-    gold: str | None = None
     conflicting: bool = False
-    suspect: Suspect | None = None
 
 
 def clean(
     problems: Iterable[Problem], config: CleaningConfig, benchmarks: Mapping[str, Iterable[str]]
-) -> tuple[list[Problem], CleaningAccount]:
+) -> tuple[list[Problem], CleaningReport]:
     """Return the problems that pass the rules of :class:`CleaningConfig`.
 
     The problems are read once, one at a time; duplicates are not kept in memory.
@@ -127,43 +127,36 @@ def clean(
     Example:
         >>> rows = [("1 + 1?", "2"), ("1 +  1?", "2"), ("2 + 2?", "4"), ("2 + 2?", "5"), ("What is 7?", "7")]
         >>> problems = [Problem(str(i), text, gold) for i, (text, gold) in enumerate(rows)]
-        >>> left, account = clean(problems, CleaningConfig(), {"sevens": ["what is 7?"]})
-        >>> [problem.id for problem in left], account.conflicting, account.duplicate, account.contaminated
+        >>> kept, report = clean(problems, CleaningConfig(), {"sevens": ["what is 7?"]})
+        >>> [problem.id for problem in kept], report.conflicting, report.duplicate, report.contaminated
         (['0'], 2, 1, 1)
     """
-    index = BenchmarkIndex(config.ngram, config.overlap, config.boilerplate)
-    index.add(benchmarks if config.decontaminate else {})
+    compared = benchmarks if config.decontaminate else {}
+    index = BenchmarkIndex(compared, config.ngram, config.overlap, config.boilerplate)
     texts: dict[bytes, _Text] = {}
-    candidates = list(_candidates(problems, config, index, texts))
-    exact, by_ngrams = dict.fromkeys(index.benchmarks, 0), dict.fromkeys(index.benchmarks, 0)
-    left = []
+    candidates: list[tuple[Problem, _Text]] = []
+    for problem in problems:
+        normal = normalized(problem.text)
+        gold = None if problem.answer is None else normalized(problem.answer)
+        key = hashlib.blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if key not in texts:
+            texts[key] = _Text(gold, index.look_up(normal))
+        text = texts[key]
+        text.rows += 1
+        text.conflicting |= config.drop_conflicting and gold != text.gold
+        if text.rows == 1 or not config.deduplicate:
+            candidates.append((problem, text))
+    # Conflicts and common phrases are known only after all rows are read.
+    exact, by_ngrams = dict.fromkeys(compared, 0), dict.fromkeys(compared, 0)
+    kept = []
     for problem, text in candidates:
         if text.conflicting:
             continue
-        found = None if text.suspect is None else index.verdict(text.suspect)
-        if found is None:
-            left.append(problem)
+        if text.suspect is not None and (benchmark := index.match(text.suspect)) is not None:
+            (by_ngrams if text.suspect.exact is None else exact)[benchmark] += 1
         else:
-            (exact if found.exact else by_ngrams)[found.benchmark] += 1
+            kept.append(problem)
     read = sum(text.rows for text in texts.values())
     conflicting = sum(text.rows for text in texts.values() if text.conflicting)
     duplicate = read - conflicting - sum(not text.conflicting for _, text in candidates)
-    return left, CleaningAccount(read, conflicting, duplicate, exact, by_ngrams)
-
-
-def _candidates(
-    problems: Iterable[Problem], config: CleaningConfig, index: BenchmarkIndex, texts: dict[bytes, _Text]
-) -> Iterator[tuple[Problem, _Text]]:
-    """Yield each problem with the state of its text, without duplicates; the state is final only at the end."""
-    for problem in problems:
-        normal = normalized(problem.text)
-        key = hashlib.blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        text = texts.setdefault(key, _Text())
-        text.rows += 1
-        gold = None if problem.answer is None else normalized(problem.answer)
-        if text.rows == 1:
-            text.gold, text.suspect = gold, index.look_up(normal)
-        elif gold != text.gold and config.drop_conflicting:
-            text.conflicting = True
-        if text.rows == 1 or not config.deduplicate:
-            yield problem, text
+    return kept, CleaningReport(read, conflicting, duplicate, exact, by_ngrams)

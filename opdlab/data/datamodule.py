@@ -1,33 +1,23 @@
 """The data module: prompts for training, problems for evaluation."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from opdlab.data.cleaning import CleaningAccount, CleaningConfig, clean
+from opdlab.data.cleaning import CleaningConfig, CleaningReport, clean
 from opdlab.data.prompts import ProblemSource, PromptSet, prompt_set
-from opdlab.errors import require
+from opdlab.errors import UsageError, require
 from opdlab.rollouts import Pool, ReuseConfig, RolloutLoader
 from opdlab.types import EvaluationBatch, Prompt
 from opdlab.verifiers.verifier import Verifier
-
-
-class _Problems(Dataset[Prompt]):
-    def __init__(self, prompts: Sequence[Prompt]) -> None:
-        self._prompts = prompts
-
-    def __len__(self) -> int:
-        return len(self._prompts)
-
-    def __getitem__(self, index: int) -> Prompt:
-        return self._prompts[index]
 
 
 class PromptDataModule(pl.LightningDataModule):
@@ -65,18 +55,12 @@ class PromptDataModule(pl.LightningDataModule):
         self.benchmark_sources: Mapping[str, ProblemSource] = benchmarks or {}
         self.reuse = reuse
         self.clean = clean
-        self.max_prompt_tokens = max_prompt_tokens
-        self.eval_batch_size = eval_batch_size
-        self.seed = seed
+        self.max_prompt_tokens, self.eval_batch_size, self.seed = max_prompt_tokens, eval_batch_size, seed
         self.train_prompts: PromptSet | None = None
-        self.cleaning_account: CleaningAccount | None = None
+        self.cleaning_report: CleaningReport | None = None
         self.benchmarks: dict[str, PromptSet] = {}
         self._collect: Callable[..., Pool] | None = None
         self._samples_per_prompt = 1
-
-    def check_reuse(self, samples_per_prompt: int, micro_batches: int) -> None:
-        """Raise :class:`UsageError` if buffer and batch sizes do not fit; see :meth:`ReuseConfig.check`."""
-        self.reuse.check(samples_per_prompt, micro_batches)
 
     @property
     def train_verifier(self) -> Verifier | None:
@@ -114,20 +98,37 @@ class PromptDataModule(pl.LightningDataModule):
                 rank_zero_info(f"{name}: {len(prompts)} prompts from {source.name}{dropped}")
                 self.benchmarks[name] = prompts
         if training and self.train_prompts is None:
-            self.train_prompts = self._cleaned_prompts(self.train_source, tokenizer)
+            source = self.train_source
+            texts = {name: [p.problem.text for p in prompts.prompts] for name, prompts in self.benchmarks.items()}
+            problems, report = clean(source.problems(), self.clean, texts)
+            require(
+                bool(problems) or report.read == 0,
+                f"data.clean leaves nothing of {source.name} ({report}): give other training problems, or switch a "
+                "step off, for example data.clean.decontaminate",
+            )
+            self.train_prompts = prompt_set(source, tokenizer, self.max_prompt_tokens, problems)
+            self.cleaning_report = replace(report, too_long=self.train_prompts.num_too_long)
+            rank_zero_info(f"train: problems from {source.name}: {self.cleaning_report}")
 
-    def _cleaned_prompts(self, source: ProblemSource, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
-        texts = {name: [p.problem.text for p in prompts.prompts] for name, prompts in self.benchmarks.items()}
-        problems, account = clean(source.problems(), self.clean, texts)
-        require(
-            bool(problems) or account.read == 0,
-            f"data.clean leaves nothing of {source.name} ({account}): give other training problems, or switch a step "
-            "off, for example data.clean.decontaminate",
-        )
-        prompts = prompt_set(source, tokenizer, self.max_prompt_tokens, problems)
-        self.cleaning_account = replace(account, too_long=prompts.num_too_long)
-        rank_zero_info(f"train: problems from {source.name}: {self.cleaning_account}")
-        return prompts
+    def check_tokens(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+        """Raise a UsageError if a prompt has a token for which the student or the teacher has no row.
+
+        Args:
+            tokenizer: the student's.
+            vocab_size: number of tokens with a row; their ids are below it.
+        """
+        sets = [(f"benchmarks.{name}", self.benchmark_sources[name], each) for name, each in self.benchmarks.items()]
+        sets += [("train", self.train_source, self.train_prompts)] if self.train_prompts is not None else []
+        for key, source, prompts in sets:
+            for prompt in prompts.prompts:
+                if (index := max(prompt.tokens)) >= vocab_size:
+                    problem, token = prompt.problem, tokenizer.convert_ids_to_tokens(index)
+                    row = next((n for n, each in enumerate(source.problems(), 1) if each == problem), "?")
+                    raise UsageError(
+                        f"data.{key}: row {row} of {source.name} (id '{problem.id}') has a prompt with the token "
+                        f"{token!r} (id {index}), but the models have rows for {vocab_size} tokens only: leave the "
+                        "problem out, or give models with a row for the token"
+                    )
 
     def train_dataloader(self) -> RolloutLoader:
         """Return the rollout loader, which refreshes the rollout buffer when needed."""
@@ -149,14 +150,8 @@ class PromptDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader[Prompt]]:
         """Return one loader per benchmark."""
-        return list(self._evaluation_loaders())
-
-    def test_dataloader(self) -> list[DataLoader[Prompt]]:
-        """Return the same loaders as for validation."""
-        return list(self._evaluation_loaders())
-
-    def _evaluation_loaders(self) -> Iterator[DataLoader[Prompt]]:
         assert self.trainer is not None
+        loaders = []
         for name, prompts in self.benchmarks.items():
             world_size = self.trainer.world_size
             require(
@@ -164,21 +159,11 @@ class PromptDataModule(pl.LightningDataModule):
                 f"data.benchmarks.{name} has {len(prompts)} problems for {world_size} processes: give fewer "
                 "trainer.devices or leave it out",
             )
-            problems = _Problems(prompts.prompts)
+            problems: Any = prompts.prompts
             # Does not repeat problems to pad ranks, because that would bias pass@k.
             sampler = UnrepeatedDistributedSampler(problems, shuffle=False) if world_size > 1 else None
-            yield DataLoader(
-                problems,
-                batch_size=self.eval_batch_size,
-                sampler=sampler,
-                collate_fn=_Collate(name, prompts.verifier),
-            )
+            collate = partial(EvaluationBatch, name, verifier=prompts.verifier)
+            loaders.append(DataLoader(problems, self.eval_batch_size, sampler=sampler, collate_fn=collate))
+        return loaders
 
-
-@dataclass(frozen=True)
-class _Collate:
-    benchmark: str
-    verifier: Verifier | None
-
-    def __call__(self, prompts: list[Prompt]) -> EvaluationBatch:
-        return EvaluationBatch(self.benchmark, prompts, self.verifier)
+    test_dataloader = val_dataloader

@@ -8,7 +8,7 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 # A word is one Chinese or Japanese character, or a maximal run of other letters and digits.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
@@ -56,20 +56,6 @@ class Suspect:
     exact: str | None
 
 
-@dataclass(frozen=True)
-class Contamination:
-    """Match of a training text with a benchmark problem.
-
-    Args:
-        benchmark: name of the benchmark.
-        exact: the texts are equal; otherwise they share n-grams.
-    """
-
-    benchmark: str
-    exact: bool
-
-
-@dataclass
 class BenchmarkIndex:
     """Finds training texts that are benchmark problems, exactly or by shared runs of words.
 
@@ -81,6 +67,7 @@ class BenchmarkIndex:
     rule with the same number.
 
     Args:
+        benchmarks: texts of problems, by benchmark; a text of two benchmarks counts for the first.
         ngram: words in a run.
         overlap: share of the shorter text's runs, 0 to 1; at 0 a single shared run is enough.
         boilerplate: a run in more training texts than this is a common phrase; None counts all runs.
@@ -89,22 +76,22 @@ class BenchmarkIndex:
         Brown et al., "Language Models are Few-Shot Learners", arXiv 2005.14165, appendix C.
     """
 
-    ngram: int = 13
-    overlap: float = 0.3
-    boilerplate: int | None = 10
-    benchmarks: list[str] = field(default_factory=list, init=False)
-    _texts: dict[str, str] = field(default_factory=dict, init=False)  # normalised text -> benchmark
-    _problems: list[tuple[str, int]] = field(default_factory=list, init=False)  # benchmark, number of n-grams
-    _by_ngram: dict[int, list[int]] = field(default_factory=lambda: defaultdict(list), init=False)  # -> _problems
-    _num_texts: Counter[int] = field(default_factory=Counter, init=False)  # n-gram -> training texts that have it
-
-    def add(self, benchmarks: Mapping[str, Iterable[str]]) -> None:
-        """Add the problems of benchmarks, by name."""
+    def __init__(
+        self,
+        benchmarks: Mapping[str, Iterable[str]],
+        ngram: int = 13,
+        overlap: float = 0.3,
+        boilerplate: int | None = 10,
+    ) -> None:
+        self._ngram, self._overlap, self._boilerplate = ngram, overlap, boilerplate
+        self._texts: dict[str, str] = {}  # normalised text -> benchmark
+        self._problems: list[tuple[str, int]] = []  # benchmark, number of n-grams
+        self._by_ngram: dict[int, list[int]] = defaultdict(list)  # n-gram -> indices into _problems
+        self._num_texts: Counter[int] = Counter()  # n-gram -> number of training texts that have it
         for benchmark, problems in benchmarks.items():
-            self.benchmarks.append(benchmark)
             for text in map(normalized, problems):
                 self._texts.setdefault(text, benchmark)
-                ngrams = ngram_hashes(text, self.ngram)
+                ngrams = ngram_hashes(text, self._ngram)
                 for ngram in ngrams:
                     self._by_ngram[ngram].append(len(self._problems))
                 self._problems.append((benchmark, len(ngrams)))
@@ -114,24 +101,24 @@ class BenchmarkIndex:
 
         Call it once per distinct text.
         """
-        ngrams = ngram_hashes(text, self.ngram)
+        ngrams = ngram_hashes(text, self._ngram)
         shared = ngrams & self._by_ngram.keys()
         self._num_texts.update(shared)
         exact = self._texts.get(text)
         return Suspect(len(ngrams), frozenset(shared), exact) if shared or exact else None
 
-    def verdict(self, suspect: Suspect) -> Contamination | None:
-        """Return the benchmark problem that a text matches, or None for a clean text.
+    def match(self, suspect: Suspect) -> str | None:
+        """Return the benchmark that a text is a problem of, or None for a clean text.
 
         Call it after all training texts were looked up, because only then are common phrases known.
         """
         if suspect.exact is not None:
-            return Contamination(suspect.exact, exact=True)
-        limit = self.boilerplate
+            return suspect.exact
+        limit = self._boilerplate
         telling = [ngram for ngram in suspect.shared if limit is None or self._num_texts[ngram] <= limit]
         num_shared = Counter(problem for ngram in telling for problem in self._by_ngram[ngram])
         for problem in sorted(num_shared):
             benchmark, num_ngrams = self._problems[problem]
-            if num_shared[problem] >= self.overlap * min(suspect.num_ngrams, num_ngrams):
-                return Contamination(benchmark, exact=False)
+            if num_shared[problem] >= self._overlap * min(suspect.num_ngrams, num_ngrams):
+                return benchmark
         return None

@@ -12,8 +12,6 @@ from opdlab.errors import UsageError, require
 from opdlab.types import Problem, Prompt
 from opdlab.verifiers.verifier import Verifier
 
-__all__ = ["Problem", "ProblemSource", "Prompt", "PromptSet", "prompt_set"]
-
 _CHUNK = 1024  # problems per tokenizer call
 
 
@@ -75,17 +73,25 @@ def prompt_set(
         problems: the problems of the source to use; all by default.
 
     Raises:
-        UsageError: the source or a prompt is empty, or every prompt is too long.
+        UsageError: the source or a prompt is empty, a verifier has no gold answer, or every prompt is too long.
     """
+    bos = tokenizer.bos_token_id
     remaining = iter(source.problems() if problems is None else problems)
     prompts: list[Prompt] = []
     too_long: list[int] = []  # token counts
     while chunk := list(islice(remaining, _CHUNK)):
         tokenized = source.template.tokenize([problem.text for problem in chunk], tokenizer)
-        for problem, tokens in zip(chunk, tokenized, strict=True):
+        for problem, given in zip(chunk, tokenized, strict=True):
+            # A template or a text may begin with the token that the tokenizer puts first anyway.
+            tokens = given[1:] if bos is not None and list(given[:2]) == [bos, bos] else given
             if not tokens:
                 raise UsageError(
                     f"problem '{problem.id}' of {source.name} is an empty prompt: leave it out, or give a template"
+                )
+            if source.verifier is not None and not (problem.answer or "").strip():
+                raise UsageError(
+                    f"problem '{problem.id}' of {source.name} has no gold answer, which the source's verifier needs: "
+                    "give it one, or set verifier to null"
                 )
             if len(tokens) > max_prompt_tokens:
                 too_long.append(len(tokens))

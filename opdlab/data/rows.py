@@ -24,7 +24,7 @@ class RowProblems(ProblemSource):
         limit: use at most this many rows.
         offset: skip this many rows first.
         template: turns a problem into a prompt; plain text by default.
-        verifier: checks answers; null for none.
+        verifier: checks answers; null for none, which ``answer_field: null`` requires.
 
     Raises:
         UsageError: a field is missing or null in a row, or a number is out of range.
@@ -45,6 +45,11 @@ class RowProblems(ProblemSource):
         super().__init__(template, verifier)
         require(limit is None or limit >= 1, f"limit is {limit}, but must be at least 1, or null for all rows")
         require(offset >= 0, f"offset is {offset}, but must be at least 0")
+        require(
+            answer_field is not None or verifier is None,
+            "answer_field is null, but verifier needs gold answers: give the field that holds them, or set verifier to "
+            "null",
+        )
         self._fields = (problem_field, answer_field, id_field)
         self._rows = (offset, None if limit is None else offset + limit)
 

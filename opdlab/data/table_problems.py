@@ -10,13 +10,7 @@ from opdlab.data.rows import RowProblems
 from opdlab.errors import UsageError, require
 
 # Builders of `datasets` by file suffix; it knows only lower-case suffixes.
-_BUILDERS: dict[str, dict[str, str]] = {
-    ".csv": {"path": "csv"},
-    ".tsv": {"path": "csv", "sep": "\t"},
-    ".json": {"path": "json"},
-    ".jsonl": {"path": "json"},
-    ".parquet": {"path": "parquet"},
-}
+_BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
 
 class TableProblems(RowProblems):
@@ -90,16 +84,23 @@ class TableProblems(RowProblems):
         where: dict[str, Any] = {"path": self.path, "name": self.subset, "revision": self.revision}
         if self._local.is_file():
             file = self._local.absolute()
-            builder = _BUILDERS.get(file.suffix.lower(), {"path": str(file.parent)})
-            where |= {**builder, "data_files": {self.split: glob.escape(str(file))}}
+            suffix = file.suffix.lower()
+            where["path"] = _BUILDERS.get(suffix, str(file.parent))
+            where["data_files"] = {self.split: glob.escape(str(file))}
+            where |= {"sep": "\t"} if suffix == ".tsv" else {}
         elif self._local.is_dir():
             where["path"] = str(self._local)
         how: dict[str, Any] = {"split": self.split, "streaming": self.streaming or self._local.exists()}
         config = datasets.load_dataset_builder(**where).config
         if hasattr(config, "na_filter"):
-            how |= {"features": _all_text(config), "na_filter": False}
+            import pandas as pd  # type: ignore[import-untyped] # comes with datasets
+
+            # Text as the type of every column; without types the reader infers them.
+            files = [file for files in config.data_files.values() for file in files]
+            columns = pd.read_csv(files[0], sep=config.sep, nrows=0)
+            how |= {"features": datasets.Features(dict.fromkeys(columns, datasets.Value("string"))), "na_filter": False}
             if self._local.exists():
-                for file in (file for files in config.data_files.values() for file in files):
+                for file in files:
                     _check_first_row(file, config.sep)
         return datasets.load_dataset(**where, **how)  # type: ignore[no-any-return]
 
@@ -114,29 +115,14 @@ def _check_first_row(file: str, sep: str) -> None:
 
     with fsspec.open(file, "rt", compression="infer", encoding="utf-8-sig", newline="") as text:
         reader = csv.reader(text, delimiter=sep)
-        counts: list[int] = []
+        rows = (row for row in reader if len(row) > 1 or "".join(row).strip())  # pandas skips blank lines
         try:
-            while len(counts) < 2:
-                line = reader.line_num + 1
-                row = next(reader)
-                if len(row) > 1 or "".join(row).strip():  # pandas skips blank lines
-                    counts.append(len(row))
+            header, first = next(rows), next(rows)
         except (StopIteration, csv.Error):  # no rows, or a value too long for this reader: pandas reads both
             return
-    header, first = counts
+        line = reader.line_num - sum(value.count("\n") for value in first)
     require(
-        header == first,
-        f'{file}, line {line}, has {first} fields, but the header has {header}: put quotes (") around texts that hold '
-        f"the separator '{sep}', and give every row a value for each column",
-    )
-
-
-def _all_text(csv_config: Any) -> Any:
-    """Return the CSV options with text as type of every column, because the reader infers missing types."""
-    import datasets
-    import pandas as pd  # type: ignore[import-untyped] # comes with datasets
-
-    files = next(iter(csv_config.data_files.values()))
-    return datasets.Features(
-        dict.fromkeys(pd.read_csv(files[0], sep=csv_config.sep, nrows=0), datasets.Value("string"))
+        len(header) == len(first),
+        f'{file}, line {line}, has {len(first)} fields, but the header has {len(header)}: put quotes (") around texts '
+        f"that hold the separator '{sep}', and give every row a value for each column",
     )

@@ -40,8 +40,14 @@ class RawTemplate(Template):
 
     def tokenize(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         """See :meth:`Template.tokenize`."""
-        ids: list[list[int]] = tokenizer([f"{self.prefix}{text}{self.suffix}" for text in texts])["input_ids"]
-        return ids
+        whole = [f"{self.prefix}{text}{self.suffix}" for text in texts]
+        ids: list[list[int]] = tokenizer(whole)["input_ids"]
+        # Some tokenizers also put a token behind a text, mostly the stop token, after which nothing would follow.
+        text, first = next(((text, tokens) for text, tokens in zip(whole, ids, strict=True) if text), ("", []))
+        plain = tokenizer(text, add_special_tokens=False)["input_ids"]
+        numbers = range(len(first) - len(plain) + 1)  # of tokens behind the text
+        behind = next((n for n in numbers if first[len(first) - n - len(plain) : len(first) - n] == plain), 0)
+        return [tokens[: len(tokens) - behind] for tokens in ids]
 
 
 class ChatTemplate(Template):

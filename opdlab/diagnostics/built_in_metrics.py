@@ -9,7 +9,7 @@ from opdlab.diagnostics.metric_table import Chart, Metric, register_metric
 _MODULE, _COLLECT = "opdlab.module.OPDModule", "opdlab.module.OPDModule.collect"
 _STEP = "opdlab.diagnostics.training_metrics.step_metrics"
 _SAMPLED, _TOP_K = "opdlab.objectives.SampledTokenOPD", "opdlab.objectives.TeacherTopK"
-_EFFECT, _AGES = "opdlab.diagnostics.gate_metrics.gate_tensors", "opdlab.diagnostics.age_metrics.age_scalars"
+_EFFECT, _AGES = "opdlab.diagnostics.gate_metrics.gate_tensors", "opdlab.diagnostics.run_history.age_scalars"
 _BENCHMARK, _MEAN = (
     "opdlab.evaluation.benchmark_metrics.BenchmarkMetrics",
     "opdlab.evaluation.benchmark_metrics.over_benchmarks",

@@ -1,7 +1,7 @@
 """Metrics of a gate's effect on an optimizer step, as pure functions of the step's traces.
 
-:func:`gate_tensors` queues work on the device and does not wait for it, :func:`to_host` makes one copy,
-:func:`read_gates` returns plain numbers.
+:func:`gate_tensors` queues work on the device and does not wait for it,
+:func:`opdlab.diagnostics.trace.to_host` makes one copy, :func:`read_gates` returns plain numbers.
 
 Shapes: B rollouts, T response tokens, M positions of all micro-batches of a step, valid or not. Drift is in nats.
 """
@@ -13,15 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opdlab.diagnostics.histograms import (
-    Binning,
-    Histogram,
-    bin_rows,
-    merged_rows,
-    read_histograms,
-    row_counts,
-    row_means,
-)
+from opdlab.diagnostics.histograms import Binning, Histogram, bin_rows, merged_rows, read_histograms, row_totals
 from opdlab.diagnostics.trace import StepTrace
 
 WEIGHT_BINS = Binning(centre=1.0, scale=0.01)
@@ -31,57 +23,6 @@ DRIFT_BINS = Binning(centre=0.0, scale=0.001)
 _ROUNDING = 1e-6
 # If position losses cancel to less than this share of their absolute values, a ratio of losses is noise.
 _CANCELLED = 0.01
-
-
-@dataclass(frozen=True)
-class StepPositions:
-    """The positions of a step, its micro-batches concatenated. Tensors are [M] float64, 0 where not valid.
-
-    Args:
-        valid: bool.
-        segment_ids: long; -1 where not valid.
-        weights: the gate's.
-        drift: of the token, nats.
-        segment_drift: of its segment, nats.
-        teacher_gap: logq - logpi, nats; NaN if the teacher's log-probabilities are not known.
-        losses: of the position, nats.
-        shares: factors of the losses besides the weights; see :class:`StepTrace`.
-        gradient_norms: see :class:`StepTrace`; NaN if they were not requested.
-    """
-
-    valid: Tensor
-    segment_ids: Tensor
-    weights: Tensor
-    drift: Tensor
-    segment_drift: Tensor
-    teacher_gap: Tensor
-    losses: Tensor
-    shares: Tensor
-    gradient_norms: Tensor
-
-
-def step_positions(traces: Sequence[StepTrace]) -> StepPositions:
-    """Return a step's positions, on the device."""
-    flat = [torch.stack([column.double() for column in _columns(trace)]).flatten(1) for trace in traces]
-    valid = torch.cat([trace.inputs.mask.bool().flatten() for trace in traces])
-    ids, *columns = torch.cat(flat, 1).where(valid, 0.0).unbind()
-    return StepPositions(valid, ids.long().where(valid, -1), *columns)
-
-
-def _columns(trace: StepTrace) -> list[Tensor]:
-    inputs, gates = trace.inputs, trace.gates
-    unknown = torch.full_like(gates.weights, torch.nan)
-    gap, losses, norms = inputs.teacher_gap, inputs.position_losses, trace.gradient_norms
-    return [
-        gates.segment_ids,
-        gates.weights,
-        inputs.drift,
-        gates.segment_drift,
-        unknown if gap is None else gap,
-        unknown if losses is None else losses,
-        trace.loss_shares,
-        unknown if norms is None else norms,
-    ]
 
 
 def correlation(x: Tensor, y: Tensor, valid: Tensor) -> Tensor:
@@ -170,52 +111,54 @@ def loss_effect(weights: Tensor, shares: Tensor, losses: Tensor) -> tuple[Tensor
     return ungated, ratio.where(ungated.abs() > _CANCELLED * absolute, torch.nan)
 
 
-_SCALARS = (
-    "gate/ungated_loss",
-    "gate/loss_ratio",
-    "gate/gradient_cosine",
-    "gate/gradient_norm_ratio",
-    "gate/correlation/teacher_gap",
-    "gate/correlation/position_loss",
-)
-
-
 @torch.no_grad()
-def gate_tensors(positions: StepPositions, max_blocks: int) -> dict[str, Tensor]:
+def gate_tensors(traces: Sequence[StepTrace], max_blocks: int) -> dict[str, Tensor]:
     """Return all metrics of a step, still on the device, without waiting for it.
 
     Args:
-        positions: of the step.
+        traces: of the step's micro-batches.
         max_blocks: number of segments counted separately; further ones are counted together.
 
     Returns:
-        Tensors by name, for :func:`to_host` and :func:`read_gates`.
+        Tensors by name, for :func:`opdlab.diagnostics.trace.to_host` and :func:`read_gates`.
     """
-    p = positions
+    valid, columns = _positions(traces)
+    ids, weights, drift, segment_drift, shares, gap, losses, norms = columns
     # Row `max_blocks` has the further segments, the next one the positions that are not valid.
-    block = p.segment_ids.clamp(max=max_blocks).where(p.valid, max_blocks + 1)
-    everywhere = (~p.valid).long()
-    drift = p.weights.new_zeros(max_blocks + 2).index_add_(0, block, p.drift.abs())
-    scalars = (
-        *loss_effect(p.weights, p.shares, p.losses),
-        *gradient_effect(p.weights, p.shares, p.gradient_norms),
-        correlation(p.weights, p.teacher_gap, p.valid),
-        correlation(p.weights, p.losses, p.valid),
-    )
+    block = ids.long().clamp(max=max_blocks).where(valid, max_blocks + 1)
+    everywhere = (~valid).long()
+    cosine, norm_ratio = gradient_effect(weights, shares, norms)
+    ungated, loss_ratio = loss_effect(weights, shares, losses)
     return {
-        "weights": bin_rows(p.weights, block, max_blocks + 1, WEIGHT_BINS),
-        "token_drift": bin_rows(p.drift, everywhere, 1, DRIFT_BINS),
-        "segment_drift": bin_rows(p.segment_drift, everywhere, 1, DRIFT_BINS),
-        "block_drift": drift[:-1],
-        "scalars": torch.stack(scalars),
+        "gate/ungated_loss": ungated,
+        "gate/loss_ratio": loss_ratio,
+        "gate/gradient_cosine": cosine,
+        "gate/gradient_norm_ratio": norm_ratio,
+        "gate/correlation/teacher_gap": correlation(weights, gap, valid),
+        "gate/correlation/position_loss": correlation(weights, losses, valid),
+        "weights": bin_rows(weights, block, max_blocks + 1, WEIGHT_BINS),
+        "token_drift": bin_rows(drift, everywhere, 1, DRIFT_BINS),
+        "segment_drift": bin_rows(segment_drift, everywhere, 1, DRIFT_BINS),
+        "block_drift": weights.new_zeros(max_blocks + 2).index_add_(0, block, drift.abs())[:max_blocks],
     }
 
 
-def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return float64 tensors on the host, by one copy."""
-    flat = torch.cat([tensor.flatten() for tensor in tensors.values()]).cpu()
-    parts = flat.split_with_sizes([tensor.numel() for tensor in tensors.values()])
-    return {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)}
+def _positions(traces: Sequence[StepTrace]) -> tuple[Tensor, Sequence[Tensor]]:
+    """Return which positions are valid, [M] bool, and their values, [M] float64 each: 0 where not valid.
+
+    The values: segment ids, weights, drift, segment drift, loss shares; teacher gap, position losses and gradient
+    norms, which are NaN if they are not known.
+    """
+    valid = torch.cat([trace.inputs.mask.bool().flatten() for trace in traces])
+    parts = []
+    for trace in traces:
+        inputs, gates = trace.inputs, trace.gates
+        unknown = torch.full_like(gates.weights, torch.nan)
+        optional = (inputs.teacher_gap, inputs.position_losses, trace.gradient_norms)
+        columns = [gates.segment_ids, gates.weights, inputs.drift, gates.segment_drift, trace.loss_shares]
+        columns += [unknown if column is None else column for column in optional]
+        parts.append(torch.stack([column.double() for column in columns]).flatten(1))
+    return valid, torch.cat(parts, 1).where(valid, 0.0).unbind()
 
 
 @dataclass(frozen=True)
@@ -238,19 +181,19 @@ class GateMetrics:
 def read_gates(tensors: Mapping[str, Tensor]) -> GateMetrics:
     """Return the metrics on the host from the output of :func:`gate_tensors`."""
     weights = tensors["weights"]
-    blocks = weights[:-1]
-    # Edges span all rows, including the row of the further segments.
-    by_place = read_histograms(weights, WEIGHT_BINS)[:-1]
+    # Edges span all rows, including the last one, of the further segments.
+    blocks = read_histograms(weights, WEIGHT_BINS)[:-1]
     drawn = {
         "gate/weights": read_histograms(merged_rows(weights), WEIGHT_BINS)[0],
         "gate/token_drift": read_histograms(tensors["token_drift"], DRIFT_BINS)[0],
         "gate/segment_drift": read_histograms(tensors["segment_drift"], DRIFT_BINS)[0],
-        **{f"gate/block/{n:03d}": found for n, found in enumerate(by_place)},
+        **{f"gate/block/{n:03d}": found for n, found in enumerate(blocks)},
     }
-    scalars = dict(zip(_SCALARS, tensors["scalars"].tolist(), strict=True))
+    scalars = {name: float(value) for name, value in tensors.items() if name.startswith("gate/")}
+    counts, sums = row_totals(weights[:-1])
     return GateMetrics(
         scalars={name: value for name, value in scalars.items() if not math.isnan(value)},
         histograms={name: histogram for name, histogram in drawn.items() if histogram is not None},
-        block_weights=row_means(blocks),
-        block_drift=tensors["block_drift"][:-1] / row_counts(blocks),
+        block_weights=sums / counts,
+        block_drift=tensors["block_drift"] / counts,
     )

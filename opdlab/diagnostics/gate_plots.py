@@ -11,16 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opdlab.diagnostics.age_metrics import AgeMetrics
+from opdlab.diagnostics.run_history import AgeMetrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-_SIZE = (6.0, 3.9)  # inches
-_DPI = 110
-_GREY = "0.85"  # where there is no value
 # A smaller range of weights than this is shown as nearly white, so that rounding does not get strong colours.
 _LEAST_RANGE = 0.01
 # Drift colours span from the greatest value down to this share of it; smaller values look the same.
@@ -28,13 +24,22 @@ _DRIFT_RANGE = 1000.0
 _LEAST_DRIFT = 1e-5  # nats: below is rounding
 
 
-def _figure() -> "Figure":
+def _figure(title: str, xlabel: str, *ylabels: str) -> "tuple[Figure, list[Axes]]":
+    """Return a figure with one pair of axes per y label, from the top, that share the x axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained")
+    figure = Figure(figsize=(6.0, 3.9), dpi=110, layout="constrained")  # inches
     FigureCanvasAgg(figure)
-    return figure
+    rows = list(figure.subplots(len(ylabels), 1, sharex=True, squeeze=False)[:, 0])
+    for axes, label in zip(rows, ylabels, strict=True):
+        axes.set_ylabel(label, fontsize=12)
+        axes.tick_params(labelsize=11)
+    rows[0].set_title(title, fontsize=13)
+    rows[-1].set_xlabel(xlabel, fontsize=12)
+    rows[-1].xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+    return figure, rows
 
 
 def render(figure: "Figure") -> NDArray[np.uint8]:
@@ -56,20 +61,33 @@ def block_heat_map(steps: Sequence[int], values: Tensor, quantity: Literal["weig
             segment.
         quantity: of the values. Weights get diverging colours around 1, drift a logarithmic scale.
     """
+    from matplotlib.colors import CenteredNorm, LogNorm, Normalize
     from matplotlib.ticker import MaxNLocator
 
-    shown = values[: _num_used(values)].double().numpy()
-    figure = _figure()
-    axes = figure.subplots()
-    norm, colours, label = _weight_scale(shown) if quantity == "weight" else _drift_scale(shown)
+    used = values.isfinite().any(1).nonzero()
+    shown = values[: int(used.max()) + 1 if used.numel() else 1].double().numpy()
+    finite = shown[np.isfinite(shown)]
+    if quantity == "weight":
+        reach = max(float(np.abs(finite - 1).max(initial=0.0)), _LEAST_RANGE)
+        norm: Normalize = CenteredNorm(1.0, reach)
+        colours, extend = "RdBu_r", "neither"
+        label = "mean weight (1: as without a gate)"
+    else:  # drift varies by orders of magnitude in a run, and is 0 after a refresh
+        greatest = max(float(finite.max(initial=0.0)), _LEAST_DRIFT)
+        norm = LogNorm(greatest / _DRIFT_RANGE, greatest, clip=True)
+        colours, extend = "viridis", "min"
+        label = "mean |drift|, nats (logarithmic)"
+    figure, (axes,) = _figure(f"Mean {quantity} of each segment", "optimizer step", "segment of the response")
+    # Edges of columns: half-way between steps, which may have unequal distances.
+    centres = np.asarray(steps, dtype=np.float64)
+    gaps = np.diff(centres) if len(centres) > 1 else np.array([1.0])
+    between = (centres[:-1] + centres[1:]) / 2
+    edges = np.concatenate([[centres[0] - gaps[0] / 2], between, [centres[-1] + gaps[-1] / 2]])
     rows = np.arange(shown.shape[0] + 1) - 0.5
-    mesh = axes.pcolormesh(_edges(steps), rows, np.ma.masked_invalid(shown), norm=norm, cmap=colours, rasterized=True)
-    axes.set_facecolor(_GREY)
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
+    mesh = axes.pcolormesh(edges, rows, np.ma.masked_invalid(shown), norm=norm, cmap=colours, rasterized=True)
+    axes.set_facecolor("0.85")  # grey, where there is no value
     axes.yaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
-    _label(axes, "optimizer step", "segment of the response")
-    _title(axes, "Mean weight of each segment" if quantity == "weight" else "Mean drift of each segment")
-    bar = figure.colorbar(mesh, ax=axes, extend="neither" if quantity == "weight" else "min")
+    bar = figure.colorbar(mesh, ax=axes, extend=extend)
     bar.set_label(label, fontsize=12)
     bar.ax.tick_params(labelsize=11)
     return figure
@@ -81,62 +99,16 @@ def by_age(metrics: AgeMetrics) -> "Figure":
     Args:
         metrics: by age, at least one.
     """
-    from matplotlib.ticker import MaxNLocator
-
-    figure = _figure()
-    upper, lower = figure.subplots(2, 1, sharex=True)
+    title, xlabel = "Drift and weights by age of the rollouts", "optimizer steps since the snapshot's refresh"
+    figure, (upper, lower) = _figure(title, xlabel, "mean |drift|, nats", "weight")
     ages, mean, std = (np.array(column) for column in (metrics.ages, metrics.weight_mean, metrics.weight_std))
     upper.plot(ages, metrics.drift, marker="o", markersize=4, color="tab:purple")
     upper.set_ylim(bottom=0)
-    _label(upper, "", "mean |drift|, nats")
-    _title(upper, "Drift and weights by age of the rollouts")
     lower.axhline(1, color="0.5", linewidth=1, linestyle="--")
     lower.fill_between(ages, mean - std, mean + std, alpha=0.3, color="tab:blue", linewidth=0, label="± 1 std")
     lower.plot(ages, mean, marker="o", markersize=4, color="tab:blue", label="mean")
-    lower.xaxis.set_major_locator(MaxNLocator(10, integer=True, steps=[1, 2, 5, 10]))
-    _label(lower, "optimizer steps since the snapshot's refresh", "weight")
     lower.legend(fontsize=10, loc="upper left", ncols=2, frameon=False)
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
         axes.margins(x=0.02)
     return figure
-
-
-def _num_used(values: Tensor) -> int:
-    used = values.isfinite().any(1).nonzero()
-    return int(used.max()) + 1 if used.numel() else 1
-
-
-def _weight_scale(values: NDArray[np.float64]) -> tuple["Normalize", str, str]:
-    from matplotlib.colors import CenteredNorm
-
-    finite = values[np.isfinite(values)]
-    reach = max(float(np.abs(finite - 1).max(initial=0.0)), _LEAST_RANGE)
-    return CenteredNorm(1.0, reach), "RdBu_r", "mean weight (1: as without a gate)"
-
-
-def _drift_scale(values: NDArray[np.float64]) -> tuple["Normalize", str, str]:
-    from matplotlib.colors import LogNorm
-
-    finite = values[np.isfinite(values)]
-    # Drift varies by orders of magnitude in a run, and is 0 after a refresh.
-    greatest = max(float(finite.max(initial=0.0)), _LEAST_DRIFT)
-    return LogNorm(greatest / _DRIFT_RANGE, greatest, clip=True), "viridis", "mean |drift|, nats (logarithmic)"
-
-
-def _edges(steps: Sequence[int]) -> NDArray[np.float64]:
-    """Return the edges between the columns: half-way between steps, which may have unequal distances."""
-    centres = np.asarray(steps, dtype=np.float64)
-    gaps = np.diff(centres) if len(centres) > 1 else np.array([1.0])
-    between = centres[:-1] + np.diff(centres) / 2
-    return np.concatenate([[centres[0] - gaps[0] / 2], between, [centres[-1] + gaps[-1] / 2]])
-
-
-def _label(axes: "Axes", x: str, y: str) -> None:
-    axes.set_xlabel(x, fontsize=12)
-    axes.set_ylabel(y, fontsize=12)
-    axes.tick_params(labelsize=11)
-
-
-def _title(axes: "Axes", text: str) -> None:
-    axes.set_title(text, fontsize=13)

@@ -100,14 +100,9 @@ def merged_rows(table: Tensor) -> Tensor:
     return merged
 
 
-def row_counts(table: Tensor) -> Tensor:
-    """Return the number of values in each row, [R]."""
-    return table[:, _COUNTS:].sum(1)
-
-
-def row_means(table: Tensor) -> Tensor:
-    """Return the mean of each row's values, [R]; NaN for an empty row."""
-    return table[:, _SUM] / row_counts(table)
+def row_totals(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the number and the sum of each row's values, [R] each."""
+    return table[:, _COUNTS:].sum(1), table[:, _SUM]
 
 
 def read_histograms(table: Tensor, binning: Binning) -> list[Histogram | None]:
@@ -127,21 +122,11 @@ def read_histograms(table: Tensor, binning: Binning) -> list[Histogram | None]:
         (-2.0, [0.0], None)
     """
     limits = binning.edges(table[:, _MIN].amin(), table[:, _MAX].amax())[1:].tolist()
-    return [_read(row, limits) for row in table.tolist()]
-
-
-def _read(row: list[float], limits: list[float]) -> Histogram | None:
-    counts = row[_COUNTS:]
-    used = [index for index, count in enumerate(counts) if count]
-    if not used:
-        return None
-    kept = slice(used[0], used[-1] + 1)  # drop empty bins at the ends
-    return Histogram(
-        min=row[_MIN],
-        max=row[_MAX],
-        num=int(sum(counts)),
-        sum=row[_SUM],
-        sum_squares=row[_SQUARES],
-        limits=limits[kept],
-        counts=[int(count) for count in counts[kept]],
-    )
+    histograms: list[Histogram | None] = []
+    for low, high, total, squares, *floats in table.tolist():
+        counts = [int(count) for count in floats]
+        used = [index for index, count in enumerate(counts) if count]
+        kept = slice(used[0], used[-1] + 1) if used else slice(0)  # drop empty bins at the ends
+        found = Histogram(low, high, sum(counts), total, squares, limits[kept], counts[kept])
+        histograms.append(found if used else None)
+    return histograms

@@ -158,19 +158,12 @@ def progress_items(values: Mapping[str, float]) -> list[str]:
         >>> progress_items({"train/loss": 0.01234, "gate/min": 0.71, "rollout/age": 3.0})
         ['loss 0.0123', 'age 3']
     """
-    items: dict[str, list[Metric]] = {}
+    items: dict[str, list[float | str | None]] = {}
     for row in _TABLE.values():
         if row.progress:
-            items.setdefault(row.progress, []).append(row)
-    return [
-        form.format(*(_shortened(values[row.name]) if row.unit == "tokens/s" else values[row.name] for row in rows))
-        for form, rows in items.items()
-        if all(row.name in values for row in rows)
-    ]
-
-
-def _shortened(value: float) -> str:
-    for size, suffix in ((1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.1f}{suffix}"
-    return f"{value:.1f}"
+            value: float | str | None = values.get(row.name)
+            if value is not None and row.unit == "tokens/s":
+                size, suffix = next(((s, x) for s, x in ((1e6, "M"), (1e3, "k")) if values[row.name] >= s), (1, ""))
+                value = f"{values[row.name] / size:.1f}{suffix}"
+            items.setdefault(row.progress, []).append(value)
+    return [form.format(*shown) for form, shown in items.items() if None not in shown]

@@ -3,6 +3,7 @@
 Shapes: B rollouts, T response tokens, N valid positions, H hidden size. Log-probabilities are in nats.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +29,7 @@ class StepTrace:
             1 over the number of tokens for ``token_mean``. 0 at masked positions.
         values: [B, T] each, by name: ``entropy``, and further values of the objective.
         gradient_norms: see :func:`hidden_gradient_norms`; None if no callback requests it.
+        targets: the teacher's; None for a trace that was not made by a training step.
     """
 
     rollouts: Rollouts
@@ -38,6 +40,7 @@ class StepTrace:
     loss_shares: Tensor
     values: dict[str, Tensor]
     gradient_norms: Tensor | None = None
+    targets: Targets | None = None
 
     @property
     def age(self) -> Tensor:
@@ -67,3 +70,22 @@ def hidden_gradient_norms(objective: Objective, scored: Scored, rollouts: Rollou
     (gradient,) = torch.autograd.grad(total, hidden)
     wide = torch.promote_types(gradient.dtype, torch.float32)
     return scored.padded(torch.linalg.vector_norm(gradient, dim=-1, dtype=wide))
+
+
+def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return copies of tensors on the host, by one transfer.
+
+    They travel as float64, which holds float32 and whole numbers below 2^53 exactly.
+
+    Example:
+        >>> to_host({"ids": torch.tensor([2**31]), "drift": torch.tensor([0.1])})
+        {'ids': tensor([2147483648]), 'drift': tensor([0.1000])}
+    """
+    if not tensors:
+        return {}
+    flat = torch.cat([tensor.double().flatten() for tensor in tensors.values()]).cpu()
+    parts = flat.split_with_sizes([tensor.numel() for tensor in tensors.values()])
+    return {
+        name: part.view(tensor.shape).to(tensor.dtype)
+        for (name, tensor), part in zip(tensors.items(), parts, strict=True)
+    }

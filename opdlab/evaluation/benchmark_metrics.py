@@ -1,6 +1,7 @@
 """The metrics of a benchmark, computed from samples that are new or read from disk."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,64 +27,56 @@ class BenchmarkMetrics(nn.Module):
 
     def __init__(self, config: EvaluationConfig, num_samples: int) -> None:
         super().__init__()
-        self._num_samples = num_samples
-        self.pass_at = nn.ModuleDict({f"pass@{k}": PassAtK(k) for k in config.pass_at})
-        self.majority = MajorityVote()
-        self.means = nn.ModuleDict(
-            {name: ProblemMean() for name in ("correct", "truncated", "boxed", "length", "reverse_kl")}
-        )
+        n = self._num_samples = num_samples
+        pass_at = {f"pass@{k}": PassAtK(k) for k in config.pass_at}
+        means = {name: ProblemMean() for name in (f"avg@{n}", "truncated", "boxed", "length", "reverse_kl")}
+        self.metrics = nn.ModuleDict({**pass_at, f"maj@{n}": MajorityVote(), **means})
 
     def update(self, samples: Sequence[Sample]) -> None:
         """Add a batch of P problems: P * n samples, those of a problem consecutive."""
-        shape = (-1, self._num_samples)
+        n = self._num_samples
+
+        def table(values: Iterable[float | None]) -> Tensor:  # [P, n]
+            return torch.tensor(list(values), dtype=torch.float64).view(-1, n)
+
+        metrics: Any = self.metrics
         if all(sample.correct is not None for sample in samples):
-            correct = torch.tensor([bool(sample.correct) for sample in samples]).view(shape)
-            for metric in self.pass_at.values():
-                metric.update(correct)  # type: ignore[operator]
-            answers = [sample.extracted for sample in samples]
-            n = self._num_samples
-            self.majority.update([answers[i : i + n] for i in range(0, len(answers), n)], correct)
-            self._mean("correct").update(correct.double().mean(1))
-        tokens = torch.tensor([float(sample.tokens) for sample in samples]).view(shape)
-        truncated = torch.tensor([sample.stop_reason == StopReason.LENGTH.name.lower() for sample in samples])
-        boxed = torch.tensor([last_boxed(sample.response) is not None for sample in samples])
-        self._mean("truncated").update(truncated.view(shape).double().mean(1))
-        self._mean("boxed").update(boxed.view(shape).double().mean(1))
-        self._mean("length").update(tokens.double().mean(1))
+            correct = table(sample.correct for sample in samples).bool()
+            answers = [[sample.extracted for sample in samples[i : i + n]] for i in range(0, len(samples), n)]
+            for name in metrics:
+                if name.startswith("pass@"):
+                    metrics[name].update(correct)
+            metrics[f"maj@{n}"].update(answers, correct)
+            metrics[f"avg@{n}"].update(correct.double().mean(1))
+        tokens = table(sample.tokens for sample in samples)
+        metrics["truncated"].update(table(s.stop_reason == StopReason.LENGTH.name.lower() for s in samples).mean(1))
+        metrics["boxed"].update(table(last_boxed(sample.response) is not None for sample in samples).mean(1))
+        metrics["length"].update(tokens.mean(1))
         if all(sample.reverse_kl is not None for sample in samples):
             # Average over tokens and not over answers, because the KL per token measures the policies' distance.
-            kl = torch.tensor([sample.reverse_kl for sample in samples], dtype=torch.float64).view(shape)  # [P, n]
-            self._mean("reverse_kl").update((kl * tokens).sum(1) / tokens.sum(1), tokens.sum(1))
+            kl = table(sample.reverse_kl for sample in samples)
+            metrics["reverse_kl"].update((kl * tokens).sum(1) / tokens.sum(1), tokens.sum(1))
 
     def compute(self) -> dict[str, Tensor]:
         """Return the metrics by name, and their standard errors if there are at least two problems."""
-        n = self._num_samples
-        names = {"correct": f"avg@{n}"}
-        means = {names.get(name, name): metric for name, metric in self.means.items()}
-        metrics: dict[str, nn.Module] = {**self.pass_at, f"maj@{n}": self.majority, **means}
-        figures: dict[str, Tensor] = {}
-        for name, metric in metrics.items():
+        values: dict[str, Tensor] = {}
+        for name, metric in self.metrics.items():
             assert isinstance(metric, ProblemMean)
-            if not metric.update_called:
+            if not metric.update_called or (value := metric.compute()).isnan():  # no answers to vote on
                 continue
-            figures[name] = metric.compute()
+            values[name] = value
             error = metric.standard_error()
             if not error.isnan():
-                figures[name + ERROR_SUFFIX] = error
-        return figures
+                values[name + ERROR_SUFFIX] = error
+        return values
 
     def reset(self) -> None:
         """Reset all metrics."""
-        for metric in [*self.pass_at.values(), self.majority, *self.means.values()]:
+        for metric in self.metrics.values():
             metric.reset()  # type: ignore[operator]
 
-    def _mean(self, name: str) -> ProblemMean:
-        metric = self.means[name]
-        assert isinstance(metric, ProblemMean)
-        return metric
 
-
-def over_benchmarks(figures: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def over_benchmarks(values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return the unweighted means of the metrics that all benchmarks have, with their standard errors.
 
     Example:
@@ -92,10 +85,10 @@ def over_benchmarks(figures: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Te
         >>> over_benchmarks({name: {k: torch.tensor(v) for k, v in row.items()} for name, row in rows.items()})
         {'pass@1': tensor(0.3000), 'pass@1_se': tensor(0.0250)}
     """
-    rows = list(figures.values())
+    rows = list(values.values())
     shared = [key for key in rows[0] if all(key in row for row in rows)] if rows else []
     means = {}
     for key in shared:
-        values = torch.stack([row[key] for row in rows])
-        means[key] = standard_error_of_mean(values) if key.endswith(ERROR_SUFFIX) else values.mean()
+        column = torch.stack([row[key] for row in rows])
+        means[key] = standard_error_of_mean(column) if key.endswith(ERROR_SUFFIX) else column.mean()
     return means

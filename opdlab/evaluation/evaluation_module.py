@@ -1,19 +1,23 @@
 """The evaluation part of the LightningModule."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from opdlab.data.datamodule import PromptDataModule
 from opdlab.errors import require
 from opdlab.evaluation.config import EvaluationConfig
 from opdlab.evaluation.evaluator import Evaluator
-from opdlab.evaluation.folder import sample_folder
-from opdlab.policies import LanguageModel, NoTeacher, SamplingConfig, Teacher, TeacherHolder
+from opdlab.evaluation.samples import SampleFolder
+from opdlab.evaluation.settings import benchmark_settings, fingerprint
+from opdlab.policies import LanguageModel, LocalTeacher, NoTeacher, SamplingConfig, Teacher, TeacherHolder
+from opdlab.policies.decoding import NonFiniteLogitsError
 from opdlab.progress import Progress, SilentProgress
 from opdlab.records import package_versions
 from opdlab.types import EvaluationBatch
@@ -48,7 +52,9 @@ class EvaluationModule(pl.LightningModule):
         self.student = student
         self._held = TeacherHolder(teacher)
         self.evaluator = Evaluator(evaluation, sampling, [])
-        self._evaluated: _Evaluated | None = None  # evaluated instead of the student
+        self._instead: _Evaluated | None = None  # evaluated instead of the student
+        self.logged: dict[tuple[Logger, int], Set[str]] = {}
+        """Names that a logger has at a step since before a resume."""
 
     @property
     def teacher(self) -> Teacher:
@@ -68,7 +74,9 @@ class EvaluationModule(pl.LightningModule):
         return next((each for each in callbacks if isinstance(each, Progress)), SilentProgress())
 
     def setup(self, stage: str) -> None:
-        """Create the metrics of the data module's benchmarks."""
+        """Create the metrics of the data module's benchmarks, and check the prompts' tokens."""
+        if self.data is not None:
+            self.data.check_tokens(self.student.tokenizer, self.student.vocab_size)
         names = self.data.benchmarks if self.data is not None else {}
         if list(self.evaluator.metrics) != list(names):
             self.evaluator = Evaluator(self.evaluator.config, self.evaluator.sampler.config, names).to(self.device)
@@ -84,65 +92,107 @@ class EvaluationModule(pl.LightningModule):
             subfolder: subfolder of ``model.evaluation.samples`` if that holds several evaluations; samples of other
                 settings in it are replaced.
         """
-        before, self._evaluated = self._evaluated, _Evaluated(name, model, subfolder)
+        self._instead = _Evaluated(name, model, subfolder)
         try:
             yield
         finally:
-            self._evaluated = before
+            self._instead = None
+
+    @property
+    def _evaluated(self) -> _Evaluated:
+        return self._instead or _Evaluated("val", self.student)
+
+    @contextmanager
+    def naming_step(self) -> Iterator[None]:
+        """Name the optimizer step in an error for NaN or infinite logits while sampling."""
+        try:
+            yield
+        except NonFiniteLogitsError as error:
+            raise NonFiniteLogitsError(self.global_step) from error
 
     def validation_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sample answers to a batch of problems and submit them to the verifier."""
         teacher = self.teacher if self.evaluator.config.reverse_kl else None
         if teacher is not None:
             teacher.to(self.device)
-        model = self._current.model
-        self.evaluator.evaluate(model, batch, (batch_idx, self.trainer.global_rank), self.progress, teacher)
-
-    @property
-    def _current(self) -> _Evaluated:
-        return self._evaluated or _Evaluated("val", self.student)
+        place = (batch_idx, self.trainer.global_rank)
+        with self.naming_step():
+            self.evaluator.evaluate(self._evaluated.model, batch, place, self.progress, teacher)
 
     def on_validation_epoch_start(self) -> None:
         """Reset the metrics, and open the folder of the samples."""
-        current = self._current
-        if self._evaluated is not None:
-            current.model.to(self.device)
+        if self._instead is not None:
+            self._instead.model.to(self.device)
         self.evaluator.close()  # a failed earlier evaluation may have the same files open
-        folder = None
-        if self.data is not None:
-            folder = sample_folder(
-                self, self.teacher, self.data, self.evaluator, current.model, current.name, current.subfolder
-            )
-        self.evaluator.start(folder)
+        self.evaluator.start(self._sample_folder())
 
     def on_validation_epoch_end(self) -> None:
         """Log every benchmark's metrics and their mean, and write them to the folder of the samples."""
         self.evaluator.finish()
-        figures = self.evaluator.compute()
-        named = {f"{self._current.name}/{key}": value for key, value in figures.items()}
+        metrics = self.evaluator.compute()
+        named = {f"{self._evaluated.name}/{key}": value for key, value in metrics.items()}
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         self.log_dict(named, sync_dist=True, logger=False if fitting else None)
-        if fitting and not self.trainer.sanity_checking:  # Lightning would log them one step too early
+        if not fitting:
+            self.log("step", float(self.global_step))  # Lightning's own axis lags behind after a resume
+        elif not self.trainer.sanity_checking:
             self.write_metrics({**named, "epoch": self.current_epoch}, self.global_step)
         if (folder := self.evaluator.folder) is not None:
             self.evaluator.close()
-            values = {key: float(value) for key, value in figures.items()}
+            values = {key: float(value) for key, value in metrics.items()}
             folder.write_results({"figures": values, "settings": folder.settings, "versions": package_versions()})
 
     def write_metrics(self, metrics: Mapping[str, Any], step: int) -> None:
         """Write metrics to all loggers at once; :meth:`log` writes when the callbacks of a step are done.
 
         Args:
-            metrics: scalars by name, the same in all processes.
+            metrics: scalars by name, the same in all processes; names in :attr:`logged` are left out.
             step: optimizer steps taken.
         """
         if self.loggers and self.trainer.is_global_zero:
             values = {name: float(value) for name, value in metrics.items()}
             for logger in self.loggers:
-                logger.log_metrics(values, step=step)
+                known = self.logged.get((logger, step), ())
+                logger.log_metrics({name: value for name, value in values.items() if name not in known}, step=step)
                 logger.save()
 
     # Testing runs the same hooks as validation.
     test_step = validation_step
     on_test_epoch_start = on_validation_epoch_start
     on_test_epoch_end = on_validation_epoch_end
+
+    def _sample_folder(self) -> SampleFolder | None:
+        """Return the folder into which the evaluation writes its samples; None if it writes none."""
+        config, data, trainer = self.evaluator.config, self.data, self.trainer
+        if config.samples is None or data is None or trainer.sanity_checking:
+            return None
+        evaluated = self._evaluated
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        subfolder = f"{evaluated.name}-step-{self.global_step}" if fitting else evaluated.subfolder
+        teacher = self.teacher if config.reverse_kl else None
+        compared = {
+            "model": {
+                "student": {"weights": fingerprint(evaluated.model)},
+                "teacher": {"weights": fingerprint(teacher.model) if isinstance(teacher, LocalTeacher) else None},
+                "eval_sampling": asdict(self.evaluator.sampler.config),
+                "evaluation": {"reverse_kl": config.reverse_kl, "seed": config.seed},
+            },
+            "data": {
+                "eval_batch_size": data.eval_batch_size,  # a batch's seed depends on its index
+                "benchmarks": {name: benchmark_settings(prompts) for name, prompts in data.benchmarks.items()},
+            },
+            "trainer": {
+                "precision": str(trainer.precision),
+                "devices": trainer.world_size,
+                "accelerator": self.device.type,
+            },
+        }
+        checkpoint = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
+        about = {"model": evaluated.model.path, "checkpoint": checkpoint, "step": self.global_step}
+        return SampleFolder(
+            Path(trainer.strategy.broadcast(str(Path(config.samples) / subfolder))),  # it knows the run
+            {**about, "compared": compared},
+            rank=trainer.global_rank,
+            replace=bool(subfolder),  # only this run uses a subfolder
+            barrier=trainer.strategy.barrier,
+        )

@@ -1,7 +1,7 @@
 """Evaluation loop: sample answers, verify them while the next batch is sampled, and update the metrics."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,6 @@ from opdlab.policies.teacher import Teacher
 from opdlab.progress import Progress
 from opdlab.seeds import derive_seed
 from opdlab.types import EvaluationBatch, Rollouts, StopReason, TeacherRequest, Verdicts
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """Samples whose answers the verifier is still checking."""
-
-    samples: list[Sample]
-    verdicts: Verdicts | None
 
 
 class Evaluator(nn.Module):
@@ -42,7 +34,8 @@ class Evaluator(nn.Module):
         self.sampler = Sampler(sampling)
         self.metrics = nn.ModuleDict({name: BenchmarkMetrics(config, sampling.num_samples) for name in benchmarks})
         self.folder: SampleFolder | None = None
-        self._pending: _Pending | None = None
+        # Samples whose answers the verifier is still checking, and its verdicts.
+        self._pending: tuple[list[Sample], Verdicts | None] | None = None
 
     def start(self, folder: SampleFolder | None = None) -> None:
         """Reset the metrics and write new samples to ``folder``.
@@ -71,32 +64,29 @@ class Evaluator(nn.Module):
             progress: shows a progress bar.
             teacher: reference of the reverse KL; None to skip it.
         """
-        if self._take_up(batch):
+        keys = [(prompt.problem.id, i) for prompt in batch.prompts for i in range(self.sampler.config.num_samples)]
+        if self.folder is not None and (written := self.folder.take(batch.benchmark, keys)) is not None:
+            self.finish()  # another benchmark's last batch may be pending
+            self._count(written)
             return
         try:
             seed = derive_seed("evaluation", self.config.seed, batch.benchmark, *seed_parts)
-            samples = self.sampler.sample(model, [prompt.tokens for prompt in batch.prompts], seed, progress)
-            rollouts = samples.rollouts([p.index for p in batch.prompts], self.sampler.config.temperature)
+            prompts, rows = [p.tokens for p in batch.prompts], [p.index for p in batch.prompts]
+            rollouts = self.sampler.sample(model, prompts, seed, progress, rows)
             texts = model.responses(rollouts)
             verdicts = batch.submit(texts, rollouts)
             reverse_kl = _reverse_kl(model, teacher, rollouts) if teacher is not None else None
-        except BaseException:
-            self.finish()  # keep the previous batch, although this one failed
-            raise
-        self.finish()
-        self._pending = _Pending(_samples(batch, rollouts, texts, seed, reverse_kl), verdicts)
+        finally:
+            self.finish()  # the previous batch, also if this one failed
+        self._pending = _samples(batch, rollouts, texts, seed, reverse_kl), verdicts
 
     def finish(self) -> None:
         """Wait for the pending verdicts, and count and write their batch."""
         if self._pending is None:
             return
-        pending, self._pending = self._pending, None
-        samples = pending.samples
-        if pending.verdicts is not None:
-            samples = [
-                replace(sample, extracted=verdict.extracted, correct=verdict.correct, reason=verdict.reason)
-                for sample, verdict in zip(samples, pending.verdicts(), strict=True)
-            ]
+        (samples, verdicts), self._pending = self._pending, None
+        if verdicts is not None:
+            samples = [replace(sample, **vars(each)) for sample, each in zip(samples, verdicts(), strict=True)]
         if self.folder is not None:
             self.folder.write(samples)
         self._count(samples)
@@ -109,20 +99,9 @@ class Evaluator(nn.Module):
 
     def compute(self) -> dict[str, Tensor]:
         """Return the metrics as ``benchmark/name``, and their unweighted means over benchmarks as ``mean/name``."""
-        figures = {name: metrics.compute() for name, metrics in self.metrics.items()}  # type: ignore[operator]
-        rows = {**figures, MEAN: over_benchmarks(figures)}
+        rows = {name: metrics.compute() for name, metrics in self.metrics.items()}  # type: ignore[operator]
+        rows[MEAN] = over_benchmarks(rows)
         return {f"{name}/{key}": value for name, row in rows.items() for key, value in row.items()}
-
-    def _take_up(self, batch: EvaluationBatch) -> bool:
-        if self.folder is None:
-            return False
-        keys = [(prompt.problem.id, i) for prompt in batch.prompts for i in range(self.sampler.config.num_samples)]
-        samples = self.folder.take(batch.benchmark, keys)
-        if samples is None:
-            return False
-        self.finish()  # another benchmark's last batch may be pending
-        self._count(samples)
-        return True
 
     def _count(self, samples: list[Sample]) -> None:
         metrics = self.metrics[samples[0].benchmark]
@@ -158,7 +137,7 @@ def _samples(
 
 def _reverse_kl(model: LanguageModel, teacher: Teacher, rollouts: Rollouts, batch_size: int = 16) -> list[float]:
     """Return the mean of ``logpi - logq`` over the tokens of each fresh rollout, [B], nats."""
-    targets = teacher.score(rollouts, TeacherRequest())
+    targets = teacher.score(rollouts, TeacherRequest(vocab_size=model.vocab_size))
     sums = torch.zeros(len(rollouts), dtype=torch.float64)
     for rows, scored in model.score_in_chunks(rollouts, batch_size):
         logprobs = scored.padded(scored.statistics().logprobs).cpu()  # [rows, T]

@@ -115,6 +115,15 @@ class _SampleFile:
         self._file.close()
 
 
+def _difference(folder: Path, compared: dict[str, Any]) -> str | None:
+    """Return in which settings the samples in a folder differ from ``compared``; None if they do not."""
+    if (folder / SETTINGS).exists():
+        theirs = read_settings(folder)
+        return f"its {SETTINGS} cannot be read" if theirs is None else difference(theirs, compared)
+    stray = min(folder.glob("*.jsonl"), default=None)
+    return f"it has {stray.name} but no {SETTINGS}" if stray else None
+
+
 class SampleFolder:
     """A folder with the samples of one evaluation and the settings that they depend on.
 
@@ -148,7 +157,7 @@ class SampleFolder:
         self._files: dict[str, _SampleFile] = {}
         with self._explained():
             self.path.mkdir(parents=True, exist_ok=True)
-            differs = self._difference(compared)
+            differs = _difference(self.path, compared)
         require(
             replace or differs is None,
             f"model.evaluation.samples is '{self.path}', which holds samples of other settings: {differs}; "
@@ -195,14 +204,6 @@ class SampleFolder:
         if benchmark not in self._files:
             self._files[benchmark] = _SampleFile(self.path / f"{benchmark}-{self._rank}.jsonl")
         return self._files[benchmark]
-
-    def _difference(self, compared: dict[str, Any]) -> str | None:
-        path = self.path / SETTINGS
-        if not path.exists():
-            stray = next(iter(sorted(self.path.glob("*.jsonl"))), None)
-            return f"it has {stray.name} but no {SETTINGS}" if stray else None
-        theirs = read_settings(self.path)
-        return f"its {SETTINGS} cannot be read" if theirs is None else difference(theirs, compared)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

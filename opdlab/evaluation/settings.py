@@ -2,23 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from opdlab.data.prompts import PromptSet
 from opdlab.policies.language_model import LanguageModel
-from opdlab.policies.sampler import SamplingConfig
 from opdlab.records import digest
-from opdlab.verifiers.verifier import Verifier
 
 _DIGEST_BYTES = 16
 # Keys of a Hugging Face configuration that name a model's origin and do not affect what it computes.
 _ORIGIN_KEYS = ("_name_or_path", "transformers_version", "_commit_hash", "name_or_path")
 # Options of a verifier that do not affect its verdicts.
-_SPEED_OPTIONS = ("num_workers",)
+_SPEED = ("num_workers",)
 
 
 @torch.no_grad()
@@ -53,56 +49,10 @@ def fingerprint(model: LanguageModel) -> str:
 def benchmark_settings(prompts: PromptSet) -> dict[str, Any]:
     """Return a benchmark's settings that its metrics depend on: prompts as tokens, gold answers, verifier."""
     rows = [(prompt.problem.id, prompt.tokens, prompt.problem.answer) for prompt in prompts.prompts]
-    return {"num_problems": len(rows), "prompts": digest(rows), "verifier": _describe(prompts.verifier)}
-
-
-def _describe(verifier: Verifier | None) -> str | None:
-    if verifier is None:
-        return None
-    options = {name: value for name, value in vars(verifier).items() if name[0] != "_" and name not in _SPEED_OPTIONS}
-    # An object's repr may contain its address, which differs between runs.
-    text = json.dumps(options, default=lambda value: type(value).__qualname__)
-    return f"{type(verifier).__module__}.{type(verifier).__qualname__} {text}"
-
-
-def evaluation_settings(
-    model: LanguageModel,
-    sampling: SamplingConfig,
-    benchmarks: Mapping[str, PromptSet],
-    *,
-    teacher: LanguageModel | None,
-    about: Mapping[str, Any],
-    evaluation: Mapping[str, Any],
-    eval_batch_size: int,
-    trainer: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Return the content of ``settings.json``: compared settings by configuration key, and other information.
-
-    Args:
-        model: the model that is evaluated.
-        sampling: sampling options of the answers.
-        benchmarks: the prompt sets of the benchmarks, by name.
-        teacher: reference of the reverse KL, if that is measured.
-        about: information that is not compared.
-        evaluation: options of ``model.evaluation``.
-        eval_batch_size: problems in a batch; a batch's seed depends on its index.
-        trainer: options of the trainer.
-
-    Returns:
-        Under ``compared``: ``{"model": {"student": {"weights": "c7e0…"}, "eval_sampling": {"num_samples": 8, …}, …},
-        "data": {"benchmarks": {"toy": {"num_problems": 256, …}}, …}, "trainer": {…}}``.
-    """
-    compared = {
-        "model": {
-            "student": {"weights": fingerprint(model)},
-            "teacher": {"weights": fingerprint(teacher) if teacher is not None else None},
-            "eval_sampling": asdict(sampling),
-            "evaluation": dict(evaluation),
-        },
-        "data": {
-            "eval_batch_size": eval_batch_size,
-            "benchmarks": {name: benchmark_settings(prompts) for name, prompts in benchmarks.items()},
-        },
-        "trainer": dict(trainer),
-    }
-    return {"model": model.path, **about, "compared": compared}
+    verifier, described = prompts.verifier, None
+    if verifier is not None:
+        options = {name: value for name, value in vars(verifier).items() if name[0] != "_" and name not in _SPEED}
+        # An object's repr may contain its address, which differs between runs.
+        text = json.dumps(options, default=lambda value: type(value).__qualname__)
+        described = f"{type(verifier).__module__}.{type(verifier).__qualname__} {text}"
+    return {"num_problems": len(rows), "prompts": digest(rows), "verifier": described}

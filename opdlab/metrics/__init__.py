@@ -1,7 +1,5 @@
 """Metrics over problems, each with a standard error clustered by problem."""
 
-from opdlab.metrics.majority_vote import MajorityVote
-from opdlab.metrics.pass_at_k import PassAtK
-from opdlab.metrics.problem_mean import ProblemMean
+from opdlab.metrics.problem_mean import MajorityVote, PassAtK, ProblemMean
 
 __all__ = ["MajorityVote", "PassAtK", "ProblemMean"]

@@ -60,19 +60,17 @@ def majority_vote(answers: Sequence[Sequence[str | None]], correct: Tensor) -> T
     Reference:
         Wang et al., "Self-Consistency Improves Chain of Thought Reasoning in Language Models", arXiv 2203.11171.
     """
-    rows = zip(answers, correct.tolist(), strict=True)
-    return torch.tensor([_expected_winner(row, flags) for row, flags in rows], dtype=torch.float64)
-
-
-def _expected_winner(answers: Sequence[str | None], correct: Sequence[bool]) -> float:
-    votes: dict[str, list[bool]] = defaultdict(list)
-    for answer, is_correct in zip(answers, correct, strict=True):
-        if answer is not None:
-            votes[answer.strip()].append(is_correct)
-    most = max(map(len, votes.values()), default=0)
-    tied = [flags for flags in votes.values() if len(flags) == most]
-    # Sum integers and divide last, so that rounding does not depend on the order.
-    return sum(map(sum, tied)) / (most * len(tied)) if tied else 0.0
+    shares = []
+    for row, flags in zip(answers, correct.tolist(), strict=True):
+        votes: dict[str, list[bool]] = defaultdict(list)
+        for answer, is_correct in zip(row, flags, strict=True):
+            if answer is not None:
+                votes[answer.strip()].append(is_correct)
+        most = max(map(len, votes.values()), default=0)
+        tied = [flags for flags in votes.values() if len(flags) == most]
+        # Sum integers and divide last, so that rounding does not depend on the order.
+        shares.append(sum(map(sum, tied)) / (most * len(tied)) if tied else 0.0)
+    return torch.tensor(shares, dtype=torch.float64)
 
 
 def moments(totals: Tensor, weights: Tensor) -> Tensor:

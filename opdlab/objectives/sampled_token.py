@@ -30,16 +30,14 @@ class SampledTokenOPD(Objective):
         dual_clip: float | None = 3.0,
         advantage_clamp: float | None = None,
     ) -> None:
-        self.reference: Reference = reference
-        self.clip = clip
-        self.dual_clip = dual_clip
-        self.advantage_clamp = advantage_clamp
         require(
             advantage_clamp is None or advantage_clamp > 0,
             f"advantage_clamp is {advantage_clamp}, but must be above 0, or null for none",
         )
         empty = torch.zeros(0)
         sampled_token_loss(empty, empty, empty, reference=reference, clip=clip, dual_clip=dual_clip)  # checks options
+        self.reference: Reference = reference
+        self.clip, self.dual_clip, self.advantage_clamp = clip, dual_clip, advantage_clamp
 
     def position_losses(self, student: Scored, rollouts: Rollouts, targets: Targets) -> PositionLosses:
         """Return the loss of every position; see :meth:`Objective.position_losses`."""

@@ -22,10 +22,7 @@ class TeacherTopK(Objective):
     """
 
     def __init__(self, k: int = 32) -> None:
-        require(
-            k >= 2,
-            f"k is {k}, but must be at least 2: renormalised over a single token the loss is always zero",
-        )
+        require(k >= 2, f"k is {k}, but must be at least 2: renormalised over a single token the loss is always zero")
         self.k = k
 
     @property

@@ -3,8 +3,8 @@
 from opdlab.policies.adapters import AdapterConfig
 from opdlab.policies.behavior import BehaviorConfig, BehaviorPolicy
 from opdlab.policies.language_model import LanguageModel, Scored
-from opdlab.policies.sampler import Sampler, Samples, SamplingConfig
-from opdlab.policies.teacher import BaseTeacher, LocalTeacher, NoTeacher, Teacher, TeacherHolder
+from opdlab.policies.sampler import Sampler, SamplingConfig
+from opdlab.policies.teacher import BaseTeacher, LocalTeacher, NoTeacher, Teacher, TeacherHolder, share_vocabulary
 from opdlab.policies.tokenizers import StopTokens, check_same_vocabulary, single_token_ids, warn_of_stop_tokens
 from opdlab.types import TeacherRequest
 
@@ -17,7 +17,6 @@ __all__ = [
     "LocalTeacher",
     "NoTeacher",
     "Sampler",
-    "Samples",
     "SamplingConfig",
     "Scored",
     "StopTokens",
@@ -25,6 +24,7 @@ __all__ = [
     "TeacherHolder",
     "TeacherRequest",
     "check_same_vocabulary",
+    "share_vocabulary",
     "single_token_ids",
     "warn_of_stop_tokens",
 ]

@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from opdlab.errors import UsageError, require
-from opdlab.packages import require_package, working_pair
+from opdlab.errors import UsageError, first_line, require
+from opdlab.out_of_memory import out_of_memory
+from opdlab.packages import working_pair
 from opdlab.registry import suggestion
 from opdlab.scoring import LowRank
 from opdlab.seeds import derive_seed, seeded
@@ -69,20 +70,6 @@ class AdapterConfig:
         )
 
 
-def require_peft(path: str | None = None) -> None:
-    """Raise a UsageError if peft is missing or does not work with transformers.
-
-    Args:
-        path: folder of an adapter to load; None for a new adapter.
-    """
-    require_package("peft", *_need(path))
-
-
-def _need(path: Path | str | None = None) -> tuple[str, str]:
-    """Return the name of the setting that needs peft, for messages, and the extra that installs it."""
-    return ("model.student.adapter" if path is None else f"model '{path}'"), "peft"
-
-
 def attach_adapter(model: PreTrainedModel, config: AdapterConfig, base: str) -> None:
     """Freeze the weights and attach a new adapter, which initially leaves the outputs unchanged.
 
@@ -95,27 +82,23 @@ def attach_adapter(model: PreTrainedModel, config: AdapterConfig, base: str) -> 
         UsageError: peft is missing or does not work with transformers, or a target layer cannot be adapted.
     """
     _check_targets(model, config)
-    with working_pair("peft", *_need()):
-        _attach(model, config, base)
+    with working_pair("peft", "model.student.adapter", "peft"):
+        from peft import LoraConfig
+        from peft.tuners.tuners_utils import cast_adapter_dtype
 
-
-def _attach(model: PreTrainedModel, config: AdapterConfig, base: str) -> None:
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import cast_adapter_dtype
-
-    lora = LoraConfig(
-        r=config.r,
-        lora_alpha=config.alpha,
-        lora_dropout=0.0,
-        target_modules=config.target_modules,
-        use_dora=config.use_dora,
-        task_type="CAUSAL_LM",
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's transposed weights
-    )
-    with seeded(derive_seed("adapter", config.seed), model.device), _quiet_peft():
-        model.add_adapter(lora, _NAME)
-    lora.base_model_name_or_path = base
-    cast_adapter_dtype(model, _NAME)  # small updates would be lost in a narrow type
+        lora = LoraConfig(
+            r=config.r,
+            lora_alpha=config.alpha,
+            lora_dropout=0.0,
+            target_modules=config.target_modules,
+            use_dora=config.use_dora,
+            task_type="CAUSAL_LM",
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2's transposed weights
+        )
+        with seeded(derive_seed("adapter", config.seed), model.device), _quiet_peft():
+            model.add_adapter(lora, _NAME)
+        lora.base_model_name_or_path = base
+        cast_adapter_dtype(model, _NAME)  # small updates would be lost in a narrow type
 
 
 def load_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
@@ -125,16 +108,14 @@ def load_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
         UsageError: peft is missing or does not work with transformers; or the adapter is not a LoRA adapter, is
             incomplete, or does not fit the model.
     """
-    with working_pair("peft", *_need(folder)):
-        _load(model, folder, base)
 
-
-def _load(model: PreTrainedModel, folder: Path, base: str) -> None:
-    from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
-    from peft.tuners.tuners_utils import cast_adapter_dtype
-
-    def refuse(reason: str) -> None:
+    def refuse(reason: str) -> NoReturn:
         raise UsageError(f"model '{folder}' cannot be loaded: {reason}")
+
+    why = f"model '{folder}'"
+    with working_pair("peft", why, "peft"):
+        from peft import PeftConfig, load_peft_weights, set_peft_model_state_dict
+        from peft.tuners.tuners_utils import cast_adapter_dtype
 
     try:
         config = PeftConfig.from_pretrained(folder)
@@ -148,21 +129,22 @@ def _load(model: PreTrainedModel, folder: Path, base: str) -> None:
         config.inference_mode = False
         weights = load_peft_weights(str(folder), device="cpu")
         # Not model.load_adapter of transformers, which misses the magnitudes of DoRA.
-        with _quiet_peft(), working_pair("peft", *_need(folder)):
+        with _quiet_peft(), working_pair("peft", why, "peft"):
             model.add_adapter(config, _NAME)
         if (reason := _beyond_low_rank(model.get_output_embeddings())) is not None:
             refuse(f"its adapter puts {reason} on the output layer, where only plain LoRA is known; merge it with peft")
         _drop_base_weights(model, weights, refuse)
         report = set_peft_model_state_dict(model, weights, _NAME)
+        strays = sorted({*(key for key in report.missing_keys if "lora_" in key), *report.unexpected_keys})
+        if strays:
+            refuse(f"the adapter does not fit its base '{base}': {strays[0]} is in one of them only")
     except UsageError:
         raise
     except Exception as error:  # peft, safetensors and json each raise their own types
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"model '{folder}' cannot be loaded: is the adapter of this base? ({first_line})") from error
-    strays = sorted({*(key for key in report.missing_keys if "lora_" in key), *report.unexpected_keys})
+        if out_of_memory(error) is not None:
+            raise
+        refuse(f"is the adapter of this base? ({first_line(error)})")
     config.base_model_name_or_path = base
-    if strays:
-        refuse(f"the adapter does not fit its base '{base}': {strays[0]} is in one of them only")
     cast_adapter_dtype(model, _NAME)
 
 
@@ -176,8 +158,12 @@ def take_off_adapter(model: PreTrainedModel, merge: bool) -> None:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if merge:
-        _untie(model)
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    embedding, output = map(base_of, ends)
+    if merge and embedding.weight is output.weight and any(base_of(end) is not end for end in ends):
+        output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=False)
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             if merge:
@@ -186,16 +172,6 @@ def take_off_adapter(model: PreTrainedModel, merge: bool) -> None:
             setattr(model.get_submodule(parent), child, module.get_base_layer())
     model._hf_peft_config_loaded = False
     del model.peft_config
-
-
-def _untie(model: PreTrainedModel) -> None:
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    embedding, output = map(base_of, ends)
-    if embedding.weight is not output.weight or all(base_of(end) is end for end in ends):
-        return
-    output.weight = nn.Parameter(output.weight.detach().clone(), requires_grad=False)
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = False
 
 
 def base_of(layer: Any) -> Any:
@@ -209,11 +185,6 @@ def low_rank_of(layer: Any) -> LowRank | None:
         return None
     down, up = layer.lora_A[_NAME].weight, layer.lora_B[_NAME].weight
     return LowRank(down, up, layer.scaling[_NAME])
-
-
-def has_adapter(model: PreTrainedModel) -> bool:
-    """True if the model has an adapter."""
-    return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 def save_adapter(model: PreTrainedModel, folder: Path) -> None:
@@ -301,18 +272,3 @@ def put_back_frozen(module: Any, state_dict: dict[str, Any], prefix: str, *_: An
     own = dict(module.named_parameters(remove_duplicate=False))
     for key in module.frozen_keys:
         state_dict.setdefault(prefix + key, own[key].detach())
-
-
-__all__ = [
-    "AdapterConfig",
-    "attach_adapter",
-    "base_of",
-    "has_adapter",
-    "keep_adapter_only",
-    "load_adapter",
-    "low_rank_of",
-    "put_back_frozen",
-    "require_peft",
-    "save_adapter",
-    "take_off_adapter",
-]

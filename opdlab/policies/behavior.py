@@ -60,22 +60,20 @@ class BehaviorPolicy(nn.Module):
         offload: bool = False,
     ) -> None:
         super().__init__()
-        require(
-            not (offload and student.has_adapter),
-            "behavior.offload is true, but a student with an adapter shares its weights with the snapshot, so "
-            "they cannot leave the device: set it to false",
-        )
+        for value, said, mend in (
+            (offload, "offload is true", "set it to false, because they cannot leave the device"),
+            (dtype, f"dtype is '{dtype}'", "leave it null"),
+        ):
+            require(
+                not (value and student.has_adapter),
+                f"behavior.{said}, but a student with an adapter shares its weights with the snapshot: {mend}",
+            )
         self.policy = student.snapshot()
         self.offload = offload
         self._device = student.device  # device on which an offloaded snapshot runs
         if offload:
             self.policy.cpu()
         if dtype is not None:
-            require(
-                not student.has_adapter,
-                f"behavior.dtype is '{dtype}', but a student with an adapter shares its weights with the "
-                "snapshot: leave it null",
-            )
             self.policy.to(getattr(torch, dtype))
         self.sampler = Sampler(sampling)
         uses_own_loop(self.policy.model)  # logs at the start of a run if sampling will be slow
@@ -146,24 +144,20 @@ class BehaviorPolicy(nn.Module):
         config = self.sampler.config
         sampler = self.sampler if num_samples is None else Sampler(replace(config, num_samples=num_samples))
         with on_device(self.policy, self._device) if self.offload else nullcontext():
-            rollouts = sampler.sample(self.policy, prompts, seed, progress).rollouts(
-                prompt_ids,
-                config.temperature,
-                first_rollout_id=first_rollout_id,
-                step=step,
-                snapshot_step=int(self.step),
-            )
-            return replace(rollouts, behavior_logprobs=self._logprobs(rollouts, unscored, progress))
-
-    def _logprobs(self, rollouts: Rollouts, unscored: Tensor | None, progress: Progress) -> Tensor:
-        logprobs = torch.zeros(rollouts.tokens.shape)
-        wanted = torch.ones(len(rollouts), dtype=torch.bool)
-        if unscored is not None:
-            wanted[unscored] = False
-        rows = wanted.nonzero().view(-1)
-        if len(rows):  # empty if the next optimizer batch is the whole buffer
-            with progress.task("scoring (behavior)", len(rows)) as advance:
-                for chunk, scored in self.policy.score_in_chunks(rollouts.rows(rows), self._score_batch_size):
-                    logprobs[rows[chunk]] = scored.padded(scored.statistics().logprobs).cpu()
-                    advance(len(chunk))
-        return logprobs
+            rollouts = sampler.sample(self.policy, prompts, seed, progress, prompt_ids)
+            wanted = torch.ones(len(rollouts), dtype=torch.bool)
+            if unscored is not None:
+                wanted[unscored] = False
+            rows = wanted.nonzero().view(-1)
+            if len(rows):  # empty if the next optimizer batch is the whole buffer
+                with progress.task("scoring (behavior)", len(rows)) as advance:
+                    for chunk, scored in self.policy.score_in_chunks(rollouts.rows(rows), self._score_batch_size):
+                        logprobs = scored.padded(scored.statistics().logprobs).cpu()
+                        rollouts.behavior_logprobs[rows[chunk]] = logprobs
+                        advance(len(chunk))
+        return replace(
+            rollouts,
+            rollout_ids=rollouts.rollout_ids + first_rollout_id,
+            sampled_at_step=rollouts.sampled_at_step + step,
+            snapshot_step=rollouts.snapshot_step + self.step.cpu(),
+        )

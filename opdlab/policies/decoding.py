@@ -15,17 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    Cache,
-    DynamicCache,
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    PreTrainedModel,
-)
+from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
+
+from opdlab.errors import UsageError
 
 # Rows leave once this share of them is done, because the whole cache is copied whenever rows leave or enter. Half and
 # twice this value were slower on a CPU.
@@ -88,6 +83,21 @@ def why_not_selectable(model: PreTrainedModel) -> str | None:
     return None
 
 
+class NonFiniteLogitsError(UsageError):
+    """Error for NaN or infinite logits while sampling.
+
+    Args:
+        step: optimizer steps taken, if known.
+    """
+
+    def __init__(self, step: int | None = None) -> None:
+        when = "" if step is None else f" at step {step}"
+        super().__init__(
+            f"sampling{when}: the logits of the model are NaN or infinite: lower the learning rate, or resume from an "
+            "earlier checkpoint"
+        )
+
+
 def look_every(device: torch.device) -> int:
     """Return how many tokens to draw between checks for finished rows; on a GPU each check makes the host wait."""
     return 1 if device.type == "cpu" else 4
@@ -127,23 +137,8 @@ class Decoding:
         Returns:
             [N, max_new_tokens] long; positions after a stop token are padding.
         """
-        mask = model_kwargs.get("attention_mask")
-        lengths = (torch.ones_like(input_ids) if mask is None else mask).sum(1)
         num_rows, max_new_tokens = len(input_ids) * self._num_samples, generation_config.max_new_tokens
-        cache_argument = next(name for name in _CACHE_ARGUMENTS if name in inspect.signature(model.forward).parameters)
-        loop = _Loop(
-            model,
-            {name: model_kwargs[name] for name in ("use_cache", "logits_to_keep") if name in model_kwargs},
-            logits_processor,
-            generation_config.eos_token_id,
-            cache_argument,
-            # Find the cache by type: `generate` and a model may name the argument differently.
-            next(value for value in model_kwargs.values() if isinstance(value, Cache)),
-            prompts=input_ids,
-            lengths=lengths,
-            # The last column receives the tokens drawn for finished rows.
-            output=input_ids.new_full((num_rows, max_new_tokens + 1), generation_config.pad_token_id),
-        )
+        loop = _Loop(model, input_ids, logits_processor, generation_config, self._num_samples, model_kwargs)
         rows: _Rows | None = None
         remaining: list[int] = []
         entered, done = 0, 0
@@ -152,14 +147,18 @@ class Decoding:
             until = self._enter_until(entered, num_rows, len(live))
             if until == entered and not live:
                 return loop.output[:, :-1]
-            if rows is None or until > entered or self._is_sparse(len(live), len(remaining)) or loop.is_full(rows):
+            sparse = len(remaining) - len(live) >= LEAVE_SHARE * len(remaining)
+            # A cache with the columns of the longest response may hold some of finished rows only.
+            if rows is None or until > entered or sparse or rows.width >= loop.max_width:
                 parts = [rows.select(live)] if rows is not None and live else []
                 if until > entered:
-                    parts.append(loop.prefill(range(entered, until), self._num_samples))
+                    parts.append(loop.prefill(range(entered, until)))
                 rows, entered = _join(parts, loop.max_width), until
             else:
                 loop.steps(rows, min(look_every(input_ids.device), max(remaining)))
             remaining = rows.remaining.tolist()
+            if loop.failed:
+                raise NonFiniteLogitsError
             before, done = done, entered * max_new_tokens - sum(remaining)
             self._advance(done - before)
 
@@ -172,9 +171,6 @@ class Decoding:
         # A prompt whose responses enter at different times is read twice; leaving a few rows free is cheaper.
         split = until % self._num_samples
         return until - split if until - split > entered and split < LEAVE_SHARE * self._batch_size else until
-
-    def _is_sparse(self, num_live: int, num_rows: int) -> bool:
-        return num_rows - num_live >= LEAVE_SHARE * num_rows > 0
 
 
 @dataclass
@@ -209,56 +205,57 @@ class _Rows:
         return _Rows(self.cache, self.width, *(state[index] for state in states))
 
 
-@dataclass
 class _Loop:
-    """The constants of a decoding loop, and its output.
+    """The constants of a decoding loop, and its output; see :meth:`Decoding.__call__` for the arguments.
 
-    Args:
-        model: the language model.
-        options: options of the model's forward pass.
-        processor: processor of the logits.
-        stop_ids: tokens that end a response.
-        cache_argument: name of the argument of ``forward`` that takes the cache.
-        empty_cache: template of new caches.
-        prompts: [number of prompts, P] long, padded on the left.
-        lengths: [number of prompts] long, tokens of a prompt.
-        output: [N, max_new_tokens + 1] long.
+    Attributes:
+        max_width: columns of the cache that the longest response needs.
+        failed: bool scalar: True once logits were NaN or infinite; a tensor, so that the host need not wait for it.
+        output: [N, max_new_tokens + 1] long; the last column receives the tokens drawn for finished rows.
     """
 
-    model: PreTrainedModel
-    options: dict[str, Any]
-    processor: LogitsProcessorList
-    stop_ids: Sequence[int]
-    cache_argument: str
-    empty_cache: Cache
-    prompts: Tensor
-    lengths: Tensor
-    output: Tensor
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Tensor,
+        processor: LogitsProcessorList,
+        config: GenerationConfig,
+        num_samples: int,
+        arguments: dict[str, Any],
+    ) -> None:
+        self._model, self._prompts, self._processor, self._num_samples = model, prompts, processor, num_samples
+        self._stops = torch.tensor(config.eos_token_id, device=prompts.device)
+        mask = arguments.get("attention_mask")
+        self._lengths = (torch.ones_like(prompts) if mask is None else mask).sum(1)
+        passed_on = ("use_cache", "logits_to_keep")
+        self._options: dict[str, Any] = {name: value for name, value in arguments.items() if name in passed_on}
+        parameters = inspect.signature(model.forward).parameters
+        self._cache_argument = next(name for name in _CACHE_ARGUMENTS if name in parameters)
+        # Find the cache by type: `generate` and a model may name the argument differently.
+        self._empty_cache = next(value for value in arguments.values() if isinstance(value, Cache))
+        self.max_width = prompts.shape[1] + config.max_new_tokens
+        self.failed = torch.zeros((), dtype=torch.bool, device=prompts.device)
+        size = len(prompts) * num_samples, config.max_new_tokens + 1
+        self.output = prompts.new_full(size, config.pad_token_id)
 
-    def __post_init__(self) -> None:
-        self.stops = torch.tensor(self.stop_ids, device=self.output.device)
-        self.max_width = self.prompts.shape[1] + self.output.shape[1] - 1
+    def _logits(self, tokens: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
+        """Return the logits of each row's last token, [A, V]."""
+        options = self._options | {self._cache_argument: cache}
+        output = self._model(input_ids=tokens, attention_mask=mask, position_ids=positions, **options)
+        logits: Tensor = output.logits[:, -1]
+        return logits
 
-    def is_full(self, rows: _Rows) -> bool:
-        """True if the cache has the columns of the longest response; finished rows may occupy some of them."""
-        return rows.width >= self.max_width
-
-    def prefill(self, places: range, num_samples: int) -> _Rows:
+    def prefill(self, places: range) -> _Rows:
         """Read the prompts of some responses, draw the first tokens, and return the rows."""
-        device = self.output.device
+        device, num_samples = self.output.device, self._num_samples
         prompts = slice(places[0] // num_samples, places[-1] // num_samples + 1)
         of_row = torch.tensor([place // num_samples - prompts.start for place in places], device=device)
-        lengths = self.lengths[prompts]
+        lengths = self._lengths[prompts]
         width = int(lengths.max())
         positions = torch.arange(width, device=device) - (width - lengths)[:, None]  # [prompts, width]; < 0: padding
-        cache = copy.deepcopy(self.empty_cache)
-        logits = self.model(
-            input_ids=self.prompts[prompts, -width:],
-            attention_mask=(positions >= 0).long(),
-            position_ids=positions.clamp(min=0),
-            **{self.cache_argument: cache},
-            **self.options,
-        ).logits[:, -1]
+        cache = copy.deepcopy(self._empty_cache)
+        tokens, mask = self._prompts[prompts, -width:], (positions >= 0).long()
+        logits = self._logits(tokens, mask, positions.clamp(min=0), cache)
         remaining = torch.full_like(of_row, self.output.shape[1] - 1)
         rows = _Rows(
             *(cache, width, of_row, torch.tensor(places, device=device)),
@@ -270,20 +267,17 @@ class _Loop:
     def steps(self, rows: _Rows, count: int) -> None:
         """Draw ``count`` tokens per row, or fewer if the cache fills up first."""
         for _ in range(min(count, self.max_width - rows.width)):
-            logits = self.model(
-                input_ids=rows.tokens[:, None],
-                attention_mask=None if rows.mask is None else rows.mask[:, : rows.width + 1],
-                position_ids=rows.lengths[:, None],
-                **{self.cache_argument: rows.cache},
-                **self.options,
-            ).logits[:, -1]
+            mask = None if rows.mask is None else rows.mask[:, : rows.width + 1]
+            logits = self._logits(rows.tokens[:, None], mask, rows.lengths[:, None], rows.cache)
             rows.width += 1
             self._draw(rows, logits)
 
     def _draw(self, rows: _Rows, logits: Tensor) -> None:
-        rows.tokens = draw(self.processor(None, logits.float()).softmax(-1))
+        drawn = draw(self._processor(None, logits.float()).softmax(-1))
+        self.failed |= (drawn < 0).any()
+        rows.tokens = drawn.clamp(min=0)
         self.output[rows.places, self.output.shape[1] - 1 - rows.remaining] = rows.tokens
-        stopped = torch.isin(rows.tokens, self.stops)
+        stopped = torch.isin(rows.tokens, self._stops)
         rows.remaining = (rows.remaining - 1).clamp(min=0).masked_fill(stopped, 0)
         # A finished row stays at its last position, because the next position may not exist.
         rows.lengths += rows.remaining > 0
@@ -299,21 +293,20 @@ def draw(probabilities: Tensor) -> Tensor:
         probabilities: [A, V], not negative; need not sum to 1.
 
     Returns:
-        [A] long; never an index of probability 0.
+        [A] long; never an index of probability 0; -1 if a row's probabilities are NaN or infinite.
 
     Example:
         >>> draw(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.5]]))
         tensor([1, 2])
     """
     if probabilities.device.type != "cpu":
-        return torch.multinomial(probabilities, 1).squeeze(1)
+        broken = ~probabilities.sum(-1, keepdim=True).isfinite()  # multinomial would end the process's use of the GPU
+        return torch.multinomial(probabilities.masked_fill(broken, 1.0), 1).masked_fill(broken, -1).squeeze(1)
     cumulative = probabilities.cumsum(-1, dtype=torch.double)
     total = cumulative[:, -1:]
-    if not total.isfinite().all():
-        raise RuntimeError("probabilities are NaN or infinite")  # as torch.multinomial does
     # rand is at most 1 - 2^-53, so the product never rounds up to the total and an index above it always exists.
     drawn = torch.rand_like(total) * total  # [A, 1]
-    return torch.searchsorted(cumulative, drawn, right=True).squeeze(1)
+    return torch.searchsorted(cumulative, drawn, right=True).masked_fill(~total.isfinite(), -1).squeeze(1)
 
 
 def _join(parts: Sequence[_Rows], max_width: int) -> _Rows:

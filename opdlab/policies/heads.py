@@ -1,4 +1,4 @@
-"""The output layer of a model, and the check that our head computes the same logits.
+"""Checks of a model's weights: they are finite, and our head computes the logits of its output layer.
 
 Shapes: N positions, H hidden size, V vocabulary.
 """
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from opdlab.errors import UsageError
+from opdlab.errors import UsageError, require
 from opdlab.policies.adapters import base_of
+from opdlab.policies.loading import non_finite
 from opdlab.scoring import Head
 
 # Largest logit in the comparison. A soft cap far above a model's logits has no effect until training makes the logits
@@ -26,6 +27,31 @@ def output_layer(model: PreTrainedModel) -> nn.Linear:
     """Return the layer that holds the head's weight and bias (the base layer if it has an adapter)."""
     layer: nn.Linear = base_of(model.get_output_embeddings())
     return layer
+
+
+def check_weights(model: PreTrainedModel, path: str) -> int:
+    """Return the number of ids for which embedding and output layer have a row.
+
+    Args:
+        model: loaded.
+        path: path of the model, for messages.
+
+    Raises:
+        UsageError: the model has no output layer, or NaN or infinite weights.
+    """
+    head = output_layer(model)
+    require(
+        isinstance(getattr(head, "weight", None), Tensor),
+        f"model '{path}' has no output layer: give a causal language model",
+    )
+    broken = non_finite(model.named_parameters())
+    require(
+        broken is None,
+        f"model '{path}' has NaN or infinite weights, first in {broken}: write the folder again, or give an earlier "
+        "export or checkpoint",
+    )
+    embedding: nn.Embedding = base_of(model.get_input_embeddings())
+    return min(len(embedding.weight), len(head.weight))
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,20 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from opdlab.errors import require
+from opdlab.packages import require_package
 from opdlab.policies.adapters import (
     AdapterConfig,
     attach_adapter,
     base_of,
-    has_adapter,
     keep_adapter_only,
     load_adapter,
     low_rank_of,
     put_back_frozen,
-    require_peft,
     save_adapter,
     take_off_adapter,
 )
 from opdlab.policies.compiling import compile_layers, require_compiler
-from opdlab.policies.heads import check_head, output_layer
+from opdlab.policies.heads import check_head, check_weights
 from opdlab.policies.loading import (
     DType,
     ModelSource,
@@ -40,6 +38,7 @@ from opdlab.policies.loading import (
 )
 from opdlab.policies.packing import attention_may_pack, keeps_packed_rows_apart
 from opdlab.policies.passes import PackedRows, length_groups, length_packs
+from opdlab.policies.tokenizers import vocabulary_size
 from opdlab.scoring import Head, TokenStatistics, support_statistics, token_statistics
 from opdlab.types import Rollouts, Targets
 
@@ -61,18 +60,15 @@ class Scored:
     head: Head
     mask: Tensor
     tokens: Tensor
-    # Keyed by the id of the support's tensor, which is kept alive so that its id is not reused.
-    _supports: dict[int, tuple[Tensor, Tensor, TokenStatistics]] = field(
-        default_factory=dict, init=False, repr=False, compare=False
-    )
+    # By the tensor of the support's ids, which is compared by identity; None for no support.
+    _passes: dict[Tensor | None, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def statistics(self) -> TokenStatistics:
         """Return log-probability (differentiable), entropy and log-normalizer of every valid position, each [N]."""
-        return self._statistics
-
-    @cached_property
-    def _statistics(self) -> TokenStatistics:
-        return token_statistics(self.hidden, self.head, self.tokens)
+        if None not in self._passes:
+            self._passes[None] = token_statistics(self.hidden, self.head, self.tokens)
+        statistics: TokenStatistics = self._passes[None]
+        return statistics
 
     def support_statistics(self, support_ids: Tensor) -> tuple[Tensor, TokenStatistics]:
         """Return the logits of a support (differentiable), and :meth:`statistics` without gradient, in one pass.
@@ -83,11 +79,11 @@ class Scored:
         Returns:
             Logits [N, K] and statistics, each [N].
         """
-        if id(support_ids) not in self._supports:
+        if support_ids not in self._passes:
             chosen = support_ids.long()[self.mask]
-            found = support_statistics(self.hidden, self.head, self.tokens, chosen)
-            self._supports[id(support_ids)] = (support_ids, *found)
-        return self._supports[id(support_ids)][1:]
+            self._passes[support_ids] = support_statistics(self.hidden, self.head, self.tokens, chosen)
+        found: tuple[Tensor, TokenStatistics] = self._passes[support_ids]
+        return found
 
     def own_logprobs(self, targets: Targets) -> Tensor:
         """Return the model's log-probabilities of the sampled tokens, [B, T] nats, detached.
@@ -129,9 +125,21 @@ class LanguageModel(nn.Module):
         compile: compile the layers with torch.compile for scoring, not for sampling: adds about half a minute to the
             first steps and makes each step faster. Needs a C++ compiler.
 
+    Attributes:
+        vocab_size: number of tokens: rows of the embedding that are tokens of the tokenizer, and that the teacher has
+            too (:func:`opdlab.policies.share_vocabulary`). Only ids below it are sampled, and distributions are over
+            these; other rows only pad the embedding.
+        group_lengths: True (the default) to score rows of similar length in one padded pass. Set it to False if all
+            processes must run the same number of passes, because each process would form different groups.
+        max_tokens: tokens per pass whose activations are kept, padding included; None (the default) for no bound. Leave
+            it None if all processes must run the same number of passes.
+        accumulate_head_grad: see :class:`opdlab.scoring.Head`; False by default. Set it to True only if nothing hooks
+            into the head's gradient.
+
     Raises:
         UsageError: the folder is missing or incomplete, a package or a compiler is missing, the tokenizer has no
-            stop token, or opdlab does not support the model's head.
+            stop token, a stop, padding or BOS token has no row, weights are NaN or infinite, or opdlab does not support
+            the model's head.
 
     Example:
         >>> model = LanguageModel("package://opdlab.toy/models/student")
@@ -172,46 +180,22 @@ class LanguageModel(nn.Module):
         self.register_load_state_dict_pre_hook(put_back_frozen)  # type: ignore[no-untyped-call]
         self.stop_tokens = stop_tokens_of(self.model, self.tokenizer, self.path)
         self.stop_ids = sorted(self.stop_tokens.ids)
+        num_rows = check_weights(self.model, self.path)
+        self.vocab_size = vocabulary_size(self.tokenizer, self.stop_ids, num_rows, f"model '{self.path}'")
         if self.tokenizer.pad_token_id is None:
             # Padding is always masked, so any token works; the stop token is the usual choice.
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self.stop_ids[0])
         self.tokenizer.padding_side = "left"
-        require(
-            isinstance(getattr(output_layer(self.model), "weight", None), Tensor),
-            f"model '{self.path}' has no output layer: give a causal language model",
-        )
-        check_head(self.model, self.head(), self.path, len(self.tokenizer))
+        check_head(self.model, self.head(), self.path, self.vocab_size)
         if gradient_checkpointing:
             checkpoint_gradients(self.model, self.path)
-
-    def configure_passes(
-        self,
-        *,
-        group_lengths: bool | None = None,
-        max_tokens: int | None = None,
-        accumulate_head_grad: bool | None = None,
-    ) -> None:
-        """Change how rows are grouped into passes for scoring; options that are None keep their value.
-
-        Args:
-            group_lengths: whether to pad rows of similar length together (default True). Set False if all processes
-                must run the same number of passes, because each process would form different groups.
-            max_tokens: tokens per pass whose activations are kept, padding included (default: no bound). Not if all
-                processes must run the same number of passes.
-            accumulate_head_grad: see :class:`opdlab.scoring.Head` (default False). Only if nothing hooks into the
-                head's gradient.
-        """
-        self.group_lengths = self.group_lengths if group_lengths is None else group_lengths
-        self.max_tokens = self.max_tokens if max_tokens is None else max_tokens
-        if accumulate_head_grad is not None:
-            self.accumulate_head_grad = accumulate_head_grad
 
     def _load(
         self, source: ModelSource, adapter: AdapterConfig | None
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         base = adapter_base(self.path)
-        if base is not None or adapter is not None:
-            require_peft(self.path if base is not None else None)  # fail before reading the weights, which may be slow
+        if base is not None or adapter is not None:  # fail before reading the weights, which may be slow
+            require_package("peft", "model.student.adapter" if base is None else f"model '{self.path}'", "peft")
         source = replace(source, path=base or self.path)
         model, tokenizer = source.load()
         resolved = resolve(source.path, with_config=False)
@@ -230,7 +214,7 @@ class LanguageModel(nn.Module):
     @property
     def has_adapter(self) -> bool:
         """True if an adapter is trained and the weights below it are frozen."""
-        return has_adapter(self.model)
+        return bool(getattr(self.model, "_hf_peft_config_loaded", False))
 
     def snapshot(self) -> "LanguageModel":
         """Return a frozen copy in eval mode; it shares the weights below an adapter, which never change."""
@@ -260,13 +244,7 @@ class LanguageModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Return the device of the weights."""
-        device: torch.device = next(self.model.parameters()).device
-        return device
-
-    @property
-    def vocab_size(self) -> int:
-        """Return the number of rows of the head, padding rows included."""
-        return int(output_layer(self.model).weight.shape[0])
+        return next(self.parameters()).device
 
     def head(self, temperature: float = 1.0) -> Head:
         """Return the model's head, with the scale and soft cap of its architecture and the adapter's update."""
@@ -277,7 +255,8 @@ class LanguageModel(nn.Module):
         layer, low_rank = self.model.get_output_embeddings(), None
         if hasattr(layer, "get_base_layer"):  # it has an adapter
             layer, low_rank = base_of(layer), low_rank_of(layer)
-        return Head(layer.weight, getattr(layer, "bias", None), scale, softcap, temperature, low_rank=low_rank)
+        bias, vocab_size = getattr(layer, "bias", None), self.vocab_size
+        return Head(layer.weight, bias, scale, softcap, temperature, low_rank=low_rank, vocab_size=vocab_size)
 
     def score(self, rollouts: Rollouts) -> Scored:
         """Return the scores of the responses from a pass over prompts and responses.

@@ -2,7 +2,7 @@
 
 import importlib.resources
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +10,12 @@ from typing import Any, Literal, get_args
 
 import torch
 import transformers
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from opdlab.errors import UsageError, require
+from opdlab.errors import UsageError, first_line, require
+from opdlab.out_of_memory import out_of_memory
 from opdlab.packages import is_installed, package_trouble, require_package
 from opdlab.policies.tokenizers import StopTokens
 
@@ -45,8 +47,10 @@ class ModelSource:
             self.quantization in (None, *get_args(Quantization)),
             f"quantization is '{self.quantization}', but must be one of {', '.join(get_args(Quantization))}",
         )
-        for package, extra in self._packages():
-            require_package(package, f"model '{self.path}'", extra)
+        # transformers needs accelerate for both.
+        for extra, value in (("gguf", self.gguf_file), ("bitsandbytes", self.quantization)):
+            for package in (extra, "accelerate") if value else ():
+                require_package(package, f"model '{self.path}'", extra)
         source = resolve(self.path, with_config=self.gguf_file is None)
         options = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         options |= {"gguf_file": self.gguf_file} if self.gguf_file else {}
@@ -68,14 +72,6 @@ class ModelSource:
         if self.gguf_file:
             unmark_quantized(model)
         return model, tokenizer
-
-    def _packages(self) -> list[tuple[str, str]]:
-        needed = []
-        if self.gguf_file:  # transformers needs accelerate to read GGUF
-            needed += [("gguf", "gguf"), ("accelerate", "gguf")]
-        if self.quantization:
-            needed += [("bitsandbytes", "bitsandbytes"), ("accelerate", "bitsandbytes")]
-        return needed
 
     def _model_options(self) -> dict[str, Any]:
         dtype = getattr(torch, self.dtype)
@@ -100,10 +96,11 @@ class ModelSource:
         try:
             yield
         except Exception as error:  # parsers of damaged files raise many types, tokenizers a bare Exception
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            kernel = self.attn_implementation
-            if kernel and (isinstance(error, ImportError) or "attn_implementation" in first_line):
-                reason = f"attn_implementation '{kernel}' cannot be used: {first_line.rstrip('.')}"
+            if out_of_memory(error) is not None:
+                raise
+            reason, kernel = first_line(error), self.attn_implementation
+            if kernel and (isinstance(error, ImportError) or "attn_implementation" in reason):
+                reason = f"attn_implementation '{kernel}' cannot be used: {reason.rstrip('.')}"
                 raise UsageError(f"model '{self.path}': {reason}; {_kernel_mend(kernel, error)}") from error
             if (trouble := package_trouble(error)) is not None:  # a tokenizer's or a quantized model's package
                 raise UsageError(f"model '{self.path}' {trouble}") from error
@@ -112,7 +109,7 @@ class ModelSource:
                 if Path(source).is_dir()
                 else "check the name and the connection, or give a folder written by save_pretrained"
             )
-            raise UsageError(f"model '{self.path}' cannot be loaded: {hint} ({first_line})") from error
+            raise UsageError(f"model '{self.path}' cannot be loaded: {hint} ({reason})") from error
 
 
 def _kernel_mend(kernel: str, error: Exception) -> str:
@@ -199,6 +196,25 @@ def stop_tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, p
     stops = StopTokens(frozenset({tokenizer.eos_token_id} - {None}), frozenset(ids) - {None})
     require(bool(stops.ids), f"model '{path}': its tokenizer has no eos_token, so no response could ever end; set one")
     return stops
+
+
+def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Return the name of the first tensor with a NaN or infinite value; None if there is none.
+
+    Args:
+        tensors: names and tensors; integers and packed weights are skipped.
+
+    Example:
+        >>> non_finite([("a", torch.ones(2)), ("b", torch.tensor([1.0, torch.nan]))])
+        'b'
+    """
+    for name, tensor in tensors:
+        # The extremes of a tensor with a NaN are NaN. Floats of one byte are packed weights.
+        if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel():
+            low, high = tensor.detach().aminmax()
+            if not bool(low.isfinite() & high.isfinite()):
+                return name
+    return None
 
 
 def unmark_quantized(model: PreTrainedModel) -> None:

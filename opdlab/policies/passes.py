@@ -109,22 +109,17 @@ class PackedRows:
         sizes = [sum(self._counts[row] for row in group) for group in groups]
         passes = []
         for group, part in zip(groups, torch.split(wanted[order], sizes), strict=True):
+            lengths = [self.lengths[row] for row in group]
+            rows, counts = torch.tensor([group, lengths], device=part.device)
             if packed:
-                passes.append(self._packed(group, part))
-                continue
-            rows = torch.tensor(group, device=part.device)
-            width = max(1, *(self.lengths[row] for row in group))
-            columns = torch.arange(width, device=part.device) + self._padding[rows, None]  # [R, W]
-            passes.append(Pass(self._tokens[rows].gather(1, columns.clamp(max=self._tokens.shape[1] - 1)), part))
+                row = rows.repeat_interleave(counts, output_size=sum(lengths))
+                attention = packed_attention(lengths, part.device)
+                columns = attention["position_ids"][0] + self._padding[row]
+                passes.append(Pass(self._tokens[row, columns][None], part, attention))
+            else:
+                columns = torch.arange(max(1, *lengths), device=part.device) + self._padding[rows, None]  # [R, W]
+                passes.append(Pass(self._tokens[rows].gather(1, columns.clamp(max=self._tokens.shape[1] - 1)), part))
         return passes, order
-
-    def _packed(self, group: Sequence[int], wanted: Tensor) -> Pass:
-        lengths = [self.lengths[row] for row in group]
-        rows, counts = torch.tensor([group, lengths], device=wanted.device)
-        row = rows.repeat_interleave(counts, output_size=sum(lengths))
-        attention = packed_attention(lengths, wanted.device)
-        columns = attention["position_ids"][0] + self._padding[row]
-        return Pass(self._tokens[row, columns][None], wanted, attention)
 
 
 # -- which rows share a pass -----------------------------------------------------------------------------------------
@@ -202,7 +197,7 @@ def length_packs(lengths: Sequence[int], max_tokens: int | None = None) -> list[
     return packs
 
 
-def recomputed_first(costs: Sequence[int], max_tokens: int | None) -> tuple[list[int], int]:
+def recomputed_first(costs: Sequence[int], max_tokens: int) -> tuple[list[int], int]:
     """Return an order of passes in which the activations of at most ``max_tokens`` tokens exist at any time.
 
     The backward pass starts with the last pass. The last passes may therefore keep their activations, as many as fit
@@ -211,7 +206,7 @@ def recomputed_first(costs: Sequence[int], max_tokens: int | None) -> tuple[list
 
     Args:
         costs: tokens of each pass, padding included.
-        max_tokens: tokens whose activations may exist at a time; a single pass may be larger. None for no bound.
+        max_tokens: tokens whose activations may exist at a time; a single pass may be larger.
 
     Returns:
         The passes in order, and the number of passes at the start that are recomputed.
@@ -222,8 +217,6 @@ def recomputed_first(costs: Sequence[int], max_tokens: int | None) -> tuple[list
         >>> recomputed_first([60, 90, 40, 10], max_tokens=100)
         ([0, 2, 1, 3], 2)
     """
-    if max_tokens is None:
-        return list(range(len(costs))), 0
     kept: list[int] = []
     for number in sorted(range(len(costs)), key=lambda number: -costs[number]):
         if not kept or sum(costs[other] for other in kept) + costs[number] <= max_tokens:

@@ -5,7 +5,7 @@ Shapes: B rollouts, T response tokens, K support.
 
 from abc import ABC, abstractmethod
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from opdlab.errors import UsageError, require
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.loading import Quantization
 from opdlab.policies.offload import on_device
-from opdlab.policies.tokenizers import StopTokens
+from opdlab.policies.tokenizers import StopTokens, check_same_vocabulary, vocabulary_size, warn_of_stop_tokens
 from opdlab.progress import Progress, SilentProgress
 from opdlab.scoring import topk_with_statistics
 from opdlab.types import Rollouts, Targets, TeacherRequest, id_dtype
@@ -27,6 +27,7 @@ class Teacher(ABC):
 
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
+    """Number of tokens: the teacher has a row for every id below it."""
     stop_tokens: StopTokens | None = None
     """The teacher's stop tokens, if known: a warning reports a student with other stop tokens."""
     offload: bool = False
@@ -43,6 +44,23 @@ class Teacher(ABC):
     def to(self, device: torch.device) -> None:
         """Move the teacher's tensors to a device; does nothing by default."""
         del device
+
+
+def share_vocabulary(student: LanguageModel, teacher: Teacher) -> None:
+    """Restrict the student to the tokens that the teacher has too; their distributions are compared over these.
+
+    This sets :attr:`LanguageModel.vocab_size` of the student; requests to the teacher name the same number.
+
+    Raises:
+        UsageError: the tokenizers differ, or the teacher has no row for a stop, padding or BOS token.
+    """
+    check_same_vocabulary(student.tokenizer, teacher.tokenizer)
+    if teacher.vocab_size < student.vocab_size:
+        warn = not isinstance(teacher, LocalTeacher)  # which has warned when its model was loaded
+        student.vocab_size = vocabulary_size(
+            student.tokenizer, student.stop_ids, teacher.vocab_size, "model.teacher", warn
+        )
+    warn_of_stop_tokens(student.tokenizer, student.stop_tokens, teacher.stop_tokens)
 
 
 class NoTeacher(Teacher):
@@ -119,26 +137,23 @@ class LocalTeacher(Teacher):
     @torch.no_grad()
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
         """Return the targets of ``rollouts``; see :meth:`Teacher.score`."""
-        with on_device(self.model, self._device) if self.offload else nullcontext():
-            return self._score(rollouts, request, progress or SilentProgress())
-
-    def _score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress) -> Targets:
         shape, k = rollouts.tokens.shape, request.top_k
+        vocab_size = min(self.vocab_size, request.vocab_size or self.vocab_size)
         targets = Targets(
             logprobs=torch.zeros(shape),
-            support_ids=torch.zeros(*shape, k, dtype=id_dtype(self.vocab_size)) if k else None,
+            support_ids=torch.zeros(*shape, k, dtype=id_dtype(vocab_size)) if k else None,
             support_logits=torch.zeros(*shape, k) if k else None,
             support_mass=torch.zeros(shape) if k else None,
             entropy=torch.zeros(shape) if request.entropy else None,
         )
-        with progress.task("scoring (teacher)", len(rollouts)) as advance:
-            for rows, scored in self.model.score_in_chunks(rollouts, self._batch_size):
+        place = on_device(self.model, self._device) if self.offload else nullcontext()
+        with place, (progress or SilentProgress()).task("scoring (teacher)", len(rollouts)) as advance:
+            for rows, of_model in self.model.score_in_chunks(rollouts, self._batch_size):
+                scored = replace(of_model, head=replace(of_model.head, vocab_size=vocab_size))
                 if targets.support_ids is None or targets.support_logits is None or targets.support_mass is None:
                     statistics = scored.statistics()
                 else:
-                    top, statistics = topk_with_statistics(
-                        scored.hidden, scored.head, scored.tokens, k, request.vocab_size
-                    )
+                    top, statistics = topk_with_statistics(scored.hidden, scored.head, scored.tokens, k)
                     _put_ids(targets.support_ids, rows, scored.padded(top.ids.int()).cpu())
                     targets.support_logits[rows] = scored.padded(top.logits).cpu()
                     mass = (top.logits.logsumexp(-1) - statistics.log_normalizer).exp()  # [N]

@@ -1,6 +1,6 @@
-"""Checks of tokenizers: same vocabulary, same stop tokens, and token ids by text."""
+"""Checks of tokenizers: tokens with rows, same vocabulary, same stop tokens, and token ids by text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -25,6 +25,52 @@ class StopTokens:
     def ids(self) -> frozenset[int]:
         """Return the stop tokens of both sources; sampling stops at each of them."""
         return self.of_tokenizer | self.configured
+
+
+def vocabulary_size(
+    tokenizer: PreTrainedTokenizerBase, stop_ids: Iterable[int], num_rows: int, owner: str, warn: bool = True
+) -> int:
+    """Return the number of tokens that have a row: their ids are below it, those of rows without a token are not.
+
+    Args:
+        tokenizer: the tokenizer.
+        stop_ids: the stop tokens.
+        num_rows: rows of the embedding and of the output layer.
+        owner: name of the model in messages.
+        warn: name the tokens without a row in a warning.
+
+    Raises:
+        UsageError: a stop, padding or BOS token has no row, or no stop token is one of the tokens.
+
+    Example:
+        >>> from opdlab.toy import chain_tokenizer
+        >>> vocabulary_size(chain_tokenizer(), [1], num_rows=64, owner="the model")
+        38
+    """
+    texts = {index: text for text, index in tokenizer.get_vocab().items()}
+    missing = sorted(index for index in texts if index >= num_rows)
+    special = {"stop": stop_ids, "padding": [tokenizer.pad_token_id], "BOS": [tokenizer.bos_token_id]}
+    for role, ids in special.items():
+        for index in ids:
+            text = f" {texts[index]!r}" if index in texts else ""
+            require(
+                index is None or index < num_rows,
+                f"{owner} has {num_rows} rows, and none for the {role} token{text} (id {index}): give the tokenizer "
+                "that belongs to the model, or add rows with resize_token_embeddings",
+            )
+    size: int = min(num_rows, 1 + max(texts))
+    require(
+        any(index < size for index in stop_ids),
+        f"{owner}: its stop tokens (ids {sorted(stop_ids)}) are not in the tokenizer, so no response could ever end: "
+        "set the tokenizer's eos_token",
+    )
+    if missing and warn:
+        rank_zero_warn(
+            f"{owner} has {num_rows} rows, but its tokenizer has {len(missing)} tokens beyond them: "
+            f"{', '.join(repr(texts[index]) for index in missing[:5])}{', …' if missing[5:] else ''}; they are never "
+            "sampled, and prompts with them are refused"
+        )
+    return size
 
 
 def warn_of_stop_tokens(

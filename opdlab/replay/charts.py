@@ -67,25 +67,22 @@ def _plot(
     steps: Sequence[ReplayedStep],
     rows: Sequence[Row | None],
     reference: str,
-    figure: str,
+    metric: str,
     shift: float = 0.0,
     **style: str,
 ) -> None:
     points: dict[float, list[tuple[float, float]]] = {}
     for step, row in zip(steps, rows, strict=True):
-        value, error = (row[f"{reference}_{figure}{end}"] if row else None for end in ("", "_se"))
+        value, error = (row[f"{reference}_{metric}{end}"] if row else None for end in ("", "_se"))
         if isinstance(value, float) and isinstance(error, float):
             points.setdefault(step.age, []).append((value, error))
     ages = sorted(points)
     values = [mean(value for value, _ in points[age]) for age in ages]
-    errors = [_error(points[age]) for age in ages]
+    errors = [
+        stdev(value for value, _ in found) / len(found) ** 0.5 if len(found := points[age]) > 1 else found[0][1]
+        for age in ages
+    ]
     axes.errorbar([age + shift for age in ages], values, errors, marker="o", markersize=3.5, capsize=2, **style)  # type: ignore[arg-type] # colours and labels
-
-
-def _error(points: Sequence[tuple[float, float]]) -> float:
-    if len(points) == 1:
-        return points[0][1]
-    return float(stdev(value for value, _ in points) / len(points) ** 0.5)
 
 
 def sample_sizes(steps: Sequence[ReplayedStep]) -> "Figure":

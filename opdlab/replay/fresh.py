@@ -10,10 +10,10 @@ from torch import Tensor
 
 from opdlab.module import OPDModule
 from opdlab.objectives import loss_shares
-from opdlab.replay.record import RecordedStep
+from opdlab.replay.record import RecordedBatch, RecordedStep
 from opdlab.replay.step_gradients import Autocast, StepGradients
 from opdlab.seeds import derive_seed
-from opdlab.types import Minibatch, Problem, Prompt, trimmed
+from opdlab.types import Problem, Prompt, trimmed
 
 Tokens = tuple[int, ...]
 
@@ -73,26 +73,12 @@ def fresh_gradients(
     found = []
     for rows in torch.split(torch.arange(len(prompts)), [len(draw) for draw in draws]):
         num_tokens = rollouts.num_tokens[rows]
-        chunks = [c for c in rows.tensor_split(len(record.batches)) if len(c)]
-        pieces = tuple(trimmed(rollouts.rows(chunk), targets.rows(chunk)) for chunk in chunks)
-        total, non_empty = int(num_tokens.sum()), int((num_tokens > 0).sum())
-        batches = [
-            Minibatch(
-                *piece,
-                rows=chunk,
-                num_tokens=total,
-                num_rollouts=non_empty,
-                micro_batches=pieces,
-                position=position,
-                reuse_epoch=0,
-                pool_metrics={},
-                behavior_known=False,
-            ).to(module.device)
-            for position, (piece, chunk) in enumerate(zip(pieces, chunks, strict=True))
-        ]
-        shares = [
-            part * loss_shares(b.rollouts.mask, reduction=module.reduction, num_tokens=total, num_rollouts=non_empty)
-            for b in batches
-        ]
-        found.append(StepGradients(module, batches, shares, record.facts.step, autocast).gradient())
+        chunks = [chunk for chunk in rows.tensor_split(len(record.batches)) if len(chunk)]
+        counts = {"num_tokens": int(num_tokens.sum()), "num_rollouts": int((num_tokens > 0).sum())}
+        batches = []
+        for chunk in chunks:
+            piece = trimmed(rollouts.rows(chunk), targets.rows(chunk))
+            shares = part * loss_shares(piece[0].mask, reduction=module.reduction, **counts)
+            batches.append(RecordedBatch(*piece, shares))
+        found.append(StepGradients(module, batches, record.facts.step, autocast, behavior_known=False).gradient())
     return torch.stack(found)

@@ -2,17 +2,17 @@
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 
+import numpy as np
 from rich.table import Table
 
-from opdlab.replay.steps import ReplayedStep, Row
+from opdlab.replay.steps import ReplayedStep, Row, Value
+from opdlab.replay.variants import KEYS
 
 PAPER = {"statistic": "signed_mean", "normalization": "mean"}
-_KEYS = ("gate", "statistic", "normalization", "tau")
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,6 @@ class GateSummary:
     change_se: float | None
 
     @property
-    def label(self) -> str:
-        """Return gate and options in one string."""
-        *rest, tau = self.key
-        return " ".join(part for part in (*rest, tau and f"tau {tau}") if part)
-
-    @property
     def is_paper(self) -> bool:
         """True if statistic and normalisation are the paper's, or the gate has none."""
         _, statistic, normalization, _ = self.key
@@ -65,45 +59,24 @@ def summarise(steps: Sequence[ReplayedStep], reference: str = "fresh") -> list[G
         A summary for each gate whose gradient is never zero, in the order of the rows.
     """
     stale = [step for step in steps if step.age > 0]
-    groups: dict[tuple[str | None, ...], list[Row]] = {}
+    groups: dict[tuple[Value, ...], list[Row]] = {}
     for step in stale:
         for row in step.rows:
-            groups.setdefault(_key(row), []).append(row)
-    return [
-        _summary(key, rows, reference)
-        for key, rows in groups.items()
-        if len(rows) == len(stale) and all(row[f"{reference}_change"] is not None for row in rows)
-    ]
-
-
-def _key(row: Row) -> tuple[str | None, ...]:
-    return tuple(f"{value:g}" if isinstance(value := row[name], float) else _text(value) for name in _KEYS)
-
-
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)
-
-
-def _summary(key: tuple[str | None, ...], rows: Sequence[Row], reference: str) -> GateSummary:
-    def average(name: str) -> float:
-        return mean(_numbers(rows, name))
-
-    changes = _numbers(rows, f"{reference}_change")
-    return GateSummary(
-        key=key,
-        own=any(bool(row["own"]) for row in rows),
-        num_steps=len(rows),
-        sample_size=average("effective_sample_size"),
-        norm_ratio=average("ungated_norm_ratio"),
-        ungated_cosine=average("ungated_cosine"),
-        cosine=average(f"{reference}_cosine"),
-        change=mean(changes),
-        change_se=stdev(changes) / math.sqrt(len(changes)) if len(changes) > 1 else None,
-    )
-
-
-def _numbers(rows: Sequence[Row], name: str) -> list[float]:
-    return [value for row in rows if isinstance(value := row[name], float)]
+            groups.setdefault(tuple(row[name] for name in KEYS), []).append(row)
+    means = ("effective_sample_size", "ungated_norm_ratio", "ungated_cosine")
+    names = [*means, f"{reference}_cosine", f"{reference}_change"]
+    summaries = []
+    for key, rows in groups.items():
+        if len(rows) < len(stale) or any(row[f"{reference}_change"] is None for row in rows):
+            continue
+        values = np.array([[row[name] for name in names] for row in rows], dtype=float)
+        error = float(values[:, -1].std(ddof=1)) / math.sqrt(len(rows)) if len(rows) > 1 else None
+        parts = (f"{part:g}" if isinstance(part, float) else part for part in key)
+        labels = tuple(None if part is None else str(part) for part in parts)
+        own = any(row["own"] for row in rows)
+        size, norm, ungated, cosine, change = values.mean(0).tolist()
+        summaries.append(GateSummary(labels, own, len(rows), size, norm, ungated, cosine, change, error))
+    return summaries
 
 
 _COLUMNS = (
@@ -121,11 +94,11 @@ _CAPTION = (
 def _cells(summary: GateSummary) -> list[str]:
     gate, *options = summary.key
     change = f"{summary.change:+.3f}" + ("" if summary.change_se is None else f" ± {summary.change_se:.3f}")
-    figures = (summary.sample_size, summary.norm_ratio, summary.ungated_cosine, summary.cosine)
+    metrics = (summary.sample_size, summary.norm_ratio, summary.ungated_cosine, summary.cosine)
     return [
         f"{gate}{' (the run)' if summary.own else ''}",
         *(option or "" for option in options),
-        *(f"{figure:.3f}" for figure in figures),
+        *(f"{metric:.3f}" for metric in metrics),
         change,
     ]
 
@@ -134,7 +107,7 @@ def console_table(summaries: Sequence[GateSummary]) -> Table:
     """Return the table of the gates with the paper's statistic and weights of mean 1, and of the run's own gate."""
     table = Table(title="Gated gradients of stale rollouts", caption=_CAPTION, caption_justify="left")
     for name in _SHORT:
-        table.add_column(name, justify="left" if name in _KEYS else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in KEYS else "right", no_wrap=True)
     for summary in summaries:
         if summary.is_paper or summary.own:
             gate, _, _, *rest = _cells(summary)
@@ -153,22 +126,21 @@ def write_rows(path: Path, steps: Sequence[ReplayedStep]) -> None:
 
 def markdown(summaries: Sequence[GateSummary]) -> str:
     """Return all summaries as a table, the largest change first."""
-    lines = [f"| {' | '.join(_COLUMNS)} |", "|" + " --- |" * len(_COLUMNS)]
-    ordered = sorted(summaries, key=lambda summary: -summary.change)
-    return "\n".join([*lines, *(f"| {' | '.join(_cells(summary))} |" for summary in ordered)])
+    return _table(_COLUMNS, map(_cells, sorted(summaries, key=lambda summary: -summary.change)))
 
 
 def step_table(steps: Sequence[ReplayedStep]) -> str:
     """Return the steps as Markdown: age, losses, the ungated gradient, and the ceiling."""
     names = ("step", "age", "loss, recorded", "loss, replayed", "gradient norm", "ungated cosine with fresh", "ceiling")
-    lines = [f"| {' | '.join(names)} |", "|" + " --- |" * len(names)]
+    rows = []
     for step in steps:
-        ungated = step.rows[0]
-        cosine, error = ungated["fresh_cosine"], ungated["fresh_cosine_se"]
+        cosine, error = (step.rows[0][f"fresh_cosine{end}"] for end in ("", "_se"))
         shown = f"{cosine:.3f} ± {error:.3f}" if isinstance(cosine, float) and isinstance(error, float) else ""
-        cells = (
-            *(str(step.number), f"{step.age:g}", repr(step.recorded_loss), repr(step.replayed_loss)),
-            *(f"{step.replayed_norm:.4g}", shown, f"{step.ceilings['fresh']:.3f}"),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        losses = (repr(step.recorded_loss), repr(step.replayed_loss))
+        norm, ceiling = f"{step.replayed_norm:.4g}", f"{step.ceilings['fresh']:.3f}"
+        rows.append((str(step.number), f"{step.age:g}", *losses, norm, shown, ceiling))
+    return _table(names, rows)
+
+
+def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (names, ["---"] * len(names), *rows))

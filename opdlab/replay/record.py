@@ -10,7 +10,8 @@ Shapes: B rollouts, T response tokens.
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,9 @@ class RecordedStep:
         Raises:
             UsageError: the file is damaged, or belongs to another model.
         """
-        saved, own = _load(self.folder / _WEIGHTS), trained_weights(student)
+        own = trained_weights(student)
+        with _reading(self.folder / _WEIGHTS):
+            saved = load_file(self.folder / _WEIGHTS)
         for name in sorted(saved.keys() | own.keys()):
             ours, theirs = own.get(name), saved.get(name)
             if ours is None or theirs is None or ours.shape != theirs.shape or ours.dtype != theirs.dtype:
@@ -155,8 +158,8 @@ def write_record(
             tensors |= {f"{place}.{part}.{key}": v for key, v in values.items() if isinstance(v, Tensor)}
         tensors[f"{place}.shares"] = batch.shares
         plain.append({"temperature": batch.rollouts.temperature})
-    save_file({name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, partial / _ROLLOUTS)
-    save_file({name: tensor.contiguous().cpu() for name, tensor in weights.items()}, partial / _WEIGHTS)
+    for name, content in ((_ROLLOUTS, tensors), (_WEIGHTS, weights)):
+        save_file({key: tensor.contiguous().cpu() for key, tensor in content.items()}, partial / name)
     about = {"format": _FORMAT, **asdict(facts), "micro_batches": plain}
     (partial / _FACTS).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
@@ -181,61 +184,47 @@ def read_record(folder: Path) -> RecordedStep:
     Raises:
         UsageError: it is damaged, or written by another version of opdlab.
     """
-    about = _read_facts(folder / _FACTS)
-    require(
-        about.get("format") == _FORMAT,
-        f"{folder} has format {about.get('format')}, but this version of opdlab reads {_FORMAT}: record the run anew",
-    )
-    tensors = _load(folder / _ROLLOUTS)
-    try:
+    with _reading(folder / _FACTS):
+        about = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        require(
+            about["format"] == _FORMAT,
+            f"{folder} has format {about['format']}, but this version of opdlab reads {_FORMAT}: record the run anew",
+        )
         facts = StepFacts(**{field.name: about[field.name] for field in fields(StepFacts)})
-        plain = about["micro_batches"]
-        batches = tuple(_batch(tensors, place, **values) for place, values in enumerate(plain))
         counts = (facts.step, facts.reuse_epoch, facts.num_processes)
         if not all(isinstance(count, int) for count in counts):
-            raise ValueError(f"{counts} are no counts")
-        whole = bool(batches) and len(batches) == len(facts.losses) and all(map(math.isfinite, facts.losses))
-    except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(folder, f"{type(error).__name__}: {error}") from error
-    if not whole:
-        raise _damaged(folder, "losses and micro-batches do not fit together")
+            raise ValueError(f"{counts} are not integers")
+        if not 0 < len(about["micro_batches"]) == len(facts.losses) or not all(map(math.isfinite, facts.losses)):
+            raise ValueError("losses and micro-batches do not fit together")
+    with _reading(folder / _ROLLOUTS):
+        tensors = load_file(folder / _ROLLOUTS)
+        batches = tuple(_batch(tensors, f"{place}.", **values) for place, values in enumerate(about["micro_batches"]))
     return RecordedStep(folder, facts, batches)
 
 
-def _batch(tensors: Mapping[str, Tensor], place: int, temperature: float) -> RecordedBatch:
+def _batch(tensors: Mapping[str, Tensor], prefix: str, temperature: float) -> RecordedBatch:
     def part(name: str) -> dict[str, Any]:
-        prefix = f"{place}.{name}."
-        return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+        return {key.removeprefix(name): tensor for key, tensor in tensors.items() if key.startswith(name)}
 
-    rollouts = Rollouts.from_state_dict({**part("rollouts"), "temperature": temperature})
-    batch = RecordedBatch(rollouts, Targets.from_state_dict(part("targets")), tensors[f"{place}.shares"])
-    shape = rollouts.tokens.shape
-    for tensor in (rollouts.mask, rollouts.behavior_logprobs, batch.targets.logprobs, batch.shares):
-        if tensor.shape != shape:
-            raise ValueError(f"{tuple(tensor.shape)} beside {tuple(shape)}")
+    rollouts = Rollouts.from_state_dict({**part(f"{prefix}rollouts."), "temperature": temperature})
+    targets = Targets.from_state_dict(part(f"{prefix}targets."))
+    batch = RecordedBatch(rollouts, targets, tensors[f"{prefix}shares"])
+    for tensor in (rollouts.mask, rollouts.behavior_logprobs, targets.logprobs, batch.shares):
+        if tensor.shape != rollouts.tokens.shape:
+            raise ValueError(f"shapes {tuple(tensor.shape)} and {tuple(rollouts.tokens.shape)} differ")
     return batch
 
 
-def _read_facts(path: Path) -> dict[str, Any]:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Raise an error inside the block as one that says that the record of the file ``path`` is damaged."""
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(path.parent, str(error)) from error
-    if not isinstance(about, dict):
-        raise _damaged(path.parent, f"{path.name} holds no object")
-    return about
-
-
-def _load(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise _damaged(path.parent, f"{path.name}: {error}") from error
-
-
-def _damaged(folder: Path, reason: str) -> UsageError:
-    first_line = reason.strip().splitlines()[0][:200] if reason.strip() else "no reason given"
-    return UsageError(
-        f"{folder} cannot be read, it may have been changed or cut off: remove it, or leave its step out with --steps "
-        f"({first_line})"
-    )
+        yield
+    except UsageError:
+        raise
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise UsageError(
+            f"{path.parent} cannot be read, it may have been changed or cut off: remove it, or leave its step out with "
+            f"--steps ({path.name}: {reason})"
+        ) from error

@@ -19,6 +19,7 @@ from opdlab.diagnostics import hidden_gradient_norms
 from opdlab.gating import GateInputs
 from opdlab.module import OPDModule
 from opdlab.objectives import reduce_losses
+from opdlab.replay.record import RecordedBatch
 from opdlab.seeds import derive_seed
 from opdlab.training import ScoredBatch, score_batch
 from opdlab.types import Minibatch
@@ -43,36 +44,59 @@ class StepGradients:
 
     Args:
         module: with the student's weights from before the step.
-        batches: the step's micro-batches, on the module's device.
-        shares: of each micro-batch, see :func:`opdlab.objectives.loss_shares`.
+        batches: the step's micro-batches.
         step: optimizer steps taken before.
         autocast: context of the forward pass.
+        reuse_epoch: passes over the buffer before this one.
+        behavior_known: False if the student's own log-probabilities are the behavior policy's.
     """
 
     def __init__(
-        self, module: OPDModule, batches: Sequence[Minibatch], shares: Sequence[Tensor], step: int, autocast: Autocast
+        self,
+        module: OPDModule,
+        batches: Sequence[RecordedBatch],
+        step: int,
+        autocast: Autocast,
+        *,
+        reuse_epoch: int = 0,
+        behavior_known: bool = True,
     ) -> None:
-        self._module, self._batches, self._shares, self._step = module, batches, shares, step
-        self._autocast = autocast
+        num_tokens = torch.cat([batch.rollouts.num_tokens for batch in batches])
+        self._batches = [
+            Minibatch(
+                batch.rollouts,
+                batch.targets,
+                rows=torch.arange(len(batch.rollouts)),
+                num_tokens=int(num_tokens.sum()),
+                num_rollouts=int((num_tokens > 0).sum()),
+                micro_batches=tuple((each.rollouts, each.targets) for each in batches),
+                position=position,
+                reuse_epoch=reuse_epoch,
+                pool_metrics={},
+                behavior_known=behavior_known,
+            ).to(module.device)
+            for position, batch in enumerate(batches)
+        ]
+        self._module, self._step, self._autocast = module, step, autocast
+        self._shares = [batch.shares.to(module.device) for batch in batches]
         self._parameters = [p for p in module.student.parameters() if p.requires_grad]
-        self._account: ScoredBatch | None = None
+        self._kept: ScoredBatch | None = None
         self.inputs: list[GateInputs] = []
         """Inputs of the gate, for each micro-batch."""
         self.importance: list[Tensor] = []
         """[B, T] of each micro-batch: norm of each position's part of the ungated gradient at the hidden states."""
-        for place, (batch, share) in enumerate(zip(batches, shares, strict=True)):
-            account = self._run(place)
+        for minibatch, share in zip(self._batches, self._shares, strict=True):
+            scored = self._score(minibatch)
             with autocast():
-                norms = hidden_gradient_norms(module.objective, account.scored, account.rollouts, batch.targets)
-            self.inputs.append(account.inputs)
+                norms = hidden_gradient_norms(module.objective, scored.scored, scored.rollouts, minibatch.targets)
+            self.inputs.append(scored.inputs)
             self.importance.append(norms * share)
             if len(batches) == 1:
-                self._account = account
+                self._kept = scored
 
-    def _run(self, place: int) -> ScoredBatch:
-        if self._account is not None:
-            return self._account
-        batch = self._batches[place]
+    def _score(self, batch: Minibatch) -> ScoredBatch:
+        if self._kept is not None:
+            return self._kept
         with torch.enable_grad(), self._autocast():
             return score_batch(self._module.student, self._module.objective, batch, self._step)
 
@@ -94,21 +118,17 @@ class StepGradients:
         Returns:
             [P] float32, or its sketch, see :func:`sketch`.
         """
-        total: Tensor | None = None
-        for place, share in enumerate(self._shares):
-            account = self._run(place)
+        total = torch.zeros((), device=self._module.device)
+        for place, (batch, share) in enumerate(zip(self._batches, self._shares, strict=True)):
             weight = torch.ones_like(share) if weights is None else weights[place]
-            loss = reduce_losses(account.positions.losses, weight, share)
             parts = torch.autograd.grad(
-                loss,
+                reduce_losses(self._score(batch).positions.losses, weight, share),
                 self._parameters,
-                retain_graph=self._account is not None,
+                retain_graph=self._kept is not None,
                 allow_unused=True,
                 materialize_grads=True,
             )
-            flat = sketch(parts)
-            total = flat if total is None else total + flat
-        assert total is not None
+            total = total + sketch(parts)
         return total
 
 

@@ -25,10 +25,10 @@ from opdlab.replay.step_gradients import (
     gradient_products,
     inner_products,
 )
-from opdlab.replay.variants import Grid, Variant, expand
+from opdlab.replay.variants import KEYS, Grid, Variant, expand
 from opdlab.seeds import derive_seed
 from opdlab.training import join_gate_inputs, split_gates
-from opdlab.types import Minibatch, TeacherRequest
+from opdlab.types import TeacherRequest
 
 Value = float | int | str | bool | None
 Row = dict[str, Value]
@@ -114,7 +114,7 @@ class Replayer:
         self._module, self._grid, self._config = module, grid, config
         self._autocast, self._prompts = autocast, prompts
         # autograd.grad returns the gradients; `.grad` stays unchanged.
-        module.student.configure_passes(accumulate_head_grad=False)
+        module.student.accumulate_head_grad = False
         module.teacher.to(module.device)
         self.skipped: dict[str, str] = {}
         """Gates whose inputs a record lacks, with the reasons."""
@@ -123,69 +123,59 @@ class Replayer:
         """Replay one step."""
         module, facts = self._module, record.facts
         record.load_weights(module.student)
-        variants, skipped = expand(self._grid, module.gate, module.student.tokenizer, self._served(record))
+        # Computed here if the run has not computed the teacher's entropy.
+        served = {"teacher_logprobs", "position_losses", "entropy", "teacher_entropy"}
+        if all(batch.rollouts.correct is not None for batch in record.batches):
+            served.add("correct")
+        variants, skipped = expand(self._grid, module.gate, module.student.tokenizer, served)
         self.skipped |= skipped
-        batches, shares = self._batches(record, variants)
-        gradients = StepGradients(module, batches, shares, facts.step, self._autocast)
-        weights = _weights(variants, gradients.inputs)
-        losses = [gradients.losses([w[v] for w in weights]) for v in range(len(variants))]
-        references = self._references(record)
         own = next(v for v, variant in enumerate(variants) if variant.own)
+        batches = self._batches(record, entropy=any("teacher_entropy" in v.strategy.needs for v in variants))
+        gradients = StepGradients(module, batches, facts.step, self._autocast, reuse_epoch=facts.reuse_epoch)
+        # The gates are normalised over the whole step.
+        inputs = gradients.inputs
+        joined = join_gate_inputs(inputs) if len(inputs) > 1 else inputs[0]
+        gates = [split_gates(variant.strategy(joined), inputs) for variant in variants]
+        weights = [torch.stack([parts[place].weights for parts in gates]) for place in range(len(inputs))]
+        # Summed in float32, as the log sums them.
+        losses = [float(torch.tensor(gradients.losses([w[v] for w in weights])).sum()) for v in range(len(variants))]
+        references = self._references(record)
         others = torch.cat(list(references.values()))
         products = gradient_products(gradients, weights, others, self._config.tolerance)
-        comparison = _Comparison(products, references)
-        distribution = weight_figures(_valid(weights, gradients.inputs))
+        comparisons, ceilings = compare(products, references)
+        valid = torch.cat([w[:, part.mask.bool()] for w, part in zip(weights, inputs, strict=True)], dim=1)
         known: Row = {"step": record.number, "age": record.age, "reuse_epoch": facts.reuse_epoch}
-        rows = [
-            known | _names(variant) | distribution[v] | {"loss": _summed(losses[v])} | comparison.figures(v)
-            for v, variant in enumerate(variants)
-        ]
         return ReplayedStep(
             number=record.number,
             age=record.age,
             recorded_loss=facts.loss,
-            replayed_loss=_summed(losses[own]),
+            replayed_loss=losses[own],
             recorded_norm=facts.gradient_norm,
             replayed_norm=float(gradients.gradient([w[own] for w in weights]).double().norm()),
-            ceilings=comparison.ceilings,
-            rows=rows,
-            sample_sizes=_sample_sizes(variants, gradients.inputs),
+            ceilings=ceilings,
+            rows=[
+                known | {name: getattr(variant, name) for name in (*KEYS, "own")} | distribution | {"loss": loss} | more
+                for variant, distribution, loss, more in zip(
+                    variants, weight_metrics(valid), losses, comparisons, strict=True
+                )
+            ],
+            sample_sizes=_sample_sizes(variants, joined),
             num_backward=products.num_backward,
         )
 
-    def _served(self, record: RecordedStep) -> set[str]:
-        # Computed here if the run has not computed the teacher's entropy.
-        served = {"teacher_logprobs", "position_losses", "entropy", "teacher_entropy"}
-        judged = all(batch.rollouts.correct is not None for batch in record.batches)
-        return served | ({"correct"} if judged else set())
-
-    def _batches(self, record: RecordedStep, variants: Sequence[Variant]) -> tuple[list[Minibatch], list[Tensor]]:
-        entropy = any("teacher_entropy" in variant.strategy.needs for variant in variants)
-        parts = [self._with_entropy(batch) if entropy else batch for batch in record.batches]
-        num_tokens = torch.cat([part.rollouts.num_tokens for part in parts])
-        batches = [
-            Minibatch(
-                part.rollouts,
-                part.targets,
-                torch.arange(len(part.rollouts)),
-                num_tokens=int(num_tokens.sum()),
-                num_rollouts=int((num_tokens > 0).sum()),
-                micro_batches=tuple((each.rollouts, each.targets) for each in parts),
-                position=place,
-                reuse_epoch=record.facts.reuse_epoch,
-                pool_metrics={},
-            ).to(self._module.device)
-            for place, part in enumerate(parts)
-        ]
-        return batches, [part.shares.to(self._module.device) for part in parts]
-
-    def _with_entropy(self, batch: RecordedBatch) -> RecordedBatch:
-        if batch.targets.entropy is not None:
-            return batch
-        again = self._module.teacher.score(batch.rollouts, TeacherRequest(entropy=True))
-        return replace(batch, targets=replace(batch.targets, entropy=again.entropy))
+    def _batches(self, record: RecordedStep, *, entropy: bool) -> list[RecordedBatch]:
+        """Return the micro-batches of a step, with the teacher's entropy if it is needed."""
+        batches = []
+        for batch in record.batches:
+            targets = batch.targets
+            if entropy and targets.entropy is None:
+                again = self._module.teacher.score(batch.rollouts, TeacherRequest(entropy=True))
+                targets = replace(targets, entropy=again.entropy)
+            batches.append(replace(batch, targets=targets))
+        return batches
 
     def _references(self, record: RecordedStep) -> dict[str, Tensor]:
+        """Return gradients on fresh rollouts, [J, P], by the name of the reference."""
         config, seed = self._config, self._config.seed
         wanted = {"fresh": [recorded_prompts(record)] * config.draws}
         if config.other_prompts:
@@ -201,31 +191,9 @@ class Replayer:
         }
 
 
-def _names(variant: Variant) -> Row:
-    return {
-        "gate": variant.gate,
-        "statistic": variant.statistic,
-        "normalization": variant.normalization,
-        "tau": variant.tau,
-        "own": variant.own,
-    }
-
-
-def _weights(variants: Sequence[Variant], inputs: Sequence[GateInputs]) -> list[Tensor]:
-    """Return the weights of each micro-batch, [V, B, T], normalised over the whole step."""
-    joined = join_gate_inputs(inputs) if len(inputs) > 1 else inputs[0]
-    gates = [split_gates(variant.strategy(joined), inputs) for variant in variants]
-    return [torch.stack([parts[place].weights for parts in gates]) for place in range(len(inputs))]
-
-
-def _valid(weights: Sequence[Tensor], inputs: Sequence[GateInputs]) -> Tensor:
-    return torch.cat([w[:, part.mask.bool()] for w, part in zip(weights, inputs, strict=True)], dim=1)
-
-
-def _sample_sizes(variants: Sequence[Variant], inputs: Sequence[GateInputs]) -> dict[str, list[float]]:
+def _sample_sizes(variants: Sequence[Variant], inputs: GateInputs) -> dict[str, list[float]]:
     """Return effective sample sizes over a range of taus, of every gate with a tau, with the paper's options."""
-    joined = join_gate_inputs(inputs) if len(inputs) > 1 else inputs[0]
-    valid, found = joined.mask.bool(), {}
+    valid, found = inputs.mask.bool(), {}
     gates = {v.gate: v.strategy for v in variants if v.tau is not None}
     for name, gate in gates.items():
         assert isinstance(gate, DriftGate)
@@ -234,69 +202,46 @@ def _sample_sizes(variants: Sequence[Variant], inputs: Sequence[GateInputs]) -> 
         weights = []
         for tau in PLOTTED_TAUS:
             each.tau = tau
-            weights.append(each(joined).weights[valid].double())
+            weights.append(each(inputs).weights[valid].double())
         found[name] = effective_sample_size(torch.stack(weights)).tolist()
     return found
 
 
-class _Comparison:
-    """Cosines and norms from inner products.
+def compare(products: Products, references: Mapping[str, Tensor]) -> tuple[list[Row], dict[str, float]]:
+    """Return cosines and norms of every gate's gradient, and the ceiling of each reference.
 
     Args:
         products: of every gate; the first gate is the ungated one.
         references: by name, [J, P]; ``products`` has them in this order, after the ungated gradient.
+
+    Returns:
+        A row for each gate, None where a gradient is zero; and by reference the mean cosine between two of its J
+        gradients.
     """
-
-    def __init__(self, products: Products, references: Mapping[str, Tensor]) -> None:
-        self._norms, self._products = products.squares.sqrt(), products.references
-        among = {name: inner_products(fresh, fresh) for name, fresh in references.items()}
-        self._lengths = {name: products.diagonal().sqrt() for name, products in among.items()}
-        self.ceilings = {name: _mean_cosine(products) for name, products in among.items()}
-
-    def figures(self, v: int) -> Row:
-        """Return the metrics of a gate. Cosines with a zero gradient are None."""
-        norm, ungated = self._norms[v], self._norms[0]
-        row: Row = {
-            "gradient_norm": float(norm),
-            "ungated_norm_ratio": _number(norm / ungated),
-            "ungated_cosine": _number((self._products[v, 0] / (norm * ungated)).clamp(max=1)),
-        }
-        start = 1
-        for name, lengths in self._lengths.items():
-            place = slice(start, start + len(lengths))
-            start = place.stop
-            cosines = self._products[v, place] / (norm * lengths)
-            change = cosines - self._products[0, place] / (ungated * lengths)
-            row |= {
-                f"{name}_cosine": _number(cosines.mean()),
-                f"{name}_cosine_se": _standard_error(cosines),
-                f"{name}_change": _number(change.mean()),
-                f"{name}_change_se": _standard_error(change),
-                f"{name}_norm_ratio": _number(norm / lengths.mean()),
-                f"{name}_ceiling": _number(torch.tensor(self.ceilings[name])),
+    norms, ceilings = products.squares.sqrt(), {}
+    columns = {
+        "gradient_norm": norms,
+        "ungated_norm_ratio": norms / norms[0],
+        "ungated_cosine": (products.references[:, 0] / (norms * norms[0])).clamp(max=1),
+    }
+    start = 1
+    for name, fresh in references.items():
+        among, count = inner_products(fresh, fresh), len(fresh)
+        lengths = among.diagonal().sqrt()
+        units = lengths.clamp(min=torch.finfo(lengths.dtype).tiny)
+        between = among / units / units[:, None]
+        ceilings[name] = float((between.sum() - between.trace()) / (count * (count - 1)))
+        cosines = products.references[:, start : start + count] / (norms[:, None] * lengths)  # [V, J]
+        change = cosines - cosines[0]
+        start += count
+        for part, values in (("cosine", cosines), ("change", change)):
+            columns |= {
+                f"{name}_{part}": values.mean(1),
+                f"{name}_{part}_se": values.std(1) / math.sqrt(count),
             }
-        return row
-
-
-def _mean_cosine(products: Tensor) -> float:
-    """Return the mean cosine between two of J vectors, from their inner products [J, J]."""
-    lengths = products.diagonal().sqrt().clamp(min=torch.finfo(products.dtype).tiny)
-    cosines = products / lengths / lengths[:, None]
-    count = len(products)
-    return float((cosines.sum() - cosines.trace()) / (count * (count - 1)))
-
-
-def _standard_error(values: Tensor) -> float | None:
-    return _number(values.std() / math.sqrt(len(values)))
-
-
-def _number(value: Tensor) -> float | None:
-    return float(value) if bool(torch.isfinite(value)) else None
-
-
-def _summed(losses: Sequence[float]) -> float:
-    """Return the sum of the micro-batches' parts in float32, as the log sums them."""
-    return float(torch.tensor(losses).sum())
+        columns[f"{name}_norm_ratio"] = norms / lengths.mean()
+        columns[f"{name}_ceiling"] = torch.full_like(norms, ceilings[name])
+    return _rows(columns), ceilings
 
 
 def effective_sample_size(weights: Tensor) -> Tensor:
@@ -304,28 +249,32 @@ def effective_sample_size(weights: Tensor) -> Tensor:
     return weights.sum(1).square() / (weights.shape[1] * weights.square().sum(1))
 
 
-def weight_figures(weights: Tensor) -> list[Row]:
+def weight_metrics(weights: Tensor) -> list[Row]:
     """Return the distribution of each gate's weights.
 
     Args:
         weights: [V, N].
 
     Example:
-        >>> figures = weight_figures(torch.tensor([[0.5, 1.5]]))[0]
-        >>> figures["weight_mean"], figures["effective_sample_size"], figures["weight_q50"]
+        >>> row = weight_metrics(torch.tensor([[0.5, 1.5]]))[0]
+        >>> row["weight_mean"], row["effective_sample_size"], row["weight_q50"]
         (1.0, 0.8, 1.0)
     """
     wide = weights.double().cpu()
+    # numpy, because torch.quantile takes at most 2^24 numbers
+    quantiles = torch.from_numpy(np.quantile(wide.numpy(), QUANTILES, axis=1))
     columns = {
         "weight_min": wide.amin(1),
-        **{
-            f"weight_q{round(100 * q):02d}": torch.from_numpy(value)
-            for q, value in zip(QUANTILES, np.quantile(wide.numpy(), QUANTILES, axis=1), strict=True)
-        },
+        **{f"weight_q{round(100 * q):02d}": values for q, values in zip(QUANTILES, quantiles, strict=True)},
         "weight_max": wide.amax(1),
         "weight_mean": wide.mean(1),
         "weight_std": wide.std(1, correction=0),
         "effective_sample_size": effective_sample_size(wide),
     }
+    return _rows(columns)
+
+
+def _rows(columns: Mapping[str, Tensor]) -> list[Row]:
+    """Return a row for each gate; numbers that are not finite become None."""
     table = torch.stack(list(columns.values()), dim=1).tolist()
-    return [dict(zip(columns, values, strict=True)) for values in table]
+    return [{name: v if math.isfinite(v) else None for name, v in zip(columns, row, strict=True)} for row in table]

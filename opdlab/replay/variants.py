@@ -17,6 +17,8 @@ from opdlab.tau import TauSchedule, check_tau
 STATISTICS: tuple[str, ...] = get_args(Statistic)
 NORMALIZATIONS: tuple[str, ...] = get_args(NormalizationName)
 UNGATED = "none"
+KEYS = ("gate", "statistic", "normalization", "tau")
+"""Names of the columns that identify a variant."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Grid:
         >>> Grid(statistics=("rsm",))
         Traceback (most recent call last):
         ...
-        opdlab.errors.UsageError: --statistics has 'rsm'; did you mean 'rms'? There are signed_mean, abs_mean, rms, max
+        opdlab.errors.UsageError: --statistics has 'rsm'; did you mean 'rms'? there are signed_mean, abs_mean, rms, max
     """
 
     gates: Sequence[str] | None = None
@@ -45,8 +47,14 @@ class Grid:
     taus: Sequence[float] = (1.0, 5.0, 20.0)
 
     def __post_init__(self) -> None:
-        _check_known("--statistics", self.statistics, STATISTICS)
-        _check_known("--normalizations", self.normalizations, NORMALIZATIONS)
+        for key, values, known in (
+            ("--statistics", self.statistics, STATISTICS),
+            ("--normalizations", self.normalizations, NORMALIZATIONS),
+        ):
+            require(bool(values), f"{key} is empty: give at least one of {', '.join(known)}")
+            for value in values:
+                hint = suggestion(value, known) or ";"
+                require(value in known, f"{key} has '{value}'{hint} there are {', '.join(known)}")
         require(bool(self.taus), "--taus is empty: give at least one number")
         for tau in self.taus:
             check_tau("--taus", tau)
@@ -72,18 +80,19 @@ class Variant:
     strategy: GateStrategy = field(compare=False, repr=False)
     own: bool = False
 
-    @property
-    def label(self) -> str:
-        """Return gate and options in one string.
-
-        Example:
-            >>> from opdlab.gating import build_gate
-            >>> Variant("block64", "signed_mean", "mean", 5.0, build_gate("block64")).label
-            'block64 signed_mean mean tau 5'
-        """
-        tau = f"{self.tau:g}" if isinstance(self.tau, float) else self.tau
-        parts = (self.gate, self.statistic, self.normalization, None if tau is None else f"tau {tau}")
-        return " ".join(part for part in parts if part)
+    @classmethod
+    def of(cls, name: str, strategy: GateStrategy, own: GateStrategy) -> "Variant":
+        """Return the variant of a gate called ``name``; ``own`` is the run's gate."""
+        drift = strategy if isinstance(strategy, DriftGate) and not strategy.uniform else None
+        tau = None if drift is None else "schedule" if isinstance(drift.tau, TauSchedule) else float(drift.tau)
+        return cls(
+            name,
+            None if drift is None else drift.statistic,
+            None if strategy.uniform else strategy.normalization.name,
+            tau,
+            strategy,
+            type(strategy) is type(own) and (strategy.uniform or vars(strategy) == vars(own)),
+        )
 
 
 def expand(
@@ -106,10 +115,18 @@ def expand(
     Raises:
         UsageError: a gate is unknown.
     """
-    served = set(served)
-    ungated = gate_registry().build(UNGATED)
-    variants, skipped = [Variant(UNGATED, None, None, None, ungated, type(own) is type(ungated))], {}
-    for name, cls in _classes(grid.gates, own).items():
+    registry = gate_registry()
+    own_name = registry.name_of(type(own)) or type(own).__name__
+    if grid.gates is not None:
+        classes = {name.rpartition(".")[2]: gate_class(name) for name in grid.gates}
+    else:
+        # Without its own options, `block` equals `block64`.
+        classes = {name: registry.get(name) for name in registry.names() if name != "block"}
+        if type(own) not in classes.values():
+            classes[own_name] = type(own)
+    served, skipped = set(served), {}
+    variants = [Variant.of(UNGATED, registry.build(UNGATED), own)]
+    for name, cls in classes.items():
         try:
             base = own if type(own) is cls else cls()
         except (TypeError, ValueError) as error:
@@ -119,23 +136,16 @@ def expand(
         if missing := [need for need in base.needs if need not in served]:
             skipped[name] = f"needs {', '.join(missing)}, which the record does not have"
             continue
-        variants += [each for each in _of_gate(name, base, grid) if each not in variants]
-    if not any(variant.own for variant in _marked(variants, own)):
-        variants.append(_variant(_name_of(type(own)), own, own=True))
-    return _marked(variants, own), skipped
+        variants += [Variant.of(name, gate, own) for gate in _gates(base, grid)]
+    if not any(variant.own for variant in variants):
+        variants.append(Variant.of(own_name, own, own))
+    return list(dict.fromkeys(variants)), skipped
 
 
-def _marked(variants: Sequence[Variant], own: GateStrategy) -> list[Variant]:
-    def same(gate: GateStrategy) -> bool:
-        return type(gate) is type(own) and (gate.uniform or vars(gate) == vars(own))
-
-    return [_variant(v.gate, v.strategy, own=same(v.strategy)) for v in variants]
-
-
-def _of_gate(name: str, base: GateStrategy, grid: Grid) -> Iterable[Variant]:
-    """Return the variants of a gate, varying only its effective options: rule gates have neither statistic nor tau."""
+def _gates(base: GateStrategy, grid: Grid) -> Iterable[GateStrategy]:
+    """Return copies of a gate, varying only its effective options: rule gates have neither statistic nor tau."""
     if base.uniform:
-        yield _variant(name, base)
+        yield base
         return
     of_drift = list(itertools.product(grid.statistics, grid.taus)) if isinstance(base, DriftGate) else [("", 0.0)]
     for normalization, (statistic, tau) in itertools.product(grid.normalizations, of_drift):
@@ -143,25 +153,7 @@ def _of_gate(name: str, base: GateStrategy, grid: Grid) -> Iterable[Variant]:
         gate.normalization = replace(base.normalization, name=normalization)  # type: ignore[arg-type] # was checked
         if isinstance(gate, DriftGate):
             gate.statistic, gate.tau = statistic, tau  # type: ignore[assignment] # was checked
-        yield _variant(name, gate)
-
-
-def _variant(name: str, gate: GateStrategy, own: bool = False) -> Variant:
-    if gate.uniform:
-        return Variant(name, None, None, None, gate, own)
-    if not isinstance(gate, DriftGate):
-        return Variant(name, None, gate.normalization.name, None, gate, own)
-    tau = "schedule" if isinstance(gate.tau, TauSchedule) else float(gate.tau)
-    return Variant(name, gate.statistic, gate.normalization.name, tau, gate, own)
-
-
-def _classes(names: Sequence[str] | None, own: GateStrategy) -> dict[str, type[GateStrategy]]:
-    registry = gate_registry()
-    if names is None:
-        # Without its own options, `block` equals `block64`.
-        found = {name: registry.get(name) for name in registry.names() if name != "block"}
-        return found | ({} if type(own) in found.values() else {_name_of(type(own)): type(own)})
-    return {name.rpartition(".")[2]: gate_class(name) for name in names}
+        yield gate
 
 
 def gate_class(name: str) -> type[GateStrategy]:
@@ -181,15 +173,3 @@ def gate_class(name: str) -> type[GateStrategy]:
         f"--gates has '{name}', which is no gate: give a class that extends opdlab.gating.GateStrategy",
     )
     return cls  # type: ignore[no-any-return] # looked up by name
-
-
-def _name_of(cls: type[GateStrategy]) -> str:
-    return gate_registry().name_of(cls) or cls.__name__
-
-
-def _check_known(key: str, values: Sequence[str], known: Sequence[str]) -> None:
-    require(bool(values), f"{key} is empty: give at least one of {', '.join(known)}")
-    for value in values:
-        near = suggestion(value, known)
-        there = f"There are {', '.join(known)}"
-        require(value in known, f"{key} has '{value}'{near} {there}" if near else f"{key} has '{value}'; t{there[1:]}")

@@ -6,16 +6,14 @@ recomputes the logits of each tile.
 """
 
 from opdlab.scoring.head import Head, LowRank
-from opdlab.scoring.logprobs import TokenStatistics, token_logprobs, token_statistics
-from opdlab.scoring.support import chosen_logits, support_logits, support_statistics
-from opdlab.scoring.topk import TopK, topk_with_statistics
+from opdlab.scoring.logprobs import TokenStatistics, TopK, token_logprobs, token_statistics, topk_with_statistics
+from opdlab.scoring.support import support_logits, support_statistics
 
 __all__ = [
     "Head",
     "LowRank",
     "TokenStatistics",
     "TopK",
-    "chosen_logits",
     "support_logits",
     "support_statistics",
     "token_logprobs",

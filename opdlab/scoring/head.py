@@ -43,10 +43,6 @@ class LowRank:
         """Return ``scaling * sums @ down``, [N, r] -> [N, H]: maps sums of rows of ``up`` to sums of update rows."""
         return (sums @ self.down.to(sums.dtype)).mul_(self.scaling)
 
-    def sum_up(self, factors: Tensor, columns: slice) -> Tensor:
-        """Return ``factors @ up[columns]``, [N, C] -> [N, r]: weighted sums of rows of ``up``."""
-        return factors @ self.up[columns].to(factors.dtype)
-
 
 @dataclass(frozen=True)
 class Head:
@@ -56,8 +52,8 @@ class Head:
     ``z = softcap * tanh(z / softcap)``; ``z /= temperature``.
 
     Args:
-        weight: [V, H].
-        bias: [V] or None.
+        weight: [V, H], or with more rows, see ``vocab_size``.
+        bias: as long as the weight, or None.
         scale: factor on the logits (Cohere's ``logit_scale``, the inverse of Granite's ``logits_scaling``).
         softcap: bound of the soft cap (Gemma's ``final_logit_softcapping``), or None.
         temperature: sampling temperature, above 0.
@@ -65,6 +61,8 @@ class Head:
             autograd. This saves one V x H buffer if a gradient already exists. Only for a leaf weight without gradient
             hooks (so not with DDP or FSDP); ``torch.autograd.grad`` then returns no gradient for it.
         low_rank: the LoRA update of the weight, or None.
+        vocab_size: V, number of tokens, if the weight has more rows: the first V rows are used, and the distribution
+            is over them. Other rows only pad the weight; their gradient is 0.
     """
 
     weight: Tensor
@@ -74,6 +72,7 @@ class Head:
     temperature: float = 1.0
     accumulate_grad: bool = False
     low_rank: LowRank | None = None
+    vocab_size: int | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -112,24 +111,6 @@ class Head:
     def tile(self, hidden: Tensor, columns: slice) -> Tensor:
         """Return the logits of some columns, [N, H] -> [N, C], float32 or wider, without a graph."""
         return LogitTiles(self, hidden).tile(slice(None), columns)
-
-    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return rows of the weight, low-rank update included: ids [N] -> [N, H]."""
-        chosen = self.weight[ids].to(dtype)
-        return chosen if self.low_rank is None else chosen + self.low_rank.expand(self.low_rank.up[ids].to(dtype))
-
-    def sum_rows(self, factors: Tensor, columns: slice, dtype: torch.dtype) -> Tensor:
-        """Return ``factors @ weight[columns]``, [N, C] -> [N, H], low-rank update included.
-
-        Args:
-            factors: [N, C], float32 or wider.
-            columns: C columns of the vocabulary.
-            dtype: of the product with the weight; the product with the update has the dtype of the factors.
-        """
-        summed = product(factors.to(dtype), self.weight[columns].to(dtype))
-        if self.low_rank is not None:
-            summed += self.low_rank.expand(self.low_rank.sum_up(factors, columns))
-        return summed
 
     def transform_(self, z: Tensor) -> Tensor:
         """Apply scale, soft cap and temperature to raw logits, in place."""
@@ -174,17 +155,6 @@ class LogitTiles:
             z += head.bias[columns]
         return head.transform_(z)
 
-    def chosen(self, rows: slice, ids: Tensor) -> Tensor:
-        """Return the logits of the given ids only, [N', K] -> [N', K]."""
-        head, hidden, dtype = self.head, self.hidden[rows, :, None], wide_dtype(self.hidden)
-        z = torch.bmm(head.weight[ids].to(dtype), hidden.to(dtype))  # [N', K, H] @ [N', H, 1] -> [N', K, 1]
-        if head.low_rank is not None:
-            z.baddbmm_(head.low_rank.up[ids].to(dtype), self.reduced[rows, :, None])
-        z = z.squeeze(-1)
-        if head.bias is not None:
-            z += head.bias[ids]
-        return head.transform_(z)
-
 
 def wide_dtype(x: Tensor) -> torch.dtype:
     """Return float32, or the dtype of ``x`` if that is wider."""
@@ -215,15 +185,16 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def tiles(num_rows: int, num_columns: int) -> Iterator[tuple[slice, slice]]:
-    """Yield the row and column slices of tiles of bounded size that cover [num_rows, num_columns].
+def tiles(num_rows: int, head: Head) -> Iterator[tuple[slice, slice]]:
+    """Yield the row and column slices of tiles of bounded size that cover the logits, [num_rows, V].
 
     All tiles of the same columns are consecutive, so a sum over rows is complete before the next columns begin.
 
     Example:
-        >>> list(tiles(2, 3))
+        >>> list(tiles(2, Head(torch.zeros(8, 1), vocab_size=3)))
         [(slice(0, 2, None), slice(0, 3, None))]
     """
+    num_columns = len(head.weight) if head.vocab_size is None else head.vocab_size
     height = min(max(num_rows, 1), _MAX_TILE_ROWS, MAX_TILE_LOGITS)
     width = min(max(MAX_TILE_LOGITS // height, 1), max(num_columns, 1))
     for left in range(0, num_columns, width):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opdlab.scoring.head import LogitTiles, LowRank, places, product, tiles, wide_dtype
+from opdlab.scoring.head import LogitTiles, places, product, tiles, wide_dtype
 
 # Floats of gathered head rows, and of outer products scattered into the gradient: 4 MB, which fit in the CPU cache.
 MAX_PIECE = 1 << 20
@@ -26,7 +26,7 @@ def pieces(num_rows: int, row_size: int) -> Iterator[slice]:
 
 
 class HeadGradients:
-    """Float32 sums of the gradients of hidden states and head; sums of rounded products would bias training.
+    """Sums of the gradients of hidden states and head, over tiles or over a support.
 
     Args:
         ctx: context of an autograd function whose first inputs are hidden states and
@@ -36,118 +36,94 @@ class HeadGradients:
 
     def __init__(self, ctx: Any, logits: LogitTiles) -> None:
         head, hidden = logits.head, logits.hidden
-        wide = wide_dtype(hidden)
-        needs_hidden, needs_weight, needs_bias, needs_down, needs_up = ctx.needs_input_grad[:5]
-        self._head, self._hidden_states = head, hidden
-        self._hidden = hidden.new_zeros(hidden.shape, dtype=wide) if needs_hidden else None
-        self._bias = head.bias.new_zeros(head.bias.shape, dtype=wide) if needs_bias and head.bias is not None else None
-        self._weight = self._weight_buffer() if needs_weight else None
-        self._columns: Tensor | None = None  # float32 sum of the current columns, for narrower weights
-        self._update: _UpdateGradients | None = None
+        needs_hidden, needs_weight, needs_bias, self._needs_down, needs_up = ctx.needs_input_grad[:5]
+        into: Tensor | None = None
+        if needs_weight:
+            existing = head.weight.grad if head.accumulates else None
+            into = torch.zeros_like(head.weight) if existing is None else existing
+            if head.accumulates:
+                head.weight.grad = into
+        self._head = head
+        self._products = [_Product(hidden, head.weight, needs_hidden, into)]
         if head.low_rank is not None:
-            needed = (needs_hidden, needs_down, needs_up)
-            self._update = _UpdateGradients(head.low_rank, logits.reduced, needed)
-
-    def _weight_buffer(self) -> Tensor:
-        weight = self._head.weight
-        if not self._head.accumulates:
-            return torch.zeros_like(weight)
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        return weight.grad
+            up = head.low_rank.up
+            into = torch.zeros_like(up) if needs_up else None
+            self._products.append(_Product(logits.reduced, up, needs_hidden or self._needs_down, into))
+        self._bias: Tensor | None = None
+        if needs_bias and head.bias is not None:
+            self._bias = head.bias.new_zeros(head.bias.shape, dtype=wide_dtype(hidden))
 
     def add_tile(self, rows: slice, columns: slice, gradient: Tensor) -> None:
         """Add the gradient of a tile's raw logits, [N', C]; call in the order of :func:`opdlab.scoring.head.tiles`."""
-        if self._update is not None:
-            self._update.add_tile(rows, columns, gradient)
-        narrow = gradient.to(self._hidden_states.dtype)
-        if self._hidden is not None:
-            self._hidden[rows] += product(narrow, self._head.weight[columns].to(narrow.dtype))  # [N', C] @ [C, H]
-        if self._weight is not None:
-            self._add_columns(rows, columns, product(narrow.T, self._hidden_states[rows]))  # [C, N'] @ [N', H]
+        for each in self._products:
+            each.add_tile(rows, columns, gradient)
         if self._bias is not None:
             self._bias[columns] += gradient.sum(0)
 
-    def _add_columns(self, rows: slice, columns: slice, summed: Tensor) -> None:
-        assert self._weight is not None
-        if self._weight.dtype == summed.dtype:
-            self._weight[columns] += summed
-            return
-        self._columns = summed if rows.start == 0 or self._columns is None else self._columns + summed
-        if rows.stop == len(self._hidden_states):
-            self._weight[columns] += self._columns.to(self._weight.dtype)  # rounded once
-
     def add_support(self, support: Tensor, gradient: Tensor) -> None:
         """Add the gradient of a support's raw logits: ids [N, K], gradient [N, K]."""
-        weight, hidden = self._head.weight, self._hidden_states
-        if len(weight) <= _DENSE * support.shape[1]:
-            self._add_dense(support, gradient)
+        if len(self._head.weight) <= _DENSE * support.shape[1]:
+            for rows, columns in tiles(len(gradient), self._head):
+                inside, place = places(support[rows], columns)
+                tile = gradient.new_zeros(len(place), columns.stop - columns.start)
+                self.add_tile(rows, columns, tile.scatter_add_(1, place, gradient[rows] * inside))
             return
-        if self._update is not None:
-            self._update.add_support(support, gradient)
-        if self._hidden is not None:
-            self._hidden += _sum_rows(weight, support, gradient)
-        if self._weight is not None:
-            _scatter_rows(self._weight, support, gradient, hidden)
+        for each in self._products:
+            each.add_support(support, gradient)
         if self._bias is not None:
             self._bias.index_add_(0, support.flatten(), gradient.flatten())
 
-    def _add_dense(self, support: Tensor, gradient: Tensor) -> None:
-        for rows, columns in tiles(len(gradient), len(self._head.weight)):
-            inside, place = places(support[rows], columns)
-            tile = gradient.new_zeros(len(place), columns.stop - columns.start)
-            self.add_tile(rows, columns, tile.scatter_add_(1, place, gradient[rows] * inside))
-
     def returned(self) -> tuple[Tensor | None, ...]:
         """Return the gradients of hidden states, weight, bias, ``down`` and ``up`` for autograd, in their dtypes."""
-        head = self._head
-        update: tuple[Tensor | None, ...] = (None, None)
-        if self._update is not None:
-            update = self._update.returned(self._hidden_states, self._hidden)
+        head, plain, update = self._head, self._products[0], self._products[1:]
+        hidden, down = plain.of_states, None
+        if head.low_rank is not None and (reduced := update[0].of_states) is not None:
+            if hidden is not None:
+                hidden += head.low_rank.expand(reduced)
+            if self._needs_down:
+                summed = (reduced.T @ plain.states.to(reduced.dtype)).mul_(head.low_rank.scaling)  # [r, N] @ [N, H]
+                down = summed.to(head.low_rank.down.dtype)
         return (
-            None if self._hidden is None else self._hidden.to(self._hidden_states.dtype),
-            None if head.accumulates else self._weight,
+            None if hidden is None else hidden.to(plain.states.dtype),
+            None if head.accumulates else plain.of_matrix,
             None if self._bias is None or head.bias is None else self._bias.to(head.bias.dtype),
-            *update,
+            down,
+            update[0].of_matrix if update else None,
         )
 
 
-class _UpdateGradients:
-    """Float32 sums of the gradients of a low-rank update.
+class _Product:
+    """Gradients of ``states @ matrix.T``, summed in float32 or wider: sums of rounded products would bias training.
 
     Args:
-        update: the update.
-        reduced: [N, r], see :meth:`LowRank.reduce`.
-        needed: whether hidden states, ``down`` and ``up`` take a gradient.
+        states: [N, R].
+        matrix: [V, R].
+        needs_states: True if the states take a gradient.
+        of_matrix: [V, R], the buffer to which the gradient of the matrix is added; None if it takes none.
     """
 
-    def __init__(self, update: LowRank, reduced: Tensor, needed: tuple[bool, bool, bool]) -> None:
-        self._low_rank, self._states = update, reduced
-        needs_hidden, self._needs_down, needs_up = needed
-        self._reduced = torch.zeros_like(reduced) if needs_hidden or self._needs_down else None
-        self._up = reduced.new_zeros(update.up.shape) if needs_up else None
+    def __init__(self, states: Tensor, matrix: Tensor, needs_states: bool, of_matrix: Tensor | None) -> None:
+        self.states, self.matrix, self.of_matrix = states, matrix, of_matrix
+        self.of_states = states.new_zeros(states.shape, dtype=wide_dtype(states)) if needs_states else None
+        self._columns: Tensor | None = None  # float32 sum of the current columns, for narrower matrices
 
     def add_tile(self, rows: slice, columns: slice, gradient: Tensor) -> None:
-        if self._reduced is not None:
-            self._reduced[rows] += self._low_rank.sum_up(gradient, columns)
-        if self._up is not None:
-            self._up[columns] += gradient.T @ self._states[rows]  # [C, N'] @ [N', r]
+        narrow = gradient.to(self.states.dtype)
+        if self.of_states is not None:
+            self.of_states[rows] += product(narrow, self.matrix[columns].to(narrow.dtype))  # [N', C] @ [C, R]
+        if self.of_matrix is not None:
+            summed = product(narrow.T, self.states[rows])  # [C, N'] @ [N', R]
+            if self.of_matrix.dtype != summed.dtype:
+                self._columns = summed if rows.start == 0 or self._columns is None else self._columns + summed
+                summed = self._columns
+            if self.of_matrix.dtype == summed.dtype or rows.stop == len(self.states):
+                self.of_matrix[columns] += summed.to(self.of_matrix.dtype)  # narrow matrices are rounded once
 
     def add_support(self, support: Tensor, gradient: Tensor) -> None:
-        if self._reduced is not None:
-            self._reduced += _sum_rows(self._low_rank.up, support, gradient)
-        if self._up is not None:
-            _scatter_rows(self._up, support, gradient, self._states)
-
-    def returned(self, hidden: Tensor, hidden_gradient: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients of ``down`` and ``up``, and add the update's part to ``hidden_gradient`` [N, H]."""
-        update, down = self._low_rank, None
-        if self._reduced is not None and hidden_gradient is not None:
-            hidden_gradient += update.expand(self._reduced)
-        if self._reduced is not None and self._needs_down:
-            summed = (self._reduced.T @ hidden.to(self._reduced.dtype)).mul_(update.scaling)  # [r, N] @ [N, H]
-            down = summed.to(update.down.dtype)
-        return down, None if self._up is None else self._up.to(update.up.dtype)
+        if self.of_states is not None:
+            self.of_states += _sum_rows(self.matrix, support, gradient)
+        if self.of_matrix is not None:
+            _scatter_rows(self.of_matrix, support, gradient, self.states)
 
 
 def _sum_rows(matrix: Tensor, support: Tensor, factors: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""Log-probability and entropy of sampled tokens.
+"""Log-probability and entropy of sampled tokens, and the most likely tokens.
 
-Shapes: N positions, H hidden size, V vocabulary, C of its columns. Log-probabilities and entropies are in nats.
+Shapes: N positions, H hidden size, V vocabulary, C of its columns, K support. Log-probabilities and entropies are in
+nats.
 """
 
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opdlab.scoring.head import Head, LogitTiles, autocast_inputs, places, tiles
+from opdlab.scoring.head import Head, LogitTiles, autocast_inputs, places, product, tiles
 from opdlab.scoring.head_gradients import HeadGradients
 
 
@@ -27,6 +28,18 @@ class TokenStatistics(NamedTuple):
     entropy: Tensor
     log_normalizer: Tensor
     max_logit: Tensor
+
+
+class TopK(NamedTuple):
+    """The K most likely tokens of a distribution. Each [N, K].
+
+    Attributes:
+        ids: token ids, long, most likely first.
+        logits: their logits, float32.
+    """
+
+    ids: Tensor
+    logits: Tensor
 
 
 class OnlineSoftmax:
@@ -115,25 +128,18 @@ def token_statistics(hidden: Tensor, head: Head, targets: Tensor) -> TokenStatis
 
 class _TokenStatistics(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        down: Tensor | None,
-        up: Tensor | None,
-        targets: Tensor,
-        head: Head,
-        ahead: bool,
-    ) -> tuple[Tensor, ...]:
-        softmax, chosen = vocabulary_pass(hidden, head, targets[:, None], hidden.shape[1] if ahead else 0)
-        target_logits = chosen.squeeze(1)
-        statistics = softmax.statistics(target_logits)
+    def forward(ctx: Any, hidden: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        *tensors, targets, head, ahead = inputs  # the tensors are the head's
+        softmax, chosen, _ = vocabulary_pass(hidden, head, targets[:, None], hidden.shape[1] if ahead else 0)
+        statistics = softmax.statistics(chosen.squeeze(1))
         ctx.head, ctx.ahead = head, ahead
         if ahead:
-            ctx.save_for_backward(_hidden_gradient(head, softmax, targets, target_logits).to(hidden.dtype))
+            own = head.weight[targets].to(chosen.dtype)  # [N, H]
+            if head.low_rank is not None:
+                own = own + head.low_rank.expand(head.low_rank.up[targets].to(chosen.dtype))
+            ctx.save_for_backward((own * head.slope(chosen) - softmax.expected_rows).to(hidden.dtype))
         else:
-            ctx.save_for_backward(hidden, weight, bias, down, up, targets, statistics.log_normalizer)
+            ctx.save_for_backward(hidden, *tensors, targets, statistics.log_normalizer)
         ctx.mark_non_differentiable(*statistics[1:])
         return tuple(statistics)
 
@@ -143,10 +149,10 @@ class _TokenStatistics(torch.autograd.Function):
         upstream, saved = gradients[0], ctx.saved_tensors
         if ctx.ahead:
             return (upstream[:, None] * saved[0]).to(saved[0].dtype), *[None] * 7
-        hidden, weight, *_, targets, normalizer = saved
+        hidden, *_, targets, normalizer = saved
         made = LogitTiles(ctx.head, hidden)
         sums = HeadGradients(ctx, made)
-        for rows, columns in tiles(hidden.shape[0], weight.shape[0]):
+        for rows, columns in tiles(hidden.shape[0], ctx.head):
             logits = made.tile(rows, columns)
             slope = ctx.head.slope(logits)
             gradient = logits.sub_(normalizer[rows, None]).exp_().mul_(-upstream[rows, None])  # [N', C]
@@ -156,27 +162,59 @@ class _TokenStatistics(torch.autograd.Function):
         return *sums.returned(), None, None, None
 
 
-def vocabulary_pass(hidden: Tensor, head: Head, ids: Tensor, hidden_size: int = 0) -> tuple[OnlineSoftmax, Tensor]:
-    """Return the sums over the vocabulary (and of head rows if ``hidden_size`` is H), and the ids' logits [N, K]."""
+def vocabulary_pass(
+    hidden: Tensor, head: Head, ids: Tensor, hidden_size: int = 0, k: int = 0
+) -> tuple[OnlineSoftmax, Tensor, TopK]:
+    """Return the sums over the vocabulary, the logits of given ids, [N, I], and the K most likely tokens, in one pass.
+
+    Args:
+        hidden: [N, H].
+        head: the head.
+        ids: [N, I] long.
+        hidden_size: H, to also sum the head's rows weighted by their probability; 0 to skip this.
+        k: number of most likely tokens.
+    """
     like = hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
     softmax = OnlineSoftmax(hidden.shape[0], like, hidden_size)
     chosen = like.new_zeros(ids.shape)
+    top = TopK(ids.new_zeros(len(hidden), k), like.new_full((len(hidden), k), -torch.inf))
     made = LogitTiles(head, hidden)
-    for rows, columns in tiles(hidden.shape[0], head.weight.shape[0]):
+    for rows, columns in tiles(hidden.shape[0], head):
         logits = made.tile(rows, columns)
         inside, place = places(ids[rows], columns)
         chosen[rows] = torch.where(inside, logits.gather(1, place), chosen[rows])
+        if k:
+            new_logits, new_places = logits.topk(min(k, logits.shape[1]), dim=1)
+            both = torch.cat([top.logits[rows], new_logits], dim=1)  # [N', K + min(K, C)]
+            top.logits[rows], best = both.topk(k, dim=1)
+            top.ids[rows] = torch.cat([top.ids[rows], new_places + columns.start], dim=1).gather(1, best)
         slope = head.slope(logits) if hidden_size else 1.0
         exponentials = softmax.add(rows, logits)
         if hidden_size:
-            softmax.add_rows(rows, head.sum_rows(exponentials.mul_(slope), columns, hidden.dtype))
-    return softmax, chosen
+            factors = exponentials.mul_(slope)  # [N', C]
+            summed = product(factors.to(hidden.dtype), head.weight[columns].to(hidden.dtype))  # @ [C, H]
+            if head.low_rank is not None:
+                summed += head.low_rank.expand(factors @ head.low_rank.up[columns].to(factors.dtype))
+            softmax.add_rows(rows, summed)
+    return softmax, chosen, top
 
 
-def _hidden_gradient(head: Head, softmax: OnlineSoftmax, targets: Tensor, target_logits: Tensor) -> Tensor:
-    slope = head.slope(target_logits)
-    own = head.rows(targets, target_logits.dtype)  # [N, H]
-    return own * (slope if isinstance(slope, float) else slope[:, None]) - softmax.expected_rows
+@torch.no_grad()
+def topk_with_statistics(hidden: Tensor, head: Head, targets: Tensor, k: int) -> tuple[TopK, TokenStatistics]:
+    """Return the top K and the target's statistics from one pass over the head, without gradient.
+
+    Args:
+        hidden: [N, H].
+        head: the head.
+        targets: [N] long.
+        k: size of the support.
+
+    Returns:
+        The top K and the :class:`TokenStatistics`.
+    """
+    with autocast_inputs(hidden) as states:
+        softmax, chosen, top = vocabulary_pass(states, head.gathered(), targets[:, None], k=k)
+    return top, softmax.statistics(chosen.squeeze(1))
 
 
 def token_logprobs(

@@ -33,31 +33,12 @@ def support_statistics(hidden: Tensor, head: Head, targets: Tensor, support: Ten
     ids = support.long()
     with autocast_inputs(hidden) as states:
         with torch.no_grad():
-            softmax, chosen = vocabulary_pass(states, head, torch.cat([ids, targets[:, None]], dim=1))
+            softmax, chosen, _ = vocabulary_pass(states, head, torch.cat([ids, targets[:, None]], dim=1))
             statistics = softmax.statistics(chosen[:, -1])
         logits: Tensor = _SupportLogits.apply(  # type: ignore[no-untyped-call]
             states, *head.tensors, ids, head, chosen[:, :-1].contiguous()
         )
     return logits, statistics
-
-
-def chosen_logits(hidden: Tensor, head: Head, support: Tensor) -> Tensor:
-    """Return the logits of K chosen tokens per position; both passes read K rows of the head per position.
-
-    Args:
-        hidden: [N, H]; differentiable.
-        head: its weight, bias and low-rank update are differentiable.
-        support: [N, K] integers, token ids.
-
-    Returns:
-        [N, K] float32 (float64 for float64 inputs).
-    """
-    head = head.gathered()
-    with autocast_inputs(hidden) as states:
-        logits: Tensor = _SupportLogits.apply(  # type: ignore[no-untyped-call]
-            states, *head.tensors, support.long(), head, None
-        )
-    return logits
 
 
 def support_logits(
@@ -70,7 +51,7 @@ def support_logits(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """Return the logits of K chosen tokens per position: :func:`chosen_logits` for a head given by its parts.
+    """Return the logits of K chosen tokens per position; both passes read K rows of the head per position.
 
     Args:
         hidden: [N, H]; differentiable.
@@ -90,26 +71,31 @@ def support_logits(
         >>> torch.allclose(support_logits(hidden, weight, support), (hidden @ weight.T)[:, [0, 3]], atol=1e-5)
         True
     """
-    return chosen_logits(hidden, Head(weight, bias, scale, softcap, temperature), support)
+    head, ids = Head(weight, bias, scale, softcap, temperature).gathered(), support.long()
+    with autocast_inputs(hidden) as states:
+        dtype = wide_dtype(states)
+        known = states.new_empty(ids.shape, dtype=dtype)
+        with torch.no_grad():
+            for rows in pieces(len(states), ids.shape[1] * states.shape[1]):
+                chosen = head.weight[ids[rows]].to(dtype)  # [N', K, H]
+                z = torch.bmm(chosen, states[rows, :, None].to(dtype)).squeeze(-1)  # @ [N', H, 1] -> [N', K]
+                if head.bias is not None:
+                    z += head.bias[ids[rows]]
+                known[rows] = head.transform_(z)
+        logits: Tensor = _SupportLogits.apply(  # type: ignore[no-untyped-call]
+            states, *head.tensors, ids, head, known
+        )
+    return logits
 
 
 class _SupportLogits(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        down: Tensor | None,
-        up: Tensor | None,
-        support: Tensor,
-        head: Head,
-        known: Tensor | None,  # the logits [N, K], if a pass over the vocabulary has computed them
-    ) -> Tensor:
-        logits = _gathered_logits(hidden, head, support) if known is None else known
-        ctx.save_for_backward(hidden, weight, bias, down, up, support, logits)
+    def forward(ctx: Any, hidden: Tensor, *inputs: Any) -> Tensor:
+        *tensors, support, head, logits = inputs  # the tensors are the head's; the caller has computed the logits
+        ctx.save_for_backward(hidden, *tensors, support, logits)
         ctx.head = head
-        return logits
+        result: Tensor = logits
+        return result
 
     @staticmethod
     @once_differentiable
@@ -118,11 +104,3 @@ class _SupportLogits(torch.autograd.Function):
         sums = HeadGradients(ctx, LogitTiles(ctx.head, hidden))
         sums.add_support(support, gradient * ctx.head.slope(logits))
         return *sums.returned(), None, None, None
-
-
-def _gathered_logits(hidden: Tensor, head: Head, support: Tensor) -> Tensor:
-    logits = hidden.new_empty(support.shape, dtype=wide_dtype(hidden))
-    made = LogitTiles(head, hidden)
-    for rows in pieces(len(hidden), support.shape[1] * hidden.shape[1]):
-        logits[rows] = made.chosen(rows, support[rows])
-    return logits

@@ -7,16 +7,16 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
 
 from submitit.helpers import Checkpointable
 
-from opdlab.errors import UsageError
+from opdlab.locks import LOCK, lock_holder, locked
 from opdlab.processes import LIFELINE, catching_signals
-from opdlab.run_folder import check_checkpoint
 from opdlab.studies import schema
 from opdlab.studies.schema import FAILED, FINISHED, Record, RunFolder
 
@@ -25,15 +25,15 @@ _POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
-class RunSpec:
-    """Settings of a job.
+class RunSpec(RunFolder):
+    """Settings of a job, and the folder of its run.
 
     Args:
+        path: of the run's folder.
+        evaluated_at: optimizer steps after which the run is evaluated.
         variant: name.
         seed: of the run.
-        folder: of the run.
         arguments: of ``opdlab fit``, without a checkpoint.
-        evaluated_at: optimizer steps after which the run is evaluated.
         threads: CPU threads; None leaves them to PyTorch.
         keep_checkpoints: keep the checkpoints after the run has finished.
         digest: of all settings that determine the run's results, see :class:`opdlab.studies.plan.Plan`.
@@ -42,36 +42,29 @@ class RunSpec:
 
     variant: str
     seed: int
-    folder: Path
     arguments: tuple[str, ...]
-    evaluated_at: tuple[int, ...]
     threads: int | None
     keep_checkpoints: bool
     digest: str
-    siblings: tuple[Path, ...] = ()
-
-    @property
-    def run_folder(self) -> RunFolder:
-        """Return the paths of the run's folder."""
-        return RunFolder(self.folder, self.evaluated_at)
+    siblings: tuple[Path, ...]
 
     @property
     def study(self) -> Path:
         """Return the folder of the study."""
-        return self.folder.parents[2]
+        return self.path.parents[2]
 
-    def write_record(self, state: str, last_lines: tuple[str, ...] = ()) -> None:
+    def write_record(self, state: str, last_lines: Sequence[str] = ()) -> None:
         """Write ``run.json``."""
         Record(
             variant=self.variant,
             seed=self.seed,
             state=state,
             command=("opdlab", "fit", *self.arguments),
-            seconds=round(self.run_folder.seconds, 3),
+            seconds=round(self.seconds, 3),
             threads=self.threads,
             digest=self.digest,
             last_lines=last_lines,
-        ).write(self.folder)
+        ).write(self.path)
 
 
 class Job(Checkpointable):
@@ -93,132 +86,110 @@ class Job(Checkpointable):
     def __call__(self, spec: RunSpec) -> None:
         """Run, unless another process holds the folder's lock or the run has finished."""
         signals: list[int] = []
-
-        def note(signum: int, frame: FrameType | None) -> None:
-            signals.append(signum)
-
-        with catching_signals(note) as before:
+        with catching_signals(lambda signum, _: signals.append(signum)) as before:
             # The launcher has masked some signals, so that a terminal's do not end this process while it loads.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, before)
-            with schema.locked(spec.folder) as mine:
-                if mine and not spec.run_folder.finished:
-                    _Attempt(spec, signals, self._tied).make()
+            with locked(spec.path) as mine:
+                if mine and not spec.finished:
+                    _attempt(spec, signals, self._tied)
         for signum in dict.fromkeys(signals):
             if callable(handler := before.get(signum)):
                 handler(signum, None)
 
 
-class _Attempt:
-    """One attempt to finish a run.
+def _attempt(spec: RunSpec, signals: list[int], tied: bool) -> None:
+    """Train from the newest checkpoint, and write the outcome unless a signal stopped it.
 
     Args:
         spec: of the run.
         signals: received so far; the list grows.
         tied: see :class:`Job`.
     """
+    (spec.path / schema.RUN).unlink(missing_ok=True)
+    started, earlier = time.monotonic(), spec.seconds
+    try:
+        code = _train(spec, partial(_opdlab, spec, signals, tied))
+    except Exception:
+        with (spec.path / schema.LOG).open("a") as log:
+            traceback.print_exc(file=log)
+        code = 1
+    spec.write_progress(spec.step, earlier + time.monotonic() - started)
+    if code == 0:
+        _settle(spec)
+    elif not signals:
+        spec.write_record(FAILED, spec.last_lines())
 
-    def __init__(self, spec: RunSpec, signals: list[int], tied: bool) -> None:
-        self._spec, self._signals, self._tied = spec, signals, tied
-        self._folder = spec.run_folder
 
-    def make(self) -> None:
-        """Train from the newest checkpoint, and write the outcome unless it was stopped."""
-        (self._spec.folder / schema.RUN).unlink(missing_ok=True)
-        started, earlier = time.monotonic(), self._folder.seconds
-        try:
-            code = self._train()
-        except Exception:
-            with self._folder.log.open("a") as log:
-                traceback.print_exc(file=log)
-            code = 1
-        seconds = earlier + time.monotonic() - started
-        self._folder.write_progress(self._folder.step, seconds)
-        if code == 0:
-            self._settle()
-        elif not self._signals:
-            self._spec.write_record(FAILED, tuple(self._folder.last_lines()))
+def _train(spec: RunSpec, opdlab: Callable[..., int]) -> int:
+    """Start or resume the run with ``opdlab(command, *options)``; return its exit code."""
+    from opdlab.checkpoints import newest_checkpoint  # here, because it imports torch
 
-    def _train(self) -> int:
-        checkpoint = self._newest_checkpoint()
-        if checkpoint is None:
-            self._folder.clean()
-            self._share_first_evaluation()
-            return self._opdlab("fit")
+    if (checkpoint := newest_checkpoint(spec.path / schema.VERSION / "checkpoints")) is not None:
         path, step = checkpoint
-        evaluation = schema.evaluation_path(self._folder.samples, step)
-        if step in self._spec.evaluated_at[:-1] and not schema.evaluation_is_complete(evaluation):
+        evaluation = schema.evaluation_path(spec.samples, step)
+        if step in spec.evaluated_at[:-1] and not schema.evaluation_is_complete(evaluation):
             # Lightning skips the evaluation that was due when the checkpoint was written.
             options = ("--model.evaluation.samples", str(evaluation), "--ckpt_path", str(path))
-            if (code := self._opdlab("validate", *options)) != 0:
+            if (code := opdlab("validate", *options)) != 0:
                 return code
-        return self._opdlab("fit", "--ckpt_path", str(path))
+        return opdlab("fit", "--ckpt_path", str(path))
+    for path in spec.path.iterdir():
+        if path.name not in (LOCK, schema.LOG, schema.LAUNCH):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    # The evaluation before training is the same in all runs with this seed. It compares weights and settings, and
+    # samples again if they differ.
+    places = [
+        place for run in spec.siblings for place in (RunFolder(run, ()).evaluations, *run.glob(f"{schema.SAMPLES}/*"))
+    ]
+    first = next(filter(schema.evaluation_is_complete, (schema.evaluation_path(place, 0) for place in places)), None)
+    if first is not None:
+        with suppress(OSError, shutil.Error):  # The other run may move it at this moment.
+            shutil.copytree(first, spec.samples / first.name, dirs_exist_ok=True)
+    return opdlab("fit")
 
-    def _opdlab(self, command: str, *options: str) -> int:
-        """Run a command of opdlab in a child process; return its exit code, -n after signal n."""
-        spec = self._spec
-        reading, writing = os.pipe()
-        threads = {} if spec.threads is None else dict.fromkeys(_THREADS, str(spec.threads))
-        # Under SLURM, Lightning queues the job again by itself; this name disables that.
-        others = {LIFELINE: str(reading), "PYTHONUNBUFFERED": "1", "SLURM_JOB_NAME": "interactive"}
-        sent = 0
-        try:
-            with self._folder.log.open("ab") as log:
-                child = subprocess.Popen(
-                    [sys.executable, "-m", "opdlab", command, *spec.arguments, *options],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env={**os.environ, **threads, **others},
-                    pass_fds=(reading,),
-                    process_group=0,
-                )
-            while child.poll() is None:
-                for signum in self._signals[sent:]:
-                    child.send_signal(signum)
-                    sent += 1
-                if self._tied and schema.lock_holder(spec.study) is None:
-                    self._signals.append(signal.SIGKILL)
-                    os.killpg(child.pid, signal.SIGKILL)
-                with suppress(subprocess.TimeoutExpired):
-                    child.wait(_POLL_SECONDS)
-            return child.returncode
-        finally:
-            os.close(reading)
-            os.close(writing)
 
-    def _newest_checkpoint(self) -> tuple[Path, int] | None:
-        """Return the newest readable checkpoint and its step; delete checkpoints that a kill cut off."""
-        found = self._folder.checkpoints.glob("*.ckpt")
-        for path in sorted(found, key=lambda file: file.stat().st_mtime_ns, reverse=True):
-            try:
-                return path, check_checkpoint(path)
-            except UsageError:
-                path.unlink()
-        return None
+def _opdlab(spec: RunSpec, signals: list[int], tied: bool, command: str, *options: str) -> int:
+    """Run a command of opdlab in a child process; return its exit code, -n after signal n."""
+    reading, writing = os.pipe()
+    threads = {} if spec.threads is None else dict.fromkeys(_THREADS, str(spec.threads))
+    # Under SLURM, Lightning queues the job again by itself; this name disables that.
+    others = {LIFELINE: str(reading), "PYTHONUNBUFFERED": "1", "SLURM_JOB_NAME": "interactive"}
+    sent = 0
+    try:
+        with (spec.path / schema.LOG).open("ab") as log:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "opdlab", command, *spec.arguments, *options],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **threads, **others},
+                pass_fds=(reading,),
+                process_group=0,
+            )
+        while child.poll() is None:
+            for signum in signals[sent:]:
+                child.send_signal(signum)
+                sent += 1
+            if tied and lock_holder(spec.study) is None:
+                signals.append(signal.SIGKILL)
+                os.killpg(child.pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):
+                child.wait(_POLL_SECONDS)
+        return child.returncode
+    finally:
+        os.close(reading)
+        os.close(writing)
 
-    def _share_first_evaluation(self) -> None:
-        """Copy the evaluation before training from another run with this seed.
 
-        The evaluation compares weights and settings, and samples again if they differ.
-        """
-        for sibling in self._spec.siblings:
-            places = (RunFolder(sibling, ()).evaluations, *sibling.glob(f"{schema.SAMPLES}/*"))
-            for first in (schema.evaluation_path(place, 0) for place in places):
-                if schema.evaluation_is_complete(first):
-                    with suppress(OSError, shutil.Error):  # The other run may move it at this moment.
-                        shutil.copytree(first, self._folder.samples / first.name, dirs_exist_ok=True)
-                    return
-
-    def _settle(self) -> None:
-        """Write the outcome of the run, after moving its samples to their final folder if all are there."""
-        final = self._folder.evaluations
-        if self._folder.is_complete(self._folder.samples):
-            shutil.rmtree(final, ignore_errors=True)
-            self._folder.samples.replace(final)
-        if not self._folder.is_complete(final):
-            self._spec.write_record(FAILED, ("it ended, but its evaluations are not complete: see its log",))
-            return
-        shutil.rmtree(self._spec.folder / schema.SAMPLES, ignore_errors=True)
-        if not self._spec.keep_checkpoints:
-            shutil.rmtree(self._folder.checkpoints, ignore_errors=True)
-        self._spec.write_record(FINISHED)
+def _settle(spec: RunSpec) -> None:
+    """Write the outcome of the run, after moving its samples to their final folder if all are there."""
+    if spec.is_complete(spec.samples):
+        shutil.rmtree(spec.evaluations, ignore_errors=True)
+        spec.samples.replace(spec.evaluations)
+    if not spec.is_complete(spec.evaluations):
+        spec.write_record(FAILED, ("it ended, but its evaluations are not complete: see its log",))
+        return
+    shutil.rmtree(spec.path / schema.SAMPLES, ignore_errors=True)
+    if not spec.keep_checkpoints:
+        shutil.rmtree(spec.path / schema.VERSION / "checkpoints", ignore_errors=True)
+    spec.write_record(FINISHED)

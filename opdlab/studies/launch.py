@@ -5,19 +5,20 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import submitit
 import torch
 
 from opdlab.errors import UsageError, require
+from opdlab.locks import lock_holder
 from opdlab.processes import STOP_SIGNALS, catching_signals
 from opdlab.studies.job import Job, RunSpec
-from opdlab.studies.schema import FAILED, FINISHED, LAUNCH, RUNNING, WAITING, lock_holder
+from opdlab.studies.schema import FAILED, FINISHED, LAUNCH, RUNNING, WAITING
 
 _LOCAL = ("timeout_min", "gpus_per_node", "visible_gpus", "setup", "signal_delay_s", "stderr_to_stdout")
 _LOCAL_TIMEOUT_MIN = 60 * 24 * 365  # submitit's default ends a run after 2 minutes
@@ -66,10 +67,6 @@ class Cluster:
             raise UsageError(f"--cluster {self.name} cannot be used: {' '.join(str(error).split())}") from error
         return executor
 
-    def check(self, folder: Path) -> None:
-        """Raise before anything runs if runs cannot be started here."""
-        self.executor(folder / LAUNCH)
-
 
 def local_gpus(slot: int, parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Return parameters of the local executor with the GPUs of a run: those of this process, taken in turn.
@@ -107,7 +104,7 @@ class RunState:
         job: submitit's job, if this process has started it.
         slot: its number among the concurrent runs.
         since: start time on the monotonic clock.
-        told: signals that were forwarded, by process.
+        forwarded: number of signals that were forwarded, by process.
     """
 
     spec: RunSpec
@@ -115,17 +112,7 @@ class RunState:
     job: Any = None
     slot: int = 0
     since: float = 0.0
-    told: Counter[int] = field(default_factory=Counter)
-
-
-class Watcher(Protocol):
-    """Observer of the states of the runs."""
-
-    def changed(self, run: RunState) -> None:
-        """Handle a change of a run's state."""
-
-    def tick(self) -> None:
-        """Handle the passing of time; called regularly."""
+    forwarded: Counter[int] = field(default_factory=Counter)
 
 
 class Launcher:
@@ -140,49 +127,45 @@ class Launcher:
     """
 
     def __init__(self, specs: Sequence[RunSpec], cluster: Cluster, jobs: int) -> None:
-        self.runs = [RunState(spec) for spec in specs]
+        self.runs = [RunState(spec, FINISHED if spec.finished else WAITING) for spec in specs]
         self.jobs = jobs
+        self.signals: list[int] = []
+        """Signals to stop that were received while the runs were watched."""
         self._cluster = cluster
-        self._signals: list[int] = []
-        for run in self.runs:
-            if run.spec.run_folder.finished:
-                run.state = FINISHED
 
     def count(self) -> Counter[str]:
         """Return the number of runs by state."""
         return Counter(run.state for run in self.runs)
 
-    def run(self, watcher: Watcher) -> int | None:
+    def run(self) -> Iterator[RunState | None]:
         """Run until all have ended, or a signal stops it.
 
-        Returns:
-            The signal that stopped it, or None.
+        Yields:
+            Each run whose state has changed, and None at regular intervals.
         """
-        with catching_signals(lambda signum, _: self._signals.append(signum)):
-            while self.count()[RUNNING] or (self.count()[WAITING] and not self._signals):
-                self._look(watcher)
-                self._stop()
-                self._start(watcher)
-                watcher.tick()
-                if self.count()[RUNNING] or self._signals:
+        with catching_signals(lambda signum, _: self.signals.append(signum)):
+            while self.count()[RUNNING] or (self.count()[WAITING] and not self.signals):
+                yield from self._ended()
+                self._forward_signals()
+                yield from self._started()
+                yield None
+                if self.count()[RUNNING] or self.signals:
                     time.sleep(_POLL_SECONDS)
-        return self._signals[0] if self._signals else None
 
-    def _start(self, watcher: Watcher) -> None:
+    def _started(self) -> Iterator[RunState]:
         taken = {run.slot for run in self.runs if run.state == RUNNING}
         free = [slot for slot in range(self.jobs) if slot not in taken]
-        waiting = [run for run in self.runs if run.state == WAITING]
         # Runs whose process is still alive come first: they use a core already.
-        waiting.sort(key=lambda run: run.spec.run_folder.holder is None)
+        waiting = sorted((run for run in self.runs if run.state == WAITING), key=lambda run: run.spec.holder is None)
         for run, slot in zip(waiting, free, strict=False):
-            if self._signals:
+            if self.signals:
                 return
-            run.job = None if run.spec.run_folder.holder is not None else self._submit(run.spec, slot)
+            run.job = None if run.spec.holder is not None else self._submit(run.spec, slot)
             run.state, run.slot, run.since = RUNNING, slot, time.monotonic()
-            watcher.changed(run)
+            yield run
 
     def _submit(self, spec: RunSpec, slot: int) -> Any:
-        executor = self._cluster.executor(spec.folder / LAUNCH, slot)
+        executor = self._cluster.executor(spec.path / LAUNCH, slot)
         tied = self._cluster.name == "local" and lock_holder(spec.study) is not None
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, _MASKED)  # The signal mask is inherited; the job restores it.
         try:
@@ -190,38 +173,30 @@ class Launcher:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 
-    def _look(self, watcher: Watcher) -> None:
-        for run in self.runs:
-            if run.state != RUNNING:
+    def _ended(self) -> Iterator[RunState]:
+        for run in [each for each in self.runs if each.state == RUNNING]:
+            spec = run.spec
+            if not (run.job.done() if run.job is not None else spec.holder is None):
                 continue
-            if run.job.done() if run.job is not None else run.spec.run_folder.holder is None:
-                run.state = self._outcome(run)
-                run.told.clear()
-                watcher.changed(run)
+            if spec.finished or spec.record.state == FAILED:
+                run.state = FINISHED if spec.finished else FAILED
+            elif self.signals or run.job is None or spec.holder is not None:
+                run.state = WAITING
+            else:
+                spec.write_record(FAILED, (*spec.last_lines(), "its process ended without a result: was it killed?"))
+                run.state = FAILED
+            run.forwarded.clear()
+            yield run
 
-    def _outcome(self, run: RunState) -> str:
-        folder = run.spec.run_folder
-        if folder.finished or folder.record.state == FAILED:
-            return FINISHED if folder.finished else FAILED
-        if self._signals or run.job is None or folder.holder is not None:
-            return WAITING
-        run.spec.write_record(FAILED, (*folder.last_lines(), "its process ended without a result: was it killed?"))
-        return FAILED
-
-    @property
-    def stopping(self) -> bool:
-        """True if a signal has been received."""
-        return bool(self._signals)
-
-    def _stop(self) -> None:
+    def _forward_signals(self) -> None:
         """Forward each signal once: the first asks runs to save a checkpoint, a later one to stop at once."""
-        for run in [each for each in self.runs if each.state == RUNNING and self._signals]:
-            holder = run.spec.run_folder.holder or {}
+        for run in [each for each in self.runs if each.state == RUNNING and self.signals]:
+            holder = run.spec.holder or {}
             pid = int(holder.get("pid", 0)) if holder.get("host") == socket.gethostname() else 0
-            if run.told[pid] == len(self._signals):
+            if run.forwarded[pid] == len(self.signals):
                 continue
-            signum = self._signals[run.told[pid]]
-            run.told[pid] += 1
+            signum = self.signals[run.forwarded[pid]]
+            run.forwarded[pid] += 1
             with suppress(ProcessLookupError):
                 if pid:
                     os.kill(pid, signum)

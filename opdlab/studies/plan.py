@@ -1,22 +1,22 @@
 """The plan of a study: a resolved configuration for each variant, and a command for each run."""
 
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from opdlab.aliases import migrate
 from opdlab.errors import UsageError, require
-from opdlab.records import difference, digest, flat
+from opdlab.locks import locked
+from opdlab.records import difference, digest, flat, package_versions, read_json, write_json
 from opdlab.studies.job import RunSpec
-from opdlab.studies.schema import RUN, RUNS, SAMPLES, STUDY, VARIANTS, read_variant, run_path, write_variant
+from opdlab.studies.schema import RUN, RUNS, SAMPLES, STUDY, VARIANTS, RunFolder, run_path
 from opdlab.studies.study import OWN_KEYS, Study, Variant, read_study
 
 # Keys of a resolved configuration that a study sets, or that name files but not their content. The number of training
 # steps stays, because a schedule may depend on it.
-# for stay: a schedule may depend on them.
 _LEFT_OUT = {"config", *OWN_KEYS} - {"trainer.max_steps"}
-_FIXED = ("base", "overrides", "budgets", "threads")
 # Trainer options that could prevent a full evaluation at every budget, and their allowed values.
 _WHOLE: Mapping[str, tuple[Any, ...]] = {
     "limit_val_batches": (None, 1.0),
@@ -47,10 +47,10 @@ class Plan:
 
     def runs(self) -> list[RunSpec]:
         """Return every run: all variants with the first seed, then with the next: an unfinished study is balanced."""
-        return [self._spec(variant, seed) for seed in self.study.seeds for variant in self.study.variants]
+        return [self._run(variant, seed) for seed in self.study.seeds for variant in self.study.variants]
 
-    def _spec(self, variant: Variant, seed: int) -> RunSpec:
-        folder = run_path(self.folder, variant.name, seed)
+    def _run(self, variant: Variant, seed: int) -> RunSpec:
+        path = run_path(self.folder, variant.name, seed)
         # Lightning counts intervals between evaluations in micro-batches.
         micro_batches = int(self.resolved[variant.name]["trainer.accumulate_grad_batches"])
         own = {
@@ -58,24 +58,22 @@ class Plan:
             "seed_everything": seed,
             "data.seed": seed,
             "model.evaluation.seed": seed,
-            "model.evaluation.samples": folder / SAMPLES,
-            "trainer.default_root_dir": folder,
+            "model.evaluation.samples": path / SAMPLES,
+            "trainer.default_root_dir": path,
             # The recorder does not influence the run, so the command has it but the comparison does not.
-            "trainer.callbacks+": "opdlab.studies.progress.StepFile",
-            "trainer.callbacks.folder": folder,
+            "trainer.callbacks+": "opdlab.studies.step_file.StepFile",
+            "trainer.callbacks.folder": path,
         }
         return RunSpec(
+            path=path,
+            evaluated_at=self.study.evaluated_at,
             variant=variant.name,
             seed=seed,
-            folder=folder,
             arguments=(*_arguments(self.study, variant), *(f"--{key}={value}" for key, value in own.items())),
-            evaluated_at=self.study.evaluated_at,
             threads=self.study.threads,
             keep_checkpoints=self.study.keep_checkpoints,
             digest=digest([self.resolved[variant.name], self.study.threads]),
-            siblings=tuple(
-                run_path(self.folder, other.name, seed) for other in self.study.variants if other.name != variant.name
-            ),
+            siblings=tuple(run_path(self.folder, v.name, seed) for v in self.study.variants if v.name != variant.name),
         )
 
     def settle(self) -> None:
@@ -90,15 +88,21 @@ class Plan:
                 not changes,
                 f"{self.folder} has runs of another study: {changes}; change it back, or give another --folder",
             )
+        (self.folder / VARIANTS).mkdir(parents=True, exist_ok=True)
         for name, config in self.resolved.items():
-            write_variant(self.folder, name, config)
+            write_json(self.folder / VARIANTS / f"{name}.json", config)
         (self.folder / STUDY).write_text(self.study.as_yaml(), encoding="utf-8")
 
     def _changes(self, before: Study) -> str | None:
+        """Return what has changed since ``before`` that its runs depend on; None if nothing has."""
         begun = [each for each in before.variants if any((self.folder / RUNS / each.name).glob("seed-*/*"))]
         if not begun:
             return None
-        if changes := difference(_fixed(before), _fixed(self.study)):
+        old, new = (
+            {"base": it.base, "overrides": it.overrides, "budgets": sorted(it.budgets), "threads": it.threads}
+            for it in (before, self.study)
+        )
+        if changes := difference(old, new):
             return changes
         ours = {variant.name: variant for variant in self.study.variants}
         for variant in begun:
@@ -107,25 +111,15 @@ class Plan:
                 return f"{where} is gone, but has runs"
             if now.overrides != variant.overrides:
                 return f"{where}: overrides is {variant.overrides} there and {now.overrides} now"
-            theirs = read_variant(self.folder, variant.name)
+            theirs = migrate(read_json(self.folder / VARIANTS / f"{variant.name}.json"))
             if not theirs:
                 return f"{where}: its configuration in {VARIANTS}/ cannot be read"
             if changes := difference(theirs, self.resolved[variant.name]):
                 return f"{where}: {changes}"
-        gone = [seed for seed in before.seeds if seed not in self.study.seeds]
-        gone = [seed for seed in gone if any((self.folder / RUNS).glob(f"*/seed-{seed}/{RUN}"))]
-        return f"seeds has no {gone[0]} any more, which has runs" if gone else None
-
-
-def _fixed(study: Study) -> dict[str, Any]:
-    return {key: getattr(study, key) if key != "budgets" else sorted(study.budgets) for key in _FIXED}
-
-
-def _arguments(study: Study, variant: Variant) -> list[str]:
-    """Return the arguments of ``opdlab fit`` for a variant, without the seed."""
-    arguments = [part for name in study.base for part in ("-c", name)] + [*study.overrides, *variant.overrides]
-    steps = (f"--trainer.max_steps={study.max_steps}", "--trainer.check_val_every_n_epoch=null")
-    return [*arguments, *steps, "--trainer.num_sanity_val_steps=0"]
+        for seed in before.seeds:
+            if seed not in self.study.seeds and any((self.folder / RUNS).glob(f"*/seed-{seed}/{RUN}")):
+                return f"seeds has no {seed} any more, which has runs"
+        return None
 
 
 def make_plan(study: Study, folder: Path, resolve: Resolve) -> Plan:
@@ -150,9 +144,16 @@ def make_plan(study: Study, folder: Path, resolve: Resolve) -> Plan:
     return Plan(study, folder.absolute(), resolved)
 
 
+def _arguments(study: Study, variant: Variant) -> list[str]:
+    """Return the arguments of ``opdlab fit`` for a variant, without the seed."""
+    arguments = [part for name in study.base for part in ("-c", name)] + [*study.overrides, *variant.overrides]
+    steps = (f"--trainer.max_steps={study.max_steps}", "--trainer.check_val_every_n_epoch=null")
+    return [*arguments, *steps, "--trainer.num_sanity_val_steps=0"]
+
+
 def _resolve(resolve: Resolve, study: Study, variant: Variant) -> dict[str, Any]:
     """Return a variant's configuration by dotted key, after checking that every run ends and is evaluated."""
-    config = resolve([*_arguments(study, variant), "--seed_everything=false"])
+    config = resolve([*_arguments(study, variant), f"--seed_everything={study.seeds[0]}"])
     require(
         bool(config["data"].get("benchmarks")),
         "data.benchmarks is empty, so that nothing would be evaluated: give at least one",
@@ -163,7 +164,7 @@ def _resolve(resolve: Resolve, study: Study, variant: Variant) -> dict[str, Any]
             value in allowed or (key == "logger" and isinstance(value, dict | list)),
             f"trainer.{key} is {value}, with which a run may not be evaluated in full at every budget: leave it out",
         )
-    return migrate(flat(dict(config)))
+    return flat(dict(config))
 
 
 def _blamed(resolve: Resolve, study: Study, variant: Variant, fault: str) -> str:
@@ -175,3 +176,34 @@ def _blamed(resolve: Resolve, study: Study, variant: Variant, fault: str) -> str
             if str(error) == fault:
                 return part
     return f"variants: '{variant.name}'"
+
+
+def take_over(specs: Iterable[RunSpec], studies: Sequence[Path]) -> int:
+    """Copy runs from other studies that equal the requested ones in configuration, seed, threads and versions.
+
+    Such a run would give the same results, so it is not repeated. Its ``run.json`` names the folder it comes from.
+
+    Args:
+        specs: the requested runs; runs that have begun are not changed.
+        studies: folders of other studies.
+
+    Returns:
+        Number of copied runs.
+    """
+    versions, taken = package_versions(), 0
+    for spec in specs:
+        if (spec.path / RUN).exists() or spec.evaluations.exists():
+            continue
+        paths = [path for study in studies for path in sorted((study / RUNS).glob(f"*/seed-{spec.seed}"))]
+        for source in (RunFolder(path, spec.evaluated_at) for path in paths):
+            record = source.record
+            if record.digest != spec.digest or not record.versions.items() >= versions.items() or not source.finished:
+                continue
+            with locked(spec.path) as mine:
+                if mine:
+                    shutil.copytree(source.evaluations, spec.evaluations, dirs_exist_ok=True)
+                    # Written last: a run counts as finished once this file exists.
+                    replace(record, variant=spec.variant, taken_from=str(source.path)).write(spec.path)
+            taken += 1
+            break
+    return taken

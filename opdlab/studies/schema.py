@@ -21,26 +21,21 @@ A run is finished once `evaluations/` is complete and `run.json` says so. `run.j
 has neither.
 """
 
-import fcntl
-import json
 import os
 import platform
-import shutil
-import socket
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from opdlab.aliases import migrate
+from opdlab.locks import lock_holder
 from opdlab.records import RESULTS, package_versions, read_json, read_settings, write_json
 from opdlab.run_folder import fit_samples_folder
 
-STUDY, VARIANTS, RUNS, REPORT, LOCK = "study.yaml", "variants", "runs", "report", "lock"
+STUDY, VARIANTS, RUNS, REPORT = "study.yaml", "variants", "runs", "report"
 RUN, PROGRESS, LOG, LAUNCH = "run.json", "progress.json", "log.txt", "submitit"
 EVALUATIONS, SAMPLES, VERSION = "evaluations", "samples", "version_0"
-_KEPT_WHEN_CLEANED = (LOCK, LOG, LAUNCH)
 _TAIL_BYTES = 20_000
 
 # States of a run. `run.json` has the first two; the launcher reports the next two, the report the others.
@@ -57,50 +52,6 @@ def run_path(study: Path, variant: str, seed: int) -> Path:
 def evaluation_path(evaluations: Path, step: int) -> Path:
     """Return the folder of the evaluation after ``step`` optimizer steps, under ``evaluations`` or ``samples``."""
     return evaluations / f"val-step-{step}"
-
-
-def write_variant(study: Path, variant: str, config: Mapping[str, Any]) -> None:
-    """Write the configuration of a variant, by dotted key."""
-    (study / VARIANTS).mkdir(parents=True, exist_ok=True)
-    write_json(study / VARIANTS / f"{variant}.json", config)
-
-
-def read_variant(study: Path, variant: str) -> dict[str, Any]:
-    """Return the configuration of a variant; an empty one if it is missing or cut off."""
-    return migrate(read_json(study / VARIANTS / f"{variant}.json"))
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Hold a folder's lock for this process; yield True if it was free. The lock names its process.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-        file.flush()
-        yield True
-        file.truncate(0)
-
-
-def lock_holder(folder: Path) -> dict[str, Any] | None:
-    """Return process and host that hold a folder's lock; None if it is free, as it is after they have ended."""
-    try:
-        with (folder / LOCK).open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return read_json(folder / LOCK)
-    except FileNotFoundError:
-        pass
-    return None
 
 
 @dataclass(frozen=True)
@@ -154,14 +105,14 @@ def evaluation_is_complete(folder: Path) -> bool:
     settings = read_settings(folder) or {}
     benchmarks = settings.get("data", {}).get("benchmarks", {})
     num_samples = settings.get("model", {}).get("eval_sampling", {}).get("num_samples", 0)
+    num_lines = dict.fromkeys(benchmarks, 0)
+    for file in folder.glob("*.jsonl"):
+        benchmark, _, rank = file.stem.rpartition("-")
+        if benchmark in num_lines and rank.isdigit():
+            num_lines[benchmark] += file.read_bytes().count(b"\n")
     return bool(benchmarks and read_json(folder / RESULTS)) and all(
-        _num_lines(folder, name) == benchmark["num_problems"] * num_samples for name, benchmark in benchmarks.items()
+        num_lines[name] == benchmark["num_problems"] * num_samples for name, benchmark in benchmarks.items()
     )
-
-
-def _num_lines(folder: Path, benchmark: str) -> int:
-    files = [file for file in folder.glob(f"{benchmark}-*.jsonl") if file.stem[len(benchmark) + 1 :].isdigit()]
-    return sum(file.read_bytes().count(b"\n") for file in files)
 
 
 @dataclass(frozen=True)
@@ -196,11 +147,6 @@ class RunFolder:
         write_json(self.path / PROGRESS, {"step": step, "seconds": seconds})
 
     @property
-    def log(self) -> Path:
-        """Return the path of the run's output."""
-        return self.path / LOG
-
-    @property
     def samples(self) -> Path:
         """Return the folder in which `opdlab fit` writes evaluations during the run."""
         return fit_samples_folder(str(self.path / SAMPLES), self.path / VERSION)
@@ -209,11 +155,6 @@ class RunFolder:
     def evaluations(self) -> Path:
         """Return the folder of the evaluations after the run has ended."""
         return self.path / EVALUATIONS
-
-    @property
-    def checkpoints(self) -> Path:
-        """Return the folder in which `opdlab fit` writes checkpoints."""
-        return self.path / VERSION / "checkpoints"
 
     @property
     def finished(self) -> bool:
@@ -229,22 +170,13 @@ class RunFolder:
         """Return True if every evaluation of the run is complete; the one before training does not count."""
         return all(evaluation_is_complete(evaluation_path(evaluations, step)) for step in self.evaluated_at)
 
-    def clean(self) -> None:
-        """Delete the files of an earlier attempt, except its log."""
-        for path in self.path.iterdir() if self.path.exists() else ():
-            if path.name not in _KEPT_WHEN_CLEANED:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
     def last_lines(self, number: int = 8) -> list[str]:
         """Return the end of the run's output; of its job's output if the run printed nothing."""
         logs = sorted((self.path / LAUNCH).glob("*_log.err"), key=lambda file: file.stat().st_mtime)
-        for log in (self.log, *logs[-1:]):
-            try:
-                with log.open("rb") as file:
-                    file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
-                    text = file.read().decode("utf-8", "replace")
-            except OSError:
-                continue
-            if lines := [line.rstrip() for line in text.splitlines() if line.strip()]:
-                return lines[-number:]
+        for log in (self.path / LOG, *logs[-1:]):
+            with suppress(OSError), log.open("rb") as file:
+                file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+                text = file.read().decode("utf-8", "replace")
+                if lines := [line.rstrip() for line in text.splitlines() if line.strip()]:
+                    return lines[-number:]
         return []

@@ -1,7 +1,8 @@
 """Output during a study: a live table on a terminal, otherwise a line for each change."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from rich.console import Console, Group
@@ -12,7 +13,7 @@ from rich.text import Text
 from opdlab.studies.launch import Launcher, RunState
 from opdlab.studies.schema import FAILED, FINISHED, RUNNING, WAITING
 
-_MARKS = {WAITING: ("·", "dim"), RUNNING: ("…", "yellow"), FINISHED: ("✓", "green"), FAILED: ("✗", "red")}
+_MARKS = {FINISHED: ("✓", "green"), RUNNING: ("…", "yellow"), WAITING: ("·", "dim"), FAILED: ("✗", "red")}
 _MAX_COLUMNS = 20  # Up to this number seeds are shown one by one; beyond it runs are counted.
 _REDRAW_SECONDS = 0.5
 
@@ -58,42 +59,32 @@ class StudyTable:
                 self._live.stop()
             self._live = None
 
-    def changed(self, run: RunState) -> None:
-        """Update the table, or print a line; see :class:`opdlab.studies.launch.Watcher`."""
-        self._drawn = 0.0
-        if self._live is None:
-            took = f" after {clock(run.spec.run_folder.seconds)}" if run.state in (FINISHED, FAILED) else ""
-            begun = "stopped" if self._launcher.stopping else "to be started again"
-            state = begun if run.state == WAITING else run.state
-            line = f"{run.spec.variant} seed {run.spec.seed}: {state}{took} ({self.summary()})"
-            with suppress(OSError):  # The output is closed; the runs must still end in order.
+    def update(self, run: RunState | None) -> None:
+        """Show a run whose state has changed; None updates the clock."""
+        with suppress(OSError):  # The output is closed; the runs must still end in order.
+            if self._live is not None:
+                if run is not None or time.monotonic() - self._drawn > _REDRAW_SECONDS:
+                    self._drawn = time.monotonic()
+                    self._live.update(self._view(), refresh=True)
+            elif run is not None:
+                took = f" after {clock(run.spec.seconds)}" if run.state in (FINISHED, FAILED) else ""
+                begun = "stopped" if self._launcher.signals else "to be started again"
+                state = begun if run.state == WAITING else run.state
+                line = f"{run.spec.variant} seed {run.spec.seed}: {state}{took} ({self.summary()})"
                 self._console.print(line, highlight=False, soft_wrap=True)
 
-    def tick(self) -> None:
-        """Update the clock; see :class:`opdlab.studies.launch.Watcher`."""
-        if self._live is not None and time.monotonic() - self._drawn > _REDRAW_SECONDS:
-            self._drawn = time.monotonic()
-            with suppress(OSError):  # The terminal is closed.
-                self._live.update(self._view(), refresh=True)
-
     def summary(self) -> str:
-        """Return counts, the elapsed time, and an estimate of the remaining time."""
-        count = self._launcher.count()
-        parts = [f"{count[state]} {state}" for state in (FINISHED, RUNNING, WAITING, FAILED) if count[state]]
-        left = self._seconds_left()
-        rest = "" if left is None or not count[RUNNING] + count[WAITING] else f"; about {clock(left)} left"
+        """Return counts, the elapsed time, and an estimate of the remaining time from the mean of finished runs."""
+        count, runs = self._launcher.count(), self._launcher.runs
+        parts = [f"{count[state]} {state}" for state in _MARKS if count[state]]
+        took = [seconds for run in runs if run.state == FINISHED and (seconds := run.spec.seconds) > 0]
+        rest = ""
+        if took and count[RUNNING] + count[WAITING]:
+            mean = sum(took) / len(took)
+            rests = [max(mean - (time.monotonic() - run.since), 0.0) for run in runs if run.state == RUNNING]
+            left = max((sum(rests) + mean * count[WAITING]) / self._launcher.jobs, max(rests, default=0.0))
+            rest = f"; about {clock(left)} left"
         return f"{', '.join(parts)}; {clock(time.monotonic() - self._began)}{rest}"
-
-    def _seconds_left(self) -> float | None:
-        """Return an estimate from the mean time of finished runs and the number of concurrent runs."""
-        runs = self._launcher.runs
-        took = [seconds for run in runs if run.state == FINISHED and (seconds := run.spec.run_folder.seconds) > 0]
-        if not took:
-            return None
-        mean = sum(took) / len(took)
-        rests = [max(mean - (time.monotonic() - run.since), 0.0) for run in runs if run.state == RUNNING]
-        waiting = self._launcher.count()[WAITING]
-        return max((sum(rests) + mean * waiting) / self._launcher.jobs, max(rests, default=0.0))
 
     def _view(self) -> Group:
         runs = self._launcher.runs
@@ -104,24 +95,17 @@ class StudyTable:
         for column in seeds if single else ["runs"]:
             table.add_column(str(column), justify="right", no_wrap=True)
         for variant in dict.fromkeys(run.spec.variant for run in runs):
-            own = [run for run in runs if run.spec.variant == variant]
-            table.add_row(variant, *(map(_cell, own) if single else [_counts(own)]))
+            cells = []
+            for run in [run for run in runs if run.spec.variant == variant] if single else []:
+                mark, style = _MARKS[run.state]
+                step = f"{run.spec.step}/{run.spec.evaluated_at[-1]}" if run.state == RUNNING else mark
+                cells.append(Text(step, style=style))
+            if not single:
+                count = Counter(run.state for run in runs if run.spec.variant == variant)
+                marks = [(f" {count[state]}{mark}", style) for state, (mark, style) in _MARKS.items() if count[state]]
+                cells = [Text.assemble(*marks)]
+            table.add_row(variant, *cells)
         lines = [Text(self.summary())]
-        if self._launcher.stopping:
+        if self._launcher.signals:
             lines.append(Text("stopping: runs finish their step and save a checkpoint (again to stop at once)"))
         return Group(table, *lines)
-
-
-def _cell(run: RunState) -> Text:
-    mark, style = _MARKS[run.state]
-    if run.state == RUNNING:
-        mark = f"{run.spec.run_folder.step}/{run.spec.evaluated_at[-1]}"
-    return Text(mark, style=style)
-
-
-def _counts(runs: Sequence[RunState]) -> Text:
-    text = Text()
-    for state, (mark, style) in _MARKS.items():
-        if number := sum(run.state == state for run in runs):
-            text.append(f" {number}{mark}", style=style)
-    return text

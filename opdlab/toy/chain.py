@@ -9,6 +9,7 @@ A tiny model can learn the task because each step repeats the operation (``a+7:`
 """
 
 import hashlib
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,11 @@ from typing import Literal
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from opdlab.data.prompts import ProblemSource
+from opdlab.errors import require
+from opdlab.types import Problem
+from opdlab.verifiers.verifier import BoxedVerifier
 
 Split = Literal["sft", "train", "held_out"]
 
@@ -108,6 +114,37 @@ def chain_problems(split: Split, seed: int) -> Iterator[ChainProblem]:
         problem = ChainProblem(rng.randrange(MODULUS), operations)
         if problem.split == split:
             yield problem
+
+
+class ChainProblems(ProblemSource):
+    """Source of problems of one split.
+
+    Args:
+        num_problems: number of problems.
+        split: ``train`` or ``held_out``; disjoint from each other and from the training data of the shipped models.
+        seed: selects the stream of problems.
+    """
+
+    def __init__(self, num_problems: int = 2048, split: Split = "train", seed: int = 0) -> None:
+        super().__init__(verifier=BoxedVerifier(at_end=True))
+        require(num_problems >= 1, f"num_problems is {num_problems}, but must be at least 1")
+        self.num_problems = num_problems
+        self.split: Split = split
+        self.seed = seed
+        self._problems: list[Problem] | None = None
+
+    @property
+    def name(self) -> str:
+        """Return the name with the split."""
+        return f"toy chains ({self.split})"
+
+    def problems(self) -> list[Problem]:
+        """See :meth:`ProblemSource.problems`."""
+        if self._problems is None:
+            chains = itertools.islice(chain_problems(self.split, self.seed), self.num_problems)
+            name = f"{self.split}-{self.seed}"
+            self._problems = [Problem(f"{name}-{i}", chain.prompt, chain.answer) for i, chain in enumerate(chains)]
+        return self._problems
 
 
 def chain_tokenizer() -> PreTrainedTokenizerFast:

@@ -9,7 +9,7 @@ import argparse
 import itertools
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -20,8 +20,6 @@ from opdlab.toy.chain import Split, chain_problems, chain_tokenizer
 from opdlab.verifiers.verifier import BoxedVerifier
 
 BATCH_SIZE = 32
-Examples = Callable[[], tuple[str, str]]
-Weights = dict[str, torch.Tensor]
 
 
 def toy_config(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 96) -> Qwen3Config:
@@ -43,20 +41,15 @@ def toy_config(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 96) -> Qwe
     )
 
 
-def examples(split: Split, seed: int, error_rate: float = 0.0) -> Examples:
-    """Return a function that returns the next (prompt, trace)."""
-    problems, rng = chain_problems(split, seed), random.Random(seed)
-
-    def following() -> tuple[str, str]:
-        problem = next(problems)
-        return problem.prompt, problem.trace(error_rate, rng)
-
-    return following
+def examples(split: Split, seed: int, error_rate: float = 0.0) -> Iterator[tuple[str, str]]:
+    """Yield pairs of prompt and trace, without end."""
+    rng = random.Random(seed)
+    for problem in chain_problems(split, seed):
+        yield problem.prompt, problem.trace(error_rate, rng)
 
 
-def collate(tokenizer: PreTrainedTokenizerFast, following: Examples) -> dict[str, torch.Tensor]:
+def collate(tokenizer: PreTrainedTokenizerFast, pairs: list[tuple[str, str]]) -> dict[str, torch.Tensor]:
     """Return one right-padded batch; prompt and padding positions have label -100."""
-    pairs = [following() for _ in range(BATCH_SIZE)]
     texts = [prompt + trace + tokenizer.eos_token for prompt, trace in pairs]
     batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right")
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
@@ -68,25 +61,25 @@ def collate(tokenizer: PreTrainedTokenizerFast, following: Examples) -> dict[str
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
-    following: Examples,
+    pairs: Iterator[tuple[str, str]],
     num_steps: int,
     learning_rate: float,
     horizon: int,
     keep_step: int = 0,
-) -> Weights:
+) -> dict[str, torch.Tensor]:
     """Fine-tune on response tokens with AdamW: 20 warm-up steps, then a cosine schedule over ``horizon`` steps.
 
     Returns:
         The weights after ``keep_step`` steps; empty for 0.
     """
-    kept: Weights = {}
+    kept: dict[str, torch.Tensor] = {}
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.05, total_iters=20)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, horizon, eta_min=learning_rate * 0.02)
     scheduler = torch.optim.lr_scheduler.ChainedScheduler([warmup, cosine])
     model.train()
     for step in range(1, num_steps + 1):
-        loss = model(**collate(tokenizer, following)).loss
+        loss = model(**collate(tokenizer, list(itertools.islice(pairs, BATCH_SIZE)))).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

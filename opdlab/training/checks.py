@@ -8,14 +8,14 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from opdlab.checkpoints import CHECKPOINT_KEY
 from opdlab.errors import UsageError, require
 from opdlab.gating import GateInputs, GateStrategy
 from opdlab.objectives import Objective
-from opdlab.policies import LanguageModel, NoTeacher, Teacher, check_same_vocabulary, warn_of_stop_tokens
+from opdlab.policies import LanguageModel, NoTeacher, Teacher, share_vocabulary
+from opdlab.policies.loading import non_finite
 from opdlab.registry import suggestion
 from opdlab.types import Rollouts, Targets, TeacherRequest
-
-CHECKPOINT_KEY = "opdlab"
 
 
 class NonFiniteLossError(UsageError):
@@ -52,11 +52,8 @@ def teacher_request(
     if isinstance(teacher, NoTeacher):
         return TeacherRequest()
     teacher.bind(student)
-    check_same_vocabulary(student.tokenizer, teacher.tokenizer)
-    warn_of_stop_tokens(student.tokenizer, student.stop_tokens, teacher.stop_tokens)
-    # Rows that pad the embedding to a round size are not tokens.
-    shared = min(student.vocab_size, teacher.vocab_size, len(student.tokenizer))
-    k = objective.request.top_k
+    share_vocabulary(student, teacher)
+    k, shared = objective.request.top_k, student.vocab_size
     require(k <= shared, f"objective.k is {k}, but the vocabulary has only {shared} tokens: lower it")
     return TeacherRequest(k, shared, objective.request.entropy or "teacher_entropy" in gate.needs)
 
@@ -118,6 +115,12 @@ def check_checkpoint(checkpoint: dict[str, Any], own: dict[str, Tensor]) -> None
                 f"ckpt_path is a checkpoint of another model: {name} is {shapes[0]} in it and {shapes[1]} in "
                 "model.student; resume with the configuration that the run was started with"
             )
+    # Masks among a model's buffers may be infinite by design.
+    broken = non_finite((name, tensor) for name, tensor in saved.items() if non_finite([(name, own[name])]) is None)
+    require(
+        broken is None,
+        f"ckpt_path is a checkpoint with NaN or infinite weights, first in {broken}: resume from an earlier one",
+    )
 
 
 def stop_on_non_finite(

@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from opdlab.checkpoints import CHECKPOINT_KEY
 from opdlab.diagnostics import StepRecord, StepTrace, hidden_gradient_norms, step_metrics, step_record
 from opdlab.errors import require
 from opdlab.evaluation import EvaluationConfig, EvaluationModule
@@ -83,16 +84,17 @@ class OPDModule(EvaluationModule):
             f"reduction is '{reduction}', but must be one of {', '.join(get_args(Reduction))}",
         )
         checks.check_token_bound(max_tokens_per_pass)
-        student.configure_passes(max_tokens=max_tokens_per_pass)  # before the snapshot, which copies the bound
+        student.max_tokens = max_tokens_per_pass
+        request = checks.teacher_request(student, teacher, objective, gate)
+        # After these two, because the snapshot copies the bound and the vocabulary.
         self.behavior = BehaviorPolicy(student, sampling, **vars(behavior))
         self.objective, self.gate, self.sampling = objective, gate, sampling
         self.reduction: Reduction = reduction
         gate.setup(student.tokenizer)
         checks.check_known_needs(gate)
         masked_first = single_token_ids(student.tokenizer, mask_first, "mask_first")
-        self.mask_first = tuple(mask_first)
-        self.request = checks.teacher_request(student, teacher, objective, gate)
-        self.collector = Collector(self.behavior, teacher, self.request, masked_first)
+        self.mask_first, self.request = tuple(mask_first), request
+        self.collector = Collector(self.behavior, teacher, request, masked_first)
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._window = AccumulationWindow()
         self._wants_gradient_norms = False
@@ -131,12 +133,10 @@ class OPDModule(EvaluationModule):
                 optimizers=self.configure_optimizers(),
                 data=data,
             )
-        self.student.configure_passes(
-            # A sharded model gathers its weights in every pass, so all processes must run the same number of passes.
-            group_lengths=self.whole_weights,
-            # Other strategies hook into gradients to reduce or shard them.
-            accumulate_head_grad=isinstance(self.trainer.strategy, SingleDeviceStrategy),
-        )
+        # A sharded model gathers its weights in every pass, so all processes must run the same number of passes.
+        self.student.group_lengths = self.whole_weights
+        # Other strategies hook into gradients to reduce or shard them.
+        self.student.accumulate_head_grad = isinstance(self.trainer.strategy, SingleDeviceStrategy)
 
     @property
     def whole_weights(self) -> bool:
@@ -174,14 +174,15 @@ class OPDModule(EvaluationModule):
         if self._refreshes:
             self.behavior.refresh(self.student, self.global_step)
         fresh = self.whole_weights and self.behavior.equals(self.student)
-        return self.collector.collect(
-            prompts,
-            step=self.global_step,
-            unscored=first_batch if fresh else None,
-            autocast=self.trainer.precision_plugin.forward_context,
-            progress=self.progress,
-            **options,
-        )
+        with self.naming_step():
+            return self.collector.collect(
+                prompts,
+                step=self.global_step,
+                unscored=first_batch if fresh else None,
+                autocast=self.trainer.precision_plugin.forward_context,
+                progress=self.progress,
+                **options,
+            )
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -217,7 +218,8 @@ class OPDModule(EvaluationModule):
         if self._wants_gradient_norms:
             norms = hidden_gradient_norms(self.objective, step.scored, rollouts, batch.targets)
             self._wants_gradient_norms = False
-        trace = StepTrace(rollouts, batch.reuse_epoch, self.global_step, inputs, gates, shares, values, norms)
+        facts = (rollouts, batch.reuse_epoch, self.global_step)
+        trace = StepTrace(*facts, inputs, gates, shares, values, norms, batch.targets)
         # Lightning divides by the number of micro-batches and averages over processes, but the denominator already
         # covers them all.
         return {"loss": loss * len(batch.micro_batches) * self.trainer.world_size, "trace": trace}
@@ -269,7 +271,7 @@ class OPDModule(EvaluationModule):
         for logger in self.loggers:
             logger.save()
         micro_batches = self.trainer.accumulate_grad_batches
-        checkpoint[checks.CHECKPOINT_KEY] = {"settings": self._settings, "micro_batches": micro_batches}
+        checkpoint[CHECKPOINT_KEY] = {"settings": self._settings, "micro_batches": micro_batches}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of this model and run, and adapt Lightning's counters to this trainer.

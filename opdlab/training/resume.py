@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
+from opdlab.checkpoints import CHECKPOINT_KEY
 from opdlab.data import PromptDataModule
 from opdlab.errors import require
 from opdlab.evaluation.settings import benchmark_settings
@@ -17,7 +18,6 @@ from opdlab.objectives import Objective
 from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig, Teacher
 from opdlab.records import digest
 from opdlab.rollouts import RolloutLoader
-from opdlab.training.checks import CHECKPOINT_KEY
 from opdlab.types import TeacherRequest
 
 MAY_CHANGE = (

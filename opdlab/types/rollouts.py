@@ -156,7 +156,8 @@ class TeacherRequest:
 
     Args:
         top_k: K, size of the support whose ids and logits are required; 0 for none.
-        vocab_size: number of tokens shared with the student; only these may enter the support. None for all.
+        vocab_size: number of tokens shared with the student, over which the teacher's distribution is taken; None for
+            all tokens of the teacher.
         entropy: True if the entropy of the teacher's distribution is required.
 
     Example:

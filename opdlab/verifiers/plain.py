@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from opdlab.errors import UsageError, require
-from opdlab.verifiers.quantities import parse_number, parse_quantity, tidy, without_assignment
-from opdlab.verifiers.verifier import Verdict, Verifier, bounded_form, last_boxed
+from opdlab.verifiers.quantities import parse_quantity
+from opdlab.verifiers.spelling import normalized
+from opdlab.verifiers.verifier import Verdict, Verifier, bounded_form, boxes, last_boxed
 
 # Without a box only this many characters at the end are searched for a number.
 _TAIL_CHARACTERS = 2000
@@ -55,9 +56,9 @@ class NumericVerifier(Verifier):
     r"""Verifier that accepts an answer whose last number equals the gold number within a tolerance.
 
     :func:`~opdlab.verifiers.quantities.parse_quantity` reads the gold answer and the text in the last ``\boxed{…}`` as
-    a whole. If that is no plain number, or without a box, the last number counts. Such numbers are integers, decimals,
-    fractions (``3/4``, ``\frac{3}{4}``), thousands with commas, and ``1.2e5``. They are compared as exact fractions,
-    and ``extracted`` is that fraction. Units and words are ignored, and 50 % is 50;
+    a whole. If that is words, or without a box, the last number counts. Such numbers are integers, decimals, fractions
+    (``3/4``, ``\frac{3}{4}``), thousands with commas, and ``1.2e5``. They are compared as exact fractions, and
+    ``extracted`` is that fraction. Units and words are ignored, and 50 % is 50;
     :class:`~opdlab.verifiers.MathVerifier` is stricter.
 
     Args:
@@ -94,42 +95,40 @@ class NumericVerifier(Verifier):
                 f"the gold answer {gold[:80]!r} is not a number that NumericVerifier can read: correct it, or use "
                 "opdlab.verifiers.MathVerifier or ExactMatchVerifier"
             )
-        boxed = last_boxed(response)
-        found = None if boxed is None else _plain_number(boxed)
-        if found is None:
-            token = _last_number(response if boxed is None else boxed)
-            if token is None:
+        found = boxes(response)
+        if found is None:  # an open box is no answer
+            return Verdict(False, None, "no answer")
+        value = _plain_number(found[-1].text) if found else None
+        if value is None:
+            token = ""
+            if found and "\\" in normalized(found[-1].text):  # a number in unread LaTeX is no answer
                 return Verdict(False, None, "no answer")
-            found = _number(token)
-            if found is None:
+            for match in _LAST_NUMBER.finditer(normalized((found[-1].text if found else response)[-_TAIL_CHARACTERS:])):
+                token = match.group()
+            if not token:
+                return Verdict(False, None, "no answer")
+            if (quantity := parse_quantity(token)) is None:
                 return Verdict(False, bounded_form(token), "number out of range")
+            value = quantity.value
         tolerance = max(Fraction(self.absolute_tolerance), Fraction(self.relative_tolerance) * abs(wanted))
-        equal = abs(found - wanted) <= tolerance
-        return Verdict(equal, bounded_form(str(found)), "equal" if equal else "different")
+        equal = abs(value - wanted) <= tolerance
+        return Verdict(equal, bounded_form(str(value)), "equal" if equal else "different")
 
 
 # Possessive quantifiers bound the work: each character is read at most a few times in any text.
 _DIGITS = r"(?:[0-9]{1,3}(?:,[0-9]{3})++(?![0-9])|[0-9]++)"
 _LAST_NUMBER = re.compile(
-    r"(?:(?<![0-9a-zA-Z)}])[+\-\u2013])?"
+    r"(?<![\^_])(?<![\^_]\{)(?:(?<![0-9a-zA-Z)}])[+-])?"
     rf"(?:\\frac\s*+\{{-?[0-9]++\}}\s*+\{{[0-9]++\}}|[0-9]++/[0-9]++|{_DIGITS}?\.[0-9]++(?:[eE][+-]?[0-9]++)?"
     rf"|{_DIGITS}(?:[eE][+-]?[0-9]++)?)"
 )
 
 
+_ASSIGNMENT = re.compile(r"[a-zA-Z] *= *(?!.*=)")
+
+
 def _plain_number(text: str) -> Fraction | None:
-    quantity = parse_quantity(without_assignment(tidy(text[-_TAIL_CHARACTERS:])))
+    text = normalized(text[-_TAIL_CHARACTERS:])
+    match = _ASSIGNMENT.match(text)
+    quantity = parse_quantity(text[match.end() :] if match else text)
     return None if quantity is None else quantity.value
-
-
-def _last_number(text: str) -> str | None:
-    token = None
-    for match in _LAST_NUMBER.finditer(tidy(text[-_TAIL_CHARACTERS:])):
-        token = match.group()
-    return token
-
-
-def _number(token: str) -> Fraction | None:
-    sign, unsigned = (-1, token[1:]) if token.startswith(("-", "\u2013")) else (1, token.removeprefix("+"))
-    value = parse_number(unsigned)
-    return None if value is None else sign * value

@@ -1,8 +1,9 @@
-r"""Plain numbers in answers, read strictly and exactly.
+r"""Numbers with units in answers, read strictly and exactly.
 
 Graders of mathematical expressions misread common forms of plain numbers: math-verify reads ``1 000`` as 0 and
-``2 3/4`` as 5/4, and accepts ``10 cm`` as ``10 m``. This module reads such answers as an exact fraction with a unit.
-It uses regular expressions on bounded text, and rejects ambiguous text.
+``2 3/4`` as 5/4, takes ``4t`` for 4, and rounds ``\frac{1}{2^{98}}`` to 0. This module reads numbers as exact
+fractions. It uses regular expressions on bounded text, and rejects ambiguous text. Texts are in the spelling of
+:func:`opdlab.verifiers.spelling.normalized`.
 """
 
 import re
@@ -11,8 +12,8 @@ from fractions import Fraction
 
 _MAX_CHARACTERS = 200
 _MAX_EXPONENT = 400
-# A decimal with fewer places than this does not equal a rounded fraction: 0.33 is not 1/3.
-_MIN_ROUNDED_PLACES = 6
+# A decimal with fewer places or significant digits than this does not equal a rounded number: 0.33 is not 1/3.
+_MIN_ROUNDED_DIGITS = 6
 
 PERCENT = "%"
 
@@ -23,201 +24,212 @@ class Quantity:
 
     Args:
         value: value as written; 50 for 50 %.
-        unit: canonical name of the unit, or None.
+        unit: name of the unit as :func:`parse_unit` returns it, or None.
         places: digits after the decimal point; None for an exact notation.
+        base: base of the digits.
     """
 
     value: Fraction
     unit: str | None = None
     places: int | None = None
+    base: int = 10
 
     def __str__(self) -> str:
         return f"{self.value} {self.unit}" if self.unit else str(self.value)
 
 
-def parse_quantity(text: str) -> Quantity | None:
+def parse_quantity(text: str, letter: str | None = None) -> Quantity | None:
     r"""Return the plain number in ``text``, with or without a unit; None for anything else.
 
-    Accepted: integers, decimals, fractions (``3/4``, ``\frac34``), mixed numbers with a proper fraction (``1 1/2``,
-    ``1\frac12``), thousands in groups of three (``1,000``, ``1 000``, ``1\,000``), ``3{,}14``, ``1.2e5``,
-    ``1.2 \times 10^5``; signs, currencies, percent, units from a list, and ``million`` and
-    similar words. Rejected, because they may be lists or products: ``3,14``, ``1 2``, ``2 3/2``, ``5m``.
+    Accepted: integers, decimals, fractions (``3/4``, ``\frac{3}{4}``), mixed numbers with a proper fraction (``1 1/2``,
+    ``1\frac{1}{2}``), thousands in groups of three (``1,000``, ``1 000``), ``3{,}14``, ``1.2e5``,
+    ``1.2 \times 10^{5}``, ``0.1\overline{6}``, ``-37_{8}``; signs, currencies, units (see :func:`split_unit`), and
+    ``million`` and similar words. Rejected, because they may be lists or products: ``3,14``, ``1 2``, ``2 3/2``,
+    ``5m``.
+
+    Args:
+        text: the answer, normalized.
+        letter: see :func:`split_unit`.
 
     Example:
-        >>> [str(parse_quantity(text)) for text in (r"1\,250.50", "1 1/2", r"\$5", r"10\text{ cm}^2", "3,14")]
+        >>> [str(parse_quantity(text)) for text in ("1 250.50", "1 1/2", r"\$5", r"10\text{ cm}^{2}", "3,14")]
         ['2501/2', '3/2', '5 dollar', '10 cm^2', 'None']
     """
     if len(text) > _MAX_CHARACTERS:
         return None
-    match = _PREFIX.match(text := tidy(text))
-    assert match is not None  # all of it is optional
-    before, currency, after = match.groups()
-    number = _number_at(text, match.end())
-    if number is None or (before and after):
+    text, unit = split_unit(text, letter)
+    if match := _BASED.fullmatch(text):
+        return None if unit else _in_base(*match.groups(""))
+    if not (match := _SIGNED.fullmatch(text)):
         return None
-    value, places, end = number
-    suffix = _suffix(text[end:])
-    if suffix is None or (currency and suffix[1]):
+    sign, text, word = match.groups()
+    number = _number(text.strip())
+    if number is None:
         return None
-    factor, unit = suffix
-    if currency:
-        unit = _UNITS[currency.lstrip("\\")]
-    sign = 1 if {before, after} <= {"", "+"} else -1
-    return Quantity(sign * factor * value, unit, places if factor == 1 else None)
+    value, places = number
+    factor = _FACTORS[word.lower()] if word else 1
+    return Quantity((-1 if sign == "-" else 1) * value * factor, unit, None if word else places)
 
 
 def same_quantity(gold: Quantity, answer: Quantity) -> bool:
     """True if two quantities count as equal.
 
-    Values are compared exactly. A decimal of at least six places also equals a fraction without a finite decimal, if
-    it is that fraction rounded. A unit may be missing on one side, but two units must be the same; units are not
-    converted. ``50%`` equals 50 (missing unit) and 0.5 (same value); 50 does not equal 0.5.
+    Values are compared exactly. A decimal of at least six places and digits also equals a fraction without a finite
+    decimal, if it is that fraction rounded. A unit may be missing on one side, but two units must be the same; units
+    are not converted. ``50%`` equals 50 (missing unit) and 0.5 (same value); 50 does not equal 0.5.
 
     Example:
         >>> same, read = same_quantity, parse_quantity
-        >>> pairs = ("10", "10 cm"), ("10 m", "10 cm"), ("1/3", "0.333333"), ("1/3", "0.33")
+        >>> pairs = ("10", "10 cm"), ("10 m", "10 cm"), ("1/3", "0.333333"), ("1/3", "0.33"), ("37_{8}", "37")
         >>> [same(read(gold), read(answer)) for gold, answer in pairs]
-        [True, False, True, False]
+        [True, False, True, False, False]
     """
-    if gold.unit and answer.unit and gold.unit != answer.unit:
+    if units_differ(gold.unit, answer.unit) or gold.base != answer.base:
         return False
-    if _same_number(gold, answer):
-        return True
-    if {gold.unit, answer.unit} != {PERCENT, None}:
+    pairs = [(gold, answer)]
+    if {gold.unit, answer.unit} == {PERCENT, None}:
+        pairs.append((_without_percent(gold), _without_percent(answer)))
+    return any(a.value == b.value or _rounds_to(a, b) or _rounds_to(b, a) for a, b in pairs)
+
+
+def is_rounded(decimal: Quantity, exact: Fraction) -> bool:
+    """True if ``decimal`` has at least six places and digits, and is ``exact`` rounded to its places.
+
+    Example:
+        >>> [is_rounded(parse_quantity(text), Fraction(1, 3)) for text in ("0.333333", "0.333334", "0.33")]
+        [True, False, False]
+    """
+    places = decimal.places or 0
+    digits = len(str(abs(decimal.value.numerator) * 10**places // decimal.value.denominator)) if places > 0 else 0
+    return min(places, digits) >= _MIN_ROUNDED_DIGITS and round(exact, places) == decimal.value
+
+
+def split_unit(text: str, letter: str | None = None) -> tuple[str, str | None]:
+    r"""Return the text before a unit, and the unit as :func:`parse_unit` returns it.
+
+    A unit is a currency, percent or degree sign, everything in ``\text{…}`` at the end, a known unit of several
+    letters, words after a space, and words in Chinese, Japanese or Korean. A single letter right after a number is a
+    variable. It is a unit after a space if it is a known one, or if it is ``letter``.
+
+    Args:
+        text: the answer, normalized.
+        letter: a letter that counts as a unit, because the gold answer writes it as one; None to read a gold answer,
+            where a known letter after a space is a unit.
+
+    Example:
+        >>> [split_unit(text) for text in (r"10\text{ m}", "4t", "10 m", "12 apples", r"\sqrt{2} cm")]
+        [('10', 'm'), ('4t', None), ('10', 'm'), ('12', 'apples'), ('\\sqrt{2}', 'cm')]
+    """
+    if match := _CURRENCY.match(text):
+        return match[1] + text[match.end() :], parse_unit(match[2])
+    for pattern in (_TEXT_UNIT, _SIGN_UNIT, _ASIAN_UNIT, _WORD_UNIT):
+        match = pattern.search(text)
+        if match is None or match.start() == 0:
+            continue
+        value, words = text[: match.start()].strip(), match[0].strip()
+        if pattern is _SIGN_UNIT and _ANGLE.search(value):
+            return text, None  # the degrees of an angle
+        if factor := _FACTOR.match(words):
+            if parse_unit(words) not in _NAMES:
+                value, words = f"{value} {factor[1]}", words[factor.end() :].strip(" {}")
+            if not words:
+                return value, None
+        unit = parse_unit(words)
+        known = all(name in _NAMES for name in re.findall("[^ /^0-9-]+", unit))
+        if pattern is _WORD_UNIT and len(words) == 1:
+            known = unit == letter if letter is not None else known and match[0] != words
+        elif pattern is _WORD_UNIT and not known:
+            known = match[0] != words and _PLAIN_WORDS.fullmatch(words) is not None
+        return (value, unit) if known or pattern is not _WORD_UNIT else (text, None)
+    return text, None
+
+
+def parse_unit(words: str) -> str:
+    r"""Return a unit in one spelling: known units by name, with their powers; other words in lower case.
+
+    Example:
+        >>> [parse_unit(words) for words in ("square feet", r"\text{m}/\text{s}^{2}", "km per hour", " Red Apples")]
+        ['foot^2', 'm/s^2', 'km/h', 'red apples']
+    """
+    plain = " ".join(re.sub(r"\\text|\\cdot|[{}]|^US(?= ?\\?\$)", " ", words).split()).rstrip(".")
+    plain = re.sub(r"(?i)^(?:(mph)|kmp?h|kph)$", lambda match: "mi/h" if match[1] else "km/h", plain)
+    powers: dict[str, int] = {}
+    for index, part in enumerate(re.split(r" ?/ ?| per ", re.sub(r" ?\^ ?", "^", plain))):
+        factor = 1
+        if match := _SQUARED.match(part):
+            factor, part = 2 if match[1] else 3, part[match.end() :]
+        for name in [part] if _name(part) else part.split():
+            stem, _, power = name.partition("^")
+            known = _name(stem) or _name(name)
+            if known is None or (stem and not re.fullmatch(r"-?[1-9]?|\\circ.*", power)):
+                return plain.lower()
+            sign = -1 if index else 1
+            powers[known] = powers.get(known, 0) + sign * factor * (int(power) if power.lstrip("-").isdigit() else 1)
+    upper, lower = (
+        " ".join(name if abs(n) == 1 else f"{name}^{abs(n)}" for name, n in sorted(powers.items()) if n * sign > 0)
+        for sign in (1, -1)
+    )
+    return f"{upper}/{lower}" if lower else upper
+
+
+def _name(word: str) -> str | None:
+    """Return the name of a known unit, singular or plural, or None."""
+    if len(word) < 3:
+        return _UNITS.get(word) or (_UNITS.get(word.lower()) if len(word) == 2 else None)
+    stems = (word, word.lower(), word.lower().removesuffix("s"), word.lower().removesuffix("es"))
+    return next((_UNITS[stem] for stem in stems if stem in _UNITS), None)
+
+
+def units_differ(gold: str | None, answer: str | None) -> bool:
+    """True if both units are there and are not the same.
+
+    Example:
+        >>> units_differ("m", "cm"), units_differ("ways", "different ways"), units_differ("m", None)
+        (True, False, False)
+    """
+    if not gold or not answer or gold == answer:
         return False
-    return _same_number(_without_percent(gold), _without_percent(answer))
+    words = [{word.rstrip("s") for word in unit.replace(".", "").split()} for unit in (gold, answer)]
+    return not (words[0] <= words[1] or words[1] <= words[0])
 
 
-def tidy(text: str) -> str:
-    r"""Return the text without surrounding dollars, spacing commands, and final punctuation and line breaks.
-
-    Example:
-        >>> tidy(r"$\dfrac{1}{2}\,.$"), tidy(r"\left(1,~2\right).")
-        ('\\frac{1}{2}', '(1, 2)')
-    """
-    text = _SPACES.sub(" ", text.replace("\\!", "").replace("\u2212", "-")).strip()
-    for opening, closing in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
-        if len(text) > len(opening + closing) and text.startswith(opening) and text.endswith(closing):
-            text = text[len(opening) : -len(closing)]
-    text = _EMPTY_COMMANDS.sub("", text)
-    return _without_ending(_FRAC.sub(r"\\frac", text).strip())
-
-
-def without_assignment(text: str) -> str:
-    """Return the text without the ``x =`` before a value.
-
-    Example:
-        >>> without_assignment("x = 5"), without_assignment("2x = 5")
-        ('5', '2x = 5')
-    """
-    return _ASSIGNMENT.sub("", text) if text.count("=") == 1 else text
-
-
-def known_unit(words: str) -> str | None:
-    """Return the canonical name of a unit, or None for an unknown one.
-
-    Example:
-        >>> known_unit("square feet"), known_unit("apples")
-        ('foot^2', None)
-    """
-    return _unit(words)
-
-
-def _without_ending(text: str) -> str:
-    """Return the text without final punctuation and line breaks, in linear time."""
-    end = len(text)
-    while end and (text[end - 1] in ".,;: " or text.endswith("\\\\", 0, end)):
-        end -= 1 if text[end - 1] in ".,;: " else 2
-    return text[:end]
-
-
-def parse_number(text: str) -> Fraction | None:
-    """Return the unsigned number without a unit in ``text``; None for anything else.
-
-    Example:
-        >>> parse_number("1.50"), parse_number("1e999999999"), parse_number("1/0")
-        (Fraction(3, 2), None, None)
-    """
-    number = _number_at(text, 0) if len(text) <= _MAX_CHARACTERS else None
-    return number[0] if number is not None and number[2] == len(text) else None
-
-
-def _number_at(text: str, start: int) -> tuple[Fraction, int | None, int] | None:
-    """Return value, decimal places and end of the number at ``start``, or None."""
-    for pattern in (_LATEX_FRACTION, _SLASHED_FRACTION):
-        if match := pattern.match(text, start):
-            whole, *parts = match.groups("")
-            fraction = _fraction(whole, *filter(None, parts))
-            return None if fraction is None else (fraction, None, match.end())
-    if match := _POWER.match(text, start):
-        power = _power_of_ten(match[1] or match[2])
-        return None if power is None else (power, None, match.end())
-    match = _DECIMAL.match(text, start)
-    assert match is not None  # all of it is optional
-    whole, places, comma_places, *exponents = match.groups("")
-    digits, places = re.sub(r"[^0-9]", "", whole), places or comma_places
-    exponent = "".join(exponents) or "0"
-    power = _power_of_ten(exponent)
-    if power is None or not digits + places:
+def _in_base(sign: str, whole: str, places: str, base: str) -> Quantity | None:
+    number, digits = int(base), whole + places
+    if not 2 <= number <= 36 or any(int(digit, 36) >= number for digit in digits):
         return None
-    return Fraction(int(digits + places), 10 ** len(places)) * power, len(places) - int(exponent), match.end()
+    value = Fraction(int(digits, number), number ** len(places))
+    return Quantity(-value if sign == "-" else value, base=number)
 
 
-def _power_of_ten(exponent: str) -> Fraction | None:
-    """Return the power, or None for a large exponent, because ``10**10**9`` would exhaust memory."""
-    return Fraction(10) ** int(exponent) if abs(int(exponent)) <= _MAX_EXPONENT else None
-
-
-def _fraction(whole: str, numerator: str, denominator: str) -> Fraction | None:
-    upper, lower = int(numerator), int(denominator)
-    if lower == 0 or (whole and not 0 < upper < lower):  # 2 3/2 may be a product
+def _number(text: str) -> tuple[Fraction, int | None] | None:
+    """Return value and decimal places of the unsigned number that is the whole text, or None."""
+    if match := _FRACTION.fullmatch(text) or _SLASHED.fullmatch(text):
+        whole, *parts = match.groups("")
+        upper, lower = (Fraction(part) for part in parts)
+        if lower == 0 or (whole and not 0 < upper < lower):  # 2 3/2 may be a product
+            return None
+        return int(whole or 0) + upper / lower, None
+    if match := _REPEATING.fullmatch(text):
+        whole, start, repeated = match.groups("")
+        digits = int((whole or "0") + start + repeated) - int((whole or "0") + start)
+        return Fraction(digits, (10 ** len(repeated) - 1) * 10 ** len(start)), None
+    if not (match := _DECIMAL.fullmatch(text)):
         return None
-    return int(whole or 0) + Fraction(upper, lower)
-
-
-def _suffix(text: str) -> tuple[int, str | None] | None:
-    """Return factor and canonical unit of the text after a number; None for other text."""
-    glued = bool(text) and text[0].isalpha()
-    words = _TEXT_COMMANDS.sub(" ", text)
-    words = re.sub(r"\s+", " ", re.sub(r"[{}]", "", words)).strip()
-    if glued and len(words) == 1:
-        return None  # 5m may be a product or a length
-    factor = 1
-    first, _, rest = words.partition(" ")
-    if first.lower() in _FACTORS:
-        factor, words = _FACTORS[first.lower()], rest
-    if not words:
-        return factor, None
-    unit = _unit(words)
-    return None if unit is None else (factor, unit)
-
-
-def _unit(words: str) -> str | None:
-    words = words.replace("\u00b2", "^2").replace("\u00b3", "^3").replace(" ^", "^")
-    for power, spellings in (("^2", ("square ", "sq ", "sq. ")), ("^3", ("cubic ", "cu ", "cu. "))):
-        for spelling in spellings:
-            if words.lower().startswith(spelling):
-                words = words[len(spelling) :] + power
-    name, power = (words[:-2], words[-2:]) if words.endswith(("^2", "^3")) else (words, "")
-    unit = _UNITS.get(name) or _UNITS.get(name.lower())
-    if unit is None or (power and unit not in _LENGTHS):
+    power, whole, places, comma_places, *exponents = match.groups("")
+    digits, places = "1" if power else re.sub("[^0-9]", "", whole), places or comma_places
+    exponent = int("".join([power, *exponents]) or 0)
+    if not digits + places or abs(exponent) > _MAX_EXPONENT:  # 10**10**9 would exhaust memory
         return None
-    return unit + power
+    value = Fraction(int(digits + places), 10 ** len(places)) * Fraction(10) ** exponent
+    return value, len(places) - exponent if places else None
 
 
-def _same_number(a: Quantity, b: Quantity) -> bool:
-    return a.value == b.value or _is_rounded(a, b) or _is_rounded(b, a)
-
-
-def _is_rounded(decimal: Quantity, exact: Quantity) -> bool:
-    """True if ``exact`` has no finite decimal, and ``decimal`` is ``exact`` rounded to its places."""
-    if decimal.places is None or decimal.places < _MIN_ROUNDED_PLACES:
-        return False
+def _rounds_to(decimal: Quantity, exact: Quantity) -> bool:
     rest = exact.value.denominator
     for prime in (2, 5):
         while rest % prime == 0:
             rest //= prime
-    return rest > 1 and round(exact.value, decimal.places) == decimal.value
+    return rest > 1 and is_rounded(decimal, exact.value)
 
 
 def _without_percent(quantity: Quantity) -> Quantity:
@@ -226,65 +238,80 @@ def _without_percent(quantity: Quantity) -> Quantity:
     return Quantity(quantity.value / 100, None, None if quantity.places is None else quantity.places + 2)
 
 
-_SPACES = re.compile(r"(?<!\\)\\[,;: ]|\\q?quad|~|\s")
-_EMPTY_COMMANDS = re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])")
-_FRAC = re.compile(r"\\[dtc]frac(?![a-zA-Z])")
-_TEXT_COMMANDS = re.compile(r"\\(?:text|textrm|textbf|textit|mathrm|mbox|rm)(?![a-zA-Z])")
-
-_ASSIGNMENT = re.compile(r"^\s*[a-zA-Z]\s*=\s*")
-_PREFIX = re.compile(r"([+\-\u2013]?) *(\\?\$|\u20ac|\u00a3|) *([+\-\u2013]?) *")
-_BRACED = r"(?:\{ *(-?[0-9]+) *\}|([0-9]))"
-_LATEX_FRACTION = re.compile(rf"(?:([0-9]+) *)?\\frac *{_BRACED} *{_BRACED}")
-_SLASHED_FRACTION = re.compile(r"(?:([0-9]+) +)?([0-9]+) */ *([0-9]+)")
-_EXPONENT = r"\^ *(?:\{ *([+-]?[0-9]+) *\}|([0-9]+))"
-_POWER = re.compile(rf"10 *{_EXPONENT}")
+_DIGITS = r"-?[0-9]+(?:\.[0-9]+)?"
+_FACTORS = {
+    **{"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12},
+    **{"\u767e": 100, "\u5343": 1000, "\u4e07": 10**4, "\u842c": 10**4, "\u4ebf": 10**8, "\u5104": 10**8},
+}
+_FACTOR = re.compile(rf"(?:\\text\{{)? *({'|'.join(_FACTORS)})(?![a-zA-Z])", re.IGNORECASE)
+_SIGNED = re.compile(rf"([+-]?) *(.*?)(?: *({'|'.join(_FACTORS)}))?", re.IGNORECASE)
+_BASED = re.compile(r"([+-]?) *\(?([0-9A-Z]*[0-9][0-9A-Z]*|(?=\.))(?:\.([0-9A-Z]+))?\)? *_\{[ (]*([0-9]{1,2})[ )]*\}")
+_FRACTION = re.compile(rf"(?:([0-9]+) *)?\\frac\{{ *({_DIGITS}) *\}}\{{ *({_DIGITS}) *\}}")
+_SLASHED = re.compile(r"(?:([0-9]+) +)?([0-9]+) */ *([0-9]+)")
+_REPEATING = re.compile(r"([0-9]*)\.([0-9]*)\\overline *\{ *([0-9]+) *\}")
 _WHOLE = r"([1-9][0-9]{0,2}(?:\{,\}[0-9]{3})+|[1-9][0-9]{0,2}(?:,[0-9]{3})+|[1-9][0-9]{0,2}(?: [0-9]{3})+|[0-9]+)?"
+_EXPONENT = r"\^\{ *([+-]?[0-9]+) *\}"
 _DECIMAL = re.compile(
-    _WHOLE
-    + r"(?:\.([0-9]+)|\{,\}([0-9]{1,2}(?![0-9])|[0-9]{4,}))?"
-    + rf"(?:[eE]([+-]?[0-9]+)| *(?:\\times|\\cdot|\*|\u00d7) *10 *{_EXPONENT})?"
+    rf"10{_EXPONENT}|{_WHOLE}(?:\.([0-9]+)|\{{,\}}([0-9]{{1,2}}(?![0-9])|[0-9]{{4,}}))?"
+    rf"(?:[eE]([+-]?[0-9]+)| *(?:\\times|\\cdot|\*) *10{_EXPONENT})?"
 )
-
-_FACTORS = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-_LENGTHS = {
-    "mm": "mm millimeter millimeters millimetre millimetres",
-    "cm": "cm centimeter centimeters centimetre centimetres",
-    "m": "m meter meters metre metres",
-    "km": "km kilometer kilometers kilometre kilometres",
-    "inch": "inch inches in",
-    "foot": "foot feet ft",
-    "yard": "yard yards yd",
-    "mile": "mile miles mi",
-    "unit": "unit units",
-}
-_OTHERS = {
-    "degree": "degree degrees deg \u00b0 ^\\circ \\circ \\degree",
-    PERCENT: "% \\% percent pct",
-    "dollar": "$ \\$ dollar dollars usd",
-    "cent": "cent cents \\cents \u00a2",
-    "euro": "\u20ac euro euros eur",
-    "pound": "\u00a3 gbp",
-    "s": "s sec second seconds",
-    "min": "min minute minutes",
-    "h": "h hr hrs hour hours",
-    "day": "day days",
-    "week": "week weeks",
-    "month": "month months",
-    "year": "year years",
-    "mg": "mg milligram milligrams",
-    "g": "g gram grams",
-    "kg": "kg kilogram kilograms",
-    "lb": "lb lbs",
-    "ounce": "oz ounce ounces",
-    "ml": "ml milliliter milliliters",
-    "l": "l liter liters litre litres",
-    "gallon": "gallon gallons",
-    "mph": "mph miles_per_hour",
-    "km/h": "km/h kmh kph kilometers_per_hour",
-    "m/s": "m/s meters_per_second",
-}
+_CURRENCY = re.compile(r"([+-]? *)((?:US *)?\\?\$|\u20ac|\u00a3|\u00a5|Rs\.?) *(?=[-+.0-9\\])")
+_TEXT = r"\\text\{(?:[^{}]|\{[^{}]*\})*\}"
+_TEXT_UNIT = re.compile(rf"{_TEXT}(?:{_TEXT}| |/|\\cdot|\^\{{-?[0-9]\}})*$")
+_SIGN_UNIT = re.compile(r"(?:\\?%|(?:\^\{)?\\circ\}?(?: *[CF])?|\\?\$|\u20ac|\u00a3|\u00a5|\u00a2|\\cents)$")
+_ANGLE = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
+_ASIAN = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
+_ASIAN_UNIT = re.compile(f"(?<![{_ASIAN}])(?:(?!\u4ee5)[{_ASIAN}])+$")  # not "and more", "and less"
+_WORD = r"[a-zA-Z]+\.?(?:\^\{-?[0-9]\})?"
+_WORD_UNIT = re.compile(rf"(?:(?<=[0-9}})\]])|(?<=\\pi)) *{_WORD}(?: ?/ ?{_WORD}| {_WORD})*$")
+_PLAIN_WORDS = re.compile(r"[a-zA-Z]{3,}\.?(?: [a-zA-Z]{2,}\.?)*")
+_SQUARED = re.compile(r"(square |sq\.? |\u5e73\u65b9)|cubic |cu\.? |\u7acb\u65b9", re.IGNORECASE)
 _UNITS = {
-    spelling.replace("_", " "): name
-    for name, spellings in {**_LENGTHS, **_OTHERS}.items()
-    for spelling in spellings.split(" ")
+    spelling.replace("_", " "): line.split()[0].replace("_", " ")
+    for line in """
+        mm millimeter millimetre \u6beb\u7c73
+        cm centimeter centimetre \u5398\u7c73 \u516c\u5206
+        dm decimeter decimetre \u5206\u7c73
+        m meter metre \u7c73 \u516c\u5c3a
+        km kilometer kilometre \u5343\u7c73 \u516c\u91cc
+        inch inches in
+        foot feet ft
+        yard yd
+        mile mi
+        unit \u5355\u4f4d
+        degree deg ^\\circ \\circ \u5ea6
+        celsius ^\\circ_C ^\\circC
+        fahrenheit ^\\circ_F ^\\circF
+        % \\% percent pct percentage
+        dollar $ \\$ usd
+        cent \\cents \u00a2
+        euro \u20ac eur
+        pound \u00a3 gbp lb
+        rupee Rs rs
+        yuan \u00a5 \u5143
+        s sec second \u79d2
+        min minute \u5206\u949f
+        h hr hour \u5c0f\u65f6
+        day d \u5929 \u65e5
+        week wk \u5468
+        month \u6708 \u4e2a\u6708
+        year yr \u5e74
+        mg milligram
+        g gram gm \u514b
+        kg kilogram \u5343\u514b \u516c\u65a4
+        t ton tonne \u5428
+        ounce oz
+        ml milliliter millilitre mL \u6beb\u5347
+        l liter litre L \u5347
+        gallon gal
+        C coulomb
+        J joule
+        N newton
+        W watt
+        V volt
+        A ampere amp
+        K kelvin
+    """.strip().splitlines()
+    for spelling in line.split()
 }
+_NAMES = frozenset(_UNITS.values())

@@ -7,9 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 _MAX_EXTRACTED = 200
-_BOXED = "\\boxed{"
-_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)  # skips escaped characters: \{ is printed, and groups nothing
-_DEPTHS = {"{": 1, "}": -1}
+_BOX_OR_BRACE = re.compile(r"\\+(?:(?P<box>(?:boxed|fbox)\s*+\{)|(?P<escaped>[{}]))?|[{}]")
+# What may stand between boxes that give one answer together: punctuation, "and", "or", and "x =", or a short phrase
+# with "and" or "or" that does not correct what stands before it.
+_BETWEEN = re.compile(
+    r"(?!.*\b(?:but|wait|no|not|actually|after|instead|rather|correct|wrong|mistake|then|should)\b)"
+    r"(?=.*\b(?:and|or)\b)[^.!?\n]{0,40}+|(?:[\s$,;.&*}]|\\[()\[\],;:! ]|\\\\|\\q?quad|and|or|\\text\s*\{"
+    r"|[\u548c\u6216\u4e0e\u3001\uff0c\u3002]|[a-zA-Z](?:_\{?[0-9a-zA-Z]\}?)?\s*=)*+"
+)
 
 
 @dataclass(frozen=True)
@@ -52,25 +57,70 @@ class Verifier(ABC):
         return lambda: verdicts
 
 
-def last_boxed(text: str) -> str | None:
-    r"""Return the text in the last ``\boxed{…}`` of ``text``, with balanced braces, or None.
+@dataclass(frozen=True)
+class Box:
+    r"""A ``\boxed{…}`` or ``\fbox{…}``.
+
+    Args:
+        text: the text in the box.
+        start: position of the box in the response.
+        end: position after the closing brace.
+    """
+
+    text: str
+    start: int
+    end: int
+
+
+def boxes(text: str) -> list[Box] | None:
+    r"""Return the boxes that give the answer together; an empty list without a box; None if the last one is not closed.
+
+    These are the last box, and those before it with only ``and`` or the like between them.
 
     Example:
-        >>> last_boxed(r"so \boxed{1} or rather \boxed{\frac{1}{2}}")
+        >>> [box.text for box in boxes(r"first \boxed{0}, but no: \boxed{1} and \fbox{\frac{1}{2}}")]
+        ['1', '\\frac{1}{2}']
+        >>> boxes("12"), boxes(r"\boxed{1}, cut off at \boxed{12")
+        ([], None)
+    """
+    # Linear time, so that hostile text with many braces is cheap.
+    opened: list[tuple[int, int] | None] = []  # of each open brace: start of the box and of its text, or None
+    found: list[Box] = []
+    last = -1
+    for match in _BOX_OR_BRACE.finditer(text):
+        if match["box"]:
+            last = match.start()
+            opened.append((last, match.end()))
+        elif (match["escaped"] and match.group().count("\\") % 2) or match.group().endswith("\\"):
+            continue  # \{ is printed, and groups nothing
+        elif match.group().endswith("{"):
+            opened.append(None)
+        elif opened and (box := opened.pop()):
+            found.append(Box(text[box[1] : match.start()], box[0], match.end()))
+    if last < 0:
+        return []
+    found.sort(key=lambda box: box.start)
+    if not found or found[-1].start != last:
+        return None
+    together = [found.pop()]
+    for box in reversed(found):
+        if box.end > together[0].start or not _BETWEEN.fullmatch(text, box.end, together[0].start):
+            break
+        together.insert(0, box)
+    return together
+
+
+def last_boxed(text: str) -> str | None:
+    r"""Return the text in the last box, or None if there is none or it is not closed.
+
+    Example:
+        >>> last_boxed(r"so \boxed{1} or rather \boxed {\frac{1}{2}}")
         '\\frac{1}{2}'
         >>> last_boxed(r"cut off at \boxed{12") is None
         True
     """
-    start = text.rfind(_BOXED)
-    if start < 0:
-        return None
-    # Linear time in the text after the last box, so that hostile text with many braces is cheap.
-    depth, first = 1, start + len(_BOXED)
-    for match in _BRACES.finditer(text, first):
-        depth += _DEPTHS.get(match.group(), 0)
-        if depth == 0:
-            return text[first : match.start()]
-    return None
+    found = boxes(text)
+    return found[-1].text if found else None
 
 
 def bounded_form(text: str) -> str:
@@ -109,10 +159,11 @@ class BoxedVerifier(Verifier):
         return [self._verdict(response, gold) for response, gold in zip(responses, golds, strict=True)]
 
     def _verdict(self, response: str, gold: str) -> Verdict:
-        answer = last_boxed(response)
-        if answer is None:
+        found = boxes(response)
+        if not found:
             return Verdict(False, None, "no answer")
-        if self.at_end and not response.rstrip().endswith(_BOXED + answer + "}"):
+        answer = found[-1].text
+        if self.at_end and response[found[-1].end :].strip():
             return Verdict(False, bounded_form(answer.strip()), "text after the answer")
         equal = answer.strip() == gold.strip()
         return Verdict(equal, bounded_form(answer.strip()), "equal" if equal else "different")

@@ -2,8 +2,9 @@
 
 import base64
 import hashlib
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -12,17 +13,18 @@ from typing import Any
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from torch import Tensor
 
+from opdlab.diagnostics.metric_table import metric_title
 from opdlab.types import Problem
-from opdlab.viewer.page_summary import PageSummary, read_summary, summarize
 from opdlab.viewer.rollouts import ShownRollout
 from opdlab.viewer.token_colors import color_scale, quantities
 
 INDEX = "index.html"
 _PAGE = re.compile(r"step-(\d{6,})\.html")
 _LINKS = re.compile(rb"<!--steps-->.*\n")  # in the head, before any text of a model
-_DIFFERENCES = {"drift": ("student_logprob", "behavior_logprob"), "teacher_gap": ("teacher_logprob", "student_logprob")}
+# JSON between single quotes, with <, >, & and ' written as \u003c and so on; it precedes all text of models.
+_SUMMARY = re.compile(rb"<meta name=\"opdlab-summary\" content='([^']*)'>")
+_HEAD = 1 << 14  # bytes of a page; the summary is within the first few hundred
 
 
 @dataclass(frozen=True)
@@ -56,26 +58,12 @@ def render_page(
         texts: of each.
         facts: of the run, for the head of the page, by name.
     """
-    known = {
-        "step": step,
-        "facts": facts or {},
-        "summary": summarize(rollouts, facts or {}).as_dict(),
-        "data": _page_data(rollouts, texts),
-    }
-    return _environment().get_template("page.html").render(**_assets(), **known)
-
-
-def render_index(pages: Mapping[int, PageSummary], run: str) -> str:
-    """Return the HTML page that lists the others, with the facts of the newest page that has any.
-
-    Args:
-        pages: summary of each page, by step, ascending.
-        run: name of the run.
-    """
-    columns = list(dict.fromkeys(name for page in pages.values() for name in page.metrics))
-    facts = next((page.facts for page in reversed(list(pages.values())) if page.facts), {})
-    known = {"pages": pages, "columns": columns, "facts": facts, "run": run}
-    return _environment().get_template("index.html").render(**_assets(), **known)
+    environment, assets = _templates()
+    facts = facts or {}
+    summary = {"metrics": _summary(rollouts), "facts": facts}
+    return environment.get_template("page.html").render(
+        **assets, step=step, facts=facts, summary=summary, data=_page_data(rollouts, texts)
+    )
 
 
 def page_name(step: int) -> str:
@@ -107,24 +95,22 @@ def write_page(folder: Path, step: int, page: str) -> Path:
     steps = sorted(int(match[1]) for file in folder.iterdir() if (match := _PAGE.fullmatch(file.name)))
     place = steps.index(step)
     for index in range(max(place - 1, 0), min(place + 2, len(steps))):
-        _link(folder, steps, index)
-    pages = {each: read_summary(folder / page_name(each)) for each in steps}
-    _replace(folder / INDEX, render_index(pages, folder.absolute().parent.name).encode("utf-8", "replace"))
+        neighbours = {"prev": steps[index - 1 : index], "next": steps[index + 1 : index + 2]}
+        links = "".join(f'<link rel="{side}" href="{page_name(to[0])}">' for side, to in neighbours.items() if to)
+        path = folder / page_name(steps[index])
+        content = path.read_bytes()
+        linked = _LINKS.sub(f"<!--steps-->{links}\n".encode(), content, count=1)
+        if linked != content:
+            _replace(path, linked)
+    pages = {each: _read_summary(folder / page_name(each)) for each in steps}
+    facts = next((page["facts"] for page in reversed(list(pages.values())) if page["facts"]), {})
+    columns = list(dict.fromkeys(name for page in pages.values() for name in page["metrics"]))
+    environment, assets = _templates()
+    index_page = environment.get_template("index.html").render(
+        **assets, pages=pages, columns=columns, facts=facts, run=folder.absolute().parent.name
+    )
+    _replace(folder / INDEX, index_page.encode("utf-8", "replace"))
     return folder / page_name(step)
-
-
-def _link(folder: Path, steps: Sequence[int], index: int) -> None:
-    """Link a page's neighbours in its head."""
-    neighbours = {
-        "prev": steps[index - 1] if index else None,
-        "next": steps[index + 1] if index + 1 < len(steps) else None,
-    }
-    links = [f'<link rel="{side}" href="{page_name(step)}">' for side, step in neighbours.items() if step is not None]
-    path = folder / page_name(steps[index])
-    content = path.read_bytes()
-    linked = _LINKS.sub(f"<!--steps-->{''.join(links)}\n".encode(), content, count=1)
-    if linked != content:
-        _replace(path, linked)
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -135,6 +121,40 @@ def _replace(path: Path, content: bytes) -> None:
     except OSError:
         part.unlink(missing_ok=True)
         raise
+
+
+# -- the summary in the head of a page, a few metrics, which the index reads ------------------------------------------
+
+
+def _summary(rollouts: Sequence[ShownRollout]) -> dict[str, str]:
+    """Return counts and ranges over the rollouts of a page, by label."""
+    if not rollouts:
+        return {}
+    verdicts = [rollout.correct for rollout in rollouts if rollout.correct is not None]
+    metrics = {
+        "rollouts shown": f"{len(rollouts)} of {rollouts[0].num_ranked}",
+        "correct": f"{sum(verdicts)} of {len(verdicts)}" if verdicts else "unchecked",
+    }
+    drifts, ages = sorted(rollout.mean_drift for rollout in rollouts), sorted(rollout.age for rollout in rollouts)
+    ranges = {"train/drift/token_mean": (f"{drifts[0]:.3g}", f"{drifts[-1]:.3g}"), "rollout/age": (ages[0], ages[-1])}
+    for name, ends in ranges.items():
+        metrics[metric_title(name)] = " to ".join(map(str, dict.fromkeys(ends)))  # once if they are equal
+    return metrics
+
+
+def _read_summary(path: Path) -> dict[str, dict[str, str]]:
+    """Return metrics and facts in the head of a page; empty ones if opdlab did not write them."""
+    try:
+        with path.open("rb") as page:
+            found = _SUMMARY.search(page.read(_HEAD))
+        read = json.loads(found[1]) if found else {}
+    except (OSError, ValueError):
+        read = {}
+    summary = {}
+    for name, earlier in (("metrics", "figures"), ("facts", "facts")):  # the name in pages of earlier versions
+        part = read.get(name) or read.get(earlier) if isinstance(read, dict) else None
+        summary[name] = {key: str(value) for key, value in part.items()} if isinstance(part, dict) else {}
+    return summary
 
 
 # -- what the script of the page unpacks ----------------------------------------------------------------------------
@@ -150,6 +170,11 @@ def _page_data(rollouts: Sequence[ShownRollout], texts: Sequence[RolloutText]) -
 
 def _packed(rollout: ShownRollout, text: RolloutText) -> dict[str, Any]:
     segments, lengths = torch.unique_consecutive(rollout.segment_ids, return_counts=True)
+    values: dict[str, Any] = {}
+    for name, column in rollout.values.items():
+        heads = column[lengths.cumsum(0) - lengths]
+        equal = len(heads) < len(column) and torch.equal(heads.repeat_interleave(lengths), column)
+        values[name] = {"runs": _base64(heads)} if equal else _base64(column)
     return {
         "id": rollout.rollout_id,
         "rank": rollout.rank,
@@ -166,24 +191,11 @@ def _packed(rollout: ShownRollout, text: RolloutText) -> dict[str, Any]:
         "ids": _base64(rollout.tokens),
         "segments": _base64(segments),  # -1: not in the loss
         "runs": _base64(lengths),  # of positions of one segment
-        "values": {name: _packed_column(name, rollout, lengths) for name in rollout.values},
+        "values": values,
     }
 
 
-def _packed_column(name: str, rollout: ShownRollout, lengths: Tensor) -> Any:
-    """Return a packed column without the values that the page computes exactly."""
-    column = rollout.values[name]
-    if name in _DIFFERENCES and all(part in rollout.values for part in _DIFFERENCES[name]):
-        one, other = (rollout.values[part] for part in _DIFFERENCES[name])
-        if torch.equal((one - other)[rollout.mask], column[rollout.mask]):
-            return {"minus": _DIFFERENCES[name]}
-    heads = column[lengths.cumsum(0) - lengths]
-    if len(heads) < len(column) and torch.equal(heads.repeat_interleave(lengths), column):
-        return {"runs": _base64(heads)}
-    return _base64(column)
-
-
-def _base64(tensor: Tensor) -> str:
+def _base64(tensor: torch.Tensor) -> str:
     """Return base64 of four bytes per number, little-endian: exact for all values, and shorter than digits."""
     kind = "<f4" if tensor.is_floating_point() else "<i4"
     return base64.b64encode(tensor.numpy().astype(kind).tobytes()).decode("ascii")
@@ -193,9 +205,11 @@ def _base64(tensor: Tensor) -> str:
 
 
 @cache
-def _environment() -> Environment:
+def _templates() -> tuple[Environment, dict[str, Markup]]:
+    """Return the templates; and style, script, and the policy that allows only these two."""
+    loader = PackageLoader("opdlab.viewer")
     environment = Environment(
-        loader=PackageLoader("opdlab.viewer"),
+        loader=loader,
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -205,17 +219,9 @@ def _environment() -> Environment:
     # `tojson` escapes <, >, & and ' as \\u003c …, and all non-ASCII characters: U+2028, lone surrogates.
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.globals["page_name"] = page_name
-    return environment
-
-
-@cache
-def _assets() -> dict[str, str]:
-    """Return style, script, and the policy that allows only these two."""
-    loader = _environment().loader
-    assert loader is not None
-    css, js = (loader.get_source(_environment(), name)[0] for name in ("page.css", "page.js"))
-    hashes = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in (css, js))
-    sources = zip(("style-src", "script-src"), hashes, strict=True)
-    allowed = "".join(f"; {kind} 'sha256-{value}'" for kind, value in sources)
-    policy = f"default-src 'none'{allowed}; base-uri 'none'; form-action 'none'"
-    return {"css": Markup(css), "js": Markup(js), "policy": Markup(policy)}
+    assets, policy = {}, "default-src 'none'"
+    for name, kind in (("css", "style-src"), ("js", "script-src")):
+        text = loader.get_source(environment, f"page.{name}")[0]
+        policy += f"; {kind} 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        assets[name] = Markup(text)
+    return environment, {**assets, "policy": Markup(f"{policy}; base-uri 'none'; form-action 'none'")}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from opdlab.diagnostics import StepTrace
+from opdlab.diagnostics.trace import StepTrace, to_host
 from opdlab.rollouts import StopReason
 
 _PADDING = -1  # no token id
@@ -24,10 +24,10 @@ class ShownRollout:
         num_ranked: number of ranked rollouts.
         rollout_id: unique within the run.
         prompt_id: the prompt's row in the prompt set.
-        prompt_tokens: [P] int32, without padding.
-        tokens: [T] int32: up to the last position that counts in the loss.
+        prompt_tokens: [P] long, without padding.
+        tokens: [T] long: up to the last position that counts in the loss.
         mask: [T] bool: True for positions in the loss.
-        segment_ids: [T] int32, the gate's; -1 at masked positions.
+        segment_ids: [T] long, the gate's; -1 at masked positions.
         values: [T] float32 each, by the name of the quantity; see :mod:`opdlab.viewer.token_colors`.
         stop_reason: reason for the end of the response.
         correct: the verdict, or None.
@@ -75,18 +75,14 @@ def choose_rollouts(traces: Sequence[StepTrace], num_rollouts: int) -> list[Show
     mean = columns["value/drift"].abs().sum(1) / counts.clamp(min=1)
     order = mean.masked_fill(counts == 0, -1.0).argsort(descending=True, stable=True)  # those without a token come last
     num_ranked = (counts > 0).sum()
-    ranks = _spaced(num_ranked, min(num_rollouts, len(order)))
+    # The number of ranks stays on the device.
+    share = torch.linspace(0, 1, min(num_rollouts, len(order)), device=order.device)
+    ranks = (share * (num_ranked - 1).clamp(min=0)).round().long()
     chosen = {name: tensor[order[ranks]] for name, tensor in columns.items()}
-    host = _to_host({**chosen, "rank": ranks, "num_ranked": num_ranked.expand(len(ranks))})
+    host = to_host({**chosen, "rank": ranks, "num_ranked": num_ranked.expand(len(ranks))})
     rows = [{name: tensor[row] for name, tensor in host.items()} for row in range(len(ranks))]
     distinct = {int(row["rank"]): row for row in rows if row["num_ranked"]}  # with fewer rollouts a rank is repeated
     return [_shown(row) for row in distinct.values()]
-
-
-def _spaced(total: Tensor, number: int) -> Tensor:
-    """Return ``number`` ranks from 0 to ``total - 1``; ``total`` stays on the device."""
-    share = torch.linspace(0, 1, number, device=total.device)
-    return (share * (total - 1).clamp(min=0)).round().long()
 
 
 def _columns(trace: StepTrace) -> dict[str, Tensor]:
@@ -130,17 +126,6 @@ def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
             tensors = [nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=padding) for tensor in tensors]
         joined[name] = torch.cat(tensors)
     return joined
-
-
-def _to_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return long and float32 tensors on the host by one bit-exact copy; ids are below 2^31."""
-    words = [t.view(torch.int32) if t.is_floating_point() else t.to(torch.int32) for t in tensors.values()]
-    flat = torch.cat([word.flatten() for word in words]).cpu()
-    pieces = torch.split(flat, [word.numel() for word in words])
-    return {
-        name: piece.view(torch.float32).view(tensor.shape) if tensor.is_floating_point() else piece.view(tensor.shape)
-        for (name, tensor), piece in zip(tensors.items(), pieces, strict=True)
-    }
 
 
 def _shown(row: dict[str, Tensor]) -> ShownRollout:

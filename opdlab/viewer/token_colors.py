@@ -98,7 +98,7 @@ def color_scale(values: Tensor, neutral: float | None) -> ColorScale:
     finite = values[values.isfinite()].double()
     if not finite.numel():
         finite = torch.zeros(1, dtype=torch.float64)
-    middle = _nearest_to_zero(finite) if neutral is None else neutral
+    middle = min(max(float(finite.min()), 0.0), float(finite.max())) if neutral is None else neutral
     distance = (finite - middle).abs()
     reach = float(distance.kthvalue(math.ceil(COVERED * finite.numel())).values) or float(distance.max())
     # A loss of -1e-9 or a probability of 1.0000001 is rounding, and does not count as a second side.
@@ -107,8 +107,3 @@ def color_scale(values: Tensor, neutral: float | None) -> ColorScale:
     high = middle + reach if finite.max() > middle + slack else middle
     below, above = bool((values < low - slack).any()), bool((values > high + slack).any())
     return ColorScale(low, middle, high, below, above)
-
-
-def _nearest_to_zero(values: Tensor) -> float:
-    low, high = float(values.min()), float(values.max())
-    return 0.0 if low <= 0 <= high else low if low > 0 else high

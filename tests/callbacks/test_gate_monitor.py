@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import re
 import signal
 import weakref
@@ -19,6 +20,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import Tensor
@@ -29,12 +31,12 @@ from torch._subclasses.fake_tensor import (
 )
 
 from opdlab.callbacks import GateMonitor, SampleLogger, gate_monitor
+from opdlab.callbacks.gate_monitor import DrawingTime
 from opdlab.callbacks.step_callback import StepCallback
 from opdlab.callbacks.tensorboard import layout
-from opdlab.diagnostics import StepTrace
-from opdlab.diagnostics.age_metrics import AgeMetrics
-from opdlab.diagnostics.gate_metrics import to_host
-from opdlab.diagnostics.gate_plots import by_age as by_age_picture
+from opdlab.diagnostics import StepTrace, gate_plots
+from opdlab.diagnostics.run_history import add_to_age_table, new_age_table, read_ages
+from opdlab.diagnostics.trace import to_host
 from opdlab.errors import Stopped, UsageError
 from opdlab.gating import DriftGate, GateInputs, build_gate
 from opdlab.objectives import SampledTokenOPD
@@ -262,18 +264,16 @@ def test_a_resumed_run_shows_the_whole(make_run: MakeRun, tmp_path: Path, accumu
     torch.testing.assert_close(first["history"]["values"], second["history"]["values"], equal_nan=True)
 
 
-def test_a_step_that_was_resumed_within_is_not_shown(make_run: MakeRun, tmp_path: Path) -> None:
-    """Half of its micro-batches would give metrics that are not those of the optimizer batch."""
+def test_a_step_that_was_resumed_within_is_shown_whole(make_run: MakeRun, tmp_path: Path) -> None:
     path = tmp_path / "stopped.ckpt"
     options: dict[str, Any] = {"accumulate": 4, "gate": "block32"}
     fit(make_run, tmp_path / "a", 8, GateMonitor(every_n_steps=1), save_at=(path, 26), **options)
     fit(make_run, tmp_path / "b", 8, GateMonitor(every_n_steps=1), ckpt_path=path, **options)
     whole, resumed = read(tmp_path / "a"), read(tmp_path / "b")
-    assert scalars_at(whole, 7, "gate/correlation/")
-    assert not scalars_at(resumed, 7, "gate/correlation/", "age/")
-    expected = scalars_at(whole, 8, "gate/")
-    assert scalars_at(resumed, 8, "gate/") == expected
-    assert expected
+    for step in (7, 8):
+        expected = scalars_at(whole, step, "gate/", "age/")
+        assert scalars_at(resumed, step, "gate/", "age/") == expected
+        assert "gate/correlation/teacher_gap" in expected
 
 
 def test_a_monitor_used_twice_begins_anew(make_run: MakeRun, tmp_path: Path) -> None:
@@ -312,41 +312,27 @@ def test_a_stopped_run_has_its_pictures(make_run: MakeRun, tmp_path: Path) -> No
     assert event.step == 2
 
 
-def test_the_picture_by_age_is_of_all_steps(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[AgeMetrics] = []
-
-    def kept(metrics: AgeMetrics) -> Any:
-        drawn.append(metrics)
-        return by_age_picture(metrics)
-
-    monkeypatch.setattr("opdlab.diagnostics.gate_plots.by_age", kept)
+def test_the_picture_by_age_is_of_all_steps(make_run: MakeRun, tmp_path: Path) -> None:
     _, traces = fit(make_run, tmp_path, 7, GateMonitor(every_n_steps=3))  # the last step is not a logged one
-    (metrics,) = drawn
-    parts = [trace for step in traces.steps.values() for trace in step]
-    assert sum(metrics.num_positions) == sum(int(trace.inputs.mask.sum()) for trace in parts)
+    table = new_age_table()
+    for parts in traces.steps.values():
+        for trace in parts:
+            add_to_age_table(table, trace)
+    (event,) = read(tmp_path).Images("gate/by_age")
+    expected = gate_plots.render(gate_plots.by_age(read_ages(table)["age"]))
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(event.encoded_image_string))), expected)
 
 
-def test_drawing_keeps_to_its_share_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monitor = GateMonitor()
+def test_drawing_keeps_to_its_share_of_the_time() -> None:
     clock = 0.0
-    monkeypatch.setattr("time.perf_counter", lambda: clock)
+    time = DrawingTime(clock=lambda: clock)
     drawn = []
-
-    def slow_pictures() -> dict[str, Any]:
-        nonlocal clock
-        clock += 2.0
-        drawn.append(clock)
-        return {}
-
-    monkeypatch.setattr(monitor, "_pictures", slow_pictures)
-    monkeypatch.setattr(gate_monitor, "writers", lambda loggers: [None])
-    monkeypatch.setattr(gate_monitor, "write_images", lambda *_: None)
-    monitor._forget()
-    trainer: Any = SimpleNamespace(loggers=[], global_step=0)
     while clock < 100_000:
         clock += 10.0
-        if monitor._may_draw():
-            monitor._draw(trainer)
+        if time.may_draw():
+            with time.drawing():
+                clock += 2.0
+            drawn.append(clock)
             assert 2.0 * len(drawn) <= 0.005 * clock or len(drawn) == 1
     assert drawn[0] == pytest.approx(212, abs=15)  # the first drawing is expected to take a second
     assert all(later >= 1.05 * earlier for earlier, later in pairwise(drawn))
@@ -427,7 +413,8 @@ def test_one_copy_at_a_monitored_step_and_none_at_others(
 ) -> None:
     """On tensors that have no values, as those of an accelerator have none yet: whoever reads one gets an error.
 
-    The only values are those that ``to_host`` hands out, and within it copies are counted.
+    ``to_host`` is patched, because only it may hand out values, which there are none of: ones instead. Within it copies
+    are counted.
     """
     run, kept = fit(make_run, tmp_path, 3, GateMonitor(every_n_steps=1), accumulate=2)
     copies: list[int] = []
@@ -446,7 +433,8 @@ def test_one_copy_at_a_monitored_step_and_none_at_others(
     monkeypatch.setattr(gate_monitor, "to_host", with_values)
     monitor = GateMonitor(every_n_steps=3)
     mode = FakeTensorMode(allow_non_fake_inputs=True)  # for constants
-    monitor._recent_ages = mode.from_tensor(monitor._recent_ages)
+    state = monitor.state_dict()
+    monitor.load_state_dict({**state, "recent_ages": mode.from_tensor(state["recent_ages"])})
     for trace in [trace for parts in kept.steps.values() for trace in parts]:
         position = len(copies) % 2
         step = trace.step + position
@@ -457,7 +445,7 @@ def test_one_copy_at_a_monitored_step_and_none_at_others(
         copies.append(num_copies - before)
 
     assert copies == [0, 0, 0, 0, 0, 1]
-    assert monitor._history.steps == [3]
+    assert monitor.state_dict()["history"]["steps"] == [3]
 
 
 def test_tensors_without_values_notice_who_reads_them() -> None:

@@ -25,7 +25,7 @@ from tests.toy_run import STUDENT, Run
 
 
 def test_generate_samples_as_opdlab_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # With transformers' loop, which draws random numbers in the same order as the exported model.
+    # With transformers' loop, which draws random numbers in the same order as the exported model; no option selects it.
     monkeypatch.setattr("opdlab.policies.sampler.uses_own_loop", lambda model: False)
     model = LanguageModel(STUDENT)
     model.stop_ids = [1, 12]  # the tokenizer's, and one of a generation config
@@ -81,7 +81,7 @@ def test_a_run_leaves_a_card_with_its_figures(tmp_path: Path, monkeypatch: pytes
     assert re.search(r"\| gate \| SpanGate.*tau=2\.5.*\|", text)
     assert re.search(r"\| objective \| TeacherTopK\\\(k=32\\\) \|", text)
     assert "| optimizer steps | 1 |" in text
-    assert re.search(r"\| figure \| before \| after \| teacher \|", text)
+    assert re.search(r"\| metric \| before \| after \| teacher \|", text)
     assert re.search(r"\| toy/pass\\@8 (\| \d\.\d{3} ± \d\.\d{3} ){3}\|", text)
     assert json.loads((folder / "generation_config.json").read_text())["max_new_tokens"] == 8
     run_config = (folder.parent / "config.yaml").read_text()
@@ -112,27 +112,18 @@ def test_long_text_is_cut_and_ids_are_told_from_folders(tmp_path: Path, monkeypa
     assert "base_model: Qwen/Qwen3-1.7B-Base\n" in model_card("x", record).content
 
 
-class FakeHub:
-    """Records what is uploaded; the network is not ours to test."""
-
-    calls: list[tuple[str, dict[str, Any]]]
-
-    def create_repo(self, repo_id: str, **options: Any) -> None:
-        self.calls.append(("create", {"repo_id": repo_id, **options}))
-
-    def upload_folder(self, **options: Any) -> None:
-        self.calls.append(("upload", options))
-
-
 def test_push_uploads_the_folder_then_the_cards_figures(
     make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[str, dict[str, Any]]] = []
-    monkeypatch.setattr(FakeHub, "calls", calls, raising=False)
-    monkeypatch.setattr("opdlab.callbacks.hf_export.HfApi", FakeHub)
+    # The network is not ours to test: keep what would be uploaded.
+    for name in ("create_repo", "upload_folder"):
+        monkeypatch.setattr(
+            huggingface_hub.HfApi, name, lambda self, name=name, **options: calls.append((name, options))
+        )
     run = make_run(callbacks=(HFExport(str(tmp_path / "out"), push_to_hub="me/student"), EvaluationTable()))
     trainer = run.fit(1)
-    assert [name for name, _ in calls] == ["create", "upload"]
+    assert [name for name, _ in calls] == ["create_repo", "upload_folder"]
     assert calls[0][1] == {"repo_id": "me/student", "private": True, "exist_ok": True}
     assert calls[1][1]["folder_path"] == tmp_path / "out"
     assert calls[1][1]["allow_patterns"] is None

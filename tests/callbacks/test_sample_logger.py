@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from opdlab.callbacks import GateMonitor, SampleLogger, sample_logger
+from opdlab.callbacks import GateMonitor, SampleLogger
 from opdlab.diagnostics import StepTrace
 from opdlab.errors import UsageError
 from opdlab.gating import DriftGate, GateInputs
@@ -157,9 +157,16 @@ def test_a_step_of_which_every_token_is_left_out_has_no_page(make_run: MakeRun, 
     assert not list(tmp_path.rglob("*.html"))
 
 
-def test_problems_that_are_not_known_are_left_out(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_logger, "_problems", lambda trainer: ())
-    trainer = make_run(callbacks=(SampleLogger(every_n_steps=1),)).fit(1)
+class WithoutProblems(SampleLogger):
+    """A logger whose data module no longer knows its problems."""
+
+    def on_step(self, trainer: Any, pl_module: pl.LightningModule, traces: Sequence[StepTrace]) -> None:
+        trainer.datamodule.train_prompts = None
+        super().on_step(trainer, pl_module, traces)
+
+
+def test_problems_that_are_not_known_are_left_out(make_run: MakeRun) -> None:
+    trainer = make_run(callbacks=(WithoutProblems(every_n_steps=1),)).fit(1)
     assert trainer.log_dir is not None
     shown = page_data(Path(trainer.log_dir) / "rollouts/step-000001.html")["rollouts"]
     assert [rollout["gold"] for rollout in shown] == [None] * len(shown)

@@ -1,5 +1,6 @@
 """``opdlab fit`` through the command line, in this process."""
 
+import csv
 import os
 import re
 import signal
@@ -17,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from opdlab.cli import EXIT_USAGE, main
 from opdlab.cli.commands import COMMANDS
 from opdlab.diagnostics import find_metric, metric_rows
-from opdlab.policies import Sampler
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -206,15 +206,15 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
 
 
 def test_training_problems_are_read_before_anything_takes_long(
-    opdlab: Opdlab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Sampler, "sample", None)  # sampling fails with a traceback
+    stops = _stopper(tmp_path, "on_validation_start", "SIGINT")  # an evaluation would end with another exit code
     (tmp_path / "problems.jsonl").write_text('{"problem": "1 + 1", "answer": "2"}')
     source = {"class_path": "opdlab.data.JsonlProblems", "init_args": {"path": "problems.jsonl"}}
     (tmp_path / "broken.yaml").write_text(yaml.dump({"data": {"train": source}}))
-    assert opdlab("-c", "broken.yaml") == EXIT_USAGE
+    assert opdlab("-c", "broken.yaml", stops) == EXIT_USAGE
     assert "there are only 1 prompts" in capsys.readouterr().err
-    assert opdlab("--data.reuse.prompts_per_pool", "12") == EXIT_USAGE
+    assert opdlab("--data.reuse.prompts_per_pool", "12", stops) == EXIT_USAGE
     assert "there are only 8 prompts" in capsys.readouterr().err
 
 
@@ -304,7 +304,7 @@ def test_sigterm_is_left_to_lightning_under_slurm(monkeypatch: pytest.MonkeyPatc
         inside.append(signal.getsignal(signal.SIGTERM))
         return 0
 
-    monkeypatch.setitem(COMMANDS, "look", look)
+    monkeypatch.setitem(COMMANDS, "look", look)  # a command that sees the handlers while it runs
     assert main(["look"]) == 0
     assert (inside == [before]) is slurm
     assert signal.getsignal(signal.SIGTERM) is before
@@ -324,5 +324,10 @@ def test_a_resumed_curve_does_not_run_backwards(opdlab: Opdlab, tmp_path: Path) 
     assert opdlab(*quick, "--trainer.max_steps", "6", "--ckpt_path", str(folder / "checkpoints/step-2.ckpt")) == 0
     events = EventAccumulator(str(folder))
     events.Reload()
-    steps = [event.step for event in events.Scalars("train/loss")]
-    assert steps == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("val/toy/pass@1")] == [0, 6]
+    with (folder / "metrics.csv").open() as file:
+        rows = {int(row["step"]): row for row in csv.DictReader(file)}
+    assert list(rows) == [0, 1, 2, 3, 4, 5, 6]
+    losses = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert {step: float(row["train/loss"]) for step, row in rows.items() if step} == pytest.approx(losses)

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
+from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
@@ -13,7 +14,6 @@ from tensorboard.context import RequestContext
 from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2, backend_context, get_experiment, list_session_groups
 
-from opdlab.callbacks import BehaviorRefresh
 from opdlab.cli import main
 from tests.cli.test_fit import SMALL
 
@@ -138,17 +138,19 @@ def test_the_columns_do_not_depend_on_the_run(fit: Fit) -> None:
     assert columns[0] == columns[1]
 
 
-def test_the_tab_is_filled_while_the_run_goes_on(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Tab] = []
-    refresh = BehaviorRefresh.on_train_batch_end
+class Look(Callback):
+    """Reads the tab after each training step."""
 
-    def look_and_refresh(*args: Any) -> None:
-        seen.append(Tab())
-        refresh(*args)
+    seen: ClassVar[list[Tab]] = []
 
-    monkeypatch.setattr(BehaviorRefresh, "on_train_batch_end", look_and_refresh)
-    assert fit("--trainer.max_steps", "1") == 0
-    (tab,) = seen
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seen.append(Tab())
+
+
+def test_the_tab_is_filled_while_the_run_goes_on(fit: Fit) -> None:
+    Look.seen.clear()
+    assert fit("--trainer.max_steps", "1", f"--trainer.callbacks+={__name__}.Look") == 0
+    (tab,) = Look.seen
     assert tab.values["version_0"]["gate"] == "block64"
     assert tab.metrics["version_0"]["val/mean/pass@2"] == scalars("version_0", "val/mean/pass@2")[0]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from opdlab.data import Benchmark, CleaningAccount, CleaningConfig, DapoMath17k, JsonlProblems, Problem
+from opdlab.data import Benchmark, CleaningConfig, CleaningReport, DapoMath17k, JsonlProblems, Problem
 from opdlab.data.cleaning import clean
 from opdlab.data.overlap import BenchmarkIndex, ngram_hashes, normalized
 from opdlab.errors import UsageError
@@ -26,7 +26,7 @@ def rows(*pairs: tuple[str, str | None]) -> list[Problem]:
     return [Problem(str(i), text, gold) for i, (text, gold) in enumerate(pairs)]
 
 
-def cleaned(problems: Iterable[Problem], **options: Any) -> tuple[str, CleaningAccount]:
+def cleaned(problems: Iterable[Problem], **options: Any) -> tuple[str, CleaningReport]:
     benchmarks = options.pop("benchmarks", {})
     left, account = clean(problems, CleaningConfig(**options), benchmarks)
     return "".join(problem.id for problem in left), account
@@ -42,7 +42,7 @@ def words(start: int, stop: int) -> str:
 )
 def test_texts_that_are_the_same(one: str, other: str) -> None:
     assert normalized(one) == normalized(other)
-    assert cleaned(rows((one, "1"), (other, "1"))) == ("0", CleaningAccount(2, duplicate=1))
+    assert cleaned(rows((one, "1"), (other, "1"))) == ("0", CleaningReport(2, duplicate=1))
 
 
 @pytest.mark.parametrize(("one", "other"), [("a + b", "a - b"), ("1 12", "11 2"), ("x", "x."), ("$x_1$", "$x_{1}$")])
@@ -52,10 +52,10 @@ def test_texts_that_are_not_the_same(one: str, other: str) -> None:
 
 def test_every_row_of_a_conflicting_text_goes_even_its_repeats() -> None:
     problems = rows(("a", "1"), ("b", "1"), ("A", "1"), ("a ", "2"), ("b", " 1 "), ("a", "1"), ("c", None), ("c", None))
-    assert cleaned(problems) == ("16", CleaningAccount(8, conflicting=4, duplicate=2))
-    assert cleaned(problems, drop_conflicting=False) == ("016", CleaningAccount(8, duplicate=5))
-    assert cleaned(problems, deduplicate=False) == ("1467", CleaningAccount(8, conflicting=4))
-    assert cleaned(problems, deduplicate=False, drop_conflicting=False) == ("01234567", CleaningAccount(8))
+    assert cleaned(problems) == ("16", CleaningReport(8, conflicting=4, duplicate=2))
+    assert cleaned(problems, drop_conflicting=False) == ("016", CleaningReport(8, duplicate=5))
+    assert cleaned(problems, deduplicate=False) == ("1467", CleaningReport(8, conflicting=4))
+    assert cleaned(problems, deduplicate=False, drop_conflicting=False) == ("01234567", CleaningReport(8))
 
 
 def test_a_gold_beside_none_is_a_conflict() -> None:
@@ -66,9 +66,9 @@ def test_exact_problems_of_a_benchmark() -> None:
     benchmarks = {"first": ["One?", "Two?"], "second": ["two?", "Three?"]}
     left, account = cleaned(rows(("one?", "1"), ("TWO?", "2"), ("three?", "3"), ("Four?", "4")), benchmarks=benchmarks)
     assert left == "3"
-    assert account == CleaningAccount(4, exact={"first": 2, "second": 1}, by_ngrams={"first": 0, "second": 0})
+    assert account == CleaningReport(4, exact={"first": 2, "second": 1}, by_ngrams={"first": 0, "second": 0})
     assert account.contaminated == 3
-    assert cleaned(rows(("one?", "1")), benchmarks=benchmarks, decontaminate=False) == ("0", CleaningAccount(1))
+    assert cleaned(rows(("one?", "1")), benchmarks=benchmarks, decontaminate=False) == ("0", CleaningReport(1))
 
 
 def test_the_steps_come_in_the_order_that_is_stated() -> None:
@@ -162,7 +162,7 @@ def test_rejected_rows_are_not_held() -> None:
             yield problem
             assert i % 500 or sum(ref() is not None for ref in alive) <= 4
 
-    assert cleaned(repeating())[1] == CleaningAccount(2_000, duplicate=1_997)
+    assert cleaned(repeating())[1] == CleaningReport(2_000, duplicate=1_997)
 
 
 @pytest.mark.parametrize(("key", "value"), [("ngram", 0), ("overlap", -0.1), ("overlap", 1.5), ("boilerplate", 0)])
@@ -189,7 +189,7 @@ def test_dapo_against_the_papers_benchmarks() -> None:
     path = REAL_DATA / "dapo_math_17k.jsonl"
     read = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     left, account = clean(DapoMath17k(str(path)).problems(), CleaningConfig(), paper_benchmarks())
-    assert account == CleaningAccount(
+    assert account == CleaningReport(
         17255,
         duplicate=70,
         exact={"aime24": 0, "aime25": 0, "math500": 4, "amc23": 5},
@@ -226,7 +226,6 @@ def test_dapos_conflicts() -> None:
 def test_ngrams_of_short_texts() -> None:
     assert ngram_hashes(words(0, 12), 13) == set()
     assert len(ngram_hashes(words(0, 13), 13)) == 1
-    index = BenchmarkIndex()
-    index.add({"b": [words(0, 5)]})
+    index = BenchmarkIndex({"b": [words(0, 5)]})
     assert index.look_up(words(0, 4)) is None
     assert index.look_up(words(0, 5)) is not None

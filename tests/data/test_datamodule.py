@@ -2,14 +2,14 @@
 
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import yaml
 
 from opdlab.cli import EXIT_USAGE, main
-from opdlab.data import Benchmark, CleaningAccount, CleaningConfig, JsonlProblems, PromptDataModule
+from opdlab.data import Benchmark, CleaningConfig, CleaningReport, JsonlProblems, PromptDataModule
 from opdlab.errors import UsageError
 from opdlab.toy import chain_tokenizer
 
@@ -39,8 +39,8 @@ def test_the_account_is_printed(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert data.train_prompts is not None
     assert [prompt.problem.text for prompt in data.train_prompts.prompts] == ["1 a+1", "2 a+2"]
     assert [prompt.index for prompt in data.train_prompts.prompts] == [0, 1]
-    account = CleaningAccount(5, duplicate=1, exact={"held_out": 1}, by_ngrams={"held_out": 0}, too_long=1)
-    assert data.cleaning_account == account
+    account = CleaningReport(5, duplicate=1, exact={"held_out": 1}, by_ngrams={"held_out": 0}, too_long=1)
+    assert data.cleaning_report == account
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("train")]
     assert lines == [
         f"train: problems from {tmp_path}/train.jsonl: 5 read, 0 conflicting, 1 duplicate, 1 contaminated "
@@ -92,7 +92,6 @@ def test_bad_benchmarks_on_the_command_line(
     words: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["opdlab"])
     write(tmp_path / "rows.jsonl", "86 a+7")
     source = {"class_path": "opdlab.data.Benchmark", "init_args": options}
     (tmp_path / "mine.yaml").write_text(yaml.dump({"data": {"benchmarks": {"mine": source}}}))
@@ -107,7 +106,6 @@ def test_the_shipped_pieces_stack(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["opdlab"])
     pieces = ["-c", "quickstart", "-c", "data/dapo_math_17k", "-c", "benchmarks/paper"]
     with pytest.raises(SystemExit) as stopped:
         main(["fit", *pieces, "--data.benchmarks.amc23.path", "amc23.jsonl", "--print_config"])
@@ -127,8 +125,8 @@ def test_the_shipped_pieces_stack(
 def test_fewer_problems_than_processes(tmp_path: Path) -> None:
     data = make(tmp_path, "1 a+1")
     prepare(data, training=False)
-    data.trainer = SimpleNamespace(world_size=3)  # type: ignore[assignment]
+    data.trainer = pl.Trainer(accelerator="cpu", devices=3, strategy="ddp", logger=False, default_root_dir=tmp_path)
     with pytest.raises(UsageError, match=r"data.benchmarks.held_out has 2 problems for 3 processes: give fewer"):
         data.val_dataloader()
-    data.trainer.world_size = 1  # type: ignore[union-attr,misc]
+    data.trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, default_root_dir=tmp_path)
     assert len(data.val_dataloader()) == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from opdlab.data import ChatTemplate, JsonlProblems, Problem, ProblemSource, RawTemplate, prompt_set
@@ -70,6 +71,14 @@ def test_other_fields(tmp_path: Path) -> None:
     assert first == Problem("0", "1 a+1", None)
     assert (second.text, second.answer) == ("2 a+2", None)
     assert read(path, answer_field="final", limit=1, **options)[0].answer == "2"
+
+
+def test_a_verifier_needs_gold_answers(file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UsageError, match="answer_field is null, but verifier needs gold answers: .* verifier to null"):
+        JsonlProblems(str(file), answer_field=None, verifier=BoxedVerifier())
+    with pytest.raises(UsageError, match="problem '0' of the list has no gold answer, which the source's verifier"):
+        prompt_set(Listed(["1 a+1"], verifier=BoxedVerifier()), tokenizer, 99)
+    assert len(prompt_set(Listed(["1 a+1"]), tokenizer, 99)) == 1
 
 
 def test_rows_without_an_id_are_named_by_their_text(tmp_path: Path) -> None:
@@ -197,14 +206,12 @@ def test_prompt_set(tokenizer: PreTrainedTokenizerFast) -> None:
     assert prompts.verifier is verifier
 
 
-def test_tokenizing_some_at_a_time_changes_nothing(
-    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = Listed(["1", "12345", "12", "123", "1", "12345", "7"])
-    at_once = prompt_set(source, tokenizer, max_prompt_tokens=3)
-    monkeypatch.setattr("opdlab.data.prompts._CHUNK", 2)
-    assert prompt_set(source, tokenizer, max_prompt_tokens=3) == at_once
-    assert (len(at_once), at_once.num_too_long) == (5, 2)
+def test_many_prompts_are_those_of_one_call(tokenizer: PreTrainedTokenizerFast) -> None:
+    source = Listed(["1", "12345", "12", "123", "1", "12345", "7"] * 400)  # more than are tokenized at a time
+    many = prompt_set(source, tokenizer, max_prompt_tokens=3)
+    at_once = RawTemplate().tokenize(source.texts, tokenizer)
+    assert [list(prompt.tokens) for prompt in many.prompts] == [row for row in at_once if len(row) <= 3]
+    assert (len(many), many.num_too_long) == (2_000, 800)
     some = prompt_set(source, tokenizer, 3, problems=iter(source.problems()[2:4]))
     assert [prompt.problem.text for prompt in some.prompts] == ["12", "123"]
 
@@ -245,3 +252,35 @@ def test_real_files(name: str, num_rows: int) -> None:
     assert len({problem.id for problem in problems}) == num_rows
     assert all(problem.text and problem.answer for problem in problems)
     assert problems[0].text == json.loads(path.read_text(encoding="utf-8").split("\n", 1)[0])["problem"]
+
+
+def with_special(single: str, **special: str) -> PreTrainedTokenizerFast:
+    """The toy tokenizer with a template of the special tokens that it adds to a text."""
+    tokenizer = chain_tokenizer()
+    tokenizer.add_special_tokens(special)
+    names = [name for name in single.split() if name != "$A"]
+    ids = [(name, tokenizer.convert_tokens_to_ids(name)) for name in names]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=ids)
+    return tokenizer
+
+
+def test_a_stop_token_that_the_tokenizer_appends_is_left_out() -> None:
+    plain = chain_tokenizer()
+    texts = ["86 a+7", "1 a+1", ""]
+    wanted = plain(texts)["input_ids"]
+    assert RawTemplate().tokenize(texts, with_special("$A <eos>")) == wanted
+    start = with_special("<bos> $A <eos>", bos_token="<bos>")
+    assert RawTemplate().tokenize(texts, start) == [[38, *tokens] for tokens in wanted]
+    # The user's own is kept.
+    assert RawTemplate(suffix="<eos>").tokenize(["86 a+7"], plain) == [[*wanted[0], 1]]
+
+
+def test_a_prompt_has_one_bos() -> None:
+    tokenizer = with_special("<bos> $A", bos_token="<bos>")
+    wanted = (38, *chain_tokenizer()("86 a+7")["input_ids"])
+    for template in (RawTemplate(), RawTemplate(prefix="<bos>")):
+        (prompt,) = prompt_set(Listed(["86 a+7"], template=template), tokenizer, 100).prompts
+        assert prompt.tokens == wanted
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (prompt,) = prompt_set(Listed(["<bos>86 a+7"], template=ChatTemplate()), tokenizer, 100).prompts
+    assert prompt.tokens == wanted

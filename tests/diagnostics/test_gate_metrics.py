@@ -7,8 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from opdlab.diagnostics.age_metrics import MAX_AGES, add_to_age_table, age_scalars, new_age_table, read_ages
-from opdlab.diagnostics.block_history import BlockHistory
 from opdlab.diagnostics.gate_metrics import (
     WEIGHT_BINS,
     GateMetrics,
@@ -17,11 +15,17 @@ from opdlab.diagnostics.gate_metrics import (
     gradient_effect,
     loss_effect,
     read_gates,
-    step_positions,
-    to_host,
 )
 from opdlab.diagnostics.histograms import Binning, Histogram, bin_rows, read_histograms
-from opdlab.diagnostics.trace import StepTrace
+from opdlab.diagnostics.run_history import (
+    MAX_AGES,
+    BlockHistory,
+    add_to_age_table,
+    age_scalars,
+    new_age_table,
+    read_ages,
+)
+from opdlab.diagnostics.trace import StepTrace, to_host
 from opdlab.gating import build_gate
 from opdlab.objectives import Objective, Reduction, SampledTokenOPD, TeacherTopK, reduce_losses
 from opdlab.training import join_gate_inputs, split_gates
@@ -41,7 +45,7 @@ def traced(
 
 
 def metrics_of(traces: list[StepTrace], max_blocks: int = 64) -> GateMetrics:
-    return read_gates(to_host(gate_tensors(step_positions(traces), max_blocks)))
+    return read_gates(to_host(gate_tensors(traces, max_blocks)))
 
 
 def joined(traces: list[StepTrace], *path: str) -> np.ndarray:
@@ -208,10 +212,10 @@ def test_ages_are_means_over_positions() -> None:
         assert scalars[f"{family}/drift/{place}"] == pytest.approx(drift.mean())
         assert scalars[f"{family}/weight_mean/{place}"] == pytest.approx(weights.mean())
         assert scalars[f"{family}/weight_std/{place}"] == pytest.approx(weights.std())
-    by_age, by_epoch = read_ages(table)
-    assert by_age.ages == [0, 2, 63]
-    assert by_epoch.ages == [0, 1, 15]
-    assert by_age.num_positions == [21, 42, 21]
+    ages = read_ages(table)
+    assert ages["age"].ages == [0, 2, 63]
+    assert ages["reuse_epoch"].ages == [0, 1, 15]
+    assert ages["age"].num_positions == [21, 42, 21]
 
 
 def test_small_spread_of_weights_is_not_lost() -> None:

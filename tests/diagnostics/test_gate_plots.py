@@ -9,8 +9,8 @@ import torch
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
-from opdlab.diagnostics.age_metrics import AgeMetrics
 from opdlab.diagnostics.gate_plots import block_heat_map, by_age, render
+from opdlab.diagnostics.run_history import AgeMetrics
 
 
 def mesh_of(figure: Figure) -> QuadMesh:

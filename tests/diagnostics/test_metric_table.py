@@ -107,7 +107,7 @@ def test_other_names_have_no_row(name: str) -> None:
 
 @pytest.fixture
 def own_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forget what a test registers."""
+    """Forget what a test registers: the table belongs to the process, and no row can be taken out of it."""
     monkeypatch.setattr(metric_table, "_TABLE", dict(metric_table._TABLE))
 
 

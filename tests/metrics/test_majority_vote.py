@@ -48,6 +48,14 @@ def test_no_answer_is_no_vote() -> None:
     assert vote([None, None]) == 0
 
 
+def test_without_any_extracted_answer_there_is_no_vote_to_show() -> None:
+    metric = MajorityVote()
+    metric.update([[None, None]], torch.tensor([[False, False]]))
+    assert metric.compute().isnan()
+    metric.update([["7", None]], torch.tensor([[True, False]]))
+    assert metric.compute() == 0.5
+
+
 def test_white_space_does_not_split_votes() -> None:
     correct = torch.tensor([[True, True, False, False, False]])
     assert majority_vote([["7", " 7 ", "1", "2", "3"]], correct).item() == 1

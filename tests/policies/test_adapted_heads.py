@@ -241,6 +241,7 @@ def test_the_head_is_compared_with_the_adapter_on(llama: Path, tmp_path: Path, m
     LanguageModel(str(tmp_path))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert set(config["target_modules"]) == {"q_proj", "lm_head"}
+    # A mistake of opdlab's own, which only a patch can make.
     monkeypatch.setattr("opdlab.policies.language_model.low_rank_of", lambda layer: None)
     with pytest.raises(UsageError, match="changes its logits in a way that opdlab does not know"):
         LanguageModel(str(tmp_path))

@@ -35,6 +35,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return run
 
     torch.compiler.reset()
+    # There is no option for another backend, and inductor needs a compiler and minutes.
     monkeypatch.setattr("opdlab.policies.compiling._BACKEND", backend)
     return calls
 

@@ -223,7 +223,8 @@ def test_the_batch_size_bounds_the_rows(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_rows_that_are_done_neither_go_on_nor_widen_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Columns stay long here, beside rows that entered later. Absolute positions, exactly as many as are needed.
+    # Columns stay long here, beside rows that entered later; with the constants' own values they seldom do.
+    # Absolute positions, exactly as many as are needed.
     monkeypatch.setattr(decoding, "LEAVE_SHARE", 0.9)
     monkeypatch.setattr(decoding, "ENTER_SHARE", 0.9)
     config = GPT2Config(**IDS, vocab_size=38, n_embd=32, n_layer=2, n_head=4, n_positions=7 + 20 - 1)
@@ -235,7 +236,7 @@ def test_rows_that_are_done_neither_go_on_nor_widen_the_cache(monkeypatch: pytes
 
 
 def test_looks_are_rarer_where_they_make_the_host_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Sampling continues for a few tokens after a stop; none of them is returned.
+    # Sampling continues for a few tokens after a stop; none of them is returned. Only a GPU is looked at more rarely.
     model = random_model(CONFIGS["llama"]())
     each = decode(model, PROMPTS, 2, 3, temperature=1e-6, max_new_tokens=11)
     monkeypatch.setattr(decoding, "look_every", lambda device: 4)
@@ -320,6 +321,5 @@ def test_draw_at_the_ends_of_the_interval(number: float, expected: int, monkeypa
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_draw_refuses_what_is_no_distribution(bad: float) -> None:
-    with pytest.raises(RuntimeError, match="NaN or infinite"):
-        draw(torch.tensor([[0.5, bad]]))
+def test_draw_marks_what_is_no_distribution(bad: float) -> None:
+    assert draw(torch.tensor([[0.5, bad], [0.0, 1.0], [bad, 0.5]])).tolist() == [-1, 1, -1]

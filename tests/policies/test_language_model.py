@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from transformers import GPT2Config, OPTConfig, Qwen3Config
 
 from opdlab.errors import UsageError
 from opdlab.policies import LanguageModel
-from opdlab.policies.passes import length_groups
 from opdlab.toy import chain_tokenizer
 from opdlab.types import Rollouts
 from tests.policies.tiny_models import COMMON, CONFIGS, IDS, rollouts, save_random
@@ -39,12 +38,17 @@ def refusal(path: Path | str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("overhead", [0, 2, 10_000])  # every length alone, some together, one pass
-def test_scores_in_groups_of_similar_length(qwen3: Path, monkeypatch: pytest.MonkeyPatch, overhead: int) -> None:
+@pytest.mark.parametrize(("longest", "shapes"), [(1, [(3, 9)]), (1300, [(1, 1308), (2, 8)])])
+def test_scores_in_groups_of_similar_length(qwen3: Path, longest: int, shapes: list[tuple[int, int]]) -> None:
     model, batch = LanguageModel(str(qwen3)), rollouts()
     batch.mask[0, 4:] = False  # so that the longest is not the first
     batch.mask[1] = False  # no token of it is scored
     batch.mask[3, 2] = False  # a hole: attended to, but not scored
+    tokens = torch.randint(3, 38, (4, max(longest, 7)), generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros(tokens.shape, dtype=torch.bool)
+    tokens[:, :7], mask[:, :7] = batch.tokens, batch.mask
+    mask[2, :longest] = True
+    batch = replace(batch, tokens=tokens, mask=mask, behavior_logprobs=torch.zeros(tokens.shape))
     passes: list[tuple[int, ...]] = []
     model.model.base_model.register_forward_pre_hook(
         lambda _, __, inputs: passes.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
@@ -53,19 +57,19 @@ def test_scores_in_groups_of_similar_length(qwen3: Path, monkeypatch: pytest.Mon
     def gradients() -> tuple[Tensor, Any]:
         scored = model.score(batch)
         logprobs = scored.padded(scored.statistics().logprobs)
-        return logprobs, torch.autograd.grad((logprobs * torch.arange(7)).sum(), list(model.parameters()))
+        weights = torch.arange(logprobs.shape[1]) % 7
+        return logprobs, torch.autograd.grad((logprobs * weights).sum(), list(model.parameters()))
 
     model.group_lengths = False
     whole, expected = gradients()
     model.group_lengths = True
-    monkeypatch.setattr("opdlab.policies.language_model.length_groups", partial(length_groups, overhead=overhead))
     passes.clear()
     ours, found = gradients()
-    # Prompts of 5, 2, 9, 1 and responses of 4, 0, 1, 6 tokens; the last one is not an input.
-    assert passes == {0: [(1, 9), (1, 8), (1, 6)], 2: [(2, 9), (1, 6)], 10_000: [(3, 9)]}[overhead]
+    # Prompts of 5, 2, 9, 1 and responses of 4, 0, `longest`, 6 tokens; the last one is not an input.
+    assert passes == shapes
     torch.testing.assert_close(ours, whole, rtol=0, atol=1e-5)
     for gradient, wanted in zip(found, expected, strict=True):
-        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5 * longest)
 
 
 def test_nothing_to_score(qwen3: Path) -> None:

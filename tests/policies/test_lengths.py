@@ -67,7 +67,3 @@ def test_what_is_kept_fits_and_is_the_most_expensive(bound: int) -> None:
         assert len(kept) == 1 or sum(costs[number] for number in kept) <= bound
         left = bound - sum(costs[number] for number in kept)
         assert all(costs[number] > left for number in order[:again])  # no more could have been kept
-
-
-def test_without_a_bound_all_is_kept_in_its_order() -> None:
-    assert recomputed_first([3, 1, 2], None) == ([0, 1, 2], 0)

@@ -188,7 +188,8 @@ def test_the_snapshot_samples_the_same() -> None:
     student = LanguageModel(STUDENT)
     expected = BehaviorPolicy(student, SAMPLING).sample(PROMPTS, [0, 1, 2], seed=3).state_dict()
     behavior = BehaviorPolicy(student, SAMPLING, offload=True)
-    behavior._device = CUDA  # where moving the module would put it
+    # Where moving the module would put it: the device of a pretended copy is the CPU.
+    behavior._device = CUDA
     with PretendedDevice() as device:
         ours = behavior.sample(PROMPTS, [0, 1, 2], seed=3).state_dict()
         assert len(device.sent) == len([*behavior.policy.parameters(), *behavior.policy.buffers()])
@@ -204,7 +205,7 @@ def test_moving_the_module_moves_where_the_snapshot_works() -> None:
     module = nn.ModuleDict({"behavior": behavior})  # Lightning moves the whole module
     before = storages(behavior.policy)
     module.to("meta")
-    assert behavior._device.type == "meta"
+    assert behavior._device.type == "meta"  # where it would sample, which a meta device cannot
     assert behavior.step.is_meta
     assert storages(behavior.policy) == before
     module.to(torch.bfloat16)

@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from transformers import JambaConfig, Lfm2Config
+from transformers import AttentionInterface, AttentionMaskInterface, JambaConfig, Lfm2Config
 from transformers.integrations.flex_attention import WrappedFlexAttention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from opdlab.gating import build_gate
 from opdlab.objectives import Objective, SampledTokenOPD, TeacherTopK, loss_shares, reduce_losses
 from opdlab.policies import AdapterConfig, LanguageModel, Scored
 from opdlab.policies.packing import attention_may_pack, keeps_packed_rows_apart
-from opdlab.policies.passes import Pass
 from opdlab.training import gate_inputs
 from opdlab.types import Rollouts, Targets
 from tests.policies.tiny_models import COMMON, CONFIGS, save_random
@@ -112,29 +113,36 @@ def check_equal(ours: list[Tensor], wanted: list[Tensor], tolerance: float) -> N
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance * max(1.0, float(other.abs().max())))
 
 
-def watched(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> list[Call]:
-    """Shapes of the passes that the model takes, and whether they were packed."""
+def watched(model: LanguageModel) -> list[Call]:
+    """Shapes of the passes that the model takes from now on, and whether they are packed."""
     calls: list[Call] = []
-    states = Pass.states
 
-    def counted(one: Pass, base: Any) -> Tensor:
-        if base is model.model.base_model:
-            calls.append((tuple(one.tokens.shape), bool(one.attention)))
-        return states(one, base)
+    def record(_module: Any, _inputs: Any, options: dict[str, Any]) -> None:
+        calls.append((tuple(options["input_ids"].shape), "position_ids" in options))
 
-    # A hook on the model would count the comparison of packed rows too.
-    monkeypatch.setattr(Pass, "states", counted)
+    with torch.no_grad():
+        model.score(random_rollouts(0, rows=2))  # compares packed rows first, which is not recorded
+    model.model.base_model.register_forward_pre_hook(record, with_kwargs=True)
     return calls
 
 
-def force_packing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opdlab.policies.language_model.attention_may_pack", lambda _: True)
+# sdpa masks the tokens of other rows, which flash attention skips; results are the same.
+FLASH_LIKE = ("sdpa_in_place_of_flash", "sdpa_in_place_of_another_flash")
+for _name in FLASH_LIKE:
+    AttentionInterface.register(_name, sdpa_attention_forward)
+    AttentionMaskInterface.register(_name, sdpa_mask)
+
+
+def loaded(folder: str, layout: str, **options: Any) -> LanguageModel:
+    """The model of a folder; with layout "packed" its attention kernel counts as one that skips other rows."""
+    model = LanguageModel(folder, **options)
+    if layout == "packed":
+        model.model.config._attn_implementation = FLASH_LIKE[0]  # by its option, transformers would look for a package
+    return model
 
 
 @pytest.fixture(params=["padded", "packed"])
-def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param == "packed":  # sdpa masks the positions that flash attention skips
-        force_packing(monkeypatch)
+def layout(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
@@ -143,14 +151,17 @@ def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 @pytest.mark.parametrize("kind", EXACT)
 def test_states_and_gradients_are_those_of_a_padded_batch(folders: dict[str, str], kind: str, layout: str) -> None:
-    model = LanguageModel(folders[kind]).double()
+    model = loaded(folders[kind], layout).double()
+    calls = watched(model)
     for seed in range(4):
         batch = random_rollouts(seed)
         wanted = weighted_gradients(model, padded_batch(model, batch))
         for budget in [*BUDGETS, None]:
             model.max_tokens = budget
+            calls.clear()
             check_equal(weighted_gradients(model, model.score(batch)), wanted, EXACT[kind])
-        assert layout == "padded" or (model._packing is not None and model._packing[1])
+            assert calls
+            assert all(packed == (layout == "packed") for _, packed in calls)
 
 
 @pytest.mark.parametrize("objective", [TeacherTopK(k=5), SampledTokenOPD()], ids=["lsm", "sampled"])
@@ -158,7 +169,7 @@ def test_states_and_gradients_are_those_of_a_padded_batch(folders: dict[str, str
 def test_losses_are_those_of_a_padded_batch(
     folders: dict[str, str], objective: Objective, gate: str, layout: str
 ) -> None:
-    model = LanguageModel(folders["qwen3"])  # tied
+    model = loaded(folders["qwen3"], layout)  # tied
     batch = random_rollouts(5)
     wanted = loss_and_gradients(model, padded_batch(model, batch), batch, objective, gate)
     for budget in BUDGETS:
@@ -173,7 +184,8 @@ def test_adapters_and_checkpointed_layers(
     folders: dict[str, str], adapter: AdapterConfig | None, gradient_checkpointing: bool, layout: str
 ) -> None:
     kind = "llama untied"
-    model = LanguageModel(folders[kind], adapter=adapter, gradient_checkpointing=gradient_checkpointing).double()
+    options = {"adapter": adapter, "gradient_checkpointing": gradient_checkpointing}
+    model = loaded(folders[kind], layout, **options).double()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():  # adapters start with zeros, behind which gradients vanish
         for parameter in model.parameters():
@@ -206,11 +218,9 @@ def test_mixed_precision_is_that_of_the_forward_pass_when_computed_again(folders
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_passes_stay_within_the_budget(
-    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch, budget: int, layout: str
-) -> None:
-    model, batch = LanguageModel(folders["qwen3"]), random_rollouts(8)
-    calls = watched(model, monkeypatch)
+def test_passes_stay_within_the_budget(folders: dict[str, str], budget: int, layout: str) -> None:
+    model, batch = loaded(folders["qwen3"], layout), random_rollouts(8)
+    calls = watched(model)
     model.max_tokens = budget
     scored = model.score(batch)
     forward = list(calls)
@@ -254,11 +264,12 @@ def test_activations_of_one_pass_are_held(folders: dict[str, str]) -> None:
 
 
 def test_nothing_is_checkpointed_without_gradient(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    # A call would fail. Without gradients nothing is recomputed, so the results do not show it.
     monkeypatch.setattr("opdlab.policies.passes.checkpoint", None)
     model, batch = LanguageModel(folders["qwen3"]), random_rollouts(8)
     model.max_tokens = 40
     snapshot = model.snapshot()
-    calls = watched(snapshot, monkeypatch)
+    calls = watched(snapshot)
     ((_, scored),) = snapshot.score_in_chunks(batch, len(batch))
     assert len(calls) > 2
     with torch.no_grad():
@@ -283,7 +294,7 @@ def test_rows_are_packed_with_flex_attention(
     )
     monkeypatch.setattr("torch.nn.attention.flex_attention._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     model, batch = LanguageModel(folders[kind], attn_implementation="flex_attention"), random_rollouts(10)
-    calls = watched(model, monkeypatch)
+    calls = watched(model)
     with torch.no_grad():
         wanted = padded_batch(LanguageModel(folders[kind]), batch).hidden
         for budget in (None, 60):
@@ -337,15 +348,13 @@ def flash(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kind", EXACT)
-def test_rows_are_packed_with_flash_attention(
-    folders: dict[str, str], kind: str, flash: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_packed_with_flash_attention(folders: dict[str, str], kind: str, flash: list[list[int]]) -> None:
     model, batch = LanguageModel(folders[kind]).double(), random_rollouts(11)
     wanted = weighted_gradients(model, padded_batch(model, batch))
     model.model.config._attn_implementation = "flash_attention_2"
     for budget in (40, None):
+        calls = watched(model)
         flash.clear()
-        calls = watched(model, monkeypatch)
         model.max_tokens = budget
         check_equal(weighted_gradients(model, model.score(batch)), wanted, EXACT[kind])
         assert all(packed and rows == 1 for (rows, _), packed in calls)
@@ -355,12 +364,9 @@ def test_rows_are_packed_with_flash_attention(
 
 
 @pytest.mark.parametrize("kind", HYBRIDS)
-def test_layers_that_carry_on_into_the_next_row_are_found_out(
-    folders: dict[str, str], kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    force_packing(monkeypatch)
-    model, batch = LanguageModel(folders[kind]), random_rollouts(12)
-    calls = watched(model, monkeypatch)
+def test_layers_that_carry_on_into_the_next_row_are_found_out(folders: dict[str, str], kind: str) -> None:
+    model, batch = loaded(folders[kind], "packed"), random_rollouts(12)
+    calls = watched(model)
     model.max_tokens = 60
     with torch.no_grad():
         hidden = model.score(batch).hidden
@@ -454,19 +460,14 @@ def test_only_kernels_that_skip_other_rows_are_asked_to_pack(folders: dict[str, 
     assert [name for name, packs in allowed.items() if not packs] == ["eager", "sdpa"]
 
 
-def test_rows_are_compared_once_for_each_kernel(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    force_packing(monkeypatch)
-    compared = []
-
-    def compare(model: Any) -> bool:
-        compared.append(model)
-        return keeps_packed_rows_apart(model)
-
-    monkeypatch.setattr("opdlab.policies.language_model.keeps_packed_rows_apart", compare)
-    model, batch = LanguageModel(folders["qwen3"]), random_rollouts(13)
-    for _ in range(2):
+def test_rows_are_compared_once_for_each_kernel(folders: dict[str, str]) -> None:
+    model, batch = loaded(folders["qwen3"], "packed"), random_rollouts(13)
+    calls: list[Any] = []
+    model.model.base_model.register_forward_pre_hook(lambda *inputs: calls.append(inputs))
+    passes = []
+    for kernel in (FLASH_LIKE[0], FLASH_LIKE[0], FLASH_LIKE[1], FLASH_LIKE[1]):
+        model.model.config._attn_implementation = kernel
+        calls.clear()
         model.score(batch)
-    assert len(compared) == 1
-    model.model.set_attn_implementation("eager")
-    model.score(batch)
-    assert len(compared) == 2
+        passes.append(len(calls))
+    assert passes == [6, 1, 6, 1]  # five passes compare

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, MambaConfig, Qwen3ForCausalLM
+from transformers import GenerationConfig, GenerationMixin, MambaConfig, Qwen3ForCausalLM
 
 from opdlab.errors import UsageError
-from opdlab.policies import LanguageModel, Sampler, Samples, SamplingConfig, sampler
+from opdlab.policies import LanguageModel, Sampler, SamplingConfig
 from opdlab.toy import chain_tokenizer
 from opdlab.toy.make_models import toy_config
-from opdlab.types import StopReason
+from opdlab.types import Rollouts, StopReason
 from tests.policies.tiny_models import IDS, save_random
 
 PROMPTS = [[5, 9, 3], [7], [4, 4, 8, 12, 3]]
@@ -41,16 +41,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
 
 @pytest.fixture(autouse=True, params=["own loop", "loop of transformers"])
 def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param != "own loop":
-        monkeypatch.setattr(sampler, "uses_own_loop", lambda model: False)
+    def prepare(self: Any, *inputs: Any, **kwargs: Any) -> Any:  # generate looks for this name
+        return GenerationMixin.prepare_inputs_for_generation(self, *inputs, **kwargs)
+
+    if request.param != "own loop":  # which leaves models that prepare their own inputs to transformers
+        monkeypatch.setattr(Qwen3ForCausalLM, "prepare_inputs_for_generation", prepare)
 
 
-def sample(model: LanguageModel, seed: int = 0, prompts: list[list[int]] = PROMPTS, **options: Any) -> Samples:
+def sample(model: LanguageModel, seed: int = 0, prompts: list[list[int]] = PROMPTS, **options: Any) -> Rollouts:
     return Sampler(replace(CONFIG, **options)).sample(model, prompts, seed)
 
 
-def equal(one: Samples, other: Samples) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+def equal(one: Rollouts, other: Rollouts) -> bool:
+    return all(
+        torch.equal(getattr(one, name), getattr(other, name))
+        for name in ("prompt_tokens", "prompt_mask", "tokens", "mask", "stop_reasons")
+    )
 
 
 @torch.no_grad()
@@ -59,7 +65,7 @@ def next_token_probabilities(model: LanguageModel, prompt: list[int], temperatur
     return (logits.double() / temperature).softmax(-1)
 
 
-def frequencies(samples: Samples) -> Tensor:
+def frequencies(samples: Rollouts) -> Tensor:
     return torch.bincount(samples.tokens[:, 0], minlength=38).double() / len(samples.tokens)
 
 
@@ -203,6 +209,7 @@ def test_the_models_own_generation_defaults_are_ignored_and_kept(
 def test_no_token_is_too_unlikely(tmp_path: Path) -> None:
     # From 80 about equally likely tokens; by default transformers samples from the 50 likeliest.
     flat = random_model(tmp_path, spread=0.01, vocab_size=80)
+    flat.vocab_size = 80  # as if each row had a token
     samples = sample(flat, prompts=[[5]], num_samples=2000, max_new_tokens=1, batch_size=2000)
     assert len(set(samples.tokens.flatten().tolist())) == 80
 

@@ -106,7 +106,7 @@ def test_a_gate_that_the_record_cannot_serve_is_named(run: Path, capsys: pytest.
         ("RUN --gates nowhere.Gate", "--gates has 'nowhere.Gate'"),
         ("RUN --statistics rsm", "--statistics has 'rsm'; did you mean 'rms'?"),
         ("RUN --normalizations no", "--normalizations has 'no'"),
-        ("RUN --taus many", "--taus has 'many', which is no number"),
+        ("RUN --taus many", "--taus is many, but must be numbers"),
         ("RUN --taus -1", "--taus is -1.0"),
         ("RUN --steps 3", "--steps has '3', which was not recorded; there are 2, 4"),
         ("RUN --draws 1", "--draws is 1"),

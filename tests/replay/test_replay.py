@@ -15,7 +15,7 @@ from opdlab.callbacks import PoolRecorder
 from opdlab.errors import UsageError
 from opdlab.gating import GateInputs, GateStrategy, RuleGate, build_gate
 from opdlab.objectives import SampledTokenOPD, TeacherTopK
-from opdlab.replay import Grid, RecordedStep, ReplayConfig, Replayer, expand, read_record, record_folders
+from opdlab.replay import Grid, RecordedStep, ReplayConfig, Replayer, Variant, expand, read_record, record_folders
 from opdlab.replay.step_gradients import mixtures, sketch
 from opdlab.replay.steps import PLOTTED_TAUS, Row, effective_sample_size
 from opdlab.rollouts import Rollouts
@@ -123,6 +123,7 @@ def test_fresh_rollouts_that_are_the_recorded_ones_give_the_ungated_gradient(
         seen.append(prompts)
         return joined([batch.rollouts for batch in record.batches] * 2)
 
+    # Sampling is random: this is the only way to get the recorded rollouts again.
     monkeypatch.setattr(run.module.behavior, "sample", same)
     result = replayer(run).replay(record)
     ungated = result.rows[0]
@@ -162,6 +163,7 @@ def test_other_prompts_are_other_prompts(make_run: MakeRun, monkeypatch: pytest.
         asked.append(prompts)
         return sample(prompts, *arguments, **options)
 
+    # The prompts of fresh rollouts appear in no result.
     monkeypatch.setattr(run.module.behavior, "sample", watched)
     result = replayer(run, prompts=prompts, other_prompts=True).replay(record)
     same, others = asked
@@ -185,26 +187,32 @@ class Verdict(RuleGate):
         return torch.ones_like(inputs.drift)
 
 
+def label(variant: Variant) -> str:
+    tau = f"{variant.tau:g}" if isinstance(variant.tau, float) else variant.tau
+    parts = (variant.gate, variant.statistic, variant.normalization, tau and f"tau {tau}")
+    return " ".join(part for part in parts if part)
+
+
 def test_the_grid(make_run: MakeRun) -> None:
     tokenizer = make_run().module.student.tokenizer
     own = build_gate("block64", tau=3.0, rho=0.9)
     variants, skipped = expand(Grid(), own, tokenizer, {"teacher_logprobs", "teacher_entropy", "entropy"})
     assert skipped == {"sign_consistency": "needs correct, which the record does not have"}
-    labels = [variant.label for variant in variants]
+    labels = [label(variant) for variant in variants]
     assert len(set(labels)) == len(labels)
     drifting = [v for v in variants if v.gate == "span"]
     assert len(drifting) == 4 * 4 * 3
-    assert [v.label for v in variants if v.gate == "ratio_mask"] == [
+    assert [label(v) for v in variants if v.gate == "ratio_mask"] == [
         f"ratio_mask {normalization}" for normalization in ("mean", "residual", "clipped", "none")
     ]
-    assert variants[0].label == "none"
+    assert label(variants[0]) == "none"
     (mine,) = [v for v in variants if v.own]  # tau 3 is not in the grid
-    assert mine.label == "block64 signed_mean mean tau 3"
+    assert label(mine) == "block64 signed_mean mean tau 3"
     assert all(v.strategy.normalization.rho == 0.9 for v in variants if v.gate == "block64")
     (paper,) = [v for v in expand(Grid(), build_gate("block64"), tokenizer, ())[0] if v.own]
-    assert paper.label == "block64 signed_mean mean tau 1"
+    assert label(paper) == "block64 signed_mean mean tau 1"
     scheduled, _ = expand(Grid(gates=("token",)), build_gate("token", tau=EffectiveSampleSizeTau(0.5)), tokenizer, ())
-    assert [v.label for v in scheduled if v.own] == ["token signed_mean mean tau schedule"]
+    assert [label(v) for v in scheduled if v.own] == ["token signed_mean mean tau schedule"]
     assert "block" not in {v.gate for v in variants}  # with its default size it is block64
     resized, _ = expand(Grid(), build_gate("block", block_size=48), tokenizer, ())
     assert {repr(v.strategy) for v in resized if v.own} == {repr(build_gate("block", block_size=48))}

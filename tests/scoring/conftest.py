@@ -11,7 +11,7 @@ import opdlab.scoring.head_gradients
 @pytest.fixture(params=[(1, 1), (5, 40), (13, 14 * 13), (4096, 1 << 24)], ids=["logits", "5 x 8", "13 x 14", "whole"])
 def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of one logit each; of some rows and columns with rests; of all rows and some columns; of everything."""
-    rows, logits = request.param
+    rows, logits = request.param  # the constants are for real models: tests would fit into one tile
     monkeypatch.setattr(opdlab.scoring.head, "_MAX_TILE_ROWS", rows)
     monkeypatch.setattr(opdlab.scoring.head, "MAX_TILE_LOGITS", logits)
     monkeypatch.setattr(opdlab.scoring.head_gradients, "MAX_PIECE", logits)

@@ -16,7 +16,6 @@ import opdlab.scoring.head
 from opdlab.scoring import (
     Head,
     LowRank,
-    chosen_logits,
     support_statistics,
     token_statistics,
     topk_with_statistics,
@@ -117,22 +116,14 @@ def test_what_takes_no_gradient_gets_none(trained: str) -> None:
 
 
 @pytest.mark.usefixtures("_tiles")
-@pytest.mark.parametrize("k", [K, 2 * V])
-@pytest.mark.parametrize("options", HEADS, ids=str)
-def test_chosen_logits(options: dict[str, Any], k: int) -> None:
-    model, support = Adapted.make(bias=True), draw(N, k)
-    expected = model.plain(**options).gather(1, support)
-    compare(chosen_logits(model.hidden, model.head(**options), support), expected, model.variables())
-
-
-@pytest.mark.usefixtures("_tiles")
 @pytest.mark.parametrize("vocab_size", [None, 40])
 def test_topk(vocab_size: int | None) -> None:
-    model, targets = Adapted.make(bias=True), draw(N)
+    model, targets = Adapted.make(bias=True), draw(N, high=vocab_size or V)
     options = {"scale": 1.5, "softcap": 6.0, "temperature": 0.9}
-    top, statistics = topk_with_statistics(model.hidden, model.head(**options), targets, K, vocab_size)
-    logits = model.plain(**options)
-    wanted = logits[:, :vocab_size].topk(K)
+    head = model.head(**options, vocab_size=vocab_size)
+    top, statistics = topk_with_statistics(model.hidden, head, targets, K)
+    logits = model.plain(**options)[:, :vocab_size]
+    wanted = logits.topk(K)
     assert torch.equal(top.ids, wanted.indices)
     torch.testing.assert_close(top.logits, wanted.values)
     torch.testing.assert_close(statistics.logprobs, logits.log_softmax(-1)[torch.arange(N), targets])

@@ -103,18 +103,37 @@ def test_second_derivatives_are_refused() -> None:
 @pytest.mark.parametrize("vocab_size", [None, 40])
 def test_topk_with_statistics(vocab_size: int | None) -> None:
     hidden, weight, bias = inputs(bias=True)
-    head, targets = Head(weight, bias, scale=1.5, softcap=6.0, temperature=0.9), draw(N)
-    top, statistics = topk_with_statistics(hidden, head, targets, K, vocab_size)
-    logits = plain_logits(hidden, weight, bias, scale=1.5, softcap=6.0, temperature=0.9)
+    head = Head(weight, bias, scale=1.5, softcap=6.0, temperature=0.9, vocab_size=vocab_size)
+    targets = draw(N, high=vocab_size or V)
+    top, statistics = topk_with_statistics(hidden, head, targets, K)
+    logits = plain_logits(hidden, weight, bias, scale=1.5, softcap=6.0, temperature=0.9)[:, :vocab_size]
     logprobs = logits.log_softmax(-1)
-    wanted = logprobs[:, :vocab_size].topk(K)
+    wanted = logprobs.topk(K)
     assert torch.equal(top.ids, wanted.indices)
-    # A narrowed support does not change the distribution: the normalizer is over all rows of the head.
     torch.testing.assert_close(top.logits - statistics.log_normalizer[:, None], wanted.values)
     torch.testing.assert_close(top.logits, logits.gather(1, wanted.indices))
     torch.testing.assert_close(statistics.logprobs, logprobs[torch.arange(N), targets])
     torch.testing.assert_close(statistics.entropy, torch.distributions.Categorical(logits=logits).entropy())
     assert not top.logits.requires_grad
+
+
+@pytest.mark.usefixtures("_tiles", "_backward")
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_rows_beyond_the_vocabulary_have_no_part(accumulate: bool) -> None:
+    hidden, weight, bias = inputs(bias=True)
+    assert bias is not None
+    targets, support = draw(N, high=40), draw(N, K, high=40)
+
+    def loss(head: Head) -> Tensor:
+        logits, statistics = support_statistics(hidden, head, targets, support)
+        return (logits * statistics.log_normalizer[:, None]).sum() + token_statistics(hidden, head, targets)[0].sum()
+
+    ours = loss(Head(weight, bias, temperature=0.7, vocab_size=40, accumulate_grad=accumulate))
+    plain = loss(Head(weight[:40], bias[:40], temperature=0.7))
+    torch.testing.assert_close(ours, plain)
+    wanted = torch.autograd.grad(plain, [hidden, weight, bias])
+    ours.backward()
+    torch.testing.assert_close([hidden.grad, weight.grad, bias.grad], list(wanted))
 
 
 @pytest.mark.usefixtures("_tiles")

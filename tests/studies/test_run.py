@@ -16,10 +16,11 @@ import pytest
 import torch
 
 from opdlab.cli import EXIT_USAGE
+from opdlab.locks import locked
 from opdlab.records import flat, read_settings
 from opdlab.studies.job import Job, RunSpec
-from opdlab.studies.launch import Cluster, Launcher, RunState
-from opdlab.studies.schema import RunFolder, evaluation_is_complete, locked
+from opdlab.studies.launch import Cluster, Launcher
+from opdlab.studies.schema import RunFolder, evaluation_is_complete
 from tests.studies.tiny import ROOT, WATCH, alive, content, lines, plan, study_run, until, write
 
 # submitit's debug executor closes its log files only at garbage collection.
@@ -152,7 +153,7 @@ def until_gone(pid: int) -> None:
 
 
 def until_beyond(spec: RunSpec, step: int) -> None:
-    until(lambda: spec.run_folder.step > step)
+    until(lambda: spec.step > step)
 
 
 # Checkpoints are written at steps 2 and 4, so the evaluations there are due when a run resumes from them.
@@ -171,19 +172,19 @@ def test_a_run_killed_twice_writes_the_same_lines(
     """Whether the run is killed or its job, which the run must not outlive."""
     for kill in kills:
         monkeypatch.setenv(WATCH, json.dumps(kill))
-        (spec.folder / "watch.json").unlink(missing_ok=True)
+        (spec.path / "watch.json").unlink(missing_ok=True)
         job = start(spec)
         job.join()
-        pids = json.loads((spec.folder / "watch.json").read_text())
+        pids = json.loads((spec.path / "watch.json").read_text())
         assert job.exitcode == (0 if kill[2] == "run" else -signal.SIGKILL)
         until_gone(pids["run"])
-        assert spec.run_folder.record.state == ("failed" if kill[2] == "run" else "unfinished")
-        assert not spec.run_folder.finished
-        assert not (spec.folder / "evaluations").exists()
-        assert spec.run_folder.holder is None
+        assert spec.record.state == ("failed" if kill[2] == "run" else "unfinished")
+        assert not spec.finished
+        assert not (spec.path / "evaluations").exists()
+        assert spec.holder is None
     monkeypatch.delenv(WATCH)
     Job()(spec)
-    assert spec.run_folder.finished, (spec.folder / "log.txt").read_text()
+    assert spec.finished, (spec.path / "log.txt").read_text()
     ours = {file: text for file, text in lines(spec.study).items() if "token/seed-0" in file}
     theirs = {file: text for file, text in lines(whole).items() if "token/seed-0" in file}
     assert ours == theirs
@@ -201,13 +202,13 @@ def test_signals_are_forwarded_and_the_checkpoint_is_waited_for(tmp_path: Path) 
         until_beyond(spec, step)
         os.kill(job.pid, signum)
         job.join()
-        saved = torch.load(spec.folder / "version_0/checkpoints/interrupted.ckpt", weights_only=True)["global_step"]
+        saved = torch.load(spec.path / "version_0/checkpoints/interrupted.ckpt", weights_only=True)["global_step"]
         assert step < saved < 5000
         step = saved
-        assert not (spec.folder / "run.json").exists()
-        assert spec.run_folder.holder is None
+        assert not (spec.path / "run.json").exists()
+        assert spec.holder is None
         name = "Ctrl-C" if signum == signal.SIGINT else signum.name
-        assert f"{name}: finishing this step" in (spec.folder / "log.txt").read_text()
+        assert f"{name}: finishing this step" in (spec.path / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("whom", ["study", "job"])
@@ -238,7 +239,7 @@ def test_a_run_that_somebody_has_is_left_alone_and_waited_for(spec: RunSpec) -> 
     held = FORK.Event()
 
     def hold() -> None:
-        with locked(spec.folder) as mine:
+        with locked(spec.path) as mine:
             assert mine
             held.set()
             time.sleep(60)
@@ -246,20 +247,18 @@ def test_a_run_that_somebody_has_is_left_alone_and_waited_for(spec: RunSpec) -> 
     holder = FORK.Process(target=hold)
     holder.start()
     assert held.wait(60)
-    assert spec.run_folder.holder == {"pid": holder.pid, "host": os.uname().nodename}
+    assert spec.holder == {"pid": holder.pid, "host": os.uname().nodename}
     Job()(spec)  # returns at once
-    assert not (spec.folder / "run.json").exists()
+    assert not (spec.path / "run.json").exists()
     seen: list[str] = []
 
-    class Watcher:
-        def changed(self, run: RunState) -> None:
+    launcher = Launcher([spec], Cluster("debug"), jobs=1)
+    for run in launcher.run():
+        if run is not None:
             seen.append(run.state)
-
-        def tick(self) -> None:
-            if seen == ["running"]:
-                signal.raise_signal(signal.SIGTERM)
-
-    assert Launcher([spec], Cluster("debug"), jobs=1).run(Watcher()) == signal.SIGTERM
+        elif seen == ["running"]:
+            signal.raise_signal(signal.SIGTERM)
+    assert set(launcher.signals) == {signal.SIGTERM}
     assert seen == ["running", "waiting"]
     holder.join()
     assert holder.exitcode == -signal.SIGTERM

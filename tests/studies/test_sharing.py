@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from opdlab.cli import EXIT_USAGE
+from opdlab.studies.plan import take_over
 from opdlab.studies.schema import RUN
-from opdlab.studies.sharing import take_over
 from tests.studies.tiny import lines, plan, study_run, write
 
 NONE = {"name": "none", "overrides": ["--model.gate=none"]}
@@ -86,10 +85,3 @@ def test_nor_is_half_a_run_or_one_of_other_versions(finished: Path, tmp_path: Pa
     assert take_over(wanted.runs(), [finished]) == 0
     samples.write_text(text)
     assert take_over(wanted.runs(), [finished]) == 1
-
-
-def test_a_folder_that_is_no_study(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert study_run(monkeypatch, write(tmp_path), "--share", str(tmp_path)) == EXIT_USAGE
-    assert f"--share has '{tmp_path}', which has no study.yaml" in capsys.readouterr().err

@@ -1,24 +1,22 @@
-"""Comparisons of every variant with its baseline, by metric, benchmark and budget."""
+"""Comparisons of every variant with its baseline, by metric, benchmark and optimizer step."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 
 from opdlab.evaluation.benchmark_metrics import MEAN
-from opdlab.seeds import derive_seed
 from opdlab.studies.report.load import Results
 from opdlab.studies.report.statistics import (
     LEVEL,
+    MIN_SEEDS,
     Array,
-    Estimate,
-    Interval,
-    crossed_bootstrap,
     detectable_difference,
     estimate,
     holm,
-    interval,
+    p_value,
     problem_scores,
     seeds_needed,
 )
@@ -29,190 +27,166 @@ TARGET = 0.05  # the report gives the number of seeds needed to detect this diff
 
 @dataclass(frozen=True)
 class Place:
-    """A metric on a benchmark at a budget.
+    """A metric on a benchmark after a number of optimizer steps.
 
     Args:
-        figure: ``pass@1``, ``pass@8``.
+        metric: ``pass@1``, ``pass@8``.
         benchmark: its name, or ``mean``, the unweighted mean over benchmarks.
-        budget: optimizer steps.
+        step: optimizer steps.
     """
 
-    figure: str
+    metric: str
     benchmark: str
-    budget: int
+    step: int
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A variant against its baseline, on the seeds that both have finished.
+    """A variant against its baseline, on the seeds that both have finished. The fields are columns of a CSV file.
 
     Args:
-        place: metric, benchmark and budget.
+        place: metric, benchmark and step.
         variant: its name.
+        label: its name in the report.
         baseline: name of the variant that it is compared with.
-        num_seeds: pairs of runs.
-        seeds_ahead: pairs in which the variant's metric is higher.
         baseline_mean: mean of the baseline's metric in these pairs.
         variant_mean: mean of the variant's metric in these pairs.
-        found: the difference and its standard error.
-        interval: see :class:`~opdlab.studies.report.statistics.Interval`; within -1 and 1, where differences of rates
-            are, and without ends where runs and problems do not vary.
-        adjusted_p: p after Holm, over the variants at this place.
-        detectable: smallest difference that would be found, after Bonferroni over these variants. Above 1 no difference
-            of rates would be. NaN if it is unknown: with one seed, or if runs and problems do not vary.
-        seeds_needed: pairs with which a difference of 0.05 would be; None: unknown, or problems are what lacks.
+        difference: their difference.
+        low: lower end of the 95% interval, at least -1, since rates differ by 1 at most; NaN where runs and problems
+            do not vary.
+        high: its upper end, at most 1.
+        probability_of_improvement: 1 - p / 2 if the variant is ahead, else p / 2.
+        p: see :func:`~opdlab.studies.report.statistics.p_value`; NaN with fewer than 4 seeds.
+        p_holm: p after Holm, over the variants at this place.
+        standard_error: of the difference; NaN with one seed and one problem.
+        seed_share: part of its square that falls with the number of seeds.
+        seeds: pairs of runs.
+        seeds_ahead: pairs in which the variant's metric is higher.
+        detectable_difference: smallest difference that would be found, after Bonferroni over these variants. Above 1 no
+            difference of rates would be. NaN with fewer than 4 seeds, and if runs and problems do not vary.
+        seeds_for_target: pairs with which a difference of 0.05 would be; None: unknown, or problems are what lacks.
     """
 
     place: Place
     variant: str
+    label: str
     baseline: str
-    num_seeds: int
-    seeds_ahead: int
     baseline_mean: float
     variant_mean: float
-    found: Estimate
-    interval: Interval
-    adjusted_p: float
-    detectable: float
-    seeds_needed: int | None
+    difference: float
+    low: float
+    high: float
+    probability_of_improvement: float
+    p: float
+    p_holm: float
+    standard_error: float
+    seed_share: float
+    seeds: int
+    seeds_ahead: int
+    detectable_difference: float
+    seeds_for_target: int | None
+
+    @property
+    def has_verdict(self) -> bool:
+        """True if there are enough seeds to say whether the variant differs."""
+        return not np.isnan(self.p)
 
     @property
     def has_interval(self) -> bool:
-        """True unless there is only one seed and one problem, so that an interval exists."""
-        return not np.isnan(self.found.standard_error)
-
-    @property
-    def knows_detectable(self) -> bool:
-        """True if the smallest detectable difference is known."""
-        return not np.isnan(self.detectable)
+        """True if runs or problems vary."""
+        return not np.isnan(self.low)
 
     @property
     def differs(self) -> bool:
         """True if the variant differs from the baseline significantly."""
-        return self.adjusted_p < LEVEL
+        return self.p_holm < LEVEL
+
+    def record(self) -> dict[str, Any]:
+        """Return the columns of the CSV file."""
+        fields = asdict(self)
+        needed = fields.pop("seeds_for_target")
+        return {**fields.pop("place"), **fields, f"seeds_for_{TARGET}": needed}
 
 
-def figure_names(results: Results) -> dict[str, int]:
-    """Return the metrics for which all benchmarks have enough samples, with their k.
-
-    Args:
-        results: of the study.
-    """
+def metric_names(results: Results) -> dict[str, int]:
+    """Return the metrics for which all benchmarks have enough samples, with their k."""
     fewest = min(benchmark.num_samples for benchmark in results.benchmarks.values())
     return {f"pass@{k}": k for k in PASS_AT if k <= fewest}
 
 
-def benchmark_names(results: Results) -> list[str]:
-    """Return the names of the benchmarks; if there are several, their mean comes first."""
-    names = list(results.benchmarks)
-    return [MEAN, *names] if len(names) > 1 else names
+def places(results: Results) -> list[Place]:
+    """Return all places, by step, metric and benchmark; if there are several benchmarks, their mean comes first."""
+    benchmarks = [*([MEAN] if len(results.benchmarks) > 1 else []), *results.benchmarks]
+    return [Place(*each) for step in results.steps for each in product(metric_names(results), benchmarks, [step])]
 
 
-def scores(results: Results, variant: str, seeds: Sequence[int], budget: int, k: int) -> dict[str, Array]:
-    """Return pass@k of each run and problem, [S, P], by benchmark.
+def run_scores(results: Results, variant: str, seeds: Sequence[int], place: Place) -> list[Array]:
+    """Return the metric of each run and problem, [S, P]; of every benchmark if the place is their mean.
 
     Args:
         results: of the study.
         variant: name.
         seeds: of finished runs.
-        budget: optimizer steps.
-        k: of pass@k.
+        place: metric, benchmark and step.
     """
-    return {
-        name: problem_scores(
-            np.stack([results.counts[variant, seed, budget, name] for seed in seeds]), benchmark.num_samples, k
+    k = metric_names(results)[place.metric]
+    return [
+        problem_scores(
+            np.stack([results.counts[variant, seed, place.step, name] for seed in seeds]), benchmark.num_samples, k
         )
         for name, benchmark in results.benchmarks.items()
-    }
+        if place.benchmark in (MEAN, name)
+    ]
 
 
-def run_figures(results: Results, variant: str, place: Place) -> Array:
-    """Return the metric of each finished run of a variant, [S].
+def run_means(results: Results, variant: str, place: Place) -> Array:
+    """Return the metric of each finished run of a variant, [S]."""
+    return _means(run_scores(results, variant, results.finished(variant), place))
 
-    Args:
-        results: of the study.
-        variant: name.
-        place: metric, benchmark and budget.
-    """
-    found = scores(results, variant, results.finished(variant), place.budget, figure_names(results)[place.figure])
-    chosen = found.values() if place.benchmark == MEAN else [found[place.benchmark]]
-    figures: Array = np.mean([cells.mean(1) for cells in chosen], axis=0)
-    return figures
+
+def _means(cells: Sequence[Array]) -> Array:
+    means: Array = np.mean([each.mean(1) for each in cells], axis=0)
+    return means
 
 
 def compare(results: Results) -> list[Comparison]:
-    """Return all comparisons: by budget, metric and benchmark, in the order of the study.
-
-    Args:
-        results: of the study.
-    """
-    groups: dict[tuple[int, ...], list[str]] = {}  # variants with the same seeds are resampled together
-    for variant in results.compared:
-        groups.setdefault(tuple(results.paired(variant)), []).append(variant)
-    found = {
-        (each.place, each.variant): each
-        for budget, (seeds, variants) in product(results.budgets, groups.items())
-        for each in _compare_group(results, budget, seeds, variants)
-    }
-    places = product(results.budgets, figure_names(results), benchmark_names(results))
-    families = [[found[Place(figure, name, budget), v] for v in results.compared] for budget, figure, name in places]
-    return [each for family in families for each in _adjusted(family)]
+    """Return all comparisons, place after place, in the order of the study."""
+    return [each for place in places(results) for each in _compare_at(place, results)]
 
 
-def _compare_group(results: Results, budget: int, seeds: tuple[int, ...], variants: Sequence[str]) -> list[Comparison]:
-    keys = list(product(figure_names(results).items(), variants))
-    pairs = [
-        [scores(results, name, seeds, budget, k) for name in (variant, results.baseline_of(variant))]
-        for (_, k), variant in keys
-    ]
-    cells = {name: np.stack([theirs[name] - ours[name] for theirs, ours in pairs]) for name in results.benchmarks}
-    resampled = crossed_bootstrap(list(cells.values()), derive_seed("report", results.study.name, budget))
-    by_place = {MEAN: resampled.mean(1)} | {name: resampled[:, index] for index, name in enumerate(cells)}
-    return [
-        _comparison(
-            Place(figure, name, budget),
-            (variant, results.baseline_of(variant)),
-            pair=[list(side.values()) if name == MEAN else [side[name]] for side in pair],
-            resampled=by_place[name][:, index],
-        )
-        for index, (((figure, _), variant), pair) in enumerate(zip(keys, pairs, strict=True))
-        for name in benchmark_names(results)
-    ]
-
-
-def _comparison(place: Place, names: tuple[str, str], *, pair: Sequence[list[Array]], resampled: Array) -> Comparison:
-    theirs, ours = (np.mean([cells.mean(1) for cells in side], axis=0) for side in pair)
-    found = estimate([one - other for one, other in zip(*pair, strict=True)])
-    bounds = interval(found, resampled, derive_seed("report", "chi-square"))
-    # The true difference lies between -1 and 1, so cutting the interval there keeps its coverage.
-    low, high = np.clip([bounds.low, bounds.high], -1, 1) if found.varies else (np.nan, np.nan)
-    return Comparison(
-        place=place,
-        variant=names[0],
-        baseline=names[1],
-        num_seeds=len(theirs),
-        # Means of equal cells may differ by rounding.
-        seeds_ahead=int((theirs - ours > 1e-12).sum()),
-        baseline_mean=float(ours.mean()),
-        variant_mean=float(theirs.mean()),
-        found=found,
-        interval=replace(bounds, low=float(low), high=float(high)),
-        adjusted_p=np.nan,
-        detectable=np.nan,
-        seeds_needed=None,
-    )
-
-
-def _adjusted(family: Sequence[Comparison]) -> list[Comparison]:
+def _compare_at(place: Place, results: Results) -> list[Comparison]:
     """Return the variants of one place, with p values and detectable differences corrected for their number."""
-    number = sum(each.has_interval for each in family)
-    adjusted = []
-    for each, p in zip(family, holm([each.interval.p for each in family]), strict=True):
-        detectable, needed = np.nan, None
-        if each.num_seeds > 1:
-            needed = seeds_needed(each.found, each.num_seeds, TARGET, number)
-            if each.found.varies:
-                freedom = each.found.degrees_of_freedom
-                detectable = detectable_difference(each.found.standard_error, freedom, max(number, 1))
-        adjusted.append(replace(each, adjusted_p=p, detectable=detectable, seeds_needed=needed))
-    return adjusted
+    pairs = [(variant, results.study.baseline_of(variant), results.paired(variant)) for variant in results.compared]
+    scores = [[run_scores(results, name, seeds, place) for name in pair] for *pair, seeds in pairs]
+    estimates = [estimate([one - other for one, other in zip(*sides, strict=True)]) for sides in scores]
+    p_values = [p_value(each) if each.num_seeds >= MIN_SEEDS else np.nan for each in estimates]
+    number = max(sum(not np.isnan(p) for p in p_values), 1)
+    comparisons = []
+    for pair, sides, found, p, p_holm in zip(pairs, scores, estimates, p_values, holm(p_values), strict=True):
+        (variant, baseline, seeds), (theirs, ours) = pair, map(_means, sides)
+        varies, difference = bool(found.varies), float(found.difference)
+        width = float(found.error_bound(LEVEL / 2)) if varies else np.nan
+        detected = varies and len(seeds) >= MIN_SEEDS
+        comparisons.append(
+            Comparison(
+                place=place,
+                variant=variant,
+                label=results.study.label(variant),
+                baseline=baseline,
+                baseline_mean=float(ours.mean()),
+                variant_mean=float(theirs.mean()),
+                difference=difference,
+                low=float(np.maximum(difference - width, -1)),
+                high=float(np.minimum(difference + width, 1)),
+                probability_of_improvement=1 - p / 2 if difference > 0 else p / 2,
+                p=p,
+                p_holm=p_holm,
+                standard_error=float(found.standard_error),
+                seed_share=float(found.seed_part / found.standard_error**2) if varies else np.nan,
+                seeds=len(seeds),
+                seeds_ahead=int((theirs - ours > 1e-12).sum()),  # Means of equal cells may differ by rounding.
+                detectable_difference=float(detectable_difference(found, number)) if detected else np.nan,
+                seeds_for_target=seeds_needed(found, TARGET, number) if len(seeds) > 1 else None,
+            )
+        )
+    return comparisons

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from opdlab.studies.report.compare import Comparison, Place, run_figures
+from opdlab.studies.report.compare import Comparison, Place, run_means
 from opdlab.studies.report.load import Results
 from opdlab.studies.report.sentences import place_name
 from opdlab.viewer.text import visible
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DPI = 110
-_BETTER, _WORSE, _UNCLEAR = "tab:blue", "tab:red", "0.45"
 _LONGEST = 40  # characters of a name
 _COLUMNS = 3
 
@@ -70,19 +69,16 @@ def forest(comparisons: Sequence[Comparison], results: Results) -> "Figure":
     axes = figure.subplots()
     axes.axvline(0, color="0.5", linewidth=1, linestyle="--")
     for row, each in enumerate(comparisons):
-        found = each.differs and each.num_seeds > 1  # With one seed the interval does not cover other runs.
-        colour = _UNCLEAR if not found else _BETTER if each.found.difference > 0 else _WORSE
-        if each.found.varies:
-            axes.plot([each.interval.low, each.interval.high], [row, row], color=colour, linewidth=2)
+        colour = "0.45" if not each.differs else "tab:blue" if each.difference > 0 else "tab:red"
+        if each.has_interval:
+            axes.plot([each.low, each.high], [row, row], color=colour, linewidth=2)
         # A filled marker distinguishes them without colour.
-        filling = colour if found else "white"
-        axes.plot(each.found.difference, row, "o", markersize=7, color=colour, markerfacecolor=filling)
-    names = [(_name(results.label(each.variant)), _name(results.label(each.baseline))) for each in comparisons]
+        filling = colour if each.differs else "white"
+        axes.plot(each.difference, row, "o", markersize=7, color=colour, markerfacecolor=filling)
+    names = [(_name(each.label), _name(results.study.label(each.baseline))) for each in comparisons]
     rows = [name if one else f"{name}\nto {baseline}" for name, baseline in names]
     to = f" to {names[0][1]}" if one else ""
-    alone = ", and not one seed alone" if any(each.num_seeds == 1 for each in comparisons) else ""
-    label = f"difference{to}, 95% interval (filled: p < 0.05 after Holm{alone})"
-    _label(axes, rows, label, comparisons[0].place)
+    _label(axes, rows, f"difference{to}, 95% interval (filled: p < 0.05 after Holm)", comparisons[0].place)
     return figure
 
 
@@ -93,27 +89,27 @@ def every_run(results: Results, place: Place) -> "Figure":
 
     Args:
         results: of the study.
-        place: metric, benchmark and budget.
+        place: metric, benchmark and step.
     """
     variants = [each.name for each in results.study.variants if results.finished(each.name)]
     figure = _figure(7.0, 1.3 + 0.45 * len(variants))
     axes = figure.subplots()
     heights = dict(zip(results.study.seeds, np.linspace(-0.3, 0.3, len(results.study.seeds)), strict=True))
     for row, variant in enumerate(variants):
-        runs = run_figures(results, variant, place)
+        runs = run_means(results, variant, place)
         axes.plot(runs, [row + heights[seed] for seed in results.finished(variant)], "o", color="tab:blue", alpha=0.5)
         axes.plot([runs.mean()] * 2, [row - 0.4, row + 0.4], color="0.2", linewidth=1.5)
-    rows = [_name(results.label(each)) for each in variants]
+    rows = [_name(results.study.label(each)) for each in variants]
     _label(axes, rows, "dots: runs, one below the other by seed; line: their mean", place)
     return figure
 
 
-def learning_curves(results: Results, figure_name: str, benchmark: str) -> "Figure":
-    """Return a plot of the mean over seeds at each budget, ± one standard deviation, a panel for each variant.
+def learning_curves(results: Results, metric: str, benchmark: str) -> "Figure":
+    """Return a plot of the mean over seeds at each step, ± one standard deviation, a panel for each variant.
 
     Args:
         results: of the study.
-        figure_name: ``pass@1``.
+        metric: ``pass@1``.
         benchmark: name, or ``mean``.
     """
     columns = min(_COLUMNS, len(results.compared))
@@ -122,24 +118,24 @@ def learning_curves(results: Results, figure_name: str, benchmark: str) -> "Figu
     figure = _figure(max(5.0, 3.1 * columns), 0.7 + (2.5 if one else 2.7) * rows)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, variant in zip(panels, results.compared, strict=False):
-        for name, colour, style in ((results.baseline_of(variant), "0.45", "--"), (variant, "tab:blue", "-")):
-            places = [Place(figure_name, benchmark, budget) for budget in results.budgets]
-            runs = np.stack([run_figures(results, name, place) for place in places])
+        for name, colour, style in ((results.study.baseline_of(variant), "0.45", "--"), (variant, "tab:blue", "-")):
+            places = [Place(metric, benchmark, step) for step in results.steps]
+            runs = np.stack([run_means(results, name, place) for place in places])
             mean = runs.mean(1)
             if runs.shape[1] > 1:
                 spread = runs.std(1, ddof=1)
-                axes.fill_between(results.budgets, mean - spread, mean + spread, alpha=0.2, color=colour, linewidth=0)
-            axes.plot(results.budgets, mean, style, marker="o", markersize=4, color=colour)
-        beside = "" if one else f"\nbeside {_name(results.label(results.baseline_of(variant)))}"
-        axes.set_title(_name(results.label(variant)) + beside, fontsize=11)
+                axes.fill_between(results.steps, mean - spread, mean + spread, alpha=0.2, color=colour, linewidth=0)
+            axes.plot(results.steps, mean, style, marker="o", markersize=4, color=colour)
+        beside = "" if one else f"\nbeside {_name(results.study.label(results.study.baseline_of(variant)))}"
+        axes.set_title(_name(results.study.label(variant)) + beside, fontsize=11)
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=10)
     for place, axes in enumerate(panels):
         axes.set_visible(place < len(results.compared))
         axes.tick_params(labelbottom=place + columns >= len(results.compared))  # nothing below
     figure.supxlabel("optimizer step", fontsize=11)
-    figure.supylabel(_name(place_name(Place(figure_name, benchmark, 0))), fontsize=11)
-    base = _name(results.label(results.baselines[0])) if one else "what it is compared with"
+    figure.supylabel(_name(place_name(Place(metric, benchmark, 0))), fontsize=11)
+    base = _name(results.study.label(results.baselines[0])) if one else "what it is compared with"
     figure.suptitle(f"solid: variant; dashed: {base}; band: ± 1 std over seeds", fontsize=11)
     return figure
 
@@ -151,4 +147,4 @@ def _label(axes: "Axes", rows: Sequence[str], label: str, place: Place) -> None:
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel(label, fontsize=10)
     axes.tick_params(labelsize=11)
-    axes.set_title(f"{_name(place_name(place))}, step {place.budget}", fontsize=12)
+    axes.set_title(f"{_name(place_name(place))}, step {place.step}", fontsize=12)

@@ -50,7 +50,7 @@ class Results:
         study: V variants, S seeds.
         benchmarks: by name, sorted.
         runs: record of every run that the study asks for, by variant and seed; only finished ones count.
-        counts: correct samples of each problem, [P], by variant, seed, budget and benchmark; only finished runs.
+        counts: correct samples of each problem, [P], by variant, seed, step and benchmark; only finished runs.
     """
 
     study: Study
@@ -58,26 +58,18 @@ class Results:
     runs: Mapping[tuple[str, int], Record]
     counts: Mapping[tuple[str, int, int, str], NDArray[np.int64]]
 
-    def label(self, variant: str) -> str:
-        """Return the label of a variant in the report."""
-        return self.study.label(variant)
-
-    def baseline_of(self, variant: str) -> str:
-        """Return the name of the variant that this one is compared with."""
-        return self.study.baseline_of(variant)
-
     def finished(self, variant: str) -> list[int]:
         """Return the seeds of the variant's finished runs."""
         return [seed for seed in self.study.seeds if self.runs[variant, seed].state == FINISHED]
 
     def paired(self, variant: str) -> list[int]:
         """Return the seeds with which both the variant and its baseline have finished."""
-        baseline = set(self.finished(self.baseline_of(variant)))
+        baseline = set(self.finished(self.study.baseline_of(variant)))
         return [seed for seed in self.finished(variant) if seed in baseline]
 
     @property
-    def budgets(self) -> list[int]:
-        """Return the optimizer steps at which runs were evaluated, ascending."""
+    def steps(self) -> list[int]:
+        """Return the optimizer steps after which runs are compared, ascending."""
         return sorted(self.study.budgets)
 
     @property
@@ -88,7 +80,7 @@ class Results:
     @property
     def baselines(self) -> list[str]:
         """Return the names of all baselines, each once."""
-        return list(dict.fromkeys(self.baseline_of(name) for name in self.compared))
+        return list(dict.fromkeys(self.study.baseline_of(name) for name in self.compared))
 
     @property
     def lacking(self) -> list[Record]:

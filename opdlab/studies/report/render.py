@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -13,22 +14,21 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from opdlab.errors import UsageError
-from opdlab.studies.report.compare import Comparison, Place, benchmark_names, compare
-from opdlab.studies.report.facts import facts, missing_table, variants_table
+from opdlab.studies.report.compare import PASS_AT, TARGET, Comparison, compare, metric_names
 from opdlab.studies.report.figures import drawing, every_run, forest, learning_curves, save
 from opdlab.studies.report.load import Results, load_results
-from opdlab.studies.report.method import SOURCES, method
 from opdlab.studies.report.sentences import caveats, conclusion, place_name, sentence
+from opdlab.studies.report.statistics import MIN_SEEDS
 from opdlab.studies.report.tables import (
     Table,
-    comparison_records,
     comparison_table,
-    comparisons_table,
     csv_text,
-    figure_records,
-    figures_table,
+    facts,
     markdown_text,
-    run_records,
+    metric_records,
+    metric_table,
+    missing_table,
+    variants_table,
 )
 from opdlab.studies.schema import REPORT
 from opdlab.viewer.text import visible
@@ -117,21 +117,6 @@ class Report:
         return self.folder / "report.md"
 
 
-def write_report(folder: Path) -> Path:
-    """Compare a study's variants and write the report to ``folder/report``; see :func:`make_report`.
-
-    Args:
-        folder: of the study.
-
-    Returns:
-        Path of ``report.md``.
-
-    Raises:
-        UsageError: there is nothing to compare, the runs cannot be compared, or the folder cannot be written.
-    """
-    return make_report(folder).write()
-
-
 def make_report(folder: Path) -> Report:
     """Return the report that compares a study's variants.
 
@@ -146,26 +131,35 @@ def make_report(folder: Path) -> Report:
     """
     results = load_results(folder)
     comparisons = compare(results)
-    sections = _sections(results, comparisons)
-    files: dict[str, bytes] = {}
+    last = [each for each in comparisons if each.place.step == results.steps[-1]]
+    sections = _sections(results, last)
+    files = _table_files(results, comparisons)
     for picture in (each for section in sections for each in section.pictures):
         files[f"figures/{picture.name}.png"], files[f"figures/{picture.name}.svg"] = picture.png, picture.svg
-    files |= _table_files(results, comparisons)
-    first, labels = benchmark_names(results)[0], " or ".join(map(results.label, results.baselines))
+    labels = " or ".join(map(results.study.label, results.baselines))
     number = len(results.study.variants) - 1
-    main = [each for each in comparisons if (each.place.budget, each.place.benchmark) == (results.budgets[-1], first)]
+    counts = sorted({benchmark.num_samples for benchmark in results.benchmarks.values()})
+    texts = _environment(False, str)
+    method = texts.get_template("method.txt").render(
+        averages=[f"avg@{count}" for count in counts],
+        left_out=[f"pass@{k}" for k in PASS_AT if f"pass@{k}" not in metric_names(results)],
+        fewest=counts[0],
+        several=len(results.benchmarks) > 1,
+        least=MIN_SEEDS,
+        target=TARGET,
+    )
     known: dict[str, Any] = {
         "results": results,
-        "final": results.budgets[-1],
+        "final": results.steps[-1],
         "title": f"Study {results.study.name}: {number} variant{'s' if number > 1 else ''} against {labels}",
-        "conclusion": conclusion(main, results),
+        "conclusion": conclusion([each for each in last if each.place.benchmark == last[0].place.benchmark], results),
         "caveats": caveats(results, comparisons),
         "sections": sections,
         "facts": facts(results),
         "variants": variants_table(results),
-        "missing": missing_table(results),
-        "method": method(results),
-        "sources": SOURCES,
+        "missing": missing_table(results) if results.lacking else None,
+        "method": method.strip().split("\n\n"),
+        "sources": texts.get_template("sources.txt").render().splitlines(),
     }
     for name, environment in (("report.md", _markdown()), ("report.html", _html())):
         # A name from a YAML file may hold a lone surrogate, which has no UTF-8 encoding; visible() has replaced it.
@@ -176,27 +170,25 @@ def make_report(folder: Path) -> Report:
 
 
 def _sections(results: Results, comparisons: Sequence[Comparison]) -> list[Section]:
-    final = [each for each in comparisons if each.place.budget == results.budgets[-1]]
     averages = sorted({f"avg@{benchmark.num_samples}" for benchmark in results.benchmarks.values()})
-    labels = list(map(results.label, results.baselines))
+    labels = list(map(results.study.label, results.baselines))
     found = []
     with drawing():
-        for number, (place, group) in enumerate(groupby(final, key=lambda each: each.place), 1):
+        for number, (place, group) in enumerate(groupby(comparisons, key=lambda each: each.place), 1):
             family, name = list(group), place_name(place)
-            drawn = {
-                "forest": (
-                    forest(family, results),
-                    f"Differences in {name} to {' and '.join(labels)}, with 95% intervals",
-                ),
-                "runs": (every_run(results, place), f"{name} of every run, by variant and seed"),
-            }
-            if len(results.budgets) > 1:
+            alt = f"Differences in {name} to {' and '.join(labels)}, with 95% intervals"
+            drawn = {"forest": (forest(family, results), alt)}
+            drawn["runs"] = (every_run(results, place), f"{name} of every run, by variant and seed")
+            if len(results.steps) > 1:
                 alt = f"{name} by optimizer step, each variant beside {' or '.join(labels)}"
-                drawn["curves"] = (learning_curves(results, place.figure, place.benchmark), alt)
-            pictures = [_picture(figure, _file_name(number, kind, place), alt) for kind, (figure, alt) in drawn.items()]
-            also = f" (the same as {', '.join(averages)})" if place.figure == "pass@1" else ""
-            said = [sentence(each, results) for each in family]
-            found.append(Section(f"{name}{also}", comparison_table(family, results), said, pictures))
+                drawn["curves"] = (learning_curves(results, place.metric, place.benchmark), alt)
+            # File names are valid on any file system; the number keeps them unique.
+            benchmark = re.sub(r"[^A-Za-z0-9._-]", "-", place.benchmark)[:60]
+            names = {kind: f"{number:02d}-{kind}-{place.metric.replace('@', '')}-{benchmark}" for kind in drawn}
+            pictures = [_picture(figure, names[kind], alt) for kind, (figure, alt) in drawn.items()]
+            also = f" (the same as {', '.join(averages)})" if place.metric == "pass@1" else ""
+            table = comparison_table(family, results, with_places=False)
+            found.append(Section(f"{name}{also}", table, [sentence(each, results) for each in family], pictures))
     return found
 
 
@@ -206,30 +198,14 @@ def _picture(figure: "Figure", name: str, alt: str) -> Picture:
     return Picture(name, alt, png, save(figure, "svg"))
 
 
-def _file_name(number: int, kind: str, place: Place) -> str:
-    """Return a file name that is valid on any file system; the number keeps it unique.
-
-    Example:
-        >>> _file_name(2, "forest", Place("pass@8", "AIME 24/I", 40))
-        '02-forest-pass8-AIME-24-I'
-    """
-    benchmark = "".join(
-        char if char.isascii() and (char.isalnum() or char in "._-") else "-" for char in place.benchmark
-    )
-    return f"{number:02d}-{kind}-{place.figure.replace('@', '')}-{benchmark[:60]}"
-
-
 def _table_files(results: Results, comparisons: Sequence[Comparison]) -> dict[str, bytes]:
-    records = figure_records(results)
-    tables = {
-        "comparisons": (comparisons_table(comparisons, results), comparison_records(comparisons, results)),
-        "figures": (figures_table(records), records),
-    }
-    files: dict[str, bytes] = {}
-    for name, (table, rows) in tables.items():
-        texts = {"md": table.markdown(), "csv": csv_text(rows), "tex": table.latex()}
-        files |= {f"tables/{name}.{kind}": text.encode("utf-8", "replace") for kind, text in texts.items()}
-    return files | {"tables/runs.csv": csv_text(run_records(results)).encode("utf-8", "replace")}
+    means, runs = metric_records(results)
+    records = {"comparisons": [each.record() for each in comparisons], "metrics": means, "runs": runs}
+    texts = {f"tables/{name}.csv": csv_text(rows) for name, rows in records.items()}
+    compared = comparison_table(comparisons, results, with_places=True)
+    for name, table in {"comparisons": compared, "metrics": metric_table(means)}.items():
+        texts |= {f"tables/{name}.md": table.markdown(), f"tables/{name}.tex": table.latex()}
+    return {name: text.encode("utf-8", "replace") for name, text in texts.items()}
 
 
 # -- templates ------------------------------------------------------------------------------------------------------

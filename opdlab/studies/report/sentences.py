@@ -1,14 +1,16 @@
 """Results of a study as sentences. Text is not escaped here; each output format escapes it."""
 
 from collections.abc import Sequence
+from itertools import groupby
 
 from opdlab.evaluation.benchmark_metrics import MEAN
 from opdlab.studies.report.compare import TARGET, Comparison, Place
 from opdlab.studies.report.load import Results
-from opdlab.studies.report.statistics import LEVEL
+from opdlab.studies.report.statistics import LEVEL, MIN_SEEDS
 
-_POWER = "with a probability of 80%, at 5% two-sided"
 _RATES = "rates differ by 1 at most"
+_FEW = f"no verdict with fewer than {MIN_SEEDS} seeds"
+_CONSTANT = "unknown, since runs and problems do not vary here"
 
 
 def number(value: float, sign: bool = False) -> str:
@@ -34,11 +36,11 @@ def detectable(value: float) -> str:
     return "> 1" if value > 1 else number(value)
 
 
-def p_value(value: float) -> str:
+def p_text(value: float) -> str:
     """Return a p value with three decimals, or four where rounding would give 0.05.
 
     Example:
-        >>> p_value(0.0002), p_value(0.0499), p_value(0.3)
+        >>> p_text(0.0002), p_text(0.0499), p_text(0.3)
         ('< 0.001', '0.0499', '0.300')
     """
     if value != value:
@@ -51,162 +53,126 @@ def p_value(value: float) -> str:
 def place_name(place: Place) -> str:
     """Return metric and benchmark: ``pass@1 on toy``."""
     where = "the mean over benchmarks" if place.benchmark == MEAN else place.benchmark
-    return f"{place.figure} on {where}"
-
-
-def detectable_range(values: Sequence[float]) -> str:
-    """Return the smallest detectable differences of some variants: one number, or two.
-
-    Example:
-        >>> detectable_range([0.2, 0.1]), detectable_range([0.9, 1.3])
-        ('0.100 to 0.200, depending on the variant', '0.900 to more than 1, depending on the variant')
-    """
-    low, high = (detectable(value).replace(">", "more than") for value in (min(values), max(values)))
-    return low if low == high else f"{low} to {high}, depending on the variant"
-
-
-def _unknown(comparisons: Sequence[Comparison]) -> str:
-    """Return the reason why the detectable difference is unknown."""
-    if all(each.num_seeds == 1 for each in comparisons):
-        return "unknown, since one seed does not tell how runs vary"
-    if any(each.num_seeds == 1 for each in comparisons):
-        return "unknown, since runs and problems do not vary here, or one seed is paired"
-    return "unknown, since runs and problems do not vary here"
-
-
-def _smallest(judged: Sequence[Comparison], family: Sequence[Comparison], results: Results) -> str:
-    """Return a clause on the smallest difference that a study detects, without a full stop.
-
-    Args:
-        judged: the variants that the clause is about.
-        family: all variants that the correction counts.
-        results: of the study.
-    """
-    known = [each.detectable for each in judged if each.knows_detectable]
-    unknown = [each for each in judged if not each.knows_detectable]
-    if not known:
-        return f"what this study would detect is {_unknown(unknown)}"
-    after = f", after correction for {len(family)} variants" if len(family) > 1 else ""
-    said = f"the smallest difference that this study would detect {_POWER}{after}, is {detectable_range(known)}"
-    if min(known) > 1:
-        said += f", so that it can find no difference here at all: {_RATES}"
-    if unknown:
-        said += f"; for {', '.join(results.label(each.variant) for each in unknown)} it is {_unknown(unknown)}"
-    return said
+    return f"{place.metric} on {where}"
 
 
 def sentence(comparison: Comparison, results: Results) -> str:
     """Return the result of one variant at one place."""
-    name, base = results.label(comparison.variant), results.label(comparison.baseline)
-    found, bounds = comparison.found, comparison.interval
-    if not comparison.has_interval:
-        return (
-            f"{name} and {base} differ by {number(found.difference, True)}, with one seed and one problem: "
-            "nothing can be said of chance."
-        )
-    span = f"95% interval {number(bounds.low, True)} to {number(bounds.high, True)}"
-    span = span if found.varies else "on every problem and seed"
-    after = " after Holm" if len(results.compared) > 1 else ""
-    numbers = f"{number(found.difference, True)}, {span}, p {_equals(comparison.adjusted_p)}{after}"
+    name, base, difference = comparison.label, results.study.label(comparison.baseline), comparison.difference
+    one_problem = comparison.standard_error != comparison.standard_error
+    span = f"95% interval {number(comparison.low, True)} to {number(comparison.high, True)}"
+    span = (
+        "one seed and one problem" if one_problem else span if comparison.has_interval else "on all problems and seeds"
+    )
+    if not comparison.has_verdict:
+        count = f"{comparison.seeds} seed{'s' if comparison.seeds > 1 else ''}"
+        return f"{name} against {base}: {number(difference, True)}, {span}, {count}; {_FEW}."
+    several = len(results.compared) > 1
+    after = " after Holm" if several else ""
+    numbers = f"{number(difference, True)}, {span}, p {_equals(comparison.p_holm)}{after}"
     if comparison.differs:
-        return f"{name} is {_side(comparison)} {base}: {numbers}."
-    if not found.varies and number(found.difference) == "0.000":
-        return f"{name} and {base} have the same figure on every problem and seed."
+        return f"{name} is {'better' if difference > 0 else 'worse'} than {base}: {numbers}."
+    if not comparison.has_interval and number(difference) == "0.000":
+        return f"{name} and {base} have the same {comparison.place.metric} on every problem and seed."
     alone = ""
-    if after and bounds.p < LEVEL:
-        alone = f"; alone it would be (p {_equals(bounds.p)}), among {len(results.compared)} variants it is not"
-    return f"{name} cannot be told apart from {base}: {numbers}{alone}; {_would_be_detected(comparison)}."
-
-
-def _side(comparison: Comparison) -> str:
-    """Return the words for a variant that differs from its baseline; one seed does not cover other runs."""
-    up = comparison.found.difference > 0
-    if comparison.num_seeds == 1:
-        return "on this one seed ahead of" if up else "on this one seed behind"
-    return "better than" if up else "worse than"
-
-
-def _would_be_detected(comparison: Comparison) -> str:
-    if not comparison.knows_detectable:
-        return f"what would be detected is {_unknown([comparison])}"
-    if comparison.detectable > 1:
-        return f"no difference would be detected at this size, since {_RATES}"
-    return f"a difference of {number(comparison.detectable)} would be detected four times out of five"
+    if several and comparison.p < LEVEL:
+        alone = f"; alone it would be (p {_equals(comparison.p)}), among {len(results.compared)} variants it is not"
+    if not comparison.has_interval:
+        power = f"what would be detected is {_CONSTANT}"
+    elif comparison.detectable_difference > 1:
+        power = f"no difference would be detected at this size, since {_RATES}"
+    else:
+        power = f"a difference of {number(comparison.detectable_difference)} would be detected four times out of five"
+    return f"{name} cannot be told apart from {base}: {numbers}{alone}; {power}."
 
 
 def _equals(value: float) -> str:
-    text = p_value(value)
+    text = p_text(value)
     return text if text[0] == "<" else f"= {text}"
 
 
 def conclusion(comparisons: Sequence[Comparison], results: Results) -> list[str]:
-    """Return a sentence for each metric and baseline, at the largest budget and over all benchmarks.
+    """Return a sentence for each metric and baseline, at the last step and over all benchmarks.
 
     Args:
         comparisons: all comparisons of one place, place after place.
         results: of the study.
     """
-    families: dict[Place, list[Comparison]] = {}
-    for each in comparisons:
-        families.setdefault(each.place, []).append(each)
-    return [
-        _conclude(place, baseline, family, results)
-        for place, family in families.items()
-        for baseline in dict.fromkeys(each.baseline for each in family)
-    ]
+    said = []
+    for place, group in groupby(comparisons, key=lambda each: each.place):
+        family = list(group)
+        for baseline in dict.fromkeys(each.baseline for each in family):
+            judged = [each for each in family if each.baseline == baseline]
+            corrected = sum(each.has_verdict for each in family)
+            said.append(f"{place_name(place)}: {_conclude(judged, results.study.label(baseline), corrected)}")
+    return said
 
 
-def _conclude(place: Place, baseline: str, corrected: Sequence[Comparison], results: Results) -> str:
-    """Return the result of the variants with this baseline; the correction counts all variants at the place."""
-    base, where = results.label(baseline), place_name(place)
-    corrected = [each for each in corrected if each.has_interval]
-    judged = [each for each in corrected if each.baseline == baseline]
-    if not judged:
-        return f"{where}: with one seed and one problem nothing can be told apart from {base}."
-    if not any(each.differs for each in judged):
-        smallest = _smallest(judged, corrected, results)
-        return (
-            f"{where}: nothing can be told apart from {base} at this size. "
-            f"{smallest[0].upper()}{smallest[1:]}.{_mend(judged)}"
-        )
-    sides: dict[str, list[str]] = {}
-    for each in sorted((each for each in judged if each.differs), key=lambda each: each.found.difference < 0):
-        named = f"{results.label(each.variant)} ({number(each.found.difference, True)})"
-        sides.setdefault(_side(each), []).append(named)
-    said = [f"{side} {base}: {', '.join(names)}" for side, names in sides.items()]
-    rest = [each for each in judged if not each.differs]
-    if rest:
-        names = [results.label(each.variant) for each in rest]
-        said.append(f"cannot be told apart from {base}: {', '.join(names)} ({_smallest(rest, corrected, results)})")
-    return f"{where}: {'; '.join(said)}."
+def _conclude(family: Sequence[Comparison], base: str, corrected: int) -> str:
+    """Return the result of the variants with one baseline; the correction counts all variants at the place."""
+    parts = []
+    for word, up in (("better", True), ("worse", False)):
+        found = [each for each in family if each.differs and (each.difference > 0) == up]
+        if found:
+            parts.append(f"{word} than {base}: {_names(found, True)}")
+    if few := [each for each in family if not each.has_verdict]:
+        parts.append(f"{_FEW}, beside {base}: {_names(few, True)}")
+    if rest := [each for each in family if each.has_verdict and not each.differs]:
+        smallest = _smallest(rest, corrected)
+        if not parts:
+            said = f"nothing can be told apart from {base} at this size. {smallest[0].upper()}{smallest[1:]}."
+            known = [each for each in rest if each.has_interval]
+            if known and max(each.detectable_difference for each in known) > TARGET:
+                seeds = [each.seeds_for_target for each in known]
+                wanted = max((each for each in seeds if each is not None), default=0)
+                lacking = "more problems, not only more seeds" if None in seeds else f"about {wanted} seeds"
+                said += f" For {TARGET} it would take {lacking}."
+            return said
+        parts.append(f"cannot be told apart from {base}: {_names(rest)} ({smallest})")
+    return f"{'; '.join(parts)}."
 
 
-def _mend(judged: Sequence[Comparison]) -> str:
-    """Return the size that a study needs."""
-    repeated = [each for each in judged if each.knows_detectable]
-    if not repeated or max(each.detectable for each in repeated) <= TARGET:
-        return ""
-    needed = [each.seeds_needed for each in repeated]
-    known = [each for each in needed if each is not None]
-    if len(known) < len(needed):
-        return f" For {TARGET} it would take more problems, not only more seeds."
-    return f" For {TARGET} it would take about {max(known)} seeds."
+def _names(comparisons: Sequence[Comparison], differences: bool = False) -> str:
+    return ", ".join(
+        f"{each.label} ({number(each.difference, True)})" if differences else each.label for each in comparisons
+    )
+
+
+def _smallest(judged: Sequence[Comparison], corrected: int) -> str:
+    """Return a clause on the smallest difference that a study detects, without a full stop.
+
+    Args:
+        judged: the variants that the clause is about.
+        corrected: number of variants that the correction counts.
+    """
+    known = [each.detectable_difference for each in judged if each.has_interval]
+    unknown = [each for each in judged if not each.has_interval]
+    if not known:
+        return f"what this study would detect is {_CONSTANT}"
+    low, high = (detectable(value).replace(">", "more than") for value in (min(known), max(known)))
+    span = low if low == high else f"{low} to {high}, depending on the variant"
+    after = f", after correction for {corrected} variants" if corrected > 1 else ""
+    said = (
+        "the smallest difference that this study would detect with a probability of 80%, at 5% two-sided"
+        f"{after}, is {span}"
+    )
+    if min(known) > 1:
+        said += f", so that it can find no difference here at all: {_RATES}"
+    return said + (f"; for {_names(unknown)} it is {_CONSTANT}" if unknown else "")
 
 
 def caveats(results: Results, comparisons: Sequence[Comparison]) -> list[str]:
     """Return the limits of the comparisons: few seeds, few problems, missing runs."""
     said = []
-    if any(each.num_seeds == 1 for each in comparisons):
+    if any(each.seeds == 1 for each in comparisons):
         said.append(
             "Where only one seed is paired, intervals cover the choice of problems only and not that of seeds: another "
             "training run might come out differently, and nothing here says by how much."
         )
-    if any(1 < each.num_seeds < 4 for each in comparisons):
-        said.append("With two or three seeds, how much runs vary is hardly known, and the intervals are wide for it.")
-    if any(4 <= each.num_seeds < 8 for each in comparisons):
+    if any(each.seeds < MIN_SEEDS for each in comparisons):
         said.append(
-            "With four to seven seeds p is a little too small: of simulated studies of four seeds in which all "
-            "variants were equal, up to 7% called one different."
+            f"With fewer than {MIN_SEEDS} seeds hardly anything is known about how much runs vary, so the report has "
+            "estimates and no verdict."
         )
     for name, benchmark in results.benchmarks.items():
         if len(benchmark.problems) == 1:
@@ -216,11 +182,7 @@ def caveats(results: Results, comparisons: Sequence[Comparison]) -> list[str]:
             f"{len(results.lacking)} of {len(results.runs)} runs have not finished. A seed counts in a comparison only "
             "where both sides have it."
         )
-    left_out = [
-        results.label(v.name)
-        for v in results.study.variants
-        if v.name not in (*results.compared, results.study.baseline)
-    ]
-    if left_out:
+    compared = (*results.compared, results.study.baseline)
+    if left_out := [results.study.label(v.name) for v in results.study.variants if v.name not in compared]:
         said.append(f"Not compared, since no finished run shares a seed with its baseline: {', '.join(left_out)}.")
     return said

@@ -1,40 +1,41 @@
 r"""Paired differences of runs, as pure functions of arrays.
 
-Shapes: M comparisons, S seeds, P problems, B resamples, K benchmarks. ``differences[m, s, p]`` is variant minus
-baseline on problem p with seed s. Seeds and problems are both samples of larger populations, so both must be resampled:
-a run repeated with the same problems, or the same runs on other problems, would have come out differently.
+Shapes: S seeds, P problems, K benchmarks; leading dimensions are independent studies. ``differences[..., s, p]`` is
+variant minus baseline on problem p with seed s. Seeds and problems are both samples of larger populations: a run
+repeated with the same problems, or the same runs on other problems, would have come out differently.
 
-The crossed ("pigeonhole") bootstrap draws seeds and problems independently, the same for both sides of a pair. Without
-correction its spread is wrong in both directions: with few seeds it is too narrow, by sqrt((S - 1) / S) and for
-lack of t quantiles; where the noise of single cells dominates it is too wide, up to sqrt(3) times, since a drawn row
-and a drawn column each carry that noise along once more (Owen 2007). So its deviations are rescaled to the standard
-error that the two-way analysis of variance gives without that bias, and each is divided by sqrt(chi2 / df), which makes
-a normal shape Student's t. `benchmarks/coverage.py` has the coverage of both.
+A two-way analysis of variance gives the variance of the mean difference over seeds (A), over problems (B), and the
+noise of single cells (E), which both contain. A has only S - 1 degrees of freedom: with few seeds it is near 0 by
+chance, and a study would take chance for certainty. So A counts as at least E, which has (S - 1)(P - 1), and each part
+keeps the t quantile of its own degrees of freedom: ``(a t[S - 1] + b t[P - 1]) / sqrt(a + b)`` with ``a = max(A, E)``
+and ``b = max(B - E, 0)``, Cochran's approximation to the Behrens-Fisher test. Unlike a common number of degrees of
+freedom that is estimated from the parts (Welch, Satterthwaite), it keeps its level. ``benchmarks/coverage.py``
+measures false positives, coverage and power.
 
 References:
-    Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1 (2007); Efron & Tibshirani, "An Introduction to the
-    Bootstrap" (1993); Satterthwaite, Biometrics Bulletin 2 (1946); Holm, Scandinavian Journal of Statistics 6 (1979).
+    Cochran, "Approximate significance levels of the Behrens-Fisher test", Biometrics 20 (1964); Owen, "The pigeonhole
+    bootstrap", Annals of Applied Statistics 1 (2007); Holm, Scandinavian Journal of Statistics 6 (1979).
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import optimize, stats
 
 from opdlab.metrics.functional import pass_at_k
 
 Array = NDArray[np.float64]
 
 LEVEL, POWER = 0.05, 0.8
-NUM_RESAMPLES = 10_000
+MIN_SEEDS = 4
+"""Fewest seeds for a verdict: with fewer, hardly anything is known about how runs vary."""
 _MAX_SEEDS = 1000
-_CHUNK = 1000  # Resamples at a time, so that weights of 10,000 problems stay below 100 MB.
-# The variance of a mean is at least that of its independent noise. An estimate below half of it is chance.
-_LEAST_NOISE = 0.5
-_NO_SPREAD = 1e-12  # A smaller spread than this is rounding of equal cells.
+_LEAST_P = 1e-12
+_NO_SPREAD = 1e-12  # A smaller standard error than this is rounding of equal cells.
 
 
 def problem_scores(num_correct: NDArray[np.int64], num_samples: int, k: int) -> Array:
@@ -55,167 +56,98 @@ def problem_scores(num_correct: NDArray[np.int64], num_samples: int, k: int) -> 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean difference and its standard error.
+    """A mean difference and the two parts of its variance.
 
     Args:
-        difference: mean over benchmarks of the mean over seeds and problems.
-        standard_error: NaN with only one seed and one problem.
-        degrees_of_freedom: of the standard error, after Satterthwaite.
-        seed_part: part of the variance that falls with the number of seeds; 0 with one seed.
-        problem_part: the rest, which falls only with the number of problems.
-        problem_degrees: degrees of freedom of ``problem_part``.
+        difference: [...], mean over benchmarks of the mean over seeds and problems.
+        seed_part: [...], part of the variance that falls with the number of seeds; 0 with one seed.
+        problem_part: [...], the rest, which falls only with the number of problems.
+        num_seeds: S.
+        problem_degrees: [...], degrees of freedom of ``problem_part``; 0 with one problem.
     """
 
-    difference: float
-    standard_error: float
-    degrees_of_freedom: float
-    seed_part: float
-    problem_part: float
-    problem_degrees: int
+    difference: Array
+    seed_part: Array
+    problem_part: Array
+    num_seeds: int
+    problem_degrees: Array
 
     @property
-    def varies(self) -> bool:
-        """True if seeds or problems differ at all; otherwise the spread is unknown."""
-        return bool(self.standard_error > _NO_SPREAD)  # False for NaN
+    def standard_error(self) -> Array:
+        """Return the standard error of the difference, [...]; NaN with only one seed and one problem."""
+        known = (self.num_seeds > 1) | (self.problem_degrees > 0)
+        return np.where(known, np.sqrt(self.seed_part + self.problem_part), np.nan)
+
+    @property
+    def varies(self) -> NDArray[np.bool_]:
+        """True where seeds or problems differ at all; otherwise the spread is unknown."""
+        return self.standard_error > _NO_SPREAD  # False for NaN
+
+    def error_bound(self, tail: float) -> Array:
+        """Return what the error of the difference exceeds with probability ``tail``, [...], at most 0.5."""
+        seeds = stats.t.isf(tail, max(self.num_seeds - 1, 1))
+        problems = stats.t.isf(tail, np.maximum(self.problem_degrees, 1))
+        with np.errstate(invalid="ignore"):
+            bound: Array = (self.seed_part * seeds + self.problem_part * problems) / self.standard_error
+        return np.where(self.varies, bound, self.standard_error)
 
 
 def estimate(differences: Sequence[Array]) -> Estimate:
-    """Return the mean difference, with a standard error from the two-way analysis of variance.
+    """Return the mean difference and its variance, from the two-way analysis of variance.
 
-    With seeds and problems as crossed random effects, ``var = A + sum(B_k) - sum(E_k)``: A is the variance over seeds
-    of the mean over everything else, divided by S; B_k that over problems, divided by P; E_k the noise of single
-    cells, which both of them contain, so it is subtracted once. With one seed only problems vary, with one
-    problem only seeds.
+    With one seed only problems vary, with one problem only seeds.
 
     Args:
-        differences: [S, P_k] for each of K benchmarks, all with the same seeds.
+        differences: [..., S, P_k] for each of K benchmarks, all with the same seeds.
 
     Example:
         >>> found = estimate([np.array([[0.1, 0.3], [0.2, 0.4]])])
-        >>> round(found.difference, 3), round(found.standard_error, 3)
+        >>> float(found.difference.round(3)), float(found.standard_error.round(3))
         (0.25, 0.112)
     """
-    num_seeds = len(differences[0])
-    rows = np.mean([cells.mean(1) for cells in differences], axis=0)
-    over_seeds = float(rows.var(ddof=1)) / num_seeds if num_seeds > 1 else 0.0
-    over_problems, noise, squares = 0.0, 0.0, over_seeds**2 / max(num_seeds - 1, 1)
+    num_seeds = differences[0].shape[-2]
+    rows = np.mean([cells.mean(-1) for cells in differences], axis=0)
+    over_seeds = rows.var(-1, ddof=1) / num_seeds if num_seeds > 1 else 0.0 * rows[..., 0]
+    over_problems, squares, noise = 0.0 * over_seeds, 0.0 * over_seeds, 0.0 * over_seeds
     for cells in differences:
-        num_problems = cells.shape[1]
+        num_problems = cells.shape[-1]
         if num_problems == 1:
             continue
-        columns = cells.mean(0)
-        share = float(columns.var(ddof=1)) / num_problems / len(differences) ** 2
-        over_problems += share
-        squares += share**2 / (num_problems - 1)
+        columns = cells.mean(-2)
+        part = columns.var(-1, ddof=1) / num_problems / len(differences) ** 2
+        over_problems += part
+        squares += part**2 / (num_problems - 1)
         if num_seeds > 1:
-            residuals = cells - cells.mean(1, keepdims=True) - columns + cells.mean()
+            means = cells.mean(-1, keepdims=True)
+            residuals = cells - means - columns[..., None, :] + means.mean(-2, keepdims=True)
             freedom = (num_seeds - 1) * (num_problems - 1)
-            share = float((residuals**2).sum()) / freedom / cells.size / len(differences) ** 2
-            noise += share
-            squares += share**2 / freedom
-    problems = sum(cells.shape[1] - 1 for cells in differences)
-    variance = max(over_seeds + over_problems - noise, _LEAST_NOISE * noise)
-    if num_seeds == 1 and problems == 0:
-        return Estimate(float(rows[0]), np.nan, np.nan, 0.0, 0.0, 0)
-    problem_part = min(max(over_problems - noise, 0.0), variance)
+            noise += (residuals**2).sum((-2, -1)) / freedom / num_seeds / num_problems / len(differences) ** 2
+    with np.errstate(invalid="ignore"):
+        degrees = np.where(squares > 0, over_problems**2 / squares, sum(cells.shape[-1] - 1 for cells in differences))
     return Estimate(
-        difference=float(rows.mean()),
-        standard_error=variance**0.5,
-        degrees_of_freedom=variance**2 / squares if squares else float(max(num_seeds - 1, problems)),
-        seed_part=variance - problem_part if num_seeds > 1 else 0.0,
-        problem_part=problem_part if num_seeds > 1 else variance,
-        problem_degrees=problems,
+        difference=rows.mean(-1),
+        seed_part=np.maximum(over_seeds, noise),
+        problem_part=np.maximum(over_problems - noise, 0.0),
+        num_seeds=num_seeds,
+        problem_degrees=degrees,
     )
 
 
-def crossed_bootstrap(differences: Sequence[Array], seed: int, num_resamples: int = NUM_RESAMPLES) -> Array:
-    """Return means of resampled seeds x resampled problems, with the same draws for all comparisons.
+def p_value(found: Estimate) -> float:
+    """Return the two-sided p value of a single study; NaN with one seed and one problem.
 
-    Every mean is linear in how often each seed and each problem was drawn, so that a resample is a product of matrices.
-
-    Args:
-        differences: [M, S, P_k] for each of K benchmarks. They share the draw of seeds, and each draws its problems.
-        seed: of the generator.
-        num_resamples: B.
-
-    Returns:
-        [B, K, M].
+    Where all cells are equal there is no standard error. If they are 0, p is 1. If not, p is the largest probability
+    with which equal variants give this: independent runs of one distribution differ by a given number with a
+    probability of at most 1/4, and they have done so with each of S seeds, in one of two directions.
     """
-    generator = np.random.default_rng(seed)
-    num_comparisons, num_seeds = differences[0].shape[:2]
-    # [P, M * S]: one matrix product resamples problems for all comparisons and seeds.
-    by_problem = [np.moveaxis(cells, 2, 0).reshape(cells.shape[2], -1) for cells in differences]
-    parts = []
-    for start in range(0, num_resamples, _CHUNK):
-        size = min(_CHUNK, num_resamples - start)
-        seeds = _draws(generator, size, num_seeds)
-        means = []
-        for cells in by_problem:
-            rows = (_draws(generator, size, len(cells)) @ cells).reshape(size, num_comparisons, num_seeds)
-            means.append(np.einsum("bms,bs->bm", rows, seeds))
-        parts.append(np.stack(means, 1))
-    return np.concatenate(parts)
-
-
-def _draws(generator: np.random.Generator, size: int, number: int) -> Array:
-    """Return the share of each of ``number`` items among as many draws with replacement; [size, number]."""
-    drawn = generator.integers(number, size=(size, number)) + number * np.arange(size)[:, None]
-    return np.bincount(drawn.ravel(), minlength=size * number).reshape(size, number) / number
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Confidence interval and p value from resampling.
-
-    Args:
-        low: lower end of the 95% interval.
-        high: upper end.
-        probability: share of the rescaled resamples above 0, those at 0 counted half.
-        p: two-sided: twice the smaller share at or beyond 0.
-        plain_low: lower end of the percentile interval of the uncorrected bootstrap.
-        plain_high: its upper end.
-    """
-
-    low: float
-    high: float
-    probability: float
-    p: float
-    plain_low: float
-    plain_high: float
-
-
-def interval(found: Estimate, resampled: Array, seed: int) -> Interval:
-    """Return the 95% interval, the probability of improvement and the p value.
-
-    Args:
-        found: see :func:`estimate`.
-        resampled: [B] means, see :func:`crossed_bootstrap`.
-        seed: for the chi-square draws.
-
-    Returns:
-        All NaN with only one seed and one problem.
-    """
+    size = abs(float(found.difference))
     if np.isnan(found.standard_error):
-        return Interval(*[np.nan] * 6)
-    tails = [100 * LEVEL / 2, 100 - 100 * LEVEL / 2]
-    plain = np.percentile(resampled, tails)
-    shape, spread = resampled - found.difference, resampled.std()
-    if spread > _NO_SPREAD and found.varies:
-        freedom = found.degrees_of_freedom
-        chi = np.random.default_rng(seed).chisquare(freedom, len(resampled)) / freedom
-        drawn = found.difference + found.standard_error * shape / spread / np.sqrt(chi)
-    else:
-        drawn = np.full_like(resampled, 0.0 if abs(found.difference) < _NO_SPREAD else found.difference)
-    low, high = np.percentile(drawn, tails)
-    below, above, size = (drawn <= 0).sum(), (drawn >= 0).sum(), len(drawn)
-    return Interval(
-        low=float(low),
-        high=float(high),
-        probability=float((above + size - below) / (2 * size)),
-        p=float(min(1.0, 2 * (1 + min(below, above)) / (1 + size))),
-        plain_low=float(plain[0]),
-        plain_high=float(plain[1]),
-    )
+        return np.nan
+    if not found.varies:
+        return 1.0 if size < _NO_SPREAD else min(1.0, 2 * 0.25**found.num_seeds)
+    if found.error_bound(_LEAST_P / 2) <= size:
+        return _LEAST_P
+    return float(optimize.brentq(lambda p: float(found.error_bound(p / 2)) - size, _LEAST_P, 1.0, xtol=_LEAST_P))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -233,43 +165,40 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return [float(p) for p in adjusted]
 
 
-def detectable_difference(standard_error: float, degrees_of_freedom: float, num_comparisons: int = 1) -> float:
-    """Return the smallest true difference that is detected with probability 80%, two-sided at 5%.
+def detectable_difference(found: Estimate, num_comparisons: int = 1) -> Array:
+    """Return the smallest true difference that is detected with probability 80%, two-sided at 5%, [...].
 
-    ``(t(1 - 0.05 / 2m) + t(0.8)) * se``: the first of m comparisons in Holm's order has to pass 0.05 / m.
+    The first of m comparisons in Holm's order has to pass 0.05 / m. 0 where runs and problems do not vary.
 
     Args:
-        standard_error: of the difference.
-        degrees_of_freedom: of it.
+        found: see :func:`estimate`.
         num_comparisons: m.
 
     Example:
-        >>> round(detectable_difference(0.02, 15), 4)
-        0.06
+        >>> found = Estimate(np.zeros(1), np.full(1, 0.0004), np.zeros(1), 16, np.full(1, 63.0))
+        >>> detectable_difference(found).round(4).tolist()
+        [0.06]
     """
-    quantiles = stats.t.ppf([1 - LEVEL / 2 / num_comparisons, POWER], degrees_of_freedom)
-    return float(np.sum(quantiles) * standard_error)
+    return found.error_bound(LEVEL / 2 / num_comparisons) + found.error_bound(1 - POWER)
 
 
-def seeds_needed(found: Estimate, num_seeds: int, target: float, num_comparisons: int = 1) -> int | None:
+def seeds_needed(found: Estimate, target: float, num_comparisons: int = 1) -> int | None:
     """Return the number of seeds that makes ``target`` detectable on the same number of problems.
 
     Args:
-        found: with ``num_seeds`` seeds.
-        num_seeds: S, at least 2.
+        found: of a single study, with at least 2 seeds.
         target: the difference.
         num_comparisons: see :func:`detectable_difference`.
 
     Returns:
-        At least 2. None if 1000 seeds are not enough, so that more problems are needed; and if nothing varies, so that
+        At least 4. None if 1000 seeds are not enough, so that more problems are needed; and if nothing varies, so that
         the spread over other seeds and problems is unknown.
     """
-    if not found.varies:
+
+    def enough(seeds: int) -> bool:
+        planned = replace(found, seed_part=found.seed_part * found.num_seeds / seeds, num_seeds=seeds)
+        return bool(detectable_difference(planned, num_comparisons) <= target)
+
+    if not found.varies or not enough(_MAX_SEEDS):
         return None
-    seeds = np.arange(2, _MAX_SEEDS + 1)
-    from_seeds = found.seed_part * num_seeds / seeds
-    variance = from_seeds + found.problem_part
-    squares = from_seeds**2 / (seeds - 1) + found.problem_part**2 / max(found.problem_degrees, 1)
-    quantiles = stats.t.ppf([[1 - LEVEL / 2 / num_comparisons], [POWER]], variance**2 / squares)
-    enough = np.sum(quantiles, 0) * np.sqrt(variance) <= target
-    return int(seeds[enough.argmax()]) if enough.any() else None
+    return MIN_SEEDS + bisect_left(range(MIN_SEEDS, _MAX_SEEDS), True, key=enough)

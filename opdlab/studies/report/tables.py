@@ -1,36 +1,29 @@
-"""Tables of a report in three formats: Markdown, CSV with all digits, LaTeX with booktabs."""
+"""Facts and tables of a report, in three formats: Markdown, CSV with all digits, LaTeX with booktabs."""
 
 import csv
 import io
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from opdlab.studies.report.compare import Comparison, Place, benchmark_names, figure_names, run_figures
+from opdlab.studies.report.compare import TARGET, Comparison, places, run_means
 from opdlab.studies.report.load import Results
-from opdlab.studies.report.sentences import detectable, number, p_value
-from opdlab.studies.report.statistics import Array
+from opdlab.studies.report.sentences import detectable, number, p_text
+from opdlab.studies.schema import FINISHED
 from opdlab.viewer.text import visible
 
-_MARKDOWN = {ord(char): f"\\{char}" for char in r"\`*_{}[]#|~$!"} | {
-    ord("&"): "&amp;",
-    ord("<"): "&lt;",
-    ord(">"): "&gt;",
-}
-_LATEX = {ord(char): f"\\{char}" for char in "&%$#_{}"} | {
-    ord("~"): r"\textasciitilde{}",
-    ord("^"): r"\textasciicircum{}",
-    ord("\\"): r"\textbackslash{}",
-    ord("<"): r"\textless{}",
-    ord(">"): r"\textgreater{}",
-    ord("|"): r"\textbar{}",
-    ord('"'): r"\textquotedbl{}",
-    ord("⟨"): r"\textlangle{}",
-    ord("⟩"): r"\textrangle{}",
-}
+_MARKDOWN = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", **{char: f"\\{char}" for char in r"\`*_{}[]#|~$!"}})
+_LATEX_NAMES = {"~": "asciitilde", "^": "asciicircum", "\\": "backslash", "<": "less", ">": "greater", "|": "bar"}
+_LATEX_NAMES |= {'"': "quotedbl", "⟨": "langle", "⟩": "rangle"}
+_LATEX = str.maketrans(
+    {**{char: f"\\{char}" for char in "&%$#_{}"}, **{char: f"\\text{it}{{}}" for char, it in _LATEX_NAMES.items()}}
+)
 
 
 def markdown_text(text: str) -> str:
@@ -91,100 +84,107 @@ def csv_text(records: Sequence[dict[str, Any]]) -> str:
     return file.getvalue()
 
 
-_COMPARED = ("variant", "compared with", "baseline's", "variant's", "difference", "95% interval")
-_JUDGED = ("P(better)", "p", "p (Holm)", "seeds", "ahead in", "detectable", "seeds for 0.05")
-
-
-def comparison_table(comparisons: Sequence[Comparison], results: Results) -> Table:
-    """Return the table of the variants at one place, a row each."""
-    return Table((*_COMPARED, *_JUDGED), [_cells(each, results) for each in comparisons], num_names=2)
-
-
-def comparisons_table(comparisons: Sequence[Comparison], results: Results) -> Table:
-    """Return the table of the variants at many places, which the first columns name."""
-    rows = [[*map(str, astuple(each.place)), *_cells(each, results)] for each in comparisons]
-    return Table(("figure", "benchmark", "step", *_COMPARED, *_JUDGED), rows, num_names=5)
-
-
-def _cells(each: Comparison, results: Results) -> list[str]:
-    bounds = each.interval
-    span = f"{number(bounds.low, True)} to {number(bounds.high, True)}" if each.found.varies else "-"
-    return [
-        *(results.label(each.variant), results.label(each.baseline)),
-        *(number(each.baseline_mean), number(each.variant_mean), number(each.found.difference, True), span),
-        *(number(bounds.probability), p_value(bounds.p), p_value(each.adjusted_p)),
-        *(str(each.num_seeds), str(each.seeds_ahead), detectable(each.detectable), str(each.seeds_needed or "-")),
-    ]
-
-
-def comparison_records(comparisons: Sequence[Comparison], results: Results) -> list[dict[str, Any]]:
-    """Return all fields of each comparison, for CSV."""
-    return [
-        {
-            "figure": each.place.figure,
-            "benchmark": each.place.benchmark,
-            "step": each.place.budget,
-            "variant": each.variant,
-            "label": results.label(each.variant),
-            "baseline": each.baseline,
-            "baseline_mean": each.baseline_mean,
-            "variant_mean": each.variant_mean,
-            "difference": each.found.difference,
-            "low": each.interval.low,
-            "high": each.interval.high,
-            "probability_of_improvement": each.interval.probability,
-            "p": each.interval.p,
-            "p_holm": each.adjusted_p,
-            "standard_error": each.found.standard_error,
-            "degrees_of_freedom": each.found.degrees_of_freedom,
-            "bootstrap_low": each.interval.plain_low,
-            "bootstrap_high": each.interval.plain_high,
-            "seeds": each.num_seeds,
-            "seeds_ahead": each.seeds_ahead,
-            "detectable_difference": each.detectable,
-            "seeds_for_0.05": each.seeds_needed,
-        }
-        for each in comparisons
-    ]
-
-
-def figure_records(results: Results) -> list[dict[str, Any]]:
-    """Return mean and spread over runs of every variant at every budget, for CSV."""
-    records = []
-    for known, runs in _figures(results):
-        spread = float(runs.std(ddof=1)) if len(runs) > 1 else np.nan
-        records.append(known | {"mean": float(runs.mean()), "std_over_seeds": spread, "seeds": len(runs)})
-    return records
-
-
-def run_records(results: Results) -> list[dict[str, Any]]:
-    """Return the metrics of every run at every budget, for CSV."""
-    return [
-        known | {"seed": seed, "value": float(value)}
-        for known, runs in _figures(results)
-        for seed, value in zip(results.finished(known["variant"]), runs, strict=True)
-    ]
-
-
-def _figures(results: Results) -> Iterator[tuple[dict[str, Any], Array]]:
-    """Yield each metric of each variant with finished runs: its place, and its value for each run, [S]."""
-    for budget, figure, benchmark in product(results.budgets, figure_names(results), benchmark_names(results)):
-        for variant in results.study.variants:
-            if results.finished(variant.name):
-                names = {"variant": variant.name, "label": results.label(variant.name)}
-                known = {"figure": figure, "benchmark": benchmark, "step": budget, **names}
-                yield known, run_figures(results, variant.name, Place(figure, benchmark, budget))
-
-
-def figures_table(records: Sequence[dict[str, Any]]) -> Table:
-    """Return the displayed table of :func:`figure_records`."""
+def comparison_table(comparisons: Sequence[Comparison], results: Results, *, with_places: bool) -> Table:
+    """Return the displayed table of comparisons, a row each; ``with_places`` names their places in columns."""
+    first = ("metric", "benchmark", "step") if with_places else ()
+    compared = ("variant", "compared with", "baseline's", "variant's", "difference", "95% interval")
+    judged = ("P(better)", "p", "p (Holm)", "seeds", "ahead in", "detectable", f"seeds for {TARGET}")
     rows = [
         [
-            *map(str, (row["figure"], row["benchmark"], row["step"], row["label"])),
-            number(row["mean"]),
-            number(row["std_over_seeds"]),
-            str(row["seeds"]),
+            *(map(str, astuple(each.place)) if with_places else ()),
+            *(each.label, results.study.label(each.baseline)),
+            *(number(each.baseline_mean), number(each.variant_mean), number(each.difference, True)),
+            f"{number(each.low, True)} to {number(each.high, True)}" if each.has_interval else "-",
+            *(number(each.probability_of_improvement), p_text(each.p), p_text(each.p_holm)),
+            *(str(each.seeds), str(each.seeds_ahead)),
+            *(detectable(each.detectable_difference), str(each.seeds_for_target or "-")),
+        ]
+        for each in comparisons
+    ]
+    return Table((*first, *compared, *judged), rows, num_names=2 + len(first))
+
+
+def metric_records(results: Results) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return mean and spread over runs of every variant at every place, and the metric of every run, for CSV."""
+    means, runs = [], []
+    for place, variant in product(places(results), results.study.variants):
+        if seeds := results.finished(variant.name):
+            known = asdict(place) | {"variant": variant.name, "label": results.study.label(variant.name)}
+            values = run_means(results, variant.name, place)
+            spread = float(values.std(ddof=1)) if len(values) > 1 else np.nan
+            means.append(known | {"mean": float(values.mean()), "std_over_seeds": spread, "seeds": len(values)})
+            runs += [known | {"seed": seed, "value": float(value)} for seed, value in zip(seeds, values, strict=True)]
+    return means, runs
+
+
+def metric_table(records: Sequence[dict[str, Any]]) -> Table:
+    """Return the displayed table of the first of :func:`metric_records`."""
+    rows = [
+        [
+            *(str(row[key]) for key in ("metric", "benchmark", "step", "label")),
+            *(number(row["mean"]), number(row["std_over_seeds"]), str(row["seeds"])),
         ]
         for row in records
     ]
-    return Table(("figure", "benchmark", "step", "variant", "mean", "std over seeds", "seeds"), rows, num_names=4)
+    return Table(("metric", "benchmark", "step", "variant", "mean", "std over seeds", "seeds"), rows, num_names=4)
+
+
+def variants_table(results: Results) -> Table:
+    """Return the table of variants: labels, names, baselines, and overrides."""
+    rows = []
+    for each in results.study.variants:
+        base = results.study.baseline_of(each.name)
+        other = results.study.label(base) if base != each.name else "-"
+        rows.append((results.study.label(each.name), each.name, other, " ".join(each.overrides) or "-"))
+    return Table(("variant", "folder", "compared with", "overrides"), rows, num_names=4)
+
+
+def missing_table(results: Results) -> Table:
+    """Return the table of runs that do not count, with reasons."""
+    rows = [(results.study.label(run.variant), str(run.seed), run.state) for run in results.lacking]
+    return Table(("variant", "seed", "state"), rows, num_names=3)
+
+
+def facts(results: Results) -> dict[str, str]:
+    """Return size, time, machine and versions of a study, by name."""
+    runs = [run for run in results.runs.values() if run.state == FINISHED]
+    sizes = [f"{name}: {len(b.problems)} problems x {b.num_samples}" for name, b in results.benchmarks.items()]
+    # Reports that share runs share their samples. A copied run names STUDY/runs/VARIANT/seed-N.
+    studies = Counter(Path(run.taken_from).parents[2].name for run in runs if run.taken_from)
+    taken_over = "".join(f", {count} of them taken over from {study}" for study, count in studies.items())
+    found = {
+        "base": ", ".join(results.study.base),
+        "baseline": ", ".join(map(results.study.label, results.baselines)),
+        "seeds": _numbers(results.study.seeds),
+        "budgets, optimizer steps": _numbers(results.steps),
+        "evaluated on": ", ".join(sizes),
+        "runs": f"{len(runs)} of {len(results.runs)} finished{taken_over}",
+        "time": f"{sum(run.seconds for run in runs) / 3600:.2f} hours in all runs together",
+        "machine": _distinct(run.machine for run in runs),
+        "versions": _distinct(run.versions for run in runs),
+    }
+    # The command of the baseline's first run; the others differ by overrides, seed and folder.
+    first = results.runs[results.study.baseline, results.finished(results.study.baseline)[0]]
+    return found | ({"command of a run": shlex.join(first.command)} if first.command else {})
+
+
+def _numbers(values: Sequence[int]) -> str:
+    """Return numbers as text, with ranges for three or more consecutive ones.
+
+    Example:
+        >>> _numbers([0, 1, 2, 3, 7, 9])
+        '0-3, 7, 9'
+    """
+    ranges: list[list[int]] = []
+    for value in values:
+        if ranges and value == ranges[-1][-1] + 1:
+            ranges[-1].append(value)
+        else:
+            ranges.append([value])
+    parts = [[f"{each[0]}-{each[-1]}"] if len(each) > 2 else map(str, each) for each in ranges]
+    return ", ".join(text for part in parts for text in part)
+
+
+def _distinct(values: Iterable[Mapping[str, Any]]) -> str:
+    texts = (", ".join(f"{key} {part}" for key, part in value.items()) for value in values)
+    return "; ".join(dict.fromkeys(filter(None, texts))) or "-"

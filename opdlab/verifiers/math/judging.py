@@ -1,4 +1,4 @@
-r"""Equality of two mathematical answers, and the canonical form of an answer.
+r"""The judgement of an answer, and its canonical form.
 
 An answer is untrusted text. It can make a computer algebra system run forever, exhaust memory, or overflow the stack.
 Call these functions only in a process that can be killed, as :mod:`opdlab.verifiers.math.worker_process` does.
@@ -8,21 +8,13 @@ Those processes import this module, so it must not import torch.
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from opdlab.verifiers.math.notation import (
-    NUMBERS_SIDE_BY_SIDE,
-    chain,
-    differ,
-    plain_text,
-    same_text,
-    time_of_day,
-    with_base,
-    without_lead_in,
-    words_differ,
-)
-from opdlab.verifiers.quantities import Quantity, parse_quantity, same_quantity, tidy, without_assignment
+from opdlab.verifiers.math.equality import expression, same
+from opdlab.verifiers.math.reading import ASIAN, Answer, Group, Relation, Single, plain_text, read
+from opdlab.verifiers.quantities import units_differ
+from opdlab.verifiers.spelling import normalized, without_unicode
 from opdlab.verifiers.verifier import bounded_form
 
 
@@ -34,169 +26,126 @@ class Judgement(NamedTuple):
     reason: str
 
 
-def judge(answer: str, gold: str, boxed: bool, decided: Callable[[bool], None] | None = None) -> Judgement:
+def judge(answers: Sequence[str], gold: str, boxed: bool, decided: Callable[[bool], None] | None = None) -> Judgement:
     r"""Return the judgement of an answer. There is no time limit: call it only in a process that can be killed.
 
-    If both are plain numbers, :func:`~opdlab.verifiers.quantities.same_quantity` decides. Otherwise math-verify
-    decides, first on the text as written and then without punctuation and spacing. Vetoes reject different answers that
-    math-verify accepts: :func:`~opdlab.verifiers.math.notation.differ`, and a side of ``a=b=c`` that is another number
-    than the gold answer.
+    Several boxes are a list if the gold answer is a list or a set, and a tuple if it is a tuple; otherwise the last box
+    counts. Equality is :func:`opdlab.verifiers.math.equality.same`.
 
     Args:
-        answer: text in the box, or the end of a response without a box.
+        answers: texts of the boxes that stand together, or one text: the end of a response without a box.
         gold: the gold answer.
-        boxed: ``answer`` comes from a box.
+        boxed: ``answers`` come from boxes.
         decided: called with the result before the canonical form is computed.
     """
-    found = None
-    if not boxed:
-        found = _parse(answer)
-        if not found:
-            return Judgement(False, None, "no answer")
-        answer = str(found[-1])
-    if not answer.strip():
+    texts = [normalized(text) for text in (answers if boxed else _unboxed(answers[-1]))]
+    if not texts or not texts[-1]:
         return Judgement(False, None, "no answer")
-    answer = without_lead_in(answer)
-    if "=" not in gold:
-        answer = without_assignment(answer)
-    quantities = parse_quantity(gold), parse_quantity(answer)
-    equal = _equal(answer, gold, *quantities, found)
+    wanted = read(normalized(gold))
+    letter = wanted.unit if isinstance(wanted, Single) and wanted.unit else ""
+    found = [read(text, letter) for text in dict.fromkeys(texts)]
+    answer = found[-1]
+    if len(found) > 1 and isinstance(wanted, Group):
+        bracketed = any(isinstance(one, Group) for one in found)
+        brackets = "()" if wanted.brackets not in ("", "{}") and not bracketed else ""
+        items = [item for one in found for item in (one.items if _is_list(one) else (one,))]
+        answer = Group(", ".join(texts), brackets, tuple(items))
+    equal = same(wanted, answer)
     if decided is not None:
         decided(equal)
-    if equal:
-        return Judgement(True, _form(gold, quantities[0]), "equal")
-    if None in quantities and words_differ(answer, gold):  # the canonical form would drop the words
-        return Judgement(False, bounded_form(plain_text(answer)), "different")
-    return Judgement(False, _form(answer, quantities[1], quantities[0]), "different")
+    unit = wanted.unit if isinstance(wanted, Single) else None
+    return Judgement(equal, _form(wanted if equal else answer, unit), "equal" if equal else "different")
 
 
-def _equal(answer: str, gold: str, wanted: Quantity | None, quantity: Quantity | None, found: Any) -> bool:
-    if wanted is not None and quantity is not None:
-        return same_quantity(wanted, quantity)
-    if same_text(answer, gold):
-        return True
-    if differ(answer, gold) or not _chain_holds(answer, gold):
-        return False
-    if _verify(_boxed(gold), found or _boxed(answer)):
-        return True
-    tidied = tidy(answer), tidy(gold)
-    return tidied != (answer, gold) and bool(tidied[0]) and _verify(_boxed(tidied[1]), _boxed(tidied[0]))
+def _is_list(answer: Answer) -> bool:
+    return isinstance(answer, Group) and answer.brackets in ("", "{}")
 
 
-def _parse(text: str) -> list[Any]:
-    from math_verify import parse
+def _unboxed(text: str) -> list[str]:
+    """Return the answer at the end of a response: after "the answer is", the last formula, or the last number."""
+    from math_verify import LatexExtractionConfig, parse
+    from math_verify.parser import NormalizationConfig
 
+    text = re.sub(rf"(?<=[{ASIAN}])(?=[0-9\\$-])|(?<=[0-9$}}])(?=[{ASIAN}])", " ", without_unicode(text))
+    if anchors := list(_ANCHOR.finditer(text)):
+        sentence = _SENTENCE_END.split(text[anchors[-1].end() :], maxsplit=1)[0].strip(" *")
+        if sentence and not re.search(r"\$|\\[(\[]", sentence):
+            found = _NUMBER.findall(sentence)
+            prose = re.search("[a-zA-Z]{2,} ", sentence) and not _COMPARISON.search(sentence)
+            return found if prose and len(found) == 1 else [sentence]
+    plain = NormalizationConfig(basic_latex=False, units=False, malformed_operators=False, nits=False, boxed="none")
+    config = LatexExtractionConfig(boxed_match_priority=-1, normalization_config=plain)
     # The kernel enforces the time limit; math-verify's is a Python signal handler, which cannot interrupt C code.
-    found: list[Any] = parse(text, parsing_timeout=None)
-    return found
+    # Its last result is the text of the formula.
+    formulas = parse(text, [config], parsing_timeout=None)
+    return [str(found) for found in formulas[-1:] or _NUMBER.findall(text)[-1:]]
 
 
-def _boxed(text: str) -> list[Any]:
-    text = _NUMBER_BEFORE_PARENTHESIS.sub(r"\1 \\cdot ", text)
-    return _parse(f"\\boxed{{{text}}}")
-
-
-def _verify(gold: list[Any], found: list[Any]) -> bool:
-    from math_verify import verify
-
-    if not gold or not found:
-        return False
-    if verify(gold, found, timeout_seconds=None):
-        return True
-    # math-verify compares an interval with a gold inequality, but not an inequality with a gold interval.
-    return _is_interval(gold[0]) and _is_inequality(found[0]) and bool(verify(found, gold, timeout_seconds=None))
-
-
-def _is_interval(expression: Any) -> bool:
-    import sympy
-
-    return isinstance(expression, sympy.Interval | sympy.Union)
-
-
-def _is_inequality(expression: Any) -> bool:
-    import sympy
-
-    inequality = sympy.core.relational._Inequality
-    parts = expression.args if isinstance(expression, sympy.And | sympy.Or) else [expression]
-    return all(isinstance(part, inequality) for part in parts)
-
-
-def _chain_holds(answer: str, gold: str) -> bool:
-    """True if each number in ``a=b=c`` equals the gold answer, or the answer is not a chain of equations."""
-    sides = chain(answer)
-    gold = without_assignment(gold)
-    if "=" in gold or len(sides) < 2:
-        return True
-    numbers = [side for side in sides if _is_number(side)]
-    if len(sides) == 2 and len(numbers) < 2:
-        return True
-    return all(_equal(side, gold, parse_quantity(gold), parse_quantity(side), None) for side in numbers)
-
-
-def _is_number(text: str) -> bool:
-    if parse_quantity(text) is not None:
-        return True
-    found = _boxed(text)
-    return bool(found) and getattr(found[0], "free_symbols", None) == set()
-
-
-# latex2sympy reads a number before a number in parentheses as a mixed number: 2(3) as 5.
-_NUMBER_BEFORE_PARENTHESIS = re.compile(r"(?<![\w^.])([0-9]+(?:\.[0-9]+)?)\s*(?=(?:\\left\s*)?\()")
-
-
-def _form(text: str, quantity: Quantity | None, gold: Quantity | None = None) -> str:
+def _form(answer: Answer, unit: str | None) -> str:
     """Return the canonical form, or the text if there is none, as for a number with too many digits."""
     try:
-        return canonical(text, quantity, gold)
+        return canonical(answer, unit)
+    except MemoryError:
+        raise
     except Exception:  # SymPy raises many types; equality is already decided
-        return bounded_form(tidy(text))
+        return bounded_form(answer.text)
 
 
 @functools.lru_cache(maxsize=1024)
-def canonical(text: str, quantity: Quantity | None, gold: Quantity | None = None) -> str:
+def canonical(answer: Answer, unit: str | None = None) -> str:
     r"""Return one string for equivalent notations of an answer: ``\frac{2}{4}``, ``0.5`` and ``1/2`` are ``1/2``.
 
-    Numbers become integers or fractions, sets are sorted, expressions are evaluated by SymPy, words lose ``\text`` and
-    case. A unit is kept only if the gold answer has another one. At most 200 characters.
+    Numbers become integers or fractions, lists and sets are sorted, expressions are evaluated by SymPy, words lose
+    ``\text`` and case. A unit is kept only if it differs from ``unit``, that of the gold answer. At most 200
+    characters.
     """
-    if quantity is not None:
-        dropped = gold is None or gold.unit in (None, quantity.unit)
-        return bounded_form(str(quantity.value if dropped else quantity))
-    words = plain_text(text)
+    if isinstance(answer, Relation) and answer.assigns:
+        return canonical(answer.sides[-1], unit)
+    if isinstance(answer, Group) and len(answer.items) == 1:
+        return canonical(answer.items[0], unit)
+    if isinstance(answer, Group):
+        items = [canonical(item) for item in answer.items]
+        if answer.brackets in ("", "{}"):
+            return bounded_form("{" + ", ".join(sorted(items)) + "}")
+        return bounded_form(answer.brackets[0] + ", ".join(items) + answer.brackets[1])
+    words = plain_text(answer.text)
+    if not isinstance(answer, Single):
+        return bounded_form(words)
+    if answer.time:
+        return answer.time
+    kept = f" {answer.unit}" if units_differ(unit, answer.unit) else ""
+    if answer.quantity:
+        digits = re.sub("[{} ()]", "", answer.value)
+        return bounded_form(digits if answer.quantity.base != 10 else f"{answer.quantity.value}{kept}")
     if re.fullmatch(r"[a-zA-Z][a-zA-Z ]+", words):
         return bounded_form(words.lower())
-    notation = with_base(text) or time_of_day(text)
-    if notation or NUMBERS_SIDE_BY_SIDE.fullmatch(words):
-        return bounded_form(notation or words)
-    found = _boxed(tidy(text))
-    return bounded_form(_evaluated(found[0]) if found and not isinstance(found[0], str) else words)
+    found = expression(answer.value)
+    return bounded_form(words if found is None else _evaluated(found) + kept)
 
 
-def _evaluated(expression: Any) -> str:
+def _evaluated(found: Any) -> str:
+    """Return an expression as text, evaluated and, if it is a small polynomial, expanded."""
     import sympy
 
-    if isinstance(expression, sympy.FiniteSet):
-        return "{" + ", ".join(sorted(_evaluated(item) for item in expression.args)) + "}"
-    if isinstance(expression, sympy.Tuple):
-        return "(" + ", ".join(_evaluated(item) for item in expression.args) + ")"
-    if isinstance(expression, sympy.Eq) and isinstance(expression.lhs, sympy.Symbol):
-        return _evaluated(expression.rhs)
     try:
-        expression = expression.doit()
-        if expression.has(sympy.Float):
-            expression = sympy.nsimplify(expression, rational=True)
-        if _is_small_polynomial(expression):
-            expression = sympy.expand(expression)
+        found = found.doit()
+        powers = found.atoms(sympy.Pow)
+        if len(list(sympy.preorder_traversal(found))) < 60 and all(
+            power.exp.is_Rational and abs(power.exp) <= 8 for power in powers
+        ):
+            found = sympy.expand(found)
     except (AttributeError, TypeError, ValueError, NotImplementedError):
         pass  # as it stands, then
-    return str(expression)
+    return str(found)
 
 
-def _is_small_polynomial(expression: Any) -> bool:
-    """True if the expression is cheap to expand."""
-    import sympy
-
-    powers = expression.atoms(sympy.Pow)
-    return len(list(sympy.preorder_traversal(expression))) < 60 and all(
-        power.exp.is_Rational and abs(power.exp) <= 8 for power in powers
-    )
+_ANCHOR = re.compile(
+    r"\banswer(?: +to [^.?!$]{0,60}?)?(?: +is|\** *:)\** *:?|\u7b54\u6848(?: *[\u662f\u4e3a\u70ba])? *:?", re.IGNORECASE
+)
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n|\u3002| because | since ")
+# A number that is no part of an expression, with the unit after it.
+_NUMBER = re.compile(
+    r"(?<![^\s(])(?<![-+*/^=<>] )[-+]?\$?[0-9]++(?:[.,/][0-9]+)*+%?(?=[\s.,;:!?)]|$)"
+    r"(?! *[-+*/^=<>\\])(?: [a-zA-Z]{3,}(?=[\s.]|$))?"
+)
+_COMPARISON = re.compile(r"\b(?:not|never|least|most|than|less|more|between|from)\b", re.IGNORECASE)

@@ -9,8 +9,7 @@ from typing import Any
 
 from opdlab.errors import require
 from opdlab.verifiers.math.worker_pool import WorkerPool
-from opdlab.verifiers.quantities import tidy
-from opdlab.verifiers.verifier import Verdict, Verifier, bounded_form, last_boxed
+from opdlab.verifiers.verifier import Verdict, Verifier, bounded_form, boxes
 
 # Without a box only this many characters at the end are searched, because more text only costs time.
 _TAIL_CHARACTERS = 400
@@ -70,21 +69,30 @@ class MathVerifier(Verifier):
     def submit(self, responses: Sequence[str], golds: Sequence[str]) -> Callable[[], list[Verdict]]:
         """See :meth:`Verifier.submit`; repeated answers are judged once."""
         pool = self._started_pool()
-        keys = [(*_answer(response), gold) for response, gold in zip(responses, golds, strict=True)]
+        keys = []
+        for response, gold in zip(responses, golds, strict=True):
+            found = boxes(response)
+            unboxed = () if found is None else (response[-_TAIL_CHARACTERS:],)  # an open box is no answer
+            keys.append((tuple(box.text for box in found) if found else unboxed, gold, bool(found)))
         futures = {
-            (answer, boxed, gold): pool.submit(answer, gold, boxed)
-            for answer, boxed, gold in dict.fromkeys(keys)
-            if len(answer) <= _MAX_CHARACTERS
+            key: pool.submit(*key) for key in dict.fromkeys(keys) if key[0] and sum(map(len, key[0])) <= _MAX_CHARACTERS
         }
 
         def wait() -> list[Verdict]:
             assert self._pool is not None  # the closure keeps the verifier and its processes alive
-            return [
-                _with_form(
-                    Verdict(*futures[key].result()) if key in futures else Verdict(False, None, "too long"), *key
-                )
-                for key in keys
-            ]
+            verdicts = []
+            for key in keys:
+                answers, gold, boxed = key
+                if key in futures:
+                    verdict = Verdict(*futures[key].result())
+                else:
+                    verdict = Verdict(False, None, "too long" if answers else "no answer")
+                if verdict.extracted is None and verdict.reason != "no answer" and (verdict.correct or boxed):
+                    # Without a canonical form the text counts in a majority vote.
+                    text = bounded_form(" ".join((gold if verdict.correct else answers[-1])[:_MAX_CHARACTERS].split()))
+                    verdict = Verdict(verdict.correct, text or None, verdict.reason)
+                verdicts.append(verdict)
+            return verdicts
 
         return wait
 
@@ -98,16 +106,3 @@ class MathVerifier(Verifier):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pool": None}
-
-
-def _with_form(verdict: Verdict, answer: str, boxed: bool, gold: str) -> Verdict:
-    """Return the verdict with the text if it has no canonical form, so that the answer counts in a majority vote."""
-    if verdict.extracted is not None or verdict.reason == "no answer" or not (verdict.correct or boxed):
-        return verdict
-    text = bounded_form(tidy(gold if verdict.correct else answer))
-    return Verdict(verdict.correct, text or None, verdict.reason)
-
-
-def _answer(response: str) -> tuple[str, bool]:
-    boxed = last_boxed(response)
-    return (response[-_TAIL_CHARACTERS:], False) if boxed is None else (boxed, True)

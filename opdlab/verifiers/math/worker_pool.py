@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from multiprocessing import Pipe
@@ -53,8 +54,8 @@ class WorkerPool:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, answer: str, gold: str, boxed: bool) -> "Future[Judgement]":
-        """Queue an answer, and return a future.
+    def submit(self, answers: Sequence[str], gold: str, boxed: bool) -> "Future[Judgement]":
+        """Queue the boxes of an answer, and return a future; see :func:`opdlab.verifiers.math.judging.judge`.
 
         The future raises :class:`WorkerStartError` if no process can start, or after :meth:`stop`.
         """
@@ -63,7 +64,7 @@ class WorkerPool:
             if self._stopped:
                 future.set_exception(WorkerStartError("the verifier was stopped"))
             else:
-                self._tasks.put((future, json.dumps([answer, gold, boxed]).encode()))
+                self._tasks.put((future, json.dumps([answers, gold, boxed]).encode()))
         return future
 
     def stop(self) -> None:

@@ -38,18 +38,20 @@ def serve(channel: Connection, time_limit: float, memory_limit: int) -> None:
     """Judge answers from the channel until it closes.
 
     Args:
-        channel: receives ``[answer, gold, boxed]`` as JSON, one at a time, and sends back the :class:`Judgement`.
+        channel: receives ``[answers, gold, boxed]`` as JSON, one at a time, and sends back the :class:`Judgement`.
         time_limit: seconds per answer.
         memory_limit: MiB of address space.
     """
-    _limit_memory(memory_limit << 20)
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = memory_limit << 20
+    resource.setrlimit(resource.RLIMIT_AS, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
     for name in ("math_verify", "latex2sympy2_extended"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     for answer, gold in _WARM_UP:
-        judge(answer, gold, boxed=True)
+        judge([answer], gold, boxed=True)
     gc.freeze()  # keeps memory pages shared with the children
     state = mmap.mmap(-1, 1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())  # the parent reads errors of the start from stderr
@@ -64,12 +66,6 @@ def serve(channel: Connection, time_limit: float, memory_limit: int) -> None:
             channel.send_bytes(json.dumps(_of_the_killed(state[0], status)).encode())
         elif status in (_EXIT_PARENT_GONE, _EXIT_FAILED):
             return
-
-
-def _limit_memory(limit: int) -> None:
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
 
 
 def _of_the_killed(state: int, status: int) -> Judgement:
@@ -102,8 +98,7 @@ def _judge_safely(request: bytes, state: mmap.mmap) -> bytes:
         state[0] = _EQUAL if equal else _DIFFERENT
 
     try:
-        answer, gold, boxed = json.loads(request)
-        judgement = judge(answer, gold, boxed, decided)
+        judgement = judge(*json.loads(request), decided)
     except MemoryError:
         judgement = Judgement(False, None, "memory limit")
     except Exception as error:  # an answer that crashes math-verify is wrong

@@ -20,23 +20,15 @@ function spread(values, lengths, total) {
   return column;
 }
 
-/** Unpack a rollout's columns: in full, one value for each run of a segment, or the float32 difference of two others. */
+/** Unpack a rollout's columns: in full, or one value for each run of a segment. */
 function unpack(rollout) {
   const total = rollout.texts.length;
   const lengths = integers(rollout.runs);
   const values = {};
-  const column = (name) => {
-    if (values[name]) return values[name];
+  data.quantities.forEach(({ name }) => {
     const packed = rollout.values[name];
-    if (typeof packed === "string") values[name] = floats(packed);
-    else if (packed.runs !== undefined) values[name] = spread(floats(packed.runs), lengths, total);
-    else {
-      const [one, other] = packed.minus.map(column);
-      values[name] = one.map((value, index) => value - other[index]);
-    }
-    return values[name];
-  };
-  data.quantities.forEach((quantity) => column(quantity.name));
+    values[name] = packed.runs === undefined ? floats(packed) : spread(floats(packed.runs), lengths, total);
+  });
   return { ids: integers(rollout.ids), runs: lengths, segments: spread(integers(rollout.segments), lengths, total), values };
 }
 

@@ -16,7 +16,7 @@ from markdown_it import MarkdownIt
 from numpy.typing import NDArray
 
 from opdlab.errors import UsageError
-from opdlab.studies.report import make_report, write_report
+from opdlab.studies.report import make_report
 from opdlab.studies.report.compare import Place, compare
 from opdlab.studies.report.figures import every_run, forest
 from opdlab.studies.report.load import load_results
@@ -43,11 +43,11 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         labels={"odd": "<script>alert(1)</script> | $x_1$ & 50% [a](http://b.c) \\ #~^{}\u202e"},
         collapsed=["odd"],
     )
-    return write_report(study.write(tmp_path_factory.mktemp("study")))
+    return make_report(study.write(tmp_path_factory.mktemp("study"))).write()
 
 
 def test_a_known_effect_is_found_and_a_collapse_too(report: Path) -> None:
-    rows = {(r["variant"], r["figure"], r["benchmark"], r["step"]): r for r in read_csv(report)}
+    rows = {(r["variant"], r["metric"], r["benchmark"], r["step"]): r for r in read_csv(report)}
     assert len(rows) == 3 * 2 * 3 * 2  # variants, metrics, benchmarks and their mean, budgets
     span = rows["span", "pass@1", "mean", "40"]
     assert float(span["low"]) <= 0.2 <= float(span["high"])
@@ -58,7 +58,6 @@ def test_a_known_effect_is_found_and_a_collapse_too(report: Path) -> None:
     assert float(collapsed["high"]) < 0
     text = report.read_text()
     assert "pass@1 on the mean over benchmarks: better than none: span (+" in text
-    assert "With four to seven seeds p is a little too small" in text
     assert re.search(
         r"cannot be told apart from none: block64 \(the smallest difference that this study would detect", text
     )
@@ -69,11 +68,11 @@ def test_every_run_is_drawn_and_tabulated(tmp_path: Path) -> None:
     study = SyntheticStudy({"none": 0.0, "span": 0.0}, seeds=range(10), budgets=[40]).write(tmp_path)
     write_samples(evaluation(study, "none", 3, 40), "toy", np.zeros((24, 8), bool))
     shutil.rmtree(study / "runs/span/seed-5")
-    report = write_report(study)
+    report = make_report(study).write()
     runs = {
         (row["variant"], row["seed"]): float(row["value"])
         for row in read_csv(report, "runs")
-        if row["figure"] == "pass@1"
+        if row["metric"] == "pass@1"
     }
     every = {(variant, str(seed)) for variant in ("none", "span") for seed in range(10)}
     assert runs.keys() == every - {("span", "5")}
@@ -98,8 +97,8 @@ def test_figures_are_the_plain_ones(report: Path) -> None:
             means.append(np.mean([json.loads(line)["correct"] for line in lines]))
     (row,) = [
         r
-        for r in read_csv(report, "figures")
-        if (r["variant"], r["figure"], r["benchmark"], r["step"]) == ("span", "pass@1", "mean", "40")
+        for r in read_csv(report, "metrics")
+        if (r["variant"], r["metric"], r["benchmark"], r["step"]) == ("span", "pass@1", "mean", "40")
     ]
     assert float(row["mean"]) == pytest.approx(np.mean(means))
     spread = np.reshape(means, (4, 2)).mean(1).std(ddof=1)
@@ -108,13 +107,13 @@ def test_figures_are_the_plain_ones(report: Path) -> None:
 
 def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
     study = SyntheticStudy({"none": 0.0, "a": 0.1}, [0, 1], [20, 40], {"toy": 8}, num_samples=4)
-    first = write_report(study.write(tmp_path / "study"))
+    first = make_report(study.write(tmp_path / "study")).write()
     folder = shutil.copytree(first.parents[1], tmp_path / "copy", ignore=shutil.ignore_patterns("report"))
     stale = folder / "report" / "figures" / "99-forest-gone.png"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of an earlier report")
     assert len(files(first)) == 2 + 7 + 6
-    assert files(write_report(folder)) == files(first)
+    assert files(make_report(folder).write()) == files(first)
 
 
 def test_page_stands_alone(report: Path) -> None:
@@ -162,8 +161,8 @@ def test_latex_escapes_names(report: Path) -> None:
 
 def test_nothing_differs(tmp_path: Path) -> None:
     study = SyntheticStudy({"none": 0.0, "a": 0.0, "b": 0.0}, budgets=[40], seed_std=0.05)
-    report = write_report(study.write(tmp_path))
-    rows = [row for row in read_csv(report) if row["figure"] == "pass@1"]
+    report = make_report(study.write(tmp_path)).write()
+    rows = [row for row in read_csv(report) if row["metric"] == "pass@1"]
     low, high = (f"{extreme(float(r['detectable_difference']) for r in rows):.3f}" for extreme in (min, max))
     text = report.read_text()
     assert "pass@1 on toy: nothing can be told apart from none at this size." in text
@@ -176,31 +175,40 @@ def test_nothing_differs(tmp_path: Path) -> None:
 
 def test_a_single_seed_has_no_interval_over_seeds(tmp_path: Path) -> None:
     study = SyntheticStudy({"none": 0.0, "a": 0.1}, seeds=[3], budgets=[40], num_samples=4)
-    report = write_report(study.write(tmp_path))
+    report = make_report(study.write(tmp_path)).write()
     text = report.read_text()
     assert "intervals cover the choice of problems only" in text
     assert "pass@8 is left out: a benchmark has only 4 samples of each problem" in text
     (row,) = read_csv(report)
-    assert row["figure"] == "pass@1"
-    assert float(row["degrees_of_freedom"]) == pytest.approx(23)
+    assert row["metric"] == "pass@1"
+    assert float(row["seed_share"]) == 0
     assert row["seeds_for_0.05"] == row["detectable_difference"] == ""
-    assert "What this study would detect is unknown, since one seed does not tell how runs vary." in text
-    (mean, _) = read_csv(report, "figures")
+    (mean, _) = read_csv(report, "metrics")
     assert mean["std_over_seeds"] == ""
 
 
-@pytest.mark.parametrize(("effect", "side"), [(0.3, "ahead of"), (-0.3, "behind")])
-def test_one_seed_is_never_enough_for_better_or_worse(tmp_path: Path, effect: float, side: str) -> None:
-    """Its interval covers problems alone, and may leave out 0 for the luck of a run."""
-    study = SyntheticStudy({"none": 0.0, "a": effect}, seeds=[3], budgets=[40], benchmarks={"toy": 200})
-    text = write_report(study.write(tmp_path)).read_text()
-    results = load_results(tmp_path)
-    axes = forest([each for each in compare(results) if each.place.figure == "pass@1"], results).axes[0]
-    assert [line.get_markerfacecolor() for line in axes.lines if line.get_marker() == "o"] == ["white"]
-    assert f"pass@1 on toy: on this one seed {side} none: a (" in text
-    assert f"- a is on this one seed {side} none: " in text
-    assert "better than" not in text
-    assert "worse than" not in text
+@pytest.mark.parametrize("num_seeds", [1, 2, 3, 4])
+def test_below_four_seeds_there_are_estimates_and_no_verdict(tmp_path: Path, num_seeds: int) -> None:
+    """However large the difference: nothing is known about how much runs vary."""
+    study = SyntheticStudy({"none": 0.0, "a": 0.3}, range(num_seeds), [40], {"toy": 200})
+    report = make_report(study.write(tmp_path)).write()
+    results, text = load_results(tmp_path), report.read_text()
+    compared = [each for each in compare(results) if each.place.metric == "pass@1"]
+    (marker,) = [line for line in forest(compared, results).axes[0].lines if line.get_marker() == "o"]
+    row = read_csv(report)[0]
+    assert float(row["difference"]) == pytest.approx(0.3, abs=0.1)
+    assert float(row["low"]) < float(row["difference"]) < float(row["high"])
+    columns = ("p", "p_holm", "probability_of_improvement", "detectable_difference")
+    if num_seeds < 4:
+        assert [row[key] for key in columns] == [""] * 4
+        assert "pass@1 on toy: no verdict with fewer than 4 seeds, beside none: a (+0." in text
+        assert re.search(rf"- a against none: \+0\..*, {num_seeds} seeds?; no verdict with fewer than 4 seeds\.", text)
+        assert marker.get_markerfacecolor() == "white"
+    else:
+        assert all(row[key] for key in columns)
+        assert marker.get_markerfacecolor() != "white"
+    for word in ("better than", "worse than"):
+        assert (word in text) == (num_seeds == 4 and word == "better than")
 
 
 def test_missing_runs_are_named_and_left_out_pairwise(tmp_path: Path) -> None:
@@ -211,8 +219,9 @@ def test_missing_runs_are_named_and_left_out_pairwise(tmp_path: Path) -> None:
     (runs / "a" / "seed-2" / "run.json").write_text(json.dumps({"state": "failed"}))
     for seed in (1, 2, 3):
         (runs / "c" / f"seed-{seed}" / "run.json").unlink()
-    report = write_report(folder)
+    report = make_report(folder).write()
     assert {row["variant"]: row["seeds"] for row in read_csv(report)} == {"a": "1", "b": "3"}
+    assert {row["p_holm"] for row in read_csv(report)} == {""}
     text = report.read_text()
     for line in ("| none | 0 | missing |", "| a | 1 | unfinished |", "| a | 2 | failed |"):
         assert line in text
@@ -233,34 +242,36 @@ def _study_of(folder: Path, correct: dict[str, list[Array]], num_problems: int) 
 
 def test_where_nothing_varies_nothing_is_known(tmp_path: Path) -> None:
     """Equal pass@8 in all runs tells nothing of what a study would detect; pass@1 varies."""
-    answers = np.random.default_rng(5).random((2, 2, 4, 8)) < 0.5
+    answers = np.random.default_rng(5).random((2, 4, 4, 8)) < 0.5
     answers[..., 0] = True
     correct = {name: list(runs) for name, runs in zip(("none", "a"), answers, strict=True)}
-    report = write_report(_study_of(tmp_path, correct, 4))
+    report = make_report(_study_of(tmp_path, correct, 4)).write()
     (varied, same) = read_csv(report)
-    assert (varied["figure"], same["figure"], same["standard_error"]) == ("pass@1", "pass@8", "0.0")
+    assert (varied["metric"], same["metric"], same["standard_error"]) == ("pass@1", "pass@8", "0.0")
     assert varied["detectable_difference"]
     assert [same[key] for key in ("low", "high", "detectable_difference", "seeds_for_0.05")] == [""] * 4
     text = report.read_text()
     assert "What this study would detect is unknown, since runs and problems do not vary here.\n" in text
-    assert "a and none have the same figure on every problem and seed." in text
+    assert "a and none have the same pass@8 on every problem and seed." in text
     (row,) = [line for line in (report.parent / "tables/comparisons.md").read_text().splitlines() if "pass@8" in line]
     cells = [cell.strip() for cell in row.split("|")]
     assert (cells[8], cells[9], cells[-3], cells[-2]) == ("0.000", "-", "-", "-")
 
 
 def test_a_constant_difference_has_no_interval(tmp_path: Path) -> None:
+    """Its p bounds the probability that equal variants give this, 2 / 4^S."""
     right, wrong = np.ones((4, 8), bool), np.zeros((4, 8), bool)
-    report = write_report(_study_of(tmp_path, {"none": [wrong, wrong], "a": [right, right]}, 4))
-    assert "a is better than none: +1.000, on every problem and seed, p &lt; 0.001." in report.read_text()
-    assert {row["low"] for row in read_csv(report)} == {""}
+    report = make_report(_study_of(tmp_path, {"none": [wrong] * 4, "a": [right] * 4}, 4)).write()
+    assert "a is better than none: +1.000, on all problems and seeds, p = 0.008." in report.read_text()
+    assert {(row["low"], float(row["p"])) for row in read_csv(report)} == {("", 2 / 4**4)}
 
 
 def test_rates_differ_by_one_at_most(tmp_path: Path) -> None:
-    """Two seeds that contradict each other: t quantiles alone would reach beyond what a rate can be."""
+    """Seeds that contradict each other: t quantiles alone would reach beyond what a rate can be."""
     high, low = (np.arange(8) < np.array([[number]]).repeat(4, 0) for number in (7, 1))
-    report = write_report(_study_of(tmp_path, {"none": [low, high], "a": [high, low], "b": [high, high]}, 4))
-    rows = {(row["variant"], row["figure"]): row for row in read_csv(report)}
+    correct = {"none": [low, high] * 2, "a": [high, low] * 2, "b": [high] * 4}
+    report = make_report(_study_of(tmp_path, correct, 4)).write()
+    rows = {(row["variant"], row["metric"]): row for row in read_csv(report)}
     a, b = rows["a", "pass@1"], rows["b", "pass@1"]
     assert (float(a["low"]), float(a["high"]), float(b["high"])) == (-1, 1, 1)
     assert float(a["detectable_difference"]) > 1
@@ -280,7 +291,7 @@ def test_the_conclusion_can_be_printed(tmp_path: Path) -> None:
     assert heading == "at optimizer step 40:"
     assert [line.split(" on ")[0] for line in lines[:2]] == ["- pass@1", "- pass@8"]
     assert "a⟨U+001B⟩[2J of two lines" in lines[0]
-    assert lines[2].startswith("With two or three seeds")
+    assert lines[2].startswith("With fewer than 4 seeds hardly anything is known")
     text = report.write().read_text().replace("\\", "").replace("&lt;", "<")
     assert all(line in text for line in lines)
 
@@ -288,7 +299,7 @@ def test_the_conclusion_can_be_printed(tmp_path: Path) -> None:
 def test_what_only_the_correction_hides_is_said(tmp_path: Path) -> None:
     """An interval that leaves out 0 beside "cannot be told apart" would look like a contradiction."""
     effects = {"none": 0.0, "a": 0.08} | {f"v{i}": 0.0 for i in range(9)}
-    report = write_report(SyntheticStudy(effects, range(6), [40], seed_std=0.0).write(tmp_path))
+    report = make_report(SyntheticStudy(effects, range(6), [40], seed_std=0.0).write(tmp_path)).write()
     hidden = [row for row in read_csv(report) if float(row["p"]) < 0.05 <= float(row["p_holm"])]
     said = re.findall(
         r"- (\w+) cannot be told apart from none: .*; alone it would be \(p .*\), among 10 variants it is not; "
@@ -304,15 +315,15 @@ def test_runs_of_another_study_are_named(tmp_path: Path) -> None:
         path = folder / "runs" / "none" / f"seed-{seed}" / "run.json"
         origin = f"/somewhere/other/runs/none/seed-{seed}"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"taken_from": origin}))
-    assert "- runs: 8 of 8 finished, 2 of them taken over from other\n" in write_report(folder).read_text()
+    assert "- runs: 8 of 8 finished, 2 of them taken over from other\n" in make_report(folder).write().read_text()
 
 
 def test_a_variant_may_have_a_baseline_of_its_own(tmp_path: Path) -> None:
     """Figures are those of a study with that baseline alone; p values are corrected for all variants."""
     effects, seeds = {"none": 0.0, "other": 0.25, "gated": 0.25, "span": 0.0}, range(8)
     folder = SyntheticStudy(effects, seeds, [20, 40], baselines={"gated": "other"}).write(tmp_path / "two")
-    report = write_report(folder)
-    rows = {(row["variant"], row["figure"], row["step"]): row for row in read_csv(report)}
+    report = make_report(folder).write()
+    rows = {(row["variant"], row["metric"], row["step"]): row for row in read_csv(report)}
     assert {name: rows[name, "pass@1", "40"]["baseline"] for name in ("other", "gated", "span")} == {
         "other": "none",
         "gated": "other",
@@ -322,7 +333,9 @@ def test_a_variant_may_have_a_baseline_of_its_own(tmp_path: Path) -> None:
     study = yaml.safe_load((folder / "study.yaml").read_text())
     study["variants"] = [{"name": "gated"}, {"name": "other"}]
     (tmp_path / "one" / "study.yaml").write_text(yaml.safe_dump(study | {"baseline": "other"}))
-    (alone,) = [r for r in read_csv(write_report(tmp_path / "one")) if (r["figure"], r["step"]) == ("pass@1", "40")]
+    (alone,) = [
+        r for r in read_csv(make_report(tmp_path / "one").write()) if (r["metric"], r["step"]) == ("pass@1", "40")
+    ]
     gated = rows["gated", "pass@1", "40"]
     for key in ("baseline_mean", "variant_mean", "difference", "standard_error", "seeds_ahead"):
         assert gated[key] == alone[key]
@@ -423,7 +436,7 @@ def test_what_cannot_be_compared_is_said_in_one_line(case: str, tmp_path: Path) 
     change, message = BROKEN[case]
     change(folder)
     with pytest.raises(UsageError, match=message) as raised:
-        write_report(folder)
+        make_report(folder).write()
     assert "\n" not in str(raised.value)
     assert not (folder / "report").exists()
 
@@ -440,4 +453,4 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     folder = SyntheticStudy({"none": 0.0, "a": 0.0}, [0], [40], {"toy": 4}).write(tmp_path)
     (folder / "report").write_text("in the way")
     with pytest.raises(UsageError, match="report cannot be written"):
-        write_report(folder)
+        make_report(folder).write()

@@ -1,0 +1,288 @@
+"""Checkpoints: written whole or not at all, checked when they are read, and found in the folders of runs."""
+
+import pickle
+import re
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from opdlab.errors import UsageError, require
+from opdlab.files import replacing
+
+CHECKPOINT_KEY = "opdlab"
+"""Key of opdlab's own state in a checkpoint."""
+DIGEST_KEY = "opdlab_digest"
+"""Key of a checkpoint's digest."""
+# What Lightning and opdlab need to resume a run, with its type.
+_STATE = {
+    "global_step": int,
+    "epoch": int,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    CHECKPOINT_KEY: dict,
+}
+_HASHING_THREADS = 4
+_PART = 1 << 26  # bytes
+
+
+class CheckpointFiles(CheckpointIO):
+    """Lightning plugin that writes a checkpoint beside its target and renames it; its digest is checked on load.
+
+    Lightning's own writes into ``$TMPDIR`` first, and copies over the target if that is another file system: a kill or
+    a full disk then leaves half a checkpoint where a whole one was. It also keeps a second copy in memory.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(plugins=[CheckpointFiles()], logger=False, accelerator="cpu")
+        >>> type(trainer.strategy.checkpoint_io).__name__
+        'CheckpointFiles'
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint.
+
+        Args:
+            checkpoint: nested dicts and lists of tensors and plain values.
+            path: of the file.
+            storage_options: must be None.
+
+        Raises:
+            FullDiskError: the disk is full. The file that was there before is still there.
+        """
+        require(storage_options is None, "storage_options is given, but a checkpoint is written to a local file")
+        whole = {**checkpoint, DIGEST_KEY: tree_digest(checkpoint)}
+        with replacing(Path(path)) as file:
+            torch.save(whole, file)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = None, weights_only: bool | None = None) -> Any:
+        """Return the content of a checkpoint, on the host.
+
+        Args:
+            path: of the file.
+            map_location: see :func:`torch.load`; the host by default.
+            weights_only: read tensors and plain values only, which runs no code; only False allows other objects.
+
+        Raises:
+            UsageError: the file cannot be read, or its digest differs.
+        """
+        return read_checkpoint(Path(path), map_location or "cpu", weights_only=weights_only is not False)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint."""
+        Path(path).unlink(missing_ok=True)
+
+
+def read_checkpoint(path: Path, map_location: Any = "cpu", *, weights_only: bool = True) -> dict[str, Any]:
+    """Return the content of a checkpoint whose digest is right; one without a digest is read with a warning.
+
+    Args:
+        path: of the file.
+        map_location: see :func:`torch.load`.
+        weights_only: read tensors and plain values only, which runs no code.
+
+    Raises:
+        UsageError: the file cannot be read, or its content is not what was written.
+    """
+    return _checked(path, _load(path, map_location, weights_only=weights_only))
+
+
+def _checked(path: Path, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """Return a loaded checkpoint without its digest, which is compared."""
+    written = checkpoint.pop(DIGEST_KEY, None)
+    if written is None:
+        rank_zero_warn(f"{path} has no digest, so it cannot be checked whether it is as it was written")
+    else:
+        require(
+            written == tree_digest(checkpoint),
+            f"ckpt_path '{path}' is not as it was written, its digest differs: give an earlier checkpoint",
+        )
+    return checkpoint
+
+
+def _load(path: Path, map_location: Any = "cpu", *, weights_only: bool = True, mapped: bool = False) -> dict[str, Any]:
+    """Return the content of a checkpoint; ``mapped`` reads tensors only when they are used, while the file stays."""
+    require(not path.is_dir(), f"ckpt_path '{path}' is a folder: give a .ckpt file, or 'last'")
+    require(path.is_file(), f"ckpt_path '{path}' does not exist: give a .ckpt file, or 'last'")
+    with path.open("rb") as file:
+        is_archive = file.read(2) == b"PK"
+    try:
+        content = torch.load(path, map_location, weights_only=weights_only, mmap=mapped and is_archive)
+    except Exception as error:  # torch and pickle raise almost any type on damaged files
+        kind = "it may have been cut off while it was written" if is_archive else "it is no checkpoint"
+        if isinstance(error, pickle.UnpicklingError) and is_archive:
+            kind = "it is damaged, or it holds more than tensors and plain values"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UsageError(f"ckpt_path '{path}' cannot be read, {kind}: give an earlier checkpoint ({reason})") from error
+    require(isinstance(content, dict), f"ckpt_path '{path}' is no checkpoint, but a {type(content).__name__}")
+    checkpoint: dict[str, Any] = content
+    return checkpoint
+
+
+def check_checkpoint(path: Path, *, resume: bool = True) -> int:
+    """Return the optimizer step of a checkpoint, and refuse one that is not sound.
+
+    Args:
+        path: of the file.
+        resume: the checkpoint must have all that a run needs to go on; otherwise weights suffice.
+
+    Raises:
+        UsageError: the file is truncated, is not as it was written, is no checkpoint, holds more than tensors and plain
+            values, or holds too little.
+    """
+    checkpoint = _load(path, mapped=True)
+    step = _check_content(path, checkpoint, resume=resume)
+    _checked(path, checkpoint)
+    return step
+
+
+def _check_content(path: Path, checkpoint: dict[str, Any], *, resume: bool) -> int:
+    """Return the optimizer step of a checkpoint, and refuse one whose parts are missing or of another type."""
+    weights = checkpoint.get("state_dict")
+    require(
+        isinstance(weights, dict) and all(isinstance(tensor, Tensor) for tensor in weights.values()),
+        f"ckpt_path '{path}' holds no state_dict of tensors, so it is no checkpoint of opdlab: give another",
+    )
+    step = checkpoint.get("global_step", 0)
+    if not resume:
+        return step if isinstance(step, int) else 0
+    require(
+        CHECKPOINT_KEY in checkpoint,
+        f"ckpt_path '{path}' is a checkpoint that opdlab did not write: give one from this run's checkpoints folder",
+    )
+    require(
+        bool(checkpoint.get("optimizer_states")),
+        f"ckpt_path '{path}' holds weights but no optimizer state, so a run cannot go on from it: give one that was "
+        "written with checkpoint.save_weights_only false, or evaluate it with opdlab validate",
+    )
+    for key, kind in _STATE.items():
+        value = checkpoint.get(key)
+        require(
+            isinstance(value, kind) and not isinstance(value, bool),
+            f"ckpt_path '{path}' cannot be resumed: its {key} is {_shown(value)}, but must be "
+            f"{'an integer' if kind is int else f'a {kind.__name__}'}; give another checkpoint",
+        )
+    loops = checkpoint["loops"].get("fit_loop")
+    require(
+        isinstance(loops, dict), f"ckpt_path '{path}' cannot be resumed: its loops have no fit_loop; give another one"
+    )
+    for name, value in _leaves({key: part for key, part in loops.items() if key != "state_dict"}):
+        require(
+            isinstance(value, int | float) or value == {},  # counters of steps and batches
+            f"ckpt_path '{path}' cannot be resumed: its loops.fit_loop.{name} is {_shown(value)}, but must be a "
+            "number; give another checkpoint",
+        )
+    assert isinstance(step, int)
+    return step
+
+
+def _shown(value: Any) -> str:
+    return "missing" if value is None else repr(value)[:80]
+
+
+# -- finding ---------------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(path: str, root: Path, *, resume: bool = True) -> Path:
+    """Return the file for ``ckpt_path``.
+
+    ``last`` is, of the run folder under ``root`` with the highest version that has a sound checkpoint, the one with the
+    most optimizer steps. A warning names the files that were skipped.
+
+    Args:
+        path: a file, or ``last``.
+        root: holds the folders of the runs, ``version_N``.
+        resume: see :func:`check_checkpoint`.
+
+    Raises:
+        UsageError: the file does not exist, or there is no sound checkpoint.
+    """
+    if path != "last":
+        require(not Path(path).is_dir(), f"ckpt_path '{path}' is a folder: give a .ckpt file, or 'last'")
+        require(Path(path).is_file(), f"ckpt_path '{path}' does not exist: give a .ckpt file, or 'last'")
+        return Path(path)
+    numbers = [int(match[1]) for folder in root.glob("*") if (match := re.fullmatch(r"version_(\d+)", folder.name))]
+    skipped: list[str] = []
+    try:
+        for number in sorted(numbers, reverse=True):
+            if (found := _most_steps(root / f"version_{number}" / "checkpoints", skipped, resume=resume)) is not None:
+                return found[0]
+    finally:
+        if skipped:
+            rank_zero_warn(f"--ckpt_path last skips what is not sound: {'; '.join(skipped)}")
+    raise UsageError(f"ckpt_path is 'last', but there is no checkpoint under {root}: start a run without it")
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
+    """Return the sound checkpoint with the most optimizer steps in a folder, and its step; None without one."""
+    return _most_steps(folder, [], resume=True)
+
+
+def _most_steps(folder: Path, skipped: list[str], *, resume: bool) -> tuple[Path, int] | None:
+    """See :func:`newest_checkpoint`; ``skipped`` receives the reasons against other files."""
+    steps: dict[Path, int] = {}
+    for path in folder.glob("*.ckpt"):
+        try:
+            steps[path] = _check_content(path, _load(path, mapped=True), resume=resume)
+        except UsageError as error:
+            skipped.append(str(error).removeprefix("ckpt_path "))
+    for path in sorted(steps, key=lambda file: (steps[file], file.stat().st_mtime_ns), reverse=True):
+        try:
+            _checked(path, _load(path, mapped=True))
+        except UsageError as error:
+            skipped.append(str(error).removeprefix("ckpt_path "))
+        else:
+            return path, steps[path]
+    return None
+
+
+# -- the digest ------------------------------------------------------------------------------------------------------
+
+
+def tree_digest(tree: Any) -> str:
+    """Return a digest of all tensors and plain values in nested dicts and lists: names, types, shapes and content.
+
+    A tensor counts by the CRC-32 of its bytes, which finds every flipped bit and is several times as fast as a
+    cryptographic hash. Types besides tensors and plain values count by their name alone.
+
+    Example:
+        >>> one = {"weights": torch.tensor([1.0, 2.0]), "steps": [3, None]}
+        >>> tree_digest(one) == tree_digest({"weights": torch.tensor([1.0, 2.0]), "steps": [3, None]})
+        True
+        >>> tree_digest(one) == tree_digest({"weights": torch.tensor([1.0, 2.0]), "steps": [4, None]})
+        False
+    """
+    leaves = list(_leaves(tree))
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        lines = pool.map(_leaf_line, leaves)
+        return sha256("\n".join(lines).encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield all leaves of nested dicts and lists with their dotted names; empty ones are leaves."""
+    if isinstance(tree, dict | list | tuple) and tree:
+        for key, part in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from _leaves(part, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, tree
+
+
+def _leaf_line(leaf: tuple[str, Any]) -> str:
+    name, value = leaf
+    if not isinstance(value, Tensor):
+        plain = value is None or isinstance(value, bool | int | float | str | bytes | dict | list | tuple)
+        return f"{name} {value!r}" if plain else f"{name} {type(value).__name__}"
+    flat = value.detach().reshape(-1).view(torch.uint8) if value.numel() else value.new_empty(0, dtype=torch.uint8)
+    crc = 0
+    for start in range(0, len(flat), _PART):  # copies of parts bound the host memory for tensors on a device
+        crc = zlib.crc32(flat[start : start + _PART].cpu().numpy().data, crc)
+    return f"{name} {value.dtype} {tuple(value.shape)} {crc:08x}"
