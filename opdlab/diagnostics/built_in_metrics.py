@@ -142,8 +142,9 @@ _ROWS = (
     Metric("rollout/reverse_kl", "reverse KL of the buffer", "nats",
            "mean of logpi_b - logq over the buffer: the snapshot's reverse KL to the teacher per token; biased below "
            "`top_p` 1", _GUARD, "falls towards 0", Chart("rollout")),
-    Metric("rollout/age", "age", "steps", "mean optimizer steps since the minibatch's rollouts were sampled", _MODULE,
-           "0 to steps per buffer - 1", Chart("rollout"), "age {:.3g}"),
+    Metric("rollout/age", "age", "steps",
+           "mean optimizer steps since the snapshot that sampled the minibatch's rollouts took the student's weights",
+           _MODULE, "0 to steps per buffer - 1 if each buffer begins with a refresh", Chart("rollout"), "age {:.3g}"),
     Metric("rollout/sampled_tokens_per_second", "sampling rate", "tokens/s",
            "response tokens sampled and scored by the snapshot per second", _COLLECT, "steady"),
     Metric("train/tokens_per_second", "training rate", "tokens/s",
