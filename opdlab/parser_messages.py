@@ -165,7 +165,8 @@ class Explainer:
                 found = {"value": "", "types": "", "base": "", **match.groupdict()}
                 found |= {"value": _shown(found["value"]), "types": types_in_words(found["types"])}
                 return f"{key} {words.format(**found | {'base': self._class(key, found['base'])})}"
-        return f"{key}: {text}"
+        trouble = package_trouble(error)
+        return f"{key} {trouble}" if trouble else f"{key}: {text}"
 
     def _union(self, key: str, match: re.Match[str], text: str, error: BaseException) -> str:
         """Return what is wrong with a value that may have several types; ``text`` has the errors and the value."""

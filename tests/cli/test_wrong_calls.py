@@ -374,7 +374,7 @@ PROCESSES = (
 )
 
 
-def test_wrong_calls_as_processes(folder: Path) -> None:
+def test_wrong_calls_as_processes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in PROCESSES:
         command = [sys.executable, "-m", "opdlab", *shlex.split(arguments.replace("$'\\x1b'", "'\x1b'"))]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -384,3 +384,5 @@ def test_wrong_calls_as_processes(folder: Path) -> None:
         assert line.startswith("opdlab: error: ")
         assert line.isprintable()
         assert WAY_OUT.search(line), line
+    with capsys.disabled():
+        print(f"\n{len(PROCESSES)} processes refused")
