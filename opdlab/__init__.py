@@ -12,10 +12,10 @@ Example:
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
 from opdlab.version import __version__
 
+TYPE_CHECKING = False  # not from typing, whose import takes a while, in which Ctrl-C is not handled yet
 if TYPE_CHECKING:
     from opdlab.callbacks import BehaviorRefresh as BehaviorRefresh
     from opdlab.callbacks import CollapseGuard as CollapseGuard
