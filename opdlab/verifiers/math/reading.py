@@ -111,7 +111,7 @@ def read_list(text: str, letter: str | None = None) -> Group | None:
         (['100', '200'], None)
     """
     parts, separators = _split(text, _SEPARATOR)
-    if len(parts) < 2 or any(separator.strip() == "," and separator == "," for separator in separators):
+    if len(parts) < 2 or "," in separators:
         # Without spaces all commas separate: 1,200 is one number, and 1,200,3 are three.
         parts, separators = _split(text, _ANY_SEPARATOR)
     if len(parts) < 2:
