@@ -137,7 +137,7 @@ def test_broken_line_is_named(tmp_path: Path, line: str) -> None:
 def test_not_utf8(tmp_path: Path) -> None:
     path = tmp_path / "latin.jsonl"
     path.write_bytes('{"problem": "é", "answer": "1"}'.encode("latin-1"))
-    assert "line 1, is not JSON Lines" in refusal(path)
+    assert "line 1, is not text in UTF-8" in refusal(path)
 
 
 def test_missing_file(tmp_path: Path) -> None:
