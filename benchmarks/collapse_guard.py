@@ -13,7 +13,6 @@ message or a wrong one has none.
 """
 
 import argparse
-import contextlib
 import json
 import logging
 import math
@@ -22,6 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -55,10 +55,9 @@ def run(
 ) -> tuple[list[str], dict[str, list[float]], float]:
     """Train, and return the guard's messages, every logged metric, and the guard's share of the time."""
     from lightning.pytorch.callbacks import Checkpoint
-    from lightning.pytorch.cli import SaveConfigCallback
     from lightning.pytorch.loggers.logger import DummyLogger
 
-    from opdlab.callbacks import CollapseGuard
+    from opdlab.callbacks import CollapseGuard, RunFiles
     from opdlab.cli.app import OPDCLI
     from opdlab.errors import UsageError
 
@@ -77,10 +76,10 @@ def run(
     short += [f"--trainer.default_root_dir={folder}", "--trainer.enable_model_summary=false"]
     short += ["--export.enabled=false", "--sample_logger.every_n_steps=1000000", "--gate_monitor.every_n_steps=1000000"]
     short += [f"--seed_everything={seed}", f"--data.seed={seed}"]
-    cli = OPDCLI("fit", ["-c", "quickstart", *overrides, *short])
+    cli = OPDCLI("fit", ["-c", "quickstart", *overrides, *short], ExitStack())
     keeper = Keeper()
     cli.trainer.loggers = [keeper]
-    unneeded = (Checkpoint, SaveConfigCallback)
+    unneeded = (Checkpoint, RunFiles)
     cli.trainer.callbacks = [each for each in cli.trainer.callbacks if not isinstance(each, unneeded)]
     (guard,) = (each for each in cli.trainer.callbacks if isinstance(each, CollapseGuard))
     look, spans = guard.on_train_batch_end, []
@@ -91,7 +90,7 @@ def run(
         spans.append((began, time.perf_counter()))
 
     guard.on_train_batch_end = timed  # type: ignore[method-assign]
-    with contextlib.suppress(UsageError):  # a learning rate of 1000 ends in a loss that is not finite
+    with suppress(UsageError):  # a learning rate of 1000 ends in a loss that is not finite
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     counted = spans[WARM_UP:]
     share = sum(end - began for began, end in counted) / (spans[-1][1] - spans[WARM_UP - 1][1])

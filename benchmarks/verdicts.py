@@ -168,7 +168,7 @@ def _other_numbers(gold: str, generator: random.Random) -> Iterator[tuple[str, s
         yield "another number", f"{before}{int(number[0]) + generator.choice([1, 2, 10])}{after}"
         if number[0] != number[0][::-1]:
             yield "digits reversed", f"{before}{number[0][::-1]}{after}"
-        if not _ONE_NUMBER.fullmatch(gold) and not _TEXT.search(gold) and "=" not in gold:
+        if not _ONE_NUMBER.fullmatch(gold) and not _TEXT.search(gold) and not re.search("=|mathbf", gold):
             yield "a number in it", number[0]
     if gold != "0" and (_FRACTION.fullmatch(gold) or re.fullmatch(r"-?[0-9]+|-?[0-9]*\\(?:sqrt|pi)[^,+-]*", gold)):
         yield "negative", gold[1:] if gold.startswith("-") else f"-{gold}"

@@ -6,13 +6,15 @@ import lightning.pytorch as pl
 
 from opdlab.errors import require
 from opdlab.module import OPDModule
+from opdlab.training.refresh import RefreshSchedule
 
 
-class BehaviorRefresh(pl.Callback):
+class BehaviorRefresh(RefreshSchedule):
     """Copies the student to the behavior snapshot after optimizer steps K, 2K, ….
 
     The loader fetches the next minibatch only after this hook, so a buffer that begins at step K is sampled from the
-    refreshed snapshot. With accumulation there is one refresh, after the optimizer has stepped.
+    refreshed snapshot. With accumulation there is one refresh, after the optimizer has stepped. Where this callback is
+    present, nothing else refreshes the snapshot; without it, the module does so before each buffer is sampled.
 
     Args:
         every_n_steps: K, optimizer steps between refreshes, at least 1.
@@ -29,6 +31,11 @@ class BehaviorRefresh(pl.Callback):
         require(every_n_steps >= 1, f"every_n_steps is {every_n_steps}, but must be at least 1")
         self.every_n_steps = every_n_steps
         self._last_step = 0
+
+    @property
+    def schedule(self) -> str:
+        """Return the line's words, see :class:`opdlab.training.refresh.RefreshSchedule`."""
+        return f"after every {self.every_n_steps} optimizer steps"
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refresh the snapshot, in case the student was changed after it was built."""

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from torch import Tensor
 
 from opdlab.callbacks.step_callback import StepCallback
 from opdlab.diagnostics import StepTrace
@@ -91,6 +93,7 @@ class GateMonitor(StepCallback):
         self._history = BlockHistory(max_blocks)
         self._ages = new_age_table()  # of all steps up to the last logged one, on the host
         self._recent_ages = new_age_table()  # of the steps since then, on the device
+        self._step_ages: Tensor | None = None  # of the current step, on the device
 
     # -- when ----------------------------------------------------------------------------------------------------
 
@@ -102,7 +105,7 @@ class GateMonitor(StepCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock, and set up TensorBoard's page."""
-        self._time = DrawingTime()
+        self._time, self._step_ages = DrawingTime(), None
         if trainer.is_global_zero:
             log_layout(trainer.loggers)
 
@@ -118,11 +121,15 @@ class GateMonitor(StepCallback):
         if self.wants(trainer.global_step + 1) and trainer.loggers:
             pl_module.request_gradient_norms()
 
-    def on_trace(self, trainer: pl.Trainer, trace: StepTrace) -> None:
-        """Add the micro-batch to the sums by age."""
+    def on_trace(self, trainer: pl.Trainer, trace: StepTrace, is_last: bool) -> None:
+        """Add the micro-batch to the sums by age; those that a checkpoint holds are of whole steps."""
         if trainer.is_global_zero and trainer.loggers:
             self._recent_ages = self._recent_ages.to(trace.gates.weights.device)  # moves only once
-            add_to_age_table(self._recent_ages, trace)
+            ages = torch.zeros_like(self._recent_ages) if self._step_ages is None else self._step_ages
+            add_to_age_table(ages, trace)
+            self._step_ages = None if is_last else ages
+            if is_last:
+                self._recent_ages += ages
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, traces: Sequence[StepTrace]) -> None:
         """Log the step."""

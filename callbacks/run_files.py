@@ -15,13 +15,13 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from opdlab.callbacks.collapse_guard import CollapseGuard
 from opdlab.callbacks.evaluation_table import EvaluationTable
+from opdlab.evaluation import EvaluationModule
 from opdlab.evaluation.benchmark_metrics import ERROR_SUFFIX
 from opdlab.records import RESULTS, package_versions, write_json
 from opdlab.training.run_trainer import MetricsFile
 from opdlab.types import Minibatch
 
 FINISHED, STOPPED, COLLAPSED, FAILED = "finished", "stopped", "collapsed", "failed"
-_KEY = "opdlab_logged"
 
 
 class RunFiles(pl.Callback):
@@ -32,9 +32,9 @@ class RunFiles(pl.Callback):
     over all attempts, ``seeds``, ``versions``, ``warnings``, and the ``state``: ``finished``, ``stopped`` by a signal,
     ``collapsed`` if a guard stopped it, or ``failed`` with an error.
 
-    A step is logged after its checkpoint has been written. The checkpoint therefore holds the step's metrics, and a
-    run that resumes logs them if a kill came between. Points of later steps are removed from ``metrics.csv`` and hidden
-    from TensorBoard, because the resumed run logs them again.
+    A resumed run logs the steps after its checkpoint again: their points are removed from ``metrics.csv`` and hidden
+    from TensorBoard. An evaluation at the step of the checkpoint follows it, and is made up for if it may be missing:
+    of that step, only what a logger lacks is logged.
 
     Args:
         table: holds the evaluations.
@@ -47,38 +47,28 @@ class RunFiles(pl.Callback):
         self._tokens, self._seconds = 0, 0.0
         self._since: float | None = None
         self._folder: Path | None = None
-        self._restored: dict[str, Any] | None = None
+        self._resumed = False
 
     # -- curves --------------------------------------------------------------------------------------------------
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Add the metrics of the step, which Lightning logs only after this."""
-        connector, metrics = trainer._logger_connector, {}
-        if trainer.training and connector.should_update_logs:
-            metrics = {name: float(value) for name, value in connector.metrics["log"].items()}
-        checkpoint[_KEY] = {"step": trainer.global_step, "metrics": metrics}
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the metrics of the checkpoint's step until all else has been restored."""
-        self._restored = checkpoint.get(_KEY, {"metrics": {}})
+        """Continue the curves when all else has been restored."""
+        self._resumed = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock; for a resumed run, also continue the curves at its step."""
         self._since, self.state = time.monotonic(), None
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
-        restored, self._restored = self._restored, None
-        if restored is None or not trainer.is_global_zero:
+        resumed, self._resumed = self._resumed, False
+        if not resumed or not trainer.is_global_zero:
             return
+        assert isinstance(pl_module, EvaluationModule)
         step = trainer.global_step
         for logger in trainer.loggers:
             _drop_after(logger, step)
-            metrics = {name: value for name, value in restored["metrics"].items() if name != "step"}
-            if metrics := _missing(logger, step, metrics):
-                logger.log_metrics(metrics, step)
+            pl_module.logged[logger, step] = _logged(logger, step)
 
     # -- results -------------------------------------------------------------------------------------------------
 
@@ -166,17 +156,17 @@ def _drop_after(logger: Logger, step: int) -> None:
         logger.experiment._get_file_writer().add_event(Event(step=step + 1, session_log=session))
 
 
-def _missing(logger: Logger, step: int, metrics: dict[str, float]) -> dict[str, float]:
-    """Return the metrics that a logger's files lack at a step; none for loggers whose files are not known."""
-    if isinstance(logger, MetricsFile):
-        return metrics
+def _logged(logger: Logger, step: int) -> set[str]:
+    """Return the names that a logger's files have at a step; none for loggers whose files are not known.
+
+    A ``MetricsFile`` has one row a step, so it may get a value again.
+    """
     if not isinstance(logger, TensorBoardLogger):
-        return {}
-    logged = {
+        return set()
+    return {
         value.tag
         for file in Path(logger.log_dir).glob("events.out.tfevents.*")
         for event in EventFileLoader(str(file)).Load()
         if event.step == step
         for value in event.summary.value
     }
-    return {name: value for name, value in metrics.items() if name not in logged}

@@ -12,9 +12,9 @@ from opdlab.errors import require
 class StepCallback(pl.Callback):
     """Collects the traces of an optimizer step's micro-batches and passes them on when the step is taken.
 
-    Override :meth:`on_step`. It is called after optimizer step n, 2n, …, but not after a step that a run resumes
-    in the middle of its accumulation window: the traces of the earlier micro-batches are missing, so metrics would not
-    be those of the step. A callback that needs every step also overrides :meth:`on_trace`.
+    Override :meth:`on_step`. It is called after optimizer step n, 2n, …. A callback that needs every step also
+    overrides :meth:`on_trace`. A run that resumes inside an accumulation window repeats it, so the state of a callback
+    must hold whole steps only.
 
     Args:
         every_n_steps: n, at least 1.
@@ -44,20 +44,21 @@ class StepCallback(pl.Callback):
     ) -> None:
         """Keep the trace; pass on all of them at the step's last micro-batch."""
         trace: StepTrace = outputs["trace"]
-        self.on_trace(trainer, trace)
+        is_last = batch.position + 1 == len(batch.micro_batches)
+        self.on_trace(trainer, trace, is_last)
         if self.wants(trace.step + 1):  # number of steps before the optimizer moved on, if it did
             self._traces.append(trace)
-            if batch.position + 1 == len(batch.micro_batches):
+            if is_last:
                 traces, self._traces = self._traces, []
-                if len(traces) == len(batch.micro_batches):
-                    self.on_step(trainer, pl_module, traces)
+                self.on_step(trainer, pl_module, traces)
 
-    def on_trace(self, trainer: pl.Trainer, trace: StepTrace) -> None:
+    def on_trace(self, trainer: pl.Trainer, trace: StepTrace, is_last: bool) -> None:
         """Process one micro-batch, at every step: this must be fast and must not wait for the device.
 
         Args:
             trainer: the trainer.
             trace: of the micro-batch.
+            is_last: True for the last micro-batch of the step.
         """
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, traces: Sequence[StepTrace]) -> None:

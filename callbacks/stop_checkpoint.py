@@ -1,6 +1,7 @@
 """Checkpoints when training stops, by a signal or at the end."""
 
 import os
+import threading
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,11 @@ from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoi
 from lightning.pytorch.utilities import rank_zero_info
 
 from opdlab.checkpoints import CheckpointFiles
-from opdlab.errors import Stopped
+from opdlab.errors import Stopped, UsageError, first_line
 from opdlab.evaluation import EvaluationModule
 from opdlab.files import remove_partial_files
+from opdlab.out_of_memory import out_of_memory
 from opdlab.processes import STOP, StopAt
-
-_OTHERS_SECONDS = 20.0  # seconds; time for the other processes to end by themselves
 
 
 class StopCheckpoint(Checkpoint):
@@ -50,6 +50,7 @@ class StopCheckpoint(Checkpoint):
         self._saved_step: int | None = None
         self._training = False
         self._in_step = False
+        self._common_batches: list[int] = []  # batches of each benchmark that all processes have
         self._step_end: dict[str, Any] = {}  # progress of Lightning's loops when the last step ended
         self._validating = self._saving = False
         self._listening = ExitStack()
@@ -68,14 +69,31 @@ class StopCheckpoint(Checkpoint):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replace Lightning's signal handlers: they exchange a flag though only one process may have been signalled."""
-        if self._training:
-            self._validating = True
-        else:
+        if not self._training:
             self._at_once(trainer)
+            return
+        self._validating = True
+        if trainer.world_size > 1:  # a process may have one batch more than another
+            own = [int(count) if count < float("inf") else 0 for count in trainer.num_val_batches]
+            fewest = trainer.strategy.reduce(torch.tensor(own, device=trainer.strategy.root_device), reduce_op="min")
+            self._common_batches = fewest.tolist()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replace Lightning's signal handlers."""
         self.on_validation_start(trainer, pl_module)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Stop together with the other processes after a batch, during a validation inside training."""
+        if self._training and trainer.world_size > 1 and batch_idx < self._common_batches[dataloader_idx]:
+            self._stop_if_agreed(trainer)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note that the validation has all its answers."""
@@ -117,19 +135,23 @@ class StopCheckpoint(Checkpoint):
     ) -> None:
         """Save at the last step or after a signal, then stop."""
         self._step_end = _progress(trainer)
-        if (signum := _agreed(trainer, STOP.signum)) is not None:
-            STOP.signum = signum
-            self._save(trainer, "interrupted.ckpt")
-            # Lightning logs the step after this hook, and a stop would skip that.
-            trainer._logger_connector.update_train_step_metrics()
-            if signum == _requeue_signal(trainer):
-                trainer._signal_connector._slurm_sigusr_handler_fn(signum, None)  # type: ignore[arg-type]
-            self._in_step = False
-            raise Stopped(signum)
+        self._stop_if_agreed(trainer)
         # Not in on_train_end: by then Lightning has closed the epoch, and a longer run could not continue inside it.
         if _is_last_step(trainer):
             self._save(trainer, "final.ckpt")
         self._between_steps(trainer)
+
+    def _stop_if_agreed(self, trainer: pl.Trainer) -> None:
+        """Save and stop if one of the processes was signalled."""
+        if (signum := _agreed(trainer, STOP.signum)) is None:
+            return
+        self._save(trainer, "interrupted.ckpt")
+        if self._in_step:  # Lightning logs the step after this hook, and a stop would skip that
+            trainer._logger_connector.update_train_step_metrics()
+        if signum == _requeue_signal(trainer):
+            trainer._signal_connector._slurm_sigusr_handler_fn(signum, None)  # type: ignore[arg-type]
+        self._in_step = False
+        raise Stopped(signum)
 
     # -- the end -------------------------------------------------------------------------------------------------
 
@@ -146,24 +168,28 @@ class StopCheckpoint(Checkpoint):
         STOP.check()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Save if a signal has stopped training between two steps; restore the signal handlers."""
+        """Save if a signal has stopped training between two steps; restore the signal handlers.
+
+        Raises:
+            UsageError: the error came while a checkpoint was restored.
+        """
+        _explain_restoring(trainer, exception)
         stopped, between = isinstance(exception, Stopped), self._training and not self._in_step
         self._training, STOP.when = False, StopAt.ONCE
-        if isinstance(pl_module, EvaluationModule):
-            if stopped:
-                with torch.inference_mode():  # as in the evaluation
-                    pl_module.evaluator.finish()  # keep the batch whose answers the verifier is checking
-            with suppress(OSError):  # a full disk, which is the error
-                pl_module.evaluator.close()
+        for thread in threading.enumerate() if stopped else ():
+            if hasattr(thread, "_child_processes"):  # would kill this process because Lightning kills the others
+                thread._child_processes = []
         try:
             if stopped and between and trainer.world_size == 1 and self._saved_step != trainer.global_step:
                 self._save(trainer, "interrupted.ckpt")
         finally:
             self._listening.close()
-        if stopped and trainer.is_global_zero:
-            # Lightning kills them, and ends this process by SIGKILL for it, unless they have ended by themselves.
-            for process in getattr(trainer.strategy.launcher, "procs", []):
-                process.wait(_OTHERS_SECONDS)
+            if isinstance(pl_module, EvaluationModule):
+                if stopped:
+                    with torch.inference_mode():  # as in the evaluation
+                        pl_module.evaluator.finish()  # keep the batch whose answers the verifier is checking
+                with suppress(OSError):  # a full disk, which is the error
+                    pl_module.evaluator.close()
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -195,6 +221,17 @@ class StopCheckpoint(Checkpoint):
         finally:
             self._saving = False
         self.path = self._folder / name
+
+
+def _explain_restoring(trainer: pl.Trainer, error: BaseException) -> None:
+    """Raise a UsageError if Lightning could not restore a checkpoint, whatever part of it is at fault."""
+    restoring = bool(trainer._checkpoint_connector._loaded_checkpoint)  # emptied when all is restored
+    unexpected = isinstance(error, LookupError | TypeError | AttributeError | ValueError | RuntimeError)
+    if restoring and unexpected and not isinstance(error, UsageError) and out_of_memory(error) is None:
+        raise UsageError(
+            f"ckpt_path '{trainer.ckpt_path}' cannot be restored ({type(error).__name__}: {first_line(error)[:200]}): "
+            "resume with the configuration and the version of opdlab that wrote it, or give another checkpoint"
+        ) from error
 
 
 def _requeue_signal(trainer: pl.Trainer) -> int | None:

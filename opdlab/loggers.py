@@ -36,6 +36,8 @@ class MediaWriter:
 
     takes: tuple[str, ...] = ()
     """Of ``histograms``, ``images``, ``texts``."""
+    named = True
+    """True if the log names what the logger leaves out."""
 
     def __init__(self, logger: Logger) -> None:
         self.logger: Any = logger
@@ -63,6 +65,13 @@ def media_writer(logger: Logger) -> MediaWriter:
         ()
     """
     return MediaWriter(logger)
+
+
+@media_writer.register(DummyLogger)
+class ScalarsOnly(MediaWriter):
+    """Writer of a logger that is for scalars only, of which nobody expects anything else."""
+
+    named = False
 
 
 @media_writer.register(TensorBoardLogger)
@@ -144,7 +153,7 @@ def log_media(
         for kind, items in given.items():
             if items and kind in writer.takes:
                 getattr(writer, kind)(items, step)
-            elif items and not isinstance(logger, DummyLogger):
+            elif items and writer.named:
                 told = _TOLD.setdefault(logger, set())
                 if kind not in told:
                     names = ", ".join(sorted(items)[:3]) + (", …" if len(items) > 3 else "")

@@ -73,7 +73,7 @@ _RULES = [
             r"'\w+' object has no attribute 'keys'",
             "has init_args that are not a section of keys: leave them out, or give keys",
         ),
-        (r"Expected an? (?P<types>.+?)\. Got value: (?P<value>.*)$", "is {value}, but must be {types}"),
+        (r"Expected an? (?P<types>.+?)\. Got value: ?(?P<value>.*)$", "is {value}, but must be {types}"),
     )
 ]
 
@@ -111,6 +111,9 @@ class Explainer:
             return f"unknown key '{key}'{self._nearest(key)}"
         if match := re.search(r"^Parser key \"(\S+)\": Unable to load config '(.*?)' - a section, (line .*)$", text):
             return f"{match[1]} is {match[2]}, a file that cannot be read: {match[3]}"
+        inner = re.search(r"Unable to load config .*?\n *- (Parser key \".*)$", str(error), re.DOTALL)
+        if inner and "Unable to load" not in inner[1] and (match := _KEY.match(inner[1])):
+            return self._value(match["key"], match["rest"], "", error)
         if match := re.search(r"^Parser key \"(\S+)\": Unable to load config ['\"](.*?)['\"]", text):
             return f"{match[1]} is {match[2]}, but it is a section{self._nearest(f'{match[1]}.')}"
         if match := re.search(r"^the following arguments are required: (.*)$", text):
@@ -150,8 +153,9 @@ class Explainer:
         text = " ".join(text.split())
         if match := re.match(r"Option '([\w.]+)' is not accepted", text):
             options = options_of(cls) if cls else []
-            of, listed = f" of {cls}" if cls else "", f" its keys: {', '.join(options)}" if options else " it has none"
-            return f"{key}: unknown key '{match[1]}'{of}{suggestion(match[1], options) or ';'}{listed}".rstrip(";")
+            listed = f" its keys: {', '.join(options)}" if options else " it has no keys"
+            hint = suggestion(match[1], options) or ";"
+            return f"{key}: unknown key '{match[1]}'{f' of {cls}' if cls else ''}{hint}{listed}"
         if match := re.match(r"the following arguments are required: (.*)$", text):
             return f"{key} lacks {match[1]}: give {', '.join(f'{key}.{name}' for name in match[1].split(', '))}"
         if match := _NO_IMPORT.match(text):
@@ -161,16 +165,15 @@ class Explainer:
                 found = {"value": "", "types": "", "base": "", **match.groupdict()}
                 found |= {"value": _shown(found["value"]), "types": types_in_words(found["types"])}
                 return f"{key} {words.format(**found | {'base': self._class(key, found['base'])})}"
-        return f"{key}: {text}"
+        trouble = package_trouble(error)
+        return f"{key} {trouble}" if trouble else f"{key}: {text}"
 
     def _union(self, key: str, match: re.Match[str], text: str, error: BaseException) -> str:
         """Return what is wrong with a value that may have several types; ``text`` has the errors and the value."""
-        indent = match["indent"]
-        quoted, given = re.split(
-            rf"^{indent}Given value type: .*\n *Given value: ", text, maxsplit=1, flags=re.MULTILINE
-        )
-        errors = re.split(rf"^{indent}  - ", quoted, flags=re.MULTILINE)[1:]
-        given = given.strip()
+        quoted, _, given = re.sub(
+            rf"^{match['indent']}Given value type: .*\n *Given value: ", "\0", text, count=1, flags=re.MULTILINE
+        ).partition("\0")
+        errors, given = re.split(rf"^{match['indent']}  - ", quoted, flags=re.MULTILINE)[1:], given.strip()
         # An option of a class that is given before, or an item of a section.
         if nested := re.match(r"NestedArg\(key='(?P<key>[^']+)', val=(?P<value>.*)\)$", given, re.DOTALL):
             owner, _, option = nested["key"].rpartition(".")
@@ -180,14 +183,14 @@ class Explainer:
                 written = _shown(nested["value"].strip("'"))
                 return f"{key}.{option} is {written}, but must be {_CLASS_PATH}"
             return (
-                f"unknown key '{key}.{nested['key']}': {f'{key}.{owner}'.rstrip('.')} is no class with the key "
+                f"unknown key '{key}.{nested['key']}': {f'{key}.{owner}'.rstrip('.')} is not a class with the key "
                 f"'{option}'; give its class path first, or check the name"
             )
         for pattern in _TELLING:
             for text in filter(pattern.match, errors):
                 path = re.search(r"(?:class_path '|Import path |class, but )([\w.]+)", text)
                 return self._value(key + ((path and _place(given, path[1])) or ""), text, "", error)
-        for text in errors if given[0] in "[{" else ():
+        for text in errors if given.startswith(("[", "{")) else ():
             quoted_value = _WRITTEN.match(" ".join(text.split()))
             if quoted_value and (place := _place(given, quoted_value["value"])) is not None:
                 return self._value(f"{key}{place}", text, "", error)
@@ -231,7 +234,7 @@ class Explainer:
 
 def _shown(value: str) -> str:
     """Return a value as it is written in YAML, cut off if it is long."""
-    value = {"None": "null", "True": "true", "False": "false"}.get(value, value)
+    value = {"None": "null", "True": "true", "False": "false", "": "''"}.get(value, value)
     return value if len(value) <= 80 else f"{value[:80]}…"
 
 

@@ -194,3 +194,16 @@ def test_all_checkpoints_of_a_run_are_written_so(make_run: MakeRun, tmp_path: Pa
     assert isinstance(trainer.strategy.checkpoint_io, CheckpointFiles)
     names = {path.name: check_checkpoint(path) for path in folder.iterdir()}
     assert names == {"step-step=2.ckpt": 2, "last.ckpt": 2, "final.ckpt": 3}
+
+
+def test_whatever_part_of_a_checkpoint_is_at_fault_is_one_line(make_run: MakeRun, written: Path) -> None:
+    states = read_checkpoint(written)["optimizer_states"]
+    states[0]["param_groups"] = "text"
+    broken = changed(written, "broken.ckpt", optimizer_states=states)
+    run = make_run(callbacks=(StopCheckpoint(str(written.parent)),))
+    run.trainer_options["enable_checkpointing"] = True
+    with (
+        pytest.warns(UserWarning, match="no digest"),
+        pytest.raises(UsageError, match=r"broken\.ckpt' cannot be restored \(\w+: .*\): resume with the configuration"),
+    ):
+        run.fit(4, ckpt_path=broken)

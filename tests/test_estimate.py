@@ -3,7 +3,9 @@
 import contextlib
 import math
 import re
+import socket
 import sys
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -493,6 +495,22 @@ def test_an_unreachable_model_is_one_line_with_the_way_out(
     assert len(lines) == 1
     assert "'some-org/gated-model' cannot be read" in lines[0]
     assert "local folder" in lines[0]
+
+
+def test_without_a_network_the_hub_is_asked_once(
+    opdlab: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: Any) -> None:
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    started = time.monotonic()
+    assert opdlab("estimate", "-c", "quickstart", "--model.student.path", "some-org/no-such-model") == EXIT_USAGE
+    assert time.monotonic() - started < 15  # the hub's client alone waits for 23 s
+    assert "'some-org/no-such-model' cannot be read: check the name, the connection" in capsys.readouterr().err
 
 
 def test_an_optimizer_that_cannot_be_measured_is_one_line(opdlab: Any, capsys: pytest.CaptureFixture[str]) -> None:

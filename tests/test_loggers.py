@@ -19,6 +19,7 @@ from opdlab.cli.hparams import log_hyperparameters
 from opdlab.cli.parsing import parse_fit
 from opdlab.diagnostics.histograms import Binning, Histogram, bin_rows, read_histograms
 from opdlab.loggers import MediaWriter, log_media, media_writer
+from opdlab.training.run_trainer import MetricsFile
 from tests.toy_run import Run
 
 MakeRun = Callable[..., Run]
@@ -182,6 +183,12 @@ def test_a_logger_that_takes_nothing_is_named_once(tmp_path: Path, caplog: pytes
         "CSVLogger takes no images; left out: gate/by_age",
         "CSVLogger takes no texts; left out: rollouts/0",
     ]
+
+
+def test_the_metrics_file_of_a_run_is_not_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="lightning.pytorch"):
+        log_media([MetricsFile(tmp_path / "metrics.csv")], 1, **media())
+    assert said(caplog) == []
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:

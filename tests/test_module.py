@@ -82,6 +82,29 @@ def test_first_minibatch_after_a_refresh_and_a_fresh_pool_has_no_drift(make_run:
         assert steps[1]["train/clip_share"] == 0
 
 
+@pytest.mark.parametrize(
+    ("refresh", "ages", "line"),
+    [
+        (None, [0, 1, 2, 3, 0, 1, 2, 3, 0], "refreshed before each rollout buffer"),  # a buffer lasts four steps
+        (4, [0, 1, 2, 3, 0, 1, 2, 3, 0], "refreshed after every 4 optimizer steps"),
+        (6, [0, 1, 2, 3, 4, 5, 6, 7, 2], "refreshed after every 6 optimizer steps"),
+        (100, list(range(9)), "refreshed after every 100 optimizer steps"),
+    ],
+)
+def test_a_callback_alone_decides_when_the_snapshot_is_refreshed(
+    make_run: MakeRun, caplog: pytest.LogCaptureFixture, refresh: int | None, ages: list[int], line: str
+) -> None:
+    watch = Watch()
+    run = make_run(refresh=refresh, callbacks=(watch,))
+    with caplog.at_level("INFO"):
+        run.fit(9)
+    assert f"behavior snapshot: {line}" in caplog.text
+    assert [metrics["rollout/age"] for metrics in run.recorder.steps.values()] == ages
+    assert [float(trace.age.float().mean()) for trace in watch.traces] == ages
+    fresh = [metrics["train/drift/max"] < 1e-5 for metrics in run.recorder.steps.values()]
+    assert fresh == [age == 0 for age in ages]
+
+
 class Counting(LanguageModel):
     """Keeps the numbers of rollouts that it scores in chunks; the snapshot is a copy and has its own list."""
 

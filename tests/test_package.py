@@ -44,7 +44,8 @@ PUBLIC = {
         *("BoxedVerifier", "ExactMatchVerifier", "MathVerifier", "NumericVerifier", "Verdict", "Verifier"),
     ],
     "opdlab.types": [
-        *("EvaluationBatch", "Minibatch", "Problem", "Prompt", "Rollouts", "StopReason", "Targets", "TeacherRequest"),
+        *("EvaluationBatch", "Message", "Minibatch", "Problem", "Prompt", "Rollouts", "StopReason", "Targets"),
+        "TeacherRequest",
         *("Verdicts", "id_dtype", "trimmed"),
     ],
     "opdlab.rollouts": [

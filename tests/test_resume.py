@@ -1,7 +1,10 @@
 """A stopped run resumes as if it had not been stopped: the same losses, bit for bit."""
 
+import csv
+import os
 import signal
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +12,16 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 
 from opdlab.callbacks import StopCheckpoint
 from opdlab.checkpoints import check_checkpoint
+from opdlab.data import ReuseConfig
 from opdlab.errors import UsageError
+from opdlab.objectives import SampledTokenOPD, TeacherTopK
+from opdlab.policies import LocalTeacher
 from opdlab.processes import STOP_SIGNALS
-from tests.toy_run import Run
+from tests.toy_run import STUDENT, Run
 
 MakeRun = Callable[..., Run]
 
@@ -61,6 +68,234 @@ def test_resume_is_bit_for_bit(make_run: MakeRun, tmp_path: Path, accumulate: in
         assert torch.equal(ours, theirs)
 
 
+class Ids(Callback):
+    """Keeps the rollouts of each optimizer step, in a file of each process if there are several."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self.folder = folder
+        self.steps: dict[int, list[int]] = {}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        number = outputs["trace"].step + 1
+        self.steps.setdefault(number, []).extend(batch.rollouts.rollout_ids.tolist())
+        if self.folder is not None:
+            lines = [f"{step} {ids}" for step, ids in self.steps.items()]
+            (self.folder / f"ids-{trainer.global_rank}").write_text("\n".join(lines))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "micro_batch"),
+    [(1, 4, 2), (1, 4, 4), (1, 2, 5), (1, 4, 8), (4, 1, 8), (4, 2, 9), (4, 1, 11), (4, 1, 16), (4, 8, 22), (2, 1, 1)],
+)
+def test_another_accumulation_trains_on_exactly_what_was_left(
+    make_run: MakeRun, tmp_path: Path, before: int, after: int, micro_batch: int
+) -> None:
+    path, seen = tmp_path / "stopped.ckpt", [Ids(), Ids()]
+    whole = make_run(accumulate=before, callbacks=(seen[0],))
+    whole.trainer_options["callbacks"].append(SaveAt(path, micro_batch))
+    whole.fit(10)
+    resumed = make_run(accumulate=after, callbacks=(seen[1],))
+    resumed.fit(10, ckpt_path=path)
+    done = micro_batch // before
+    assert seen[1].steps == {step: ids for step, ids in seen[0].steps.items() if step > done}
+    assert resumed.recorder.losses == pytest.approx(whole.recorder.losses[done:], rel=2e-3)
+
+
+def test_other_batches_and_passes_inside_a_buffer(make_run: MakeRun, tmp_path: Path) -> None:
+    path, seen = tmp_path / "stopped.ckpt", [Ids(), Ids()]
+    whole = make_run(callbacks=(seen[0],))
+    whole.trainer_options["callbacks"].append(SaveAt(path, 1))
+    whole.fit(8)
+    reuse = ReuseConfig(prompts_per_pool=8, epochs=1, batch_size=4)
+    resumed = make_run(callbacks=(seen[1],), data={"reuse": reuse})
+    trainer = resumed.fit(7, ckpt_path=path)
+    batches = list(seen[1].steps.values())
+    assert batches[0] + batches[1] == seen[0].steps[2]  # what was left of the first pass
+    assert sorted(chain.from_iterable(batches[2:])) == list(range(16, 32))  # one pass over the next buffer
+    assert trainer.current_epoch == 1
+
+
+@pytest.fixture
+def stopped_at(make_run: MakeRun, tmp_path: Path) -> Callable[[int], Path]:
+    """Checkpoints of a run: at step 2 inside a buffer, at step 4 at its end."""
+
+    def path(step: int) -> Path:
+        return tmp_path / f"{step}.ckpt"
+
+    run = make_run(callbacks=(SaveAt(path(2), 2), SaveAt(path(4), 4)))
+    run.fit(4)
+    return path
+
+
+SGD: dict[str, Any] = {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9)}
+SCHEDULED: dict[str, Any] = {"lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 3)}
+NEVER: tuple[tuple[dict[str, Any], str], ...] = (
+    (SGD, r"model.optimizer is torch.optim.sgd.SGD, but torch.optim.adamw.AdamW in ckpt_path"),
+    ({"lr": 1e-2}, r"model.optimizer.lr is 0.01, but 0.001 in ckpt_path"),
+    (SCHEDULED, r"model.lr_scheduler is torch.*StepLR, but None in ckpt_path"),
+    ({"data": {"seed": 1}}, r"data.seed is 1, but 0 in ckpt_path"),
+    ({"data": {"max_prompt_tokens": 100}}, r"data.max_prompt_tokens is 100, but 2048 in ckpt_path"),
+    ({"num_problems": 17}, r"data.train is 17 prompts with digest \w+, but 16 prompts with digest \w+ in ckpt_path"),
+)
+AT_THE_END: tuple[tuple[dict[str, Any], str], ...] = (
+    ({"objective": SampledTokenOPD()}, r"model.objective is .*SampledTokenOPD, but .*TeacherTopK in ckpt_path"),
+    ({"objective": TeacherTopK(k=4)}, r"model.objective.k is 4, but 8 in ckpt_path"),
+    ({"sampling": {"num_samples": 4}}, r"model.sampling.num_samples is 4, but 2 in ckpt_path"),
+    ({"sampling": {"temperature": 0.7}}, r"model.sampling.temperature is 0.7, but 1.0 in ckpt_path"),
+    ({"max_new_tokens": 20}, r"model.sampling.max_new_tokens is 20, but 40 in ckpt_path"),
+    ({"mask_first": ["1"]}, r"model.mask_first is \['1'\], but \[\] in ckpt_path"),
+    ({"teacher": LocalTeacher(STUDENT)}, r"model.teacher \(its weights\) is \w+, but \w+ in ckpt_path"),
+    ({"data": {"reuse": ReuseConfig(4, 2, 8)}}, r"data.reuse.prompts_per_pool is 4, but 8 in ckpt_path"),
+)
+
+
+def test_what_may_not_change_is_refused_in_one_line(make_run: MakeRun, stopped_at: Callable[[int], Path]) -> None:
+    for inside, cases in ((True, AT_THE_END + NEVER), (False, NEVER)):
+        for changes, words in cases:
+            run = make_run(**changes)
+            before = run.module.student.state_dict()["model.lm_head.weight"].clone()
+            with pytest.raises(UsageError, match=words) as refused:
+                run.fit(8, ckpt_path=stopped_at(2 if inside else 4))
+            assert "\n" not in str(refused.value)
+            assert "may change: trainer.max_steps, trainer.accumulate_grad_batches" in str(refused.value)
+            assert torch.equal(before, run.module.student.state_dict()["model.lm_head.weight"])
+
+
+@pytest.mark.parametrize("changes", [changes for changes, _ in AT_THE_END], ids=str)
+def test_what_may_change_where_a_buffer_ends(
+    make_run: MakeRun, stopped_at: Callable[[int], Path], changes: dict[str, Any]
+) -> None:
+    seen = Ids()
+    run = make_run(callbacks=(seen,), **changes)
+    run.fit(6, ckpt_path=stopped_at(4))
+    assert list(seen.steps) == [5, 6]
+    assert min(min(ids) for ids in seen.steps.values()) >= 16  # ids of the first buffer are not used again
+
+
+@pytest.mark.parametrize("gate", ["none", "span", "token"])
+def test_a_gate_may_change_inside_a_buffer(make_run: MakeRun, stopped_at: Callable[[int], Path], gate: str) -> None:
+    run = make_run(gate=gate, reduction="sequence_mean")
+    run.fit(3, ckpt_path=stopped_at(2))
+    assert len(run.recorder.losses) == 1
+
+
+def test_a_run_that_ends_before_its_checkpoint_is_refused(make_run: MakeRun, stopped_at: Callable[[int], Path]) -> None:
+    with pytest.raises(UsageError, match="trainer.max_steps is 3, but ckpt_path has done 4: give at least 4"):
+        make_run().fit(3, ckpt_path=stopped_at(4))
+
+
+def test_a_checkpoint_of_an_older_version_is_refused(make_run: MakeRun, stopped_at: Callable[[int], Path]) -> None:
+    checkpoint = torch.load(stopped_at(2), weights_only=True)
+    checkpoint["opdlab"] = {"gradients": {}, "records": []}
+    torch.save(checkpoint, stopped_at(2))
+    with pytest.raises(UsageError, match="written by another version of opdlab"):
+        make_run().fit(8, ckpt_path=stopped_at(2))
+
+
+def curve(folder: Path, name: str) -> list[tuple[int, float]]:
+    """The points of a metric in the newest log under a folder."""
+    newest = max(folder.rglob("metrics.csv"), key=lambda file: file.stat().st_mtime_ns)
+    with newest.open() as file:
+        return [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row.get(name)]
+
+
+class SaveAfterEvaluation(Callback):
+    """Writes a checkpoint after the evaluation at a step."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path, self.step = path, step
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (1, 2), (2, 1)])
+@pytest.mark.parametrize("step", [4, 8])  # 8 ends a pass over the prompts
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_an_evaluation_that_a_checkpoint_lacks_is_made_up_for(
+    make_run: MakeRun, tmp_path: Path, before: int, after: int, step: int, evaluated: bool
+) -> None:
+    path = tmp_path / "stopped.ckpt"
+    saving = SaveAfterEvaluation(path, step) if evaluated else SaveAt(path, step * before)
+
+    def run(accumulate: int, *callbacks: Callback, ckpt_path: Path | None = None) -> tuple[list[Any], list[Any]]:
+        options = {"limit_val_batches": 1.0, "val_check_interval": 4 * accumulate, "check_val_every_n_epoch": None}
+        made = make_run(accumulate=accumulate, callbacks=callbacks)
+        made.fit(9, num_sanity_val_steps=0, ckpt_path=ckpt_path, logger=CSVLogger(tmp_path), **options)
+        return curve(tmp_path, "train/loss"), curve(tmp_path, "val/toy/length")
+
+    losses, lengths = run(before, saving)
+    assert [at for at, _ in losses] == list(range(1, 10))
+    assert [at for at, _ in lengths] == [4, 8]
+    resumed_losses, resumed_lengths = run(after, ckpt_path=path)
+    assert [at for at, _ in resumed_losses] == list(range(step + 1, 10))
+    assert [at for at, _ in resumed_lengths] == [at for at in (4, 8) if at > step or (at == step and not evaluated)]
+    if before == after:
+        assert resumed_losses == losses[step:]
+        assert all(point in lengths for point in resumed_lengths)
+
+
+class ReadsTheLog(SaveAt):
+    """Keeps the last step of the log as it is when a checkpoint has just been written."""
+
+    def __init__(self, path: Path, micro_batch: int, folder: Path) -> None:
+        super().__init__(path, micro_batch)
+        self.folder = folder
+        self.found: list[tuple[int, float]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
+        super().on_train_batch_end(trainer, *arguments)
+        if self.micro_batch == 0:
+            self.found = curve(self.folder, "train/loss")
+
+
+def test_metrics_are_on_disk_before_the_checkpoint_of_their_step(make_run: MakeRun, tmp_path: Path) -> None:
+    reader = ReadsTheLog(tmp_path / "stopped.ckpt", 3, tmp_path)
+    make_run(callbacks=(reader,)).fit(4)
+    assert reader.found == curve(tmp_path, "train/loss")[:3]
+    assert [step for step, _ in reader.found] == [1, 2, 3]
+
+
+def test_the_last_evaluation_has_the_step_of_the_run_also_after_a_resume(make_run: MakeRun, tmp_path: Path) -> None:
+    path = tmp_path / "stopped.ckpt"
+    for saving, ckpt_path in (((SaveAt(path, 4),), None), ((), path)):
+        run = make_run(callbacks=saving)
+        trainer = run.fit(
+            4,
+            ckpt_path=ckpt_path,
+            limit_val_batches=1.0,
+            val_check_interval=100,
+            logger=CSVLogger(tmp_path),
+            check_val_every_n_epoch=None,
+            num_sanity_val_steps=0,
+        )
+        trainer.validate(run.module, datamodule=run.data, verbose=False)
+        assert [step for step, _ in curve(tmp_path, "val/toy/length")] == [4]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_each_process_goes_on_with_its_own_rollouts(make_run: MakeRun, tmp_path: Path) -> None:
+    inside, end = tmp_path / "2.ckpt", tmp_path / "4.ckpt"
+
+    def run(*callbacks: Callback, devices: int = 2, **options: Any) -> list[dict[str, str]]:
+        made = make_run(callbacks=(Ids(tmp_path), *callbacks), data={"reuse": ReuseConfig(4, 2, 4)})
+        strategy = "ddp_fork" if devices > 1 else "auto"
+        made.fit(6, strategy=strategy, devices=devices, **options)
+        files = [tmp_path / f"ids-{rank}" for rank in range(devices)]
+        return [dict(line.split(" ", 1) for line in file.read_text().splitlines()) for file in files]
+
+    whole = run(SaveAt(inside, 2), SaveAt(end, 4))
+    assert whole[0] != whole[1]
+    assert run(ckpt_path=inside) == [{step: ids for step, ids in each.items() if int(step) > 2} for each in whole]
+    with pytest.raises(UsageError, match=r"trainer.devices \* trainer.num_nodes is 1, but 2 in ckpt_path"):
+        run(devices=1, ckpt_path=inside)
+    (alone,) = run(devices=1, ckpt_path=end)
+    assert list(alone) == ["5", "6"]
+
+
 def test_checkpoints_hold_only_tensors_and_plain_values(make_run: MakeRun, tmp_path: Path) -> None:
     path = tmp_path / "a.ckpt"
     run = make_run(accumulate=2)
@@ -68,7 +303,7 @@ def test_checkpoints_hold_only_tensors_and_plain_values(make_run: MakeRun, tmp_p
     run.fit(2)
     checkpoint = torch.load(path, weights_only=True)
     assert any(name.startswith("behavior.") for name in checkpoint["state_dict"])
-    assert checkpoint["opdlab"]["gradients"]
+    assert checkpoint["opdlab"]["settings"]["run"]["data.max_prompt_tokens"] == 2048
 
 
 class SendSignal(Callback):

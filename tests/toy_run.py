@@ -1,6 +1,8 @@
 """A small run on the toy world, shared by the tests."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -32,7 +34,7 @@ class Recorder(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if batch.position + 1 == len(batch.micro_batches):
-            self.steps[trainer.global_step] = {k: float(v) for k, v in trainer.logged_metrics.items()}
+            self.steps[trainer.global_step] = {k: float(v) for k, v in trainer.callback_metrics.items()}
 
     @property
     def losses(self) -> list[float]:
@@ -51,7 +53,7 @@ class Run:
         objective: Objective | None = None,
         lr: float = 1e-3,
         accumulate: int = 1,
-        refresh: int = 3,
+        refresh: int | None = 3,
         reduction: Any = "token_mean",
         callbacks: tuple[Callback, ...] = (),
         max_new_tokens: int = 40,
@@ -61,27 +63,35 @@ class Run:
         teacher: Teacher | None = None,
         evaluation: EvaluationConfig | None = None,
         module: type[OPDModule] = OPDModule,
+        sampling: Mapping[str, Any] = MappingProxyType({}),
+        data: Mapping[str, Any] = MappingProxyType({}),
         **options: Any,
     ) -> None:
         torch.manual_seed(0)
-        sampling = SamplingConfig(num_samples=2, temperature=temperature, max_new_tokens=max_new_tokens, batch_size=32)
+        sampled: dict[str, Any] = {
+            "num_samples": 2,
+            "temperature": temperature,
+            "max_new_tokens": max_new_tokens,
+            "batch_size": 32,
+        }
+        sampled.update(sampling)
         self.module = module(
             student or LanguageModel(STUDENT),
             teacher or LocalTeacher(TEACHER),
             objective or TeacherTopK(k=8),
             build_gate(gate, tau=tau) if isinstance(gate, str) else gate,
-            sampling=sampling,
+            sampling=SamplingConfig(**sampled),
             eval_sampling=SamplingConfig(num_samples=2, max_new_tokens=8),
             evaluation=evaluation or EvaluationConfig(pass_at=(1, 2)),
             reduction=reduction,
-            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=lr),
-            **options,
+            **{"optimizer": lambda parameters: torch.optim.AdamW(parameters, lr=lr), **options},
         )
-        self.data = PromptDataModule(
-            ChainProblems(num_problems),
-            {"toy": ChainProblems(3, "held_out")},
-            ReuseConfig(prompts_per_pool=8, epochs=2, batch_size=8),
-        )
+        parts = {
+            "train": ChainProblems(num_problems),
+            "benchmarks": {"toy": ChainProblems(3, "held_out")},
+            "reuse": ReuseConfig(prompts_per_pool=8, epochs=2, batch_size=8),
+        }
+        self.data = PromptDataModule(**{**parts, **data})
         self.recorder = Recorder()
         self.trainer_options: dict[str, Any] = {
             "default_root_dir": folder,
@@ -95,7 +105,11 @@ class Run:
             "enable_progress_bar": False,
             "enable_model_summary": False,
             "logger": CSVLogger(folder),
-            "callbacks": [BehaviorRefresh(every_n_steps=refresh), *callbacks, self.recorder],
+            "callbacks": [
+                *([] if refresh is None else [BehaviorRefresh(every_n_steps=refresh)]),
+                *callbacks,
+                self.recorder,
+            ],
         }
 
     def fit(self, max_steps: int, ckpt_path: Path | None = None, **options: Any) -> pl.Trainer:

@@ -20,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from opdlab.callbacks import CollapseGuard, EvaluationTable, LabProgressBar, RunFiles, SampleLogger, StopCheckpoint
 from opdlab.checkpoints import check_checkpoint
 from opdlab.cli.building import build, with_seeds
-from opdlab.cli.checks import check_trainer, warn_of_idle_recorder
+from opdlab.cli.checks import check_files, check_trainer, warn_of_idle_recorder
 from opdlab.cli.ending import run_to_end
 from opdlab.cli.estimate import refuse_oversized
 from opdlab.cli.hparams import log_hyperparameters
@@ -103,6 +103,7 @@ class OPDCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Build all objects, after a check that the models' weights fit the device."""
         check_trainer(self.config, here=True)
+        check_files(self.config)
         if self.command == "fit":
             warn_of_idle_recorder(self.config)
             if self.config.check_memory:

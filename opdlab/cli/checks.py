@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -206,6 +207,21 @@ def _trainer_error(options: Mapping[str, Any]) -> Exception | None:
     finally:
         rank_zero.disabled = False
     return None
+
+
+def check_files(config: Namespace) -> None:
+    """Refuse problems whose file is missing on this machine, before models are loaded.
+
+    Raises:
+        UsageError: a file does not exist.
+    """
+    kinds = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
+    for key, section in sections(config.as_dict()):
+        path = (section.get("init_args") or {}).get("path")
+        if isinstance(path, str) and str(section.get("class_path")).startswith("opdlab.data."):
+            local = path.startswith((".", "/", "~")) or path.endswith(kinds) or "Jsonl" in section["class_path"]
+            exists = not local or Path(path).expanduser().exists()
+            require(exists, f"{key}.path is {path}, but this file does not exist: give the path of one that does")
 
 
 def warn_of_idle_recorder(config: Namespace) -> None:

@@ -112,10 +112,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if (stopped := stop_signal(error)) is not None:
                 print(f"opdlab: stopped by {signal_name(stopped)}; to go on, run the same command", file=sys.stderr)
                 return 128 + stopped
-            if not isinstance(error, Exception) or (line := _told(error) or out_of_memory(error)) is None:
+            if not isinstance(error, Exception):
                 raise
-            print(f"opdlab: error: {printable(line)}", file=sys.stderr)
-            return EXIT_USAGE if _told(error) and not isinstance(error, FullDiskError) else EXIT_FAILED
+            wrong = _told(error)
+            failed = str(error) if isinstance(error, FullDiskError) else out_of_memory(error)
+            if wrong is None and failed is None:
+                raise
+            print(f"opdlab: error: {printable(wrong or failed or '')}", file=sys.stderr)
+            return EXIT_USAGE if wrong is not None else EXIT_FAILED
 
 
 def console() -> None:
@@ -142,7 +146,7 @@ def console() -> None:
 
 def _told(error: Exception) -> str | None:
     """Return one line about an error that a user can cause and fix; None for any other."""
-    if isinstance(error, UsageError | FullDiskError):
+    if isinstance(error, UsageError):
         return str(error)
     if isinstance(error, ImportError):
         from opdlab.packages import package_trouble  # here, because one of its imports may be the missing package

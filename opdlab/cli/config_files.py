@@ -129,7 +129,7 @@ def class_path_of(key: str, name: str) -> str:
     registry = _REGISTRIES[key]()
     names = registry.names()
     classes = {registry.get(known).__name__ for known in names}
-    if "." in name or name in classes:
+    if "." in name or name in classes or name.startswith(("{", "[")):  # the last is a section, or not a class at all
         return name
     cls = registry.get(name)
     return f"{cls.__module__}.{cls.__qualname__}"

@@ -150,10 +150,10 @@ def chosen_folders(run: Path, steps: Sequence[str] | None) -> dict[int, Path]:
     Raises:
         UsageError: the folder is not a run, has no records, or lacks one of the steps.
     """
-    require(run.is_dir(), f"'{run}' is no folder: give a run's folder, such as runs/quickstart/version_0")
+    require(run.is_dir(), f"'{run}' is not a folder: give a run's folder, such as runs/quickstart/version_0")
     inside = sorted(run.glob(f"version_*/{CONFIG}"), key=lambda path: path.stat().st_mtime_ns)
     hint = f"; did you mean {inside[-1].parent}?" if inside else ": give a folder such as runs/quickstart/version_0"
-    require((run / CONFIG).is_file(), f"'{run}' is no run, it has no {CONFIG}{hint}")
+    require((run / CONFIG).is_file(), f"'{run}' is not a run's folder, since it has no {CONFIG}{hint}")
     found = record_folders(run)
     require(
         bool(found),

@@ -36,23 +36,21 @@ class JsonlProblems(RowProblems):
         as ``2020-01-01``, or ``7`` in a column that also has ``7.5``.
         """
         require(self.path.is_file(), f"{self.path} does not exist or is a folder: give the path of a JSON Lines file")
-        with self.path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                place = f"{self.path}, line {number},"
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                    row = json.loads(text)
-                    if "\\ud" in text.lower():  # the escape of half a surrogate pair, which no file can hold
-                        json.dumps(row, ensure_ascii=False).encode()
-                except UnicodeDecodeError as error:
-                    raise UsageError(f"{place} is not text in UTF-8: write the file in that encoding") from error
-                except UnicodeEncodeError as error:
-                    raise UsageError(f"{place} has half a surrogate pair: leave it out") from error
-                except ValueError as error:
-                    raise UsageError(f"{place} is not JSON Lines: {error}") from error
-                except RecursionError as error:
-                    raise UsageError(f"{place} nests values too deeply: write it flatter") from error
-                require(isinstance(row, dict), f"{place} is not JSON Lines: not an object")
-                yield number, row
+        try:
+            with self.path.open("rb") as lines:
+                for number, line in enumerate(lines, start=1):
+                    if not line.strip():
+                        continue
+                    place = f"{self.path}, line {number},"
+                    try:
+                        row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                    except UnicodeDecodeError as error:
+                        raise UsageError(f"{place} is not text in UTF-8: write the file in that encoding") from error
+                    except ValueError as error:
+                        raise UsageError(f"{place} is not JSON Lines: {error}") from error
+                    except RecursionError as error:
+                        raise UsageError(f"{place} nests values too deeply: write it flatter") from error
+                    require(isinstance(row, dict), f"{place} is not JSON Lines: not an object")
+                    yield number, row
+        except OSError as error:
+            raise UsageError(f"{self.path} cannot be read: {error.strerror}") from error

@@ -142,8 +142,9 @@ _ROWS = (
     Metric("rollout/reverse_kl", "reverse KL of the buffer", "nats",
            "mean of logpi_b - logq over the buffer: the snapshot's reverse KL to the teacher per token; biased below "
            "`top_p` 1", _GUARD, "falls towards 0", Chart("rollout")),
-    Metric("rollout/age", "age", "steps", "mean optimizer steps since the minibatch's rollouts were sampled", _MODULE,
-           "0 to steps per buffer - 1", Chart("rollout"), "age {:.3g}"),
+    Metric("rollout/age", "age", "steps",
+           "mean optimizer steps since the snapshot that sampled the minibatch's rollouts took the student's weights",
+           _MODULE, "0 to steps per buffer - 1 if each buffer begins with a refresh", Chart("rollout"), "age {:.3g}"),
     Metric("rollout/sampled_tokens_per_second", "sampling rate", "tokens/s",
            "response tokens sampled and scored by the snapshot per second", _COLLECT, "steady"),
     Metric("train/tokens_per_second", "training rate", "tokens/s",
@@ -171,7 +172,8 @@ _ROWS = (
     Metric("val/<benchmark>/maj@<n>", "maj@n", "share",
            "share of problems whose most frequent extracted answer is right. Answers are compared as text; those from "
            "which nothing was extracted do not vote; where several are equally frequent, one is drawn at random and "
-           "the expectation counts; where nobody votes it is 0", _BENCHMARK,
+           "the expectation counts; a problem without votes counts as 0. Left out if nothing was extracted at all",
+           _BENCHMARK,
            "mostly above pass@1; below it, the model is wrong in one and the same way"),
     Metric("val/<benchmark>/truncated", "truncated", "share", "share of answers that hit `max_new_tokens`", _BENCHMARK,
            "near 0; above 0.1 the other metrics say more of the limit than of the model"),

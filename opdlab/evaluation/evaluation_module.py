@@ -1,12 +1,13 @@
 """The evaluation part of the LightningModule."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 
 from opdlab.data.datamodule import PromptDataModule
@@ -54,6 +55,8 @@ class EvaluationModule(pl.LightningModule):
         self._held = TeacherHolder(teacher)
         self.evaluator = Evaluator(evaluation, sampling, [])
         self._instead: _Evaluated | None = None  # evaluated instead of the student
+        self.logged: dict[tuple[Logger, int], Set[str]] = {}
+        """Names that a logger has at a step since before a resume."""
 
     @property
     def teacher(self) -> Teacher:
@@ -133,12 +136,31 @@ class EvaluationModule(pl.LightningModule):
         """Log every benchmark's metrics and their mean, and write them to the folder of the samples."""
         self.evaluator.finish()
         metrics = self.evaluator.compute()
-        self.log_dict({f"{self._evaluated.name}/{key}": value for key, value in metrics.items()}, sync_dist=True)
-        self.log("step", float(self.global_step))  # Lightning's own axis is one behind during training
+        named = {f"{self._evaluated.name}/{key}": value for key, value in metrics.items()}
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        self.log_dict(named, sync_dist=True, logger=False if fitting else None)
+        if not fitting:
+            self.log("step", float(self.global_step))  # Lightning's own axis lags behind after a resume
+        elif not self.trainer.sanity_checking:
+            self.write_metrics({**named, "epoch": self.current_epoch}, self.global_step)
         if (folder := self.evaluator.folder) is not None:
             self.evaluator.close()
             values = {key: float(value) for key, value in metrics.items()}
             folder.write_results({"figures": values, "settings": folder.settings, "versions": package_versions()})
+
+    def write_metrics(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Write metrics to all loggers at once; :meth:`log` writes when the callbacks of a step are done.
+
+        Args:
+            metrics: scalars by name, the same in all processes; names in :attr:`logged` are left out.
+            step: optimizer steps taken.
+        """
+        if self.loggers and self.trainer.is_global_zero:
+            values = {name: float(value) for name, value in metrics.items()}
+            for logger in self.loggers:
+                known = self.logged.get((logger, step), ())  # type: ignore[arg-type] # Lightning declares Fabric's base
+                logger.log_metrics({name: value for name, value in values.items() if name not in known}, step=step)
+                logger.save()
 
     # Testing runs the same hooks as validation.
     test_step = validation_step

@@ -173,6 +173,6 @@ def gate_class(name: str) -> type[GateStrategy]:
         raise UsageError(f"--gates has '{name}', but {error}: give a gate's class path") from error
     require(
         isinstance(cls, type) and issubclass(cls, GateStrategy),
-        f"--gates has '{name}', which is no gate: give a class that extends opdlab.gating.GateStrategy",
+        f"--gates has '{name}', which is not a gate: give a class that extends opdlab.gating.GateStrategy",
     )
     return cls  # type: ignore[no-any-return] # looked up by name

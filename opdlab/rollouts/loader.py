@@ -1,11 +1,12 @@
 """Rollout reuse: a rollout buffer that is sampled lazily, scored once, and trained on for several passes."""
 
+import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from opdlab.errors import require
 from opdlab.rollouts.reuse import ReuseConfig
@@ -44,6 +45,31 @@ class Collect(Protocol):
             first_batch: [B] long, rows of the first optimizer batch: the training step may fill in their behavior
                 log-probabilities.
         """
+
+
+@dataclass(frozen=True)
+class Position:
+    """A loader's position, in units that no batch size and no number of processes changes.
+
+    Args:
+        epoch: finished passes over the prompts.
+        prompts: prompts of this pass whose buffers are finished, of all processes.
+        buffers: finished buffers of the run, of all processes.
+        rollouts: rollouts in these buffers.
+        rows: rows of the current buffer that were trained on, over all passes; whole optimizer batches only.
+
+    Example:
+        Two processes are in their first buffer, after three optimizer batches of eight rollouts.
+
+        >>> Position(rows=24)
+        Position(epoch=0, prompts=0, buffers=0, rollouts=0, rows=24)
+    """
+
+    epoch: int = 0
+    prompts: int = 0
+    buffers: int = 0
+    rollouts: int = 0
+    rows: int = 0
 
 
 class RolloutLoader:
@@ -85,81 +111,64 @@ class RolloutLoader:
         world_size: int = 1,
     ) -> None:
         self._pool_size = prompts_per_pool * samples_per_prompt
-        self._reuse = ReuseConfig(prompts_per_pool, reuse_epochs, batch_size)  # checks its values
-        self._reuse.check(samples_per_prompt, micro_batches)
-        self._reuse.check_prompts(len(prompts), world_size)
+        self.reuse = ReuseConfig(prompts_per_pool, reuse_epochs, batch_size)  # checks its values
+        self.reuse.check(samples_per_prompt, micro_batches)
+        self.reuse.check_prompts(len(prompts), world_size)
         self._prompts = prompts
         self._collect = collect
         self._micro_batches = micro_batches
-        self._seed = seed
-        self._rank, self._world_size = rank, world_size
-        self._epoch = 0  # finished passes over the prompts
-        self._pool_index = 0  # buffer within the epoch
-        self._cursor = 0  # minibatches of the buffer already yielded
-        self._pool: Pool | None = None
-
-    @property
-    def pools_per_epoch(self) -> int:
-        """Return the number of buffers in one pass over the prompts; leftover prompts are dropped for that pass."""
-        return len(self._prompts) // self._world_size // self._reuse.prompts_per_pool
-
-    @property
-    def minibatches_per_pool(self) -> int:
-        """Return the number of minibatches that one buffer yields over all its passes."""
-        return self._reuse.epochs * (self._pool_size // self._reuse.batch_size) * self._micro_batches
+        self.seed, self.world_size = seed, world_size
+        self._rank = rank
+        self._prompts_per_buffer = prompts_per_pool * world_size  # of all processes; leftovers of a pass are dropped
+        self._minibatches_per_buffer = reuse_epochs * (self._pool_size // batch_size) * micro_batches
+        self._position = Position()
+        self._pool: Pool | None = None  # the buffer at the position, once it is filled
 
     def __len__(self) -> int:
-        return self.pools_per_epoch * self.minibatches_per_pool
+        return len(self._prompts) // self._prompts_per_buffer * self._minibatches_per_buffer
+
+    @property
+    def num_yielded(self) -> int:
+        """Return the number of minibatches of this pass over the prompts that lie before the position."""
+        left = (len(self._prompts) - self._position.prompts) // self._prompts_per_buffer
+        rows = self._position.rows // self.reuse.batch_size * self._micro_batches
+        return len(self) - left * self._minibatches_per_buffer + rows
 
     def __iter__(self) -> Iterator[Minibatch]:
-        if self._pool_index == self.pools_per_epoch - 1 and self._cursor == self.minibatches_per_pool:
-            self._epoch, self._pool_index, self._cursor = self._epoch + 1, 0, 0
-        while self._pool_index < self.pools_per_epoch:
-            if self._pool is None or self._cursor == 0:
+        epoch = self._position.epoch
+        while self._position.epoch == epoch:
+            if self._pool is None:
                 self._pool = self._next_pool()
-            yield from self._rest_of_pool()
-            if self._pool_index == self.pools_per_epoch - 1:
-                return
-            self._pool_index, self._cursor = self._pool_index + 1, 0
+            yield from self._next_optimizer_batch(self._pool)
 
     def _next_pool(self) -> Pool:
-        generator = torch.Generator().manual_seed(derive_seed("prompts", self._seed, self._epoch))
-        order = torch.randperm(len(self._prompts), generator=generator)[self._rank :: self._world_size]
-        start = self._pool_index * self._reuse.prompts_per_pool
-        chosen = [self._prompts[i] for i in order[start : start + self._reuse.prompts_per_pool].tolist()]
-        number = (self._epoch * self.pools_per_epoch + self._pool_index) * self._world_size + self._rank
-        pool_seed = derive_seed("pool", self._seed, number)
+        at = self._position
+        generator = torch.Generator().manual_seed(derive_seed("prompts", self.seed, at.epoch))
+        order = torch.randperm(len(self._prompts), generator=generator)[at.prompts :][self._rank :: self.world_size]
         return self._collect(
-            chosen,
-            seed=pool_seed,
-            first_rollout_id=number * self._pool_size,
-            first_batch=self._row_order(0)[: self._reuse.batch_size],
+            [self._prompts[i] for i in order[: self.reuse.prompts_per_pool].tolist()],
+            seed=derive_seed("pool", self.seed, at.buffers + self._rank),
+            first_rollout_id=at.rollouts + self._rank * self._pool_size,
+            first_batch=self._row_order(0)[: self.reuse.batch_size],
         )
 
-    def _rest_of_pool(self) -> Iterator[Minibatch]:
-        first = self._cursor // self._micro_batches
-        batches_per_pass = self._pool_size // self._reuse.batch_size
-        for batch in range(first, self._reuse.epochs * batches_per_pass):
-            reuse_epoch, number = divmod(batch, batches_per_pass)
-            rows = self._row_order(reuse_epoch)[number * self._reuse.batch_size :][: self._reuse.batch_size]
-            minibatches = self._optimizer_batch(rows, reuse_epoch, is_first=batch == 0)
-            for minibatch in minibatches[self._cursor % self._micro_batches :]:
-                self._cursor += 1
-                yield minibatch
-
     def _row_order(self, reuse_epoch: int) -> Tensor:
-        seed = derive_seed("rows", self._seed, self._rank, self._epoch, self._pool_index, reuse_epoch)
+        number = self._position.prompts // self._prompts_per_buffer  # of the buffer in this pass over the prompts
+        seed = derive_seed("rows", self.seed, self._rank, self._position.epoch, number, reuse_epoch)
         return torch.randperm(self._pool_size, generator=torch.Generator().manual_seed(seed))
 
-    def _optimizer_batch(self, rows: Tensor, reuse_epoch: int, is_first: bool) -> list[Minibatch]:
-        pool = self._pool
-        assert pool is not None
+    def _next_optimizer_batch(self, pool: Pool) -> Iterator[Minibatch]:
+        reuse_epoch, start = divmod(self._position.rows, self._pool_size)
+        rows = self._row_order(reuse_epoch)[start:][: self.reuse.batch_size]
+        is_first = self._position.rows == 0
         num_tokens = pool.rollouts.num_tokens[rows]
         total, non_empty = int(num_tokens.sum()), int((num_tokens > 0).sum())
         chunks = rows.chunk(self._micro_batches)
         parts = tuple(trimmed(pool.rollouts.rows(part), pool.targets.rows(part)) for part in chunks)
-        return [
-            Minibatch(
+        for position, part in enumerate(parts):
+            if position + 1 == len(parts):  # a state taken before repeats the optimizer batch
+                self._move(len(rows))
+            yield Minibatch(
                 *part,
                 rows=chunks[position],
                 num_tokens=total,
@@ -170,8 +179,21 @@ class RolloutLoader:
                 pool_metrics=pool.metrics,
                 behavior_known=not (is_first and pool.first_batch_unscored),
             )
-            for position, part in enumerate(parts)
-        ]
+
+    def _move(self, rows: int = 0) -> None:
+        """Move the position by some rows, and on to the next buffer and the next pass over the prompts if it ends."""
+        at = replace(self._position, rows=self._position.rows + rows)
+        if at.rows >= self.reuse.epochs * self._pool_size:
+            self._pool = None
+            at = Position(
+                epoch=at.epoch,
+                prompts=at.prompts + self._prompts_per_buffer,
+                buffers=at.buffers + self.world_size,
+                rollouts=at.rollouts + self.world_size * self._pool_size,
+            )
+        if at.rows == 0 and at.prompts + self._prompts_per_buffer > len(self._prompts):
+            at = replace(at, epoch=at.epoch + 1, prompts=0)
+        self._position = at
 
     def fill_behavior(self, rows: Tensor, logprobs: Tensor) -> None:
         """Store behavior log-probabilities computed by a training step in the buffer, for later passes.
@@ -180,39 +202,82 @@ class RolloutLoader:
             rows: [B] long, in host memory: rows of the current buffer.
             logprobs: [B, T] nats, detached: under the behavior policy.
         """
-        assert self._pool is not None
+        if self._pool is None:  # this was the buffer's last minibatch
+            return
         rollouts = self._pool.rollouts
         behavior = rollouts.behavior_logprobs.clone()
         behavior[rows, : logprobs.shape[1]] = logprobs.cpu()
         self._pool = replace(self._pool, rollouts=replace(rollouts, behavior_logprobs=behavior))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the loader's position, and the buffer if it is still in use, as tensors and plain values."""
-        pool = self._pool if 0 < self._cursor < self.minibatches_per_pool else None
-        state: dict[str, Any] = {"epoch": self._epoch, "pool_index": self._pool_index, "cursor": self._cursor}
-        if pool is not None:
-            state["pool"] = {
+        """Return the position, and the buffers of all processes if they are in use, as tensors and plain values.
+
+        With several processes, all must call this, and only the first receives the buffers of the others.
+        """
+        state: dict[str, Any] = asdict(self._position)
+        if self._position.rows:
+            pool = self._pool
+            assert pool is not None
+            own = {
                 "rollouts": pool.rollouts.state_dict(),
                 "targets": pool.targets.state_dict(),
                 "metrics": pool.metrics,
                 "first_batch_unscored": pool.first_batch_unscored,
             }
+            state["pools"] = _gathered(own)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the position and the buffer of :meth:`state_dict`.
+        """Restore the position and this process's buffer of :meth:`state_dict`.
 
         Raises:
-            UsageError: the buffer in the state has a different size from this loader's.
+            UsageError: the state is inside a buffer, and this loader's sizes or number of processes do not allow to
+                finish it.
         """
-        self._epoch, self._pool_index, self._cursor = state["epoch"], state["pool_index"], state["cursor"]
-        self._pool = None
-        if (pool := state.get("pool")) is not None:
+        names = asdict(Position()).keys()
+        require(
+            names <= state.keys(),
+            "the checkpoint was written by another version of opdlab, so a run cannot go on from it: start a new run "
+            "from its student",
+        )
+        self._position = Position(**{name: state[name] for name in names})
+        pools, self._pool = state.get("pools", []), None
+        if pools:
+            require(
+                len(pools) == self.world_size,
+                f"trainer.devices * trainer.num_nodes is {self.world_size}, but the checkpoint is inside a rollout "
+                f"buffer of {len(pools)} processes: resume with as many, the number may change where a buffer ends",
+            )
+            pool = pools[self._rank]
             rollouts = Rollouts.from_state_dict(pool["rollouts"])
             require(
                 len(rollouts) == self._pool_size,
-                f"the checkpoint is in the middle of a rollout buffer of {len(rollouts)}, but the configuration asks "
-                f"for {self._pool_size}: resume with the configuration that the run was started with",
+                f"data.reuse.prompts_per_pool * model.sampling.num_samples is {self._pool_size}, but the checkpoint is "
+                f"inside a rollout buffer of {len(rollouts)}: resume with sizes that give as many, they may change "
+                "where a buffer ends",
+            )
+            left = len(rollouts) - self._position.rows % len(rollouts)
+            require(
+                left % self.reuse.batch_size == 0,
+                f"data.reuse.batch_size is {self.reuse.batch_size}, but the checkpoint is inside a pass over a "
+                f"rollout buffer of which {left} rollouts are left: choose a size that divides {left}, or resume with "
+                "the size of the run",
             )
             targets = Targets.from_state_dict(pool["targets"])
             self._pool = Pool(rollouts, targets, pool["metrics"], pool["first_batch_unscored"])
+        self._move()  # the buffer, or the pass over the prompts, may end here with this loader's sizes
+
+
+def _gathered(value: Any) -> list[Any]:
+    """Return the values of all processes on the first one; on the others, and without processes, only their own."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return [value]
+    values = [None] * distributed.get_world_size() if distributed.get_rank() == 0 else None
+    distributed.gather_object(value, values, group=_host_group())
+    return values or [value]
+
+
+@functools.cache
+def _host_group() -> Any:
+    """Return a group of all processes that exchanges host memory: a buffer may not fit on a device."""
+    return distributed.new_group(backend="gloo")

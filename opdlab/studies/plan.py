@@ -9,14 +9,15 @@ from typing import Any
 from opdlab.aliases import migrate
 from opdlab.errors import UsageError, require
 from opdlab.locks import locked
-from opdlab.records import difference, digest, flat, package_versions, read_json, write_json
+from opdlab.records import RESULTS, difference, digest, flat, package_versions, read_json, write_json
 from opdlab.studies.job import RunSpec
-from opdlab.studies.schema import RUN, RUNS, SAMPLES, STUDY, VARIANTS, RunFolder, run_path
+from opdlab.studies.schema import RUN, RUNS, SAMPLES, STUDY, VARIANTS, VERSION, RunFolder, run_path
 from opdlab.studies.study import OWN_KEYS, Study, Variant, read_study
 
 # Keys of a resolved configuration that a study sets, or that name files but not their content. The number of training
 # steps stays, because a schedule may depend on it.
 _LEFT_OUT = {"config", *OWN_KEYS} - {"trainer.max_steps"}
+_GUARD = "collapse_guard.stop"
 # Trainer options that could prevent a full evaluation at every budget, and their allowed values.
 _WHOLE: Mapping[str, tuple[Any, ...]] = {
     "limit_val_batches": (None, 1.0),
@@ -51,8 +52,9 @@ class Plan:
 
     def _run(self, variant: Variant, seed: int) -> RunSpec:
         path = run_path(self.folder, variant.name, seed)
+        resolved = self.resolved[variant.name]
         # Lightning counts intervals between evaluations in micro-batches.
-        micro_batches = int(self.resolved[variant.name]["trainer.accumulate_grad_batches"])
+        micro_batches = int(resolved["trainer.accumulate_grad_batches"])
         own = {
             "trainer.val_check_interval": self.study.interval * micro_batches,
             "seed_everything": seed,
@@ -64,6 +66,8 @@ class Plan:
             # The recorder does not influence the run, so the command has it but the comparison does not.
             "trainer.callbacks+": "opdlab.studies.step_file.StepFile",
             "trainer.callbacks.folder": path,
+            # A collapsed run goes on, so that the runs of a study are compared after equally many steps.
+            **({_GUARD: "false"} if _GUARD in resolved else {}),
         }
         return RunSpec(
             path=path,
@@ -73,7 +77,7 @@ class Plan:
             arguments=(*_arguments(self.study, variant), *(f"--{key}={value}" for key, value in own.items())),
             threads=self.study.threads,
             keep_checkpoints=self.study.keep_checkpoints,
-            digest=digest([self.resolved[variant.name], self.study.threads]),
+            digest=digest([resolved, self.study.threads]),
             siblings=tuple(run_path(self.folder, v.name, seed) for v in self.study.variants if v.name != variant.name),
         )
 
@@ -203,6 +207,9 @@ def take_over(specs: Iterable[RunSpec], studies: Sequence[Path]) -> int:
             with locked(spec.path) as mine:
                 if mine:
                     shutil.copytree(source.evaluations, spec.evaluations, dirs_exist_ok=True)
+                    if (results := source.path / VERSION / RESULTS).is_file():
+                        (spec.path / VERSION).mkdir(exist_ok=True)
+                        shutil.copyfile(results, spec.path / VERSION / RESULTS)
                     # Written last: a run counts as finished once this file exists.
                     replace(record, variant=spec.variant, taken_from=str(source.path)).write(spec.path)
             taken += 1

@@ -13,7 +13,7 @@
         log.txt                      what the run printed
         lock                         held by the job's process; names it
         submitit/                    logs and pickles of the job
-        version_0/                   run folder of `opdlab fit`: checkpoints, config.yaml, events
+        version_0/                   run folder of `opdlab fit`: checkpoints, config.yaml, results.json, events
         samples/version_0-DIGEST/    evaluations while the run lasts
         evaluations/val-step-STEP/   settings.json, results.json, sample lines: only of a run that has ended
 
@@ -38,10 +38,11 @@ RUN, PROGRESS, LOG, LAUNCH = "run.json", "progress.json", "log.txt", "submitit"
 EVALUATIONS, SAMPLES, VERSION = "evaluations", "samples", "version_0"
 _TAIL_BYTES = 20_000
 
-# States of a run. `run.json` has the first two; the launcher reports the next two, the report the others.
+# States of a run. `run.json` has the first two; the launcher reports the next two, the report the others. A run that
+# has finished may have collapsed, which `results.json` of its run folder says.
 FINISHED, FAILED = "finished", "failed"
 RUNNING, WAITING = "running", "waiting"
-UNFINISHED, MISSING = "unfinished", "missing"
+UNFINISHED, MISSING, COLLAPSED = "unfinished", "missing", "collapsed"
 
 
 def run_path(study: Path, variant: str, seed: int) -> Path:
@@ -160,6 +161,11 @@ class RunFolder:
     def finished(self) -> bool:
         """True if the run has ended and all its evaluations are complete."""
         return self.record.state == FINISHED and self.is_complete(self.evaluations)
+
+    @property
+    def collapsed(self) -> bool:
+        """True if the run says that training has collapsed; it counts all the same."""
+        return read_json(self.path / VERSION / RESULTS).get("state") == COLLAPSED
 
     @property
     def holder(self) -> dict[str, Any] | None:

@@ -217,14 +217,8 @@ def parse_study(content: Any) -> Study:
     except UsageError:
         raise
     except Exception as error:  # argparse's own error is not a ValueError
-        raise UsageError(_explain(error)) from error
-
-
-def _explain(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    if match := re.search(r"arguments are required: (.+)$", text):
-        return f"{match[1]} is missing: give it"
-    return Explainer()(error)
+        required = re.search(r"arguments are required: (.+)$", " ".join(str(error).split()))
+        raise UsageError(f"{required[1]} is missing: give it" if required else Explainer()(error)) from error
 
 
 def read_study(path: Path) -> Study:

@@ -31,11 +31,20 @@ class ScoredBatch:
     inputs: GateInputs
 
 
-def score_batch(student: LanguageModel, objective: Objective, batch: Minibatch, step: int) -> ScoredBatch:
-    """Return a micro-batch's scores, losses and gate inputs, as the training step uses them.
+def score_rollouts(student: LanguageModel, batch: Minibatch) -> tuple[Scored, Rollouts]:
+    """Return a micro-batch's scores, and its rollouts with behavior log-probabilities.
 
-    If the batch's behavior log-probabilities are not computed yet, the student still equals the behavior policy: its
-    own log-probabilities are the behavior's, and the drift is exactly 0 in any precision.
+    If these are not computed yet, the student still equals the behavior policy: its own log-probabilities are the
+    behavior's, and the drift is exactly 0 in any precision.
+    """
+    scored = student.score(batch.rollouts)
+    if batch.behavior_known:
+        return scored, batch.rollouts
+    return scored, replace(batch.rollouts, behavior_logprobs=scored.own_logprobs(batch.targets))
+
+
+def score_batch(student: LanguageModel, objective: Objective, batch: Minibatch, step: int) -> ScoredBatch:
+    """Return a micro-batch's scores, losses and gate inputs, as the training step computes them.
 
     Args:
         student: on the batch's device.
@@ -43,10 +52,7 @@ def score_batch(student: LanguageModel, objective: Objective, batch: Minibatch, 
         batch: on the student's device.
         step: optimizer steps taken so far.
     """
-    rollouts = batch.rollouts
-    scored = student.score(rollouts)
-    if not batch.behavior_known:
-        rollouts = replace(rollouts, behavior_logprobs=scored.own_logprobs(batch.targets))
+    scored, rollouts = score_rollouts(student, batch)
     positions = objective.position_losses(scored, rollouts, batch.targets)
     return ScoredBatch(rollouts, scored, positions, gate_inputs(rollouts, batch.targets, positions, step))
 
@@ -96,7 +102,6 @@ class AccumulationWindow:
     def __init__(self) -> None:
         self._gates: list[Gates] | None = None  # of each micro-batch, once they are computed
         self._records: list[StepRecord] = []
-        self._restored_gradients: dict[str, Tensor] = {}
 
     def gates(
         self, gate: GateStrategy, batch: Minibatch, inputs: GateInputs, student: LanguageModel, objective: Objective
@@ -134,20 +139,3 @@ class AccumulationWindow:
             return None
         self._records, self._gates = [], None
         return merge_records(records)
-
-    def state_dict(self, student: LanguageModel) -> dict[str, Any]:
-        """Return the state for a resume inside the window: the gradients so far, which Lightning does not save."""
-        gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-        return {"gradients": gradients if self._records else {}, "records": self._records}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the window of a checkpoint; call :meth:`restore_gradients` when training starts."""
-        self._gates, self._records = None, list(state["records"])
-        self._restored_gradients = state["gradients"]
-
-    def restore_gradients(self, student: LanguageModel) -> None:
-        """Restore the gradients of a checkpoint's window."""
-        parameters = dict(student.named_parameters())
-        for name, gradient in self._restored_gradients.items():
-            parameters[name].grad = gradient.to(parameters[name].device)
-        self._restored_gradients = {}

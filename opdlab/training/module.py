@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -27,8 +28,9 @@ from opdlab.policies import (
 )
 from opdlab.policies.offload import keep_from_strategy
 from opdlab.rollouts import Collector, Pool
-from opdlab.training import checks
-from opdlab.training.accumulation import AccumulationWindow, score_batch
+from opdlab.training import checks, resume
+from opdlab.training.accumulation import AccumulationWindow, gate_inputs, score_rollouts
+from opdlab.training.refresh import RefreshSchedule
 from opdlab.types import Minibatch, Prompt
 
 
@@ -91,10 +93,16 @@ class OPDModule(EvaluationModule):
         gate.setup(student.tokenizer)
         checks.check_known_needs(gate)
         masked_first = single_token_ids(student.tokenizer, mask_first, "mask_first")
+        self.mask_first, self.request = tuple(mask_first), request
         self.collector = Collector(self.behavior, teacher, request, masked_first)
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._window = AccumulationWindow()
         self._wants_gradient_norms = False
+        self._refreshes = True  # the snapshot before each buffer, without a callback that decides it
+        self._settings: dict[str, Any] = {}  # of the run, for its checkpoints
+        self._metrics: dict[str, Any] = {}  # of the optimizer batch
+        self._timing: dict[str, float] = {}  # of the last optimizer step
+        self._batch_tokens = 0
         self._update_started = 0.0
         self._step_ended: float | None = None
 
@@ -114,6 +122,17 @@ class OPDModule(EvaluationModule):
         if data is not None:
             data.connect(self.student.tokenizer, self.collect, self.sampling.num_samples, training=stage == "fit")
         super().setup(stage)
+        if stage == "fit":  # before a strategy shards the weights
+            self._settings = resume.run_settings(
+                student=self.student,
+                teacher=self.teacher,
+                objective=self.objective,
+                request=self.request,
+                sampling=self.sampling,
+                mask_first=self.mask_first,
+                optimizers=self.configure_optimizers(),
+                data=data,
+            )
         # A sharded model gathers its weights in every pass, so all processes must run the same number of passes.
         self.student.group_lengths = self.whole_weights
         # Other strategies hook into gradients to reduce or shard them.
@@ -135,19 +154,25 @@ class OPDModule(EvaluationModule):
         }
 
     def on_fit_start(self) -> None:
-        """Move the teacher to the device."""
+        """Move the teacher to the device, and say when the snapshot is refreshed."""
         self.teacher.to(self.device)
+        schedules = [each.schedule for each in self.trainer.callbacks if isinstance(each, RefreshSchedule)]  # type: ignore[attr-defined] # set by Lightning's connector
+        self._refreshes = not schedules
+        rank_zero_info(f"behavior snapshot: refreshed {', '.join(schedules) or 'before each rollout buffer'}")
 
     def on_train_start(self) -> None:
-        """Restore the gradients of an accumulation window; Lightning has restored the optimizer state by now."""
+        """Begin the first optimizer batch; a run that resumes inside one repeats it from its start."""
         self._update_started = time.perf_counter()
-        self._window.restore_gradients(self.student)
+        self._window = AccumulationWindow()
 
     def collect(self, prompts: Sequence[Prompt], *, first_batch: Tensor, **options: Any) -> Pool:
         """Return a rollout buffer for the loader, see :meth:`opdlab.rollouts.Collector.collect`.
 
-        If the snapshot equals the student, the forward pass of the next training step scores ``first_batch``.
+        The snapshot is refreshed before, unless a callback decides that. If the snapshot equals the student, the
+        forward pass of the next training step scores ``first_batch``.
         """
+        if self._refreshes:
+            self.behavior.refresh(self.student, self.global_step)
         fresh = self.whole_weights and self.behavior.equals(self.student)
         with self.naming_step():
             return self.collector.collect(
@@ -163,8 +188,9 @@ class OPDModule(EvaluationModule):
 
     def training_step(self, batch: Minibatch, batch_idx: int) -> dict[str, Any]:
         """Return a micro-batch's loss, and its :class:`StepTrace` for callbacks: score, gate, reduce."""
-        step = score_batch(self.student, self.objective, batch, self.global_step)
-        rollouts, positions, inputs = step.rollouts, step.positions, step.inputs
+        scored, rollouts = score_rollouts(self.student, batch)
+        positions = self.objective.position_losses(scored, rollouts, batch.targets)
+        inputs = gate_inputs(rollouts, batch.targets, positions, self.global_step)
         if not batch.behavior_known:
             # Only here the training step writes to the buffer: the student equals the behavior policy, so its
             # log-probabilities are stored for later passes and the snapshot need not score these rows.
@@ -191,7 +217,7 @@ class OPDModule(EvaluationModule):
             self._log_step(batch, whole, gates.tau)
         norms = None
         if self._wants_gradient_norms:
-            norms = hidden_gradient_norms(self.objective, step.scored, rollouts, batch.targets)
+            norms = hidden_gradient_norms(self.objective, scored, rollouts, batch.targets)
             self._wants_gradient_norms = False
         facts = (rollouts, batch.reuse_epoch, self.global_step)
         trace = StepTrace(*facts, inputs, gates, shares, values, norms, batch.targets)
@@ -204,45 +230,59 @@ class OPDModule(EvaluationModule):
         self._wants_gradient_norms = True
 
     def _log_step(self, batch: Minibatch, record: StepRecord, tau: Tensor | None) -> None:
-        # The axis of all curves is the number of steps taken; Lightning's own is one behind for training metrics.
-        self.log("step", float(self.global_step + 1))
         # Each process has its part of the loss, so the parts are summed.
-        self.log("train/loss", record.pop("loss").sum(), prog_bar=True, sync_dist=True, reduce_fx="sum")
+        loss = self.trainer.strategy.reduce(record.pop("loss").sum(), reduce_op="sum")
+        self.log("train/loss", loss, prog_bar=True, logger=False)
+        self._metrics, self._batch_tokens = {}, batch.num_tokens
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by Lightning's logger connector
         if every <= 0 or (self.global_step + 1) % every:
             return  # skip metrics that are not logged
-        self.log_dict({"epoch": float(self.current_epoch), **step_metrics(record), **batch.pool_metrics})
+        self._metrics = {**step_metrics(record), **batch.pool_metrics}
         if tau is not None:
-            self.log("gate/tau", tau)
-        self.log("rollout/age", (self.global_step - batch.rollouts.sampled_at_step).float().mean())
+            self._metrics["gate/tau"] = tau
+        self._metrics["rollout/age"] = (self.global_step - batch.rollouts.snapshot_step).float().mean()
+        self.log_dict(self._metrics, logger=False)
+        self._metrics |= {"train/loss": loss, "epoch": self.current_epoch}
 
     def on_train_batch_start(self, batch: Minibatch, batch_idx: int) -> None:
         """Start the timer of the update, which excludes sampling and scoring since the last step."""
         if batch.position == 0:
             self._update_started = time.perf_counter()
 
-    def on_train_batch_end(self, outputs: Any, batch: Minibatch, batch_idx: int) -> None:
-        """Log the time of the update, and the trained tokens per second of total time."""
-        if batch.position + 1 < len(batch.micro_batches):
-            return
+    def optimizer_step(self, *args: Any, **options: Any) -> None:
+        """Take a step and write its metrics to the loggers, before a callback writes a checkpoint of the step."""
+        super().optimizer_step(*args, **options)
         now = time.perf_counter()
-        self.log("time/update_seconds", now - self._update_started)
+        self._timing = {"time/update_seconds": now - self._update_started}
         if self._step_ended is not None:
-            self.log("train/tokens_per_second", batch.num_tokens / (now - self._step_ended), prog_bar=True)
+            self._timing["train/tokens_per_second"] = self._batch_tokens / (now - self._step_ended)
         self._step_ended = now
+        if self._metrics:
+            self.write_metrics({**self._metrics, **self._timing}, self.global_step + 1)
+
+    def on_train_batch_end(self, outputs: Any, batch: Minibatch, batch_idx: int) -> None:
+        """Show the time of the update, and the trained tokens per second of total time."""
+        for name, value in self._timing.items():
+            self.log(name, value, prog_bar=name == "train/tokens_per_second", logger=False)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the accumulation window to the checkpoint, so that a run can resume inside it."""
+        """Add the settings that a resumed run must share, once all metrics up to here are on disk."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[CHECKPOINT_KEY] = self._window.state_dict(self.student)
+        for logger in self.loggers:
+            logger.save()
+        micro_batches = self.trainer.accumulate_grad_batches
+        checkpoint[CHECKPOINT_KEY] = {"settings": self._settings, "micro_batches": micro_batches}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint is of this model, and restore its accumulation window.
+        """Check that the checkpoint is of this model and run, and adapt Lightning's counters to this trainer.
 
         Raises:
-            UsageError: the checkpoint was not written by opdlab, or is of another model.
+            UsageError: the checkpoint was not written by opdlab, is of another model, or a setting differs that may not
+                change there.
         """
         checks.check_checkpoint(checkpoint, self.state_dict())
-        self._window.load_state_dict(checkpoint[CHECKPOINT_KEY])
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            loader = self.data.train_dataloader() if self.data is not None else None
+            resume.go_on_from(checkpoint, self.trainer, self._settings, loader)

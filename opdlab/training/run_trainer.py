@@ -11,6 +11,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from opdlab.files import replacing
+from opdlab.loggers import ScalarsOnly, media_writer
 
 _STEP = "step"
 
@@ -130,3 +131,6 @@ class MetricsFile(Logger):
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerow([row.get(name, "") for name in self._columns])
         return text.getvalue().encode()
+
+
+media_writer.register(MetricsFile, ScalarsOnly)

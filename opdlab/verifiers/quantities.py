@@ -108,13 +108,13 @@ def split_unit(text: str, letter: str | None = None) -> tuple[str, str | None]:
     r"""Return the text before a unit, and the unit as :func:`parse_unit` returns it.
 
     A unit is a currency, percent or degree sign, everything in ``\text{…}`` at the end, a known unit of several
-    letters, words after a space, and words in Chinese, Japanese or Korean. A single letter right after a number is a
-    variable. It is a unit after a space if it is a known one, or if it is ``letter``.
+    letters, words after a space, and words in Chinese, Japanese or Korean. A single letter right after a number, with
+    or without a power, is a variable. It is a unit after a space if it is a known one, or if it is ``letter``.
 
     Args:
         text: the answer, normalized.
-        letter: a letter that counts as a unit, because the gold answer writes it as one; None to read a gold answer,
-            where a known letter after a space is a unit.
+        letter: a unit whose letters count as one, because the gold answer writes it as a unit; None to read a gold
+            answer, where a known letter after a space is a unit.
 
     Example:
         >>> [split_unit(text) for text in (r"10\text{ m}", "4t", "10 m", "12 apples", r"\sqrt{2} cm")]
@@ -137,7 +137,7 @@ def split_unit(text: str, letter: str | None = None) -> tuple[str, str | None]:
                 return value, None
         unit = parse_unit(words)
         known = _is_known(unit)
-        if pattern is _WORD_UNIT and len(words) == 1:
+        if pattern is _WORD_UNIT and _LETTERS.fullmatch(words):
             known = unit == letter if letter is not None else known and match[0] != words
         elif pattern is _WORD_UNIT and not known:
             known = match[0] != words and _PLAIN_WORDS.fullmatch(words) is not None
@@ -216,8 +216,8 @@ def _number(text: str) -> tuple[Fraction, int | None] | None:
         return int(whole or 0) + upper / lower, None
     if match := _REPEATING.fullmatch(text):
         whole, start, repeated = match.groups("")
-        digits = int((whole or "0") + start + repeated) - int((whole or "0") + start)
-        return Fraction(digits, (10 ** len(repeated) - 1) * 10 ** len(start)), None
+        numerator = int(whole + start + repeated) - int("0" + whole + start)
+        return Fraction(numerator, (10 ** len(repeated) - 1) * 10 ** len(start)), None
     if not (match := _DECIMAL.fullmatch(text)):
         return None
     power, whole, places, comma_places, *exponents = match.groups("")
@@ -266,9 +266,12 @@ _TEXT_UNIT = re.compile(rf"{_TEXT}(?:{_TEXT}| |/|\\cdot|\^\{{-?[0-9]\}})*$")
 _SIGN_UNIT = re.compile(r"(?:\\?%|(?:\^\{)?\\circ\}?(?: *[CF])?|\\?\$|\u20ac|\u00a3|\u00a5|\u00a2|\\cents)$")
 ANGLE = re.compile(r"\\(?:arc)?(?:sin|cos|tan|cot|sec|csc)(?![a-zA-Z])")
 _ASIAN = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-_ASIAN_UNIT = re.compile(f"(?<![{_ASIAN}/])(?:(?!\u4ee5)[{_ASIAN}]/?)+$")  # not "and more", "and less"
+_ASIAN_UNIT = re.compile(f"(?<![{_ASIAN}/])(?:(?![\u4ee5\u4e0d])[{_ASIAN}]/?)+$")  # not "and more", "is not"
 _WORD = r"[a-zA-Z]+\.?(?:\^\{-?[0-9]\})?"
 _WORD_UNIT = re.compile(rf"(?:(?<=[0-9}})\]])|(?<=\\pi)) *{_WORD}(?: ?/ ?{_WORD}| {_WORD})*$")
+_LETTERS = re.compile(
+    r"(?!m ?/ ?s)[a-zA-Z](?:\^\{-?[0-9]\})?(?: ?[ /] ?[a-zA-Z](?:\^\{-?[0-9]\})?)*"
+)  # may be variables
 _COMPARISON = re.compile(r"(?<![a-zA-Z])(?:or|more|less|least|most|than|not|over|under)(?![a-zA-Z])")
 _PLAIN_WORDS = re.compile(r"[a-zA-Z]{3,}\.?(?: [a-zA-Z]{2,}\.?)*")
 _SQUARED = re.compile(r"(square |sq\.? |\u5e73\u65b9)|cubic |cu\.? |\u7acb\u65b9", re.IGNORECASE)

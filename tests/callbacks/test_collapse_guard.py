@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 
 from opdlab.callbacks import CollapseGuard, StopCheckpoint
+from opdlab.cli import main
 from opdlab.cli.parsing import parse_fit
 from opdlab.errors import UsageError
 from opdlab.gating import build_gate
@@ -119,3 +121,27 @@ def test_the_command_line_has_the_guard_and_its_limits() -> None:
     assert config.collapse_guard.patience == dataclasses.fields(CollapseGuard().limits)[0].default
     with pytest.raises(UsageError, match=r"collapse_guard\.patience is 0, but must be at least 1"):
         parse_fit(["-c", "quickstart", "--collapse_guard.patience", "0"])
+
+
+def test_fit_that_is_stopped_has_exit_code_3(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    options = {
+        "model.sampling.temperature": 1e-6,
+        "model.sampling.max_new_tokens": 12,
+        "model.eval_sampling.max_new_tokens": 4,
+        "data.benchmarks.toy.init_args.num_problems": 2,
+        "data.reuse.prompts_per_pool": 16,
+        "trainer.enable_progress_bar": "false",
+        "collapse_guard.stop": "true",
+    }
+    assert main(["fit", "-c", "quickstart", *(f"--{key}={value}" for key, value in options.items())]) == 3
+    run = tmp_path / "runs/quickstart/version_0"
+    results = json.loads((run / "results.json").read_text())
+    assert (results["state"], results["steps"]) == ("collapsed", 3)
+    assert [warning.startswith("collapse: step 3: the student's entropy") for warning in results["warnings"]] == [True]
+    assert list((run / "checkpoints").glob("*.ckpt"))
+    assert (run / "rollouts/step-000003.html").is_file()
+    assert "training has collapsed" in capsys.readouterr().err

@@ -161,7 +161,7 @@ def test_a_run_is_resumed_by_one_process_at_a_time(
     assert opdlab("--ckpt_path", "last", "--trainer.max_steps", "3", *NO_TEACHER) == 0
 
 
-def test_a_kill_between_a_checkpoint_and_its_log_leaves_no_hole(opdlab: Opdlab, tmp_path: Path) -> None:
+def test_an_error_while_a_step_is_logged_leaves_no_hole(opdlab: Opdlab, tmp_path: Path) -> None:
     tensorboard = "{class_path: lightning.pytorch.loggers.TensorBoardLogger, init_args: {save_dir: events, name: ''}}"
     (tmp_path / "logger.yaml").write_text(f"trainer: {{logger: [{{class_path: lab_loggers.Cloud}}, {tensorboard}]}}")
     steps = ("-c", "logger.yaml", *NO_TEACHER, "--trainer.max_steps", "3", "--checkpoint.save_top_k=-1")
@@ -170,8 +170,8 @@ def test_a_kill_between_a_checkpoint_and_its_log_leaves_no_hole(opdlab: Opdlab, 
         opdlab(*steps)
     folder = tmp_path / "runs/quickstart/version_0"
     assert results_of(folder)["state"] == "failed"
-    assert rows_of(folder)[2]["train/loss"] == ""  # only the gate's metrics of that step
-    assert (folder / "checkpoints/step-2.ckpt").exists()
+    assert list(rows_of(folder)) == [0, 1]
+    assert not (folder / "checkpoints/step-2.ckpt").exists()  # a checkpoint follows its step's metrics
     (tmp_path / "fail").unlink()
     (tmp_path / "runs/quickstart/version_0/cloud").rmdir()
     (tmp_path / "logger.yaml").write_text(f"trainer: {{logger: {tensorboard.replace('name', 'version: 0, name')}}}")
@@ -205,3 +205,34 @@ def test_a_collapsed_run_says_so(opdlab: Opdlab, tmp_path: Path, capsys: pytest.
     assert list((folder / "checkpoints").glob("*.ckpt"))
     assert list((folder / "rollouts").glob("*.html"))
     assert "training has collapsed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_start", "on_validation_end"])
+def test_a_kill_between_a_checkpoint_and_the_evaluation_after_it(opdlab: Opdlab, tmp_path: Path, hook: str) -> None:
+    """Before the evaluation, within it, and after its metrics were logged."""
+    (tmp_path / "lab_killed.py").write_text(
+        "from lightning.pytorch.callbacks import Checkpoint\n"
+        "class Killed(Checkpoint):\n"  # called after the callback that saves
+        f"    def {hook}(self, trainer, *_):\n"
+        "        if trainer.global_step == 2:\n"
+        "            raise RuntimeError('killed')\n"
+    )
+    steps = (*NO_TEACHER, "--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--checkpoint.save_top_k=-1")
+    with pytest.raises(RuntimeError, match="killed"):
+        opdlab(*steps, "--trainer.callbacks+=lab_killed.Killed")
+    folder = tmp_path / "runs/quickstart/version_0"
+    assert (folder / "checkpoints/step-2.ckpt").exists()
+    assert opdlab(*steps, "--ckpt_path", "last") == 0
+    assert opdlab(*steps) == 0
+    whole = rows_of(folder.with_name("version_1"))
+    assert set(whole) == {0, 1, 2, 3, 4}
+    timed = {name for name in whole[2] if name.startswith("time/") or name.endswith("per_second")}
+    assert [{k: v for k, v in row.items() if k not in timed} for row in rows_of(folder).values()] == [
+        {k: v for k, v in row.items() if k not in timed} for row in whole.values()
+    ]
+    curves = [EventAccumulator(str(folder.with_name(f"version_{number}"))) for number in range(2)]
+    for events in curves:
+        events.Reload()
+    for name in set(curves[1].Tags()["scalars"]) - timed:
+        killed, other = ([(event.step, event.value) for event in events.Scalars(name)] for events in curves)
+        assert killed == other, name

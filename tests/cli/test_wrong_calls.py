@@ -60,6 +60,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "null_benchmark.yaml": "data: {benchmarks: {toy: null}}\n",
         "foreign_benchmark.yaml": "data: {benchmarks: {toy: {class_path: torch.nn.Linear}}}\n",
         "misspelled_benchmark.yaml": "data: {benchmarks: {toy: {init_args: {num_problemz: 3}}}}\n",
+        "missing_benchmark.yaml": (
+            "data: {benchmarks: {amc23: {class_path: opdlab.data.Benchmark, init_args: {name: amc23, path: ./x}}}}\n"
+        ),
         "number_key.yaml": "model: {1: 2}\n",
         "null_key.yaml": "{null: 2}\n",
         "spaced_key.yaml": "model: {a b: 2}\n",
@@ -227,6 +230,15 @@ FLAGS = [
     ("--data.reuse.epochs null", "data.reuse.epochs is null, but must be an integer"),
     ("--model.optimizer.weight_decay .nan", "model.optimizer.weight_decay is nan, but must be a number"),
     ("--data.train.num_problems 0", "data.train.num_problems is 0"),
+    (
+        "--data.train opdlab.data.JsonlProblems --data.train.path x",
+        "data.train.path is x, but this file does not exist",
+    ),
+    ("--data.train opdlab.data.TableProblems --data.train.path x.csv", "data.train.path is x.csv, but this file does"),
+    ("-c missing_benchmark.yaml", "data.benchmarks.amc23.path is ./x, but this file does not exist"),
+    ("--model '{gate: blok}'", "model.gate is blok, but must be the path of a class"),
+    ("--model.gate '{class_path: blok}'", "model.gate is blok, but must be the path of a class"),
+    ("--trainer.max_steps ''", "trainer.max_steps is '', but must be an integer"),
     ("--model.evaluation.pass_at [x]", "model.evaluation.pass_at is x"),
     ("--model.reduction sum", "model.reduction is sum"),
     ("--model.mask_first 5", "model.mask_first is 5"),
@@ -250,9 +262,9 @@ OTHERS = [
     ("study run paper-toy-mild --jobs 0", "--jobs is 0"),
     ("study report nowhere", "nowhere"),
     ("study ru", "no 'ru'; did you mean 'run'?"),
-    ("replay nowhere", "'nowhere' is no folder"),
+    ("replay nowhere", "'nowhere' is not a folder"),
     ("replay . --draws x", "--draws"),
-    ("replay . --gates syntax.Gate", "'.' is no run"),
+    ("replay . --gates syntax.Gate", "'.' is not a run's folder"),
     ("validate -c quickstart --model.gaet x", "unknown key 'model.gaet'; did you mean 'model.gate'?"),
     ("test -c nowhere", "no configuration file 'nowhere'"),
     (f"estimate -c quickstart --model.student.dtype f8 --model.student.path {NO_MODEL}", "model.student.dtype is f8"),
@@ -332,6 +344,8 @@ def test_mutated_configurations(call: Call, folder: Path, capsys: pytest.Capture
     shipped = {name: yaml.safe_load(path.read_text()) for name, path in shipped_configs().items()}
     every = [(name, *mutant) for name, config in shipped.items() for mutant in mutants(config)]
     shutil.copytree(shipped_configs()["quickstart"].parent, folder / "configs")  # a mutant extends those beside it
+    for file in re.findall(r"[\w/]+\.jsonl", " ".join(path.read_text() for path in shipped_configs().values())):
+        (folder / file).touch()  # problems that the user brings
     refused: Counter[str] = Counter()
     chosen = random.Random(0).sample(every, 300)
     for name, kind, key, mutant in chosen:
@@ -360,7 +374,7 @@ PROCESSES = (
 )
 
 
-def test_wrong_calls_as_processes(folder: Path) -> None:
+def test_wrong_calls_as_processes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in PROCESSES:
         command = [sys.executable, "-m", "opdlab", *shlex.split(arguments.replace("$'\\x1b'", "'\x1b'"))]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -370,3 +384,5 @@ def test_wrong_calls_as_processes(folder: Path) -> None:
         assert line.startswith("opdlab: error: ")
         assert line.isprintable()
         assert WAY_OUT.search(line), line
+    with capsys.disabled():
+        print(f"\n{len(PROCESSES)} processes refused")

@@ -17,7 +17,10 @@ ROW = b'{"problem": "1 + 1", "answer": "2"}\n'
         (ROW + b"\xff\xfe\n", "line 2, is not text in UTF-8: write the file in that encoding"),
         ((ROW * 2).decode().encode("utf-16"), "line 1, is not text in UTF-8: write the file in that encoding"),
         (ROW + b"\n" + b"[" * 100_000 + b"\n", "line 3, nests values too deeply: write it flatter"),
-        (ROW + b'{"problem": "\\ud800", "answer": "2"}\n', "line 2, has half a surrogate pair: leave it out"),
+        (
+            ROW + b'{"problem": "\\ud800", "answer": "2"}\n',
+            "line 2: the field 'problem' has a lone surrogate, \\ud800: remove it",
+        ),
         (ROW + b'{"problem": "\\UD800"}\n', "line 2, is not JSON Lines: Invalid \\escape"),
         (ROW + b"{\n", "line 2, is not JSON Lines: Expecting property name"),
         (ROW + b"[1]\n", "line 2, is not JSON Lines: not an object"),

@@ -207,33 +207,6 @@ def test_a_template_that_raises_is_one_line(tmp_path: Path, tokenizer: PreTraine
         prompt_set(source(tmp_path, *rows, **options), tokenizer, 100)
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (bytes(range(256)), "Expecting value"),
-        (bytes(range(128, 256)), "is not text in UTF-8: write the file in that encoding"),
-        ('{"problem": "a", "answer": "1"}\n'.encode("utf-16"), "is not text in UTF-8"),
-        ('{"problem": "a", "answer": "1"}'.encode("utf-16-be"), "is not JSON Lines: "),
-        (b"[" * 100_000, "nests values too deeply"),
-        (b'{"problem": ' + b'{"a": ' * 100_000, "nests values too deeply"),
-        (b'{"problem": [{"role": "user", "content": "\\udfff"}]}', "has half a surrogate pair: leave it out"),
-        (b'{"problem": "a", "answer": ' + b"1" * 5000 + b"}", "Exceeds the limit"),
-    ],
-)
-def test_files_that_are_no_json_lines(tmp_path: Path, content: bytes, said: str) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{"problem": "a", "answer": "1"}\n' + content)
-    message = refusal(JsonlProblems(str(path)))
-    assert message.startswith(f"{path}, line 2, ")
-    assert said in message
-
-
-def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"problem": "a", "answer": "1"}', encoding="utf-8-sig")
-    assert [problem.text for problem in JsonlProblems(str(path)).problems()] == ["a"]
-
-
 def test_repeated_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     rows = [{"id": id_, "problem": f"{number} a+1", "answer": "1"} for number, id_ in enumerate(["x", "y", "x", "x"])]

@@ -99,8 +99,8 @@ def test_a_gate_that_the_record_cannot_serve_is_named(run: Path, capsys: pytest.
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("nowhere", "'nowhere' is no folder"),
-        ("runs", "'runs' is no run, it has no config.yaml; did you mean runs/version_0?"),
+        ("nowhere", "'nowhere' is not a folder"),
+        ("runs", "'runs' is not a run's folder, since it has no config.yaml; did you mean runs/version_0?"),
         ("bare", "has no recorded steps in pools/: train with --save_pools true"),
         ("RUN --gates blok64", "unknown gate 'blok64'; did you mean 'block64'?"),
         ("RUN --gates nowhere.Gate", "--gates has 'nowhere.Gate'"),

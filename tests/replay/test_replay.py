@@ -230,7 +230,7 @@ def test_gates_of_ones_own(make_run: MakeRun) -> None:
         expand(Grid(gates=("blok64",)), Verdict(), tokenizer, ())
     with pytest.raises(UsageError, match="No module named 'nowhere'"):
         expand(Grid(gates=("nowhere.Gate",)), Verdict(), tokenizer, ())
-    with pytest.raises(UsageError, match="which is no gate"):
+    with pytest.raises(UsageError, match="which is not a gate"):
         expand(Grid(gates=("pathlib.Path",)), Verdict(), tokenizer, ())
 
 

@@ -127,11 +127,99 @@ def test_state_goes_on_exactly_where_it_was_taken(micro_batches: int, stop: int)
 
     uninterrupted = run(loader(micro_batches=micro_batches), 120)
     stopped = loader(micro_batches=micro_batches)
-    before = run(stopped, stop)
-    collect = Collector()
-    resumed = loader(collect, micro_batches=micro_batches)
+    whole = stop // micro_batches * micro_batches  # a state inside an optimizer batch repeats it
+    before = run(stopped, stop)[:whole]
+    resumed = loader(micro_batches=micro_batches)
     resumed.load_state_dict(stopped.state_dict())
-    assert before + run(resumed, 120 - stop) == uninterrupted
+    assert resumed.num_yielded == whole % len(resumed)
+    assert before + run(resumed, 120 - whole) == uninterrupted
+
+
+@pytest.mark.parametrize("stop", [2, 4, 6, 8, 10])  # optimizer batches of 4 rollouts; six of them are a buffer
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({"micro_batches": 1}, {"micro_batches": 4}),
+        ({"micro_batches": 4}, {"micro_batches": 1}),
+        ({"micro_batches": 2}, {"batch_size": 2}),
+        ({}, {"batch_size": 8}),  # 8 are a pass over the buffer
+        ({"micro_batches": 2}, {"batch_size": 8, "micro_batches": 8}),
+    ],
+)
+def test_other_batches_train_on_exactly_what_was_left(before: Any, after: Any, stop: int) -> None:
+    made = loader(**before)
+    batches = iter(made)
+    list(islice(batches, stop * before.get("micro_batches", 1)))
+    state = made.state_dict()
+    left = flat(ids_of(list(batches)))
+    collect = Collector()
+    resumed = loader(collect, **after)
+    resumed.load_state_dict(state)
+    yielded, rest = resumed.num_yielded, list(resumed)
+    assert flat(ids_of(rest)) == left
+    assert yielded + len(rest) == len(resumed)
+    assert len(collect.calls) == (1 if stop <= 6 else 0)  # the second buffer
+
+
+@pytest.mark.parametrize(("epochs", "batches"), [(2, 0), (3, 1), (5, 5)])
+def test_other_passes_end_the_buffer_earlier_or_later(epochs: int, batches: int) -> None:
+    made = loader()
+    list(islice(made, 5))
+    resumed = loader(collect := Collector(), reuse_epochs=epochs)
+    resumed.load_state_dict(made.state_dict())
+    seen = iter(resumed)
+    assert [batch.reuse_epoch for batch in islice(seen, batches)] == [2, 3, 3, 4, 4][:batches]
+    assert collect.calls == []
+    next(seen)
+    assert len(collect.calls) == 1
+
+
+def test_a_finished_buffer_is_not_collected_again() -> None:
+    made = loader(first := Collector())
+    list(islice(made, 6))
+    resumed = loader(collect := Collector())
+    resumed.load_state_dict(made.state_dict())
+    next(iter(resumed))
+    assert len(collect.calls) == 1
+    assert set(collect.calls[0][0]).isdisjoint(first.calls[0][0])
+
+
+def test_sizes_and_processes_may_change_where_a_buffer_ends() -> None:
+    ranks = [loader(rank=rank, world_size=2, prompts_per_pool=2, batch_size=2) for rank in range(2)]
+    seen = [flat(ids_of(list(islice(each, 6)))) for each in ranks]
+    alone = loader(collect := Collector(), prompts_per_pool=3, batch_size=2)
+    alone.load_state_dict(ranks[0].state_dict())
+    assert alone.num_yielded == len(alone) - 2 * 9  # two buffers of three prompts are left of 11 - 4
+    rest = list(alone)
+    assert len(rest) == 2 * 9
+    assert set(flat(ids_of(rest))).isdisjoint(flat(seen))
+    taken = Counter(chain.from_iterable(indices for indices, _ in collect.calls))
+    assert max(taken.values()) == 1
+    assert len(taken) == 6
+
+
+def test_other_sizes_at_the_end_of_a_pass_begin_the_next() -> None:
+    made = loader(prompts_per_pool=2)
+    list(islice(made, 4 * 3))  # four of five buffers
+    resumed = loader(collect := Collector())
+    resumed.load_state_dict(made.state_dict())  # three prompts are left, which are no buffer of four
+    assert resumed.num_yielded == 0
+    assert len(list(resumed)) == len(resumed)
+    assert len(collect.calls) == 2
+
+
+def test_each_process_goes_on_with_its_own_buffer() -> None:
+    ranks = [loader(rank=rank, world_size=2, batch_size=2, prompts_per_pool=2) for rank in range(2)]
+    for each in ranks:
+        list(islice(each, 3))
+    states = [each.state_dict() for each in ranks]
+    gathered = {**states[0], "pools": [state["pools"][0] for state in states]}
+    for rank, each in enumerate(ranks):
+        resumed = loader(rank=rank, world_size=2, batch_size=2, prompts_per_pool=2)
+        resumed.load_state_dict(gathered)
+        assert ids_of(list(resumed)) == ids_of(list(each))
+    with pytest.raises(UsageError, match=r"num_nodes is 1, but the checkpoint is inside a rollout buffer of 2 proc"):
+        loader(batch_size=2, prompts_per_pool=2).load_state_dict(gathered)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
@@ -145,13 +233,14 @@ def test_behavior_of_the_first_batch_is_filled_in_and_kept(micro_batches: int) -
             assert torch.equal(batch.rollouts.behavior_logprobs, before)  # a batch is never modified in place
         return batch
 
-    # Resumed within the first optimizer batch, and after it; there are two buffers of three passes of two batches.
+    # Resumed inside the first optimizer batch, and after it; there are two buffers of three passes of two batches.
     for stop in (1, micro_batches, micro_batches + 1):
         stopped = loader(Collector(unscored=True), micro_batches=micro_batches)
         first = [step(stopped, batch) for batch in islice(stopped, stop)]
         resumed = loader(Collector(unscored=True), micro_batches=micro_batches)
         resumed.load_state_dict(stopped.state_dict())
-        batches = first + [step(resumed, batch) for batch in resumed]
+        whole = stop // micro_batches * micro_batches
+        batches = first[:whole] + [step(resumed, batch) for batch in resumed]
         fresh = [index for index, batch in enumerate(batches) if not batch.behavior_known]
         assert fresh == [*range(micro_batches), *range(6 * micro_batches, 7 * micro_batches)]
         for batch in batches:
@@ -162,19 +251,24 @@ def test_behavior_of_the_first_batch_is_filled_in_and_kept(micro_batches: int) -
 
 def test_state_holds_a_pool_only_while_it_is_in_use() -> None:
     made = loader()
-    assert "pool" not in made.state_dict()
+    assert "pools" not in made.state_dict()
     batches = iter(made)
     next(batches)
-    assert "pool" in made.state_dict()
+    assert "pools" in made.state_dict()
     list(islice(batches, 5))
-    assert "pool" not in made.state_dict()
+    assert "pools" not in made.state_dict()
 
 
 def test_a_state_of_another_size_is_refused() -> None:
     made = loader()
     next(iter(made))
-    with pytest.raises(UsageError, match="rollout buffer of 8, but the configuration asks for 4"):
-        loader(prompts_per_pool=2).load_state_dict(made.state_dict())
+    state = made.state_dict()
+    with pytest.raises(UsageError, match=r"num_samples is 4, but the checkpoint is inside a rollout buffer of 8"):
+        loader(prompts_per_pool=2).load_state_dict(state)
+    with pytest.raises(UsageError, match=r"batch_size is 8, but .* 4 rollouts are left: choose a size that divides 4"):
+        loader(batch_size=8).load_state_dict(state)
+    with pytest.raises(UsageError, match="another version of opdlab"):
+        loader().load_state_dict({"epoch": 0, "pool_index": 0, "cursor": 1})
 
 
 @pytest.mark.parametrize(

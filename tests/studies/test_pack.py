@@ -19,11 +19,22 @@ def test_a_packed_study_makes_the_same_report(tmp_path: Path, monkeypatch: pytes
     record = next(study.glob("runs/*/*/run.json"))
     other = {"taken_from": str(study.parent / "other" / "runs" / "none" / "seed-0")}  # as written by --share
     record.write_text(json.dumps(json.loads(record.read_text()) | other))
-    runpy.run_path(str(SCRIPT))["pack"](study, tmp_path / "packed")
+    collapsed = next(study.glob("runs/token/*")) / "version_0/results.json"
+    collapsed.write_text(json.dumps({"state": "collapsed"}))
+    script = runpy.run_path(str(SCRIPT))
+    script["pack"](study, tmp_path / "packed")
+    (tmp_path / "packed/tables/runs.csv").write_text("of an earlier version")
+    (tmp_path / "packed/tables/figures.csv").write_text("of an earlier version")
+    script["report"](tmp_path / "packed")
+    assert {path.name for path in (tmp_path / "packed").iterdir()} == {"figures", "report.md", "study.tar.xz", "tables"}
+    assert b"of an earlier version" not in b"".join(
+        path.read_bytes() for path in (tmp_path / "packed/tables").iterdir()
+    )
     with tarfile.open(tmp_path / "packed/study.tar.xz") as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
     unpacked = make_report(tmp_path / "unpacked/tiny")
     assert unpacked.conclusion == make_report(study).conclusion
+    assert any("training collapsed: token: 1" in line for line in unpacked.conclusion)
     assert unpacked.write().read_text() == (tmp_path / "packed/report.md").read_text()
     everything = b"".join(file.read_bytes() for file in (tmp_path / "unpacked").rglob("*.json*"))
     assert b'"response": ""' in everything

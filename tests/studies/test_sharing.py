@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from opdlab.studies.plan import take_over
-from opdlab.studies.schema import RUN
+from opdlab.studies.schema import RUN, RunFolder
 from tests.studies.tiny import lines, plan, study_run, write
 
 NONE = {"name": "none", "overrides": ["--model.gate=none"]}
@@ -27,6 +27,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_equal_runs_are_taken_over_whatever_their_name(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (finished / "runs/none/seed-0/version_0/results.json").write_text('{"state": "collapsed"}')
     file = write(tmp_path, variants=[PLAIN], baseline="plain", seeds=[0])
     assert study_run(monkeypatch, file, "--share", str(finished)) == 0
     output = capsys.readouterr().out
@@ -36,6 +37,7 @@ def test_equal_runs_are_taken_over_whatever_their_name(
     assert list(lines(study).values()) == list(lines(finished).values()) != []
     record = json.loads((study / "runs/plain/seed-0/run.json").read_text())
     assert record["variant"] == "plain"
+    assert RunFolder(study / "runs/plain/seed-0", (2, 4)).collapsed
     assert record["taken_from"] == str(finished / "runs/none/seed-0")
     assert study_run(monkeypatch, file, "--share", str(finished)) == 0  # no run is left to copy
     assert "taken over" not in capsys.readouterr().out

@@ -62,6 +62,7 @@ class Comparison:
         seed_share: part of its square that falls with the number of seeds.
         seeds: pairs of runs.
         seeds_ahead: pairs in which the variant's metric is higher.
+        collapsed: pairs in which training of the variant has collapsed.
         detectable_difference: smallest difference that would be found, after Bonferroni over these variants. Above 1 no
             difference of rates would be. NaN with fewer than 4 seeds, and if runs and problems do not vary.
         seeds_for_target: pairs with which a difference of 0.05 would be; None: unknown, or problems are what lacks.
@@ -83,6 +84,7 @@ class Comparison:
     seed_share: float
     seeds: int
     seeds_ahead: int
+    collapsed: int
     detectable_difference: float
     seeds_for_target: int | None
 
@@ -185,6 +187,7 @@ def _compare_at(place: Place, results: Results) -> list[Comparison]:
                 seed_share=float(found.seed_part / found.standard_error**2) if varies else np.nan,
                 seeds=len(seeds),
                 seeds_ahead=int((theirs - ours > 1e-12).sum()),  # Means of equal cells may differ by rounding.
+                collapsed=sum((variant, seed) in results.collapsed for seed in seeds),
                 detectable_difference=float(detectable_difference(found, number)) if detected else np.nan,
                 seeds_for_target=seeds_needed(found, TARGET, number) if len(seeds) > 1 else None,
             )

@@ -97,10 +97,15 @@ def every_run(results: Results, place: Place) -> "Figure":
     heights = dict(zip(results.study.seeds, np.linspace(-0.3, 0.3, len(results.study.seeds)), strict=True))
     for row, variant in enumerate(variants):
         runs = run_means(results, variant, place)
-        axes.plot(runs, [row + heights[seed] for seed in results.finished(variant)], "o", color="tab:blue", alpha=0.5)
+        seeds = results.finished(variant)
+        axes.plot(runs, [row + heights[seed] for seed in seeds], "o", color="tab:blue", alpha=0.5)
+        for seed, value in zip(seeds, runs, strict=True):
+            if (variant, seed) in results.collapsed:
+                axes.plot(value, row + heights[seed], "x", color="tab:red", markersize=9)
         axes.plot([runs.mean()] * 2, [row - 0.4, row + 0.4], color="0.2", linewidth=1.5)
     rows = [_name(results.study.label(each)) for each in variants]
-    _label(axes, rows, "dots: runs, one below the other by seed; line: their mean", place)
+    crosses = "; crosses: collapsed" if results.collapsed else ""
+    _label(axes, rows, f"dots: runs, one below the other by seed{crosses}; line: their mean", place)
     return figure
 
 

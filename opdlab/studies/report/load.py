@@ -3,7 +3,7 @@
 Only finished runs count. Their samples must be comparable: the same problems, and equally many samples of each.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -21,6 +21,7 @@ from opdlab.studies.schema import (
     STUDY,
     UNFINISHED,
     Record,
+    RunFolder,
     evaluation_path,
     run_path,
 )
@@ -51,12 +52,14 @@ class Results:
         benchmarks: by name, sorted.
         runs: record of every run that the study asks for, by variant and seed; only finished ones count.
         counts: correct samples of each problem, [P], by variant, seed, step and benchmark; only finished runs.
+        collapsed: variant and seed of the finished runs in which training has collapsed; they count.
     """
 
     study: Study
     benchmarks: Mapping[str, Benchmark]
     runs: Mapping[tuple[str, int], Record]
     counts: Mapping[tuple[str, int, int, str], NDArray[np.int64]]
+    collapsed: Set[tuple[str, int]]
 
     def finished(self, variant: str) -> list[int]:
         """Return the seeds of the variant's finished runs."""
@@ -122,7 +125,8 @@ def load_results(folder: Path) -> Results:
             ours = evaluated[name][0] if name in evaluated else None
             _check_equal(name, benchmarks.get(name), first, ours, place)
         counts |= {(variant, seed, budget, name): correct for name, (_, correct) in evaluated.items()}
-    results = Results(study, dict(sorted(benchmarks.items())), runs, counts)
+    collapsed = {key for key in finished if RunFolder(run_path(folder, *key), ()).collapsed}
+    results = Results(study, dict(sorted(benchmarks.items())), runs, counts, collapsed)
     base = study.baseline
     require(
         bool(results.finished(base)),

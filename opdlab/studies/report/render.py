@@ -5,12 +5,12 @@ import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from opdlab.errors import UsageError
@@ -132,14 +132,13 @@ def make_report(folder: Path) -> Report:
     comparisons = compare(results)
     last = [each for each in comparisons if each.place.step == results.steps[-1]]
     sections = _sections(results, last)
-    files = _table_files(results, comparisons)
+    content = _table_files(results, comparisons)
     for picture in (each for section in sections for each in section.pictures):
-        files[f"figures/{picture.name}.png"], files[f"figures/{picture.name}.svg"] = picture.png, picture.svg
+        content[f"figures/{picture.name}.png"], content[f"figures/{picture.name}.svg"] = picture.png, picture.svg
     labels = " or ".join(map(results.study.label, results.baselines))
     number = len(results.study.variants) - 1
     counts = sorted({benchmark.num_samples for benchmark in results.benchmarks.values()})
-    texts = _environment(False, str)
-    method = texts.get_template("method.txt").render(
+    method = _template("method.txt").render(
         averages=[f"avg@{count}" for count in counts],
         left_out=[f"pass@{k}" for k in PASS_AT if f"pass@{k}" not in metric_names(results)],
         fewest=counts[0],
@@ -158,14 +157,14 @@ def make_report(folder: Path) -> Report:
         "variants": variants_table(results),
         "missing": missing_table(results) if results.lacking else None,
         "method": method.strip().split("\n\n"),
-        "sources": texts.get_template("sources.txt").render().splitlines(),
+        "sources": _template("sources.txt").render().splitlines(),
     }
-    for name, environment in (("report.md", _markdown()), ("report.html", _html())):
+    for name in ("report.md", "report.html"):
         # A name from a YAML file may hold a lone surrogate, which has no UTF-8 encoding; visible() has replaced it.
-        files[name] = environment.get_template(name).render(known).encode("utf-8", "replace")
+        content[name] = _template(name).render(known).encode("utf-8", "replace")
     heading = f"at optimizer step {known['final']}:"
     lines = [heading, *(f"- {text}" for text in known["conclusion"]), *known["caveats"]]
-    return Report(folder / REPORT, files, [" ".join(visible(line).split()) for line in lines])
+    return Report(folder / REPORT, content, [" ".join(visible(line).split()) for line in lines])
 
 
 def _sections(results: Results, comparisons: Sequence[Comparison]) -> list[Section]:
@@ -210,41 +209,25 @@ def _table_files(results: Results, comparisons: Sequence[Comparison]) -> dict[st
 # -- templates ------------------------------------------------------------------------------------------------------
 
 
-def _environment(autoescape: bool, finalize: Callable[[Any], Any]) -> Environment:
-    return Environment(
+def _template(name: str) -> Template:
+    """Return a template that escapes for its format everything except text that is marked as such.
+
+    HTML pages forbid requests, scripts and foreign styles.
+    """
+    kind = name.rpartition(".")[2]
+    escapes: dict[str, Callable[[str], str]] = {"md": markdown_text, "html": visible, "txt": str}
+    escape = escapes[kind]
+    environment = Environment(
         loader=PackageLoader("opdlab.studies.report"),
-        autoescape=autoescape,
-        finalize=finalize,
+        autoescape=kind == "html",
+        finalize=lambda value: value if isinstance(value, Markup) else escape(str(value)),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-
-
-@cache
-def _markdown() -> Environment:
-    """Return the Jinja environment for Markdown: it escapes everything except text marked as Markdown."""
-
-    def escaped(value: Any) -> str:
-        return str(value) if isinstance(value, Markup) else markdown_text(str(value))
-
-    environment = _environment(False, escaped)
     environment.filters["table"] = lambda table: Markup(table.markdown())
-    return environment
-
-
-@cache
-def _html() -> Environment:
-    """Return the Jinja environment for HTML: text is escaped, and pages forbid requests, scripts and foreign styles."""
-
-    def escaped(value: Any) -> Any:
-        return value if isinstance(value, Markup) else visible(str(value))
-
-    environment = _environment(True, escaped)
-    assert environment.loader is not None
-    css = environment.loader.get_source(environment, "report.css")[0]
+    css = files("opdlab.studies.report").joinpath("templates/report.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:; base-uri 'none'; form-action 'none'"
-    environment.globals |= {"css": Markup(css), "policy": Markup(policy)}
-    return environment
+    return environment.get_template(name, globals={"css": Markup(css), "policy": Markup(policy)})

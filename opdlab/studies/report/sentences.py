@@ -1,5 +1,6 @@
 """Results of a study as sentences. Text is not escaped here; each output format escapes it."""
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
 
@@ -59,17 +60,16 @@ def place_name(place: Place) -> str:
 def sentence(comparison: Comparison, results: Results) -> str:
     """Return the result of one variant at one place."""
     name, base, difference = comparison.label, results.study.label(comparison.baseline), comparison.difference
-    one_problem = comparison.standard_error != comparison.standard_error
-    span = f"95% interval {number(comparison.low, True)} to {number(comparison.high, True)}"
-    span = (
-        "one seed and one problem" if one_problem else span if comparison.has_interval else "on all problems and seeds"
-    )
+    span = "on all problems and seeds"
+    if comparison.has_interval:
+        span = f"95% interval {number(comparison.low, True)} to {number(comparison.high, True)}"
     if not comparison.has_verdict:
         count = f"{comparison.seeds} seed{'s' if comparison.seeds > 1 else ''}"
-        return f"{name} against {base}: {number(difference, True)}, {span}, {count}; {_FEW}."
+        said = f"{number(difference, True)}, {span}, {count}{_collapsed(comparison, '; ')}"
+        return f"{name} against {base}: {said}; {_FEW}."
     several = len(results.compared) > 1
     after = " after Holm" if several else ""
-    numbers = f"{number(difference, True)}, {span}, p {_equals(comparison.p_holm)}{after}"
+    numbers = f"{number(difference, True)}, {span}, p {_equals(comparison.p_holm)}{after}{_collapsed(comparison, '; ')}"
     if comparison.differs:
         return f"{name} is {'better' if difference > 0 else 'worse'} than {base}: {numbers}."
     if not comparison.has_interval and number(difference) == "0.000":
@@ -116,7 +116,7 @@ def _conclude(family: Sequence[Comparison], base: str, corrected: int) -> str:
         if found:
             parts.append(f"{word} than {base}: {_names(found, True)}")
     if few := [each for each in family if not each.has_verdict]:
-        parts.append(f"{_FEW}, beside {base}: {_names(few, True)}")
+        parts.append(f"{_FEW}; differences from {base}: {_names(few, True)}")
     if rest := [each for each in family if each.has_verdict and not each.differs]:
         smallest = _smallest(rest, corrected)
         if not parts:
@@ -133,9 +133,15 @@ def _conclude(family: Sequence[Comparison], base: str, corrected: int) -> str:
 
 
 def _names(comparisons: Sequence[Comparison], differences: bool = False) -> str:
-    return ", ".join(
-        f"{each.label} ({number(each.difference, True)})" if differences else each.label for each in comparisons
-    )
+    names = []
+    for each in comparisons:
+        said = number(each.difference, True) + _collapsed(each, "; ") if differences else _collapsed(each)
+        names.append(f"{each.label} ({said})" if said else each.label)
+    return ", ".join(names)
+
+
+def _collapsed(comparison: Comparison, before: str = "") -> str:
+    return f"{before}{comparison.collapsed} of {comparison.seeds} runs collapsed" if comparison.collapsed else ""
 
 
 def _smallest(judged: Sequence[Comparison], corrected: int) -> str:
@@ -181,6 +187,12 @@ def caveats(results: Results, comparisons: Sequence[Comparison]) -> list[str]:
         said.append(
             f"{len(results.lacking)} of {len(results.runs)} runs have not finished. A seed counts in a comparison only "
             "where both sides have it."
+        )
+    if results.collapsed:
+        numbers = Counter(variant for variant, _ in results.collapsed)
+        runs = ", ".join(f"{results.study.label(variant)}: {number}" for variant, number in sorted(numbers.items()))
+        said.append(
+            f"Runs in which training collapsed: {runs}. They count like all others; tables/runs.csv names them."
         )
     compared = (*results.compared, results.study.baseline)
     if left_out := [results.study.label(v.name) for v in results.study.variants if v.name not in compared]:

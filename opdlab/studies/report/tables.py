@@ -113,7 +113,9 @@ def metric_records(results: Results) -> tuple[list[dict[str, Any]], list[dict[st
             values = run_means(results, variant.name, place)
             spread = float(values.std(ddof=1)) if len(values) > 1 else np.nan
             means.append(known | {"mean": float(values.mean()), "std_over_seeds": spread, "seeds": len(values)})
-            runs += [known | {"seed": seed, "value": float(value)} for seed, value in zip(seeds, values, strict=True)]
+            for seed, value in zip(seeds, values, strict=True):
+                collapsed = (variant.name, seed) in results.collapsed
+                runs.append(known | {"seed": seed, "value": float(value), "collapsed": collapsed})
     return means, runs
 
 

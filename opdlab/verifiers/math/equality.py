@@ -149,12 +149,12 @@ def _same_relation(gold: Relation, answer: Relation) -> bool:
     values = [expression(side.text) for side in (*gold.sides, *sides)]
     if any(value is None or not getattr(value, "is_commutative", False) for value in values):
         return False
-    ratios = [
-        one / other if other != 0 else None for one, other in at_points(values[1] - values[0], values[3] - values[2])
-    ]
-    if len(ratios) < MIN_POINTS or None in ratios or not all(same_value(ratios[0], ratio) for ratio in ratios):
+    pairs = at_points(values[1] - values[0], values[3] - values[2])
+    if len(pairs) < MIN_POINTS or any(one == 0 or other == 0 for one, other in pairs):
         return False
-    return ratios[0] != 0 and (operators[0] in ("=", "\\ne") or ratios[0].is_positive is True)
+    ratios = [one / other for one, other in pairs]
+    constant = all(same_value(ratios[0], ratio) for ratio in ratios)
+    return constant and (operators[0] in ("=", "\\ne") or ratios[0].is_positive is True)
 
 
 def _same_set(gold: Answer, answer: Answer) -> bool:

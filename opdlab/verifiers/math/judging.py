@@ -42,7 +42,7 @@ def judge(answers: Sequence[str], gold: str, boxed: bool, decided: Callable[[boo
     if len(found) > 1 and isinstance(wanted, Group):
         bracketed = any(isinstance(one, Group) for one in found)
         brackets = "()" if wanted.brackets not in ("", "{}") and not bracketed else ""
-        items = [item for one in found for item in (one.items if _is_list(one) else (one,))]
+        items = [item for one in found for item in _listed(one)]
         answer = Group(", ".join(texts), brackets, tuple(items))
     equal = same(wanted, answer)
     if decided is not None:
@@ -51,8 +51,8 @@ def judge(answers: Sequence[str], gold: str, boxed: bool, decided: Callable[[boo
     return Verdict(equal, _form(wanted if equal else answer, unit), "equal" if equal else "different")
 
 
-def _is_list(answer: Answer) -> bool:
-    return isinstance(answer, Group) and answer.brackets in ("", "{}")
+def _listed(answer: Answer) -> tuple[Answer, ...]:
+    return answer.items if isinstance(answer, Group) and answer.brackets in ("", "{}") else (answer,)
 
 
 def _unboxed(text: str) -> list[str]:

@@ -105,7 +105,8 @@ def _judge_safely(request: bytes, state: mmap.mmap) -> Verdict:
         state[0] = _EQUAL if equal else _DIFFERENT
 
     try:
-        return judge(*json.loads(request), decided)
+        answers, gold, boxed = json.loads(request)
+        return judge(answers, gold, boxed, decided)
     except MemoryError:
         return _without_form(state, "memory limit")
     except Exception as error:  # an answer that crashes the parser is wrong

@@ -201,7 +201,7 @@ def test_below_four_seeds_there_are_estimates_and_no_verdict(tmp_path: Path, num
     columns = ("p", "p_holm", "probability_of_improvement", "detectable_difference")
     if num_seeds < 4:
         assert [row[key] for key in columns] == [""] * 4
-        assert "pass@1 on toy: no verdict with fewer than 4 seeds, beside none: a (+0." in text
+        assert "pass@1 on toy: no verdict with fewer than 4 seeds; differences from none: a (+0." in text
         assert re.search(rf"- a against none: \+0\..*, {num_seeds} seeds?; no verdict with fewer than 4 seeds\.", text)
         assert marker.get_markerfacecolor() == "white"
     else:
@@ -209,6 +209,34 @@ def test_below_four_seeds_there_are_estimates_and_no_verdict(tmp_path: Path, num
         assert marker.get_markerfacecolor() != "white"
     for word in ("better than", "worse than"):
         assert (word in text) == (num_seeds == 4 and word == "better than")
+
+
+def test_collapsed_runs_are_marked_and_count(tmp_path: Path) -> None:
+    folder = SyntheticStudy({"none": 0.0, "a": 0.3, "b": 0.0}, range(4), [40]).write(tmp_path)
+    before = read_csv(make_report(folder).write())
+    assert {row["collapsed"] for row in before} == {"0"}
+    for variant, seed, state in (
+        ("a", 1, "collapsed"),
+        ("a", 3, "collapsed"),
+        ("none", 0, "collapsed"),
+        ("b", 0, "finished"),
+    ):
+        results = folder / "runs" / variant / f"seed-{seed}" / "version_0/results.json"
+        results.parent.mkdir()
+        results.write_text(json.dumps({"state": state}))
+    report = make_report(folder).write()
+    rows = read_csv(report)
+    assert [row | {"collapsed": "0"} for row in rows] == before
+    assert {row["variant"]: row["collapsed"] for row in rows} == {"a": "2", "b": "0"}
+    marked = {(r["variant"], r["seed"]) for r in read_csv(report, "runs") if r["collapsed"] == "True"}
+    assert marked == {("a", "1"), ("a", "3"), ("none", "0")}
+    text = report.read_text()
+    assert "Runs in which training collapsed: a: 2, none: 1." in text
+    assert re.search(r"better than none: a \(\+0\.\d+; 2 of 4 runs collapsed\)", text)
+    assert re.search(r"- a is better than none: .*; 2 of 4 runs collapsed\.", text)
+    axes = every_run(load_results(folder), Place("pass@1", "toy", 40)).axes[0]
+    assert sum(line.get_marker() == "x" for line in axes.lines) == 3
+    assert "crosses: collapsed" in axes.get_xlabel()
 
 
 def test_missing_runs_are_named_and_left_out_pairwise(tmp_path: Path) -> None:
