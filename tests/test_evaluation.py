@@ -201,15 +201,14 @@ def test_no_teacher_is_loaded_and_each_model_has_a_folder_of_its_own(
     assert names == ["student", "teacher"]
 
 
-def test_training_keeps_samples_only_when_asked(opdlab: Callable[..., int], tmp_path: Path) -> None:
+def test_training_keeps_its_samples_in_the_run_or_elsewhere(opdlab: Callable[..., int], tmp_path: Path) -> None:
     fit = ["fit", *COMMAND[1:], "--model.eval_sampling.max_new_tokens", "4"]
+    evaluations = ["teacher-step-1", "val-step-0", "val-step-1"]
     assert main(fit) == 0
-    assert not list(tmp_path.rglob("*.jsonl"))
+    assert sorted(path.name for path in tmp_path.glob("runs/quickstart/version_0/evaluations/*")) == evaluations
     assert main([*fit, SAMPLES, "kept"]) == 0
     names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("kept/*/*"))
-    assert [re.sub("-[0-9a-f]{8}/", "/", name) for name in names] == [
-        f"kept/version_1/{name}" for name in ("teacher-step-1", "val-step-0", "val-step-1")
-    ]
+    assert [re.sub("-[0-9a-f]{8}/", "/", name) for name in names] == [f"kept/version_1/{name}" for name in evaluations]
     settings = [json.loads((tmp_path / name / "settings.json").read_text())["compared"] for name in names]
     weights = [each["model"]["student"]["weights"] for each in settings]
     assert len(set(weights)) == 3
