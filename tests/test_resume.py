@@ -163,7 +163,7 @@ def test_what_may_not_change_is_refused_in_one_line(make_run: MakeRun, stopped_a
             assert torch.equal(before, run.module.student.state_dict()["model.lm_head.weight"])
 
 
-@pytest.mark.parametrize("changes", [changes for changes, _ in AT_THE_END], ids=str)
+@pytest.mark.parametrize("changes", [changes for changes, _ in AT_THE_END], ids=list)
 def test_what_may_change_where_a_buffer_ends(
     make_run: MakeRun, stopped_at: Callable[[int], Path], changes: dict[str, Any]
 ) -> None:
