@@ -35,7 +35,7 @@ from opdlab.checkpoints import newest_checkpoint, tree_digest
 from opdlab.cli import main as opdlab
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SMALL = {
+SMALL: dict[str, Any] = {
     "trainer": {
         "max_steps": 10,
         "val_check_interval": 4,
@@ -59,7 +59,7 @@ SMALL = {
     "gate_monitor": {"every_n_steps": 2},
     "sample_logger": {"every_n_steps": 3},
 }
-CASES = {
+CASES: dict[str, list[str]] = {
     "plain": [],
     "accumulation": ["--trainer.accumulate_grad_batches=4", "--trainer.val_check_interval=16"],
     "LoRA": ["--model.student.init_args.adapter.r=4"],
@@ -163,7 +163,9 @@ def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in sorted(names)}
 
 
-def killed_run(case: str, arguments: list[str], root: Path, kills: int, length: float, draw: random.Random) -> Counter:
+def killed_run(
+    case: str, arguments: list[str], root: Path, kills: int, length: float, draw: random.Random
+) -> Counter[str]:
     """Run until the end, with up to ``kills`` kills on the way; return their places."""
     processes = 2 if "two" in case else 1
     log = root / "kills.txt"
