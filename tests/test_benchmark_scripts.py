@@ -169,6 +169,7 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path) -> None:
     models, phases = script("gpu_models"), script("gpu_phases")
     shape = replace(models.SMOKE.students["Qwen3-1.7B"], vocab_size=4096)
     student = LanguageModel(shape.save(tmp_path, torch.float32, torch.device("cpu")), attn_implementation="eager")
+    student.vocab_size = shape.vocab_size  # as if each row had a token
     plan = replace(models.SMOKE, students={"it": shape}, prompt=10, k=16)
     resident = object.__new__(phases.Resident)
     resident.plan, resident.student = plan, student
