@@ -142,7 +142,7 @@ class EvaluationModule(pl.LightningModule):
         if not fitting:
             self.log("step", float(self.global_step))  # Lightning's own axis lags behind after a resume
         elif not self.trainer.sanity_checking:
-            self.write_metrics({**named, "epoch": self.current_epoch}, self.global_step)
+            self.write_metrics(named, self.global_step)
         if (folder := self.evaluator.folder) is not None:
             self.evaluator.close()
             values = {key: float(value) for key, value in metrics.items()}

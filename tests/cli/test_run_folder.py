@@ -207,19 +207,19 @@ def test_a_collapsed_run_says_so(opdlab: Opdlab, tmp_path: Path, capsys: pytest.
     assert "training has collapsed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_start", "on_validation_end"])
+@pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_batch_start", "on_validation_end"])
 def test_a_kill_between_a_checkpoint_and_the_evaluation_after_it(opdlab: Opdlab, tmp_path: Path, hook: str) -> None:
     """Before the evaluation, within it, and after its metrics were logged."""
-    (tmp_path / "lab_killed.py").write_text(
-        "from lightning.pytorch.callbacks import Checkpoint\n"
-        "class Killed(Checkpoint):\n"  # called after the callback that saves
+    (tmp_path / f"lab_killed_{hook}.py").write_text(
+        "from lightning.pytorch import Callback\n"
+        "class Killed(Callback):\n"
         f"    def {hook}(self, trainer, *_):\n"
         "        if trainer.global_step == 2:\n"
         "            raise RuntimeError('killed')\n"
     )
     steps = (*NO_TEACHER, "--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--checkpoint.save_top_k=-1")
     with pytest.raises(RuntimeError, match="killed"):
-        opdlab(*steps, "--trainer.callbacks+=lab_killed.Killed")
+        opdlab(*steps, f"--trainer.callbacks+=lab_killed_{hook}.Killed")
     folder = tmp_path / "runs/quickstart/version_0"
     assert (folder / "checkpoints/step-2.ckpt").exists()
     assert opdlab(*steps, "--ckpt_path", "last") == 0

@@ -311,14 +311,14 @@ def test_rates_differ_by_one_at_most(tmp_path: Path) -> None:
 
 
 def test_the_conclusion_can_be_printed(tmp_path: Path) -> None:
-    labels = {"a": "a\x1b[2J\nof two lines"}
+    labels = {"a": "a\u202e[2J\nof two lines"}
     folder = SyntheticStudy({"none": 0.0, "a": 0.2}, [0, 1], budgets=[40], labels=labels).write(tmp_path)
     report = make_report(folder)
     assert not (folder / "report").exists()
     heading, *lines = report.conclusion
     assert heading == "at optimizer step 40:"
     assert [line.split(" on ")[0] for line in lines[:2]] == ["- pass@1", "- pass@8"]
-    assert "a⟨U+001B⟩[2J of two lines" in lines[0]
+    assert "a⟨U+202E⟩[2J of two lines" in lines[0]
     assert lines[2].startswith("With fewer than 4 seeds hardly anything is known")
     text = report.write().read_text().replace("\\", "").replace("&lt;", "<")
     assert all(line in text for line in lines)
