@@ -239,10 +239,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     ("place", "count", "flags", "said"),
     [
         ("on_train_batch_start", 3, "", r"step-3\.ckpt|version_0"),  # the checkpoint; its folder for metrics and events
-        ("on_train_batch_start", 3, "--sample_logger.every_n_steps=1", r"rollouts/(step-000003|index)\.html"),
+        (
+            "on_train_batch_start",
+            3,
+            "--sample_logger.every_n_steps=1 --gate_monitor.every_n_steps=9",
+            r"rollouts/(step-000003|index)\.html",
+        ),
         ("on_validation_batch_start", 3, "", r"evaluations/val-step-3/toy-0\.jsonl"),
         ("on_fit_end", 1, "", "student"),
-        ("on_train_batch_start", 3, "--save_pools=true --pool_recorder.every_n_steps=1", "pools/step-000003|rollouts"),
+        (
+            "on_train_batch_start",
+            3,
+            "--save_pools=true --pool_recorder.every_n_steps=1 --gate_monitor.every_n_steps=9",
+            "pools/step-000003",
+        ),
     ],
     ids=["checkpoint", "page", "sample lines", "export", "record"],
 )
