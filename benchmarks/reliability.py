@@ -89,7 +89,7 @@ class Killer(Callback):
     """
 
     def __init__(self, place: str, count: int, delay: float, log: str) -> None:
-        self.place, self.left, self.delay, self.log = place, count, delay, Path(log)
+        self.place, self.left, self.delay, self.kills = place, count, delay, Path(log)
         if hasattr(Callback, place):
             setattr(self, place, self.tick)
 
@@ -101,7 +101,7 @@ class Killer(Callback):
 
     def _kill(self) -> None:
         time.sleep(self.delay)
-        with self.log.open("a") as file:
+        with self.kills.open("a") as file:
             file.write(f"{self.place}\n")
         os.killpg(os.getpgid(0), signal.SIGKILL)
 

@@ -83,12 +83,12 @@ class StopRequest:
         if self._before:
             yield
             return
-        self.signum, self._ignored = None, {each for each in signums if signal.getsignal(each) == signal.SIG_IGN}
+        self._ignored = {each for each in signums if signal.getsignal(each) == signal.SIG_IGN}
         with catching_signals(self.handle, signums) as self._before:
             try:
                 yield
             finally:
-                self.when, self.forward_to, self._before = StopAt.ONCE, None, {}
+                self.when, self.signum, self.forward_to, self._before = StopAt.ONCE, None, None, {}
 
     def take_back(self) -> dict[int, Any]:
         """Install the handlers again over those that a library has installed, and return the library's by signal."""
