@@ -18,14 +18,14 @@ from submitit.helpers import Checkpointable
 from opdlab.locks import LOCK, lock_holder, locked
 from opdlab.processes import LIFELINE, catching_signals
 from opdlab.studies import schema
-from opdlab.studies.schema import FAILED, FINISHED, Record, RunFolder
+from opdlab.studies.schema import FAILED, FINISHED, Record, StudyRun
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _POLL_SECONDS = 0.25
 
 
 @dataclass(frozen=True)
-class RunSpec(RunFolder):
+class RunSpec(StudyRun):
     """Settings of a job, and the folder of its run.
 
     Args:
@@ -139,7 +139,7 @@ def _train(spec: RunSpec, opdlab: Callable[..., int]) -> int:
     # The evaluation before training is the same in all runs with this seed. It compares weights and settings, and
     # samples again if they differ.
     places = [
-        place for run in spec.siblings for place in (RunFolder(run, ()).evaluations, *run.glob(f"{schema.SAMPLES}/*"))
+        place for run in spec.siblings for place in (StudyRun(run, ()).evaluations, *run.glob(f"{schema.SAMPLES}/*"))
     ]
     first = next(filter(schema.evaluation_is_complete, (schema.evaluation_path(place, 0) for place in places)), None)
     if first is not None:

@@ -11,7 +11,7 @@ from opdlab.errors import UsageError, require
 from opdlab.locks import locked
 from opdlab.records import RESULTS, difference, digest, flat, package_versions, read_json, write_json
 from opdlab.studies.job import RunSpec
-from opdlab.studies.schema import RUN, RUNS, SAMPLES, STUDY, VARIANTS, VERSION, RunFolder, run_path
+from opdlab.studies.schema import RUN, RUNS, SAMPLES, STUDY, VARIANTS, VERSION, StudyRun, run_path
 from opdlab.studies.study import OWN_KEYS, Study, Variant, read_study
 
 # Keys of a resolved configuration that a study sets, or that name files but not their content. The number of training
@@ -200,7 +200,7 @@ def take_over(specs: Iterable[RunSpec], studies: Sequence[Path]) -> int:
         if (spec.path / RUN).exists() or spec.evaluations.exists():
             continue
         paths = [path for study in studies for path in sorted((study / RUNS).glob(f"*/seed-{spec.seed}"))]
-        for source in (RunFolder(path, spec.evaluated_at) for path in paths):
+        for source in (StudyRun(path, spec.evaluated_at) for path in paths):
             record = source.record
             if record.digest != spec.digest or not record.versions.items() >= versions.items() or not source.finished:
                 continue

@@ -117,7 +117,7 @@ def evaluation_is_complete(folder: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class RunFolder:
+class StudyRun:
     """The folder of one run.
 
     Args:

@@ -6,7 +6,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
-from opdlab.studies.schema import RunFolder
+from opdlab.studies.schema import StudyRun
 
 _SECONDS = 1.0  # seconds between writes, because steps may be much shorter
 
@@ -19,7 +19,7 @@ class StepFile(Callback):
     """
 
     def __init__(self, folder: str) -> None:
-        self._folder = RunFolder(Path(folder), ())
+        self._folder = StudyRun(Path(folder), ())
         self._began = time.monotonic() - self._folder.seconds
         self._written = 0.0
 

@@ -20,7 +20,7 @@ from opdlab.locks import locked
 from opdlab.records import flat, read_settings
 from opdlab.studies.job import Job, RunSpec
 from opdlab.studies.launch import Cluster, Launcher
-from opdlab.studies.schema import RunFolder, evaluation_is_complete
+from opdlab.studies.schema import StudyRun, evaluation_is_complete
 from tests.studies.tiny import ROOT, WATCH, alive, content, lines, plan, study_run, until, write
 
 # submitit's debug executor closes its log files only at garbage collection.
@@ -104,9 +104,9 @@ def test_a_finished_run_is_not_repeated_and_seeds_may_be_added(
     missing = whole / "runs/token/seed-1/evaluations/val-step-4/toy-0.jsonl"
     text = missing.read_text()
     missing.write_text(text[: text.rindex("{")])  # one line missing
-    assert not RunFolder(missing.parents[2], (2, 4)).finished
+    assert not StudyRun(missing.parents[2], (2, 4)).finished
     missing.write_text(text)
-    assert RunFolder(missing.parents[2], (2, 4)).finished
+    assert StudyRun(missing.parents[2], (2, 4)).finished
 
 
 def test_a_failed_run_is_told_of_and_does_not_stop_the_others(
@@ -216,7 +216,7 @@ def test_no_run_outlives_its_study(tmp_path: Path, whom: str, monkeypatch: pytes
     """Killed with SIGKILL, which nobody can handle."""
     monkeypatch.setenv(WATCH, json.dumps(["evaluate", 0, "wait"]))
     study = start_study(write(tmp_path, variants=content()["variants"][:1], seeds=[0], budgets=[5000]))
-    run = RunFolder(tmp_path / "runs/studies/tiny/runs/none/seed-0", (5000,))
+    run = StudyRun(tmp_path / "runs/studies/tiny/runs/none/seed-0", (5000,))
     until((run.path / "watch.json").exists)
     pids = json.loads((run.path / "watch.json").read_text())
     assert alive(pids["run"])
@@ -286,10 +286,10 @@ def test_settings_of_earlier_versions_are_read(whole: Path, tmp_path: Path) -> N
         place.write_text(json.dumps(content | {"compared": {**flat(now), **benchmarks, **weights}}))
         original = whole / "runs/none/seed-0" / place.parent.relative_to(run)
         assert read_settings(place.parent) == read_settings(original) != {}
-    assert RunFolder(run, (2, 4)).finished
+    assert StudyRun(run, (2, 4)).finished
     lines = run / "evaluations/val-step-4/toy-0.jsonl"
     lines.write_text("".join(lines.read_text().splitlines(keepends=True)[:-1]))
-    assert not RunFolder(run, (2, 4)).finished
+    assert not StudyRun(run, (2, 4)).finished
 
 
 @pytest.mark.slow
@@ -297,7 +297,7 @@ def test_a_study_stopped_and_killed_on_the_way_ends_the_same(tmp_path: Path, who
     """Real processes: SIGTERM to the study while both runs train, SIGKILL to a run, then to its end."""
     file = write(tmp_path, variants=content()["variants"], seeds=[0])
     folder = tmp_path / "runs/studies/tiny"
-    token = RunFolder(folder / "runs/token/seed-0", (2, 4))
+    token = StudyRun(folder / "runs/token/seed-0", (2, 4))
     study = start_study(file)
     until(lambda: any(folder.glob("runs/*/*/samples/*/val-step-0/toy-0.jsonl")))
     study.terminate()
@@ -312,7 +312,7 @@ def test_a_study_stopped_and_killed_on_the_way_ends_the_same(tmp_path: Path, who
     assert "token seed 0 failed" in study.communicate()[1]
     assert study.returncode == 1
     study = start_study(file)
-    until(lambda: token.holder is not None and RunFolder(folder / "runs/none/seed-0", (2, 4)).finished)
+    until(lambda: token.holder is not None and StudyRun(folder / "runs/none/seed-0", (2, 4)).finished)
     study.kill()
     study.communicate()
     until(lambda: token.holder is None, seconds=10)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from opdlab.studies.plan import take_over
-from opdlab.studies.schema import RUN, RunFolder
+from opdlab.studies.schema import RUN, StudyRun
 from tests.studies.tiny import lines, plan, study_run, write
 
 NONE = {"name": "none", "overrides": ["--model.gate=none"]}
@@ -37,7 +37,7 @@ def test_equal_runs_are_taken_over_whatever_their_name(
     assert list(lines(study).values()) == list(lines(finished).values()) != []
     record = json.loads((study / "runs/plain/seed-0/run.json").read_text())
     assert record["variant"] == "plain"
-    assert RunFolder(study / "runs/plain/seed-0", (2, 4)).collapsed
+    assert StudyRun(study / "runs/plain/seed-0", (2, 4)).collapsed
     assert record["taken_from"] == str(finished / "runs/none/seed-0")
     assert study_run(monkeypatch, file, "--share", str(finished)) == 0  # no run is left to copy
     assert "taken over" not in capsys.readouterr().out

@@ -21,7 +21,7 @@ from opdlab.studies.schema import (
     STUDY,
     UNFINISHED,
     Record,
-    RunFolder,
+    StudyRun,
     evaluation_path,
     run_path,
 )
@@ -125,7 +125,7 @@ def load_results(folder: Path) -> Results:
             ours = evaluated[name][0] if name in evaluated else None
             _check_equal(name, benchmarks.get(name), first, ours, place)
         counts |= {(variant, seed, budget, name): correct for name, (_, correct) in evaluated.items()}
-    collapsed = {key for key in finished if RunFolder(run_path(folder, *key), ()).collapsed}
+    collapsed = {key for key in finished if StudyRun(run_path(folder, *key), ()).collapsed}
     results = Results(study, dict(sorted(benchmarks.items())), runs, counts, collapsed)
     base = study.baseline
     require(
