@@ -4,6 +4,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from opdlab.callbacks.collapse_guard import CollapseGuard
 from opdlab.callbacks.evaluation_table import EvaluationTable
+from opdlab.errors import FullDiskError
 from opdlab.evaluation import EvaluationModule
 from opdlab.evaluation.benchmark_metrics import ERROR_SUFFIX
 from opdlab.records import RESULTS, package_versions, write_json
@@ -98,7 +100,8 @@ class RunFiles(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Write the results of a run that an error or a signal has ended."""
-        self._end(trainer, pl_module, STOPPED if isinstance(exception, KeyboardInterrupt) else FAILED)
+        with suppress(OSError, FullDiskError):  # the exception says more; and other callbacks have to clean up
+            self._end(trainer, pl_module, STOPPED if isinstance(exception, KeyboardInterrupt) else FAILED)
 
     def _trained_seconds(self) -> float:
         return self._seconds + (time.monotonic() - self._since if self._since is not None else 0.0)

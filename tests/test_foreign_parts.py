@@ -36,13 +36,31 @@ ATTRIBUTES = {
     ),
     "_get_file_writer": ("torch.utils.tensorboard", "SummaryWriter", "hyperparameters with their metrics"),
     "_logger_connector": ("lightning.pytorch", "Trainer()", "the metrics of a run's last step"),
+    "_accelerator_connector": ("lightning.pytorch", "Trainer()", "who starts the processes, and SLURM's signal"),
+    "_checkpoint_connector": ("lightning.pytorch", "Trainer()", "whether an error came while a run was restored"),
+    "_signal_connector": ("lightning.pytorch", "Trainer()", "queueing a SLURM job again once it has saved"),
+    "_loaded_checkpoint": (
+        "lightning.pytorch.trainer.connectors.checkpoint_connector",
+        "_CheckpointConnector(None)",
+        "whether an error came while a run was restored",
+    ),
+    "_slurm_sigusr_handler_fn": (
+        "lightning.pytorch.trainer.connectors.signal_connector",
+        "_SignalConnector",
+        "queueing a SLURM job again once it has saved",
+    ),
+    "_child_processes": (
+        "lightning.fabric.strategies.launchers.subprocess_script",
+        "_ChildProcessObserver(None, [])",
+        "processes that have stopped together are not killed",
+    ),
+    "_last_checkpoint_saved": ("lightning.pytorch.callbacks", "ModelCheckpoint()", "no checkpoint twice"),
     "_last_global_step_saved": ("lightning.pytorch.callbacks", "ModelCheckpoint()", "no checkpoint twice"),
     "_init_progress": ("lightning.pytorch.callbacks", "RichProgressBar", "the line below the bars"),
     "_stop_progress": ("lightning.pytorch.callbacks", "RichProgressBar", "the line below the bars"),
     "_add_task": ("lightning.pytorch.callbacks", "RichProgressBar", "bars for sampling and scoring"),
     "_update": ("lightning.pytorch.callbacks", "RichProgressBar", "the bar of a resumed run"),
     "_buffers": ("torch.nn", "Module()", "buffers that a model replaced while it was on the device"),
-    "_Inequality": ("sympy.core.relational", "", "inequalities among parsed answers"),
     "_to_sync": ("torchmetrics", "MeanMetric()", "whether a metric is summed over processes"),
     "_exit": ("os", "", "ends a fork without the parent's clean-up"),
 }
@@ -116,8 +134,9 @@ def test_it_exists(name: str) -> None:
     module, owner, use = ATTRIBUTES[name]
     holder: Any = importlib.import_module(module)
     if owner:
-        holder = getattr(holder, owner.removesuffix("()"))
-        holder = holder() if owner.endswith("()") else holder
+        cls, made, arguments = owner.partition("(")
+        holder = getattr(holder, cls)
+        holder = holder(*ast.literal_eval(f"[{arguments[:-1]}]")) if made else holder
     assert hasattr(holder, name), f"{module}.{owner} has no {name} any more, which opdlab needs for {use}"
 
 

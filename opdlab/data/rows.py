@@ -119,6 +119,8 @@ def _required(row: Mapping[str, Any], field: str) -> Any:
 def _text(value: Any, field: str, or_else: str = "") -> str:
     """Return a field's text, or its number as text."""
     if isinstance(value, str):
+        half = next((char for char in value if "\ud800" <= char <= "\udfff"), None)
+        require(half is None, f": the field '{field}' has a lone surrogate, {ascii(half)[1:-1]}: remove it")
         return value
     is_number = isinstance(value, int | float | Decimal) and not isinstance(value, bool)
     if is_number and value == value and abs(value) != math.inf:
@@ -140,7 +142,7 @@ def _messages(turns: Sequence[Any], field: str) -> tuple[Message, ...]:
         for key in Message._fields:
             kind = "missing" if turn.get(key) is None else f"a {type(turn[key]).__name__}"
             require(isinstance(turn.get(key), str), f"{place} is no message: its {key} is {kind}, but must be text")
-        messages.append(Message(turn["role"], turn["content"]))
+        messages.append(Message(*(_text(turn[key], f"{field}.{number}.{key}") for key in Message._fields)))
     if len(messages) > 1 and messages[-1].role == "assistant":
         messages.pop()  # the reference answer
     last = f"a message of the role '{messages[-1].role}'" if messages else "no message"

@@ -125,7 +125,7 @@ class ChatTemplate(Template):
         turns = [*earlier, Message(last.role, last.content + self.suffix)]
         if self.system and turns[0].role != "system":
             turns.insert(0, Message("system", self.system))
-        return [turn._asdict() for turn in turns]
+        return [{"role": turn.role, "content": turn.content} for turn in turns]
 
 
 class DefaultTemplate(RawTemplate):

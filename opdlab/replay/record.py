@@ -158,10 +158,14 @@ def write_record(
             tensors |= {f"{place}.{part}.{key}": v for key, v in values.items() if isinstance(v, Tensor)}
         tensors[f"{place}.shares"] = batch.shares
         plain.append({"temperature": batch.rollouts.temperature})
-    for name, content in ((_ROLLOUTS, tensors), (_WEIGHTS, weights)):
-        save_file({key: tensor.contiguous().cpu() for key, tensor in content.items()}, partial / name)
     about = {"format": _FORMAT, **asdict(facts), "micro_batches": plain}
-    (partial / _FACTS).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    try:
+        for name, content in ((_ROLLOUTS, tensors), (_WEIGHTS, weights)):
+            save_file({key: tensor.contiguous().cpu() for key, tensor in content.items()}, partial / name)
+        (partial / _FACTS).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    except BaseException:  # such as a full disk
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return {"weights": (folder / _WEIGHTS).stat().st_size, "rollouts": (folder / _ROLLOUTS).stat().st_size}

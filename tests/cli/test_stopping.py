@@ -195,7 +195,8 @@ def test_the_handlers_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
     ("place", "rank", "said"),
     [
         ("on_train_batch_start", 1, r"opdlab: stopped by SIGTERM at step 1, saved .*; .* --ckpt_path last\n"),
-        ("on_validation_batch_start", 1, r"opdlab: stopped by SIGTERM, the samples so far are in .*same command\n"),
+        # The first process may not have begun to sample.
+        ("on_validation_batch_start", 1, r"opdlab: stopped by SIGTERM(, the samples so far .*)?; .*same command\n"),
     ],
 )
 def test_one_signalled_process_stops_all(tmp_path: Path, place: str, rank: int, said: str) -> None:

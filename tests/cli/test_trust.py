@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
+from opdlab.checkpoints import CheckpointFiles, read_checkpoint
 from opdlab.cli import EXIT_USAGE, main
 from opdlab.cli.parsing import parse_fit
 from opdlab.cli.study import plain_config
@@ -50,7 +50,7 @@ def checkpoint(trained: Path, request: pytest.FixtureRequest, monkeypatch: pytes
     monkeypatch.setattr(sys, "path", list(sys.path))
     file = Path("runs/quickstart/version_0/checkpoints/named.ckpt")
     named = {"hyper_parameters": NAMED[request.param], "hparams_name": "kwargs"}
-    torch.save({**torch.load("first.ckpt", weights_only=True), **named}, file)
+    CheckpointFiles().save_checkpoint({**read_checkpoint(Path("first.ckpt")), **named}, file)
     return str(file)
 
 

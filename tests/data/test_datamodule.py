@@ -70,7 +70,10 @@ def test_nothing_left(tmp_path: Path) -> None:
     [
         ({"name": "aime42"}, "unknown benchmark 'aime42'; did you mean 'aime25'?"),
         ({"name": "aime24", "paht": "x"}, "unknown key 'paht' of opdlab.data.Benchmark; did you mean 'path'?"),
-        ({"name": "aime24", "path": "nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+        (
+            {"name": "aime24", "path": "nowhere.jsonl"},
+            "mine.path is nowhere.jsonl, but this file does not exist",
+        ),
         (
             {
                 "name": "aime24",

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
+from opdlab.checkpoints import newest_checkpoint
 from opdlab.cli import EXIT_USAGE
 from opdlab.locks import locked
 from opdlab.records import flat, read_settings
@@ -202,13 +202,15 @@ def test_signals_are_forwarded_and_the_checkpoint_is_waited_for(tmp_path: Path) 
         until_beyond(spec, step)
         os.kill(job.pid, signum)
         job.join()
-        saved = torch.load(spec.path / "version_0/checkpoints/interrupted.ckpt", weights_only=True)["global_step"]
+        newest = newest_checkpoint(spec.path / "version_0/checkpoints")
+        assert newest is not None
+        saved = newest[1]
         assert step < saved < 5000
         step = saved
         assert not (spec.path / "run.json").exists()
         assert spec.holder is None
         name = "Ctrl-C" if signum == signal.SIGINT else signum.name
-        assert f"{name}: finishing this step" in (spec.path / "log.txt").read_text()
+        assert f"stopped by {name} at step {saved}" in (spec.path / "log.txt").read_text()
 
 
 @pytest.mark.parametrize("whom", ["study", "job"])
