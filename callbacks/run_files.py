@@ -89,8 +89,8 @@ class RunFiles(pl.Callback):
         if isinstance(batch, Minibatch) and batch.position + 1 == len(batch.micro_batches):
             self._tokens += batch.num_tokens
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the results of a run that has ended."""
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the results of a run that has ended, also of one that is resumed at its last step."""
         self._end(trainer, pl_module, COLLAPSED if any(guard.stopped for guard in _guards(trainer)) else FINISHED)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

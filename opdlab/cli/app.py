@@ -80,7 +80,8 @@ class OPDCLI(LightningCLI):
             PromptDataModule,
             save_config_callback=None,  # see `_save_config`
             trainer_class=RunTrainer,
-            trainer_defaults={"callbacks": [self.table]},
+            # Before Lightning's checkpoints, which then hold the tokens of their own step.
+            trainer_defaults={"callbacks": [self.table, RunFiles(self.table)]},
             args=list(arguments),
             run=False,  # the command is known; Lightning's subcommands would build a parser for each
             auto_configure_optimizers=False,
@@ -115,7 +116,6 @@ class OPDCLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         """Check that buffers can be split into batches, to fail before the first evaluation."""
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        callbacks.append(RunFiles(self.table))
         if self.folder is not None:
             self.trainer.run_folder = self.folder.path
             self.trainer.loggers = [*self.trainer.loggers, MetricsFile(self.folder.metrics)]
