@@ -3,7 +3,7 @@
 import base64
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import groupby
@@ -216,11 +216,11 @@ def _template(name: str) -> Template:
     HTML pages forbid requests, scripts and foreign styles.
     """
     kind = name.rpartition(".")[2]
-    escape = {"md": markdown_text, "html": visible, "txt": str}[kind]
+    escapes: dict[str, Callable[[str], str]] = {"md": markdown_text, "html": visible, "txt": str}
     environment = Environment(
         loader=PackageLoader("opdlab.studies.report"),
         autoescape=kind == "html",
-        finalize=lambda value: value if isinstance(value, Markup) else escape(str(value)),
+        finalize=lambda value: value if isinstance(value, Markup) else escapes[kind](str(value)),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
