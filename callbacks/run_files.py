@@ -32,7 +32,7 @@ class RunFiles(pl.Callback):
     ``results.json`` holds the evaluations ``before`` and ``after`` training and of the ``teacher`` (``value`` and
     ``standard_error`` of each metric), optimizer ``steps``, response ``tokens`` trained on and ``seconds`` of training
     over all attempts, ``seeds``, ``versions``, ``warnings``, and the ``state``: ``finished``, ``stopped`` by a signal,
-    ``collapsed`` if a guard stopped it, or ``failed`` with an error.
+    ``collapsed`` if the collapse guard found a sign or stopped it, or ``failed`` with an error.
 
     A resumed run logs the steps after its checkpoint again: their points are removed from ``metrics.csv`` and hidden
     from TensorBoard. An evaluation at the step of the checkpoint follows it, and is made up for if it may be missing:
@@ -91,7 +91,7 @@ class RunFiles(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the results of a run that has ended, also of one that is resumed at its last step."""
-        self._end(trainer, pl_module, COLLAPSED if any(guard.stopped for guard in _guards(trainer)) else FINISHED)
+        self._end(trainer, pl_module, COLLAPSED if any(guard.messages for guard in _guards(trainer)) else FINISHED)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the results again after an evaluation that follows the training."""

@@ -4,7 +4,7 @@ TensorBoard and Weights & Biases take all three, MLflow images and text (as arti
 logger is added with ``media_writer.register``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from functools import singledispatch
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -159,6 +159,24 @@ def log_media(
                     names = ", ".join(sorted(items)[:3]) + (", …" if len(items) > 3 else "")
                     rank_zero_info(f"{type(logger).__name__} takes no {kind}; left out: {names}")
                 told.add(kind)
+
+
+def log_scalars(
+    loggers: Sequence[Logger], metrics: Mapping[str, Any], step: int, known: Mapping[tuple[Logger, int], Container[str]]
+) -> None:
+    """Write scalars at once, each to the loggers that do not have it at this step.
+
+    Args:
+        loggers: of the trainer.
+        metrics: numbers or scalar tensors by name.
+        step: optimizer steps taken.
+        known: names that a logger has at a step already.
+    """
+    values = {name: float(value) for name, value in metrics.items()} if loggers else {}
+    for logger in loggers:
+        there = known.get((logger, step), ())
+        logger.log_metrics({name: value for name, value in values.items() if name not in there}, step=step)
+        logger.save()
 
 
 def log_layout(loggers: Sequence[Logger]) -> None:

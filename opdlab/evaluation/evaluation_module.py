@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from opdlab.errors import require
 from opdlab.evaluation.config import EvaluationConfig
 from opdlab.evaluation.evaluator import Evaluator
 from opdlab.evaluation.samples import SampleFolder
-from opdlab.evaluation.settings import benchmark_settings, fingerprint
-from opdlab.policies import LanguageModel, LocalTeacher, NoTeacher, SamplingConfig, Teacher, TeacherHolder
-from opdlab.policies.decoding import NonFiniteLogitsError
+from opdlab.evaluation.settings import evaluation_settings
+from opdlab.loggers import log_scalars
+from opdlab.policies import LanguageModel, NoTeacher, SamplingConfig, Teacher, TeacherHolder
+from opdlab.policies.decoding import naming_step
 from opdlab.progress import Progress, SilentProgress, StoppableProgress
 from opdlab.records import package_versions
 from opdlab.run_folder import samples_of_other_runs
@@ -108,21 +109,13 @@ class EvaluationModule(pl.LightningModule):
         """Add the evaluation seed, so that a later evaluation of the checkpoint can use it too."""
         checkpoint[EVALUATION_SEED_KEY] = self.evaluator.config.seed
 
-    @contextmanager
-    def naming_step(self) -> Iterator[None]:
-        """Name the optimizer step in an error for NaN or infinite logits while sampling."""
-        try:
-            yield
-        except NonFiniteLogitsError as error:
-            raise NonFiniteLogitsError(self.global_step) from error
-
     def validation_step(self, batch: EvaluationBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sample answers to a batch of problems and submit them to the verifier."""
         teacher = self.teacher if self.evaluator.config.reverse_kl else None
         if teacher is not None:
             teacher.to(self.device)
         place = (batch_idx, self.trainer.global_rank)
-        with self.naming_step():
+        with naming_step(self.global_step):
             self.evaluator.evaluate(self._evaluated.model, batch, place, self.progress, teacher)
 
     def on_validation_epoch_start(self) -> None:
@@ -155,12 +148,8 @@ class EvaluationModule(pl.LightningModule):
             metrics: scalars by name, the same in all processes; names in :attr:`logged` are left out.
             step: optimizer steps taken.
         """
-        if self.loggers and self.trainer.is_global_zero:
-            values = {name: float(value) for name, value in metrics.items()}
-            for logger in self.loggers:
-                known = self.logged.get((logger, step), ())  # type: ignore[arg-type] # Lightning declares Fabric's base
-                logger.log_metrics({name: value for name, value in values.items() if name not in known}, step=step)
-                logger.save()
+        if self.trainer.is_global_zero:
+            log_scalars(self.trainer.loggers, metrics, step, self.logged)
 
     # Testing runs the same hooks as validation.
     test_step = validation_step
@@ -176,23 +165,7 @@ class EvaluationModule(pl.LightningModule):
         fitting = trainer.state.fn == TrainerFn.FITTING
         subfolder = f"{evaluated.name}-step-{self.global_step}" if fitting else evaluated.subfolder
         teacher = self.teacher if config.reverse_kl else None
-        compared = {
-            "model": {
-                "student": {"weights": fingerprint(evaluated.model)},
-                "teacher": {"weights": fingerprint(teacher.model) if isinstance(teacher, LocalTeacher) else None},
-                "eval_sampling": asdict(self.evaluator.sampler.config),
-                "evaluation": {"reverse_kl": config.reverse_kl, "seed": config.seed},
-            },
-            "data": {
-                "eval_batch_size": data.eval_batch_size,  # a batch's seed depends on its index
-                "benchmarks": {name: benchmark_settings(prompts) for name, prompts in data.benchmarks.items()},
-            },
-            "trainer": {
-                "precision": str(trainer.precision),
-                "devices": trainer.world_size,
-                "accelerator": self.device.type,
-            },
-        }
+        compared = evaluation_settings(evaluated.model, teacher, self.evaluator, data, trainer)
         checkpoint = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
         about = {"model": evaluated.model.path, "checkpoint": checkpoint, "step": self.global_step}
         samples = Path(trainer.strategy.broadcast(str(config.samples)))  # the first process knows the run's folder

@@ -2,12 +2,17 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 
+from opdlab.data.datamodule import PromptDataModule
 from opdlab.data.prompts import PromptSet
+from opdlab.evaluation.evaluator import Evaluator
 from opdlab.policies.language_model import LanguageModel
+from opdlab.policies.teacher import LocalTeacher, Teacher
 from opdlab.records import digest
 
 _DIGEST_BYTES = 16
@@ -44,6 +49,38 @@ def fingerprint(model: LanguageModel) -> str:
         raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         total.update(raw.numpy().data)
     return total.hexdigest()
+
+
+def evaluation_settings(
+    model: LanguageModel, teacher: Teacher | None, evaluator: Evaluator, data: PromptDataModule, trainer: pl.Trainer
+) -> dict[str, Any]:
+    """Return the settings of an evaluation that its samples depend on, as a tree of configuration keys.
+
+    Args:
+        model: the evaluated model.
+        teacher: reference of the reverse KL; None if that is not measured.
+        evaluator: holds the options of evaluation and sampling.
+        data: holds the benchmarks.
+        trainer: of the evaluation.
+    """
+    config = evaluator.config
+    return {
+        "model": {
+            "student": {"weights": fingerprint(model)},
+            "teacher": {"weights": fingerprint(teacher.model) if isinstance(teacher, LocalTeacher) else None},
+            "eval_sampling": asdict(evaluator.sampler.config),
+            "evaluation": {"reverse_kl": config.reverse_kl, "seed": config.seed},
+        },
+        "data": {
+            "eval_batch_size": data.eval_batch_size,  # a batch's seed depends on its index
+            "benchmarks": {name: benchmark_settings(prompts) for name, prompts in data.benchmarks.items()},
+        },
+        "trainer": {
+            "precision": str(trainer.precision),
+            "devices": trainer.world_size,
+            "accelerator": trainer.strategy.root_device.type,
+        },
+    }
 
 
 def benchmark_settings(prompts: PromptSet) -> dict[str, Any]:

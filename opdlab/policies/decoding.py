@@ -9,7 +9,8 @@ Shapes: N responses in total, A rows in the current batch, W columns of the cach
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +97,15 @@ class NonFiniteLogitsError(UsageError):
             f"sampling{when}: the logits of the model are NaN or infinite: lower the learning rate, or resume from an "
             "earlier checkpoint"
         )
+
+
+@contextmanager
+def naming_step(step: int) -> Iterator[None]:
+    """Name the optimizer step in a :class:`NonFiniteLogitsError` of the block."""
+    try:
+        yield
+    except NonFiniteLogitsError as error:
+        raise NonFiniteLogitsError(step) from error
 
 
 def look_every(device: torch.device) -> int:

@@ -2,16 +2,17 @@
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from opdlab.checkpoints import CHECKPOINT_KEY
 from opdlab.errors import UsageError, require
 from opdlab.gating import GateInputs, GateStrategy
-from opdlab.objectives import Objective
+from opdlab.objectives import Objective, Reduction
 from opdlab.policies import LanguageModel, NoTeacher, Teacher, share_vocabulary
 from opdlab.policies.loading import non_finite
 from opdlab.registry import suggestion
@@ -20,6 +21,19 @@ from opdlab.types import Rollouts, Targets, TeacherRequest
 
 class NonFiniteLossError(UsageError):
     """Error for a NaN or infinite loss; the message names the step, the rollouts and the file of the batch."""
+
+
+def check_reduction(reduction: str) -> None:
+    """Raise a UsageError for an unknown reduction of the loss."""
+    known = get_args(Reduction)
+    require(reduction in known, f"reduction is '{reduction}', but must be one of {', '.join(known)}")
+
+
+def tell_of_idle_offload(trainer: pl.Trainer, **offloaded: bool) -> None:
+    """Say which parts are to be offloaded, by name, though the trainer's device is the host."""
+    for part in (name for name, wanted in offloaded.items() if wanted):
+        if trainer.strategy.root_device.type == "cpu":
+            rank_zero_info(f"model.{part}.offload has no effect on a CPU")
 
 
 def check_token_bound(tokens: int | None) -> None:

@@ -1,9 +1,8 @@
 """The LightningModule: student, behavior snapshot, teacher, objective, gate, and the training step."""
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from opdlab.checkpoints import CHECKPOINT_KEY
 from opdlab.diagnostics import StepRecord, StepTrace, hidden_gradient_norms, step_metrics, step_record
-from opdlab.errors import require
 from opdlab.evaluation import EvaluationConfig, EvaluationModule
 from opdlab.gating import GateStrategy
 from opdlab.objectives import Objective, Reduction, loss_shares, reduce_losses
@@ -26,11 +24,13 @@ from opdlab.policies import (
     Teacher,
     single_token_ids,
 )
+from opdlab.policies.decoding import naming_step
 from opdlab.policies.offload import keep_from_strategy
 from opdlab.rollouts import Collector, Pool
 from opdlab.training import checks, resume
 from opdlab.training.accumulation import AccumulationWindow, gate_inputs, score_rollouts
 from opdlab.training.refresh import RefreshSchedule
+from opdlab.training.step_timer import StepTimer
 from opdlab.types import Minibatch, Prompt
 
 
@@ -79,10 +79,7 @@ class OPDModule(EvaluationModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__(student, teacher, evaluation, eval_sampling)
-        require(
-            reduction in get_args(Reduction),
-            f"reduction is '{reduction}', but must be one of {', '.join(get_args(Reduction))}",
-        )
+        checks.check_reduction(reduction)
         checks.check_token_bound(max_tokens_per_pass)
         student.max_tokens = max_tokens_per_pass
         request = checks.teacher_request(student, teacher, objective, gate)
@@ -101,10 +98,8 @@ class OPDModule(EvaluationModule):
         self._refreshes = True  # the snapshot before each buffer, without a callback that decides it
         self._settings: dict[str, Any] = {}  # of the run, for its checkpoints
         self._metrics: dict[str, Any] = {}  # of the optimizer batch
-        self._timing: dict[str, float] = {}  # of the last optimizer step
+        self._timer = StepTimer()
         self._batch_tokens = 0
-        self._update_started = 0.0
-        self._step_ended: float | None = None
 
     # -- setting up ----------------------------------------------------------------------------------------------
 
@@ -116,23 +111,12 @@ class OPDModule(EvaluationModule):
         data = self.data
         if stage == "fit":
             checks.check_training(self.teacher, self.gate, data is not None and data.train_verifier is not None)
-            for part in ("behavior", "teacher"):
-                if getattr(self, part).offload and self.trainer.strategy.root_device.type == "cpu":
-                    rank_zero_info(f"model.{part}.offload has no effect on a CPU")
+            checks.tell_of_idle_offload(self.trainer, behavior=self.behavior.offload, teacher=self.teacher.offload)
         if data is not None:
             data.connect(self.student.tokenizer, self.collect, self.sampling.num_samples, training=stage == "fit")
         super().setup(stage)
         if stage == "fit":  # before a strategy shards the weights
-            self._settings = resume.run_settings(
-                student=self.student,
-                teacher=self.teacher,
-                objective=self.objective,
-                request=self.request,
-                sampling=self.sampling,
-                mask_first=self.mask_first,
-                optimizers=self.configure_optimizers(),
-                data=data,
-            )
+            self._settings = resume.run_settings(self, data)
         # A sharded model gathers its weights in every pass, so all processes must run the same number of passes.
         self.student.group_lengths = self.whole_weights
         # Other strategies hook into gradients to reduce or shard them.
@@ -162,7 +146,7 @@ class OPDModule(EvaluationModule):
 
     def on_train_start(self) -> None:
         """Begin the first optimizer batch; a run that resumes inside one repeats it from its start."""
-        self._update_started = time.perf_counter()
+        self._timer.begin()
         self._window = AccumulationWindow()
 
     def collect(self, prompts: Sequence[Prompt], *, first_batch: Tensor, **options: Any) -> Pool:
@@ -174,7 +158,7 @@ class OPDModule(EvaluationModule):
         if self._refreshes:
             self.behavior.refresh(self.student, self.global_step)
         fresh = self.whole_weights and self.behavior.equals(self.student)
-        with self.naming_step():
+        with naming_step(self.global_step):
             return self.collector.collect(
                 prompts,
                 step=self.global_step,
@@ -237,32 +221,27 @@ class OPDModule(EvaluationModule):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by Lightning's logger connector
         if every <= 0 or (self.global_step + 1) % every:
             return  # skip metrics that are not logged
-        self._metrics = {**step_metrics(record), **batch.pool_metrics}
-        if tau is not None:
-            self._metrics["gate/tau"] = tau
-        self._metrics["rollout/age"] = (self.global_step - batch.rollouts.snapshot_step).float().mean()
+        scheduled = {} if tau is None else {"gate/tau": tau}
+        age = (self.global_step - batch.rollouts.snapshot_step).float().mean()
+        self._metrics = {**step_metrics(record), **batch.pool_metrics, **scheduled, "rollout/age": age}
         self.log_dict(self._metrics, logger=False)
         self._metrics |= {"train/loss": loss, "epoch": self.current_epoch}
 
     def on_train_batch_start(self, batch: Minibatch, batch_idx: int) -> None:
         """Start the timer of the update, which excludes sampling and scoring since the last step."""
         if batch.position == 0:
-            self._update_started = time.perf_counter()
+            self._timer.begin()
 
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         """Take a step and write its metrics to the loggers, before a callback writes a checkpoint of the step."""
         super().optimizer_step(*args, **options)
-        now = time.perf_counter()
-        self._timing = {"time/update_seconds": now - self._update_started}
-        if self._step_ended is not None:
-            self._timing["train/tokens_per_second"] = self._batch_tokens / (now - self._step_ended)
-        self._step_ended = now
+        self._timer.end(self._batch_tokens)
         if self._metrics:
-            self.write_metrics({**self._metrics, **self._timing}, self.global_step + 1)
+            self.write_metrics({**self._metrics, **self._timer.metrics}, self.global_step + 1)
 
     def on_train_batch_end(self, outputs: Any, batch: Minibatch, batch_idx: int) -> None:
         """Show the time of the update, and the trained tokens per second of total time."""
-        for name, value in self._timing.items():
+        for name, value in self._timer.metrics.items():
             self.log(name, value, prog_bar=name == "train/tokens_per_second", logger=False)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -14,11 +14,9 @@ from opdlab.checkpoints import CHECKPOINT_KEY
 from opdlab.data import PromptDataModule
 from opdlab.errors import require
 from opdlab.evaluation.settings import benchmark_settings
-from opdlab.objectives import Objective
-from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig, Teacher
+from opdlab.policies import LocalTeacher
 from opdlab.records import digest
 from opdlab.rollouts import RolloutLoader
-from opdlab.types import TeacherRequest
 
 MAY_CHANGE = (
     "trainer.max_steps, trainer.accumulate_grad_batches, data.reuse.epochs, data.reuse.batch_size if it divides what "
@@ -28,36 +26,23 @@ MAY_CHANGE = (
 _SAMPLES = 64  # values of each parameter that tell one model from another
 
 
-def run_settings(
-    *,
-    student: LanguageModel,
-    teacher: Teacher,
-    objective: Objective,
-    request: TeacherRequest,
-    sampling: SamplingConfig,
-    mask_first: Sequence[str],
-    optimizers: Any,
-    data: PromptDataModule | None,
-) -> dict[str, dict[str, Any]]:
+def run_settings(module: Any, data: PromptDataModule | None) -> dict[str, dict[str, Any]]:
     """Return the settings of a run that may not change at every checkpoint, as plain values by key.
 
     Args:
-        student: before a strategy shards its weights.
-        teacher: of the run.
-        objective: of the run.
-        request: what objective and gate require of the teacher.
-        sampling: of rollouts.
-        mask_first: see :class:`OPDModule`.
-        optimizers: what ``configure_optimizers`` returns, before any step.
+        module: an :class:`OPDModule`, before any step and before a strategy shards the student's weights.
         data: attached to its trainer, with its problems; without it, its settings are left out.
 
     Returns:
         Under ``run`` those that hold for the whole run, under ``buffer`` those that may change where a buffer ends.
     """
+    student, teacher, optimizers = module.student, module.teacher, module.configure_optimizers()
     optimizer, scheduler = optimizers, None
     if isinstance(optimizers, dict):
         optimizer, scheduler = optimizers["optimizer"], optimizers["lr_scheduler"]["scheduler"]
-    sampled = {f"model.sampling.{name}": value for name, value in asdict(sampling).items() if name != "batch_size"}
+    sampled = {
+        f"model.sampling.{name}": value for name, value in asdict(module.sampling).items() if name != "batch_size"
+    }
     run: dict[str, Any] = {
         "model.student (its tokenizer)": digest(sorted(student.tokenizer.get_vocab().items()))[:8],
         # Weights below an adapter are not in the state dict.
@@ -67,10 +52,10 @@ def run_settings(
     }
     buffer: dict[str, Any] = {
         **sampled,
-        "model.mask_first": list(mask_first),
-        "model.objective": _name(objective),
-        "model.objective.k": request.top_k,
-        "model.gate, model.objective (one needs the teacher's entropy)": request.entropy,
+        "model.mask_first": list(module.mask_first),
+        "model.objective": _name(module.objective),
+        "model.objective.k": module.request.top_k,
+        "model.gate, model.objective (one needs the teacher's entropy)": module.request.entropy,
         "model.teacher": _name(teacher),
         "model.teacher (its weights)": _weights_digest(teacher.model) if isinstance(teacher, LocalTeacher) else None,
     }

@@ -193,7 +193,8 @@ def test_a_collapsed_run_says_so(opdlab: Opdlab, tmp_path: Path, capsys: pytest.
     collapse = ("--model.optimizer.lr", "1000", "--trainer.gradient_clip_val", "null", "--trainer.max_steps", "6")
     assert opdlab(*collapse, *NO_TEACHER) == 0
     results = results_of(tmp_path / "runs/quickstart/version_0")
-    assert results["state"] == "finished"
+    assert results["state"] == "collapsed"  # it has gone on to its end
+    assert results["steps"] == 6
     assert results["warnings"]
     assert all(message.startswith("collapse: ") for message in results["warnings"])
     capsys.readouterr()
