@@ -69,7 +69,7 @@ class EvaluationTable(pl.Callback):
     def table(self, trained: bool = True) -> Table:
         """Return the table, one row per metric; see :meth:`cells`."""
         columns = self.cells(trained)
-        table = Table("figure", *columns)
+        table = Table("metric", *columns)
         for key in next(iter(columns.values()), {}):
             table.add_row(key, *(column[key] for column in columns.values()))
         return table

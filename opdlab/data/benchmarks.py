@@ -177,9 +177,7 @@ class DapoMath17k(PublishedProblems):
     The released set repeats its 17,398 prompts a hundred times; the hub's processed copy
     (``open-r1/DAPO-Math-17k-Processed``, subset ``all``) has each once. The instructions that DAPO puts around a
     problem are removed. :class:`opdlab.data.CleaningConfig` removes its overlap with benchmarks.
-
-    Args:
-        kwargs: see :class:`PublishedProblems`.
+    The options are those of :class:`PublishedProblems`.
 
     Raises:
         UsageError: on reading, the file or the hub cannot be read.

@@ -14,7 +14,7 @@ Verdicts = Callable[[], list[Verdict]]
 class Message(NamedTuple):
     """A turn of a chat.
 
-    Args:
+    Attributes:
         role: ``system``, ``user``, ``assistant``, or another role that the chat template knows.
         content: text of the turn.
     """
