@@ -132,10 +132,8 @@ class OPDModule(EvaluationModule):
         optimizer = self._optimizer([p for p in self.student.parameters() if p.requires_grad])
         if self._lr_scheduler is None:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self._lr_scheduler(optimizer), "interval": "step"},
-        }
+        scheduler = {"scheduler": self._lr_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def on_fit_start(self) -> None:
         """Move the teacher to the device, and say when the snapshot is refreshed."""
