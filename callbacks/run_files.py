@@ -100,6 +100,8 @@ class RunFiles(pl.Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Write the results of a run that an error or a signal has ended."""
+        if self._folder is None and trainer.ckpt_path is not None:
+            return  # a resume that was refused: the results of the run stay
         with suppress(OSError, FullDiskError):  # the exception says more; and other callbacks have to clean up
             self._end(trainer, pl_module, STOPPED if isinstance(exception, KeyboardInterrupt) else FAILED)
 

@@ -237,3 +237,12 @@ def test_a_kill_between_a_checkpoint_and_the_evaluation_after_it(opdlab: Opdlab,
     for name in set(curves[1].Tags()["scalars"]) - timed:
         killed, other = ([(event.step, event.value) for event in events.Scalars(name)] for events in curves)
         assert killed == other, name
+
+
+def test_a_refused_resume_changes_no_file(opdlab: Opdlab, tmp_path: Path) -> None:
+    assert opdlab(*NO_TEACHER) == 0
+    folder = tmp_path / "runs/quickstart/version_0"
+    before = {name: (folder / name).read_bytes() for name in ("results.json", "metrics.csv", "config.yaml")}
+    refused = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1", "--trainer.max_steps", "3")
+    assert opdlab("--ckpt_path", "last", *refused) == EXIT_USAGE
+    assert {name: (folder / name).read_bytes() for name in before} == before
