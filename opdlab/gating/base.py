@@ -42,6 +42,8 @@ class GateInputs:
         teacher_entropy: of the teacher's, nats, or None.
         correct: int8, the same for all positions of a response: 1 if the verifier accepts its answer, 0 if it does
             not, -1 if the answer was not checked; or None.
+        age: float32, the same for all positions of a response: optimizer steps since the last refresh of the snapshot
+            that sampled it; or None.
         step: optimizer steps taken so far.
 
     Example:
@@ -65,6 +67,7 @@ class GateInputs:
     entropy: Tensor | None = None
     teacher_entropy: Tensor | None = None
     correct: Tensor | None = None
+    age: Tensor | None = None
     step: int = 0
 
     @property

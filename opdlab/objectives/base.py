@@ -9,7 +9,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from opdlab.policies.language_model import Scored
+from opdlab.policies.language_model import LanguageModel, Scored
+from opdlab.policies.teacher import Teacher
 from opdlab.registry import Registry
 from opdlab.types import Rollouts, Targets, TeacherRequest
 
@@ -44,6 +45,10 @@ class Objective(ABC):
     def request(self) -> TeacherRequest:
         """Return the required teacher outputs; by default only the sampled tokens' log-probabilities."""
         return TeacherRequest()
+
+    def setup(self, student: LanguageModel, teacher: Teacher) -> None:
+        """Prepare the objective for these two models, once before training; does nothing by default."""
+        del student, teacher
 
     @abstractmethod
     def position_losses(self, student: Scored, rollouts: Rollouts, targets: Targets) -> PositionLosses:

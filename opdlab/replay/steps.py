@@ -124,7 +124,7 @@ class Replayer:
         module, facts = self._module, record.facts
         record.load_weights(module.student)
         # Computed here if the run has not computed the teacher's entropy.
-        served = {"teacher_logprobs", "position_losses", "entropy", "teacher_entropy"}
+        served = {"teacher_logprobs", "position_losses", "entropy", "teacher_entropy", "age"}
         if all(batch.rollouts.correct is not None for batch in record.batches):
             served.add("correct")
         variants, skipped = expand(self._grid, module.gate, module.student.tokenizer, served)

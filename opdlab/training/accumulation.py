@@ -69,6 +69,7 @@ def gate_inputs(rollouts: Rollouts, targets: Targets, positions: PositionLosses,
         entropy=positions.entropy,
         teacher_entropy=targets.entropy,
         correct=None if rollouts.correct is None else rollouts.correct[:, None].expand_as(rollouts.mask),
+        age=(step - rollouts.snapshot_step).float()[:, None].expand_as(rollouts.mask),
         step=step,
     )
 

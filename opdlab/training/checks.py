@@ -1,6 +1,6 @@
 """Checks of a module, of checkpoints and of losses; each raises an error with a clear message."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -67,9 +67,12 @@ def teacher_request(
         return TeacherRequest()
     teacher.bind(student)
     share_vocabulary(student, teacher)
-    k, shared = objective.request.top_k, student.vocab_size
+    objective.setup(student, teacher)
+    request, shared = objective.request, student.vocab_size
+    k = max(request.top_k, request.behavior_top_k)
     require(k <= shared, f"objective.k is {k}, but the vocabulary has only {shared} tokens: lower it")
-    return TeacherRequest(k, shared, objective.request.entropy or "teacher_entropy" in gate.needs)
+    entropy = request.entropy or "teacher_entropy" in gate.needs
+    return replace(request, vocab_size=shared, entropy=entropy)
 
 
 def check_trainer(trainer: pl.Trainer, max_tokens: int | None, whole_weights: bool) -> None:

@@ -1,7 +1,8 @@
 """Rollouts, the teacher's targets for them, and minibatches of both.
 
 Shapes: B rollouts, P prompt tokens (padded on the left), T response tokens (from column 0, padded on the right),
-K support. Log-probabilities are in nats, at the sampling temperature.
+K support, P' tokens of a prompt as the teacher sees it, G the teacher's hidden size. Log-probabilities are in nats, at
+the sampling temperature.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -66,6 +67,16 @@ class Rollouts(_Rows):
         temperature: temperature of sampling and scoring.
         correct: [B] int8: 1 if the verifier accepts the answer, 0 if it does not, -1 if the answer was not checked; or
             None if the training problems have no verifier.
+        group_accuracy: [B] float32: share of correct answers among the judged rollouts of the same prompt that the
+            policy sampled for this buffer, this one included; or None.
+        group_size: [B] long: number of these rollouts; or None.
+        behavior_support_ids: [B, T, K], dtype as :attr:`Targets.support_ids`: the behavior policy's most likely tokens,
+            or None if they are not requested.
+        teacher_prompt_tokens: [B, P'] long, padded on the left: the prompt that the teacher sees before the response,
+            or None if it sees ``prompt_tokens``.
+        teacher_prompt_mask: [B, P'] bool, or None.
+        demonstration: [B] bool: True if the response comes from the data and was not sampled; or None if all were
+            sampled.
 
     Example:
         One prompt of two tokens, answered twice: by three tokens of which the last is the stop token, and by one.
@@ -98,6 +109,12 @@ class Rollouts(_Rows):
     snapshot_step: Tensor
     temperature: float = 1.0
     correct: Tensor | None = None
+    group_accuracy: Tensor | None = None
+    group_size: Tensor | None = None
+    behavior_support_ids: Tensor | None = None
+    teacher_prompt_tokens: Tensor | None = None
+    teacher_prompt_mask: Tensor | None = None
+    demonstration: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -124,11 +141,17 @@ class Targets(_Rows):
 
     Args:
         logprobs: [B, T] float32, nats: of the sampled tokens; 0 at masked positions.
-        support_ids: [B, T, K]: the teacher's most likely tokens, or None if they are not requested. The dtype is the
-            smallest that holds every id (:func:`id_dtype`); many operations do not support it, so call ``.long()``.
+        support_ids: [B, T, K]: the tokens on which student and teacher are compared, or None if none are requested: the
+            teacher's most likely ones, most likely first; or the behavior policy's; or both, the teacher's first. The
+            dtype is the smallest that holds every id (:func:`id_dtype`); many operations do not support it, so call
+            ``.long()``.
         support_logits: [B, T, K] float32: their logits at the sampling temperature, or None.
         support_mass: [B, T] float32: the teacher's probability of the support, 0 to 1, or None.
         entropy: [B, T] float32, nats: of the teacher's next-token distribution, or None if it is not requested.
+        support_valid: [B, T, K] bool: False at an id that stands in the support a second time; None if ids are unique.
+        log_normalizer: [B, T] float32: log-sum-exp of the teacher's logits over the vocabulary, or None.
+        log_tail: [B, T] float32: log-sum-exp of its logits outside the support, or None.
+        hidden: [B, T, G]: the teacher's last hidden states, from which its head makes the logits, or None.
 
     Example:
         A support of two tokens at each of the three positions of one rollout.
@@ -148,6 +171,10 @@ class Targets(_Rows):
     support_logits: Tensor | None = None
     support_mass: Tensor | None = None
     entropy: Tensor | None = None
+    support_valid: Tensor | None = None
+    log_normalizer: Tensor | None = None
+    log_tail: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -155,19 +182,26 @@ class TeacherRequest:
     """The required teacher outputs, besides the log-probability of every sampled token.
 
     Args:
-        top_k: K, size of the support whose ids and logits are required; 0 for none.
+        top_k: K, number of the teacher's most likely tokens whose ids and logits are required; 0 for none.
         vocab_size: number of tokens shared with the student, over which the teacher's distribution is taken; None for
             all tokens of the teacher.
         entropy: True if the entropy of the teacher's distribution is required.
+        behavior_top_k: number of the behavior policy's most likely tokens, :attr:`Rollouts.behavior_support_ids`, whose
+            logits under the teacher are required; 0 for none. With ``top_k`` too, the support is the union.
+        tail: True if ``log_normalizer`` and, with a support, ``log_tail`` are required.
+        hidden: True if the hidden states are required.
 
     Example:
-        >>> TeacherRequest(top_k=32)
-        TeacherRequest(top_k=32, vocab_size=None, entropy=False)
+        >>> TeacherRequest(top_k=32).top_k
+        32
     """
 
     top_k: int = 0
     vocab_size: int | None = None
     entropy: bool = False
+    behavior_top_k: int = 0
+    tail: bool = False
+    hidden: bool = False
 
 
 @dataclass(frozen=True)
@@ -233,8 +267,17 @@ def trimmed(rollouts: Rollouts, targets: Targets) -> tuple[Rollouts, Targets]:
     skip = int(rollouts.prompt_mask.any(0).int().argmax()) if rollouts.prompt_mask.numel() else 0
     used = rollouts.mask.any(0)
     length = int(used.nonzero().max()) + 1 if bool(used.any()) else 1
+    support, of_teacher = rollouts.behavior_support_ids, rollouts.teacher_prompt_mask
+    if of_teacher is not None and rollouts.teacher_prompt_tokens is not None:
+        left = int(of_teacher.any(0).int().argmax()) if of_teacher.numel() else 0
+        rollouts = replace(
+            rollouts,
+            teacher_prompt_tokens=rollouts.teacher_prompt_tokens[:, left:],
+            teacher_prompt_mask=of_teacher[:, left:],
+        )
     cut = replace(
         rollouts,
+        behavior_support_ids=None if support is None else support[:, :length],
         prompt_tokens=rollouts.prompt_tokens[:, skip:],
         prompt_mask=rollouts.prompt_mask[:, skip:],
         tokens=rollouts.tokens[:, :length],
