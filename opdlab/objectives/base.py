@@ -46,6 +46,15 @@ class Objective(ABC):
         """Return the required teacher outputs; by default only the sampled tokens' log-probabilities."""
         return TeacherRequest()
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Return the fields of :class:`~opdlab.types.Rollouts` that may be None and that the objective reads.
+
+        A run without them is refused at its start: ``correct`` needs a verifier, ``group_accuracy`` and ``group_size``
+        also several samples of each prompt.
+        """
+        return ()
+
     def setup(self, student: LanguageModel, teacher: Teacher) -> None:
         """Prepare the objective for these two models, once before training; does nothing by default."""
         del student, teacher
