@@ -96,20 +96,43 @@ class SampledTokenOPD(Objective):
             "shape is clamp, which needs a bound: give advantage_clamp",
         )
         defaults = {p.name: p.default for p in inspect.signature(SampledTokenOPD).parameters.values()}
-        idle: dict[str, tuple[str, ...]] = {
-            "reward_weight 0": () if self.reward_weight else ("reward_scaled",),
-            f"baseline {self.baseline}": () if self.baseline == "support_kl" else ("k",),
-            f"shape {self.shape}": () if self.shape == "power" else ("power",),
-            f"shape {self.shape} ": ("advantage_clamp",) if self.shape in ("signed_log", "power") else (),
-            "clip null": ("dual_clip",) if self.clip is None and self.dual_clip is not None else (),
-        }
+        for name, cause in self._idle().items():
+            # A value that equals the default may come from a saved configuration, which lists all of them.
+            value = getattr(self, name)
+            harmless = value == defaults[name] or (name == "dual_clip" and value is None)
+            require(harmless, f"{name} is {value}, which has no effect with {cause}: leave it out")
+
+    def _idle(self) -> dict[str, str]:
+        """Return the options without effect, each with the option that makes it so."""
         if self.estimator != "policy_gradient":
-            idle = {f"estimator {self.estimator}": tuple(name for name in defaults if name != "estimator")}
-        for cause, names in idle.items():
-            for name in names:
-                # A value that equals the default may come from a saved configuration, which lists all of them.
-                value = getattr(self, name)
-                require(value == defaults[name], f"{name} is {value}, which has no effect with {cause}: leave it out")
+            names = inspect.signature(SampledTokenOPD).parameters.keys() - {"estimator"}
+            return dict.fromkeys(names, f"estimator {self.estimator}")
+        shape, baseline = f"shape {self.shape}", f"baseline {self.baseline}"
+        idle = {
+            "dual_clip": "clip null" if self.clip is None else "",
+            "advantage_clamp": shape if self.shape in ("signed_log", "power") else "",
+            "power": shape if self.shape != "power" else "",
+            "k": baseline if self.baseline == "none" else "",
+            "reward_scaled": "reward_weight 0" if not self.reward_weight else "",
+        }
+        return {name: cause for name, cause in idle.items() if cause}
+
+    @property
+    def unused_options(self) -> set[str]:
+        """Return the options that have no effect; see :attr:`Objective.unused_options`."""
+        return set(self._idle())
+
+    @property
+    def inapplicable_laws(self) -> dict[str, str]:
+        """Return the laws that do not apply; see :attr:`Objective.inapplicable_laws`."""
+        laws = ("zero_loss_at_equality", "zero_gradient_at_equality")
+        if self.reward_weight:
+            return dict.fromkeys(laws, "the verifier's reward is added to the teacher's advantage")
+        if self.estimator == "nll":
+            return dict.fromkeys(laws, "the likelihood rises further where the student equals the teacher")
+        if self.estimator == "abs":
+            return {laws[1]: "the absolute value has a kink at equality, where rounding decides the sign"}
+        return {}
 
     @property
     def request(self) -> TeacherRequest:

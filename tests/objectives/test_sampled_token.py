@@ -106,7 +106,7 @@ def test_clip_share_counts_the_positions_without_gradient(dual_clip: float | Non
         loss = policy_gradient_loss(logprobs, behavior, advantage, dual_clip=dual_clip)
         (gradient,) = torch.autograd.grad(loss.sum(), logprobs)
         assert torch.equal(clip_binds(logprobs, behavior, advantage, 0.2, dual_clip), gradient == 0)
-    seen, _, (scored, rollouts, _) = apply(SampledTokenOPD(dual_clip=dual_clip))
+    seen, _, (_, rollouts, _) = apply(SampledTokenOPD(dual_clip=dual_clip))
     logprobs = seen.logprobs.clone().requires_grad_()
     advantage = seen.metrics["advantage"]
     loss = policy_gradient_loss(logprobs, rollouts.behavior_logprobs, advantage, dual_clip=dual_clip)
