@@ -126,7 +126,7 @@ def teacher_advantage(
         power tensor([0.4712])
 
     Reference:
-        Signed logarithm: arXiv 2607.13399. Power: Zhao et al., arXiv 2606.17199.
+        Clamp and signed logarithm: Wang et al., arXiv 2607.13399. Power: Zhao et al., arXiv 2606.17199.
     """
     require_choice("reference", reference, get_args(Reference))
     require_choice("shape", shape, get_args(Shape))
