@@ -35,7 +35,7 @@ def apply(objective: SampledTokenOPD, **changes: Any) -> tuple[PositionLosses, T
     scored, rollouts, targets, _, _ = scored_batch()
     rollouts = replace(drifted(rollouts, scored, (0.1, 0.5, -0.5, 2.0, -0.05)), **changes)
     losses = objective.position_losses(scored, rollouts, targets)
-    (gradient,) = torch.autograd.grad(losses.losses.sum(), scored.hidden)
+    (gradient,) = torch.autograd.grad(losses.losses.sum(), scored.hidden, retain_graph=True)
     return losses, gradient, (scored, rollouts, targets)
 
 
@@ -176,7 +176,7 @@ def test_support_kl_is_detached() -> None:
     seen = SampledTokenOPD(baseline="support_kl", k=4, clip=None).position_losses(scored, rollouts, targets)
     (gradient,) = torch.autograd.grad(seen.losses.sum(), scored.hidden, retain_graph=True)
     logprobs = scored.padded(scored.statistics().logprobs)
-    loss = -(logprobs - rollouts.behavior_logprobs).exp() * seen.metrics["advantage"]
+    loss = policy_gradient_loss(logprobs, rollouts.behavior_logprobs, seen.metrics["advantage"], clip=None)
     assert torch.equal(gradient, torch.autograd.grad(loss.sum(), scored.hidden)[0])
 
 
