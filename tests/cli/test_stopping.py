@@ -203,12 +203,9 @@ def test_the_handlers_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_signalled_process_stops_all(tmp_path: Path, place: str, rank: int, said: str) -> None:
     (tmp_path / "small.yaml").write_text(SMALL)
     command = [sys.executable, "-m", "opdlab", "fit", "-c", "quickstart", "-c", "small.yaml", "--trainer.devices=2"]
-    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
-    run = run_child(
-        [*command, "--data.train.num_problems=8", *stopper(place, rank=rank)],
-        timeout=300,
-        **options,  # type: ignore[call-overload]
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command += ["--data.train.num_problems=8", *stopper(place, rank=rank)]
+    run = run_child(command, cwd=tmp_path, env=environment)
     assert run.returncode == 143, run.stderr
     assert re.search(said, run.stderr)
 
