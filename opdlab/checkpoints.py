@@ -145,6 +145,16 @@ def check_checkpoint(path: Path, *, resume: bool = True) -> int:
     return step
 
 
+def small_parts(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint that can be resumed says of its run; tensors are read only when they are used.
+
+    Args:
+        path: of a file that :func:`check_checkpoint` accepts.
+    """
+    checkpoint = _load(path, mapped=True)
+    return {key: checkpoint[key] for key in ("global_step", "epoch", "loops", CHECKPOINT_KEY)}
+
+
 def _check_content(path: Path, checkpoint: dict[str, Any], *, resume: bool) -> int:
     """Return the optimizer step of a checkpoint, and refuse one whose parts are missing or of another type."""
     weights = checkpoint.get("state_dict")

@@ -246,3 +246,41 @@ def test_a_refused_resume_changes_no_file(opdlab: Opdlab, tmp_path: Path) -> Non
     refused = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1", "--trainer.max_steps", "3")
     assert opdlab("--ckpt_path", "last", *refused) == EXIT_USAGE
     assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+def test_a_resume_is_refused_before_models_are_loaded(
+    opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What needs no model is compared first: the student's folder does not exist, and is never missed."""
+    assert opdlab("--trainer.max_steps", "4", "--checkpoint.save_top_k", "-1", *NO_TEACHER) == 0
+    checkpoints = tmp_path / "runs/quickstart/version_0/checkpoints"
+    gone = ("--trainer.max_steps", "9", "--model.student.path", "gone")
+    inside, end = str(checkpoints / "step-1.ckpt"), str(checkpoints / "step-4.ckpt")
+    never = [
+        ("--trainer.max_steps 0", "trainer.max_steps is 0, but ckpt_path has done"),
+        ("--model.optimizer torch.optim.SGD --model.optimizer.lr 0.1", "model.optimizer is torch.optim.sgd.SGD"),
+        ("--model.optimizer.lr 0.5", "model.optimizer.lr is 0.5, but"),
+        ("--model.lr_scheduler StepLR --model.lr_scheduler.step_size 3", "model.lr_scheduler is torch.optim"),
+        ("--data.seed 5", "data.seed is 5, but 0 in ckpt_path"),
+        ("--data.max_prompt_tokens 99", "data.max_prompt_tokens is 99, but"),
+    ]
+    at_the_end = [
+        ("--model.sampling.temperature 0.5", "model.sampling.temperature is 0.5, but"),
+        ("--model.mask_first [\"1\"]", "model.mask_first is ['1'], but []"),
+        ("--model.objective sampled_token", "model.objective is opdlab.objectives"),
+        ("--model.objective.k 3", "model.objective.k is 3, but"),
+        ("--data.reuse.prompts_per_pool 2", "data.reuse.prompts_per_pool is 2, but"),
+        ("--trainer.devices 3", "trainer.devices * trainer.num_nodes is 3, but 1"),
+        ("--data.reuse.batch_size 8", "data.reuse.batch_size is 8, but the checkpoint is inside a pass"),
+    ]
+    capsys.readouterr()
+    for path, cases in ((inside, never + at_the_end), (end, never)):
+        for arguments, words in cases:
+            assert opdlab("--ckpt_path", path, *gone, *arguments.split()) == EXIT_USAGE
+            error = capsys.readouterr().err
+            assert words in error, error
+            assert "gone" not in error
+    # What may change there is told only after the models: here, that one is missing.
+    for arguments, _ in at_the_end[:4]:
+        assert opdlab("--ckpt_path", end, *gone, *arguments.split()) == EXIT_USAGE
+        assert "gone" in capsys.readouterr().err
