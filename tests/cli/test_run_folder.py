@@ -210,7 +210,7 @@ def test_a_collapsed_run_says_so(opdlab: Opdlab, tmp_path: Path, capsys: pytest.
 
 @pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_batch_start", "on_validation_end"])
 def test_a_kill_between_a_checkpoint_and_the_evaluation_after_it(opdlab: Opdlab, tmp_path: Path, hook: str) -> None:
-    """Before the evaluation, within it, and after its metrics were logged."""
+    """Before the evaluation, within it, and after its metrics were logged; that after training is due once more too."""
     (tmp_path / f"lab_killed_{hook}.py").write_text(
         "from lightning.pytorch import Callback\n"
         "class Killed(Callback):\n"
@@ -218,15 +218,16 @@ def test_a_kill_between_a_checkpoint_and_the_evaluation_after_it(opdlab: Opdlab,
         "        if trainer.global_step == 2:\n"
         "            raise RuntimeError('killed')\n"
     )
-    steps = (*NO_TEACHER, "--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--checkpoint.save_top_k=-1")
+    steps = (*NO_TEACHER, "--trainer.max_steps", "5", "--trainer.val_check_interval", "2", "--checkpoint.save_top_k=-1")
     with pytest.raises(RuntimeError, match="killed"):
         opdlab(*steps, f"--trainer.callbacks+=lab_killed_{hook}.Killed")
     folder = tmp_path / "runs/quickstart/version_0"
     assert (folder / "checkpoints/step-2.ckpt").exists()
-    assert opdlab(*steps, "--ckpt_path", "last") == 0
+    for _ in range(2):
+        assert opdlab(*steps, "--ckpt_path", "last") == 0
     assert opdlab(*steps) == 0
     whole = rows_of(folder.with_name("version_1"))
-    assert set(whole) == {0, 1, 2, 3, 4}
+    assert set(whole) == {0, 1, 2, 3, 4, 5}
     timed = {name for name in whole[2] if name.startswith("time/") or name.endswith("per_second")}
     assert [{k: v for k, v in row.items() if k not in timed} for row in rows_of(folder).values()] == [
         {k: v for k, v in row.items() if k not in timed} for row in whole.values()
