@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -138,7 +139,8 @@ class OPDModule(EvaluationModule):
     def on_fit_start(self) -> None:
         """Move the teacher to the device, and say when the snapshot is refreshed."""
         self.teacher.to(self.device)
-        schedules = [each.schedule for each in self.trainer.callbacks if isinstance(each, RefreshSchedule)]  # type: ignore[attr-defined] # set by Lightning's connector
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined] # set by Lightning's connector
+        schedules = [each.schedule for each in callbacks if isinstance(each, RefreshSchedule)]
         self._refreshes = not schedules
         rank_zero_info(f"behavior snapshot: refreshed {', '.join(schedules) or 'before each rollout buffer'}")
 
