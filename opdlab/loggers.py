@@ -6,6 +6,7 @@ logger is added with ``media_writer.register``.
 
 from collections.abc import Container, Mapping, Sequence
 from functools import singledispatch
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from opdlab.diagnostics.histograms import Histogram
 from opdlab.diagnostics.metric_table import chart_layout
+from opdlab.files import naming_full_disk
 
 Histograms = Mapping[str, Histogram]
 Images = Mapping[str, NDArray[np.uint8]]
@@ -152,7 +154,8 @@ def log_media(
         writer = media_writer(logger)
         for kind, items in given.items():
             if items and kind in writer.takes:
-                getattr(writer, kind)(items, step)
+                with naming_full_disk(_folder(logger)):
+                    getattr(writer, kind)(items, step)
             elif items and writer.named:
                 told = _TOLD.setdefault(logger, set())
                 if kind not in told:
@@ -175,8 +178,21 @@ def log_scalars(
     values = {name: float(value) for name, value in metrics.items()} if loggers else {}
     for logger in loggers:
         there = known.get((logger, step), ())
-        logger.log_metrics({name: value for name, value in values.items() if name not in there}, step=step)
-        logger.save()
+        with naming_full_disk(_folder(logger)):
+            logger.log_metrics({name: value for name, value in values.items() if name not in there}, step=step)
+            logger.save()
+
+
+def save_all(loggers: Sequence[Logger]) -> None:
+    """Bring all that was logged to the disk."""
+    for logger in loggers:
+        with naming_full_disk(_folder(logger)):
+            logger.save()
+
+
+def _folder(logger: Logger) -> Path:
+    """Return the folder that a logger writes into; the current one if it names none."""
+    return Path(getattr(logger, "log_dir", None) or logger.save_dir or "")
 
 
 def log_layout(loggers: Sequence[Logger]) -> None:

@@ -16,6 +16,7 @@ from opdlab.checkpoints import CHECKPOINT_KEY
 from opdlab.diagnostics import StepRecord, StepTrace, hidden_gradient_norms, step_metrics, step_record
 from opdlab.evaluation import EvaluationConfig, EvaluationModule
 from opdlab.gating import GateStrategy
+from opdlab.loggers import save_all
 from opdlab.objectives import Objective, Reduction, loss_shares, reduce_losses
 from opdlab.policies import (
     BehaviorConfig,
@@ -249,8 +250,7 @@ class OPDModule(EvaluationModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the settings that a resumed run must share, once all metrics up to here are on disk."""
         super().on_save_checkpoint(checkpoint)
-        for logger in self.loggers:
-            logger.save()
+        save_all(self.loggers)
         micro_batches = self.trainer.accumulate_grad_batches
         checkpoint[CHECKPOINT_KEY] = {"settings": self._settings, "micro_batches": micro_batches}
 

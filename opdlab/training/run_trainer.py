@@ -12,7 +12,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
 from lightning.pytorch.utilities import rank_zero_only
 
-from opdlab.files import replacing
+from opdlab.files import naming_full_disk, replacing
 from opdlab.loggers import ScalarsOnly, media_writer
 
 _STEP = "step"
@@ -129,11 +129,15 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write metrics of a step; those of a step that is already in the last row are added to it."""
+        with naming_full_disk(self.path):
+            self._write_row(metrics, step or 0)
+
+    def _write_row(self, metrics: Mapping[str, float], step: int) -> None:
         if not self._columns:
             self._load(rows := self._read())
             if rows:  # of an earlier attempt; without a row that a kill has cut off
                 self._write_all(rows)
-        row = {_STEP: str(step or 0), **{name: repr(float(value)) for name, value in metrics.items()}}
+        row = {_STEP: str(step), **{name: repr(float(value)) for name, value in metrics.items()}}
         same = self._row.get(_STEP) == row[_STEP]
         if new := [name for name in row if name not in self._columns]:
             rows = self._read()
