@@ -190,7 +190,7 @@ FLAGS = [
     ("--checkpoint.mode x", "checkpoint"),
     ("--ckpt_path nowhere.ckpt", "ckpt_path 'nowhere.ckpt'"),
     ("--ckpt_path last", "ckpt_path is 'last'"),
-    ("--ckpt_path small.yaml", "it is no checkpoint: give a .ckpt file, or 'last'"),
+    ("--ckpt_path open.yaml", "it is no checkpoint: give a .ckpt file, or 'last'"),
     ("--trainer.logger wandb", "CSVLogger, MLFlowLogger, NeptuneLogger, TensorBoardLogger, WandbLogger"),
     ("--save_pools maybe", "save_pools is maybe"),
     ("--model.optimizer.lr -1", "model.optimizer cannot be built, change its init_args (lr, betas, "),
