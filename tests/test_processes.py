@@ -39,6 +39,7 @@ def test_the_logged_loss_is_that_of_all_processes_and_one_of_them_writes(
             file.write(f"{os.getpid()}\n")
         return write_page(*arguments)
 
+    # A page does not tell which process wrote it.
     monkeypatch.setattr("opdlab.callbacks.sample_logger.write_page", counted)
     watching = (GateMonitor(every_n_steps=1), SampleLogger(every_n_steps=2), PartOfTheLoss(tmp_path))
     make_run(callbacks=watching).fit(4, strategy="ddp_fork", devices=2)
