@@ -4,7 +4,8 @@ TensorBoard and Weights & Biases take all three, MLflow images and text (as arti
 logger is added with ``media_writer.register``.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import singledispatch
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from numpy.typing import NDArray
 
 from opdlab.diagnostics.histograms import Histogram
 from opdlab.diagnostics.metric_table import chart_layout
-from opdlab.files import naming_full_disk
+from opdlab.errors import FullDiskError
+from opdlab.files import full_disk
 
 Histograms = Mapping[str, Histogram]
 Images = Mapping[str, NDArray[np.uint8]]
@@ -154,7 +156,7 @@ def log_media(
         writer = media_writer(logger)
         for kind, items in given.items():
             if items and kind in writer.takes:
-                with naming_full_disk(_folder(logger)):
+                with _naming_folder(logger):
                     getattr(writer, kind)(items, step)
             elif items and writer.named:
                 told = _TOLD.setdefault(logger, set())
@@ -178,7 +180,7 @@ def log_scalars(
     values = {name: float(value) for name, value in metrics.items()} if loggers else {}
     for logger in loggers:
         there = known.get((logger, step), ())
-        with naming_full_disk(_folder(logger)):
+        with _naming_folder(logger):
             logger.log_metrics({name: value for name, value in values.items() if name not in there}, step=step)
             logger.save()
 
@@ -186,13 +188,22 @@ def log_scalars(
 def save_all(loggers: Sequence[Logger]) -> None:
     """Bring all that was logged to the disk."""
     for logger in loggers:
-        with naming_full_disk(_folder(logger)):
+        with _naming_folder(logger):
             logger.save()
 
 
-def _folder(logger: Logger) -> Path:
-    """Return the folder that a logger writes into; the current one if it names none."""
-    return Path(getattr(logger, "log_dir", None) or logger.save_dir or "")
+@contextmanager
+def _naming_folder(logger: Logger) -> Iterator[None]:
+    """Raise a :class:`FullDiskError` with the logger's folder, if it names one, if the block finds the disk full."""
+    try:
+        yield
+    except FullDiskError:
+        raise
+    except Exception as error:
+        folder = (getattr(logger, "log_dir", None) or logger.save_dir) if full_disk(error) is not None else None
+        if folder is None:
+            raise
+        raise FullDiskError(Path(folder)) from error
 
 
 def log_layout(loggers: Sequence[Logger]) -> None:
