@@ -118,8 +118,12 @@ def _load(path: Path, map_location: Any = "cpu", *, weights_only: bool = True, m
     try:
         content = torch.load(path, map_location, weights_only=weights_only, mmap=mapped and is_archive)
     except Exception as error:  # torch and pickle raise almost any type on damaged files
-        kind = "it may have been cut off while it was written" if is_archive else "it is no checkpoint"
-        if isinstance(error, pickle.UnpicklingError) and is_archive:
+        if not is_archive:  # what pickle says of another kind of file is about its bytes
+            raise UsageError(
+                f"ckpt_path '{path}' cannot be read, it is no checkpoint: give a .ckpt file, or 'last'"
+            ) from error
+        kind = "it may have been cut off while it was written"
+        if isinstance(error, pickle.UnpicklingError):
             kind = "it is damaged, or it holds more than tensors and plain values"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UsageError(f"ckpt_path '{path}' cannot be read, {kind}: give an earlier checkpoint ({reason})") from error

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -15,6 +16,7 @@ from opdlab.checkpoints import CHECKPOINT_KEY
 from opdlab.diagnostics import StepRecord, StepTrace, hidden_gradient_norms, step_metrics, step_record
 from opdlab.evaluation import EvaluationConfig, EvaluationModule
 from opdlab.gating import GateStrategy
+from opdlab.loggers import save_all
 from opdlab.objectives import Objective, Reduction, loss_shares, reduce_losses
 from opdlab.policies import (
     BehaviorConfig,
@@ -138,7 +140,8 @@ class OPDModule(EvaluationModule):
     def on_fit_start(self) -> None:
         """Move the teacher to the device, and say when the snapshot is refreshed."""
         self.teacher.to(self.device)
-        schedules = [each.schedule for each in self.trainer.callbacks if isinstance(each, RefreshSchedule)]  # type: ignore[attr-defined] # set by Lightning's connector
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined] # set by Lightning's connector
+        schedules = [each.schedule for each in callbacks if isinstance(each, RefreshSchedule)]
         self._refreshes = not schedules
         rank_zero_info(f"behavior snapshot: refreshed {', '.join(schedules) or 'before each rollout buffer'}")
 
@@ -255,8 +258,7 @@ class OPDModule(EvaluationModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the settings that a resumed run must share, once all metrics up to here are on disk."""
         super().on_save_checkpoint(checkpoint)
-        for logger in self.loggers:
-            logger.save()
+        save_all(self.loggers)
         micro_batches = self.trainer.accumulate_grad_batches
         checkpoint[CHECKPOINT_KEY] = {"settings": self._settings, "micro_batches": micro_batches}
 

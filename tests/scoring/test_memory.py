@@ -41,6 +41,7 @@ class _LargestTensor(TorchDispatchMode):
 
 @pytest.fixture
 def _wide_vocabulary(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # The constants are for real vocabularies: with them one tile would hold all logits of the test.
     monkeypatch.setattr(opdlab.scoring.head, "MAX_TILE_LOGITS", 8 * 4096)
     monkeypatch.setattr(opdlab.scoring.head_gradients, "MAX_PIECE", 8 * 4096)
     with torch.random.fork_rng():
@@ -87,6 +88,7 @@ def test_never_holds_all_logits(kind: str) -> None:
 @pytest.mark.usefixtures("_wide_vocabulary")
 @pytest.mark.parametrize("kind", ["adapter", "adapter and support", "frozen adapter"])
 def test_an_adapter_is_never_multiplied_out(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As above: tiles smaller than the update, which is what must not appear.
     monkeypatch.setattr(opdlab.scoring.head, "MAX_TILE_LOGITS", 8 * 512)
     monkeypatch.setattr(opdlab.scoring.head_gradients, "MAX_PIECE", 8 * 512)
     # The update would be as large as the weight, 6 * 4096. Ids of the support, with the target's, are 512 * 33.
