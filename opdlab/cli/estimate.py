@@ -164,7 +164,8 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
     k, length = instantiate_class((), init).request.top_k, config.model.sampling.max_new_tokens
     # Tokens (8) and mask (1); log-probabilities of snapshot and teacher, and mass; ids and logits of the support.
     per_token = 8 + 1 + 3 * FLOAT + k * (4 + FLOAT)
-    size = num_rollouts * (length * per_token + config.data.max_prompt_tokens * (8 + 1))
+    prompts = config.data.max_prompt_tokens + _teacher_prompt(config)
+    size = num_rollouts * (length * per_token + prompts * (8 + 1))
     result.host[_BUFFER] = (size, f"{num_rollouts} rollouts x {length:,} tokens x {per_token} bytes, top {k}")
     return result
 
@@ -223,8 +224,16 @@ def _models(config: Any) -> Iterator[tuple[str, ModelSize]]:
         yield "teacher", model_size(teacher, None)
 
 
-def _length(config: Any) -> int:
-    return int(config.data.max_prompt_tokens + config.model.sampling.max_new_tokens)
+def _length(config: Any, *, of_teacher: bool = False) -> int:
+    prompt = (_teacher_prompt(config) if of_teacher else 0) or config.data.max_prompt_tokens
+    return int(prompt + config.model.sampling.max_new_tokens)
+
+
+def _teacher_prompt(config: Any) -> int:
+    """Return the tokens of a prompt that only the teacher sees; 0 if it sees the student's."""
+    train = _options(config.data.train)
+    has_own = any(train.get(key) is not None for key in ("teacher_text", "teacher_template"))
+    return int(config.data.max_teacher_prompt_tokens) if has_own else 0
 
 
 def _offloaded(config: Any, models: Mapping[str, ModelSize]) -> dict[str, str]:
@@ -302,7 +311,7 @@ def _add_scoring(result: Estimate, config: Any, models: Mapping[str, ModelSize],
             if role == "student"
             else ("teacher scoring", _TEACHER, _options(config.model.teacher).get("batch_size"))
         )
-        tokens = min(batch or 1, num_rollouts) * _length(config)
+        tokens = min(batch or 1, num_rollouts) * _length(config, of_teacher=role == "teacher")
         at_once = _tokens_of_pass(config, tokens) if role == "student" else tokens
         size = inference_bytes(model.shape, at_once, model.widths) + head_bytes(model.shape, tokens, training=False)
         if at_once < tokens:  # hidden states of the previous passes

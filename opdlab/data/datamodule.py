@@ -31,6 +31,8 @@ class PromptDataModule(pl.LightningDataModule):
         reuse: see :class:`ReuseConfig`.
         clean: rules that drop training problems; see :class:`CleaningConfig`.
         max_prompt_tokens: longer prompts are dropped and counted.
+        max_teacher_prompt_tokens: training problems are dropped and counted if the prompt that the teacher sees is
+            longer. Only where it differs from the student's, see ``teacher_template`` of the source.
         eval_batch_size: problems per evaluation batch.
         seed: seed of the prompt order and of the rollouts. Null follows ``seed_everything``; in Python it means 0.
     """
@@ -42,6 +44,7 @@ class PromptDataModule(pl.LightningDataModule):
         reuse: ReuseConfig = ReuseConfig(),  # noqa: B008 - frozen
         clean: CleaningConfig = CleaningConfig(),  # noqa: B008 - frozen
         max_prompt_tokens: int = 2048,
+        max_teacher_prompt_tokens: int = 4096,
         eval_batch_size: int = 64,
         seed: int | None = None,
     ) -> None:
@@ -51,13 +54,18 @@ class PromptDataModule(pl.LightningDataModule):
                 re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None,
                 f"benchmarks has the name '{name}': use letters, digits, - and _ only",
             )
-        require(max_prompt_tokens >= 1, f"max_prompt_tokens is {max_prompt_tokens}, but must be at least 1")
-        require(eval_batch_size >= 1, f"eval_batch_size is {eval_batch_size}, but must be at least 1")
+        for key, value in (
+            ("max_prompt_tokens", max_prompt_tokens),
+            ("max_teacher_prompt_tokens", max_teacher_prompt_tokens),
+            ("eval_batch_size", eval_batch_size),
+        ):
+            require(value >= 1, f"{key} is {value}, but must be at least 1")
         self.train_source = train
         self.benchmark_sources: Mapping[str, ProblemSource] = benchmarks or {}
         self.reuse = reuse
         self.clean = clean
         self.max_prompt_tokens, self.eval_batch_size = max_prompt_tokens, eval_batch_size
+        self.max_teacher_prompt_tokens = max_teacher_prompt_tokens
         self.seed = DEFAULT_SEED if seed is None else seed
         self.train_prompts: PromptSet | None = None
         self.cleaning_report: CleaningReport | None = None
@@ -116,8 +124,12 @@ class PromptDataModule(pl.LightningDataModule):
                 f"data.clean leaves nothing of {source.name} ({report}): give other training problems, or switch a "
                 "step off, for example data.clean.decontaminate",
             )
-            self.train_prompts = prompt_set(source, tokenizer, self.max_prompt_tokens, problems)
-            self.cleaning_report = replace(report, too_long=self.train_prompts.num_too_long)
+            self.train_prompts = found = prompt_set(
+                source, tokenizer, self.max_prompt_tokens, problems, self.max_teacher_prompt_tokens
+            )
+            self.cleaning_report = replace(
+                report, too_long=found.num_too_long, teacher_too_long=found.num_teacher_too_long
+            )
             rank_zero_info(f"train: problems from {source.name}: {self.cleaning_report}")
             if report.same_id:
                 rank_zero_warn(
@@ -136,7 +148,7 @@ class PromptDataModule(pl.LightningDataModule):
         sets += [("train", self.train_source, self.train_prompts)] if self.train_prompts is not None else []
         for key, source, prompts in sets:
             for prompt in prompts.prompts:
-                if (index := max(prompt.tokens)) >= vocab_size:
+                if (index := max((*prompt.tokens, *(prompt.teacher_tokens or ())))) >= vocab_size:
                     problem, token = prompt.problem, tokenizer.convert_ids_to_tokens(index)
                     row = next((n for n, each in enumerate(source.problems(), 1) if each == problem), "?")
                     raise UsageError(

@@ -35,7 +35,10 @@ class Teacher(ABC):
 
     @abstractmethod
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
-        """Return the targets of ``rollouts``, in host memory, without gradient."""
+        """Return the targets of ``rollouts``, in host memory, without gradient.
+
+        A teacher scores :meth:`Rollouts.as_teacher_sees`: the responses after the prompts that it sees itself.
+        """
 
     def bind(self, student: LanguageModel) -> None:
         """Receive the student, before any other call; does nothing by default."""
@@ -137,6 +140,7 @@ class LocalTeacher(Teacher):
     @torch.no_grad()
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
         """Return the targets of ``rollouts``; see :meth:`Teacher.score`."""
+        rollouts = rollouts.as_teacher_sees()
         shape, k = rollouts.tokens.shape, request.top_k
         vocab_size = min(self.vocab_size, request.vocab_size or self.vocab_size)
         targets = Targets(

@@ -12,7 +12,7 @@ from opdlab.policies import BehaviorPolicy, Teacher
 from opdlab.progress import Progress, SilentProgress
 from opdlab.rollouts.loader import Pool
 from opdlab.rollouts.masking import mask_first_occurrences
-from opdlab.types import EvaluationBatch, Prompt, StopReason, TeacherRequest
+from opdlab.types import EvaluationBatch, Prompt, Rollouts, StopReason, TeacherRequest, left_padded
 from opdlab.verifiers.verifier import Verifier
 
 Autocast = Callable[[], AbstractContextManager[None]]
@@ -89,6 +89,7 @@ class Collector:
         verdicts = EvaluationBatch("train", prompts, verifier).submit(texts, rollouts)
         scoring = time.perf_counter()
         masked = mask_first_occurrences(rollouts, self._masked_first)
+        masked = with_teacher_prompts(masked, prompts, self._behavior.policy.tokenizer.pad_token_id)
         targets = self._teacher.score(masked, self._request, progress)
         scored = time.perf_counter()
         metrics = {  # of all tokens, masked ones included
@@ -103,3 +104,22 @@ class Collector:
             metrics["rollout/accuracy"] = float(correct.float().mean())
             masked = replace(masked, correct=correct)
         return Pool(masked, targets, metrics, first_batch_unscored=unscored is not None)
+
+
+def with_teacher_prompts(rollouts: Rollouts, prompts: Sequence[Prompt], pad_id: int) -> Rollouts:
+    """Return the rollouts with the prompts that the teacher sees, if any of them differs from the student's.
+
+    Args:
+        rollouts: the same number for each prompt, those of a prompt in consecutive rows.
+        prompts: in the order of the rollouts.
+        pad_id: token id of padding.
+    """
+    if all(prompt.teacher_tokens is None for prompt in prompts):
+        return rollouts
+    tokens, mask = left_padded([prompt.teacher_tokens or prompt.tokens for prompt in prompts], pad_id)
+    each = len(rollouts) // len(prompts)
+    return replace(
+        rollouts,
+        teacher_prompt_tokens=tokens.repeat_interleave(each, 0),
+        teacher_prompt_mask=mask.repeat_interleave(each, 0),
+    )

@@ -19,6 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from opdlab.data.prompts import ProblemSource
+from opdlab.data.templates import check_fields, fill_fields
 from opdlab.errors import require
 from opdlab.types import Problem
 from opdlab.verifiers.verifier import BoxedVerifier
@@ -117,20 +118,26 @@ def chain_problems(split: Split, seed: int) -> Iterator[ChainProblem]:
 
 
 class ChainProblems(ProblemSource):
-    """Source of problems of one split.
+    r"""Source of problems of one split.
 
     Args:
         num_problems: number of problems.
         split: ``train`` or ``held_out``; disjoint from each other and from the training data of the shipped models.
         seed: selects the stream of problems.
+        teacher_text: the problem as the teacher sees it in training, a text with the fields ``{problem}``,
+            ``{answer}`` and ``{solution}``, such as ``"{solution}\n{problem}"``; null for the problem.
     """
 
-    def __init__(self, num_problems: int = 2048, split: Split = "train", seed: int = 0) -> None:
+    def __init__(
+        self, num_problems: int = 2048, split: Split = "train", seed: int = 0, teacher_text: str | None = None
+    ) -> None:
         super().__init__(verifier=BoxedVerifier(at_end=True))
+        if teacher_text is not None:
+            check_fields(teacher_text, "teacher_text")
         require(num_problems >= 1, f"num_problems is {num_problems}, but must be at least 1")
         self.num_problems = num_problems
         self.split: Split = split
-        self.seed = seed
+        self.seed, self.teacher_text = seed, teacher_text
         self._problems: list[Problem] | None = None
 
     @property
@@ -143,8 +150,19 @@ class ChainProblems(ProblemSource):
         if self._problems is None:
             chains = itertools.islice(chain_problems(self.split, self.seed), self.num_problems)
             name = f"{self.split}-{self.seed}"
-            self._problems = [Problem(f"{name}-{i}", chain.prompt, chain.answer) for i, chain in enumerate(chains)]
+            self._problems = [self._problem(f"{name}-{i}", chain) for i, chain in enumerate(chains)]
         return self._problems
+
+    def _problem(self, name: str, chain: ChainProblem) -> Problem:
+        fields = {"problem": chain.prompt, "answer": chain.answer, "solution": chain.trace()}
+
+        def value(field: str) -> str:
+            known = ", ".join(fields)
+            require(field in fields, f"teacher_text has the field '{field}', but {self.name} has {known}")
+            return fields[field]
+
+        text = None if self.teacher_text is None else fill_fields(self.teacher_text, value)
+        return Problem(name, chain.prompt, chain.answer, teacher_text=text)
 
 
 def chain_tokenizer() -> PreTrainedTokenizerFast:

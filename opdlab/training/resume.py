@@ -65,6 +65,8 @@ def run_settings(module: Any, data: PromptDataModule | None) -> dict[str, dict[s
         run["data.max_prompt_tokens"] = data.max_prompt_tokens
         run["data.train"] = f"{train['num_problems']} prompts with digest {train['prompts'][:8]}"
         buffer["data.train.verifier"] = train["verifier"]
+        seen = [prompt.teacher_tokens for prompt in data.train_prompts.prompts]
+        buffer["data.train (the teacher's prompts)"] = digest(seen)[:8] if any(seen) else None
         buffer["data.reuse.prompts_per_pool"] = loader.reuse.prompts_per_pool
         buffer["trainer.devices * trainer.num_nodes"] = loader.world_size
     return {"run": run, "buffer": buffer}

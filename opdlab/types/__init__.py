@@ -5,7 +5,16 @@ the teacher adds targets, and a training step receives a minibatch of both.
 """
 
 from opdlab.types.problems import EvaluationBatch, Message, Problem, Prompt, Verdicts
-from opdlab.types.rollouts import Minibatch, Rollouts, StopReason, Targets, TeacherRequest, id_dtype, trimmed
+from opdlab.types.rollouts import (
+    Minibatch,
+    Rollouts,
+    StopReason,
+    Targets,
+    TeacherRequest,
+    id_dtype,
+    left_padded,
+    trimmed,
+)
 
 __all__ = [
     "EvaluationBatch",
@@ -19,5 +28,6 @@ __all__ = [
     "TeacherRequest",
     "Verdicts",
     "id_dtype",
+    "left_padded",
     "trimmed",
 ]

@@ -32,6 +32,8 @@ class Problem:
         text: the problem; for a chat, its last turn.
         answer: the gold answer, or None if the source has none.
         messages: all turns of a chat, which ends with the user's; empty for plain text.
+        teacher_text: the problem as the teacher sees it, such as the problem with its solution; for a chat, its last
+            turn. None if the teacher sees ``text``.
 
     Example:
         >>> Problem(id="gsm-17", text="What is 3 + 4?", answer="7").answer
@@ -44,16 +46,18 @@ class Problem:
     text: str
     answer: str | None
     messages: tuple[Message, ...] = ()
+    teacher_text: str | None = None
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The tokens that the student receives for a problem.
+    """The tokens that the student, and the teacher before it scores a response, receive for a problem.
 
     Args:
         index: row in the prompt set.
         problem: the problem of the prompt.
         tokens: token ids, special tokens of the template included.
+        teacher_tokens: token ids of the prompt that the teacher sees, or None if it sees ``tokens``.
 
     Example:
         >>> prompt = Prompt(index=0, problem=Problem("gsm-17", "What is 3 + 4?", "7"), tokens=(1, 51, 43, 52, 2))
@@ -64,6 +68,7 @@ class Prompt:
     index: int
     problem: Problem
     tokens: tuple[int, ...]
+    teacher_tokens: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,8 @@ function makeCard(rollout, index) {
   fact(top, "length", counted(rollout.texts.length, "token"));
   card.append(top);
   textBlock(card, "prompt", rollout.prompt, rollout.prompt.length < 1500);
-  const { gold } = rollout;
+  const { gold, teacher_prompt: seen } = rollout;
+  if (seen !== null) textBlock(card, "prompt that the teacher sees", seen, false);
   if (gold !== null && gold.length < 100 && PLAIN.test(gold)) fact(top, "gold answer", gold);
   else if (gold !== null) textBlock(card, "gold answer", gold, true);
   const strip = element("canvas", "strip");
