@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from opdlab.data.cleaning import CleaningConfig, CleaningReport, clean
 from opdlab.data.prompts import ProblemSource, PromptSet, prompt_set
 from opdlab.errors import UsageError, require
+from opdlab.policies import check_teacher
 from opdlab.rollouts import Pool, ReuseConfig, RolloutLoader
 from opdlab.seeds import DEFAULT_SEED
 from opdlab.types import EvaluationBatch, Prompt
@@ -156,6 +157,20 @@ class PromptDataModule(pl.LightningDataModule):
                         f"{token!r} (id {index}), but the models have rows for {vocab_size} tokens only: leave the "
                         "problem out, or give models with a row for the token"
                     )
+
+    def check_teachers(self, names: Sequence[str]) -> None:
+        """Raise a UsageError if a training problem names a teacher that does not exist, or none where it must.
+
+        Args:
+            names: of the teachers; empty if there is one for all.
+        """
+        source = self.train_source
+        for prompt in self.train_prompts.prompts if self.train_prompts is not None else ():
+            try:
+                check_teacher(prompt.problem, names)
+            except UsageError as error:
+                row = next((n for n, each in enumerate(source.problems(), 1) if each == prompt.problem), "?")
+                raise UsageError(f"data.train: row {row} of {source.name}, {error}") from None
 
     def train_dataloader(self) -> RolloutLoader:
         """Return the rollout loader, which refreshes the rollout buffer when needed."""

@@ -41,6 +41,7 @@ class RowProblems(ProblemSource):
             ``"{problem}\nA solution: {solution}"``; doubled braces are plain ones. In a chat it takes the place of the
             last turn, which is the value of ``problem_field`` in it. Null if the teacher sees what the student sees.
         teacher_template: turns that into the prompt that the teacher sees; by default ``template``.
+        teacher_field: field with the name of the teacher of a row, for a RoutedTeacher; null for one teacher.
 
     Raises:
         UsageError: ``teacher_text`` names no field; a field is missing or null in a row, or has a type that is not
@@ -60,6 +61,7 @@ class RowProblems(ProblemSource):
         verifier: Verifier | None = None,
         teacher_text: str | None = None,
         teacher_template: Template | None = None,
+        teacher_field: str | None = None,
     ) -> None:
         super().__init__(template, verifier, teacher_template)
         if teacher_text is not None:
@@ -71,7 +73,7 @@ class RowProblems(ProblemSource):
             "answer_field is null, but verifier needs gold answers: give the field that holds them, or set verifier to "
             "null",
         )
-        self._fields = _Fields(problem_field, answer_field, id_field, teacher_text)
+        self._fields = _Fields(problem_field, answer_field, id_field, teacher_text, teacher_field)
         self._rows = (offset, None if limit is None else offset + limit)
 
     @abstractmethod
@@ -96,6 +98,7 @@ class _Fields:
     answer: str | None
     id: str
     teacher_text: str | None
+    teacher: str | None
 
 
 # The messages of these functions follow the name of the file and the number of the row.
@@ -121,6 +124,7 @@ def _problem(row: Mapping[str, Any], fields: _Fields) -> Problem:
         None if fields.answer is None else other(fields.answer),
         messages,
         teacher_text=None if fields.teacher_text is None else fill_fields(fields.teacher_text, other),
+        teacher=None if fields.teacher is None else other(fields.teacher),
     )
 
 

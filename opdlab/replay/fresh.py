@@ -16,14 +16,21 @@ from opdlab.seeds import derive_seed
 from opdlab.types import Problem, Prompt, trimmed
 
 
-def recorded_prompts(record: RecordedStep) -> list[Prompt]:
-    """Return the prompt of each rollout of a step, and what the teacher has seen instead."""
+def recorded_prompts(record: RecordedStep, names: Sequence[str] = ()) -> list[Prompt]:
+    """Return the prompt of each rollout of a step, and what the teacher has seen instead.
+
+    Args:
+        record: of the step.
+        names: of the teachers, if there are several.
+    """
     prompts = []
     for rollouts in (batch.rollouts for batch in record.batches):
         own = _unpadded(rollouts.prompt_tokens, rollouts.prompt_mask)
         seen = _unpadded(rollouts.teacher_prompt_tokens, rollouts.teacher_prompt_mask) or [None] * len(own)
-        for index, *tokens in zip(rollouts.prompt_ids.tolist(), own, seen, strict=True):
-            prompts.append(Prompt(index, Problem(str(index), "", None), *tokens))
+        ids = [None] * len(own) if rollouts.teacher_ids is None else rollouts.teacher_ids.tolist()
+        for index, teacher, *tokens in zip(rollouts.prompt_ids.tolist(), ids, own, seen, strict=True):
+            problem = Problem(str(index), "", None, teacher=None if teacher is None else names[teacher])
+            prompts.append(Prompt(index, problem, *tokens))
     return prompts
 
 

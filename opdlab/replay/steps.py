@@ -177,7 +177,7 @@ class Replayer:
     def _references(self, record: RecordedStep) -> dict[str, Tensor]:
         """Return gradients on fresh rollouts, [J, P], by the name of the reference."""
         config, seed = self._config, self._config.seed
-        wanted = {"fresh": [recorded_prompts(record)] * config.draws}
+        wanted = {"fresh": [recorded_prompts(record, self._module.teacher.names)] * config.draws}
         if config.other_prompts:
             wanted["other"] = [other_prompts(record, self._prompts, draw, seed) for draw in range(config.draws)]
             require(

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opdlab.policies import BehaviorPolicy, Teacher
+from opdlab.policies import BehaviorPolicy, Teacher, check_teacher
 from opdlab.progress import Progress, SilentProgress
 from opdlab.rollouts.loader import Pool
 from opdlab.rollouts.masking import mask_first_occurrences
@@ -89,7 +89,8 @@ class Collector:
         verdicts = EvaluationBatch("train", prompts, verifier).submit(texts, rollouts)
         scoring = time.perf_counter()
         masked = mask_first_occurrences(rollouts, self._masked_first)
-        masked = with_teacher_prompts(masked, prompts, self._behavior.policy.tokenizer.pad_token_id)
+        pad_id = self._behavior.policy.tokenizer.pad_token_id
+        masked = with_teachers(masked, prompts, self._teacher.names, pad_id)
         targets = self._teacher.score(masked, self._request, progress)
         scored = time.perf_counter()
         metrics = {  # of all tokens, masked ones included
@@ -98,6 +99,7 @@ class Collector:
             "time/sample_seconds": sampled - started,
             "time/teacher_seconds": scored - scoring,
             "rollout/sampled_tokens_per_second": float(rollouts.mask.sum()) / max(sampled - started, 1e-9),
+            **self._teacher.metrics(),
         }
         if verdicts is not None:
             correct = torch.tensor([verdict.correct for verdict in verdicts()], dtype=torch.int8)
@@ -106,20 +108,26 @@ class Collector:
         return Pool(masked, targets, metrics, first_batch_unscored=unscored is not None)
 
 
-def with_teacher_prompts(rollouts: Rollouts, prompts: Sequence[Prompt], pad_id: int) -> Rollouts:
-    """Return the rollouts with the prompts that the teacher sees, if any of them differs from the student's.
+def with_teachers(rollouts: Rollouts, prompts: Sequence[Prompt], names: Sequence[str], pad_id: int) -> Rollouts:
+    """Return the rollouts with the prompts that the teacher sees, and the teacher that each problem names.
 
     Args:
         rollouts: the same number for each prompt, those of a prompt in consecutive rows.
         prompts: in the order of the rollouts.
+        names: of the teachers; empty if there is one for all.
         pad_id: token id of padding.
+
+    Raises:
+        UsageError: a problem names none of these teachers.
     """
-    if all(prompt.teacher_tokens is None for prompt in prompts):
-        return rollouts
-    tokens, mask = left_padded([prompt.teacher_tokens or prompt.tokens for prompt in prompts], pad_id)
     each = len(rollouts) // len(prompts)
-    return replace(
-        rollouts,
-        teacher_prompt_tokens=tokens.repeat_interleave(each, 0),
-        teacher_prompt_mask=mask.repeat_interleave(each, 0),
-    )
+    if any(prompt.teacher_tokens is not None for prompt in prompts):
+        padded = left_padded([prompt.teacher_tokens or prompt.tokens for prompt in prompts], pad_id)
+        tokens, mask = (tensor.repeat_interleave(each, 0) for tensor in padded)
+        rollouts = replace(rollouts, teacher_prompt_tokens=tokens, teacher_prompt_mask=mask)
+    if names:
+        for prompt in prompts:
+            check_teacher(prompt.problem, names)
+        numbers = torch.tensor([names.index(prompt.problem.teacher or "") for prompt in prompts])
+        rollouts = replace(rollouts, teacher_ids=numbers.repeat_interleave(each, 0))
+    return rollouts

@@ -6,15 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
-from torch import nn
 
 from opdlab.checkpoints import CHECKPOINT_KEY
 from opdlab.data import PromptDataModule
 from opdlab.errors import require
 from opdlab.evaluation.settings import benchmark_settings
-from opdlab.policies import LocalTeacher
+from opdlab.policies.fingerprints import weights_digest
 from opdlab.records import digest
 from opdlab.rollouts import RolloutLoader
 
@@ -23,7 +21,6 @@ MAY_CHANGE = (
     "is left of the pass, model.gate, model.reduction, and what concerns evaluation and logging"
 )
 """What may change at any checkpoint, for messages; docs/guide/resume.md has the whole table."""
-_SAMPLES = 64  # values of each parameter that tell one model from another
 
 
 def run_settings(module: Any, data: PromptDataModule | None) -> dict[str, dict[str, Any]]:
@@ -46,7 +43,7 @@ def run_settings(module: Any, data: PromptDataModule | None) -> dict[str, dict[s
     run: dict[str, Any] = {
         "model.student (its tokenizer)": digest(sorted(student.tokenizer.get_vocab().items()))[:8],
         # Weights below an adapter are not in the state dict.
-        "model.student (its frozen weights)": _weights_digest(student, frozen=True),
+        "model.student (its frozen weights)": weights_digest(student, frozen=True),
         **_options("model.optimizer", optimizer, optimizer.defaults),
         **_options("model.lr_scheduler", scheduler, scheduler.state_dict() if scheduler is not None else {}),
     }
@@ -57,7 +54,7 @@ def run_settings(module: Any, data: PromptDataModule | None) -> dict[str, dict[s
         "model.objective.k": module.request.top_k,
         "model.gate, model.objective (one needs the teacher's entropy)": module.request.entropy,
         "model.teacher": _name(teacher),
-        "model.teacher (its weights)": _weights_digest(teacher.model) if isinstance(teacher, LocalTeacher) else None,
+        "model.teacher (its weights)": teacher.weights_digest(),
     }
     if data is not None and data.train_prompts is not None:
         train, loader = benchmark_settings(data.train_prompts), data.train_dataloader()
@@ -83,19 +80,6 @@ def _options(key: str, value: Any, options: Mapping[str, Any]) -> dict[str, Any]
     plain: dict[str, Any] = json.loads(json.dumps(dict(options), default=_name))
     known = inspect.signature(type(value)).parameters
     return {key: _name(value), **{f"{key}.{name}": option for name, option in plain.items() if name in known}}
-
-
-@torch.no_grad()
-def _weights_digest(model: nn.Module, frozen: bool = False) -> str:
-    """Return a digest of a few values of each weight: another model differs in it, and no weight is read whole."""
-    lines = []
-    for name, weight in sorted(model.named_parameters()):
-        if frozen and weight.requires_grad:
-            continue
-        flat = weight.detach().reshape(-1)
-        few = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].cpu().double()
-        lines.append([name, list(weight.shape), few.tolist()])
-    return digest(lines)[:8]
 
 
 def _check_settings(saved: Mapping[str, Any], now: Mapping[str, Any], *, inside: bool) -> None:

@@ -34,6 +34,7 @@ class Problem:
         messages: all turns of a chat, which ends with the user's; empty for plain text.
         teacher_text: the problem as the teacher sees it, such as the problem with its solution; for a chat, its last
             turn. None if the teacher sees ``text``.
+        teacher: name of the teacher that scores the responses; None if there is one teacher for all.
 
     Example:
         >>> Problem(id="gsm-17", text="What is 3 + 4?", answer="7").answer
@@ -47,6 +48,7 @@ class Problem:
     answer: str | None
     messages: tuple[Message, ...] = ()
     teacher_text: str | None = None
+    teacher: str | None = None
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,7 @@ class Rollouts(_Rows):
         teacher_prompt_tokens: [B, P'] long, padded on the left: the prompt that the teacher sees before the response,
             or None if it sees ``prompt_tokens``.
         teacher_prompt_mask: [B, P'] bool, or None.
+        teacher_ids: [B] long: index of the rollout's teacher among :attr:`Teacher.names`; None if there is one teacher.
         demonstration: [B] bool: True if the response comes from the data and was not sampled; or None if all were
             sampled.
 
@@ -115,6 +116,7 @@ class Rollouts(_Rows):
     behavior_support_ids: Tensor | None = None
     teacher_prompt_tokens: Tensor | None = None
     teacher_prompt_mask: Tensor | None = None
+    teacher_ids: Tensor | None = None
     demonstration: Tensor | None = None
 
     def __len__(self) -> int:

@@ -156,7 +156,7 @@ def test_long_prompts_of_the_teacher_are_left_out_and_counted(tmp_path: Path) ->
     ("text", "message"),
     [
         ("{problem} {hint}", r"line 1, has no field 'hint'; its fields: id, problem, answer, solution"),
-        ("{problem} {solutoin}", r"line 1, has no field 'solutoin', did you mean 'solution'\?"),
+        ("{problem} {solutoin}", r"line 1, has no field 'solutoin'; did you mean 'solution'\?"),
         ("{solution} {more}", "line 1: the field 'more' is a list, but must be text or a finite number"),
     ],
 )
