@@ -165,6 +165,8 @@ def rollout_markdown(rollout: ShownRollout, text: RolloutText) -> str:
         "drift rank": f"{rollout.rank + 1} of {rollout.num_ranked}",
         "rollout": str(rollout.rollout_id),
     }
+    if rollout.demonstration:
+        facts["response"] = "from the data"
     blocks = {"prompt": text.prompt, "response": "".join(text.tokens)}
     if text.teacher_prompt is not None:
         blocks["prompt that the teacher sees"] = text.teacher_prompt

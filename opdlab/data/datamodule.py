@@ -17,7 +17,8 @@ from opdlab.data.cleaning import CleaningConfig, CleaningReport, clean
 from opdlab.data.prompts import ProblemSource, PromptSet, prompt_set
 from opdlab.errors import UsageError, require
 from opdlab.policies import check_teacher
-from opdlab.rollouts import Pool, ReuseConfig, RolloutLoader
+from opdlab.rollouts import DemonstrationConfig, Pool, ReuseConfig, RolloutLoader
+from opdlab.rollouts.demonstrations import MEND
 from opdlab.seeds import DEFAULT_SEED
 from opdlab.types import EvaluationBatch, Prompt
 from opdlab.verifiers.verifier import Verifier
@@ -30,6 +31,7 @@ class PromptDataModule(pl.LightningDataModule):
         train: problems to sample rollouts for.
         benchmarks: problems to evaluate on, by the name under which their metrics are logged.
         reuse: see :class:`ReuseConfig`.
+        demonstrations: responses from the data in place of sampled ones; see :class:`DemonstrationConfig`.
         clean: rules that drop training problems; see :class:`CleaningConfig`.
         max_prompt_tokens: longer prompts are dropped and counted.
         max_teacher_prompt_tokens: training problems are dropped and counted if the prompt that the teacher sees is
@@ -43,6 +45,7 @@ class PromptDataModule(pl.LightningDataModule):
         train: ProblemSource,
         benchmarks: dict[str, ProblemSource] | None = None,
         reuse: ReuseConfig = ReuseConfig(),  # noqa: B008 - frozen
+        demonstrations: DemonstrationConfig = DemonstrationConfig(),  # noqa: B008 - frozen
         clean: CleaningConfig = CleaningConfig(),  # noqa: B008 - frozen
         max_prompt_tokens: int = 2048,
         max_teacher_prompt_tokens: int = 4096,
@@ -63,7 +66,9 @@ class PromptDataModule(pl.LightningDataModule):
             require(value >= 1, f"{key} is {value}, but must be at least 1")
         self.train_source = train
         self.benchmark_sources: Mapping[str, ProblemSource] = benchmarks or {}
-        self.reuse = reuse
+        self.reuse, self.demonstrations = reuse, demonstrations
+        if isinstance(train, ProblemSource) and demonstrations.share:
+            train.demonstration_field = demonstrations.field
         self.clean = clean
         self.max_prompt_tokens, self.eval_batch_size = max_prompt_tokens, eval_batch_size
         self.max_teacher_prompt_tokens = max_teacher_prompt_tokens
@@ -125,11 +130,18 @@ class PromptDataModule(pl.LightningDataModule):
                 f"data.clean leaves nothing of {source.name} ({report}): give other training problems, or switch a "
                 "step off, for example data.clean.decontaminate",
             )
+            self.demonstrations.check(self.reuse.prompts_per_pool * self._samples_per_prompt)
             self.train_prompts = found = prompt_set(
                 source, tokenizer, self.max_prompt_tokens, problems, self.max_teacher_prompt_tokens
             )
             self.cleaning_report = replace(
                 report, too_long=found.num_too_long, teacher_too_long=found.num_teacher_too_long
+            )
+            lacking = next((each for each in found.prompts if each.demonstration is None), None)
+            require(
+                lacking is None or not self.demonstrations.share,
+                f"data.demonstrations.share is {self.demonstrations.share}, but the problem "
+                f"'{lacking.problem.id if lacking else ''}' of {source.name} has no demonstration: {MEND}",
             )
             rank_zero_info(f"train: problems from {source.name}: {self.cleaning_report}")
             if report.same_id:
@@ -149,7 +161,8 @@ class PromptDataModule(pl.LightningDataModule):
         sets += [("train", self.train_source, self.train_prompts)] if self.train_prompts is not None else []
         for key, source, prompts in sets:
             for prompt in prompts.prompts:
-                if (index := max((*prompt.tokens, *(prompt.teacher_tokens or ())))) >= vocab_size:
+                tokens = (*prompt.tokens, *(prompt.teacher_tokens or ()), *(prompt.demonstration or ()))
+                if (index := max(tokens)) >= vocab_size:
                     problem, token = prompt.problem, tokenizer.convert_ids_to_tokens(index)
                     row = next((n for n, each in enumerate(source.problems(), 1) if each == problem), "?")
                     raise UsageError(
@@ -177,9 +190,10 @@ class PromptDataModule(pl.LightningDataModule):
         assert self.trainer is not None
         assert self.train_prompts is not None
         assert self._collect is not None
+        given = {"demonstrations": self.demonstrations.share} if self.demonstrations.share else {}
         return RolloutLoader(
             self.train_prompts.prompts,
-            partial(self._collect, verifier=self.train_verifier),
+            partial(self._collect, verifier=self.train_verifier, **given),
             samples_per_prompt=self._samples_per_prompt,
             prompts_per_pool=self.reuse.prompts_per_pool,
             batch_size=self.reuse.batch_size,

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress, islice
+from itertools import chain, compress, islice
 
 from transformers import PreTrainedTokenizerBase
 
@@ -33,6 +33,8 @@ class ProblemSource(ABC):
     ) -> None:
         self.template: Template = template or DefaultTemplate()
         self.verifier, self.teacher_template = verifier, teacher_template
+        self.demonstration_field: str | None = None
+        """Field of the demonstrations, which the data module sets; a source without fields ignores it."""
 
     @abstractmethod
     def problems(self) -> Iterable[Problem]:
@@ -106,7 +108,7 @@ def prompt_set(
             elif seen is not None and max_teacher_prompt_tokens is not None and len(seen) > max_teacher_prompt_tokens:
                 teacher_too_long.append(len(seen))
             else:
-                prompts.append(Prompt(len(prompts), problem, tokens, seen))
+                prompts.append(Prompt(len(prompts), problem, tokens, seen, *_demonstration(problem, tokenizer)))
     require(bool(prompts or too_long or teacher_too_long), f"{source.name} holds no problems: give a source with one")
     for key, limit, lengths, kind in (
         ("max_teacher_prompt_tokens", max_teacher_prompt_tokens, teacher_too_long, "prompt that the teacher sees"),
@@ -157,3 +159,14 @@ def _teacher_tokens(
         seen.append(replace(problem, text=text, messages=turns))
     tokenized = iter(_tokenized(seen, source, source.teacher_template or source.template, tokenizer))
     return [next(tokenized) if own else None for own in has_own]
+
+
+def _demonstration(
+    problem: Problem, tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[int, ...] | None, tuple[bool, ...]]:
+    """Return the token ids of the given response, None if there is none, and which of them count in the loss."""
+    if not problem.demonstration:
+        return None, ()
+    parts = [tokenizer(part.text, add_special_tokens=False)["input_ids"] for part in problem.demonstration]
+    loss = [[part.loss] * len(ids) for part, ids in zip(problem.demonstration, parts, strict=True)]
+    return tuple(chain.from_iterable(parts)), tuple(chain.from_iterable(loss))

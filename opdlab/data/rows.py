@@ -5,7 +5,7 @@ import json
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from itertools import islice
 from typing import Any
@@ -15,7 +15,7 @@ from opdlab.data.templates import Template, check_fields, fill_fields
 from opdlab.errors import UsageError, require
 from opdlab.records import flat
 from opdlab.registry import suggestion
-from opdlab.types import Message, Problem
+from opdlab.types import Message, Part, Problem
 from opdlab.verifiers.verifier import Verifier
 
 _SHOWN = 20  # names of fields in a message
@@ -84,7 +84,10 @@ class RowProblems(ProblemSource):
         """Yield the problems, one row at a time."""
         for number, row in islice(self.rows(), *self._rows):
             try:
-                yield _problem(row, self._fields)
+                problem = _problem(row, self._fields)
+                if self.demonstration_field is not None:
+                    problem = replace(problem, demonstration=_parts(row, self.demonstration_field))
+                yield problem
             except (UsageError, RecursionError) as error:
                 said = ": a field is nested too deeply" if isinstance(error, RecursionError) else error
                 raise UsageError(f"{self.name}, {self.row_name} {number}{said}") from error
@@ -126,6 +129,24 @@ def _problem(row: Mapping[str, Any], fields: _Fields) -> Problem:
         teacher_text=None if fields.teacher_text is None else fill_fields(fields.teacher_text, other),
         teacher=None if fields.teacher is None else other(fields.teacher),
     )
+
+
+def _parts(row: Mapping[str, Any], field: str) -> tuple[Part, ...]:
+    """Return the parts of a given response: a text, or a list of contents of which some do not count in the loss."""
+    value = _required(row, field)
+    if not isinstance(value, list | tuple):
+        text = _text(value, field, " or a list of parts with content and loss")
+        require(bool(text), f": the field '{field}' is empty, but must be a response")
+        return (Part(text),)
+    parts = []
+    for number, part in enumerate(value):
+        place = f"{field}.{number}"
+        require(isinstance(part, Mapping), f": the field '{place}' is a {type(part).__name__}, but must have content")
+        loss = True if part.get("loss") is None else part["loss"]
+        require(isinstance(loss, bool), f": the field '{place}.loss' is {loss!r}, but must be true or false")
+        parts.append(Part(_text(_required(part, "content"), f"{place}.content"), loss))
+    require(any(part.loss for part in parts), f": the field '{field}' has no part that counts in the loss")
+    return tuple(parts)
 
 
 def _find(row: Mapping[str, Any], field: str) -> Any:

@@ -10,6 +10,7 @@ _MODULE, _COLLECT = "opdlab.module.OPDModule", "opdlab.module.OPDModule.collect"
 _STEP = "opdlab.diagnostics.training_metrics.step_metrics"
 _SAMPLED, _TOP_K = "opdlab.objectives.SampledTokenOPD", "opdlab.objectives.TeacherTopK"
 _EFFECT, _AGES = "opdlab.diagnostics.gate_metrics.gate_tensors", "opdlab.diagnostics.run_history.age_scalars"
+_COLLECTOR = "opdlab.rollouts.Collector.collect"
 _ROUTED, _CACHE = "opdlab.policies.RoutedTeacher", "opdlab.policies.TargetCache"
 _GUARD = "opdlab.callbacks.CollapseGuard"
 _BENCHMARK, _MEAN = (
@@ -72,6 +73,10 @@ _ROWS = (
     Metric("train/teacher_entropy", "teacher's entropy", "nats",
            "entropy of the teacher's next-token distribution on the same positions: a lower bound from its support, or "
            "an estimate from the sampled tokens", _GUARD, "the student's comes close to it", Chart("loss")),
+
+    Metric("rollout/demonstration_share", "share of demonstrations", "share",
+           "share of the buffer's rollouts whose response comes from the data", _COLLECTOR,
+           "`data.demonstrations.share`"),
 
     # Of the teachers, once per buffer.
     Metric("teacher/<name>/share", "share of a teacher", "share", "share of the buffer's rollouts that it scores",

@@ -2,6 +2,7 @@
 
 from opdlab.policies.adapters import AdapterConfig
 from opdlab.policies.behavior import BehaviorConfig, BehaviorPolicy
+from opdlab.policies.demonstrations import Given
 from opdlab.policies.language_model import LanguageModel, Scored
 from opdlab.policies.routed_teacher import RoutedTeacher, check_teacher
 from opdlab.policies.sampler import Sampler, SamplingConfig
@@ -16,6 +17,7 @@ __all__ = [
     "BaseTeacher",
     "BehaviorConfig",
     "BehaviorPolicy",
+    "Given",
     "LanguageModel",
     "LocalTeacher",
     "NoTeacher",

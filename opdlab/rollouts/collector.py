@@ -10,8 +10,9 @@ from torch import Tensor
 
 from opdlab.policies import BehaviorPolicy, Teacher, check_teacher
 from opdlab.progress import Progress, SilentProgress
+from opdlab.rollouts.demonstrations import choose_demonstrations
 from opdlab.rollouts.loader import Pool
-from opdlab.rollouts.masking import mask_first_occurrences
+from opdlab.rollouts.masking import mask_first_occurrences, mask_uncounted
 from opdlab.types import EvaluationBatch, Prompt, Rollouts, StopReason, TeacherRequest, left_padded
 from opdlab.verifiers.verifier import Verifier
 
@@ -52,6 +53,7 @@ class Collector:
         step: int = 0,
         unscored: Tensor | None = None,
         verifier: Verifier | None = None,
+        demonstrations: float = 0.0,
         autocast: Autocast = nullcontext,
         progress: Progress | None = None,
     ) -> Pool:
@@ -66,11 +68,14 @@ class Collector:
             unscored: rows whose behavior log-probabilities the next training step fills in; None for none. Only if
                 the student equals the snapshot: the forward pass of the step then scores them.
             verifier: checks the answers; None to skip the check.
+            demonstrations: share of the rollouts that take their response from the data, 0 to 1.
             autocast: context of the snapshot's passes. It must equal that of the training step; otherwise fresh
                 rollouts would show drift.
             progress: shows progress bars.
         """
         progress = progress or SilentProgress()
+        each = self._behavior.sampler.config.num_samples if num_samples is None else num_samples
+        given = choose_demonstrations(prompts, each, demonstrations, seed)
         started = time.perf_counter()
         with autocast():
             rollouts = self._behavior.sample(
@@ -81,6 +86,7 @@ class Collector:
                 first_rollout_id=first_rollout_id,
                 step=step,
                 unscored=unscored,
+                given=given,
                 progress=progress,
             )
         sampled = time.perf_counter()  # results are on the host, so the device has finished
@@ -88,22 +94,26 @@ class Collector:
         # The verifier runs while the teacher scores.
         verdicts = EvaluationBatch("train", prompts, verifier).submit(texts, rollouts)
         scoring = time.perf_counter()
-        masked = mask_first_occurrences(rollouts, self._masked_first)
+        masked = mask_first_occurrences(mask_uncounted(rollouts), self._masked_first)
         pad_id = self._behavior.policy.tokenizer.pad_token_id
         masked = with_teachers(masked, prompts, self._teacher.names, pad_id)
         targets = self._teacher.score(masked, self._request, progress)
         scored = time.perf_counter()
+        own = torch.ones(len(rollouts)).bool() if rollouts.demonstration is None else ~rollouts.demonstration
         metrics = {  # of all tokens, masked ones included
             "rollout/length": float(rollouts.num_tokens.float().mean()),
             "rollout/truncated_share": float((rollouts.stop_reasons == StopReason.LENGTH).float().mean()),
             "time/sample_seconds": sampled - started,
             "time/teacher_seconds": scored - scoring,
-            "rollout/sampled_tokens_per_second": float(rollouts.mask.sum()) / max(sampled - started, 1e-9),
+            "rollout/sampled_tokens_per_second": float(rollouts.mask[own].sum()) / max(sampled - started, 1e-9),
             **self._teacher.metrics(),
         }
+        if given is not None:
+            metrics["rollout/demonstration_share"] = 1.0 - float(own.float().mean())
         if verdicts is not None:
             correct = torch.tensor([verdict.correct for verdict in verdicts()], dtype=torch.int8)
-            metrics["rollout/accuracy"] = float(correct.float().mean())
+            if bool(own.any()):  # demonstrations say nothing about the policy
+                metrics["rollout/accuracy"] = float(correct[own].float().mean())
             masked = replace(masked, correct=correct)
         return Pool(masked, targets, metrics, first_batch_unscored=unscored is not None)
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 from opdlab.data.prompts import ProblemSource
 from opdlab.data.templates import check_fields, fill_fields
 from opdlab.errors import require
-from opdlab.types import Problem
+from opdlab.types import Part, Problem
 from opdlab.verifiers.verifier import BoxedVerifier
 
 Split = Literal["sft", "train", "held_out"]
@@ -138,7 +138,7 @@ class ChainProblems(ProblemSource):
         self.num_problems = num_problems
         self.split: Split = split
         self.seed, self.teacher_text = seed, teacher_text
-        self._problems: list[Problem] | None = None
+        self._problems: dict[str | None, list[Problem]] = {}  # by the field of the demonstrations
 
     @property
     def name(self) -> str:
@@ -147,22 +147,23 @@ class ChainProblems(ProblemSource):
 
     def problems(self) -> list[Problem]:
         """See :meth:`ProblemSource.problems`."""
-        if self._problems is None:
+        if self.demonstration_field not in self._problems:
             chains = itertools.islice(chain_problems(self.split, self.seed), self.num_problems)
             name = f"{self.split}-{self.seed}"
-            self._problems = [self._problem(f"{name}-{i}", chain) for i, chain in enumerate(chains)]
-        return self._problems
+            problems = [self._problem(f"{name}-{i}", chain) for i, chain in enumerate(chains)]
+            self._problems[self.demonstration_field] = problems
+        return self._problems[self.demonstration_field]
 
     def _problem(self, name: str, chain: ChainProblem) -> Problem:
         fields = {"problem": chain.prompt, "answer": chain.answer, "solution": chain.trace()}
 
         def value(field: str) -> str:
-            known = ", ".join(fields)
-            require(field in fields, f"teacher_text has the field '{field}', but {self.name} has {known}")
+            require(field in fields, f"{self.name} has no field '{field}'; its fields: {', '.join(fields)}")
             return fields[field]
 
         text = None if self.teacher_text is None else fill_fields(self.teacher_text, value)
-        return Problem(name, chain.prompt, chain.answer, teacher_text=text)
+        given = () if self.demonstration_field is None else (Part(value(self.demonstration_field)),)
+        return Problem(name, chain.prompt, chain.answer, teacher_text=text, demonstration=given)
 
 
 def chain_tokenizer() -> PreTrainedTokenizerFast:

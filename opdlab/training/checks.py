@@ -13,7 +13,7 @@ from opdlab.checkpoints import CHECKPOINT_KEY
 from opdlab.data import PromptSet
 from opdlab.errors import UsageError, require
 from opdlab.gating import GateInputs, GateStrategy
-from opdlab.objectives import Objective, Reduction
+from opdlab.objectives import Objective, Reduction, SampledTokenOPD
 from opdlab.policies import LanguageModel, NoTeacher, SelfTeacher, Teacher, share_vocabulary
 from opdlab.policies.loading import non_finite
 from opdlab.registry import suggestion
@@ -131,6 +131,22 @@ def check_own_teacher(teacher: Teacher, trainer: pl.Trainer, whole_weights: bool
         rank_zero_warn(
             "model.teacher is a SelfTeacher that sees the student's prompts, so it starts as the student's equal and "
             "teaches it nothing: give data.train a teacher_text, such as '{problem} {solution}'"
+        )
+
+
+def warn_of_bias(objective: Objective, share: float) -> None:
+    """Warn if an objective that estimates from sampled tokens receives tokens that nobody sampled.
+
+    Args:
+        objective: the module's objective.
+        share: of the rollouts that take their response from the data.
+    """
+    estimator = getattr(objective, "estimator", "policy_gradient")
+    if share and isinstance(objective, SampledTokenOPD) and estimator != "nll":
+        rank_zero_warn(
+            f"model.objective estimates with {estimator} from sampled tokens, but nobody sampled the tokens of "
+            f"demonstrations (data.demonstrations.share is {share}), on which it is biased: take an objective on a "
+            "support, such as teacher_topk, or the estimator nll"
         )
 
 

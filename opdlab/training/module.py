@@ -116,6 +116,7 @@ class OPDModule(EvaluationModule):
             data.connect(self.student.tokenizer, self.collect, self.sampling.num_samples, training=stage == "fit")
             data.check_teachers(self.teacher.names)
         if stage == "fit":
+            checks.warn_of_bias(self.objective, data.demonstrations.share if data is not None else 0.0)
             checks.check_own_teacher(self.teacher, self.trainer, self.whole_weights, data and data.train_prompts)
         super().setup(stage)
         if stage == "fit":  # before a strategy shards the weights

@@ -63,6 +63,9 @@ def run_settings(module: Any, data: PromptDataModule | None) -> dict[str, dict[s
         run["data.train"] = f"{train['num_problems']} prompts with digest {train['prompts'][:8]}"
         buffer["data.train.verifier"] = train["verifier"]
         seen = [prompt.teacher_tokens for prompt in data.train_prompts.prompts]
+        shown = [prompt.demonstration for prompt in data.train_prompts.prompts] if data.demonstrations.share else []
+        buffer["data.demonstrations.share"] = data.demonstrations.share
+        buffer["data.demonstrations (their tokens)"] = digest(shown)[:8] if shown else None
         buffer["data.train (the teacher's prompts)"] = digest(seen)[:8] if any(seen) else None
         buffer["data.reuse.prompts_per_pool"] = loader.reuse.prompts_per_pool
         buffer["trainer.devices * trainer.num_nodes"] = loader.world_size

@@ -4,7 +4,7 @@ This package does not compute or load anything. A problem becomes a prompt, the 
 the teacher adds targets, and a training step receives a minibatch of both.
 """
 
-from opdlab.types.problems import EvaluationBatch, Message, Problem, Prompt, Verdicts
+from opdlab.types.problems import EvaluationBatch, Message, Part, Problem, Prompt, Verdicts
 from opdlab.types.rollouts import (
     Minibatch,
     Rollouts,
@@ -20,6 +20,7 @@ __all__ = [
     "EvaluationBatch",
     "Message",
     "Minibatch",
+    "Part",
     "Problem",
     "Prompt",
     "Rollouts",

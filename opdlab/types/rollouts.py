@@ -79,6 +79,9 @@ class Rollouts(_Rows):
         teacher_ids: [B] long: index of the rollout's teacher among :attr:`Teacher.names`; None if there is one teacher.
         demonstration: [B] bool: True if the response comes from the data and was not sampled; or None if all were
             sampled.
+        loss_mask: [B, T] bool: valid positions that count. The others are conditioned on and count in nothing: earlier
+            turns, outputs of tools. None if all count. The collector narrows ``mask`` to it, see
+            :func:`opdlab.rollouts.masking.mask_uncounted`.
 
     Example:
         One prompt of two tokens, answered twice: by three tokens of which the last is the stop token, and by one.
@@ -118,6 +121,7 @@ class Rollouts(_Rows):
     teacher_prompt_mask: Tensor | None = None
     teacher_ids: Tensor | None = None
     demonstration: Tensor | None = None
+    loss_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -321,5 +325,6 @@ def trimmed(rollouts: Rollouts, targets: Targets) -> tuple[Rollouts, Targets]:
         tokens=rollouts.tokens[:, :length],
         mask=rollouts.mask[:, :length],
         behavior_logprobs=rollouts.behavior_logprobs[:, :length],
+        loss_mask=None if rollouts.loss_mask is None else rollouts.loss_mask[:, :length],
     )
     return cut, targets.map(lambda tensor: tensor[:, :length])

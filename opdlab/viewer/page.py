@@ -183,6 +183,7 @@ def _packed(rollout: ShownRollout, text: RolloutText) -> dict[str, Any]:
         "teacher_prompt": text.teacher_prompt,
         "gold": text.problem and text.problem.answer,
         "correct": rollout.correct,
+        "demonstration": rollout.demonstration,
         "stop": rollout.stop_reason.name.lower(),
         "age": rollout.age,
         "reuse_epoch": rollout.reuse_epoch,

@@ -35,6 +35,7 @@ class ShownRollout:
         reuse_epoch: passes over its buffer before this one.
         teacher_prompt_tokens: [P'] long, without padding: the prompt that the teacher has seen; None if it has seen
             ``prompt_tokens``.
+        demonstration: True if the response comes from the data.
     """
 
     rank: int
@@ -51,6 +52,7 @@ class ShownRollout:
     age: int
     reuse_epoch: int
     teacher_prompt_tokens: Tensor | None = None
+    demonstration: bool = False
 
     @property
     def mean_drift(self) -> float:
@@ -118,6 +120,9 @@ def _columns(trace: StepTrace) -> dict[str, Tensor]:
         "stop_reason": rollouts.stop_reasons,
         "correct": torch.full_like(rollouts.prompt_ids, -1) if rollouts.correct is None else rollouts.correct.long(),
         "age": trace.age,
+        "demonstration": torch.zeros_like(rollouts.prompt_ids)
+        if rollouts.demonstration is None
+        else rollouts.demonstration.long(),
         "reuse_epoch": torch.full_like(rollouts.prompt_ids, trace.reuse_epoch),
     }
 
@@ -147,4 +152,5 @@ def _shown(row: dict[str, Tensor]) -> ShownRollout:
         values={name.removeprefix("value/"): row[name][:length] for name in row if name.startswith("value/")},
         stop_reason=StopReason(int(row["stop_reason"])),
         correct=None if verdict < 0 else bool(verdict),
+        demonstration=bool(row["demonstration"]),
     )

@@ -127,6 +127,7 @@ function makeCard(rollout, index) {
   top.append(title);
   const verdicts = { true: ["✓ correct", "correct"], false: ["✗ wrong", "wrong"], null: ["unchecked", ""] };
   fact(top, "answer", ...verdicts[rollout.correct]);
+  if (rollout.demonstration) fact(top, "response", "from the data");
   fact(top, "mean abs(drift)", rollout.mean_drift);
   fact(top, "drift rank", `${rollout.rank + 1} of ${rollout.num_ranked}`);
   fact(top, "stopped by", rollout.stop);
