@@ -96,6 +96,7 @@ class PromptDataModule(pl.LightningDataModule):
             training: also prepare the training problems.
         """
         self._collect, self._samples_per_prompt = collect, samples_per_prompt
+        self.demonstrations.check(self.reuse.prompts_per_pool * samples_per_prompt)
         self.prepare(tokenizer, training)
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, training: bool) -> None:
@@ -130,7 +131,6 @@ class PromptDataModule(pl.LightningDataModule):
                 f"data.clean leaves nothing of {source.name} ({report}): give other training problems, or switch a "
                 "step off, for example data.clean.decontaminate",
             )
-            self.demonstrations.check(self.reuse.prompts_per_pool * self._samples_per_prompt)
             self.train_prompts = found = prompt_set(
                 source, tokenizer, self.max_prompt_tokens, problems, self.max_teacher_prompt_tokens
             )

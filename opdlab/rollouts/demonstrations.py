@@ -10,6 +10,9 @@ from opdlab.policies import Given
 from opdlab.seeds import derive_seed
 from opdlab.types import Prompt
 
+MEND = "give the field that holds it as data.demonstrations.field, or set data.demonstrations.share to 0"
+"""What to do without demonstrations, for messages."""
+
 
 @dataclass(frozen=True)
 class DemonstrationConfig:
@@ -66,6 +69,3 @@ def choose_demonstrations(prompts: Sequence[Prompt], num_samples: int, share: fl
             raise UsageError(f"the problem '{prompt.problem.id}' has no demonstration: {MEND}")
         given.append(Given(prompt.demonstration, prompt.demonstration_loss, least + (index in chosen)))
     return given
-
-
-MEND = "give the field that holds it as data.demonstrations.field, or set data.demonstrations.share to 0"

@@ -169,9 +169,7 @@ def test_fields_that_a_row_lacks_are_refused(tmp_path: Path, text: str, message:
 def test_text_without_fields_is_refused() -> None:
     with pytest.raises(UsageError, match="teacher_text is 'Solve it', which names no field: put a name in braces"):
         JsonlProblems("none.jsonl", teacher_text="Solve it")
-    with pytest.raises(
-        UsageError, match=r"toy chains \(train\) has no field 'trace'; its fields: problem, answer, sol"
-    ):
+    with pytest.raises(UsageError, match=r"toy chains \(train\) has no field 'trace'; its fields: problem, an"):
         ChainProblems(2, teacher_text="{trace}").problems()
 
 
