@@ -30,7 +30,7 @@ from opdlab.evaluation.config import EvaluationConfig
 from opdlab.module import OPDModule
 from opdlab.parser_messages import types_in_words
 from opdlab.policies import SamplingConfig
-from opdlab.rollouts import ReuseConfig
+from opdlab.rollouts import DemonstrationConfig, ReuseConfig
 from opdlab.training.checks import check_token_bound
 from opdlab.training.resume import check_before_models, plain_settings
 
@@ -51,6 +51,7 @@ _SECTIONS: Mapping[str, Any] = {
     "model.eval_sampling": SamplingConfig,
     "model.evaluation": EvaluationConfig,
     "data.reuse": ReuseConfig,
+    "data.demonstrations": DemonstrationConfig,
     "data.clean": CleaningConfig,
     **CALLBACKS,
     "checkpoint": ModelCheckpoint,
@@ -97,7 +98,9 @@ def check_config(parser: ArgumentParser, config: Namespace) -> None:
         check_token_bound(config.model.max_tokens_per_pass)
     with under("data", config.data):
         # Sources are not built, because they may read files.
-        PromptDataModule(**{**config.data.as_dict(), "reuse": reuse, "clean": parts["data.clean"]})
+        made = {name: parts[f"data.{name}"] for name in ("reuse", "demonstrations", "clean")}
+        PromptDataModule(**{**config.data.as_dict(), **made})
+    made["demonstrations"].check(reuse.prompts_per_pool * parts["model.sampling"].num_samples)
     plugins = Namespace()  # type: ignore[no-untyped-call]
     for key in ("model.gate", "model.objective", "model.optimizer", "model.lr_scheduler", "data.train"):
         plugins[key] = config[key]

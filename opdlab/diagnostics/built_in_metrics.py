@@ -10,6 +10,8 @@ _MODULE, _COLLECT = "opdlab.module.OPDModule", "opdlab.module.OPDModule.collect"
 _STEP = "opdlab.diagnostics.training_metrics.step_metrics"
 _SAMPLED, _TOP_K = "opdlab.objectives.SampledTokenOPD", "opdlab.objectives.TeacherTopK"
 _EFFECT, _AGES = "opdlab.diagnostics.gate_metrics.gate_tensors", "opdlab.diagnostics.run_history.age_scalars"
+_COLLECTOR = "opdlab.rollouts.Collector.collect"
+_ROUTED, _CACHE = "opdlab.policies.RoutedTeacher", "opdlab.policies.TargetCache"
 _GUARD = "opdlab.callbacks.CollapseGuard"
 _BENCHMARK, _MEAN = (
     "opdlab.evaluation.benchmark_metrics.BenchmarkMetrics",
@@ -71,6 +73,21 @@ _ROWS = (
     Metric("train/teacher_entropy", "teacher's entropy", "nats",
            "entropy of the teacher's next-token distribution on the same positions: a lower bound from its support, or "
            "an estimate from the sampled tokens", _GUARD, "the student's comes close to it", Chart("loss")),
+
+    Metric("rollout/demonstration_share", "share of demonstrations", "share",
+           "share of the buffer's rollouts whose response comes from the data", _COLLECTOR,
+           "`data.demonstrations.share`"),
+
+    # Of the teachers, once per buffer.
+    Metric("teacher/<name>/share", "share of a teacher", "share", "share of the buffer's rollouts that it scores",
+           _ROUTED, "as in the data", Chart("teacher", "share of each teacher")),
+    Metric("teacher/<name>/logprob", "log-probability of a teacher", "nats",
+           "mean log-probability of the sampled tokens that it scores", _ROUTED, "rises",
+           Chart("teacher", "log-probability of each teacher, nats")),
+    Metric("teacher/<name>/seconds", "time of a teacher", "s", "loading and scoring", _ROUTED),
+    Metric("teacher/cache_hits", "targets from disk", "", "rollouts of the buffer whose targets were on disk", _CACHE,
+           "0 for new responses; all for demonstrations from the second pass on"),
+    Metric("teacher/cache_misses", "targets scored", "", "rollouts of the buffer that the teacher has scored", _CACHE),
 
     # The gate's weights over the valid positions.
     Metric("gate/mean", "mean weight", "", "mean weight", _STEP,

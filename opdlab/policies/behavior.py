@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from opdlab.errors import require
+from opdlab.policies.demonstrations import Given, sample_beside
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.loading import DType
 from opdlab.policies.offload import Conversion, on_device, pin_memory, without_moving
@@ -123,6 +124,7 @@ class BehaviorPolicy(nn.Module):
         first_rollout_id: int = 0,
         step: int = 0,
         unscored: Tensor | None = None,
+        given: Sequence[Given] | None = None,
         progress: Progress | None = None,
     ) -> Rollouts:
         """Return sampled responses with their log-probabilities.
@@ -135,6 +137,7 @@ class BehaviorPolicy(nn.Module):
             first_rollout_id: id of the first rollout; the others follow consecutively.
             step: optimizer steps taken so far.
             unscored: rows whose log-probabilities stay 0, because the training step fills them in.
+            given: for each prompt, the response that the data gives, and how many rollouts take it; None for none.
             progress: shows progress bars.
 
         Returns:
@@ -144,7 +147,10 @@ class BehaviorPolicy(nn.Module):
         config = self.sampler.config
         sampler = self.sampler if num_samples is None else Sampler(replace(config, num_samples=num_samples))
         with on_device(self.policy, self._device) if self.offload else nullcontext():
-            rollouts = sampler.sample(self.policy, prompts, seed, progress, prompt_ids)
+            if given is None:
+                rollouts = sampler.sample(self.policy, prompts, seed, progress, prompt_ids)
+            else:
+                rollouts = sample_beside(sampler, self.policy, prompts, given, seed, progress, prompt_ids)
             wanted = torch.ones(len(rollouts), dtype=torch.bool)
             if unscored is not None:
                 wanted[unscored] = False

@@ -4,6 +4,7 @@ Shapes: B rollouts, T response tokens, K support.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,11 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opdlab.errors import UsageError, require
+from opdlab.policies.fingerprints import fingerprint, weights_digest
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.loading import Quantization
 from opdlab.policies.offload import on_device
 from opdlab.policies.tokenizers import StopTokens, check_same_vocabulary, vocabulary_size, warn_of_stop_tokens
 from opdlab.progress import Progress, SilentProgress
+from opdlab.records import digest
 from opdlab.scoring import topk_with_statistics
 from opdlab.types import Rollouts, Targets, TeacherRequest, id_dtype
 
@@ -32,10 +35,17 @@ class Teacher(ABC):
     """The teacher's stop tokens, if known: a warning reports a student with other stop tokens."""
     offload: bool = False
     """True if the weights are on the device only while they are used."""
+    names: Sequence[str] = ()
+    """Names by which a problem chooses its teacher; empty if there is one teacher for all."""
+    follows_student: bool = False
+    """True if the weights change while the student is trained."""
 
     @abstractmethod
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
-        """Return the targets of ``rollouts``, in host memory, without gradient."""
+        """Return the targets of ``rollouts``, in host memory, without gradient.
+
+        A teacher scores :meth:`Rollouts.as_teacher_sees`: the responses after the prompts that it sees itself.
+        """
 
     def bind(self, student: LanguageModel) -> None:
         """Receive the student, before any other call; does nothing by default."""
@@ -44,6 +54,37 @@ class Teacher(ABC):
     def to(self, device: torch.device) -> None:
         """Move the teacher's tensors to a device; does nothing by default."""
         del device
+
+    def after_step(self, student: LanguageModel) -> None:
+        """Receive the student after each optimizer step; does nothing by default."""
+        del student
+
+    def metrics(self) -> dict[str, float]:
+        """Return metrics of the last :meth:`score`, by log name; none by default."""
+        return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a checkpoint must hold of the teacher; nothing by default, because it is frozen."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore a :meth:`state_dict`; one of another teacher is ignored by default."""
+        del state
+
+    def weights_digest(self) -> str | None:
+        """Return a digest of a few values of each weight, by which a resumed run knows the teacher; None if unknown."""
+        return None
+
+    def fingerprint(self) -> str:
+        """Return a digest of all that determines the targets of given rollouts and a given request.
+
+        Raises:
+            UsageError: there is none, because the teacher changes or its weights are unknown.
+        """
+        raise UsageError(
+            f"model.teacher is {type(self).__name__}, whose targets cannot be kept, because its weights are unknown: "
+            "define its method fingerprint, or take it without a TargetCache"
+        )
 
 
 def share_vocabulary(student: LanguageModel, teacher: Teacher) -> None:
@@ -134,9 +175,18 @@ class LocalTeacher(Teacher):
         if not self.offload:
             self.model.to(device)
 
+    def weights_digest(self) -> str | None:
+        """Return a digest of the model's weights; see :meth:`Teacher.weights_digest`."""
+        return weights_digest(self.model)
+
+    def fingerprint(self) -> str:
+        """Return a digest of the model, its dtype and its head; see :meth:`Teacher.fingerprint`."""
+        return digest([fingerprint(self.model), self.model.quantization, self.vocab_size])
+
     @torch.no_grad()
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
         """Return the targets of ``rollouts``; see :meth:`Teacher.score`."""
+        rollouts = rollouts.as_teacher_sees()
         shape, k = rollouts.tokens.shape, request.top_k
         vocab_size = min(self.vocab_size, request.vocab_size or self.vocab_size)
         targets = Targets(

@@ -116,6 +116,10 @@ class OPDModule(EvaluationModule):
             checks.tell_of_idle_offload(self.trainer, behavior=self.behavior.offload, teacher=self.teacher.offload)
         if data is not None:
             data.connect(self.student.tokenizer, self.collect, self.sampling.num_samples, training=stage == "fit")
+            data.check_teachers(self.teacher.names)
+        if stage == "fit":
+            checks.warn_of_bias(self.objective, data.demonstrations.share if data is not None else 0.0)
+            checks.check_own_teacher(self.teacher, self.trainer, self.whole_weights, data and data.train_prompts)
         super().setup(stage)
         if stage == "fit":  # before a strategy shards the weights
             self._settings = resume.run_settings(self, data)
@@ -244,6 +248,7 @@ class OPDModule(EvaluationModule):
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         """Take a step and write its metrics to the loggers, before a callback writes a checkpoint of the step."""
         super().optimizer_step(*args, **options)
+        self.teacher.after_step(self.student)
         self._timer.end(self._batch_tokens)
         if self._metrics:
             self.write_metrics({**self._metrics, **self._timer.metrics}, self.global_step + 1)
@@ -260,7 +265,10 @@ class OPDModule(EvaluationModule):
         super().on_save_checkpoint(checkpoint)
         save_all(self.loggers)
         micro_batches = self.trainer.accumulate_grad_batches
-        checkpoint[CHECKPOINT_KEY] = {"settings": self._settings, "micro_batches": micro_batches}
+        own: dict[str, Any] = {"settings": self._settings, "micro_batches": micro_batches}
+        if teacher := self.teacher.state_dict():
+            own["teacher"] = teacher
+        checkpoint[CHECKPOINT_KEY] = own
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of this model and run, and adapt Lightning's counters to this trainer.
@@ -270,6 +278,7 @@ class OPDModule(EvaluationModule):
                 change there.
         """
         checks.check_checkpoint(checkpoint, self.state_dict())
+        self.teacher.load_state_dict(checkpoint[CHECKPOINT_KEY].get("teacher", {}))
         if self.trainer.state.fn == TrainerFn.FITTING:
             loader = self.data.train_dataloader() if self.data is not None else None
             resume.go_on_from(checkpoint, self.trainer, self._settings, loader)

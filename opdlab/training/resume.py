@@ -6,16 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
-from torch import nn
 
 from opdlab.checkpoints import CHECKPOINT_KEY
 from opdlab.data import PromptDataModule
 from opdlab.errors import require
 from opdlab.evaluation.settings import benchmark_settings
 from opdlab.objectives import Objective
-from opdlab.policies import LocalTeacher, SamplingConfig
+from opdlab.policies import SamplingConfig
+from opdlab.policies.fingerprints import weights_digest
 from opdlab.records import digest
 from opdlab.rollouts import RolloutLoader
 from opdlab.rollouts.loader import check_batch_size
@@ -27,7 +26,6 @@ MAY_CHANGE = (
     "is left of the pass, model.gate, model.reduction, and what concerns evaluation and logging"
 )
 """What may change at any checkpoint, for messages; docs/guide/resume.md has the whole table."""
-_SAMPLES = 64  # values of each parameter that tell one model from another
 
 
 def run_settings(module: Any, data: PromptDataModule | None) -> dict[str, dict[str, Any]]:
@@ -49,13 +47,13 @@ def run_settings(module: Any, data: PromptDataModule | None) -> dict[str, dict[s
     run |= {
         "model.student (its tokenizer)": digest(sorted(student.tokenizer.get_vocab().items()))[:8],
         # Weights below an adapter are not in the state dict.
-        "model.student (its frozen weights)": _weights_digest(student, frozen=True),
+        "model.student (its frozen weights)": weights_digest(student, frozen=True),
     }
     buffer |= {
         "model.objective.k": module.request.top_k,  # 0 without a teacher
         "model.gate, model.objective (one needs the teacher's entropy)": module.request.entropy,
         "model.teacher": _name(teacher),
-        "model.teacher (its weights)": _weights_digest(teacher.model) if isinstance(teacher, LocalTeacher) else None,
+        "model.teacher (its weights)": teacher.weights_digest(),
     }
     if data is not None and data.train_prompts is not None:
         train, loader = benchmark_settings(data.train_prompts), data.train_dataloader()
@@ -63,6 +61,11 @@ def run_settings(module: Any, data: PromptDataModule | None) -> dict[str, dict[s
         run["data.max_prompt_tokens"] = data.max_prompt_tokens
         run["data.train"] = f"{train['num_problems']} prompts with digest {train['prompts'][:8]}"
         buffer["data.train.verifier"] = train["verifier"]
+        seen = [prompt.teacher_tokens for prompt in data.train_prompts.prompts]
+        shown = [prompt.demonstration for prompt in data.train_prompts.prompts] if data.demonstrations.share else []
+        buffer["data.demonstrations.share"] = data.demonstrations.share
+        buffer["data.demonstrations (their tokens)"] = digest(shown)[:8] if shown else None
+        buffer["data.train (the teacher's prompts)"] = digest(seen)[:8] if any(seen) else None
         buffer["data.reuse.prompts_per_pool"] = loader.reuse.prompts_per_pool
         buffer["trainer.devices * trainer.num_nodes"] = loader.world_size
     return settings
@@ -109,19 +112,6 @@ def _options(key: str, value: Any, options: Mapping[str, Any]) -> dict[str, Any]
     plain: dict[str, Any] = json.loads(json.dumps(dict(options), default=_name))
     known = inspect.signature(type(value)).parameters
     return {key: _name(value), **{f"{key}.{name}": option for name, option in plain.items() if name in known}}
-
-
-@torch.no_grad()
-def _weights_digest(model: nn.Module, frozen: bool = False) -> str:
-    """Return a digest of a few values of each weight: another model differs in it, and no weight is read whole."""
-    lines = []
-    for name, weight in sorted(model.named_parameters()):
-        if frozen and weight.requires_grad:
-            continue
-        flat = weight.detach().reshape(-1)
-        few = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].cpu().double()
-        lines.append([name, list(weight.shape), few.tolist()])
-    return digest(lines)[:8]
 
 
 def _check_settings(saved: Mapping[str, Any], now: Mapping[str, Any], *, inside: bool) -> None:

@@ -154,8 +154,8 @@ def test_fresh_rollouts_are_sampled_anew_and_repeatably(make_run: MakeRun) -> No
 def test_other_prompts_are_other_prompts(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run, (record,) = recorded(make_run, [2])
     assert run.data.train_prompts is not None
-    prompts = [prompt.tokens for prompt in run.data.train_prompts.prompts]
-    used = {prompts[int(i)] for batch in record.batches for i in batch.rollouts.prompt_ids}
+    prompts = run.data.train_prompts.prompts
+    used = {prompts[int(i)].tokens for batch in record.batches for i in batch.rollouts.prompt_ids}
     asked: list[list[tuple[int, ...]]] = []
     sample = run.module.behavior.sample
 
