@@ -32,9 +32,12 @@ PUBLIC = {
     ],
     "opdlab.objectives": [
         *("Objective", "PositionLosses", "Reduction", "SampledTokenOPD", "TeacherTopK"),
-        *("loss_shares", "reduce_losses", "register_objective"),
+        *("build_objective", "loss_shares", "objective_names", "objective_registry", "reduce_losses"),
+        "register_objective",
     ],
-    "opdlab.objectives.functional": ["sampled_token_loss", "teacher_topk_loss"],
+    "opdlab.objectives.functional": [
+        *("sampled_token_divergence", "sampled_token_loss", "support_divergence", "teacher_topk_loss"),
+    ],
     "opdlab.scoring": [
         *("Head", "LowRank", "TokenStatistics", "TopK", "support_logits", "support_statistics"),
         *("token_logprobs", "token_statistics", "topk_with_statistics"),

@@ -1,6 +1,16 @@
 """Objectives: the loss of each position of a rollout. The formulas are in :mod:`opdlab.objectives.functional`."""
 
-from opdlab.objectives.base import Objective, PositionLosses, Reduction, loss_shares, reduce_losses, register_objective
+from opdlab.objectives.base import (
+    Objective,
+    PositionLosses,
+    Reduction,
+    build_objective,
+    loss_shares,
+    objective_names,
+    objective_registry,
+    reduce_losses,
+    register_objective,
+)
 from opdlab.objectives.sampled_token import SampledTokenOPD
 from opdlab.objectives.teacher_topk import TeacherTopK
 
@@ -10,7 +20,10 @@ __all__ = [
     "Reduction",
     "SampledTokenOPD",
     "TeacherTopK",
+    "build_objective",
     "loss_shares",
+    "objective_names",
+    "objective_registry",
     "reduce_losses",
     "register_objective",
 ]
