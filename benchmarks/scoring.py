@@ -5,6 +5,8 @@ the device; otherwise the table says so. ``scoring_peers.py`` has the measured f
 
 - ``logprobs``: log-probability of sampled tokens, gradients of hidden states and head;
 - ``frozen``: the same with a frozen head, as under an adapter: gradient of the hidden states alone;
+- ``bucket``: reverse KL on a support with its tail, and the log-probabilities that the drift needs; the gradient
+  reaches the whole head, as that of ``logprobs``;
 - ``lsm``: LSM's position losses and the log-probabilities that the drift needs, against the reverse KL to a teacher of
   the same size over the whole vocabulary. The teacher's targets are given, as in training, where they are computed
   once per buffer.
@@ -66,6 +68,9 @@ def main() -> int:
                 result["versions"][peer] = rows[peer][-1].pop("versions")
         result["tasks"][task] = rows
         Console(width=120).print(table(task, rows))
+    if {"bucket", "logprobs"} <= result["tasks"].keys():
+        both = ([row["seconds"] for row in result["tasks"][task].get("opdlab", [])] for task in ("bucket", "logprobs"))
+        print(f"opdlab's time of bucket / of logprobs: {spread(pairwise_ratios(*both), 2)}")
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1, default=str))
     return 0

@@ -18,7 +18,7 @@ from common import REPOSITORY, PeakMemory
 
 sys.path.insert(0, str(REPOSITORY))
 
-TASKS = ("logprobs", "frozen", "lsm")
+TASKS = ("logprobs", "frozen", "bucket", "lsm")
 PEERS = ("plain", "opdlab", "trl", "liger", "cce", "cce_torch")
 
 
@@ -156,6 +156,21 @@ def opdlab_lsm(hidden: Any, weight: Any, targets: Any, support: Any, support_log
     logits, statistics = support_statistics(hidden, Head(weight, accumulate_grad=True), targets, support)
     assert not statistics.logprobs.requires_grad
     return teacher_topk_loss(logits, support_logits)
+
+
+def opdlab_bucket(hidden: Any, weight: Any, targets: Any, support: Any, support_logits: Any, **_: Any) -> Any:
+    """Return the reverse KL on a support and its tail; log-probabilities for the drift come with it."""
+    from opdlab.objectives.functional import support_divergence
+    from opdlab.scoring import Head, support_tail
+
+    *_, logits, log_tail, statistics = support_tail(hidden, Head(weight, accumulate_grad=True), targets, support)
+    log_q = support_logits.log_softmax(-1) - 0.1  # the teacher gives the support 0.9
+    tails = {"student_log_tail": log_tail, "teacher_log_tail": torch.full_like(log_tail, math.log(1 - math.exp(-0.1)))}
+    normalizers = {
+        "student_log_normalizer": statistics.log_normalizer,
+        "teacher_log_normalizer": torch.zeros_like(log_tail),
+    }
+    return support_divergence(logits, log_q, divergence="reverse_kl", tail="bucket", **tails, **normalizers)
 
 
 def trl_lsm(hidden: Any, weight: Any, teacher: Any, teacher_weight: Any, **_: Any) -> Any:

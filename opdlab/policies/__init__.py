@@ -4,7 +4,15 @@ from opdlab.policies.adapters import AdapterConfig
 from opdlab.policies.behavior import BehaviorConfig, BehaviorPolicy
 from opdlab.policies.language_model import LanguageModel, Scored
 from opdlab.policies.sampler import Sampler, SamplingConfig
-from opdlab.policies.teacher import BaseTeacher, LocalTeacher, NoTeacher, Teacher, TeacherHolder, share_vocabulary
+from opdlab.policies.teacher import (
+    BaseTeacher,
+    LocalTeacher,
+    NoTeacher,
+    Teacher,
+    TeacherHolder,
+    check_targets,
+    share_vocabulary,
+)
 from opdlab.policies.tokenizers import StopTokens, check_same_vocabulary, single_token_ids, warn_of_stop_tokens
 from opdlab.types import TeacherRequest
 
@@ -24,6 +32,7 @@ __all__ = [
     "TeacherHolder",
     "TeacherRequest",
     "check_same_vocabulary",
+    "check_targets",
     "share_vocabulary",
     "single_token_ids",
     "warn_of_stop_tokens",

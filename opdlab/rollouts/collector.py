@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opdlab.policies import BehaviorPolicy, Teacher
+from opdlab.policies import BehaviorPolicy, Teacher, check_targets
 from opdlab.progress import Progress, SilentProgress
 from opdlab.rollouts.loader import Pool
 from opdlab.rollouts.masking import mask_first_occurrences
@@ -64,7 +64,8 @@ class Collector:
             first_rollout_id: id of the first rollout; the others follow consecutively.
             step: optimizer steps taken so far.
             unscored: rows whose behavior log-probabilities the next training step fills in; None for none. Only if
-                the student equals the snapshot: the forward pass of the step then scores them.
+                the student equals the snapshot: the forward pass of the step then scores them. The snapshot scores
+                them nevertheless if its most likely tokens are requested, because the teacher needs these first.
             verifier: checks the answers; None to skip the check.
             autocast: context of the snapshot's passes. It must equal that of the training step; otherwise fresh
                 rollouts would show drift.
@@ -81,6 +82,7 @@ class Collector:
                 first_rollout_id=first_rollout_id,
                 step=step,
                 unscored=unscored,
+                top_k=self._request.behavior_top_k,
                 progress=progress,
             )
         sampled = time.perf_counter()  # results are on the host, so the device has finished
@@ -90,6 +92,7 @@ class Collector:
         scoring = time.perf_counter()
         masked = mask_first_occurrences(rollouts, self._masked_first)
         targets = self._teacher.score(masked, self._request, progress)
+        check_targets(self._teacher, self._request, targets)
         scored = time.perf_counter()
         metrics = {  # of all tokens, masked ones included
             "rollout/length": float(rollouts.num_tokens.float().mean()),

@@ -5,7 +5,16 @@ the teacher adds targets, and a training step receives a minibatch of both.
 """
 
 from opdlab.types.problems import EvaluationBatch, Message, Problem, Prompt, Verdicts
-from opdlab.types.rollouts import Minibatch, Rollouts, StopReason, Targets, TeacherRequest, id_dtype, trimmed
+from opdlab.types.rollouts import (
+    Minibatch,
+    Rollouts,
+    StopReason,
+    Targets,
+    TeacherRequest,
+    assign_rows,
+    id_dtype,
+    trimmed,
+)
 
 __all__ = [
     "EvaluationBatch",
@@ -18,6 +27,7 @@ __all__ = [
     "Targets",
     "TeacherRequest",
     "Verdicts",
+    "assign_rows",
     "id_dtype",
     "trimmed",
 ]
