@@ -6,7 +6,7 @@ the device; otherwise the table says so. ``scoring_peers.py`` has the measured f
 - ``logprobs``: log-probability of sampled tokens, gradients of hidden states and head;
 - ``frozen``: the same with a frozen head, as under an adapter: gradient of the hidden states alone;
 - ``bucket``: reverse KL on a support with its tail, and the log-probabilities that the drift needs; the gradient
-  reaches the whole head, as that of ``logprobs``;
+  reaches the whole head, as that of ``logprobs``, which stands beside it as ``sampled``;
 - ``lsm``: LSM's position losses and the log-probabilities that the drift needs, against the reverse KL to a teacher of
   the same size over the whole vocabulary. The teacher's targets are given, as in training, where they are computed
   once per buffer.
@@ -27,9 +27,9 @@ from typing import Any
 from common import ChildError, machine, pairwise_ratios, run_child, spread, versions
 from rich.console import Console
 from rich.table import Table
-from scoring_peers import PEERS, TASKS, Sizes, measure
+from scoring_peers import PEERS, TASKS, Sizes, has_task, measure
 
-OURS = ("plain", "opdlab")
+OURS = ("plain", "opdlab", "sampled")
 MB = 1e6
 
 
@@ -59,18 +59,15 @@ def main() -> int:
     options = {name: value for name, value in vars(arguments).items() if name not in ("json", "peer", "task")}
     result: dict[str, Any] = {"machine": machine(), "versions": {}, "options": options, "tasks": {}}
     for task in arguments.tasks:
-        rows: dict[str, list[dict[str, Any]]] = {peer: [] for peer in arguments.peers}
+        rows: dict[str, list[dict[str, Any]]] = {peer: [] for peer in arguments.peers if has_task(peer, task)}
         for number in range(arguments.rounds):
-            for peer in arguments.peers:
+            for peer in rows:
                 if number and "skipped" in rows[peer][0]:
                     continue
                 rows[peer].append(_child(arguments, sizes, task, peer))
                 result["versions"][peer] = rows[peer][-1].pop("versions")
         result["tasks"][task] = rows
         Console(width=120).print(table(task, rows))
-    if {"bucket", "logprobs"} <= result["tasks"].keys():
-        both = ([row["seconds"] for row in result["tasks"][task].get("opdlab", [])] for task in ("bucket", "logprobs"))
-        print(f"opdlab's time of bucket / of logprobs: {spread(pairwise_ratios(*both), 2)}")
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1, default=str))
     return 0
