@@ -150,7 +150,9 @@ def full_disk(error: BaseException | None) -> Path | None:
         (PosixPath('a.txt'), None)
     """
     found: Path | None = None
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # a writer's thread raises one error twice, perhaps in a circle
+        seen.add(id(error))
         if isinstance(error, FullDiskError):
             found = error.path
         elif isinstance(error, OSError) and error.errno in _FULL:

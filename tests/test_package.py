@@ -3,7 +3,6 @@
 import importlib
 import pkgutil
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import opdlab
+from tests.children import run_child
 
 ROOT = Path(__file__).parents[1]
 
@@ -99,7 +99,7 @@ def test_the_package_offers_its_public_names_lazily() -> None:
         "import sys, opdlab; heavy = {'torch', 'lightning', 'transformers'} & set(sys.modules); "
         "assert not heavy, heavy; print(*(getattr(opdlab, name) for name in dir(opdlab) if name in opdlab.__all__))"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    result = run_child([sys.executable, "-c", code], cwd=ROOT, check=True)
     assert "OPDModule" in result.stdout
     with pytest.raises(AttributeError, match="module 'opdlab' has no attribute 'Nothing'"):
         opdlab.Nothing  # noqa: B018
@@ -133,7 +133,7 @@ def test_files_that_are_no_code_are_listed_for_the_wheel() -> None:
 
 def test_folders_cannot_be_imported_under_a_second_name() -> None:
     code = "import strategies"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = run_child([sys.executable, "-c", code], cwd=ROOT)
     assert "import opdlab.strategies" in result.stderr
 
 

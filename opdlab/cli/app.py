@@ -190,7 +190,8 @@ class OPDCLI(LightningCLI):
         if self.config.ckpt_path is not None:  # a resumed run uses its own folder on purpose
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         code = run_to_end(self._fit, self.trainer, self.folder.path, self._how_to_go_on)
-        return EXIT_COLLAPSED if code == 0 and self._collapsed else code
+        # Of the first process: Lightning kills it if another one ends with a code.
+        return EXIT_COLLAPSED if code == 0 and self._collapsed and self.trainer.is_global_zero else code
 
     @property
     def _collapsed(self) -> bool:

@@ -17,6 +17,7 @@ from opdlab.estimate import (
     FLOAT,
     ModelSize,
     activation_bytes,
+    gathered_bytes,
     head_bytes,
     inference_bytes,
     kv_cache_bytes,
@@ -29,6 +30,7 @@ _CASTS = "weights cast by autocast"
 _SNAPSHOT = "behavior snapshot"
 _TEACHER = "teacher weights"
 _BUFFER = "rollout buffer"
+_GATHERED = "gathered buffers"
 
 
 @dataclass(frozen=True)
@@ -124,14 +126,15 @@ def estimate_command(arguments: Sequence[str]) -> int:
     accelerator = config.trainer.accelerator
     if (device := device_memory(accelerator)) is None:
         return 0
-    if device.is_host and (options := list(_offloaded(config, models))):
-        line = f"{' and '.join(options)} {'have' if len(options) > 1 else 'has'} no effect on a CPU"
-        if accelerator != "cpu":
-            line += (
-                ": the table is for a GPU; this machine has none, so in what follows the weights are there in every "
-                "phase, as in the table with --trainer.accelerator cpu"
-            )
-        print(line)
+    if device.is_host:
+        if options := list(_offloaded(config, models)):
+            line = f"{' and '.join(options)} {'have' if len(options) > 1 else 'has'} no effect on a CPU"
+            if accelerator != "cpu":
+                line += (
+                    ": the table is for a GPU; this machine has none, so in what follows the weights are there in "
+                    "every phase, as in the table with --trainer.accelerator cpu"
+                )
+            print(line)
         result = estimate(config, models, on_cpu=True)
     print(result.verdict(device))
     return 0
@@ -143,8 +146,9 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
     Args:
         config: parsed configuration.
         models: sizes of the student and of a local teacher; counted by default.
-        on_cpu: the run uses a CPU, where nothing can be offloaded; by default True only if ``trainer.accelerator``
-            names the CPU, so that any machine shows the needs of a GPU.
+        on_cpu: the run uses a CPU, where nothing can be offloaded, and where gathering the buffers of several
+            processes is a phase of its own; by default True only if ``trainer.accelerator`` names the CPU, so that any
+            machine shows the needs of a GPU.
 
     Raises:
         UsageError: a model's configuration cannot be read.
@@ -170,6 +174,13 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
     per_token += k if request.top_k and request.behavior_top_k else 0
     size = num_rollouts * (length * per_token + config.data.max_prompt_tokens * (8 + 1))
     result.host[_BUFFER] = (size, f"{num_rollouts} rollouts x {length:,} tokens x {per_token} bytes, top {k}")
+    processes = _num_processes(config)
+    if gathered := gathered_bytes(size, processes):
+        part = (gathered, f"of the first of {processes} processes, in a checkpoint inside a buffer")
+        if on_cpu:
+            result.add_phase("a checkpoint", new={_GATHERED: part})
+        else:
+            result.host[_GATHERED] = part
     return result
 
 
@@ -209,6 +220,20 @@ def device_memory(accelerator: str) -> DeviceMemory | None:
     if not {"MemTotal", "MemAvailable"} <= sizes.keys():
         return None
     return DeviceMemory("this machine", int(sizes["MemTotal"]) << 10, int(sizes["MemAvailable"]) << 10, True)
+
+
+def _num_processes(config: Any) -> int:
+    """Return the number of processes of a run; ``auto`` and -1 are one on a CPU, and otherwise this machine's GPUs."""
+    devices, accelerator = config.trainer.devices, config.trainer.accelerator
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part.strip()]
+    if isinstance(devices, list):
+        each = len(devices)
+    elif str(devices) in ("auto", "-1"):
+        each = max(1, torch.cuda.device_count()) if accelerator in ("auto", "gpu", "cuda") else 1
+    else:
+        each = int(devices)
+    return each * int(config.trainer.num_nodes)
 
 
 def _gib(size: int) -> str:

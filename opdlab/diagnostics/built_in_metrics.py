@@ -153,8 +153,8 @@ _ROWS = (
     Metric("rollout/sampled_tokens_per_second", "sampling rate", "tokens/s",
            "response tokens sampled and scored by the snapshot per second", _COLLECT, "steady"),
     Metric("train/tokens_per_second", "training rate", "tokens/s",
-           "response tokens trained on per second since the last step ended, sampling and scoring included", _MODULE,
-           "steady", None, "{} tok/s"),
+           "response tokens that all processes train on per second since the last step ended, sampling and scoring "
+           "included", _MODULE, "steady", None, "{} tok/s"),
     Metric("time/sample_seconds", "sampling time", "s",
            "time to sample the buffer, its scoring by the snapshot included", _COLLECT),
     Metric("time/teacher_seconds", "teacher's time", "s", "time of the teacher's pass over the buffer", _COLLECT),

@@ -99,7 +99,7 @@ class OPDModule(EvaluationModule):
         self._settings: dict[str, Any] = {}  # of the run, for its checkpoints
         self._metrics: dict[str, Any] = {}  # of the optimizer batch
         self._timer = StepTimer()
-        self._batch_tokens = 0
+        self._batch_tokens = 0  # in all processes
 
     # -- setting up ----------------------------------------------------------------------------------------------
 
@@ -169,7 +169,12 @@ class OPDModule(EvaluationModule):
     # -- training ------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Minibatch, batch_idx: int) -> dict[str, Any]:
-        """Return a micro-batch's loss, and its :class:`StepTrace` for callbacks: score, gate, reduce."""
+        """Score, gate and reduce a micro-batch.
+
+        Returns:
+            ``loss``; for callbacks ``trace``, the :class:`StepTrace`, and ``num_tokens``, the response tokens of the
+            optimizer batch in all processes.
+        """
         scored, rollouts = score_rollouts(self.student, batch)
         positions = self.objective.position_losses(scored, rollouts, batch.targets)
         inputs = gate_inputs(rollouts, batch.targets, positions, self.global_step)
@@ -195,7 +200,9 @@ class OPDModule(EvaluationModule):
         values = {"entropy": positions.entropy, **positions.metrics}
         record = step_record(inputs, gates, **values) | {"loss": loss.detach().view(1)}
         whole = record if alone else self._window.finish(batch, record)
+        num_tokens = int(counts[0])
         if whole is not None:
+            self._batch_tokens = num_tokens
             self._log_step(batch, whole, gates.tau)
         norms = None
         if self._wants_gradient_norms:
@@ -205,7 +212,8 @@ class OPDModule(EvaluationModule):
         trace = StepTrace(*facts, inputs, gates, shares, values, norms, batch.targets)
         # Lightning divides by the number of micro-batches and averages over processes, but the denominator already
         # covers them all.
-        return {"loss": loss * len(batch.micro_batches) * self.trainer.world_size, "trace": trace}
+        scaled = loss * len(batch.micro_batches) * self.trainer.world_size
+        return {"loss": scaled, "trace": trace, "num_tokens": num_tokens}
 
     def request_gradient_norms(self) -> None:
         """Request :attr:`StepTrace.gradient_norms` of the next training step; call before each such step."""
@@ -215,7 +223,7 @@ class OPDModule(EvaluationModule):
         # Each process has its part of the loss, so the parts are summed.
         loss = self.trainer.strategy.reduce(record.pop("loss").sum(), reduce_op="sum")
         self.log("train/loss", loss, prog_bar=True, logger=False)
-        self._metrics, self._batch_tokens = {}, batch.num_tokens
+        self._metrics = {}
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by Lightning's logger connector
         if every <= 0 or (self.global_step + 1) % every:
             return  # skip metrics that are not logged

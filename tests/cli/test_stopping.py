@@ -18,6 +18,7 @@ import pytest
 from opdlab.checkpoints import check_checkpoint
 from opdlab.cli import main
 from opdlab.cli.commands import COMMANDS, EXIT_FAILED
+from tests.children import run_child
 from tests.stops import stopper
 
 ROOT = Path(__file__).parents[2]
@@ -154,13 +155,13 @@ def test_signals_are_heard_while_the_libraries_load_and_stay_ignored_under_nohup
     for name, code in {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}.items():
         (tmp_path / "torch.py").write_text(loading.format(name=name))
         shown = "Ctrl-C" if name == "SIGINT" else name
-        stopped = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        stopped = run_child(command, env=environment, cwd=tmp_path)
         line = f"opdlab: stopped by {shown}; to go on, run the same command\n"
         assert (stopped.returncode, stopped.stdout, stopped.stderr) == (code, "", line)
     signal.signal(signal.SIGHUP, hangup)
     (tmp_path / "torch.py").write_text(loading.format(name="SIGHUP") + "raise SystemExit(7)")
     ignoring = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *command]
-    code = subprocess.run(ignoring, env=environment, cwd=tmp_path, check=False).returncode
+    code = run_child(ignoring, env=environment, cwd=tmp_path).returncode
     assert code == 7
 
 
@@ -202,15 +203,9 @@ def test_the_handlers_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_signalled_process_stops_all(tmp_path: Path, place: str, rank: int, said: str) -> None:
     (tmp_path / "small.yaml").write_text(SMALL)
     command = [sys.executable, "-m", "opdlab", "fit", "-c", "quickstart", "-c", "small.yaml", "--trainer.devices=2"]
-    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
-    run = subprocess.run(
-        [*command, "--data.train.num_problems=8", *stopper(place, rank=rank)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        **options,  # type: ignore[call-overload]
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command += ["--data.train.num_problems=8", *stopper(place, rank=rank)]
+    run = run_child(command, cwd=tmp_path, env=environment)
     assert run.returncode == 143, run.stderr
     assert re.search(said, run.stderr)
 
