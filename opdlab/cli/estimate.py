@@ -165,9 +165,13 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
     if config.data.benchmarks:
         _add_evaluation(result, config, models)
     init = {"class_path": config.model.objective.class_path, "init_args": _options(config.model.objective)}
-    k, length = instantiate_class((), init).request.top_k, config.model.sampling.max_new_tokens
+    request, length = instantiate_class((), init).request, config.model.sampling.max_new_tokens
+    k = request.top_k + request.behavior_top_k
     # Tokens (8) and mask (1); log-probabilities of snapshot and teacher, and mass; ids and logits of the support.
     per_token = 8 + 1 + 3 * FLOAT + k * (4 + FLOAT)
+    # The snapshot's tokens; the teacher's log-normalizer and tail; which ids of a union count.
+    per_token += 4 * request.behavior_top_k + 2 * FLOAT * request.tail
+    per_token += k if request.top_k and request.behavior_top_k else 0
     prompts = config.data.max_prompt_tokens + _teacher_prompt(config)
     size = num_rollouts * (length * per_token + prompts * (8 + 1))
     result.host[_BUFFER] = (size, f"{num_rollouts} rollouts x {length:,} tokens x {per_token} bytes, top {k}")

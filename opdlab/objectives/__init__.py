@@ -12,6 +12,7 @@ from opdlab.objectives.base import (
     register_objective,
 )
 from opdlab.objectives.sampled_token import SampledTokenOPD
+from opdlab.objectives.support_divergence import SupportDivergence
 from opdlab.objectives.teacher_topk import TeacherTopK
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "PositionLosses",
     "Reduction",
     "SampledTokenOPD",
+    "SupportDivergence",
     "TeacherTopK",
     "build_objective",
     "loss_shares",

@@ -84,7 +84,9 @@ def support_divergence(
     """
     check_divergence(divergence, beta, alpha)
     tails = get_args(Tail)
-    require(tail in tails, f"tail is '{tail}'{suggestion(str(tail), tails) or ';'} it must be one of {', '.join(tails)}")
+    require(
+        tail in tails, f"tail is '{tail}'{suggestion(str(tail), tails) or ';'} it must be one of {', '.join(tails)}"
+    )
     k = student_logits.shape[-1]
     require(
         k >= 2 or tail != "renormalize",

@@ -8,7 +8,15 @@ from opdlab.policies.routed_teacher import RoutedTeacher, check_teacher
 from opdlab.policies.sampler import Sampler, SamplingConfig
 from opdlab.policies.self_teacher import SelfTeacher
 from opdlab.policies.target_cache import TargetCache
-from opdlab.policies.teacher import BaseTeacher, LocalTeacher, NoTeacher, Teacher, TeacherHolder, share_vocabulary
+from opdlab.policies.teacher import (
+    BaseTeacher,
+    LocalTeacher,
+    NoTeacher,
+    Teacher,
+    TeacherHolder,
+    check_targets,
+    share_vocabulary,
+)
 from opdlab.policies.tokenizers import StopTokens, check_same_vocabulary, single_token_ids, warn_of_stop_tokens
 from opdlab.types import TeacherRequest
 
@@ -32,6 +40,7 @@ __all__ = [
     "TeacherHolder",
     "TeacherRequest",
     "check_same_vocabulary",
+    "check_targets",
     "check_teacher",
     "share_vocabulary",
     "single_token_ids",

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opdlab.policies import BehaviorPolicy, Teacher, check_teacher
+from opdlab.policies import BehaviorPolicy, Teacher, check_targets, check_teacher
 from opdlab.progress import Progress, SilentProgress
 from opdlab.rollouts.demonstrations import choose_demonstrations
 from opdlab.rollouts.loader import Pool
@@ -66,7 +66,8 @@ class Collector:
             first_rollout_id: id of the first rollout; the others follow consecutively.
             step: optimizer steps taken so far.
             unscored: rows whose behavior log-probabilities the next training step fills in; None for none. Only if
-                the student equals the snapshot: the forward pass of the step then scores them.
+                the student equals the snapshot: the forward pass of the step then scores them. The snapshot scores
+                them nevertheless if its most likely tokens are requested, because the teacher needs these first.
             verifier: checks the answers; None to skip the check.
             demonstrations: share of the rollouts that take their response from the data, 0 to 1.
             autocast: context of the snapshot's passes. It must equal that of the training step; otherwise fresh
@@ -87,6 +88,7 @@ class Collector:
                 step=step,
                 unscored=unscored,
                 given=given,
+                top_k=self._request.behavior_top_k,
                 progress=progress,
             )
         sampled = time.perf_counter()  # results are on the host, so the device has finished
@@ -98,6 +100,7 @@ class Collector:
         pad_id = self._behavior.policy.tokenizer.pad_token_id
         masked = with_teachers(masked, prompts, self._teacher.names, pad_id)
         targets = self._teacher.score(masked, self._request, progress)
+        check_targets(self._teacher, self._request, targets)
         scored = time.perf_counter()
         own = torch.ones(len(rollouts)).bool() if rollouts.demonstration is None else ~rollouts.demonstration
         metrics = {  # of all tokens, masked ones included

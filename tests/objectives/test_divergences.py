@@ -81,9 +81,7 @@ def batch(k: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 def test_value_and_gradient_equal_those_of_plain_probabilities(divergence: str, tail: str, k: int) -> None:
     student, teacher, ids = batch(k)
     student.requires_grad_()
-    expected = plain(
-        divergence, restricted(student.softmax(-1), ids, tail), restricted(teacher.softmax(-1), ids, tail)
-    )
+    expected = plain(divergence, restricted(student.softmax(-1), ids, tail), restricted(teacher.softmax(-1), ids, tail))
     seen = ours(student, teacher, ids, divergence, tail)
     torch.testing.assert_close(seen, expected, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(
