@@ -185,8 +185,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def tiles(num_rows: int, head: Head) -> Iterator[tuple[slice, slice]]:
+def tiles(num_rows: int, head: Head, start: int = 0) -> Iterator[tuple[slice, slice]]:
     """Yield the row and column slices of tiles of bounded size that cover the logits, [num_rows, V].
+
+    If ``start`` is given, the columns before it are left out.
 
     All tiles of the same columns are consecutive, so a sum over rows is complete before the next columns begin.
 
@@ -197,7 +199,7 @@ def tiles(num_rows: int, head: Head) -> Iterator[tuple[slice, slice]]:
     num_columns = len(head.weight) if head.vocab_size is None else head.vocab_size
     height = min(max(num_rows, 1), _MAX_TILE_ROWS, MAX_TILE_LOGITS)
     width = min(max(MAX_TILE_LOGITS // height, 1), max(num_columns, 1))
-    for left in range(0, num_columns, width):
+    for left in range(start, num_columns, width):
         columns = slice(left, min(left + width, num_columns))
         for top in range(0, num_rows, height):
             yield slice(top, min(top + height, num_rows)), columns

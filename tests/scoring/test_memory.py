@@ -16,6 +16,7 @@ import opdlab.scoring.head_gradients
 from opdlab.scoring import (
     Head,
     LowRank,
+    divergence_statistics,
     support_logits,
     support_statistics,
     token_logprobs,
@@ -70,6 +71,10 @@ def _forward_and_backward(kind: str) -> int:
             token_statistics(hidden, adapted, targets).logprobs.sum().backward()
         elif kind == "adapter and support":
             support_statistics(hidden, adapted, targets, support)[0].sum().backward()
+        elif kind in ("reverse_kl", "jsd"):
+            teacher, of_teacher = torch.randn(512, 5), Head(torch.randn(4096, 5))
+            values, _ = divergence_statistics(hidden, Head(weight), teacher, of_teacher, targets, divergence=kind)
+            values.sum().backward()
         elif kind == "frozen head":
             token_logprobs(hidden, weight.detach(), targets).sum().backward()
         else:
@@ -77,8 +82,11 @@ def _forward_and_backward(kind: str) -> int:
     return int(largest.numel)
 
 
+KINDS = ["logprobs", "frozen head", "support", "support and statistics", "topk", "reverse_kl", "jsd"]
+
+
 @pytest.mark.usefixtures("_wide_vocabulary")
-@pytest.mark.parametrize("kind", ["logprobs", "frozen head", "support", "support and statistics", "topk"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_never_holds_all_logits(kind: str) -> None:
     # The largest allowed tensor is a tile. The weight and its gradient have 6 * 4096 elements.
     assert _forward_and_backward(kind) <= 8 * 4096
