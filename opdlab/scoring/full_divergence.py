@@ -225,8 +225,9 @@ class _Pair:
 
 
 def _finite(side: LogitTiles, rows: slice, columns: slice) -> Tensor:
-    """Return the logits of a tile; those of -inf, which only a bias makes, are very low: differences must not be NaN."""
+    """Return the logits of a tile, all of them finite."""
     logits = side.tile(rows, columns)
+    # Only a bias makes a logit of -inf, and the difference of two of them is NaN.
     return logits if side.head.bias is None else logits.clamp_(min=torch.finfo(logits.dtype).min / 4)
 
 
@@ -238,78 +239,105 @@ def _pieces(tile: Tensor, start: int) -> Iterator[tuple[slice, slice]]:
         yield slice(top, stop), slice(start + top, start + stop)
 
 
-@dataclass(frozen=True)
 class _Sums:
-    """Sums over the vocabularies that the backward pass needs, each [N].
+    """Sums over both vocabularies, of one pass; of two for a mixture, whose logarithm needs both normalizers.
 
     Args:
-        value: the divergence.
-        mean: ``sum a g``, up to the multiple that :data:`Terms` leaves out.
+        pair: the logits.
+        rule: the divergence.
+        targets: [N] long.
+
+    Attributes:
+        value: [N], the divergence.
+        mean: [N], ``sum a g``, up to the multiple that :data:`Terms` leaves out.
         statistics: the student's token statistics.
-        teacher_normalizer: log-sum-exp of the teacher's logits.
+        teacher_normalizer: [N], log-sum-exp of the teacher's logits.
     """
 
-    value: Tensor
-    mean: Tensor
-    statistics: TokenStatistics
-    teacher_normalizer: Tensor
+    def __init__(self, pair: _Pair, rule: Rule, targets: Tensor) -> None:
+        self._pair, self._rule, self._targets = pair, rule, targets
+        self._like = pair.student.hidden.new_empty(0, dtype=wide_dtype(pair.student.hidden))
+        self._softmax = [OnlineSoftmax(len(targets), self._like) for _ in range(2)]  # the student's, the teacher's
+        self._chosen = self._like.new_full((len(targets), 1), -torch.inf)  # the targets' logits
+        differences = self._add_shared()
+        masses = [self._add_alone(place, side) for place, side in enumerate((pair.student, pair.teacher))]
+        student, teacher = self._softmax
+        self.statistics = student.statistics(self._chosen.squeeze(1))
+        self.teacher_normalizer = teacher.statistics(student.max_logit).log_normalizer
+        if rule.one_pass:
+            shift = self.teacher_normalizer - self.statistics.log_normalizer
+            if rule.name == "forward_kl":
+                mean = differences * (teacher.max_logit - self.teacher_normalizer).exp()
+                self.value, self.mean = -(mean + shift), -torch.ones_like(mean)
+            else:
+                mean = differences * (student.max_logit - self.statistics.log_normalizer).exp()
+                self.value = self.mean = mean + shift
+        else:
+            self.value, self.mean = self._of_mixture()
+            own, others = (  # probabilities of the ids that one side lacks
+                0.0 if log_sum is None else (log_sum - normalizer).exp()
+                for log_sum, normalizer in zip(
+                    masses, (self.statistics.log_normalizer, self.teacher_normalizer), strict=True
+                )
+            )
+            self.value += rule.value_of_student * own + rule.value_of_teacher * others
+            self.mean += rule.slope * own
 
+    def _add_shared(self) -> Tensor:
+        """Add the shared ids to the softmaxes.
 
-def _sums(pair: _Pair, rule: Rule, targets: Tensor) -> _Sums:
-    num_rows, like = len(targets), pair.student.hidden.new_empty(0, dtype=wide_dtype(pair.student.hidden))
-    student, teacher, student_alone, teacher_alone = (OnlineSoftmax(num_rows, like) for _ in range(4))
-    chosen = like.new_full((num_rows, 1), -torch.inf)
-    gap = like.new_zeros(num_rows)  # of exp(z - max) times the difference of logits
-    weighting = teacher if rule.name == "forward_kl" else student
-    for rows, columns, ours, theirs in pair.shared():
-        _choose(chosen[rows], ours, targets[rows], columns)
-        for inner, outer in _pieces(ours, rows.start):
-            x, y = ours[inner], theirs[inner]
-            before, difference = weighting.max_logit[outer].clone(), x - y if rule.one_pass else None
-            weights = student.add(outer, x), teacher.add(outer, y)
-            if difference is not None:
-                factor = (before - weighting.max_logit[outer]).exp()
-                gap[outer] = gap[outer] * factor + _dot(weights[weighting is teacher], difference)
-    for side, softmax, own in ((pair.student, student, student_alone), (pair.teacher, teacher, teacher_alone)):
-        for rows, columns, logits in pair.alone(side):
-            if side is pair.student:
-                _choose(chosen[rows], logits, targets[rows], columns)
-            own.add(rows, logits.clone())
-            softmax.add(rows, logits)
-    statistics = student.statistics(chosen.squeeze(1))
-    normalizer = teacher.statistics(statistics.max_logit).log_normalizer
-    if rule.one_pass:
-        sign, weighted = (-1, normalizer) if rule.name == "forward_kl" else (1, statistics.log_normalizer)
-        shift = normalizer - statistics.log_normalizer
-        value = sign * (gap * (weighting.max_logit - weighted).exp() + shift)
-        return _Sums(value, value if sign > 0 else -torch.ones_like(value), statistics, normalizer)
-    value, mean = like.new_zeros(num_rows), like.new_zeros(num_rows)
-    for rows, _, ours, theirs in pair.shared():
-        for inner, outer in _pieces(ours, rows.start):
-            log_a = ours[inner].sub_(statistics.log_normalizer[outer, None])
-            log_b = theirs[inner].sub_(normalizer[outer, None])
-            _, weighted, part = rule.terms(log_a, log_b, value=True)
-            mean[outer] += weighted.sum(1)
-            value[outer] += part
-    if pair.num_shared < num_ids(pair.student.head):
-        mass = (student_alone.statistics(normalizer).log_normalizer - statistics.log_normalizer).exp()
-        value, mean = value + rule.value_of_student * mass, mean + rule.slope * mass
-    if pair.num_shared < num_ids(pair.teacher.head):
-        mass = (teacher_alone.statistics(normalizer).log_normalizer - normalizer).exp()
-        value = value + rule.value_of_teacher * mass
-    return _Sums(value, mean, statistics, normalizer)
+        Returns:
+            [N], the sum of ``exp(z - max)`` times the difference of student's and teacher's logits for a divergence of
+            one pass, 0 for another; ``z`` is the teacher's for the forward KL, else the student's.
+        """
+        student, teacher = self._softmax
+        weighting = teacher if self._rule.name == "forward_kl" else student
+        summed = self._like.new_zeros(len(self._targets))
+        for rows, columns, ours, theirs in self._pair.shared():
+            self._choose(rows, columns, ours)
+            for inner, outer in _pieces(ours, rows.start):
+                x, y = ours[inner], theirs[inner]
+                before, difference = weighting.max_logit[outer].clone(), x - y if self._rule.one_pass else None
+                both = student.add(outer, x), teacher.add(outer, y)
+                if difference is not None:
+                    factor = (before - weighting.max_logit[outer]).exp()
+                    summed[outer] = summed[outer] * factor + _dot(both[weighting is teacher], difference)
+        return summed
 
+    def _add_alone(self, place: int, side: LogitTiles) -> Tensor | None:
+        """Add the ids that only one side has to its softmax; return their log-sum-exp, [N], or None without such."""
+        if self._pair.num_shared == num_ids(side.head):
+            return None
+        alone = OnlineSoftmax(len(self._targets), self._like)
+        for rows, columns, logits in self._pair.alone(side):
+            if place == 0:
+                self._choose(rows, columns, logits)
+            alone.add(rows, logits.clone())
+            self._softmax[place].add(rows, logits)
+        return alone.statistics(alone.max_logit).log_normalizer
 
-def _choose(chosen: Tensor, logits: Tensor, targets: Tensor, columns: slice) -> None:
-    inside, place = places(targets[:, None], columns)
-    chosen.copy_(torch.where(inside, logits.gather(1, place), chosen))
+    def _of_mixture(self) -> tuple[Tensor, Tensor]:
+        """Return value and mean over the shared ids, from a second pass."""
+        value, mean = (self._like.new_zeros(len(self._targets)) for _ in range(2))
+        for rows, _, ours, theirs in self._pair.shared():
+            for inner, outer in _pieces(ours, rows.start):
+                log_a = ours[inner].sub_(self.statistics.log_normalizer[outer, None])
+                log_b = theirs[inner].sub_(self.teacher_normalizer[outer, None])
+                _, weighted, part = self._rule.terms(log_a, log_b, value=True)
+                mean[outer] += weighted.sum(1)
+                value[outer] += part
+        return value, mean
+
+    def _choose(self, rows: slice, columns: slice, logits: Tensor) -> None:
+        inside, place = places(self._targets[rows, None], columns)
+        self._chosen[rows] = torch.where(inside, logits.gather(1, place), self._chosen[rows])
 
 
 class _FullDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         *tensors, targets, head, teacher, rule = inputs  # the tensors are the head's
-        sums = _sums(_Pair(LogitTiles(head, hidden), teacher), rule, targets)
+        sums = _Sums(_Pair(LogitTiles(head, hidden), teacher), rule, targets)
         ctx.head, ctx.teacher, ctx.rule = head, teacher, rule
         ctx.save_for_backward(hidden, *tensors, sums.statistics.log_normalizer, sums.teacher_normalizer, sums.mean)
         ctx.mark_non_differentiable(*sums.statistics)
