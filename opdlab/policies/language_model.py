@@ -40,7 +40,7 @@ from opdlab.policies.loading import (
 from opdlab.policies.packing import attention_may_pack, keeps_packed_rows_apart
 from opdlab.policies.passes import PackedRows, length_groups, length_packs
 from opdlab.policies.tokenizers import vocabulary_size
-from opdlab.scoring import Head, TokenStatistics, support_statistics, token_statistics
+from opdlab.scoring import Head, TokenStatistics, divergence_statistics, support_statistics, token_statistics
 from opdlab.types import Rollouts, Targets
 
 
@@ -61,8 +61,9 @@ class Scored:
     head: Head
     mask: Tensor
     tokens: Tensor
-    # By the tensor of the support's ids, which is compared by identity; None for no support.
-    _passes: dict[Tensor | None, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # By the tensor of the support's ids, which is compared by identity; None for no support; for a divergence over the
+    # vocabulary by the tensor of the teacher's hidden states and the options.
+    _passes: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def statistics(self) -> TokenStatistics:
         """Return log-probability (differentiable), entropy and log-normalizer of every valid position, each [N]."""
@@ -84,6 +85,30 @@ class Scored:
             chosen = support_ids.long()[self.mask]
             self._passes[support_ids] = support_statistics(self.hidden, self.head, self.tokens, chosen)
         found: tuple[Tensor, TokenStatistics] = self._passes[support_ids]
+        return found
+
+    def divergence_statistics(
+        self, teacher_hidden: Tensor, teacher_head: Head, divergence: str, beta: float, alpha: float
+    ) -> tuple[Tensor, TokenStatistics]:
+        """Return the divergence over the whole vocabulary (differentiable), and the statistics without, in one pass.
+
+        Args:
+            teacher_hidden: [B, T, G], such as :attr:`opdlab.types.Targets.hidden`.
+            teacher_head: computes the teacher's logits from them.
+            divergence: see :func:`opdlab.scoring.divergence_statistics`.
+            beta: see there.
+            alpha: see there.
+
+        Returns:
+            The divergence [N] and the statistics, each [N].
+        """
+        key = (teacher_hidden, teacher_head.temperature, divergence, beta, alpha)
+        if key not in self._passes:
+            states, options = teacher_hidden[self.mask], {"divergence": divergence, "beta": beta, "alpha": alpha}
+            self._passes[key] = divergence_statistics(
+                self.hidden, self.head, states, teacher_head, self.tokens, **options
+            )
+        found: tuple[Tensor, TokenStatistics] = self._passes[key]
         return found
 
     def own_logprobs(self, targets: Targets) -> Tensor:

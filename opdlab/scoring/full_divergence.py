@@ -59,19 +59,13 @@ def divergence_statistics(
         UsageError: one side has ids that the other one lacks, and the divergence is infinite for these.
     """
     head, rule = head.gathered(), Rule.of(divergence, beta, alpha)
-    with autocast_inputs(hidden) as states, torch.no_grad():
-        teacher = LogitTiles(teacher_head.gathered().detached(), teacher_hidden.detach())
-    rule.check(num_ids(head), num_ids(teacher.head))
+    teacher = LogitTiles(teacher_head.gathered().detached(), teacher_hidden.detach())
+    rule.check(head.num_ids, teacher.head.num_ids)
     with autocast_inputs(hidden) as states:
         outputs: tuple[Tensor, ...] = _FullDivergence.apply(  # type: ignore[no-untyped-call]
             states, *head.tensors, targets, head, teacher, rule
         )
     return outputs[0], TokenStatistics(*outputs[1:])
-
-
-def num_ids(head: Head) -> int:
-    """Return the number of ids of a head's distribution."""
-    return len(head.weight) if head.vocab_size is None else head.vocab_size
 
 
 # -- the divergences ---------------------------------------------------------------------------------------------------
@@ -209,7 +203,7 @@ class _Pair:
     @property
     def num_shared(self) -> int:
         """Return the number of ids that both sides have."""
-        return min(num_ids(self.student.head), num_ids(self.teacher.head))
+        return min(self.student.head.num_ids, self.teacher.head.num_ids)
 
     def shared(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
         """Yield rows, columns, and both logits [N', C], of tiles that cover the shared ids."""
@@ -306,7 +300,7 @@ class _Sums:
 
     def _add_alone(self, place: int, side: LogitTiles) -> Tensor | None:
         """Add the ids that only one side has to its softmax; return their log-sum-exp, [N], or None without such."""
-        if self._pair.num_shared == num_ids(side.head):
+        if self._pair.num_shared == side.head.num_ids:
             return None
         alone = OnlineSoftmax(len(self._targets), self._like)
         for rows, columns, logits in self._pair.alone(side):
