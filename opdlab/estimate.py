@@ -182,6 +182,24 @@ def head_bytes(shape: Shape, tokens: int, *, training: bool, tiles: int = 2) -> 
     return both + FLOAT * shape.vocab * shape.hidden if training else tiles * tile
 
 
+def gathered_bytes(buffer: int, processes: int) -> int:
+    """Return the host memory that the first process needs to gather the rollout buffers of all, beside its own.
+
+    A checkpoint inside a buffer holds the buffers of all P processes, which the first one receives: its own as bytes
+    and in a temporary copy, and all of them as bytes and as tensors, ``2 P + 3`` buffers at the peak. A single process
+    gathers nothing.
+
+    Args:
+        buffer: bytes of the buffer of a process.
+        processes: P.
+
+    Example:
+        >>> gathered_bytes(100, 2), gathered_bytes(100, 1)
+        (700, 0)
+    """
+    return (2 * processes + 3) * buffer if processes > 1 else 0
+
+
 def optimizer_bytes_per_parameter(optimizer: Mapping[str, Any], width: int) -> float:
     """Return the bytes of optimizer state per parameter, measured on one step of 256 x 256 parameters.
 

@@ -135,7 +135,7 @@ NEVER: tuple[tuple[dict[str, Any], str], ...] = (
     (SGD, r"model.optimizer is torch.optim.sgd.SGD, but torch.optim.adamw.AdamW in ckpt_path"),
     ({"lr": 1e-2}, r"model.optimizer.lr is 0.01, but 0.001 in ckpt_path"),
     (SCHEDULED, r"model.lr_scheduler is torch.*StepLR, but None in ckpt_path"),
-    ({"data": {"seed": 1}}, r"data.seed is 1, but 0 in ckpt_path"),
+    ({"data": {"seed": 1}}, r"data.seed \(seed_everything, if it is null\) is 1, but 0 in ckpt_path"),
     ({"data": {"max_prompt_tokens": 100}}, r"data.max_prompt_tokens is 100, but 2048 in ckpt_path"),
     ({"num_problems": 17}, r"data.train is 17 prompts with digest \w+, but 16 prompts with digest \w+ in ckpt_path"),
 )

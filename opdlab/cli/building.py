@@ -47,8 +47,9 @@ def with_seeds(config: Namespace) -> Namespace:
     Only objects are built from the copy; a saved configuration keeps the null, so it can be run with another seed.
 
     Example:
-        >>> with_seeds(Namespace(seed_everything=3, data=Namespace(seed=None))).data.seed
-        3
+        >>> config = Namespace(seed_everything=3, data=Namespace(seed=None))
+        >>> with_seeds(config).data.seed, config.data.seed
+        (3, None)
     """
     filled = config.clone()
     for key in FOLLOWING_SEEDS:

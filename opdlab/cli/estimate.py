@@ -18,6 +18,7 @@ from opdlab.estimate import (
     FLOAT,
     ModelSize,
     activation_bytes,
+    gathered_bytes,
     head_bytes,
     inference_bytes,
     kv_cache_bytes,
@@ -31,6 +32,7 @@ _CASTS = "weights cast by autocast"
 _SNAPSHOT = "behavior snapshot"
 _TEACHER = "teacher weights"
 _BUFFER = "rollout buffer"
+_GATHERED = "gathered buffers"
 
 
 @dataclass(frozen=True)
@@ -126,14 +128,15 @@ def estimate_command(arguments: Sequence[str]) -> int:
     accelerator = config.trainer.accelerator
     if (device := device_memory(accelerator)) is None:
         return 0
-    if device.is_host and (options := list(_offloaded(config, models))):
-        line = f"{' and '.join(options)} {'have' if len(options) > 1 else 'has'} no effect on a CPU"
-        if accelerator != "cpu":
-            line += (
-                ": the table is for a GPU; this machine has none, so in what follows the weights are there in every "
-                "phase, as in the table with --trainer.accelerator cpu"
-            )
-        print(line)
+    if device.is_host:
+        if options := list(_offloaded(config, models)):
+            line = f"{' and '.join(options)} {'have' if len(options) > 1 else 'has'} no effect on a CPU"
+            if accelerator != "cpu":
+                line += (
+                    ": the table is for a GPU; this machine has none, so in what follows the weights are there in "
+                    "every phase, as in the table with --trainer.accelerator cpu"
+                )
+            print(line)
         result = estimate(config, models, on_cpu=True)
     print(result.verdict(device))
     return 0
@@ -145,8 +148,9 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
     Args:
         config: parsed configuration.
         models: sizes of the student and of a local teacher; counted by default.
-        on_cpu: the run uses a CPU, where nothing can be offloaded; by default True only if ``trainer.accelerator``
-            names the CPU, so that any machine shows the needs of a GPU.
+        on_cpu: the run uses a CPU, where nothing can be offloaded, and where gathering the buffers of several
+            processes is a phase of its own; by default True only if ``trainer.accelerator`` names the CPU, so that any
+            machine shows the needs of a GPU.
 
     Raises:
         UsageError: a model's configuration cannot be read.
@@ -164,7 +168,14 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
     _add_update(result, config, student, models.get("teacher") if request.hidden else None)
     if config.data.benchmarks:
         _add_evaluation(result, config, models)
-    _add_buffer(result, config, request, models.get("teacher"), num_rollouts)
+    size = _add_buffer(result, config, request, models.get("teacher"), num_rollouts)
+    processes = _num_processes(config)
+    if gathered := gathered_bytes(size, processes):
+        part = (gathered, f"of the first of {processes} processes, in a checkpoint inside a buffer")
+        if on_cpu:
+            result.add_phase("a checkpoint", new={_GATHERED: part})
+        else:
+            result.host[_GATHERED] = part
     return result
 
 
@@ -204,6 +215,20 @@ def device_memory(accelerator: str) -> DeviceMemory | None:
     if not {"MemTotal", "MemAvailable"} <= sizes.keys():
         return None
     return DeviceMemory("this machine", int(sizes["MemTotal"]) << 10, int(sizes["MemAvailable"]) << 10, True)
+
+
+def _num_processes(config: Any) -> int:
+    """Return the number of processes of a run; ``auto`` and -1 are one on a CPU, and otherwise this machine's GPUs."""
+    devices, accelerator = config.trainer.devices, config.trainer.accelerator
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part.strip()]
+    if isinstance(devices, list):
+        each = len(devices)
+    elif str(devices) in ("auto", "-1"):
+        each = max(1, torch.cuda.device_count()) if accelerator in ("auto", "gpu", "cuda") else 1
+    else:
+        each = int(devices)
+    return each * int(config.trainer.num_nodes)
 
 
 def _gib(size: int) -> str:
@@ -327,7 +352,8 @@ def _tokens_of_pass(config: Any, tokens: int) -> int:
 
 def _add_buffer(
     result: Estimate, config: Any, request: TeacherRequest, teacher: ModelSize | None, num_rollouts: int
-) -> None:
+) -> int:
+    """Add the rollout buffer, and return its bytes."""
     length = config.model.sampling.max_new_tokens
     # Tokens (8) and mask (1); log-probabilities of snapshot and teacher, and mass; ids and logits of the support.
     per_token, said = 8 + 1 + 3 * FLOAT + request.top_k * (4 + FLOAT), f"top {request.top_k}"
@@ -336,6 +362,7 @@ def _add_buffer(
         said = f"{teacher.shape.hidden:,} hidden states"
     size = num_rollouts * (length * per_token + config.data.max_prompt_tokens * (8 + 1))
     result.host[_BUFFER] = (size, f"{num_rollouts} rollouts x {length:,} tokens x {per_token:,} bytes, {said}")
+    return size
 
 
 def _add_update(result: Estimate, config: Any, student: ModelSize, teacher: ModelSize | None) -> None:

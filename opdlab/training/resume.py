@@ -17,6 +17,7 @@ from opdlab.evaluation.settings import benchmark_settings
 from opdlab.policies import LocalTeacher
 from opdlab.records import digest
 from opdlab.rollouts import RolloutLoader
+from opdlab.seeds import FOLLOWING_SEEDS
 
 MAY_CHANGE = (
     "trainer.max_steps, trainer.accumulate_grad_batches, data.reuse.epochs, data.reuse.batch_size if it divides what "
@@ -109,7 +110,8 @@ def _check_settings(saved: Mapping[str, Any], now: Mapping[str, Any], *, inside:
         rules["buffer"] = "this may change only where a rollout buffer ends, and ckpt_path is inside one; set it back"
     for part, rule in rules.items():
         keys = [key for key in now[part] if key in saved[part] and saved[part][key] != now[part][key]]
-        changed = [f"{key} is {now[part][key]}, but {saved[part][key]} in ckpt_path" for key in keys]
+        names = {key: f"{key} (seed_everything, if it is null)" for key in FOLLOWING_SEEDS}
+        changed = [f"{names.get(key, key)} is {now[part][key]}, but {saved[part][key]} in ckpt_path" for key in keys]
         require(not changed, f"{', '.join(changed)}: {rule}. At any checkpoint may change: {MAY_CHANGE}")
 
 
