@@ -9,7 +9,9 @@ the device; otherwise the table says so. ``scoring_peers.py`` has the measured f
   reaches the whole head, as that of ``logprobs``, which stands beside it as ``sampled``;
 - ``lsm``: LSM's position losses and the log-probabilities that the drift needs, against the reverse KL to a teacher of
   the same size over the whole vocabulary. The teacher's targets are given, as in training, where they are computed
-  once per buffer.
+  once per buffer;
+- ``reverse_kl``, ``jsd``: these divergences from a teacher of the same size over the whole vocabulary, with the
+  student's entropy, and for opdlab its log-probabilities. The teacher's hidden states are given.
 
 Every measurement has a process of its own. The head's gradient exists before; only additional memory is counted.
 On a CPU memory is the peak of the resident set, on a GPU that of the allocator.

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from common import REPOSITORY, PeakMemory
 
 sys.path.insert(0, str(REPOSITORY))
 
-TASKS = ("logprobs", "frozen", "bucket", "lsm")
+TASKS = ("logprobs", "frozen", "bucket", "lsm", "reverse_kl", "jsd")
 PEERS = ("plain", "opdlab", "sampled", "trl", "liger", "cce", "cce_torch")
 
 
@@ -87,7 +88,7 @@ def _measure(loss: Any, task: str, sizes: Sizes) -> dict[str, float]:
     def head() -> Any:
         return torch.empty(v, h, device=device, dtype=dtype).normal_(std=2 / math.sqrt(h))
 
-    weight, teacher = head(), head() if task == "lsm" else None
+    weight, teacher = head(), head() if task in ("lsm", "reverse_kl", "jsd") else None
     if task != "frozen":
         weight.requires_grad_()
         weight.grad = torch.ones_like(weight)
@@ -196,11 +197,39 @@ def _bucket(logits: Any, log_tail: Any, log_normalizer: Any, teacher_logits: Any
 sampled_bucket = opdlab_logprobs
 
 
-def trl_lsm(hidden: Any, weight: Any, teacher: Any, teacher_weight: Any, **_: Any) -> Any:
-    """Return the reverse KL over the whole vocabulary."""
+# -- divergences over the whole vocabulary: the same work by all, and the student's entropy by all but plain ----------
+
+
+def plain_jsd(hidden: Any, weight: Any, teacher: Any, teacher_weight: Any, **_: Any) -> Any:
+    """Return the Jensen-Shannon divergence from all logits at once."""
+    with torch.no_grad():
+        log_q = (teacher @ teacher_weight.T).float().log_softmax(-1)
+    log_p = (hidden @ weight.T).float().log_softmax(-1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return ((log_q.exp() * (log_q - log_m) + log_p.exp() * (log_p - log_m)) / 2).sum(-1)
+
+
+def _opdlab_divergence(
+    divergence: str, hidden: Any, weight: Any, targets: Any, teacher: Any, teacher_weight: Any, **_: Any
+) -> Any:
+    from opdlab.scoring import Head, divergence_statistics
+
+    heads = Head(weight, accumulate_grad=True), Head(teacher_weight)
+    losses, statistics = divergence_statistics(hidden, heads[0], teacher, heads[1], targets, divergence=divergence)
+    assert not statistics.entropy.requires_grad
+    return losses
+
+
+def _trl_divergence(beta: float, hidden: Any, weight: Any, teacher: Any, teacher_weight: Any, **_: Any) -> Any:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    return ChunkedDivergenceFunction.apply(hidden, weight, None, teacher, teacher_weight, None, 1.0)[0]
+    return ChunkedDivergenceFunction.apply(hidden, weight, None, teacher, teacher_weight, None, beta)[0]
+
+
+plain_reverse_kl = plain_lsm
+trl_lsm = partial(_trl_divergence, 1.0)  # reverse KL over the whole vocabulary
+opdlab_reverse_kl, opdlab_jsd = partial(_opdlab_divergence, "reverse_kl"), partial(_opdlab_divergence, "jsd")
+trl_reverse_kl, trl_jsd = trl_lsm, partial(_trl_divergence, 0.5)
 
 
 # -- Liger's and Apple's kernels ---------------------------------------------------------------------------------------

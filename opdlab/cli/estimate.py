@@ -14,6 +14,7 @@ from rich.table import Table
 from opdlab.cli.parsing import parse_fit
 from opdlab.errors import UsageError, require
 from opdlab.estimate import (
+    DIVERGENCE_TILES,
     FLOAT,
     ModelSize,
     activation_bytes,
@@ -24,6 +25,7 @@ from opdlab.estimate import (
     model_size,
     optimizer_bytes_per_parameter,
 )
+from opdlab.types import TeacherRequest
 
 _GIB = 1 << 30
 _CASTS = "weights cast by autocast"
@@ -155,26 +157,18 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
     """
     models = dict(_models(config)) if models is None else models
     on_cpu = config.trainer.accelerator == "cpu" if on_cpu is None else on_cpu
+    init = {"class_path": config.model.objective.class_path, "init_args": _options(config.model.objective)}
+    request: TeacherRequest = instantiate_class((), init).request
     result, student = Estimate(), models["student"]
-    _add_resident(result, config, models, {} if on_cpu else _offloaded(config, models))
+    _add_resident(result, config, models, {} if on_cpu else _offloaded(config, models), request)
     num_rollouts = config.data.reuse.prompts_per_pool * config.model.sampling.num_samples
     cache = _cache(student, config, config.model.sampling, num_rollouts)
     result.add_phase("sampling", _SNAPSHOT, new={"KV cache": cache})
     _add_scoring(result, config, models, num_rollouts)
-    _add_update(result, config, student)
+    _add_update(result, config, student, models.get("teacher") if request.hidden else None)
     if config.data.benchmarks:
         _add_evaluation(result, config, models)
-    init = {"class_path": config.model.objective.class_path, "init_args": _options(config.model.objective)}
-    request, length = instantiate_class((), init).request, config.model.sampling.max_new_tokens
-    k = request.top_k + request.behavior_top_k
-    # Tokens (8) and mask (1); log-probabilities of snapshot and teacher, and mass; ids and logits of the support.
-    per_token = 8 + 1 + 3 * FLOAT + k * (4 + FLOAT)
-    # The snapshot's tokens; the teacher's log-normalizer and tail; which ids of a union count.
-    per_token += 4 * request.behavior_top_k + 2 * FLOAT * request.tail
-    per_token += k if request.top_k and request.behavior_top_k else 0
-    prompts = config.data.max_prompt_tokens + _teacher_prompt(config)
-    size = num_rollouts * (length * per_token + prompts * (8 + 1))
-    result.host[_BUFFER] = (size, f"{num_rollouts} rollouts x {length:,} tokens x {per_token} bytes, top {k}")
+    size = _add_buffer(result, config, request, models.get("teacher"), num_rollouts)
     processes = _num_processes(config)
     if gathered := gathered_bytes(size, processes):
         part = (gathered, f"of the first of {processes} processes, in a checkpoint inside a buffer")
@@ -318,7 +312,13 @@ def _offloaded(config: Any, models: Mapping[str, ModelSize]) -> dict[str, str]:
     return {name: parts[name] for name, on in wanted.items() if on}
 
 
-def _add_resident(result: Estimate, config: Any, models: Mapping[str, ModelSize], offloaded: Mapping[str, str]) -> None:
+def _add_resident(
+    result: Estimate,
+    config: Any,
+    models: Mapping[str, ModelSize],
+    offloaded: Mapping[str, str],
+    request: TeacherRequest,
+) -> None:
     """Add the parts alive in all phases, with gradients: Lightning clears them only before the next backward pass."""
     student, optimizer = models["student"], config.model.optimizer
     width, own = student.trained_width, config.model.behavior.dtype
@@ -346,6 +346,9 @@ def _add_resident(result: Estimate, config: Any, models: Mapping[str, ModelSize]
         result.parts[_TEACHER] = _teacher_weights(config, models) or weights["teacher"]
         pinned[_TEACHER] = teacher.rounded * teacher.widths.weights
     result.host = {part: (pinned[part], "offloaded: pinned in powers of two") for part in offloaded.values()}
+    if request.hidden and teacher is not None and _TEACHER in result.host:
+        size = teacher.shape.vocab * teacher.shape.hidden * teacher.widths.weights
+        result.parts["teacher's head"] = size, "a copy on the device, since the teacher is offloaded"
     result.resident = [part for part in result.parts if part not in result.host]
 
 
@@ -400,7 +403,28 @@ def _tokens_of_pass(config: Any, tokens: int) -> int:
     return tokens if bound is None else min(tokens, max(bound, _length(config)))
 
 
-def _add_update(result: Estimate, config: Any, student: ModelSize) -> None:
+def _add_buffer(
+    result: Estimate, config: Any, request: TeacherRequest, teacher: ModelSize | None, num_rollouts: int
+) -> int:
+    """Add the rollout buffer, and return its bytes."""
+    length = config.model.sampling.max_new_tokens
+    k = request.top_k + request.behavior_top_k
+    # Tokens (8) and mask (1); log-probabilities of snapshot and teacher, and mass; ids and logits of the support.
+    per_token, said = 8 + 1 + 3 * FLOAT + k * (4 + FLOAT), f"top {k}"
+    # The snapshot's tokens; the teacher's log-normalizer and tail; which ids of a union count.
+    per_token += 4 * request.behavior_top_k + 2 * FLOAT * request.tail
+    per_token += k if request.top_k and request.behavior_top_k else 0
+    if request.hidden and teacher is not None:
+        per_token += teacher.shape.hidden * teacher.widths.weights
+        said = f"{teacher.shape.hidden:,} hidden states"
+    prompts = config.data.max_prompt_tokens + _teacher_prompt(config)
+    size = num_rollouts * (length * per_token + prompts * (8 + 1))
+    result.host[_BUFFER] = (size, f"{num_rollouts} rollouts x {length:,} tokens x {per_token:,} bytes, {said}")
+    return size
+
+
+def _add_update(result: Estimate, config: Any, student: ModelSize, teacher: ModelSize | None) -> None:
+    """Add the update; ``teacher`` is given if the objective evaluates the teacher's head."""
     tokens = -(-config.data.reuse.batch_size // config.trainer.accumulate_grad_batches) * _length(config)
     at_once = _tokens_of_pass(config, tokens)
     checkpointing = bool(_options(config.model.student).get("gradient_checkpointing"))
@@ -411,6 +435,11 @@ def _add_update(result: Estimate, config: Any, student: ModelSize) -> None:
         ),
         "head": (head_bytes(student.shape, tokens, training=not student.has_adapter), "logits in tiles; its gradient"),
     }
+    if teacher is not None:
+        states = tokens * teacher.shape.hidden * teacher.widths.weights
+        both = head_bytes(student.shape, tokens, training=not student.has_adapter, tiles=DIVERGENCE_TILES)
+        new["head"] = both, "logits of student and teacher in tiles; its gradient"
+        new["teacher's hidden states"] = states, f"{tokens:,} tokens"
     if at_once < tokens:
         size = 2 * tokens * student.shape.hidden * student.widths.weights
         new["hidden states of all passes"] = (size, f"{tokens:,} tokens, and their gradient")

@@ -11,11 +11,13 @@ from opdlab.objectives.base import (
     reduce_losses,
     register_objective,
 )
+from opdlab.objectives.full_divergence import FullDivergence
 from opdlab.objectives.sampled_token import SampledTokenOPD
 from opdlab.objectives.support_divergence import SupportDivergence
 from opdlab.objectives.teacher_topk import TeacherTopK
 
 __all__ = [
+    "FullDivergence",
     "Objective",
     "PositionLosses",
     "Reduction",

@@ -50,6 +50,14 @@ class Objective(ABC):
         """Prepare the objective for these two models, once before training; does nothing by default."""
         del student, teacher
 
+    def own_logprobs(self, student: Scored, rollouts: Rollouts, targets: Targets) -> Tensor:
+        """Return the student's log-probabilities of the sampled tokens, [B, T] nats, detached.
+
+        They come from the same pass over the head as :meth:`position_losses`, so that both are equal bit for bit.
+        """
+        del rollouts
+        return student.own_logprobs(targets)
+
     @abstractmethod
     def position_losses(self, student: Scored, rollouts: Rollouts, targets: Targets) -> PositionLosses:
         """Return the loss of every position; all tensors are on the student's device."""

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from opdlab.errors import require
-from opdlab.objectives.divergences import Divergence, Estimator, Tail, sampled_token_divergence, support_divergence
+from opdlab.objectives.divergences import (
+    Divergence,
+    Estimator,
+    Tail,
+    full_divergence,
+    sampled_token_divergence,
+    support_divergence,
+)
 
 __all__ = [
     "Divergence",
@@ -17,6 +24,7 @@ __all__ = [
     "Reference",
     "Tail",
     "clip_binds",
+    "full_divergence",
     "sampled_token_divergence",
     "sampled_token_loss",
     "support_divergence",

@@ -40,7 +40,15 @@ from opdlab.policies.loading import (
 from opdlab.policies.packing import attention_may_pack, keeps_packed_rows_apart
 from opdlab.policies.passes import PackedRows, length_groups, length_packs
 from opdlab.policies.tokenizers import vocabulary_size
-from opdlab.scoring import Head, SupportTail, TokenStatistics, support_statistics, support_tail, token_statistics
+from opdlab.scoring import (
+    Head,
+    SupportTail,
+    TokenStatistics,
+    divergence_statistics,
+    support_statistics,
+    support_tail,
+    token_statistics,
+)
 from opdlab.types import Rollouts, Targets
 
 
@@ -61,8 +69,9 @@ class Scored:
     head: Head
     mask: Tensor
     tokens: Tensor
-    # By the kind of pass, and the tensor of the support's ids, which is compared by identity; None for no support.
-    _passes: dict[tuple[str, Tensor | None], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # By the kind of pass, and the tensor of the support's ids, which is compared by identity; None for no support. For
+    # a divergence over the vocabulary by the tensor of the teacher's hidden states and the options.
+    _passes: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def statistics(self) -> TokenStatistics:
         """Return log-probability (differentiable), entropy and log-normalizer of every valid position, each [N]."""
@@ -98,6 +107,30 @@ class Scored:
             support = () if support_ids is None else (support_ids.long()[self.mask],)
             self._passes[kind, support_ids] = function(self.hidden, self.head, self.tokens, *support)
         return self._passes[kind, support_ids]
+
+    def divergence_statistics(
+        self, teacher_hidden: Tensor, teacher_head: Head, divergence: str, beta: float, alpha: float
+    ) -> tuple[Tensor, TokenStatistics]:
+        """Return the divergence over the whole vocabulary (differentiable), and the statistics without, in one pass.
+
+        Args:
+            teacher_hidden: [B, T, G], such as :attr:`opdlab.types.Targets.hidden`.
+            teacher_head: computes the teacher's logits from them.
+            divergence: see :func:`opdlab.scoring.divergence_statistics`.
+            beta: see there.
+            alpha: see there.
+
+        Returns:
+            The divergence [N] and the statistics, each [N].
+        """
+        key = (teacher_hidden, teacher_head.temperature, divergence, beta, alpha)
+        if key not in self._passes:
+            states, options = teacher_hidden[self.mask], {"divergence": divergence, "beta": beta, "alpha": alpha}
+            self._passes[key] = divergence_statistics(
+                self.hidden, self.head, states, teacher_head, self.tokens, **options
+            )
+        found: tuple[Tensor, TokenStatistics] = self._passes[key]
+        return found
 
     def own_logprobs(self, targets: Targets) -> Tensor:
         """Return the model's log-probabilities of the sampled tokens, [B, T] nats, detached.

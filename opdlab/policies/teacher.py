@@ -1,6 +1,6 @@
 """Teachers, which score the student's rollouts.
 
-Shapes: B rollouts, T response tokens, K support.
+Shapes: B rollouts, T response tokens, K support, N valid positions, G the teacher's hidden size.
 """
 
 from abc import ABC, abstractmethod
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -21,8 +22,10 @@ from opdlab.policies.offload import on_device
 from opdlab.policies.tokenizers import StopTokens, check_same_vocabulary, vocabulary_size, warn_of_stop_tokens
 from opdlab.progress import Progress, SilentProgress
 from opdlab.records import digest
-from opdlab.scoring import topk_with_statistics, topk_with_tail
+from opdlab.scoring import Head, divergence_statistics, topk_with_statistics, topk_with_tail
 from opdlab.types import Rollouts, Targets, TeacherRequest, assign_rows, id_dtype
+
+_MEASURED_POSITIONS = 256  # for the error of rounded hidden states
 
 
 class Teacher(ABC):
@@ -46,6 +49,19 @@ class Teacher(ABC):
 
         A teacher scores :meth:`Rollouts.as_teacher_sees`: the responses after the prompts that it sees itself.
         """
+
+    def head(self, temperature: float = 1.0) -> Head:
+        """Return the frozen head that computes logits from :attr:`Targets.hidden`, on the device of :meth:`to`.
+
+        Raises:
+            UsageError: the teacher has no head in this process, as here by default.
+        """
+        del temperature
+        raise UsageError(
+            f"model.teacher is {type(self).__name__}, which gives no hidden states and no head to compute logits from "
+            "them, but the objective compares the whole vocabulary: take a LocalTeacher, or an objective on a support "
+            "such as support_divergence"
+        )
 
     def bind(self, student: LanguageModel) -> None:
         """Receive the student, before any other call; does nothing by default."""
@@ -198,6 +214,8 @@ class LocalTeacher(Teacher):
         self.vocab_size = model.vocab_size
         self.stop_tokens = model.stop_tokens
         self._batch_size, self.offload, self._device = batch_size, offload, model.device
+        self._head: tuple[torch.device, Head] | None = None  # of an offloaded teacher, with its device
+        self._has_told_rounding = False
 
     def to(self, device: torch.device) -> None:
         """Move the weights; if offloaded, set the device on which they are used."""
@@ -212,6 +230,15 @@ class LocalTeacher(Teacher):
     def fingerprint(self) -> str:
         """Return a digest of the model, its dtype and its head; see :meth:`Teacher.fingerprint`."""
         return digest([fingerprint(self.model), self.model.quantization, self.vocab_size])
+
+    def head(self, temperature: float = 1.0) -> Head:
+        """Return the frozen head, see :meth:`Teacher.head`; an offloaded teacher keeps a copy on the device."""
+        head = self.model.head(temperature).detached()
+        if not self.offload or head.weight.device == self._device:
+            return head
+        if self._head is None or self._head[0] != self._device:
+            self._head = self._device, head.on(self._device)
+        return replace(self._head[1], temperature=temperature)
 
     @torch.no_grad()
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
@@ -234,6 +261,7 @@ class LocalTeacher(Teacher):
             log_normalizer=torch.zeros(shape) if request.tail else None,
             log_tail=torch.zeros(shape) if request.tail and k else None,
         )
+        hidden: Tensor | None = None
         place = on_device(self.model, self._device) if self.offload else nullcontext()
         with place, (progress or SilentProgress()).task("scoring (teacher)", len(rollouts)) as advance:
             for rows, of_model in self.model.score_in_chunks(rollouts, self._batch_size):
@@ -245,8 +273,26 @@ class LocalTeacher(Teacher):
                         assign_rows(into, rows, part)
                     elif into is not None:
                         into[rows] = part
+                if request.hidden:
+                    self._tell_rounding(of_model)
+                    states = scored.padded(scored.hidden).cpu()  # in the dtype in which the teacher computes
+                    hidden = states.new_zeros(*shape, states.shape[-1]) if hidden is None else hidden
+                    hidden[rows, : states.shape[1]] = states
                 advance(len(rows))
-        return targets
+        if request.hidden and hidden is None:  # there are no rollouts
+            hidden = torch.zeros(*shape, self.model.head().weight.shape[1])
+        return replace(targets, hidden=hidden)
+
+    def _tell_rounding(self, scored: Scored) -> None:
+        """Say once how much the rounding of hidden states to a narrow dtype changes the teacher's distribution."""
+        name, states = str(scored.hidden.dtype).removeprefix("torch."), scored.hidden[:_MEASURED_POSITIONS]
+        if self._has_told_rounding or states.dtype.itemsize >= 4 or not len(states):
+            return
+        self._has_told_rounding = True
+        rank_zero_info(
+            f"the teacher's hidden states are kept in {name}, as it computes them; their rounding changes its "
+            f"distribution by about {rounding_divergence(states, scored.head):.1g} nats a token (KL)"
+        )
 
 
 def _token_targets(scored: Scored, rollouts: Rollouts, request: TeacherRequest) -> dict[str, Tensor]:
@@ -297,3 +343,28 @@ class BaseTeacher(LocalTeacher):
             "model.student has none: give model.student.init_args.adapter, or take a LocalTeacher",
         )
         self._hold(student.without_adapter(), self._batch_size)
+
+
+@torch.no_grad()
+def rounding_divergence(hidden: Tensor, head: Head) -> float:
+    """Return the mean KL divergence that the rounding of hidden states to their dtype causes, nats; an estimate.
+
+    The numbers before the rounding are not known. They were anywhere within half a unit in the last place, so the
+    states are compared with others that are drawn there, with a fixed seed.
+
+    Args:
+        hidden: [N, G], rounded.
+        head: computes the logits.
+
+    Example:
+        >>> states = torch.ones(4, 8, dtype=torch.bfloat16)
+        >>> 0 < rounding_divergence(states, Head(torch.eye(8, dtype=torch.bfloat16))) < 1e-4
+        True
+    """
+    wide = hidden.float()
+    unit = torch.finfo(hidden.dtype).eps * torch.exp2(torch.frexp(wide).exponent.float() - 1)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(wide.shape, generator=generator).to(wide.device) - 0.5
+    targets = torch.zeros(len(wide), dtype=torch.long, device=wide.device)
+    values, _ = divergence_statistics(wide + noise * unit, head, wide, head, targets, divergence="reverse_kl")
+    return float(values.mean())

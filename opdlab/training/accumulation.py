@@ -31,7 +31,7 @@ class ScoredBatch:
     inputs: GateInputs
 
 
-def score_rollouts(student: LanguageModel, batch: Minibatch) -> tuple[Scored, Rollouts]:
+def score_rollouts(student: LanguageModel, objective: Objective, batch: Minibatch) -> tuple[Scored, Rollouts]:
     """Return a micro-batch's scores, and its rollouts with behavior log-probabilities.
 
     If these are not computed yet, the student still equals the behavior policy: its own log-probabilities are the
@@ -40,7 +40,8 @@ def score_rollouts(student: LanguageModel, batch: Minibatch) -> tuple[Scored, Ro
     scored = student.score(batch.rollouts)
     if batch.behavior_known:
         return scored, batch.rollouts
-    return scored, replace(batch.rollouts, behavior_logprobs=scored.own_logprobs(batch.targets))
+    own = objective.own_logprobs(scored, batch.rollouts, batch.targets)
+    return scored, replace(batch.rollouts, behavior_logprobs=own)
 
 
 def score_batch(student: LanguageModel, objective: Objective, batch: Minibatch, step: int) -> ScoredBatch:
@@ -52,7 +53,7 @@ def score_batch(student: LanguageModel, objective: Objective, batch: Minibatch, 
         batch: on the student's device.
         step: optimizer steps taken so far.
     """
-    scored, rollouts = score_rollouts(student, batch)
+    scored, rollouts = score_rollouts(student, objective, batch)
     positions = objective.position_losses(scored, rollouts, batch.targets)
     return ScoredBatch(rollouts, scored, positions, gate_inputs(rollouts, batch.targets, positions, step))
 

@@ -182,7 +182,7 @@ class OPDModule(EvaluationModule):
             ``loss``; for callbacks ``trace``, the :class:`StepTrace`, and ``num_tokens``, the response tokens of the
             optimizer batch in all processes.
         """
-        scored, rollouts = score_rollouts(self.student, batch)
+        scored, rollouts = score_rollouts(self.student, self.objective, batch)
         positions = self.objective.position_losses(scored, rollouts, batch.targets)
         inputs = gate_inputs(rollouts, batch.targets, positions, self.global_step)
         if not batch.behavior_known:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 
 from opdlab.checkpoints import CHECKPOINT_KEY

@@ -16,6 +16,7 @@ import opdlab.scoring.head_gradients
 from opdlab.scoring import (
     Head,
     LowRank,
+    divergence_statistics,
     support_logits,
     support_statistics,
     support_tail,
@@ -66,6 +67,10 @@ def _forward_and_backward(kind: str) -> int:
         tail = support_tail(hidden, head, targets, support)
         return tail.logits.sum() + tail.log_tail.sum() + tail.statistics.log_normalizer.sum()
 
+    def of_divergence(kind: str) -> Tensor:
+        teacher, of_teacher = torch.randn(512, 5), Head(torch.randn(4096, 5))
+        return divergence_statistics(hidden, Head(weight), teacher, of_teacher, targets, divergence=kind)[0]
+
     losses: dict[str, Callable[[], Tensor]] = {
         "plain": lambda: (hidden @ weight.T).log_softmax(-1).gather(1, targets[:, None]),
         "logprobs": lambda: token_logprobs(hidden, weight, targets),
@@ -78,6 +83,8 @@ def _forward_and_backward(kind: str) -> int:
         "adapter and tail": lambda: of_tail(adapted),
         "frozen head": lambda: token_statistics(hidden, frozen, targets).logprobs,
         "frozen head and tail": lambda: of_tail(frozen),
+        "reverse_kl": lambda: of_divergence("reverse_kl"),
+        "jsd": lambda: of_divergence("jsd"),
     }
     with _LargestTensor() as largest:
         if kind == "topk":
@@ -89,14 +96,14 @@ def _forward_and_backward(kind: str) -> int:
     return int(largest.numel)
 
 
+KINDS = [
+    *("logprobs", "frozen head", "support", "support and statistics", "topk"),
+    *("tail", "adapter and tail", "frozen head and tail", "topk and tail", "reverse_kl", "jsd"),
+]
+
+
 @pytest.mark.usefixtures("_wide_vocabulary")
-@pytest.mark.parametrize(
-    "kind",
-    [
-        *("logprobs", "frozen head", "support", "support and statistics", "topk"),
-        *("tail", "adapter and tail", "frozen head and tail", "topk and tail"),
-    ],
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_never_holds_all_logits(kind: str) -> None:
     # The largest allowed tensor is a tile. The weight and its gradient have 6 * 4096 elements.
     assert _forward_and_backward(kind) <= 8 * 4096
