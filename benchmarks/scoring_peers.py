@@ -19,8 +19,8 @@ from common import REPOSITORY, PeakMemory
 
 sys.path.insert(0, str(REPOSITORY))
 
-TASKS = ("logprobs", "frozen", "lsm", "reverse_kl", "jsd")
-PEERS = ("plain", "opdlab", "trl", "liger", "cce", "cce_torch")
+TASKS = ("logprobs", "frozen", "bucket", "lsm", "reverse_kl", "jsd")
+PEERS = ("plain", "opdlab", "sampled", "trl", "liger", "cce", "cce_torch")
 
 
 class SkippedError(Exception):
@@ -49,6 +49,11 @@ class Sizes:
 
 
 # -- one measurement ---------------------------------------------------------------------------------------------------
+
+
+def has_task(peer: str, task: str) -> bool:
+    """True if a peer has a function for the task."""
+    return f"{peer}_{task}" in globals()
 
 
 def measure(peer: str, task: str, sizes: Sizes) -> dict[str, Any]:
@@ -157,6 +162,39 @@ def opdlab_lsm(hidden: Any, weight: Any, targets: Any, support: Any, support_log
     logits, statistics = support_statistics(hidden, Head(weight, accumulate_grad=True), targets, support)
     assert not statistics.logprobs.requires_grad
     return teacher_topk_loss(logits, support_logits)
+
+
+def plain_bucket(hidden: Any, weight: Any, support: Any, support_logits: Any, **_: Any) -> Any:
+    """Return the reverse KL on a support and its tail from all logits at once."""
+    logits = (hidden @ weight.T).float()
+    log_tail = logits.scatter(1, support, -torch.inf).logsumexp(-1)
+    return _bucket(logits.gather(1, support), log_tail, logits.logsumexp(-1), support_logits)
+
+
+def opdlab_bucket(hidden: Any, weight: Any, targets: Any, support: Any, support_logits: Any, **_: Any) -> Any:
+    """Return the reverse KL on a support and its tail; log-probabilities for the drift come with it."""
+    from opdlab.scoring import Head, support_tail
+
+    *_, logits, log_tail, statistics = support_tail(hidden, Head(weight, accumulate_grad=True), targets, support)
+    return _bucket(logits, log_tail, statistics.log_normalizer, support_logits)
+
+
+def _bucket(logits: Any, log_tail: Any, log_normalizer: Any, teacher_logits: Any) -> Any:
+    from opdlab.objectives.functional import support_divergence
+
+    return support_divergence(
+        logits,
+        teacher_logits.log_softmax(-1) - 0.1,  # the teacher gives the support a probability of 0.9
+        divergence="reverse_kl",
+        tail="bucket",
+        student_log_normalizer=log_normalizer,
+        student_log_tail=log_tail,
+        teacher_log_normalizer=torch.zeros_like(log_tail),
+        teacher_log_tail=torch.full_like(log_tail, math.log(-math.expm1(-0.1))),
+    )
+
+
+sampled_bucket = opdlab_logprobs
 
 
 # -- divergences over the whole vocabulary: the same work by all, and the student's entropy by all but plain ----------

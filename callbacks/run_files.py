@@ -63,6 +63,9 @@ class RunFiles(pl.Callback):
         """Start the clock; for a resumed run, also continue the curves at its step."""
         self._since, self.state = time.monotonic(), None
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+        self._continue_curves(trainer, pl_module)
+
+    def _continue_curves(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         resumed, self._resumed = self._resumed, False
         if not resumed or not trainer.is_global_zero:
             return
@@ -90,7 +93,8 @@ class RunFiles(pl.Callback):
             self._tokens += outputs["num_tokens"]
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the results of a run that has ended, also of one that is resumed at its last step."""
+        """Write the results of a run that has ended, also of one that resumes at its last step and has no start."""
+        self._continue_curves(trainer, pl_module)
         self._end(trainer, pl_module, COLLAPSED if any(guard.messages for guard in _guards(trainer)) else FINISHED)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -31,7 +31,7 @@ PUBLIC = {
         *("RunFiles", "SampleLogger", "StopCheckpoint", "LabProgressBar"),
     ],
     "opdlab.objectives": [
-        *("Objective", "PositionLosses", "Reduction", "SampledTokenOPD", "TeacherTopK"),
+        *("Objective", "PositionLosses", "Reduction", "SampledTokenOPD", "SupportDivergence", "TeacherTopK"),
         *("build_objective", "loss_shares", "objective_names", "objective_registry", "reduce_losses"),
         "register_objective",
     ],
@@ -39,8 +39,8 @@ PUBLIC = {
         *("sampled_token_divergence", "sampled_token_loss", "support_divergence", "teacher_topk_loss"),
     ],
     "opdlab.scoring": [
-        *("Head", "LowRank", "TokenStatistics", "TopK", "support_logits", "support_statistics"),
-        *("token_logprobs", "token_statistics", "topk_with_statistics"),
+        *("Head", "LowRank", "SupportTail", "TokenStatistics", "TopK", "support_logits", "support_statistics"),
+        *("support_tail", "token_logprobs", "token_statistics", "topk_with_statistics", "topk_with_tail"),
     ],
     "opdlab.metrics": ["MajorityVote", "PassAtK", "ProblemMean"],
     "opdlab.verifiers": [
@@ -49,7 +49,7 @@ PUBLIC = {
     "opdlab.types": [
         *("EvaluationBatch", "Message", "Minibatch", "Problem", "Prompt", "Rollouts", "StopReason", "Targets"),
         "TeacherRequest",
-        *("Verdicts", "id_dtype", "trimmed"),
+        *("Verdicts", "assign_rows", "id_dtype", "trimmed"),
     ],
     "opdlab.rollouts": [
         *("Collector", "Minibatch", "Pool", "ReuseConfig", "RolloutLoader", "Rollouts", "StopReason", "Targets"),
@@ -59,6 +59,7 @@ PUBLIC = {
         *("AdapterConfig", "BaseTeacher", "StopTokens", "share_vocabulary", "single_token_ids", "warn_of_stop_tokens"),
         *("BehaviorPolicy", "LanguageModel", "LocalTeacher", "Sampler", "SamplingConfig", "Scored"),
         *("BehaviorConfig", "NoTeacher", "Teacher", "TeacherHolder", "TeacherRequest", "check_same_vocabulary"),
+        "check_targets",
     ],
     "opdlab.data": [
         *("Benchmark", "ChatTemplate", "CleaningReport", "CleaningConfig", "DapoMath17k", "EvaluationBatch"),

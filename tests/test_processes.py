@@ -42,6 +42,7 @@ def test_loss_and_tokens_are_those_of_all_processes_and_one_of_them_writes(
             file.write(f"{os.getpid()}\n")
         return write_page(*arguments)
 
+    # A page does not tell which process wrote it.
     monkeypatch.setattr("opdlab.callbacks.sample_logger.write_page", counted)
     watching = (
         GateMonitor(every_n_steps=1),

@@ -18,7 +18,7 @@ from opdlab.callbacks import StopCheckpoint
 from opdlab.checkpoints import check_checkpoint
 from opdlab.data import ReuseConfig
 from opdlab.errors import UsageError
-from opdlab.objectives import SampledTokenOPD, TeacherTopK
+from opdlab.objectives import SampledTokenOPD, SupportDivergence, TeacherTopK
 from opdlab.policies import LocalTeacher
 from opdlab.processes import STOP_SIGNALS
 from tests.toy_run import STUDENT, Run
@@ -42,17 +42,23 @@ class SaveAt(Callback):
 
 # A buffer lasts 4 steps, the snapshot is refreshed every 3, and an epoch has 2 buffers. Steps 2 and 5 lie inside a
 # buffer, 4 at the end of one, 8 at the end of an epoch.
+CASES = [(1, 2), (1, 4), (1, 5), (1, 8), (4, 8), (4, 9), (4, 11), (4, 22)]
+
+
 @pytest.mark.parametrize(
-    ("accumulate", "micro_batch"),
-    [(1, 2), (1, 4), (1, 5), (1, 8), (4, 8), (4, 9), (4, 11), (4, 22)],
+    ("accumulate", "micro_batch", "support"),
+    [*((*case, None) for case in CASES), (1, 2, "union"), (4, 9, "student")],
     ids=lambda value: str(value),
 )
-def test_resume_is_bit_for_bit(make_run: MakeRun, tmp_path: Path, accumulate: int, micro_batch: int) -> None:
+def test_resume_is_bit_for_bit(
+    make_run: MakeRun, tmp_path: Path, accumulate: int, micro_batch: int, support: Any
+) -> None:
     path = tmp_path / "stopped.ckpt"
-    whole = make_run(accumulate=accumulate)
+    objective = None if support is None else SupportDivergence(support=support, k=8)
+    whole = make_run(accumulate=accumulate, objective=objective)
     whole.trainer_options["callbacks"].append(SaveAt(path, micro_batch))
     whole.fit(10)
-    resumed = make_run(accumulate=accumulate)
+    resumed = make_run(accumulate=accumulate, objective=objective)
     for parameter in resumed.module.parameters():  # every value of the module must come from the checkpoint
         parameter.data.add_(1.0)
     resumed.fit(10, ckpt_path=path)

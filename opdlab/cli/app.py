@@ -18,9 +18,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 from opdlab.callbacks import CollapseGuard, EvaluationTable, LabProgressBar, RunFiles, SampleLogger, StopCheckpoint
-from opdlab.checkpoints import check_checkpoint
+from opdlab.checkpoints import check_checkpoint, small_parts
 from opdlab.cli.building import build, with_seeds
-from opdlab.cli.checks import check_files, check_trainer, warn_of_idle_recorder
+from opdlab.cli.checks import check_files, check_resume, check_trainer, warn_of_idle_recorder
 from opdlab.cli.ending import run_to_end
 from opdlab.cli.estimate import refuse_oversized
 from opdlab.cli.hparams import log_hyperparameters
@@ -96,7 +96,10 @@ class OPDCLI(LightningCLI):
         """Parse and check the arguments, and the checkpoint to resume from."""
         self.config = parse_fit(args, self.command)
         if self.config.ckpt_path is not None:
-            check_checkpoint(Path(self.config.ckpt_path), resume=self.command == "fit")
+            path = Path(self.config.ckpt_path)
+            check_checkpoint(path, resume=self.command == "fit")
+            if self.command == "fit":
+                check_resume(parser, self.config, small_parts(path))
 
     def _parse_ckpt_path(self) -> None:
         """Take nothing from the checkpoint: Lightning merges its hyperparameters, class paths included."""

@@ -242,18 +242,71 @@ def _options(plugin: Any) -> dict[str, Any]:
 
 def _models(config: Any) -> Iterator[tuple[str, ModelSize]]:
     yield "student", model_size(_options(config.model.student), config.trainer.precision)
-    teacher = _options(config.model.teacher)
+    teacher = _options(_teacher(config))
     if "path" in teacher and "dtype" in teacher:  # a local teacher; the trainer does not cast it
         yield "teacher", model_size(teacher, None)
+    elif _is_own(config):
+        yield "teacher", model_size(_options(config.model.student), config.trainer.precision)
+    elif routed := _routed(config):
+        yield "teacher", max(routed.values(), key=lambda size: size.bytes)
 
 
-def _length(config: Any) -> int:
-    return int(config.data.max_prompt_tokens + config.model.sampling.max_new_tokens)
+def _teacher(config: Any) -> Any:
+    """Return the section of the teacher, without a TargetCache around it."""
+    section = config.model.teacher
+    return section.init_args.teacher if str(section.class_path).endswith(".TargetCache") else section
+
+
+def _is_own(config: Any) -> bool:
+    """True if the teacher is the student itself."""
+    return str(_teacher(config).class_path).endswith(".SelfTeacher")
+
+
+def _routed(config: Any) -> dict[str, ModelSize]:
+    """Return the sizes of the teachers of a RoutedTeacher that are local models, by name."""
+    options = _options(_teacher(config))
+    teachers, sizes = options.pop("teachers", None), {}
+    for name, given in (teachers or {}).items():
+        own = {"path": given, **options} if isinstance(given, str) else dict(given.get("init_args") or {})
+        if "path" in own:
+            sizes[name] = model_size({"dtype": "float32", **own}, None)
+    return sizes
+
+
+def _teacher_weights(config: Any, models: Mapping[str, ModelSize]) -> tuple[int, str] | None:
+    """Return the bytes of the teacher's weights and what they are; None if they are not the plain model's."""
+    if _is_own(config):
+        return _own_weights(config, models["student"])
+    if routed := _routed(config):
+        kept = _options(_teacher(config)).get("keep_loaded", True)
+        size = sum(each.bytes for each in routed.values()) if kept else models["teacher"].bytes
+        return size, f"{len(routed)} teachers" + ("" if kept else ", the largest, one after another")
+    return None
+
+
+def _own_weights(config: Any, student: ModelSize) -> tuple[int, str]:
+    """Return the bytes of a SelfTeacher's weights beside the student's, and what they are."""
+    width, averaged = student.trained_width, _options(_teacher(config)).get("decay") is not None
+    more = FLOAT if averaged and width < FLOAT else 0
+    shared = "the adapter alone" if student.has_adapter else f"{student.trainable:,} x {width} bytes"
+    return student.trainable * (width + more), shared + (f", its average x {more}" if more else "")
+
+
+def _length(config: Any, *, of_teacher: bool = False) -> int:
+    prompt = (_teacher_prompt(config) if of_teacher else 0) or config.data.max_prompt_tokens
+    return int(prompt + config.model.sampling.max_new_tokens)
+
+
+def _teacher_prompt(config: Any) -> int:
+    """Return the tokens of a prompt that only the teacher sees; 0 if it sees the student's."""
+    train = _options(config.data.train)
+    has_own = any(train.get(key) is not None for key in ("teacher_text", "teacher_template"))
+    return int(config.data.max_teacher_prompt_tokens) if has_own else 0
 
 
 def _offloaded(config: Any, models: Mapping[str, ModelSize]) -> dict[str, str]:
     """Return the parts that are offloaded, by the option that asks for it."""
-    teacher = "teacher" in models and _options(config.model.teacher).get("offload")
+    teacher = "teacher" in models and _options(_teacher(config)).get("offload")
     wanted = {"model.behavior.offload": config.model.behavior.get("offload"), "model.teacher.offload": teacher}
     parts = {"model.behavior.offload": _SNAPSHOT, "model.teacher.offload": _TEACHER}
     return {name: parts[name] for name, on in wanted.items() if on}
@@ -290,7 +343,7 @@ def _add_resident(
     }
     pinned = {_SNAPSHOT: student.rounded * snapshot}
     if (teacher := models.get("teacher")) is not None:
-        result.parts[_TEACHER] = weights["teacher"]
+        result.parts[_TEACHER] = _teacher_weights(config, models) or weights["teacher"]
         pinned[_TEACHER] = teacher.rounded * teacher.widths.weights
     result.host = {part: (pinned[part], "offloaded: pinned in powers of two") for part in offloaded.values()}
     if request.hidden and teacher is not None and _TEACHER in result.host:
@@ -333,9 +386,9 @@ def _add_scoring(result: Estimate, config: Any, models: Mapping[str, ModelSize],
         phase, weights, batch = (
             ("behavior scoring", _SNAPSHOT, config.model.behavior.score_batch_size)
             if role == "student"
-            else ("teacher scoring", _TEACHER, _options(config.model.teacher).get("batch_size"))
+            else ("teacher scoring", _TEACHER, _options(_teacher(config)).get("batch_size"))
         )
-        tokens = min(batch or 1, num_rollouts) * _length(config)
+        tokens = min(batch or 1, num_rollouts) * _length(config, of_teacher=role == "teacher")
         at_once = _tokens_of_pass(config, tokens) if role == "student" else tokens
         size = inference_bytes(model.shape, at_once, model.widths) + head_bytes(model.shape, tokens, training=False)
         if at_once < tokens:  # hidden states of the previous passes
@@ -355,12 +408,17 @@ def _add_buffer(
 ) -> int:
     """Add the rollout buffer, and return its bytes."""
     length = config.model.sampling.max_new_tokens
+    k = request.top_k + request.behavior_top_k
     # Tokens (8) and mask (1); log-probabilities of snapshot and teacher, and mass; ids and logits of the support.
-    per_token, said = 8 + 1 + 3 * FLOAT + request.top_k * (4 + FLOAT), f"top {request.top_k}"
+    per_token, said = 8 + 1 + 3 * FLOAT + k * (4 + FLOAT), f"top {k}"
+    # The snapshot's tokens; the teacher's log-normalizer and tail; which ids of a union count.
+    per_token += 4 * request.behavior_top_k + 2 * FLOAT * request.tail
+    per_token += k if request.top_k and request.behavior_top_k else 0
     if request.hidden and teacher is not None:
         per_token += teacher.shape.hidden * teacher.widths.weights
         said = f"{teacher.shape.hidden:,} hidden states"
-    size = num_rollouts * (length * per_token + config.data.max_prompt_tokens * (8 + 1))
+    prompts = config.data.max_prompt_tokens + _teacher_prompt(config)
+    size = num_rollouts * (length * per_token + prompts * (8 + 1))
     result.host[_BUFFER] = (size, f"{num_rollouts} rollouts x {length:,} tokens x {per_token:,} bytes, {said}")
     return size
 

@@ -13,6 +13,7 @@ from opdlab.objectives.base import (
 )
 from opdlab.objectives.full_divergence import FullDivergence
 from opdlab.objectives.sampled_token import SampledTokenOPD
+from opdlab.objectives.support_divergence import SupportDivergence
 from opdlab.objectives.teacher_topk import TeacherTopK
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "PositionLosses",
     "Reduction",
     "SampledTokenOPD",
+    "SupportDivergence",
     "TeacherTopK",
     "build_objective",
     "loss_shares",

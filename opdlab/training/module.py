@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -15,6 +16,7 @@ from opdlab.checkpoints import CHECKPOINT_KEY
 from opdlab.diagnostics import StepRecord, StepTrace, hidden_gradient_norms, step_metrics, step_record
 from opdlab.evaluation import EvaluationConfig, EvaluationModule
 from opdlab.gating import GateStrategy
+from opdlab.loggers import save_all
 from opdlab.objectives import Objective, Reduction, loss_shares, reduce_losses
 from opdlab.policies import (
     BehaviorConfig,
@@ -114,6 +116,10 @@ class OPDModule(EvaluationModule):
             checks.tell_of_idle_offload(self.trainer, behavior=self.behavior.offload, teacher=self.teacher.offload)
         if data is not None:
             data.connect(self.student.tokenizer, self.collect, self.sampling.num_samples, training=stage == "fit")
+            data.check_teachers(self.teacher.names)
+        if stage == "fit":
+            checks.warn_of_bias(self.objective, data.demonstrations.share if data is not None else 0.0)
+            checks.check_own_teacher(self.teacher, self.trainer, self.whole_weights, data and data.train_prompts)
         super().setup(stage)
         if stage == "fit":  # before a strategy shards the weights
             self._settings = resume.run_settings(self, data)
@@ -138,7 +144,8 @@ class OPDModule(EvaluationModule):
     def on_fit_start(self) -> None:
         """Move the teacher to the device, and say when the snapshot is refreshed."""
         self.teacher.to(self.device)
-        schedules = [each.schedule for each in self.trainer.callbacks if isinstance(each, RefreshSchedule)]  # type: ignore[attr-defined] # set by Lightning's connector
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined] # set by Lightning's connector
+        schedules = [each.schedule for each in callbacks if isinstance(each, RefreshSchedule)]
         self._refreshes = not schedules
         rank_zero_info(f"behavior snapshot: refreshed {', '.join(schedules) or 'before each rollout buffer'}")
 
@@ -241,6 +248,7 @@ class OPDModule(EvaluationModule):
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         """Take a step and write its metrics to the loggers, before a callback writes a checkpoint of the step."""
         super().optimizer_step(*args, **options)
+        self.teacher.after_step(self.student)
         self._timer.end(self._batch_tokens)
         if self._metrics:
             self.write_metrics({**self._metrics, **self._timer.metrics}, self.global_step + 1)
@@ -255,10 +263,12 @@ class OPDModule(EvaluationModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the settings that a resumed run must share, once all metrics up to here are on disk."""
         super().on_save_checkpoint(checkpoint)
-        for logger in self.loggers:
-            logger.save()
+        save_all(self.loggers)
         micro_batches = self.trainer.accumulate_grad_batches
-        checkpoint[CHECKPOINT_KEY] = {"settings": self._settings, "micro_batches": micro_batches}
+        own: dict[str, Any] = {"settings": self._settings, "micro_batches": micro_batches}
+        if teacher := self.teacher.state_dict():
+            own["teacher"] = teacher
+        checkpoint[CHECKPOINT_KEY] = own
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of this model and run, and adapt Lightning's counters to this trainer.
@@ -268,6 +278,7 @@ class OPDModule(EvaluationModule):
                 change there.
         """
         checks.check_checkpoint(checkpoint, self.state_dict())
+        self.teacher.load_state_dict(checkpoint[CHECKPOINT_KEY].get("teacher", {}))
         if self.trainer.state.fn == TrainerFn.FITTING:
             loader = self.data.train_dataloader() if self.data is not None else None
             resume.go_on_from(checkpoint, self.trainer, self._settings, loader)

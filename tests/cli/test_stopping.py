@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opdlab.checkpoints import check_checkpoint
 from opdlab.cli import main
@@ -228,6 +229,35 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         warnings.simplefilter("ignore")
         gc.collect()  # TensorBoard leaves its file open if it cannot write what it has not written yet
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see `small_disk`
+def test_a_full_disk_with_the_event_files_alone(
+    fit: Fit, small_disk: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """All else is on another disk: the folder of the events is named, and what a checkpoint has is in the curves."""
+    fill = ["--trainer.callbacks+=tests.stops.Filler", "--trainer.callbacks.place=on_train_batch_start"]
+    fill += [f"--trainer.callbacks.folder={small_disk}", "--trainer.callbacks.count=4"]
+    every = ["--trainer.logger=TensorBoardLogger", f"--trainer.logger.save_dir={small_disk}"]
+    every += ["--checkpoint.every_n_train_steps=1", "--model.evaluation.teacher=false"]
+    assert fit(*fill, *every) == EXIT_FAILED
+    error = capfd.readouterr().err
+    line = error.strip().splitlines()[-1]
+    assert "Traceback" not in error
+    assert re.match(rf"opdlab: error: {small_disk}/\S+ cannot be written, because the disk is full", line)
+    kept = re.search(r"\(at step \d; the newest checkpoint is (\S+\.ckpt), of step (\d)\)", line)
+    assert kept is not None
+    assert check_checkpoint(Path(kept[1])) == int(kept[2]) >= 3
+    (small_disk / "filler").unlink()
+    assert fit("--ckpt_path", "last", *every) == 0
+    steps: list[int] = []
+    for folder in sorted((small_disk / "lightning_logs").iterdir()):
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        steps += [event.step for event in events.Scalars("train/loss")]
+    assert sorted(set(steps)) == [1, 2, 3, 4, 5, 6]
+    with (tmp_path / "runs/quickstart/version_0/metrics.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see `small_disk`

@@ -5,7 +5,9 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,14 +21,28 @@ ROOT = Path(__file__).parents[2]
 Fit = Callable[..., tuple[int, str]]
 
 
+def send(first: "subprocess.Popen[bytes]", rank: int, seconds: float) -> None:
+    pids = [str(first.pid)]
+    while rank and len(pids) < 2 and first.poll() is None:
+        time.sleep(0.05)
+        found = subprocess.run(["pgrep", "-P", pids[0], "-f", "opdlab"], capture_output=True, text=True, check=False)
+        pids += found.stdout.split()
+    time.sleep(seconds)
+    if first.poll() is None:
+        os.kill(int(pids[rank]), signal.SIGTERM)
+
+
 @pytest.fixture
 def fit(tmp_path: Path) -> Fit:
-    """Run ``opdlab fit`` with two processes, and return its exit code and its messages; all of them must end."""
+    """Run ``opdlab fit`` with two processes, and return its exit code and its messages; both must end.
+
+    ``signalled`` is the process that gets a SIGTERM, and when, in seconds since it has started.
+    """
     (tmp_path / "small.yaml").write_text(SMALL)
     command = [sys.executable, "-m", "opdlab", "fit", "-c", "quickstart", "-c", "small.yaml", "--trainer.devices=2"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
-    def run(*arguments: str) -> tuple[int, str]:
+    def run(*arguments: str, signalled: tuple[int, float] | None = None) -> tuple[int, str]:
         # A file: a pipe would also wait for a process that is left behind.
         with (tmp_path / "messages.txt").open("w+") as messages:
             process = subprocess.Popen(
@@ -38,13 +54,15 @@ def fit(tmp_path: Path) -> Fit:
                 start_new_session=True,
             )
             try:
+                if signalled is not None:
+                    send(process, *signalled)
                 code = process.wait(timeout=120)
                 with pytest.raises(ProcessLookupError):  # no process of the group is left
                     os.killpg(process.pid, 0)
             finally:
-                if process.poll() is None:
+                with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
-                    process.wait()
+                process.wait()
             messages.seek(0)
             return code, messages.read()
 
@@ -56,6 +74,16 @@ def test_a_signal_to_the_second_process_before_it_joins_stops_both(fit: Fit) -> 
     assert code == 128 + signal.SIGTERM, said
     assert "opdlab: stopped by SIGTERM; to go on, run the same command\n" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("seconds", [1.5, 5, 7, 9, 11])
+def test_a_signal_at_any_moment_to_any_process_stops_both(fit: Fit, rank: int, seconds: float) -> None:
+    code, said = fit(signalled=(rank, seconds))
+    assert code in (128 + signal.SIGTERM, 0), said
+    assert ("opdlab: stopped by SIGTERM" in said) == (code != 0)
+    assert "killed" not in said
 
 
 def test_an_error_of_the_first_process_leaves_no_other_behind(fit: Fit, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def plain(divergence: str, a: Tensor, b: Tensor) -> Tensor:
 
 
 def restricted(probabilities: Tensor, ids: Tensor, tail: str) -> Tensor:
-    """One side's distribution: of the whole vocabulary [N, V] to the support's, [N, K] or, with the tail, [N, K + 1]."""
+    """One side's distribution on the support, [N, V] to [N, K] or, with the tail, [N, K + 1]."""
     on_support = probabilities.gather(-1, ids)
     if tail == "renormalize":
         return on_support / on_support.sum(-1, keepdim=True)
@@ -81,9 +81,7 @@ def batch(k: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 def test_value_and_gradient_equal_those_of_plain_probabilities(divergence: str, tail: str, k: int) -> None:
     student, teacher, ids = batch(k)
     student.requires_grad_()
-    expected = plain(
-        divergence, restricted(student.softmax(-1), ids, tail), restricted(teacher.softmax(-1), ids, tail)
-    )
+    expected = plain(divergence, restricted(student.softmax(-1), ids, tail), restricted(teacher.softmax(-1), ids, tail))
     seen = ours(student, teacher, ids, divergence, tail)
     torch.testing.assert_close(seen, expected, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(

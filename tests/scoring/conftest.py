@@ -21,6 +21,7 @@ def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.fixture(params=[0, 1000], ids=["rows gathered", "whole head"])
 def _backward(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The limit between the two ways is for real heads; both are tested on small ones.
     monkeypatch.setattr(opdlab.scoring.head_gradients, "_DENSE", request.param)
 
 
