@@ -32,7 +32,7 @@ def rollouts() -> Rollouts:
 
 def hits(teacher: TargetCache) -> tuple[float, float]:
     found = teacher.metrics()
-    return found["targets/cache_hits"], found["teacher/cache_misses"]
+    return found["targets/cache_hits"], found["targets/cache_misses"]
 
 
 def assert_equal(one: Targets, other: Targets) -> None:
