@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opdlab.policies import BehaviorPolicy, Teacher, check_teacher
+from opdlab.policies import BehaviorPolicy, Teacher
+from opdlab.policies.routed_teacher import check_teacher
 from opdlab.progress import Progress, SilentProgress
 from opdlab.rollouts.demonstrations import choose_demonstrations
 from opdlab.rollouts.loader import Pool

@@ -69,7 +69,7 @@ def test_five_examples() -> None:
     ("arguments", "message"),
     [
         (["--data.demonstrations.share", "2"], "data.demonstrations.share is 2"),
-        (["--data.demonstrations.share", "0.001"], "data.demonstrations.share is 0.001, which is no rollout of a buffer"),
+        (["--data.demonstrations.share", "0.001"], "data.demonstrations.share is 0.001, which is no rollout of"),
         (["--data.max_teacher_prompt_tokens", "0"], "data.max_teacher_prompt_tokens is 0"),
         (["--data.train.teacher_text", "none"], "data.train.teacher_text is 'none', which names no field"),
         (
