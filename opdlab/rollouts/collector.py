@@ -98,7 +98,8 @@ class Collector:
         masked = mask_first_occurrences(mask_uncounted(rollouts), self._masked_first)
         pad_id = self._behavior.policy.tokenizer.pad_token_id
         masked = with_teachers(masked, prompts, self._teacher.names, pad_id)
-        targets = self._teacher.score(masked, self._request, progress)
+        # Teachers do this too; here it also holds for one that does not know of prompts of its own.
+        targets = self._teacher.score(masked.as_teacher_sees(), self._request, progress)
         scored = time.perf_counter()
         own = torch.ones(len(rollouts)).bool() if rollouts.demonstration is None else ~rollouts.demonstration
         metrics = {  # of all tokens, masked ones included

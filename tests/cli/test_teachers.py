@@ -106,9 +106,9 @@ def test_the_estimate_counts_teachers(tmp_path: Path) -> None:
     narrow = ["--model.student.dtype", "bfloat16", "--model.teacher", "opdlab.policies.SelfTeacher"]
     averaged, _ = parts(*narrow, "--model.teacher.decay", "0.9")
     assert averaged["teacher weights"] == 3 * averaged["student weights"]  # the average in float32 too
-    teachers = {"teachers": {"math": TEACHER, "code": STUDENT}}
+    teachers = {"teachers": {"math": TEACHER, "code": TEACHER}}
     for keep, number in ((True, 2), (False, 1)):
         teacher = {"class_path": "opdlab.policies.RoutedTeacher", "init_args": {**teachers, "keep_loaded": keep}}
         (tmp_path / "routed.yaml").write_text(yaml.safe_dump({"model": {"teacher": teacher}}))
         routed, _ = parts("-c", str(tmp_path / "routed.yaml"))
-        assert routed["teacher weights"] == number * plain["teacher weights"]  # both models have one size
+        assert routed["teacher weights"] == number * plain["teacher weights"]
