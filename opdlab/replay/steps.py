@@ -115,8 +115,8 @@ class Replayer:
         self._autocast, self._prompts = autocast, prompts
         require(
             not module.teacher.follows_student,
-            f"model.teacher is a {type(module.teacher).__name__} that follows the student's weights, which records do not "
-            "hold, so fresh rollouts cannot be scored: replay a run whose teacher is frozen",
+            f"model.teacher is a {type(module.teacher).__name__} that follows the student, and records do not hold its "
+            "weights, so fresh rollouts cannot be scored: replay a run whose teacher is frozen",
         )
         # autograd.grad returns the gradients; `.grad` stays unchanged.
         module.student.accumulate_head_grad = False
