@@ -49,9 +49,10 @@ PUBLIC = {
     "opdlab.types": [
         *("EvaluationBatch", "Message", "Minibatch", "Problem", "Prompt", "Rollouts", "StopReason", "Targets"),
         "TeacherRequest",
-        *("Verdicts", "assign_rows", "id_dtype", "trimmed"),
+        *("Part", "Verdicts", "assign_rows", "id_dtype", "left_padded", "trimmed"),
     ],
     "opdlab.rollouts": [
+        "DemonstrationConfig",
         *("Collector", "Minibatch", "Pool", "ReuseConfig", "RolloutLoader", "Rollouts", "StopReason", "Targets"),
     ],
     "opdlab.toy": ["ChainProblem", "ChainProblems", "chain_problems", "chain_tokenizer"],
@@ -59,12 +60,12 @@ PUBLIC = {
         *("AdapterConfig", "BaseTeacher", "StopTokens", "share_vocabulary", "single_token_ids", "warn_of_stop_tokens"),
         *("BehaviorPolicy", "LanguageModel", "LocalTeacher", "Sampler", "SamplingConfig", "Scored"),
         *("BehaviorConfig", "NoTeacher", "Teacher", "TeacherHolder", "TeacherRequest", "check_same_vocabulary"),
-        "check_targets",
+        *("RoutedTeacher", "SelfTeacher", "TargetCache", "check_targets"),
     ],
     "opdlab.data": [
         *("Benchmark", "ChatTemplate", "CleaningReport", "CleaningConfig", "DapoMath17k", "EvaluationBatch"),
         *("JsonlProblems", "Problem", "ProblemSource", "Prompt", "PromptDataModule", "PromptSet", "RawTemplate"),
-        *("ReuseConfig", "TableProblems", "Template", "prompt_set"),
+        *("DemonstrationConfig", "ReuseConfig", "TableProblems", "Template", "prompt_set"),
     ],
     "opdlab.training": [
         *("NonFiniteLossError", "OPDModule", "ScoredBatch", "gate_inputs", "join_gate_inputs", "score_batch"),

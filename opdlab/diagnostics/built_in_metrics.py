@@ -84,15 +84,15 @@ _ROWS = (
            "`data.demonstrations.share`"),
 
     # Of the teachers, once per buffer.
-    Metric("teacher/<name>/share", "share of a teacher", "share", "share of the buffer's rollouts that it scores",
-           _ROUTED, "as in the data", Chart("teacher", "share of each teacher")),
-    Metric("teacher/<name>/logprob", "log-probability of a teacher", "nats",
-           "mean log-probability of the sampled tokens that it scores", _ROUTED, "rises",
-           Chart("teacher", "log-probability of each teacher, nats")),
-    Metric("teacher/<name>/seconds", "time of a teacher", "s", "loading and scoring", _ROUTED),
-    Metric("teacher/cache_hits", "targets from disk", "", "rollouts of the buffer whose targets were on disk", _CACHE,
-           "0 for new responses; all for demonstrations from the second pass on"),
-    Metric("teacher/cache_misses", "targets scored", "", "rollouts of the buffer that the teacher has scored", _CACHE),
+    Metric("targets/<name>/share", "share of a teacher", "share", "share of the buffer's rollouts that it scores",
+           _ROUTED, "as in the data"),
+    Metric("targets/<name>/logprob", "log-probability under a teacher", "nats",
+           "mean log-probability of the tokens that it scores", _ROUTED, "rises towards 0"),
+    Metric("targets/<name>/seconds", "time of a teacher", "s", "time to load it and to score with it", _ROUTED),
+    Metric("targets/cache_hits", "targets from disk", "", "rollouts of the buffer whose targets were on disk", _CACHE,
+           "0 for new responses; all demonstrations from the second pass over the prompts on"),
+    Metric("targets/cache_misses", "targets not on disk", "", "rollouts of the buffer that the teacher has scored",
+           _CACHE),
 
     # The gate's weights over the valid positions.
     Metric("gate/mean", "mean weight", "", "mean weight", _STEP,

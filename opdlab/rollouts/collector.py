@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opdlab.policies import BehaviorPolicy, Teacher, check_targets, check_teacher
+from opdlab.policies import BehaviorPolicy, Teacher, check_targets
+from opdlab.policies.routed_teacher import check_teacher
 from opdlab.progress import Progress, SilentProgress
 from opdlab.rollouts.demonstrations import choose_demonstrations
 from opdlab.rollouts.loader import Pool
@@ -99,7 +100,8 @@ class Collector:
         masked = mask_first_occurrences(mask_uncounted(rollouts), self._masked_first)
         pad_id = self._behavior.policy.tokenizer.pad_token_id
         masked = with_teachers(masked, prompts, self._teacher.names, pad_id)
-        targets = self._teacher.score(masked, self._request, progress)
+        # Teachers do this too; here it also holds for one that does not know of prompts of its own.
+        targets = self._teacher.score(masked.as_teacher_sees(), self._request, progress)
         check_targets(self._teacher, self._request, targets)
         scored = time.perf_counter()
         own = torch.ones(len(rollouts)).bool() if rollouts.demonstration is None else ~rollouts.demonstration
