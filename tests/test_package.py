@@ -83,7 +83,7 @@ PUBLIC = {
         *("INDEX", "RolloutText", "ShownRollout", "choose_rollouts", "color_scale", "markdown_literal", "page_name"),
         *("quantities", "render_page", "token_texts", "visible", "write_page"),
     ],
-    "opdlab.testing": ["GateTester"],
+    "opdlab.testing": ["GateTester", "ObjectiveTester"],
 }
 
 
