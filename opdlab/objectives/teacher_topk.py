@@ -45,4 +45,5 @@ class TeacherTopK(Objective):
             "student_support_mass": student.padded(mass),
             "top1_agreement": student.padded(agreement),
         }
-        return PositionLosses(losses, student.padded(statistics.logprobs), student.padded(statistics.entropy), metrics)
+        logprobs, entropy = student.padded(statistics.logprobs), student.padded(statistics.entropy)
+        return PositionLosses(losses, logprobs, entropy, metrics, divergence=losses.detach())
