@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from opdlab.objectives import Objective as Objective
     from opdlab.objectives import SampledTokenOPD as SampledTokenOPD
     from opdlab.objectives import TeacherTopK as TeacherTopK
+    from opdlab.objectives import build_objective as build_objective
+    from opdlab.objectives import objective_names as objective_names
     from opdlab.objectives import register_objective as register_objective
     from opdlab.policies import LanguageModel as LanguageModel
     from opdlab.policies import LocalTeacher as LocalTeacher
@@ -61,7 +63,9 @@ _MODULES = {
         "register_gate",
     ),
     "opdlab.module": ("OPDModule",),
-    "opdlab.objectives": ("Objective", "SampledTokenOPD", "TeacherTopK", "register_objective"),
+    "opdlab.objectives": (
+        *("Objective", "SampledTokenOPD", "TeacherTopK", "build_objective", "objective_names", "register_objective"),
+    ),
     "opdlab.policies": ("LanguageModel", "LocalTeacher", "SamplingConfig", "Teacher"),
     "opdlab.testing": ("GateTester",),
 }

@@ -3,7 +3,6 @@
 import importlib
 import pkgutil
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import opdlab
+from tests.children import run_child
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,13 +32,16 @@ PUBLIC = {
         *("RunFiles", "SampleLogger", "StopCheckpoint", "LabProgressBar"),
     ],
     "opdlab.objectives": [
-        *("Objective", "PositionLosses", "Reduction", "SampledTokenOPD", "TeacherTopK"),
-        *("loss_shares", "reduce_losses", "register_objective"),
+        *("Objective", "PositionLosses", "Reduction", "SampledTokenOPD", "SupportDivergence", "TeacherTopK"),
+        *("build_objective", "loss_shares", "objective_names", "objective_registry", "reduce_losses"),
+        "register_objective",
     ],
-    "opdlab.objectives.functional": ["sampled_token_loss", "teacher_topk_loss"],
+    "opdlab.objectives.functional": [
+        *("sampled_token_divergence", "sampled_token_loss", "support_divergence", "teacher_topk_loss"),
+    ],
     "opdlab.scoring": [
-        *("Head", "LowRank", "TokenStatistics", "TopK", "support_logits", "support_statistics"),
-        *("token_logprobs", "token_statistics", "topk_with_statistics"),
+        *("Head", "LowRank", "SupportTail", "TokenStatistics", "TopK", "support_logits", "support_statistics"),
+        *("support_tail", "token_logprobs", "token_statistics", "topk_with_statistics", "topk_with_tail"),
     ],
     "opdlab.metrics": ["MajorityVote", "PassAtK", "ProblemMean"],
     "opdlab.verifiers": [
@@ -47,7 +50,7 @@ PUBLIC = {
     "opdlab.types": [
         *("EvaluationBatch", "Message", "Minibatch", "Problem", "Prompt", "Rollouts", "StopReason", "Targets"),
         "TeacherRequest",
-        *("Verdicts", "id_dtype", "trimmed"),
+        *("Verdicts", "assign_rows", "id_dtype", "trimmed"),
     ],
     "opdlab.rollouts": [
         *("Collector", "Minibatch", "Pool", "ReuseConfig", "RolloutLoader", "Rollouts", "StopReason", "Targets"),
@@ -57,6 +60,7 @@ PUBLIC = {
         *("AdapterConfig", "BaseTeacher", "StopTokens", "share_vocabulary", "single_token_ids", "warn_of_stop_tokens"),
         *("BehaviorPolicy", "LanguageModel", "LocalTeacher", "Sampler", "SamplingConfig", "Scored"),
         *("BehaviorConfig", "NoTeacher", "Teacher", "TeacherHolder", "TeacherRequest", "check_same_vocabulary"),
+        "check_targets",
     ],
     "opdlab.data": [
         *("Benchmark", "ChatTemplate", "CleaningReport", "CleaningConfig", "DapoMath17k", "EvaluationBatch"),
@@ -96,7 +100,7 @@ def test_the_package_offers_its_public_names_lazily() -> None:
         "import sys, opdlab; heavy = {'torch', 'lightning', 'transformers'} & set(sys.modules); "
         "assert not heavy, heavy; print(*(getattr(opdlab, name) for name in dir(opdlab) if name in opdlab.__all__))"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    result = run_child([sys.executable, "-c", code], cwd=ROOT, check=True)
     assert "OPDModule" in result.stdout
     with pytest.raises(AttributeError, match="module 'opdlab' has no attribute 'Nothing'"):
         opdlab.Nothing  # noqa: B018
@@ -130,7 +134,7 @@ def test_files_that_are_no_code_are_listed_for_the_wheel() -> None:
 
 def test_folders_cannot_be_imported_under_a_second_name() -> None:
     code = "import strategies"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = run_child([sys.executable, "-c", code], cwd=ROOT)
     assert "import opdlab.strategies" in result.stderr
 
 

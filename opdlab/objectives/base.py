@@ -5,7 +5,7 @@ Shapes: B rollouts, T response tokens.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -51,6 +51,14 @@ class Objective(ABC):
     def setup(self, student: LanguageModel, teacher: Teacher) -> None:
         """Prepare the objective for these two models, once before training; does nothing by default."""
         del student, teacher
+
+    def own_logprobs(self, student: Scored, rollouts: Rollouts, targets: Targets) -> Tensor:
+        """Return the student's log-probabilities of the sampled tokens, [B, T] nats, detached.
+
+        They come from the same pass over the head as :meth:`position_losses`, so that both are equal bit for bit.
+        """
+        del rollouts
+        return student.own_logprobs(targets)
 
     @abstractmethod
     def position_losses(self, student: Scored, rollouts: Rollouts, targets: Targets) -> PositionLosses:
@@ -117,3 +125,34 @@ def objective_registry() -> Registry[Objective]:
 
 register_objective = _REGISTRY.register
 """Class decorator that registers an objective under a name; see :meth:`opdlab.registry.Registry.register`."""
+
+
+def objective_names() -> list[str]:
+    """Return the names of all registered objectives, built-in and installed.
+
+    Example:
+        >>> {"sampled_token", "teacher_topk"} <= set(objective_names())
+        True
+    """
+    return _REGISTRY.names()
+
+
+def build_objective(name: str, **options: Any) -> Objective:
+    """Return a new objective by its registered name.
+
+    Args:
+        name: see :func:`objective_names`.
+        options: keyword arguments of the objective's class.
+
+    Raises:
+        UsageError: no such objective (the nearest name is given), or an option is unknown or out of range.
+
+    Example:
+        >>> build_objective("teacher_topk", k=8).request.top_k
+        8
+        >>> build_objective("teacher_topk", size=8)
+        Traceback (most recent call last):
+        ...
+        opdlab.errors.UsageError: objective 'teacher_topk' has no option 'size'; its options: k
+    """
+    return _REGISTRY.build(name, **options)

@@ -8,7 +8,29 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from opdlab.errors import UsageError, require
+from opdlab.errors import require
+from opdlab.objectives.divergences import (
+    Divergence,
+    Estimator,
+    Tail,
+    full_divergence,
+    sampled_token_divergence,
+    support_divergence,
+)
+
+__all__ = [
+    "Divergence",
+    "Estimator",
+    "Reference",
+    "Tail",
+    "clip_binds",
+    "full_divergence",
+    "sampled_token_divergence",
+    "sampled_token_loss",
+    "support_divergence",
+    "teacher_advantage",
+    "teacher_topk_loss",
+]
 
 Reference = Literal["behavior", "current"]
 
@@ -118,12 +140,9 @@ def teacher_topk_loss(student_support_logits: Tensor, teacher_support_logits: Te
     Reference:
         Fu et al., arXiv 2603.25562.
     """
-    k = student_support_logits.shape[-1]
-    if k < 2:
-        raise UsageError(f"k is {k}, but must be at least 2: renormalised over a single token the loss is always zero")
-    log_p = student_support_logits.log_softmax(-1)
-    log_q = teacher_support_logits.detach().to(log_p.dtype).log_softmax(-1)
-    return (log_p.exp() * (log_p - log_q)).sum(-1)  # [..., K] -> [...]
+    return support_divergence(
+        student_support_logits, teacher_support_logits, divergence="reverse_kl", tail="renormalize"
+    )
 
 
 def clip_binds(logprobs: Tensor, behavior_logprobs: Tensor, advantage: Tensor, clip: float) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from opdlab.errors import require
 from opdlab.gating import DriftGate, GateInputs, Normalization
 from opdlab.module import OPDModule
-from opdlab.replay.fresh import Tokens, fresh_gradients, other_prompts, recorded_prompts
+from opdlab.replay.fresh import fresh_gradients, other_prompts, recorded_prompts
 from opdlab.replay.record import RecordedBatch, RecordedStep
 from opdlab.replay.step_gradients import (
     LEAST_TOLERANCE,
@@ -28,7 +28,7 @@ from opdlab.replay.step_gradients import (
 from opdlab.replay.variants import KEYS, Grid, Variant, expand
 from opdlab.seeds import derive_seed
 from opdlab.training import join_gate_inputs, split_gates
-from opdlab.types import TeacherRequest
+from opdlab.types import Prompt, TeacherRequest
 
 Value = float | int | str | bool | None
 Row = dict[str, Value]
@@ -109,7 +109,7 @@ class Replayer:
         grid: Grid,
         config: ReplayConfig,
         autocast: Autocast,
-        prompts: Sequence[Tokens] = (),
+        prompts: Sequence[Prompt] = (),
     ) -> None:
         self._module, self._grid, self._config = module, grid, config
         self._autocast, self._prompts = autocast, prompts
@@ -180,7 +180,7 @@ class Replayer:
     def _references(self, record: RecordedStep) -> dict[str, Tensor]:
         """Return gradients on fresh rollouts, [J, P], by the name of the reference."""
         config, seed = self._config, self._config.seed
-        wanted = {"fresh": [recorded_prompts(record)] * config.draws}
+        wanted = {"fresh": [recorded_prompts(record, self._module.teacher.names)] * config.draws}
         if config.other_prompts:
             wanted["other"] = [other_prompts(record, self._prompts, draw, seed) for draw in range(config.draws)]
             require(

@@ -81,6 +81,11 @@ class Head:
         return self.weight, self.bias, down, up
 
     @property
+    def num_ids(self) -> int:
+        """Return V, the number of ids of the distribution."""
+        return len(self.weight) if self.vocab_size is None else self.vocab_size
+
+    @property
     def trained(self) -> bool:
         """True if any of the tensors takes a gradient."""
         return any(tensor is not None and tensor.requires_grad for tensor in self.tensors)
@@ -100,6 +105,10 @@ class Head:
     def detached(self) -> "Head":
         """Return the head with detached tensors."""
         return self._with(Tensor.detach)
+
+    def on(self, device: torch.device) -> "Head":
+        """Return the head with its tensors on a device; tensors that are there already are shared."""
+        return self._with(lambda tensor: tensor.to(device))
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "Head":
         bias = None if self.bias is None else change(self.bias)
@@ -185,8 +194,10 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return a.float() @ b.float()
 
 
-def tiles(num_rows: int, head: Head) -> Iterator[tuple[slice, slice]]:
+def tiles(num_rows: int, head: Head, start: int = 0) -> Iterator[tuple[slice, slice]]:
     """Yield the row and column slices of tiles of bounded size that cover the logits, [num_rows, V].
+
+    If ``start`` is given, the columns before it are left out.
 
     All tiles of the same columns are consecutive, so a sum over rows is complete before the next columns begin.
 
@@ -194,10 +205,10 @@ def tiles(num_rows: int, head: Head) -> Iterator[tuple[slice, slice]]:
         >>> list(tiles(2, Head(torch.zeros(8, 1), vocab_size=3)))
         [(slice(0, 2, None), slice(0, 3, None))]
     """
-    num_columns = len(head.weight) if head.vocab_size is None else head.vocab_size
+    num_columns = head.num_ids
     height = min(max(num_rows, 1), _MAX_TILE_ROWS, MAX_TILE_LOGITS)
     width = min(max(MAX_TILE_LOGITS // height, 1), max(num_columns, 1))
-    for left in range(0, num_columns, width):
+    for left in range(start, num_columns, width):
         columns = slice(left, min(left + width, num_columns))
         for top in range(0, num_rows, height):
             yield slice(top, min(top + height, num_rows)), columns

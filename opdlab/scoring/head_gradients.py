@@ -73,6 +73,12 @@ class HeadGradients:
         if self._bias is not None:
             self._bias.index_add_(0, support.flatten(), gradient.flatten())
 
+    def add_hidden(self, gradient: Tensor) -> None:
+        """Add a gradient of the hidden states, [N, H]; they must take one."""
+        states = self._products[0].of_states
+        assert states is not None
+        states += gradient
+
     def returned(self) -> tuple[Tensor | None, ...]:
         """Return the gradients of hidden states, weight, bias, ``down`` and ``up`` for autograd, in their dtypes."""
         head, plain, update = self._head, self._products[0], self._products[1:]

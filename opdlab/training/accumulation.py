@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from opdlab.diagnostics import StepRecord, merge_records
 from opdlab.gating import GateInputs, Gates, GateStrategy
 from opdlab.objectives import Objective, PositionLosses
+from opdlab.objectives.functional import sampled_token_divergence
 from opdlab.policies import LanguageModel, Scored
 from opdlab.types import Minibatch, Rollouts, Targets
 
@@ -31,7 +32,7 @@ class ScoredBatch:
     inputs: GateInputs
 
 
-def score_rollouts(student: LanguageModel, batch: Minibatch) -> tuple[Scored, Rollouts]:
+def score_rollouts(student: LanguageModel, objective: Objective, batch: Minibatch) -> tuple[Scored, Rollouts]:
     """Return a micro-batch's scores, and its rollouts with behavior log-probabilities.
 
     If these are not computed yet, the student still equals the behavior policy: its own log-probabilities are the
@@ -40,7 +41,8 @@ def score_rollouts(student: LanguageModel, batch: Minibatch) -> tuple[Scored, Ro
     scored = student.score(batch.rollouts)
     if batch.behavior_known:
         return scored, batch.rollouts
-    return scored, replace(batch.rollouts, behavior_logprobs=scored.own_logprobs(batch.targets))
+    own = objective.own_logprobs(scored, batch.rollouts, batch.targets)
+    return scored, replace(batch.rollouts, behavior_logprobs=own)
 
 
 def score_batch(student: LanguageModel, objective: Objective, batch: Minibatch, step: int) -> ScoredBatch:
@@ -52,7 +54,7 @@ def score_batch(student: LanguageModel, objective: Objective, batch: Minibatch, 
         batch: on the student's device.
         step: optimizer steps taken so far.
     """
-    scored, rollouts = score_rollouts(student, batch)
+    scored, rollouts = score_rollouts(student, objective, batch)
     positions = objective.position_losses(scored, rollouts, batch.targets)
     return ScoredBatch(rollouts, scored, positions, gate_inputs(rollouts, batch.targets, positions, step))
 
@@ -61,7 +63,7 @@ def gate_inputs(rollouts: Rollouts, targets: Targets, positions: PositionLosses,
     """Return the gate's inputs for a scored micro-batch after ``step`` optimizer steps."""
     divergence = positions.divergence
     if divergence is None:
-        divergence = _sampled_divergence(positions.logprobs, targets.logprobs)
+        divergence = sampled_token_divergence(positions.logprobs, targets.logprobs, estimator="k3")
     return GateInputs(
         tokens=rollouts.tokens,
         mask=rollouts.mask,
@@ -77,12 +79,6 @@ def gate_inputs(rollouts: Rollouts, targets: Targets, positions: PositionLosses,
         age=(step - rollouts.snapshot_step).float()[:, None].expand_as(rollouts.mask),
         step=step,
     )
-
-
-def _sampled_divergence(logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
-    """Return the estimate k3 of the reverse KL from the sampled tokens, ``exp(r) - 1 - r``, [B, T]."""
-    ratio = (teacher_logprobs - logprobs.detach()).clamp(max=20)
-    return ratio.expm1() - ratio
 
 
 def _compatible_mass(rollouts: Rollouts, targets: Targets) -> Tensor | None:

@@ -225,6 +225,7 @@ def test_refresh_waits_for_its_copies(monkeypatch: pytest.MonkeyPatch) -> None:
             parameter.mul_(1.5)
     waited: list[tuple[Any, int]] = []
     with PretendedDevice() as device:
+        # A model on a CPU copies nothing that it could wait for.
         monkeypatch.setattr(LanguageModel, "device", CUDA)
         monkeypatch.setattr(
             torch.accelerator, "synchronize", lambda where: waited.append((where, len(device.read_back)))
