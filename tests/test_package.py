@@ -24,7 +24,8 @@ PUBLIC = {
         *("Block128Gate", "Block32Gate", "Block64Gate", "BlockGate"),
         *("NoGate", "SequenceGate", "SpanGate", "TokenGate"),
         *("FilterReweightGate", "PrefixGate", "RatioMaskGate", "SequenceRatioMaskGate", "SignConsistencyGate"),
-        "TruncatedRatioGate",
+        *("EntropyTopGate", "FreshnessGate", "HorizonGate", "RewardGate", "TeachabilityGate", "TokenImportanceGate"),
+        *("TopShareGate", "TruncatedRatioGate"),
     ],
     "opdlab.callbacks": [
         *("BehaviorRefresh", "CollapseGuard", "EvaluationTable", "GateMonitor", "HFExport", "PoolRecorder"),

@@ -26,12 +26,14 @@ class PositionLosses:
         logprobs: [B, T], nats: of the sampled tokens under the student, detached.
         entropy: [B, T], nats: of the student, detached.
         metrics: further metrics by log name, each [B, T], detached; their mean over valid positions is logged.
+        divergence: [B, T], nats, detached: of the student from the teacher, if the objective computes one, or None.
     """
 
     losses: Tensor
     logprobs: Tensor
     entropy: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    divergence: Tensor | None = None
 
 
 class Objective(ABC):

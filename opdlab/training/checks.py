@@ -72,8 +72,15 @@ def teacher_request(
     request, shared = objective.request, student.vocab_size
     k = max(request.top_k, request.behavior_top_k)
     require(k <= shared, f"objective.k is {k}, but the vocabulary has only {shared} tokens: lower it")
+    require(
+        request.behavior_top_k > 0 or "compatible_mass" not in gate.needs,
+        f"model.gate is {type(gate).__name__}, which needs the teacher's probability of the student's most likely "
+        f"tokens, but model.objective {type(objective).__name__} has no support of the student: use "
+        "support_divergence with support student or union, or take another gate",
+    )
     entropy = request.entropy or "teacher_entropy" in gate.needs
-    return replace(request, vocab_size=shared, entropy=entropy)
+    tail = request.tail or "compatible_mass" in gate.needs
+    return replace(request, vocab_size=shared, entropy=entropy, tail=tail)
 
 
 def check_trainer(trainer: pl.Trainer, max_tokens: int | None, whole_weights: bool) -> None:
