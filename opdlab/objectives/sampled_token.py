@@ -56,8 +56,8 @@ class SampledTokenOPD(Objective):
         UsageError: an option is out of range, or has no effect beside the others.
 
     Reference:
-        Baseline: Oh et al., arXiv 2605.07865, over the whole vocabulary or the student's top K. Here it is the teacher's
-        top K, whose logits are at hand, and the bucket keeps the value a lower bound of the reverse KL.
+        Baseline: Oh et al., arXiv 2605.07865, over the whole vocabulary or the student's top K. Here it is the
+        teacher's top K, whose logits are at hand, and the bucket keeps the value a lower bound of the reverse KL.
     """
 
     def __init__(
