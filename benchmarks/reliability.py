@@ -67,12 +67,12 @@ CASES: dict[str, list[str]] = {
 }
 PLACES = {  # hook or bar: the largest number of the call, and the seconds after it within which the kill comes
     "setup": (2, 0.3),
-    "on_save_checkpoint": (8, 0.08),
-    "sampling": (40, 0.05),
+    "on_save_checkpoint": (4, 0.08),
+    "sampling": (20, 0.05),
     "scoring (teacher)": (2, 0.02),
-    "on_train_batch_start": (8, 0.05),
-    "on_validation_batch_start": (6, 0.05),
-    "on_validation_end": (3, 0.05),
+    "on_train_batch_start": (4, 0.05),
+    "on_validation_batch_start": (4, 0.05),
+    "on_validation_end": (2, 0.05),
     "on_fit_end": (1, 0.1),
 }
 TIMED = re.compile("time/|seconds|per_second")

@@ -5,9 +5,13 @@ the device; otherwise the table says so. ``scoring_peers.py`` has the measured f
 
 - ``logprobs``: log-probability of sampled tokens, gradients of hidden states and head;
 - ``frozen``: the same with a frozen head, as under an adapter: gradient of the hidden states alone;
+- ``bucket``: reverse KL on a support with its tail, and the log-probabilities that the drift needs; the gradient
+  reaches the whole head, as that of ``logprobs``, which stands beside it as ``sampled``;
 - ``lsm``: LSM's position losses and the log-probabilities that the drift needs, against the reverse KL to a teacher of
   the same size over the whole vocabulary. The teacher's targets are given, as in training, where they are computed
-  once per buffer.
+  once per buffer;
+- ``reverse_kl``, ``jsd``: these divergences from a teacher of the same size over the whole vocabulary, with the
+  student's entropy, and for opdlab its log-probabilities. The teacher's hidden states are given.
 
 Every measurement has a process of its own. The head's gradient exists before; only additional memory is counted.
 On a CPU memory is the peak of the resident set, on a GPU that of the allocator.
@@ -25,9 +29,9 @@ from typing import Any
 from common import ChildError, machine, pairwise_ratios, run_child, spread, versions
 from rich.console import Console
 from rich.table import Table
-from scoring_peers import PEERS, TASKS, Sizes, measure
+from scoring_peers import PEERS, TASKS, Sizes, has_task, measure
 
-OURS = ("plain", "opdlab")
+OURS = ("plain", "opdlab", "sampled")
 MB = 1e6
 
 
@@ -57,9 +61,9 @@ def main() -> int:
     options = {name: value for name, value in vars(arguments).items() if name not in ("json", "peer", "task")}
     result: dict[str, Any] = {"machine": machine(), "versions": {}, "options": options, "tasks": {}}
     for task in arguments.tasks:
-        rows: dict[str, list[dict[str, Any]]] = {peer: [] for peer in arguments.peers}
+        rows: dict[str, list[dict[str, Any]]] = {peer: [] for peer in arguments.peers if has_task(peer, task)}
         for number in range(arguments.rounds):
-            for peer in arguments.peers:
+            for peer in rows:
                 if number and "skipped" in rows[peer][0]:
                     continue
                 rows[peer].append(_child(arguments, sizes, task, peer))

@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from common import REPOSITORY, PeakMemory
 
 sys.path.insert(0, str(REPOSITORY))
 
-TASKS = ("logprobs", "frozen", "lsm")
-PEERS = ("plain", "opdlab", "trl", "liger", "cce", "cce_torch")
+TASKS = ("logprobs", "frozen", "bucket", "lsm", "reverse_kl", "jsd")
+PEERS = ("plain", "opdlab", "sampled", "trl", "liger", "cce", "cce_torch")
 
 
 class SkippedError(Exception):
@@ -48,6 +49,11 @@ class Sizes:
 
 
 # -- one measurement ---------------------------------------------------------------------------------------------------
+
+
+def has_task(peer: str, task: str) -> bool:
+    """True if a peer has a function for the task."""
+    return f"{peer}_{task}" in globals()
 
 
 def measure(peer: str, task: str, sizes: Sizes) -> dict[str, Any]:
@@ -82,7 +88,7 @@ def _measure(loss: Any, task: str, sizes: Sizes) -> dict[str, float]:
     def head() -> Any:
         return torch.empty(v, h, device=device, dtype=dtype).normal_(std=2 / math.sqrt(h))
 
-    weight, teacher = head(), head() if task == "lsm" else None
+    weight, teacher = head(), head() if task in ("lsm", "reverse_kl", "jsd") else None
     if task != "frozen":
         weight.requires_grad_()
         weight.grad = torch.ones_like(weight)
@@ -158,11 +164,72 @@ def opdlab_lsm(hidden: Any, weight: Any, targets: Any, support: Any, support_log
     return teacher_topk_loss(logits, support_logits)
 
 
-def trl_lsm(hidden: Any, weight: Any, teacher: Any, teacher_weight: Any, **_: Any) -> Any:
-    """Return the reverse KL over the whole vocabulary."""
+def plain_bucket(hidden: Any, weight: Any, support: Any, support_logits: Any, **_: Any) -> Any:
+    """Return the reverse KL on a support and its tail from all logits at once."""
+    logits = (hidden @ weight.T).float()
+    log_tail = logits.scatter(1, support, -torch.inf).logsumexp(-1)
+    return _bucket(logits.gather(1, support), log_tail, logits.logsumexp(-1), support_logits)
+
+
+def opdlab_bucket(hidden: Any, weight: Any, targets: Any, support: Any, support_logits: Any, **_: Any) -> Any:
+    """Return the reverse KL on a support and its tail; log-probabilities for the drift come with it."""
+    from opdlab.scoring import Head, support_tail
+
+    *_, logits, log_tail, statistics = support_tail(hidden, Head(weight, accumulate_grad=True), targets, support)
+    return _bucket(logits, log_tail, statistics.log_normalizer, support_logits)
+
+
+def _bucket(logits: Any, log_tail: Any, log_normalizer: Any, teacher_logits: Any) -> Any:
+    from opdlab.objectives.functional import support_divergence
+
+    return support_divergence(
+        logits,
+        teacher_logits.log_softmax(-1) - 0.1,  # the teacher gives the support a probability of 0.9
+        divergence="reverse_kl",
+        tail="bucket",
+        student_log_normalizer=log_normalizer,
+        student_log_tail=log_tail,
+        teacher_log_normalizer=torch.zeros_like(log_tail),
+        teacher_log_tail=torch.full_like(log_tail, math.log(-math.expm1(-0.1))),
+    )
+
+
+sampled_bucket = opdlab_logprobs
+
+
+# -- divergences over the whole vocabulary: the same work by all, and the student's entropy by all but plain ----------
+
+
+def plain_jsd(hidden: Any, weight: Any, teacher: Any, teacher_weight: Any, **_: Any) -> Any:
+    """Return the Jensen-Shannon divergence from all logits at once."""
+    with torch.no_grad():
+        log_q = (teacher @ teacher_weight.T).float().log_softmax(-1)
+    log_p = (hidden @ weight.T).float().log_softmax(-1)
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return ((log_q.exp() * (log_q - log_m) + log_p.exp() * (log_p - log_m)) / 2).sum(-1)
+
+
+def _opdlab_divergence(
+    divergence: str, hidden: Any, weight: Any, targets: Any, teacher: Any, teacher_weight: Any, **_: Any
+) -> Any:
+    from opdlab.scoring import Head, divergence_statistics
+
+    heads = Head(weight, accumulate_grad=True), Head(teacher_weight)
+    losses, statistics = divergence_statistics(hidden, heads[0], teacher, heads[1], targets, divergence=divergence)
+    assert not statistics.entropy.requires_grad
+    return losses
+
+
+def _trl_divergence(beta: float, hidden: Any, weight: Any, teacher: Any, teacher_weight: Any, **_: Any) -> Any:
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-    return ChunkedDivergenceFunction.apply(hidden, weight, None, teacher, teacher_weight, None, 1.0)[0]
+    return ChunkedDivergenceFunction.apply(hidden, weight, None, teacher, teacher_weight, None, beta)[0]
+
+
+plain_reverse_kl = plain_lsm
+trl_lsm = partial(_trl_divergence, 1.0)  # reverse KL over the whole vocabulary
+opdlab_reverse_kl, opdlab_jsd = partial(_opdlab_divergence, "reverse_kl"), partial(_opdlab_divergence, "jsd")
+trl_reverse_kl, trl_jsd = trl_lsm, partial(_trl_divergence, 0.5)
 
 
 # -- Liger's and Apple's kernels ---------------------------------------------------------------------------------------

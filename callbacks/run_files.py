@@ -30,9 +30,9 @@ class RunFiles(pl.Callback):
     """Writes ``results.json`` into the run's folder when training ends or stops, and continues curves after a resume.
 
     ``results.json`` holds the evaluations ``before`` and ``after`` training and of the ``teacher`` (``value`` and
-    ``standard_error`` of each metric), optimizer ``steps``, response ``tokens`` trained on and ``seconds`` of training
-    over all attempts, ``seeds``, ``versions``, ``warnings``, and the ``state``: ``finished``, ``stopped`` by a signal,
-    ``collapsed`` if the collapse guard found a sign or stopped it, or ``failed`` with an error.
+    ``standard_error`` of each metric), optimizer ``steps``, response ``tokens`` that all processes have trained on,
+    ``seconds`` of training over all attempts, ``seeds``, ``versions``, ``warnings``, and the ``state``: ``finished``,
+    ``stopped`` by a signal, ``collapsed`` if the collapse guard found a sign or stopped it, ``failed`` with an error.
 
     A resumed run logs the steps after its checkpoint again: their points are removed from ``metrics.csv`` and hidden
     from TensorBoard. An evaluation at the step of the checkpoint follows it, and is made up for if it may be missing:
@@ -63,6 +63,9 @@ class RunFiles(pl.Callback):
         """Start the clock; for a resumed run, also continue the curves at its step."""
         self._since, self.state = time.monotonic(), None
         self._folder = Path(trainer.log_dir or trainer.default_root_dir)
+        self._continue_curves(trainer, pl_module)
+
+    def _continue_curves(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         resumed, self._resumed = self._resumed, False
         if not resumed or not trainer.is_global_zero:
             return
@@ -85,12 +88,13 @@ class RunFiles(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Count the tokens of an optimizer step."""
+        """Count the tokens of an optimizer step, in all processes."""
         if isinstance(batch, Minibatch) and batch.position + 1 == len(batch.micro_batches):
-            self._tokens += batch.num_tokens
+            self._tokens += outputs["num_tokens"]
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the results of a run that has ended, also of one that is resumed at its last step."""
+        """Write the results of a run that has ended, also of one that resumes at its last step and has no start."""
+        self._continue_curves(trainer, pl_module)
         self._end(trainer, pl_module, COLLAPSED if any(guard.messages for guard in _guards(trainer)) else FINISHED)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

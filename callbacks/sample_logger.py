@@ -5,6 +5,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opdlab.callbacks.step_callback import StepCallback
@@ -103,12 +104,17 @@ def rollout_texts(
     data = trainer.datamodule  # type: ignore[attr-defined] # set by Lightning's data connector
     prompts = data.train_prompts.prompts if isinstance(data, PromptDataModule) and data.train_prompts else ()
     special = set(tokenizer.all_special_ids)
+
+    def text(tokens: Tensor) -> str:
+        return str(tokenizer.decode(tokens.tolist(), clean_up_tokenization_spaces=False))
+
     return [
         RolloutText(
-            prompt=tokenizer.decode(rollout.prompt_tokens.tolist(), clean_up_tokenization_spaces=False),
+            prompt=text(rollout.prompt_tokens),
             tokens=token_texts(tokenizer, tokens := rollout.tokens.tolist()),
             special=[token in special for token in tokens],
             problem=prompts[rollout.prompt_id].problem if rollout.prompt_id < len(prompts) else None,
+            teacher_prompt=None if (seen := rollout.teacher_prompt_tokens) is None else text(seen),
         )
         for rollout in rollouts
     ]
@@ -158,7 +164,11 @@ def rollout_markdown(rollout: ShownRollout, text: RolloutText) -> str:
         "drift rank": f"{rollout.rank + 1} of {rollout.num_ranked}",
         "rollout": str(rollout.rollout_id),
     }
+    if rollout.demonstration:
+        facts["response"] = "from the data"
     blocks = {"prompt": text.prompt, "response": "".join(text.tokens)}
+    if text.teacher_prompt is not None:
+        blocks["prompt that the teacher sees"] = text.teacher_prompt
     if text.problem is not None and text.problem.answer is not None:
         blocks["gold answer"] = text.problem.answer
     head = " · ".join(f"{name}: **{value}**" for name, value in facts.items())

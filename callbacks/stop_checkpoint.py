@@ -58,17 +58,19 @@ class StopCheckpoint(Checkpoint):
     # -- signals -------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Listen to signals, and have checkpoints written so that none is lost."""
+        """Listen to signals instead of Lightning, and have checkpoints written so that none is lost."""
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = CheckpointFiles()
         self._listening.enter_context(STOP.listening())
+        # Lightning's handlers exchange a flag, though only one process may have been signalled.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Restore the signal handlers."""
         self._listening.close()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Replace Lightning's signal handlers: they exchange a flag though only one process may have been signalled."""
+        """Let signals stop an evaluation alone at once, and one inside training when all processes agree."""
         if not self._training:
             self._at_once(trainer)
             return
@@ -79,7 +81,7 @@ class StopCheckpoint(Checkpoint):
             self._common_batches = fewest.tolist()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Replace Lightning's signal handlers."""
+        """See :meth:`on_validation_start`."""
         self.on_validation_start(trainer, pl_module)
 
     def on_validation_batch_end(
@@ -100,17 +102,13 @@ class StopCheckpoint(Checkpoint):
         self._validating = False
 
     def _at_once(self, trainer: pl.Trainer) -> None:
-        STOP.take_back()
         STOP.when = StopAt.ONCE
-        if trainer.local_rank != 0 and isinstance(
-            trainer._accelerator_connector.cluster_environment, LightningEnvironment
-        ):
+        environment = trainer._accelerator_connector.cluster_environment
+        if STOP.forward_to is None and trainer.local_rank != 0 and isinstance(environment, LightningEnvironment):
             STOP.forward_to = os.getppid()  # the first process, which ends the others
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let signals wait for the end of a step."""
-        STOP.take_back()
-        STOP.forward_to = None
         self._between_steps(trainer)
         self._training, self._validating, self.reason, self.path, self._saved_step = True, False, None, None, None
         if trainer.ckpt_path is not None:  # until the next step, nothing has happened that it lacks
@@ -162,10 +160,12 @@ class StopCheckpoint(Checkpoint):
             self._save(trainer, "final.ckpt", anew=True)
         if self.reason is not None:
             rank_zero_info(f"training ended at step {trainer.global_step}: {self.reason}; saved {self.path}")
-        STOP.signum = _agreed(trainer, STOP.signum)
+        agreed = _agreed(trainer, STOP.signum)
         self._training = False
         self._at_once(trainer)
-        STOP.check()
+        if agreed is not None:
+            raise Stopped(agreed)
+        STOP.check()  # a signal after the others were asked
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Save if a signal has stopped training between two steps; restore the signal handlers.
@@ -175,14 +175,16 @@ class StopCheckpoint(Checkpoint):
         """
         _explain_restoring(trainer, exception)
         stopped, between = isinstance(exception, Stopped), self._training and not self._in_step
-        self._training, STOP.when = False, StopAt.ONCE
-        for thread in threading.enumerate() if stopped else ():
-            if hasattr(thread, "_child_processes"):  # would kill this process because Lightning kills the others
-                thread._child_processes = []
+        self._training = False
+        if stopped:
+            let_others_end()
         try:
             if stopped and between and trainer.world_size == 1 and self._saved_step != trainer.global_step:
                 self._save(trainer, "interrupted.ckpt")
         finally:
+            STOP.when = StopAt.ONCE
+            if stopped:  # saving may take longer
+                STOP.end_soon()
             self._listening.close()
             if isinstance(pl_module, EvaluationModule):
                 if stopped:
@@ -221,6 +223,13 @@ class StopCheckpoint(Checkpoint):
         finally:
             self._saving = False
         self.path = self._folder / name
+
+
+def let_others_end() -> None:
+    """Stop Lightning's watch over the processes that it has started: it kills this one when another is killed."""
+    for thread in threading.enumerate():
+        if hasattr(thread, "_child_processes"):
+            thread._child_processes = []
 
 
 def _explain_restoring(trainer: pl.Trainer, error: BaseException) -> None:

@@ -118,8 +118,12 @@ def _load(path: Path, map_location: Any = "cpu", *, weights_only: bool = True, m
     try:
         content = torch.load(path, map_location, weights_only=weights_only, mmap=mapped and is_archive)
     except Exception as error:  # torch and pickle raise almost any type on damaged files
-        kind = "it may have been cut off while it was written" if is_archive else "it is no checkpoint"
-        if isinstance(error, pickle.UnpicklingError) and is_archive:
+        if not is_archive:  # what pickle says of another kind of file is about its bytes
+            raise UsageError(
+                f"ckpt_path '{path}' cannot be read, it is no checkpoint: give a .ckpt file, or 'last'"
+            ) from error
+        kind = "it may have been cut off while it was written"
+        if isinstance(error, pickle.UnpicklingError):
             kind = "it is damaged, or it holds more than tensors and plain values"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UsageError(f"ckpt_path '{path}' cannot be read, {kind}: give an earlier checkpoint ({reason})") from error
@@ -143,6 +147,16 @@ def check_checkpoint(path: Path, *, resume: bool = True) -> int:
     step = _check_content(path, checkpoint, resume=resume)
     _checked(path, checkpoint)
     return step
+
+
+def small_parts(path: Path) -> dict[str, Any]:
+    """Return what a checkpoint that can be resumed says of its run; tensors are read only when they are used.
+
+    Args:
+        path: of a file that :func:`check_checkpoint` accepts.
+    """
+    checkpoint = _load(path, mapped=True)
+    return {key: checkpoint[key] for key in ("global_step", "epoch", "loops", CHECKPOINT_KEY)}
 
 
 def _check_content(path: Path, checkpoint: dict[str, Any], *, resume: bool) -> int:

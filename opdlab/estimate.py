@@ -30,6 +30,8 @@ from opdlab.policies.loading import ADAPTER_CONFIG, adapter_base, resolve
 from opdlab.scoring.head import MAX_TILE_LOGITS
 
 FLOAT = 4  # bytes of a float32
+# Tensors of the size of a tile in :func:`opdlab.scoring.divergence_statistics`: both logits, exponentials, the mixture.
+DIVERGENCE_TILES = 5
 
 
 @dataclass(frozen=True)
@@ -168,15 +170,34 @@ def kv_cache_bytes(shape: Shape, tokens: int, widths: Widths) -> int:
     return (shape.layers + 1) * tokens * shape.kv_heads * shape.head_dim * 2 * widths.weights
 
 
-def head_bytes(shape: Shape, tokens: int, *, training: bool) -> int:
+def head_bytes(shape: Shape, tokens: int, *, training: bool, tiles: int = 2) -> int:
     """Return the working memory of the head, bytes.
 
     ``opdlab.scoring`` uses tiles of at most 2^23 logits. The forward pass holds a tile and its exponentials. The
     backward pass holds a tile and two tensors of the size of the hidden states, in which their gradient is summed; in
-    training also the gradient of the head.
+    training also the gradient of the head. A divergence over the vocabulary holds more ``tiles`` in both.
     """
     tile, hidden = FLOAT * min(MAX_TILE_LOGITS, tokens * shape.vocab), FLOAT * tokens * shape.hidden
-    return max(2 * tile, tile + 2 * hidden) + FLOAT * shape.vocab * shape.hidden if training else 2 * tile
+    both = max(tiles * tile, (tiles - 1) * tile + 2 * hidden)
+    return both + FLOAT * shape.vocab * shape.hidden if training else tiles * tile
+
+
+def gathered_bytes(buffer: int, processes: int) -> int:
+    """Return the host memory that the first process needs to gather the rollout buffers of all, beside its own.
+
+    A checkpoint inside a buffer holds the buffers of all P processes, which the first one receives: its own as bytes
+    and in a temporary copy, and all of them as bytes and as tensors, ``2 P + 3`` buffers at the peak. A single process
+    gathers nothing.
+
+    Args:
+        buffer: bytes of the buffer of a process.
+        processes: P.
+
+    Example:
+        >>> gathered_bytes(100, 2), gathered_bytes(100, 1)
+        (700, 0)
+    """
+    return (2 * processes + 3) * buffer if processes > 1 else 0
 
 
 def optimizer_bytes_per_parameter(optimizer: Mapping[str, Any], width: int) -> float:

@@ -6,6 +6,8 @@ Only the standard library is imported, so that processes that only supervise oth
 import errno
 import os
 import shutil
+import socket
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +21,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
     """Yield a binary file that replaces ``path`` when the block ends: a reader sees the old content or the new.
 
     The file is written beside ``path``, so that the last step is a rename within one file system, and is on the disk
@@ -27,6 +29,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
     Args:
         path: its folder is made if it is missing.
+        shared: other processes may write the same path at the same time; the last one to end stays.
 
     Raises:
         FullDiskError: the disk is full.
@@ -41,7 +44,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         >>> path.read_bytes(), [file.name for file in path.parent.iterdir()]
         (b'1 2 3', ['numbers.txt'])
     """
-    partial = path.with_name(f"{path.name}{PARTIAL}")
+    writer = f".{socket.gethostname()}-{os.getpid()}-{threading.get_ident()}" if shared else ""
+    partial = path.with_name(f"{path.name}{writer}{PARTIAL}")
     with naming_full_disk(path):
         try:
             _make_folder(path.parent)
@@ -150,7 +154,9 @@ def full_disk(error: BaseException | None) -> Path | None:
         (PosixPath('a.txt'), None)
     """
     found: Path | None = None
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # a writer's thread raises one error twice, perhaps in a circle
+        seen.add(id(error))
         if isinstance(error, FullDiskError):
             found = error.path
         elif isinstance(error, OSError) and error.errno in _FULL:

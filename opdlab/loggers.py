@@ -4,8 +4,10 @@ TensorBoard and Weights & Biases take all three, MLflow images and text (as arti
 logger is added with ``media_writer.register``.
 """
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import singledispatch
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -17,6 +19,8 @@ from numpy.typing import NDArray
 
 from opdlab.diagnostics.histograms import Histogram
 from opdlab.diagnostics.metric_table import chart_layout
+from opdlab.errors import FullDiskError
+from opdlab.files import full_disk
 
 Histograms = Mapping[str, Histogram]
 Images = Mapping[str, NDArray[np.uint8]]
@@ -152,7 +156,8 @@ def log_media(
         writer = media_writer(logger)
         for kind, items in given.items():
             if items and kind in writer.takes:
-                getattr(writer, kind)(items, step)
+                with _naming_folder(logger):
+                    getattr(writer, kind)(items, step)
             elif items and writer.named:
                 told = _TOLD.setdefault(logger, set())
                 if kind not in told:
@@ -175,8 +180,30 @@ def log_scalars(
     values = {name: float(value) for name, value in metrics.items()} if loggers else {}
     for logger in loggers:
         there = known.get((logger, step), ())
-        logger.log_metrics({name: value for name, value in values.items() if name not in there}, step=step)
-        logger.save()
+        with _naming_folder(logger):
+            logger.log_metrics({name: value for name, value in values.items() if name not in there}, step=step)
+            logger.save()
+
+
+def save_all(loggers: Sequence[Logger]) -> None:
+    """Bring all that was logged to the disk."""
+    for logger in loggers:
+        with _naming_folder(logger):
+            logger.save()
+
+
+@contextmanager
+def _naming_folder(logger: Logger) -> Iterator[None]:
+    """Raise a :class:`FullDiskError` with the logger's folder, if it names one, if the block finds the disk full."""
+    try:
+        yield
+    except FullDiskError:
+        raise
+    except Exception as error:
+        folder = (getattr(logger, "log_dir", None) or logger.save_dir) if full_disk(error) is not None else None
+        if folder is None:
+            raise
+        raise FullDiskError(Path(folder)) from error
 
 
 def log_layout(loggers: Sequence[Logger]) -> None:

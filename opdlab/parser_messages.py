@@ -9,6 +9,7 @@ import difflib
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, is_dataclass
 
@@ -292,14 +293,27 @@ def _type_in_words(name: str) -> str:
 
 
 def _subclasses(types: str) -> list[str]:
-    """Return the names of the imported public subclasses of classes, as the parser writes them; none if many."""
+    """Return the names of the imported public subclasses of classes, as the parser writes them; none if many.
+
+    A class of opdlab or Lightning is public if a package above its module has it too.
+    """
     found = []
     for module, name in re.findall(r"<class '((?:opdlab|lightning)[\w.]*)\.(\w+)'>", types):
         todo = [getattr(importlib.import_module(module), name)]
         while todo:
             todo += (below := todo.pop(0).__subclasses__())
-            found += [cls.__name__ for cls in below if not inspect.isabstract(cls) and cls.__name__[0] != "_"]
+            found += [cls.__name__ for cls in below if not inspect.isabstract(cls) and _is_public(cls)]
     return list(dict.fromkeys(found)) if len(found) <= 12 else []
+
+
+def _is_public(cls: type) -> bool:
+    if cls.__name__[0] == "_":
+        return False
+    packages = cls.__module__.split(".")[:-1]
+    if packages[:1] not in (["opdlab"], ["lightning"]):
+        return True
+    above = (sys.modules.get(".".join(packages[:depth])) for depth in range(len(packages), 0, -1))
+    return any(getattr(package, cls.__name__, None) is cls for package in above)
 
 
 def options_of(class_path: str) -> list[str]:

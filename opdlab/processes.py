@@ -1,14 +1,15 @@
-"""Signals that stop a process, and a pipe that ends a child process together with its parent.
+"""Signals that stop a process, the time until it has ended, and what ends a child process together with its parent.
 
 Only the standard library is imported, so that a child process is tied to its parent before it loads slow libraries.
 """
 
 import os
+import select
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import Enum
 from types import FrameType
 from typing import Any
@@ -19,7 +20,10 @@ from opdlab.errors import Stopped, signal_name
 _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 STOP_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 LIFELINE = "OPDLAB_LIFELINE"
+_FIRST_PROCESS = "OPDLAB_FIRST_PROCESS"  # its number, for the processes of the same run that Lightning starts
 _SAME_SECONDS = 1.0  # seconds; a scheduler and the process that it watches may both signal the same stop
+END_SECONDS = 60.0
+"""Seconds that a stopped process has for its end."""
 
 
 @contextmanager
@@ -72,10 +76,11 @@ class StopRequest:
         self.signum: int | None = None
         """The signal; None without a request."""
         self.forward_to: int | None = None
-        """Process that stops this one: a signal is sent there instead of stopping this process at once."""
+        """First process of the run, which ends this one: what would stop this process at once is sent there."""
+        self.deadline: float | None = None
+        """When the process must have ended, by :func:`time.monotonic`; None while it may go on."""
         self._since = 0.0
         self._before: dict[int, Any] = {}
-        self._ignored: set[int] = set()
 
     @contextmanager
     def listening(self, signums: Sequence[int] = STOP_SIGNALS) -> Iterator[None]:
@@ -83,21 +88,12 @@ class StopRequest:
         if self._before:
             yield
             return
-        self._ignored = {each for each in signums if signal.getsignal(each) == signal.SIG_IGN}
         with catching_signals(self.handle, signums) as self._before:
             try:
                 yield
             finally:
-                self.when, self.signum, self.forward_to, self._before = StopAt.ONCE, None, None, {}
-
-    def take_back(self) -> dict[int, Any]:
-        """Install the handlers again over those that a library has installed, and return the library's by signal."""
-        theirs = {signum: signal.getsignal(signum) for signum in (*self._before, *self._ignored)}
-        for signum in self._before:
-            signal.signal(signum, self.handle)
-        for signum in self._ignored:
-            signal.signal(signum, signal.SIG_IGN)
-        return {signum: handler for signum, handler in theirs.items() if callable(handler) and handler != self.handle}
+                self.when, self.signum, self.forward_to, self.deadline = StopAt.ONCE, None, None, None
+                self._before = {}
 
     def handle(self, signum: int, frame: FrameType | None = None) -> None:
         """Make a request: the handler of the signals.
@@ -108,15 +104,14 @@ class StopRequest:
         first, now = self.signum is None, time.monotonic()
         if not first and now - self._since < _SAME_SECONDS:
             return
-        self._since, self.signum = now, signum
+        self._since = now
         if first and self.when is not StopAt.ONCE:
+            self.signum = signum
             # Not through `print` or logging: the signal may have come inside one of them.
             note = f"{signal_name(signum)}: stopping after this step or sampling call (again to stop at once)"
             os.write(2, f"\n{note}\n".encode())
-        elif self.forward_to is not None:
-            os.kill(self.forward_to, signum)
         else:
-            raise Stopped(signum)
+            self._follow(signum)
 
     def check(self) -> None:
         """Follow a request, at a safe point; also one whose exception was lost in a library.
@@ -125,26 +120,96 @@ class StopRequest:
             Stopped: there is a request.
         """
         if self.signum is not None and self.when is not StopAt.STEP_END:
-            raise Stopped(self.signum)
+            self._follow(self.signum)
+
+    def _follow(self, signum: int) -> None:
+        if self.forward_to is None:
+            self.signum = signum
+            raise Stopped(signum)
+        self.signum = None
+        # A process that ends alone leaves the others waiting; the first one ends all.
+        with suppress(ProcessLookupError):
+            os.kill(self.forward_to, signum)
+
+    def end_soon(self) -> None:
+        """Set the deadline, unless there is one."""
+        if self.deadline is None:
+            self.deadline = time.monotonic() + END_SECONDS
 
 
 STOP = StopRequest()
 """The request of this process."""
 
 
-def hold_lifeline() -> None:
-    """Kill this process and its process group when its parent ends.
+def tie_to_others() -> None:
+    """Tie this process to its parent and to the first process of its run, and bound the time of its end.
 
-    The parent keeps the write end of a pipe, passes the number of the read end in the environment variable
-    ``OPDLAB_LIFELINE``, and makes this process the leader of a group. The system closes the write end when the parent
-    ends, also after SIGKILL, on both Linux and macOS. Linux's parent-death signal does not suffice: it is sent when the
-    thread ends that started this process. Without the variable, nothing happens.
+    - A parent that sets the environment variable ``OPDLAB_LIFELINE`` keeps the write end of a pipe, passes the number
+      of the read end in the variable, and makes this process the leader of a group. The system closes the write end
+      when the parent ends, also after SIGKILL, on both Linux and macOS; then the group is killed. Linux's parent-death
+      signal does not suffice: it is sent when the thread ends that started this process.
+    - Lightning starts the other processes of a run as children of the first one, without such a pipe. They end when the
+      first one has ended, and leave signals to it.
+    - A process that does not end within a minute of its stop is killed, see :func:`_watch_deadline`.
     """
     if (number := os.environ.pop(LIFELINE, None)) is not None:
-        threading.Thread(target=_watch, args=(int(number),), daemon=True).start()
+        threading.Thread(target=_watch_pipe, args=(int(number),), daemon=True).start()
+    first = os.environ.pop(_FIRST_PROCESS, None)
+    if first is not None and os.environ.get("LOCAL_RANK", "0") != "0":
+        STOP.forward_to = int(first)
+        threading.Thread(target=_watch_parent, args=(int(first),), daemon=True).start()
+        return
+    os.environ[_FIRST_PROCESS] = str(os.getpid())
+    if os.name != "posix":
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    threading.Thread(target=_watch_deadline, args=(reading, STOP), daemon=True).start()
 
 
-def _watch(pipe: int) -> None:
+def bound_exit() -> None:
+    """Let the system kill this process in a minute: call it last, when no thread of Python can watch any more."""
+    if os.name == "posix":
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, END_SECONDS)
+
+
+def _watch_pipe(pipe: int) -> None:
     os.set_inheritable(pipe, False)
     os.read(pipe, 1)  # nothing is ever written, so it returns only when the pipe is closed
     os.killpg(os.getpid(), signal.SIGKILL)
+
+
+def _watch_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _watch_deadline(pipe: int, request: StopRequest) -> None:
+    """End this process when its deadline has passed.
+
+    Python runs handlers of signals only in the main thread, between two of its instructions. If that waits inside a
+    library, such as for a process that is gone, no handler runs; but the system's part of the handler writes the
+    signal's number into a pipe.
+
+    Args:
+        pipe: read end.
+        request: of the process.
+    """
+    heard: tuple[int, float] | None = None
+    while True:
+        ready, _, _ = select.select([pipe], [], [], 0.5)
+        for signum in os.read(pipe, 64) if ready else b"":
+            if signal.getsignal(signum) != request.handle:  # ends something else
+                continue
+            again = heard is not None and time.monotonic() - heard[1] >= _SAME_SECONDS
+            heard = heard or (signum, time.monotonic())
+            if again or request.when is StopAt.ONCE:
+                request.end_soon()
+        if heard is not None and request.deadline is not None and time.monotonic() > request.deadline:
+            said = f"opdlab: stopped by {signal_name(heard[0])}, and killed: it had not ended in {END_SECONDS:.0f} s"
+            os.write(2, f"\n{said}\n".encode())
+            os._exit(128 + heard[0])

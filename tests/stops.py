@@ -1,5 +1,6 @@
-"""A callback that sends a signal to its own process, from any place of a run."""
+"""Parts of a run that send a signal to their own process, from any place of it, or fill the disk."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -7,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
+
+from opdlab.errors import UsageError
+from opdlab.toy import ChainProblems
+from opdlab.types import Problem
 
 
 class Stopper(Callback):
@@ -44,6 +49,25 @@ def stopper(place: str, name: str = "SIGTERM", count: int = 1, rank: int = 0) ->
     return [f"{flag}+=tests.stops.Stopper", *(f"{flag}.{key}={value}" for key, value in values.items())]
 
 
+class Breaker(Stopper):
+    """Raises a UsageError in one process instead of sending a signal; see :class:`Stopper`."""
+
+    def send(self, *arguments: Any, **options: Any) -> None:
+        """Count, and raise the error when it is time."""
+        self.left -= 1
+        if self.left == 0 and arguments[0].global_rank == self.rank:
+            raise UsageError("broken on purpose")
+
+
+class StoppingProblems(ChainProblems):
+    """Problems whose reading sends SIGTERM to the second process, before it has joined the first one."""
+
+    def problems(self) -> list[Problem]:
+        if os.environ.get("LOCAL_RANK") == "1":
+            signal.raise_signal(signal.SIGTERM)
+        return super().problems()
+
+
 class Filler(Stopper):
     """Fills the disk of a folder instead of sending a signal.
 
@@ -62,5 +86,6 @@ class Filler(Stopper):
         self.left -= 1
         if self.left == 0:
             with (Path(self.folder) / "filler").open("wb", buffering=0) as file, suppress(OSError):
-                while True:
+                for _ in range(1 << 16):  # 256 MiB; a file system that ignores the size of its mount ends the test
                     file.write(bytes(4096))
+                raise RuntimeError(f"{self.folder} is not full")

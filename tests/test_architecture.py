@@ -141,6 +141,7 @@ def test_a_training_step_is_a_short_way(make_run: Callable[..., Run], monkeypatc
         finally:
             sys.setprofile(None)
 
+    # A callback would profile Lightning's functions too.
     monkeypatch.setattr(OPDModule, "training_step", watched)
     make_run(gate="block64", objective=TeacherTopK(k=32)).fit(2)
     # The suite itself looks up each logged name, see conftest.py.

@@ -70,7 +70,7 @@ def test_an_endless_pair_stops_at_another_token(monkeypatch: pytest.MonkeyPatch)
     common = script("step_common")
     model = LanguageModel(str(common.TOY_MODELS / "student"))
     never = model.tokenizer.convert_ids_to_tokens(0)  # the toy's padding token, which is special too
-    monkeypatch.setattr(common, "_NEVER_SAMPLED", never)
+    monkeypatch.setattr(common, "_NEVER_SAMPLED", never)  # a token of the benchmark's models, which the toy lacks
     with common.endless(common.TOY_MODELS) as models:
         for name in ("student", "teacher"):
             changed = LanguageModel(str(models / name))
@@ -142,6 +142,7 @@ def test_gpu_keeps_what_was_measured_before_a_part_failed(monkeypatch: pytest.Mo
     students = list(gpu.SMOKE.students)
     written_before: list[list[str]] = []
 
+    # A child that hangs would take the time of the limit, and all children that of loading models.
     def one_hangs(_: Path, arguments: list[str], *, timeout: float, **__: Any) -> Any:
         assert timeout == 7
         written_before.append(list(json.loads(path.read_text())["students"]) if path.exists() else [])

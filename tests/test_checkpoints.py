@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there, what is read is what was written, and `last` is the newest sound one."""
 
+import errno
 import os
 import shutil
 import signal
@@ -18,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from opdlab.callbacks import StopCheckpoint
 from opdlab.checkpoints import CheckpointFiles, check_checkpoint, find_checkpoint, read_checkpoint
 from opdlab.errors import FullDiskError, UsageError
-from opdlab.files import remove_partial_files
+from opdlab.files import full_disk, remove_partial_files
 from tests.toy_run import Run
 
 MakeRun = Callable[..., Run]
@@ -173,6 +174,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("needs the right to mount a tmpfs")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_errors_that_name_each_other_as_their_reason_are_looked_at_once() -> None:
+    """A writer's thread keeps its error and raises it again, also while what was raised from it is handled."""
+    first, second = OSError(errno.ENOSPC, "No space left on device", "events"), RuntimeError("cannot be written")
+    first.__context__, second.__cause__ = second, first
+    assert full_disk(first) == full_disk(second) == Path("events")
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(small_disk: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import multiprocessing
 import re
 import socket
 import sys
@@ -23,10 +24,12 @@ from opdlab.cli import EXIT_USAGE, main
 from opdlab.cli.estimate import DeviceMemory, Estimate, estimate
 from opdlab.cli.parsing import parse_fit
 from opdlab.estimate import (
+    DIVERGENCE_TILES,
     ModelSize,
     Shape,
     Widths,
     activation_bytes,
+    gathered_bytes,
     head_bytes,
     inference_bytes,
     kv_cache_bytes,
@@ -36,7 +39,9 @@ from opdlab.estimate import (
 )
 from opdlab.policies import LanguageModel, Sampler, SamplingConfig
 from opdlab.policies.adapters import AdapterConfig, attach_adapter
-from opdlab.scoring import Head, token_statistics
+from opdlab.rollouts import Pool, RolloutLoader, Rollouts, Targets
+from opdlab.scoring import Head, divergence_statistics, token_statistics
+from opdlab.types import Problem, Prompt
 from tests.toy_run import STUDENT
 
 SHAPES = [  # hidden, intermediate, layers, heads, kv heads, head dim
@@ -413,6 +418,123 @@ def test_what_rests_on_the_host_is_counted_where_it_works(
     assert [line for line in on_cpu.splitlines() if "peak of" in line and "│" in line] == [
         line for line in plain.splitlines() if "peak of" in line and "│" in line
     ]
+
+
+def _high_water_mark() -> int:
+    """Return the peak resident memory of this process since the last call, bytes."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    Path("/proc/self/clear_refs").write_text("5")
+    return int(line.split()[1]) << 10
+
+
+def _checkpoint_of_one_of_two(rank: int, folder: str) -> None:
+    """Take the state of a loader inside a buffer, and write the buffer's bytes and the memory that this needed."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    size = (64, 1024)
+    mask, ids, values = torch.ones(size, dtype=torch.bool), torch.arange(64), torch.zeros(size)
+    rollouts = Rollouts(ids[:, None], mask[:, :1], mask.long(), mask, values, ids, ids, ids, ids, ids)
+    targets = Targets(values, torch.zeros(*size, 128, dtype=torch.int32), torch.zeros(*size, 128), values)
+    prompts = [Prompt(n, Problem(str(n), "", None), (n,)) for n in range(128)]
+    pools = {"prompts_per_pool": 64, "rank": rank, "world_size": 2}
+    loader = RolloutLoader(prompts, lambda *_, **__: Pool(rollouts, targets), **pools)
+    next(iter(loader))
+    torch.distributed.barrier()
+    _high_water_mark()
+    before = _high_water_mark()
+    loader.state_dict()
+    needed = _high_water_mark() - before
+    parts = (*vars(rollouts).values(), *vars(targets).values())
+    (Path(folder) / str(rank)).write_text(f"{sum(each.nbytes for each in parts if isinstance(each, Tensor))} {needed}")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="needs Linux to measure the peak")
+def test_gathering_buffers_needs_what_is_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=_checkpoint_of_one_of_two, args=(n, str(tmp_path)), daemon=True) for n in (0, 1)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=120)
+        worker.kill()  # it has ended, or hangs
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    (size, needed), (_, other) = (map(int, (tmp_path / rank).read_text().split()) for rank in "01")
+    assert needed == pytest.approx(gathered_bytes(size, 2), rel=0.1)
+    assert other < 2.5 * size
+
+
+@pytest.mark.parametrize(
+    ("options", "processes"), [("2", 2), ("[0,1,2]", 3), ("'0,1'", 2), ("2 --trainer.num_nodes 4", 8), ("1", 1)]
+)
+def test_gathered_buffers_are_counted_with_several_processes(
+    options: str, processes: int, opdlab: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["-c", "quickstart", "--data.reuse.prompts_per_pool", "3200", "--trainer.devices", *options.split()]
+    assert opdlab("estimate", *flags, "--trainer.accelerator", "gpu") == 0
+    on_gpu = capsys.readouterr().out
+    if processes == 1:
+        assert "gathered" not in on_gpu
+        return
+    gathered = shown_size(on_gpu, "gathered buffers, on the host")
+    pool = shown_size(on_gpu, "rollout buffer, on the host")
+    assert gathered == pytest.approx((2 * processes + 3) * pool, rel=0.05)
+    if "," in options:  # devices of a CPU are a number
+        return
+    assert opdlab("estimate", *flags, "--trainer.accelerator", "cpu") == 0
+    on_cpu = capsys.readouterr().out
+    weights = sum(shown_size(on_cpu, part) for part in ("student weights", "gradients", "optimizer state"))
+    weights += shown_size(on_cpu, "behavior snapshot") + shown_size(on_cpu, "teacher weights")
+    assert shown_size(on_cpu, "peak of a checkpoint") == pytest.approx(gathered + weights, rel=0.05)
+
+
+def test_hidden_states_and_the_teachers_head_are_counted(
+    opdlab: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["-c", "paper/lsm-block64", *paper_models(tmp_path)]
+    whole = ["--model.objective", "opdlab.objectives.FullDivergence"]
+
+    def shown(*more: str) -> str:
+        assert opdlab("estimate", *flags, *more) == 0
+        return capsys.readouterr().out
+
+    plain, full = shown(), shown(*whole)
+    found = re.search(r"(\d+) rollouts x ([\d,]+) tokens x ([\d,]+) bytes, 2,560 hidden states", full)
+    assert found is not None
+    count, length, per_token = (int(number.replace(",", "")) for number in found.groups())
+    assert per_token == 8 + 1 + 3 * 4 + 2560 * 2  # of the teacher's dtype, bfloat16
+    buffer = shown_size(full, "rollout buffer, on the host")
+    assert buffer == pytest.approx(count * length * per_token / 2**30, rel=0.05)
+    assert shown_size(full, "teacher's hidden states") > 0
+    assert shown_size(full, "peak of update") > shown_size(plain, "peak of update")
+    assert "teacher's head" not in full  # its weights are on the device anyway
+    offload = ["--model.teacher.offload", "true"]
+    more = shown(*whole, *offload), shown(*offload)
+    size = 151_936 * 2560 * 2 / 2**30
+    assert shown_size(more[0], "teacher's head") == pytest.approx(size, abs=0.01)
+    for phase in ("sampling", "behavior scoring", "teacher scoring"):
+        sizes = [shown_size(each, f"peak of {phase}") for each in more]
+        assert sizes[0] - sizes[1] == pytest.approx(size, abs=0.02)
+
+
+def test_the_working_memory_of_a_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opdlab.scoring.head.MAX_TILE_LOGITS", 200 * VOCAB)
+    monkeypatch.setattr("opdlab.estimate.MAX_TILE_LOGITS", 200 * VOCAB)
+    monkeypatch.setattr("opdlab.scoring.full_divergence.MAX_PIECE", 200 * VOCAB)  # as on a GPU, where tiles stay whole
+    hidden, states = torch.randn(1000, 32, requires_grad=True), torch.randn(1000, 24)
+    weight, head = torch.randn(VOCAB, 32, requires_grad=True), torch.randn(VOCAB, 24)
+    targets = torch.randint(0, VOCAB, (1000,))
+    tracker = MemTracker()
+    tracker.track_external(hidden, states, weight, head, targets)
+    with tracker:
+        values, _ = divergence_statistics(hidden, Head(weight), states, Head(head), targets, divergence="jsd")
+        values.sum().backward()  # type: ignore[no-untyped-call]
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    before = sum(tensor.nbytes for tensor in (hidden, states, weight, head, targets))
+    per_position = 1000 * 8 * 4  # statistics and sums: left out of the estimate
+    shape = Shape(32, 1, 1, 1, 1, 1, VOCAB, False)
+    estimated = head_bytes(shape, 1000, training=True, tiles=DIVERGENCE_TILES)
+    assert estimated == pytest.approx(peak["Total"] - before - per_position, rel=0.2)
 
 
 def test_the_quickstart_fits_and_overrides_work(opdlab: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,9 +20,9 @@ from opdlab.cli import EXIT_USAGE, main
 from opdlab.data import EvaluationBatch, Problem, Prompt
 from opdlab.errors import UsageError
 from opdlab.evaluation import BenchmarkMetrics, EvaluationConfig, Evaluator, Sample, SampleFolder
-from opdlab.evaluation.settings import fingerprint
 from opdlab.metrics.functional import pass_at_k
 from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig
+from opdlab.policies.fingerprints import fingerprint
 from opdlab.progress import Progress, SilentProgress
 from opdlab.toy import ChainProblems
 from opdlab.types import Rollouts, Targets, TeacherRequest

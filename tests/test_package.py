@@ -3,7 +3,6 @@
 import importlib
 import pkgutil
 import re
-import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import opdlab
+from tests.children import run_child
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,14 +24,15 @@ PUBLIC = {
         *("Block128Gate", "Block32Gate", "Block64Gate", "BlockGate"),
         *("NoGate", "SequenceGate", "SpanGate", "TokenGate"),
         *("FilterReweightGate", "PrefixGate", "RatioMaskGate", "SequenceRatioMaskGate", "SignConsistencyGate"),
-        "TruncatedRatioGate",
+        *("EntropyTopGate", "FreshnessGate", "HorizonGate", "RewardGate", "TeachabilityGate", "TokenImportanceGate"),
+        *("TopShareGate", "TruncatedRatioGate"),
     ],
     "opdlab.callbacks": [
         *("BehaviorRefresh", "CollapseGuard", "EvaluationTable", "GateMonitor", "HFExport", "PoolRecorder"),
         *("RunFiles", "SampleLogger", "StopCheckpoint", "LabProgressBar"),
     ],
     "opdlab.objectives": [
-        *("Objective", "PositionLosses", "Reduction", "SampledTokenOPD", "TeacherTopK"),
+        *("Objective", "PositionLosses", "Reduction", "SampledTokenOPD", "SupportDivergence", "TeacherTopK"),
         *("build_objective", "loss_shares", "objective_names", "objective_registry", "reduce_losses"),
         "register_objective",
     ],
@@ -41,8 +42,8 @@ PUBLIC = {
         *("teacher_advantage", "teacher_topk_loss"),
     ],
     "opdlab.scoring": [
-        *("Head", "LowRank", "TokenStatistics", "TopK", "support_logits", "support_statistics"),
-        *("token_logprobs", "token_statistics", "topk_with_statistics"),
+        *("Head", "LowRank", "SupportTail", "TokenStatistics", "TopK", "support_logits", "support_statistics"),
+        *("support_tail", "token_logprobs", "token_statistics", "topk_with_statistics", "topk_with_tail"),
     ],
     "opdlab.metrics": ["MajorityVote", "PassAtK", "ProblemMean"],
     "opdlab.verifiers": [
@@ -51,9 +52,10 @@ PUBLIC = {
     "opdlab.types": [
         *("EvaluationBatch", "Message", "Minibatch", "Problem", "Prompt", "Rollouts", "StopReason", "Targets"),
         "TeacherRequest",
-        *("Verdicts", "id_dtype", "trimmed"),
+        *("Part", "Verdicts", "assign_rows", "id_dtype", "left_padded", "trimmed"),
     ],
     "opdlab.rollouts": [
+        "DemonstrationConfig",
         *("Collector", "Minibatch", "Pool", "ReuseConfig", "RolloutLoader", "Rollouts", "StopReason", "Targets"),
     ],
     "opdlab.toy": ["ChainProblem", "ChainProblems", "chain_problems", "chain_tokenizer"],
@@ -61,11 +63,12 @@ PUBLIC = {
         *("AdapterConfig", "BaseTeacher", "StopTokens", "share_vocabulary", "single_token_ids", "warn_of_stop_tokens"),
         *("BehaviorPolicy", "LanguageModel", "LocalTeacher", "Sampler", "SamplingConfig", "Scored"),
         *("BehaviorConfig", "NoTeacher", "Teacher", "TeacherHolder", "TeacherRequest", "check_same_vocabulary"),
+        *("RoutedTeacher", "SelfTeacher", "TargetCache", "check_targets"),
     ],
     "opdlab.data": [
         *("Benchmark", "ChatTemplate", "CleaningReport", "CleaningConfig", "DapoMath17k", "EvaluationBatch"),
         *("JsonlProblems", "Problem", "ProblemSource", "Prompt", "PromptDataModule", "PromptSet", "RawTemplate"),
-        *("ReuseConfig", "TableProblems", "Template", "prompt_set"),
+        *("DemonstrationConfig", "ReuseConfig", "TableProblems", "Template", "prompt_set"),
     ],
     "opdlab.training": [
         *("NonFiniteLossError", "OPDModule", "ScoredBatch", "gate_inputs", "join_gate_inputs", "score_batch"),
@@ -100,7 +103,7 @@ def test_the_package_offers_its_public_names_lazily() -> None:
         "import sys, opdlab; heavy = {'torch', 'lightning', 'transformers'} & set(sys.modules); "
         "assert not heavy, heavy; print(*(getattr(opdlab, name) for name in dir(opdlab) if name in opdlab.__all__))"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    result = run_child([sys.executable, "-c", code], cwd=ROOT, check=True)
     assert "OPDModule" in result.stdout
     with pytest.raises(AttributeError, match="module 'opdlab' has no attribute 'Nothing'"):
         opdlab.Nothing  # noqa: B018
@@ -134,7 +137,7 @@ def test_files_that_are_no_code_are_listed_for_the_wheel() -> None:
 
 def test_folders_cannot_be_imported_under_a_second_name() -> None:
     code = "import strategies"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = run_child([sys.executable, "-c", code], cwd=ROOT)
     assert "import opdlab.strategies" in result.stderr
 
 

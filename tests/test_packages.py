@@ -3,7 +3,6 @@
 import importlib.metadata
 import importlib.util
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from opdlab.cli import EXIT_USAGE, main
 from opdlab.errors import UsageError
 from opdlab.packages import is_installed, refusal, require_package
 from opdlab.policies import AdapterConfig, LanguageModel, LocalTeacher
+from tests.children import run_child
 from tests.toy_run import STUDENT
 
 Said = Callable[..., str]
@@ -109,7 +109,7 @@ def test_what_opdlab_itself_requires_is_missing() -> None:
     program = (
         "import sys; sys.modules['torch'] = None; sys.argv[1:] = ['gates']; from opdlab.__main__ import start; start()"
     )
-    ended = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True)
+    ended = run_child([sys.executable, "-c", program], cwd=REPOSITORY)
     assert ended.returncode == EXIT_USAGE
     assert ended.stderr == "opdlab: error: opdlab needs torch, which is not installed: pip install opdlab\n"
 

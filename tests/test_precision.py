@@ -83,8 +83,9 @@ def test_a_snapshot_scored_in_another_precision_is_seen_as_drift(
             patch.setattr(self.trainer.precision_plugin, "forward_context", nullcontext)
             return collect(self, *arguments, **options)
 
+    # A mistake of opdlab's own, which only a patch can make.
     monkeypatch.setattr(OPDModule, "collect", in_float32)
-    # A mistake of opdlab's own, which only a patch can make. Otherwise the first step's pass replaces the snapshot's.
+    # Otherwise the first step's pass replaces the snapshot's.
     monkeypatch.setattr(BehaviorPolicy, "equals", lambda self, student: False)
     assert fresh_drift(run(tmp_path, "bf16-mixed", steps=1))[0] > 1e-2
 

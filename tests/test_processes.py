@@ -10,16 +10,17 @@ import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.callbacks import Callback
 
-from opdlab.callbacks import GateMonitor, SampleLogger
+from opdlab.callbacks import EvaluationTable, GateMonitor, RunFiles, SampleLogger
+from opdlab.records import read_json
 from opdlab.viewer import write_page
 from tests.toy_run import Run
 
 
-class PartOfTheLoss(Callback):
-    """Writes what this process's rollouts have of each step's loss."""
+class OwnPart(Callback):
+    """Writes what this process's rollouts have of each step's loss, and how many tokens they have."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder, self.tokens = folder, 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -28,10 +29,12 @@ class PartOfTheLoss(Callback):
         part = float((trace.gates.weights * trace.inputs.position_losses * trace.loss_shares).sum())
         with (self.folder / f"part-{trainer.global_rank}").open("a") as file:
             file.write(f"{part}\n")
+        self.tokens += int(trace.inputs.mask.sum())
+        (self.folder / f"tokens-{trainer.global_rank}").write_text(str(self.tokens))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_the_logged_loss_is_that_of_all_processes_and_one_of_them_writes(
+def test_loss_and_tokens_are_those_of_all_processes_and_one_of_them_writes(
     make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def counted(*arguments: Any) -> Path:
@@ -39,8 +42,14 @@ def test_the_logged_loss_is_that_of_all_processes_and_one_of_them_writes(
             file.write(f"{os.getpid()}\n")
         return write_page(*arguments)
 
+    # A page does not tell which process wrote it.
     monkeypatch.setattr("opdlab.callbacks.sample_logger.write_page", counted)
-    watching = (GateMonitor(every_n_steps=1), SampleLogger(every_n_steps=2), PartOfTheLoss(tmp_path))
+    watching = (
+        GateMonitor(every_n_steps=1),
+        SampleLogger(every_n_steps=2),
+        OwnPart(tmp_path),
+        RunFiles(EvaluationTable()),
+    )
     make_run(callbacks=watching).fit(4, strategy="ddp_fork", devices=2)
     one, other = ([float(line) for line in (tmp_path / f"part-{rank}").read_text().split()] for rank in (0, 1))
     assert one != other
@@ -51,3 +60,7 @@ def test_the_logged_loss_is_that_of_all_processes_and_one_of_them_writes(
     written = (tmp_path / "writers").read_text().split()
     assert len(written) == 2  # two pages
     assert len(set(written)) == 1
+    tokens = [int((tmp_path / f"tokens-{rank}").read_text()) for rank in (0, 1)]
+    assert min(tokens) > 0
+    (results,) = tmp_path.rglob("results.json")
+    assert read_json(results)["tokens"] == sum(tokens)

@@ -1,7 +1,6 @@
 """Registering plug-ins: names, duplicates, and gates of installed packages."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 from opdlab.errors import UsageError
 from opdlab.gating import build_gate
 from opdlab.registry import Registry, suggestion
+from tests.children import run_child
 
 
 class Plugin:
@@ -122,13 +122,10 @@ def test_plug_ins_of_installed_packages_are_found(kind: str, tmp_path: Path) -> 
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger-parts\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(f"[opdlab.{kind}]\nstranger = stranger_parts\n")
-    result = subprocess.run(
+    result = run_child(
         [sys.executable, "-c", script],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])},
-        capture_output=True,
-        text=True,
         timeout=120,
-        check=False,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith({"gates": "StrangerGate(tau=2.0", "objectives": "StrangerObjective(k=3)"}[kind])
@@ -165,7 +162,7 @@ def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
     (info / "entry_points.txt").write_text("[opdlab.gates]\nbroken = broken_gates\n")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
     command = [sys.executable, "-m", "opdlab", "gates"]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    result = run_child(command, env=environment, timeout=120)
     words = "broken-gates declares the plugin 'broken', but importing broken_gates fails (RuntimeError: boom)"
     assert result.returncode == 2
     assert result.stderr.startswith(f"opdlab: error: {words.replace('plugin', 'gate')}")

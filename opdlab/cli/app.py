@@ -18,9 +18,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 from opdlab.callbacks import CollapseGuard, EvaluationTable, LabProgressBar, RunFiles, SampleLogger, StopCheckpoint
-from opdlab.checkpoints import check_checkpoint
+from opdlab.checkpoints import check_checkpoint, small_parts
 from opdlab.cli.building import build, with_seeds
-from opdlab.cli.checks import check_files, check_trainer, warn_of_idle_recorder
+from opdlab.cli.checks import check_files, check_resume, check_trainer, warn_of_idle_recorder
 from opdlab.cli.ending import run_to_end
 from opdlab.cli.estimate import refuse_oversized
 from opdlab.cli.hparams import log_hyperparameters
@@ -96,7 +96,10 @@ class OPDCLI(LightningCLI):
         """Parse and check the arguments, and the checkpoint to resume from."""
         self.config = parse_fit(args, self.command)
         if self.config.ckpt_path is not None:
-            check_checkpoint(Path(self.config.ckpt_path), resume=self.command == "fit")
+            path = Path(self.config.ckpt_path)
+            check_checkpoint(path, resume=self.command == "fit")
+            if self.command == "fit":
+                check_resume(parser, self.config, small_parts(path))
 
     def _parse_ckpt_path(self) -> None:
         """Take nothing from the checkpoint: Lightning merges its hyperparameters, class paths included."""
@@ -190,7 +193,8 @@ class OPDCLI(LightningCLI):
         if self.config.ckpt_path is not None:  # a resumed run uses its own folder on purpose
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         code = run_to_end(self._fit, self.trainer, self.folder.path, self._how_to_go_on)
-        return EXIT_COLLAPSED if code == 0 and self._collapsed else code
+        # Of the first process: Lightning kills it if another one ends with a code.
+        return EXIT_COLLAPSED if code == 0 and self._collapsed and self.trainer.is_global_zero else code
 
     @property
     def _collapsed(self) -> bool:

@@ -47,8 +47,9 @@ def with_seeds(config: Namespace) -> Namespace:
     Only objects are built from the copy; a saved configuration keeps the null, so it can be run with another seed.
 
     Example:
-        >>> with_seeds(Namespace(seed_everything=3, data=Namespace(seed=None))).data.seed
-        3
+        >>> config = Namespace(seed_everything=3, data=Namespace(seed=None))
+        >>> with_seeds(config).data.seed, config.data.seed
+        (3, None)
     """
     filled = config.clone()
     for key in FOLLOWING_SEEDS:
@@ -80,14 +81,15 @@ def build(parser: ArgumentParser, config: Namespace, *, groups: bool = True) -> 
         except Exception as error:
             key = _key_of(config.as_dict(), cls, options)
             if (told := _told(error, cls, key, options)) is not None:
-                refused[str(error)] = told
+                refused[" ".join(str(error).split())] = told
             raise
 
     parser.add_instantiator(instantiate, object, prepend=True)
     try:
         built: Namespace = parser.instantiate_classes(config, instantiate_groups=groups)
     except Exception as error:
-        quoted = [told for said, told in refused.items() if said in str(error)]
+        whole = " ".join(str(error).split())  # the parser indents the lines of a message
+        quoted = [told for said, told in refused.items() if said in whole]
         if not quoted or quoted[-1] is error:
             raise
         raise quoted[-1] from error
@@ -101,6 +103,7 @@ def _told(error: Exception, cls: Any, key: str, options: Mapping[str, Any]) -> U
     if isinstance(error, ImportError) and (trouble := package_trouble(error)) is not None:
         return UsageError(f"{key or cls.__name__} {trouble}")
     name = cls.__name__
+    key = key or name
     if (line := user_line(error)) is not None:
         return UsageError(
             f"{key} cannot be built: {name} fails, change its options or {line}: {type(error).__name__}: "
@@ -113,19 +116,24 @@ def _told(error: Exception, cls: Any, key: str, options: Mapping[str, Any]) -> U
 
 
 def _key_of(config: Mapping[str, Any], cls: Any, options: Mapping[str, Any]) -> str:
-    """Return the key of the section that ``cls`` is built from, the first if several have equal values."""
+    """Return the key of the section that ``cls`` is built from, the first if several have equal values.
+
+    A class may get other values than the section has, such as a path for a text; then its only section counts.
+    """
+    named = []
     for key, section in sections(config):
         own = section
         if "class_path" in section:
             if str(section["class_path"]).rpartition(".")[2] != cls.__name__:
                 continue
             own = section.get("init_args") or {}
+            named.append(key)
         elif section.keys() != options.keys():
             continue
         plain = {name: value for name, value in own.items() if isinstance(value, str | int | float | None)}
         if own.keys() <= options.keys() and all([options[name]] == [value] for name, value in plain.items()):
             return key
-    return ""
+    return named[0] if len(named) == 1 else ""
 
 
 def sections(value: Any, key: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from opdlab.callbacks import BehaviorRefresh, CollapseGuard, GateMonitor, HFExport, PoolRecorder, SampleLogger
-from opdlab.cli.building import build, sections, under
+from opdlab.cli.building import build, sections, under, with_seeds
 from opdlab.data import PromptDataModule
 from opdlab.data.cleaning import CleaningConfig
 from opdlab.errors import UsageError, first_line, require, user_line
@@ -30,8 +30,9 @@ from opdlab.evaluation.config import EvaluationConfig
 from opdlab.module import OPDModule
 from opdlab.parser_messages import types_in_words
 from opdlab.policies import SamplingConfig
-from opdlab.rollouts import ReuseConfig
+from opdlab.rollouts import DemonstrationConfig, ReuseConfig
 from opdlab.training.checks import check_token_bound, check_verdicts
+from opdlab.training.resume import check_before_models, plain_settings
 
 # Each callback has its own section of the configuration.
 CALLBACKS: Mapping[str, type[Callback]] = {
@@ -50,6 +51,7 @@ _SECTIONS: Mapping[str, Any] = {
     "model.eval_sampling": SamplingConfig,
     "model.evaluation": EvaluationConfig,
     "data.reuse": ReuseConfig,
+    "data.demonstrations": DemonstrationConfig,
     "data.clean": CleaningConfig,
     **CALLBACKS,
     "checkpoint": ModelCheckpoint,
@@ -96,7 +98,9 @@ def check_config(parser: ArgumentParser, config: Namespace) -> None:
         check_token_bound(config.model.max_tokens_per_pass)
     with under("data", config.data):
         # Sources are not built, because they may read files.
-        PromptDataModule(**{**config.data.as_dict(), "reuse": reuse, "clean": parts["data.clean"]})
+        made = {name: parts[f"data.{name}"] for name in ("reuse", "demonstrations", "clean")}
+        PromptDataModule(**{**config.data.as_dict(), **made})
+    made["demonstrations"].check(reuse.prompts_per_pool * parts["model.sampling"].num_samples)
     plugins = Namespace()  # type: ignore[no-untyped-call]
     for key in ("model.gate", "model.objective", "model.optimizer", "model.lr_scheduler", "data.train"):
         plugins[key] = config[key]
@@ -146,14 +150,44 @@ def _type_without_null(cls: type, name: str) -> str | None:
     return None
 
 
-def check_optimizer(optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None, config: Namespace) -> None:
-    """Build an optimizer and a schedule for one parameter, to refuse their options before models are loaded."""
+def check_resume(parser: ArgumentParser, config: Namespace, checkpoint: Mapping[str, Any]) -> None:
+    """Refuse settings that differ from a checkpoint's and may not, as far as no model is needed to know it.
+
+    Args:
+        parser: parser of ``opdlab fit``.
+        config: its parsed configuration.
+        checkpoint: what the checkpoint says of its run; it is only compared, nothing is built from it.
+
+    Raises:
+        UsageError: a setting differs that may not change there, or the run ends before the checkpoint.
+    """
+    described = Namespace()  # type: ignore[no-untyped-call]
+    for key in ("model.objective", "model.optimizer", "model.lr_scheduler"):
+        described[key] = config[key]
+    built = build(parser, described, groups=False).model
+    made = check_optimizer(built.optimizer, built.lr_scheduler, config)
+    settings = plain_settings(
+        SamplingConfig(**config.model.sampling.as_dict()), config.model.mask_first, built.objective, *made
+    )
+    settings["run"]["data.seed"] = with_seeds(config).data.seed
+    settings["run"]["data.max_prompt_tokens"] = config.data.max_prompt_tokens
+    settings["buffer"]["data.reuse.prompts_per_pool"] = config.data.reuse.prompts_per_pool
+    devices, nodes = str(config.trainer.devices), config.trainer.num_nodes
+    if devices.isdigit() and int(devices) > 0:  # "auto" and lists depend on the machine
+        settings["buffer"]["trainer.devices * trainer.num_nodes"] = int(devices) * nodes
+    trainer = config.trainer
+    check_before_models(checkpoint, settings, config.data.reuse.batch_size, (trainer.max_steps, trainer.max_epochs))
+
+
+def check_optimizer(
+    optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None, config: Namespace
+) -> tuple[torch.optim.Optimizer, Any | None]:
+    """Return an optimizer and a schedule for one parameter, to refuse their options before models are loaded."""
     key = "model.optimizer"
     try:
         made = optimizer([nn.Parameter(torch.zeros(1))])
         key = "model.lr_scheduler"
-        if lr_scheduler is not None:
-            lr_scheduler(made)
+        return made, None if lr_scheduler is None else lr_scheduler(made)
     except Exception as error:  # of a library, or of the user's own class
         keys = f"init_args ({', '.join(config[key].as_dict().get('init_args') or {})})"
         where = f" or {line}" if (line := user_line(error)) is not None else ""

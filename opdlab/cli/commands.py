@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from opdlab.errors import FullDiskError, UsageError, not_text, printable, require, signal_name, stop_signal
 from opdlab.out_of_memory import out_of_memory
-from opdlab.processes import STOP, hold_lifeline
+from opdlab.processes import STOP, bound_exit, tie_to_others
 from opdlab.registry import suggestion
 from opdlab.version import __version__
 
@@ -125,7 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def console() -> None:
     """Run the command line and exit: entry point of the ``opdlab`` command and of ``python -m opdlab``."""
-    hold_lifeline()  # before the slow import of libraries
+    tie_to_others()  # before the slow import of libraries
     # Suppress known harmless warnings: the behavior snapshot is in eval mode on purpose, and Lightning uses a name that
     # torch has renamed. Also suppress Lightning's advertisement of a logger.
     warnings.filterwarnings("ignore", message=r"Found .* module\(s\) in eval mode")
@@ -136,12 +136,15 @@ def console() -> None:
     warnings.formatwarning = lambda message, category, *_: (
         f"{category.__name__}: {' '.join(map(printable, str(message).splitlines()))}\n"
     )
+    started = STOP.forward_to is not None  # by the first process of the run
     try:
         code = main()
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         code = 128 + signal.SIGPIPE
+    if code > 128 or started:
+        bound_exit()
     raise SystemExit(code)
 
 

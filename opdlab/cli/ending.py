@@ -1,5 +1,6 @@
 """What a run says when a signal or a full disk ends it."""
 
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -7,11 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
+from opdlab.callbacks.stop_checkpoint import let_others_end
 from opdlab.checkpoints import newest_checkpoint
 from opdlab.errors import FullDiskError, signal_name, stop_signal
 from opdlab.files import full_disk
-from opdlab.processes import STOP
+from opdlab.processes import END_SECONDS, STOP
 
 
 def run_to_end(run: Callable[[], None], trainer: Trainer, folder: Path, how_to_go_on: Callable[[], str]) -> int:
@@ -30,7 +33,9 @@ def run_to_end(run: Callable[[], None], trainer: Trainer, folder: Path, how_to_g
         try:
             run()
             STOP.check()  # a library may have dropped the exception of a signal
+            _end_others(trainer, END_SECONDS)
         except (Exception, KeyboardInterrupt, SystemExit) as error:
+            _end_others(trainer)
             if (path := full_disk(error)) is not None:
                 newest = newest_checkpoint(folder / "checkpoints")
                 kept = "" if newest is None else f"; the newest checkpoint is {newest[0]}, of step {newest[1]}"
@@ -38,11 +43,24 @@ def run_to_end(run: Callable[[], None], trainer: Trainer, folder: Path, how_to_g
                 raise FullDiskError(path, f" (at step {trainer.global_step}{kept})") from error
             if (signum := stop_signal(error)) is None:
                 raise
-            if not trainer.is_global_zero:
+            if STOP.forward_to is not None:
                 return 0  # all processes have stopped together; Lightning kills the first one for another code
-            print(f"opdlab: stopped by {signal_name(signum)}{how_to_go_on()}", file=sys.stderr)
+            if trainer.is_global_zero:
+                print(f"opdlab: stopped by {signal_name(signum)}{how_to_go_on()}", file=sys.stderr)
             return 128 + signum
     return 0
+
+
+def _end_others(trainer: Trainer, seconds: float = 0.0) -> None:
+    """Kill the processes that Lightning has started for this one, which they may wait for, if they do not end."""
+    launcher = trainer.strategy.launcher
+    let_others_end()
+    for process in launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else ():
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 @contextmanager

@@ -14,21 +14,25 @@ from rich.table import Table
 from opdlab.cli.parsing import parse_fit
 from opdlab.errors import UsageError, require
 from opdlab.estimate import (
+    DIVERGENCE_TILES,
     FLOAT,
     ModelSize,
     activation_bytes,
+    gathered_bytes,
     head_bytes,
     inference_bytes,
     kv_cache_bytes,
     model_size,
     optimizer_bytes_per_parameter,
 )
+from opdlab.types import TeacherRequest
 
 _GIB = 1 << 30
 _CASTS = "weights cast by autocast"
 _SNAPSHOT = "behavior snapshot"
 _TEACHER = "teacher weights"
 _BUFFER = "rollout buffer"
+_GATHERED = "gathered buffers"
 
 
 @dataclass(frozen=True)
@@ -124,14 +128,15 @@ def estimate_command(arguments: Sequence[str]) -> int:
     accelerator = config.trainer.accelerator
     if (device := device_memory(accelerator)) is None:
         return 0
-    if device.is_host and (options := list(_offloaded(config, models))):
-        line = f"{' and '.join(options)} {'have' if len(options) > 1 else 'has'} no effect on a CPU"
-        if accelerator != "cpu":
-            line += (
-                ": the table is for a GPU; this machine has none, so in what follows the weights are there in every "
-                "phase, as in the table with --trainer.accelerator cpu"
-            )
-        print(line)
+    if device.is_host:
+        if options := list(_offloaded(config, models)):
+            line = f"{' and '.join(options)} {'have' if len(options) > 1 else 'has'} no effect on a CPU"
+            if accelerator != "cpu":
+                line += (
+                    ": the table is for a GPU; this machine has none, so in what follows the weights are there in "
+                    "every phase, as in the table with --trainer.accelerator cpu"
+                )
+            print(line)
         result = estimate(config, models, on_cpu=True)
     print(result.verdict(device))
     return 0
@@ -143,29 +148,34 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
     Args:
         config: parsed configuration.
         models: sizes of the student and of a local teacher; counted by default.
-        on_cpu: the run uses a CPU, where nothing can be offloaded; by default True only if ``trainer.accelerator``
-            names the CPU, so that any machine shows the needs of a GPU.
+        on_cpu: the run uses a CPU, where nothing can be offloaded, and where gathering the buffers of several
+            processes is a phase of its own; by default True only if ``trainer.accelerator`` names the CPU, so that any
+            machine shows the needs of a GPU.
 
     Raises:
         UsageError: a model's configuration cannot be read.
     """
     models = dict(_models(config)) if models is None else models
     on_cpu = config.trainer.accelerator == "cpu" if on_cpu is None else on_cpu
+    init = {"class_path": config.model.objective.class_path, "init_args": _options(config.model.objective)}
+    request: TeacherRequest = instantiate_class((), init).request
     result, student = Estimate(), models["student"]
-    _add_resident(result, config, models, {} if on_cpu else _offloaded(config, models))
+    _add_resident(result, config, models, {} if on_cpu else _offloaded(config, models), request)
     num_rollouts = config.data.reuse.prompts_per_pool * config.model.sampling.num_samples
     cache = _cache(student, config, config.model.sampling, num_rollouts)
     result.add_phase("sampling", _SNAPSHOT, new={"KV cache": cache})
     _add_scoring(result, config, models, num_rollouts)
-    _add_update(result, config, student)
+    _add_update(result, config, student, models.get("teacher") if request.hidden else None)
     if config.data.benchmarks:
         _add_evaluation(result, config, models)
-    init = {"class_path": config.model.objective.class_path, "init_args": _options(config.model.objective)}
-    k, length = instantiate_class((), init).request.top_k, config.model.sampling.max_new_tokens
-    # Tokens (8) and mask (1); log-probabilities of snapshot and teacher, and mass; ids and logits of the support.
-    per_token = 8 + 1 + 3 * FLOAT + k * (4 + FLOAT)
-    size = num_rollouts * (length * per_token + config.data.max_prompt_tokens * (8 + 1))
-    result.host[_BUFFER] = (size, f"{num_rollouts} rollouts x {length:,} tokens x {per_token} bytes, top {k}")
+    size = _add_buffer(result, config, request, models.get("teacher"), num_rollouts)
+    processes = _num_processes(config)
+    if gathered := gathered_bytes(size, processes):
+        part = (gathered, f"of the first of {processes} processes, in a checkpoint inside a buffer")
+        if on_cpu:
+            result.add_phase("a checkpoint", new={_GATHERED: part})
+        else:
+            result.host[_GATHERED] = part
     return result
 
 
@@ -207,6 +217,20 @@ def device_memory(accelerator: str) -> DeviceMemory | None:
     return DeviceMemory("this machine", int(sizes["MemTotal"]) << 10, int(sizes["MemAvailable"]) << 10, True)
 
 
+def _num_processes(config: Any) -> int:
+    """Return the number of processes of a run; ``auto`` and -1 are one on a CPU, and otherwise this machine's GPUs."""
+    devices, accelerator = config.trainer.devices, config.trainer.accelerator
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part.strip()]
+    if isinstance(devices, list):
+        each = len(devices)
+    elif str(devices) in ("auto", "-1"):
+        each = max(1, torch.cuda.device_count()) if accelerator in ("auto", "gpu", "cuda") else 1
+    else:
+        each = int(devices)
+    return each * int(config.trainer.num_nodes)
+
+
 def _gib(size: int) -> str:
     return f"{size / _GIB:.2f}" if size >= _GIB / 100 else f"{size / _GIB:.5f}"
 
@@ -218,24 +242,83 @@ def _options(plugin: Any) -> dict[str, Any]:
 
 def _models(config: Any) -> Iterator[tuple[str, ModelSize]]:
     yield "student", model_size(_options(config.model.student), config.trainer.precision)
-    teacher = _options(config.model.teacher)
+    teacher = _options(_teacher(config))
     if "path" in teacher and "dtype" in teacher:  # a local teacher; the trainer does not cast it
         yield "teacher", model_size(teacher, None)
+    elif _is_own(config):
+        yield "teacher", model_size(_options(config.model.student), config.trainer.precision)
+    elif routed := _routed(config):
+        yield "teacher", max(routed.values(), key=lambda size: size.bytes)
 
 
-def _length(config: Any) -> int:
-    return int(config.data.max_prompt_tokens + config.model.sampling.max_new_tokens)
+def _teacher(config: Any) -> Any:
+    """Return the section of the teacher, without a TargetCache around it."""
+    section = config.model.teacher
+    return section.init_args.teacher if str(section.class_path).endswith(".TargetCache") else section
+
+
+def _is_own(config: Any) -> bool:
+    """True if the teacher is the student itself."""
+    return str(_teacher(config).class_path).endswith(".SelfTeacher")
+
+
+def _routed(config: Any) -> dict[str, ModelSize]:
+    """Return the sizes of the teachers of a RoutedTeacher that are local models, by name."""
+    options = _options(_teacher(config))
+    teachers, sizes = options.pop("teachers", None), {}
+    for name, given in (teachers or {}).items():
+        own = {"path": given, **options} if isinstance(given, str) else dict(given.get("init_args") or {})
+        if "path" in own:
+            sizes[name] = model_size({"dtype": "float32", **own}, None)
+    return sizes
+
+
+def _teacher_weights(config: Any, models: Mapping[str, ModelSize]) -> tuple[int, str] | None:
+    """Return the bytes of the teacher's weights and what they are; None if they are not the plain model's."""
+    if _is_own(config):
+        return _own_weights(config, models["student"])
+    if routed := _routed(config):
+        kept = _options(_teacher(config)).get("keep_loaded", True)
+        size = sum(each.bytes for each in routed.values()) if kept else models["teacher"].bytes
+        return size, f"{len(routed)} teachers" + ("" if kept else ", the largest, one after another")
+    return None
+
+
+def _own_weights(config: Any, student: ModelSize) -> tuple[int, str]:
+    """Return the bytes of a SelfTeacher's weights beside the student's, and what they are."""
+    width, averaged = student.trained_width, _options(_teacher(config)).get("decay") is not None
+    more = FLOAT if averaged and width < FLOAT else 0
+    shared = "the adapter alone" if student.has_adapter else f"{student.trainable:,} x {width} bytes"
+    return student.trainable * (width + more), shared + (f", its average x {more}" if more else "")
+
+
+def _length(config: Any, *, of_teacher: bool = False) -> int:
+    prompt = (_teacher_prompt(config) if of_teacher else 0) or config.data.max_prompt_tokens
+    return int(prompt + config.model.sampling.max_new_tokens)
+
+
+def _teacher_prompt(config: Any) -> int:
+    """Return the tokens of a prompt that only the teacher sees; 0 if it sees the student's."""
+    train = _options(config.data.train)
+    has_own = any(train.get(key) is not None for key in ("teacher_text", "teacher_template"))
+    return int(config.data.max_teacher_prompt_tokens) if has_own else 0
 
 
 def _offloaded(config: Any, models: Mapping[str, ModelSize]) -> dict[str, str]:
     """Return the parts that are offloaded, by the option that asks for it."""
-    teacher = "teacher" in models and _options(config.model.teacher).get("offload")
+    teacher = "teacher" in models and _options(_teacher(config)).get("offload")
     wanted = {"model.behavior.offload": config.model.behavior.get("offload"), "model.teacher.offload": teacher}
     parts = {"model.behavior.offload": _SNAPSHOT, "model.teacher.offload": _TEACHER}
     return {name: parts[name] for name, on in wanted.items() if on}
 
 
-def _add_resident(result: Estimate, config: Any, models: Mapping[str, ModelSize], offloaded: Mapping[str, str]) -> None:
+def _add_resident(
+    result: Estimate,
+    config: Any,
+    models: Mapping[str, ModelSize],
+    offloaded: Mapping[str, str],
+    request: TeacherRequest,
+) -> None:
     """Add the parts alive in all phases, with gradients: Lightning clears them only before the next backward pass."""
     student, optimizer = models["student"], config.model.optimizer
     width, own = student.trained_width, config.model.behavior.dtype
@@ -260,9 +343,12 @@ def _add_resident(result: Estimate, config: Any, models: Mapping[str, ModelSize]
     }
     pinned = {_SNAPSHOT: student.rounded * snapshot}
     if (teacher := models.get("teacher")) is not None:
-        result.parts[_TEACHER] = weights["teacher"]
+        result.parts[_TEACHER] = _teacher_weights(config, models) or weights["teacher"]
         pinned[_TEACHER] = teacher.rounded * teacher.widths.weights
     result.host = {part: (pinned[part], "offloaded: pinned in powers of two") for part in offloaded.values()}
+    if request.hidden and teacher is not None and _TEACHER in result.host:
+        size = teacher.shape.vocab * teacher.shape.hidden * teacher.widths.weights
+        result.parts["teacher's head"] = size, "a copy on the device, since the teacher is offloaded"
     result.resident = [part for part in result.parts if part not in result.host]
 
 
@@ -300,9 +386,9 @@ def _add_scoring(result: Estimate, config: Any, models: Mapping[str, ModelSize],
         phase, weights, batch = (
             ("behavior scoring", _SNAPSHOT, config.model.behavior.score_batch_size)
             if role == "student"
-            else ("teacher scoring", _TEACHER, _options(config.model.teacher).get("batch_size"))
+            else ("teacher scoring", _TEACHER, _options(_teacher(config)).get("batch_size"))
         )
-        tokens = min(batch or 1, num_rollouts) * _length(config)
+        tokens = min(batch or 1, num_rollouts) * _length(config, of_teacher=role == "teacher")
         at_once = _tokens_of_pass(config, tokens) if role == "student" else tokens
         size = inference_bytes(model.shape, at_once, model.widths) + head_bytes(model.shape, tokens, training=False)
         if at_once < tokens:  # hidden states of the previous passes
@@ -317,7 +403,28 @@ def _tokens_of_pass(config: Any, tokens: int) -> int:
     return tokens if bound is None else min(tokens, max(bound, _length(config)))
 
 
-def _add_update(result: Estimate, config: Any, student: ModelSize) -> None:
+def _add_buffer(
+    result: Estimate, config: Any, request: TeacherRequest, teacher: ModelSize | None, num_rollouts: int
+) -> int:
+    """Add the rollout buffer, and return its bytes."""
+    length = config.model.sampling.max_new_tokens
+    k = request.top_k + request.behavior_top_k
+    # Tokens (8) and mask (1); log-probabilities of snapshot and teacher, and mass; ids and logits of the support.
+    per_token, said = 8 + 1 + 3 * FLOAT + k * (4 + FLOAT), f"top {k}"
+    # The snapshot's tokens; the teacher's log-normalizer and tail; which ids of a union count.
+    per_token += 4 * request.behavior_top_k + 2 * FLOAT * request.tail
+    per_token += k if request.top_k and request.behavior_top_k else 0
+    if request.hidden and teacher is not None:
+        per_token += teacher.shape.hidden * teacher.widths.weights
+        said = f"{teacher.shape.hidden:,} hidden states"
+    prompts = config.data.max_prompt_tokens + _teacher_prompt(config)
+    size = num_rollouts * (length * per_token + prompts * (8 + 1))
+    result.host[_BUFFER] = (size, f"{num_rollouts} rollouts x {length:,} tokens x {per_token:,} bytes, {said}")
+    return size
+
+
+def _add_update(result: Estimate, config: Any, student: ModelSize, teacher: ModelSize | None) -> None:
+    """Add the update; ``teacher`` is given if the objective evaluates the teacher's head."""
     tokens = -(-config.data.reuse.batch_size // config.trainer.accumulate_grad_batches) * _length(config)
     at_once = _tokens_of_pass(config, tokens)
     checkpointing = bool(_options(config.model.student).get("gradient_checkpointing"))
@@ -328,6 +435,11 @@ def _add_update(result: Estimate, config: Any, student: ModelSize) -> None:
         ),
         "head": (head_bytes(student.shape, tokens, training=not student.has_adapter), "logits in tiles; its gradient"),
     }
+    if teacher is not None:
+        states = tokens * teacher.shape.hidden * teacher.widths.weights
+        both = head_bytes(student.shape, tokens, training=not student.has_adapter, tiles=DIVERGENCE_TILES)
+        new["head"] = both, "logits of student and teacher in tiles; its gradient"
+        new["teacher's hidden states"] = states, f"{tokens:,} tokens"
     if at_once < tokens:
         size = 2 * tokens * student.shape.hidden * student.widths.weights
         new["hidden states of all passes"] = (size, f"{tokens:,} tokens, and their gradient")

@@ -21,6 +21,7 @@ from opdlab.replay.gate_summary import GateSummary, console_table, markdown, ste
 from opdlab.replay.record import FOLDER, RecordedStep, read_record, record_folders
 from opdlab.replay.steps import ReplayConfig, ReplayedStep, Replayer
 from opdlab.replay.variants import NORMALIZATIONS, STATISTICS, Grid, gate_class
+from opdlab.types import Prompt
 
 CONFIG = "config.yaml"
 _PASSED_ON = ("--model.", "--data.", "--trainer.")
@@ -133,10 +134,10 @@ def _replayer(run: Path, overrides: Sequence[str], grid: Grid, config: ReplayCon
     # The replay uses one device, even if the run used more.
     fabric = Fabric(accelerator=settings.trainer.accelerator, devices=1, precision=settings.trainer.precision)
     module.to(fabric.device)
-    prompts = []
+    prompts: list[Prompt] = []
     if config.other_prompts:
         data.prepare(module.student.tokenizer, training=True)
-        prompts = [prompt.tokens for prompt in data.train_prompts.prompts]
+        prompts = list(data.train_prompts.prompts)
     return Replayer(module, grid, config, fabric.autocast, prompts)
 
 

@@ -7,7 +7,7 @@ from opdlab.data.jsonl import JsonlProblems
 from opdlab.data.prompts import ProblemSource, PromptSet, prompt_set
 from opdlab.data.table_problems import TableProblems
 from opdlab.data.templates import ChatTemplate, RawTemplate, Template
-from opdlab.rollouts import ReuseConfig
+from opdlab.rollouts import DemonstrationConfig, ReuseConfig
 from opdlab.types import EvaluationBatch, Problem, Prompt
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "CleaningReport",
     "CleaningConfig",
     "DapoMath17k",
+    "DemonstrationConfig",
     "EvaluationBatch",
     "JsonlProblems",
     "Problem",

@@ -69,6 +69,7 @@ class CleaningReport:
         by_ngrams: rows that share enough runs of words with a problem, by benchmark.
         too_long: rows with more prompt tokens than allowed.
         same_id: rows whose id an earlier row with another text has.
+        teacher_too_long: rows of which only the prompt that the teacher sees has more tokens than allowed.
 
     Example:
         >>> print(CleaningReport(9, conflicting=2, duplicate=1, exact={"amc23": 1}, by_ngrams={"amc23": 3}))
@@ -82,6 +83,7 @@ class CleaningReport:
     by_ngrams: Mapping[str, int] = field(default_factory=dict)
     too_long: int = 0
     same_id: int = 0
+    teacher_too_long: int = 0
 
     @property
     def contaminated(self) -> int:
@@ -91,14 +93,16 @@ class CleaningReport:
     @property
     def kept(self) -> int:
         """Return the number of rows kept."""
-        return self.read - self.conflicting - self.duplicate - self.contaminated - self.too_long - self.same_id
+        dropped = self.conflicting + self.duplicate + self.contaminated + self.same_id
+        return self.read - dropped - self.too_long - self.teacher_too_long
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {self.exact[name]} + {self.by_ngrams[name]}" for name in self.exact)
-        same_id = f"{self.same_id} with the id of another, " if self.same_id else ""
+        more = f"{self.same_id} with the id of another, " if self.same_id else ""
+        more += f"{self.teacher_too_long} too long for the teacher, " if self.teacher_too_long else ""
         return (
             f"{self.read} read, {self.conflicting} conflicting, {self.duplicate} duplicate, {self.contaminated} "
-            f"contaminated{parts and f' (exact + by n-grams: {parts})'}, {self.too_long} too long, {same_id}"
+            f"contaminated{parts and f' (exact + by n-grams: {parts})'}, {self.too_long} too long, {more}"
             f"{self.kept} kept"
         )
 

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from opdlab.data.cleaning import CleaningConfig, CleaningReport, clean
 from opdlab.data.prompts import ProblemSource, PromptSet, prompt_set
 from opdlab.errors import UsageError, require
-from opdlab.rollouts import Pool, ReuseConfig, RolloutLoader
+from opdlab.policies.routed_teacher import check_teacher
+from opdlab.rollouts import DemonstrationConfig, Pool, ReuseConfig, RolloutLoader
+from opdlab.rollouts.demonstrations import MEND
 from opdlab.seeds import DEFAULT_SEED
 from opdlab.types import EvaluationBatch, Prompt
 from opdlab.verifiers.verifier import Verifier
@@ -29,8 +31,11 @@ class PromptDataModule(pl.LightningDataModule):
         train: problems to sample rollouts for.
         benchmarks: problems to evaluate on, by the name under which their metrics are logged.
         reuse: see :class:`ReuseConfig`.
+        demonstrations: responses from the data in place of sampled ones; see :class:`DemonstrationConfig`.
         clean: rules that drop training problems; see :class:`CleaningConfig`.
         max_prompt_tokens: longer prompts are dropped and counted.
+        max_teacher_prompt_tokens: training problems are dropped and counted if the prompt that the teacher sees is
+            longer. Only where it differs from the student's, see ``teacher_template`` of the source.
         eval_batch_size: problems per evaluation batch.
         seed: seed of the prompt order and of the rollouts. Null follows ``seed_everything``; in Python it means 0.
     """
@@ -40,8 +45,10 @@ class PromptDataModule(pl.LightningDataModule):
         train: ProblemSource,
         benchmarks: dict[str, ProblemSource] | None = None,
         reuse: ReuseConfig = ReuseConfig(),  # noqa: B008 - frozen
+        demonstrations: DemonstrationConfig = DemonstrationConfig(),  # noqa: B008 - frozen
         clean: CleaningConfig = CleaningConfig(),  # noqa: B008 - frozen
         max_prompt_tokens: int = 2048,
+        max_teacher_prompt_tokens: int = 4096,
         eval_batch_size: int = 64,
         seed: int | None = None,
     ) -> None:
@@ -51,13 +58,20 @@ class PromptDataModule(pl.LightningDataModule):
                 re.fullmatch(r"[A-Za-z0-9_-]+", name) is not None,
                 f"benchmarks has the name '{name}': use letters, digits, - and _ only",
             )
-        require(max_prompt_tokens >= 1, f"max_prompt_tokens is {max_prompt_tokens}, but must be at least 1")
-        require(eval_batch_size >= 1, f"eval_batch_size is {eval_batch_size}, but must be at least 1")
+        for key, value in (
+            ("max_prompt_tokens", max_prompt_tokens),
+            ("max_teacher_prompt_tokens", max_teacher_prompt_tokens),
+            ("eval_batch_size", eval_batch_size),
+        ):
+            require(value >= 1, f"{key} is {value}, but must be at least 1")
         self.train_source = train
         self.benchmark_sources: Mapping[str, ProblemSource] = benchmarks or {}
-        self.reuse = reuse
+        self.reuse, self.demonstrations = reuse, demonstrations
+        if isinstance(train, ProblemSource) and demonstrations.share:
+            train.demonstration_field = demonstrations.field
         self.clean = clean
         self.max_prompt_tokens, self.eval_batch_size = max_prompt_tokens, eval_batch_size
+        self.max_teacher_prompt_tokens = max_teacher_prompt_tokens
         self.seed = DEFAULT_SEED if seed is None else seed
         self.train_prompts: PromptSet | None = None
         self.cleaning_report: CleaningReport | None = None
@@ -82,6 +96,7 @@ class PromptDataModule(pl.LightningDataModule):
             training: also prepare the training problems.
         """
         self._collect, self._samples_per_prompt = collect, samples_per_prompt
+        self.demonstrations.check(self.reuse.prompts_per_pool * samples_per_prompt)
         self.prepare(tokenizer, training)
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase, training: bool) -> None:
@@ -116,8 +131,18 @@ class PromptDataModule(pl.LightningDataModule):
                 f"data.clean leaves nothing of {source.name} ({report}): give other training problems, or switch a "
                 "step off, for example data.clean.decontaminate",
             )
-            self.train_prompts = prompt_set(source, tokenizer, self.max_prompt_tokens, problems)
-            self.cleaning_report = replace(report, too_long=self.train_prompts.num_too_long)
+            self.train_prompts = found = prompt_set(
+                source, tokenizer, self.max_prompt_tokens, problems, self.max_teacher_prompt_tokens
+            )
+            self.cleaning_report = replace(
+                report, too_long=found.num_too_long, teacher_too_long=found.num_teacher_too_long
+            )
+            lacking = next((each for each in found.prompts if each.demonstration is None), None)
+            require(
+                lacking is None or not self.demonstrations.share,
+                f"data.demonstrations.share is {self.demonstrations.share}, but the problem "
+                f"'{lacking.problem.id if lacking else ''}' of {source.name} has no demonstration: {MEND}",
+            )
             rank_zero_info(f"train: problems from {source.name}: {self.cleaning_report}")
             if report.same_id:
                 rank_zero_warn(
@@ -136,7 +161,8 @@ class PromptDataModule(pl.LightningDataModule):
         sets += [("train", self.train_source, self.train_prompts)] if self.train_prompts is not None else []
         for key, source, prompts in sets:
             for prompt in prompts.prompts:
-                if (index := max(prompt.tokens)) >= vocab_size:
+                tokens = (*prompt.tokens, *(prompt.teacher_tokens or ()), *(prompt.demonstration or ()))
+                if (index := max(tokens)) >= vocab_size:
                     problem, token = prompt.problem, tokenizer.convert_ids_to_tokens(index)
                     row = next((n for n, each in enumerate(source.problems(), 1) if each == problem), "?")
                     raise UsageError(
@@ -145,14 +171,29 @@ class PromptDataModule(pl.LightningDataModule):
                         "problem out, or give models with a row for the token"
                     )
 
+    def check_teachers(self, names: Sequence[str]) -> None:
+        """Raise a UsageError if a training problem names a teacher that does not exist, or none where it must.
+
+        Args:
+            names: of the teachers; empty if there is one for all.
+        """
+        source = self.train_source
+        for prompt in self.train_prompts.prompts if self.train_prompts is not None else ():
+            try:
+                check_teacher(prompt.problem, names)
+            except UsageError as error:
+                row = next((n for n, each in enumerate(source.problems(), 1) if each == prompt.problem), "?")
+                raise UsageError(f"data.train: row {row} of {source.name}, {error}") from None
+
     def train_dataloader(self) -> RolloutLoader:
         """Return the rollout loader, which refreshes the rollout buffer when needed."""
         assert self.trainer is not None
         assert self.train_prompts is not None
         assert self._collect is not None
+        given = {"demonstrations": self.demonstrations.share} if self.demonstrations.share else {}
         return RolloutLoader(
             self.train_prompts.prompts,
-            partial(self._collect, verifier=self.train_verifier),
+            partial(self._collect, verifier=self.train_verifier, **given),
             samples_per_prompt=self._samples_per_prompt,
             prompts_per_pool=self.reuse.prompts_per_pool,
             batch_size=self.reuse.batch_size,

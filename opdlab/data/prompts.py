@@ -2,8 +2,8 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
+from itertools import chain, compress, islice
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,16 +16,25 @@ _CHUNK = 1024  # problems per tokenizer call
 
 
 class ProblemSource(ABC):
-    """Source of problems, with the template of their prompts and the verifier of their answers.
+    """Source of problems, with the templates of their prompts and the verifier of their answers.
 
     Args:
         template: turns a problem into a prompt.
         verifier: checks answers; None without gold answers.
+        teacher_template: turns a problem into the prompt that the teacher sees, in training; None if it is
+            ``template``. Either way the teacher's prompt is made of :attr:`Problem.teacher_text` if there is one.
     """
 
-    def __init__(self, template: Template | None = None, verifier: Verifier | None = None) -> None:
+    def __init__(
+        self,
+        template: Template | None = None,
+        verifier: Verifier | None = None,
+        teacher_template: Template | None = None,
+    ) -> None:
         self.template: Template = template or DefaultTemplate()
-        self.verifier = verifier
+        self.verifier, self.teacher_template = verifier, teacher_template
+        self.demonstration_field: str | None = None
+        """Field of the demonstrations, which the data module sets; a source without fields ignores it."""
 
     @abstractmethod
     def problems(self) -> Iterable[Problem]:
@@ -48,25 +57,16 @@ class PromptSet:
         prompts: prompts in the order of the source.
         num_too_long: number of problems dropped because their prompt has more tokens than allowed.
         verifier: verifier of the source.
+        num_teacher_too_long: number of other problems dropped because the teacher's prompt has too many tokens.
     """
 
     prompts: tuple[Prompt, ...]
     num_too_long: int
     verifier: Verifier | None
+    num_teacher_too_long: int = 0
 
     def __len__(self) -> int:
         return len(self.prompts)
-
-
-def _tokenized(
-    problems: Sequence[Problem], template: Template, tokenizer: PreTrainedTokenizerBase
-) -> Iterable[list[int]]:
-    """Return the token ids of the prompt of each problem, plain text or chat."""
-    texts = [problem.text for problem in problems if not problem.messages]
-    chats = [problem.messages for problem in problems if problem.messages]
-    plain = iter(template.tokenize(texts, tokenizer) if texts else ())
-    turns = iter(template.tokenize_chats(chats, tokenizer) if chats else ())
-    return [next(turns if problem.messages else plain) for problem in problems]
 
 
 def prompt_set(
@@ -74,6 +74,7 @@ def prompt_set(
     tokenizer: PreTrainedTokenizerBase,
     max_prompt_tokens: int,
     problems: Iterable[Problem] | None = None,
+    max_teacher_prompt_tokens: int | None = None,
 ) -> PromptSet:
     """Return the tokenized prompts of a source, read in chunks; dropped problems are not kept in memory.
 
@@ -82,23 +83,21 @@ def prompt_set(
         tokenizer: the student's.
         max_prompt_tokens: longer prompts are dropped and counted; truncation would change the problem.
         problems: the problems of the source to use; all by default.
+        max_teacher_prompt_tokens: the same for the teacher's prompts; None to make none, as for a benchmark.
 
     Raises:
         UsageError: the source or a prompt is empty, a verifier has no gold answer, or every prompt is too long.
     """
-    bos = tokenizer.bos_token_id
     remaining = iter(source.problems() if problems is None else problems)
     prompts: list[Prompt] = []
     too_long: list[int] = []  # token counts
+    teacher_too_long: list[int] = []
     while chunk := list(islice(remaining, _CHUNK)):
-        tokenized = _tokenized(chunk, source.template, tokenizer)
-        for problem, given in zip(chunk, tokenized, strict=True):
-            # A template or a text may begin with the token that the tokenizer puts first anyway.
-            tokens = given[1:] if bos is not None and list(given[:2]) == [bos, bos] else given
-            if not tokens:
-                raise UsageError(
-                    f"problem '{problem.id}' of {source.name} is an empty prompt: leave it out, or give a template"
-                )
+        tokenized = _tokenized(chunk, source, source.template, tokenizer)
+        of_teacher: Sequence[tuple[int, ...] | None] = [None] * len(chunk)
+        if max_teacher_prompt_tokens is not None:
+            of_teacher = _teacher_tokens(chunk, source, tokenizer)
+        for problem, tokens, seen in zip(chunk, tokenized, of_teacher, strict=True):
             if source.verifier is not None and not (problem.answer or "").strip():
                 raise UsageError(
                     f"problem '{problem.id}' of {source.name} has no gold answer, which the source's verifier needs: "
@@ -106,12 +105,68 @@ def prompt_set(
                 )
             if len(tokens) > max_prompt_tokens:
                 too_long.append(len(tokens))
+            elif seen is not None and max_teacher_prompt_tokens is not None and len(seen) > max_teacher_prompt_tokens:
+                teacher_too_long.append(len(seen))
             else:
-                prompts.append(Prompt(len(prompts), problem, tuple(tokens)))
-    require(bool(prompts or too_long), f"{source.name} holds no problems: give a source with at least one")
-    if not prompts:
-        raise UsageError(
-            f"data.max_prompt_tokens is {max_prompt_tokens}, but every prompt of {source.name} is longer (the shortest "
-            f"has {min(too_long)} tokens): raise it"
+                prompts.append(Prompt(len(prompts), problem, tokens, seen, *_demonstration(problem, tokenizer)))
+    require(bool(prompts or too_long or teacher_too_long), f"{source.name} holds no problems: give a source with one")
+    for key, limit, lengths, kind in (
+        ("max_teacher_prompt_tokens", max_teacher_prompt_tokens, teacher_too_long, "prompt that the teacher sees"),
+        ("max_prompt_tokens", max_prompt_tokens, too_long, "prompt"),
+    ):
+        require(
+            bool(prompts) or not lengths,
+            f"data.{key} is {limit}, but every {kind} of {source.name} is longer (the shortest has "
+            f"{min(lengths, default=0)} tokens): raise it",
         )
-    return PromptSet(tuple(prompts), len(too_long), source.verifier)
+    return PromptSet(tuple(prompts), len(too_long), source.verifier, len(teacher_too_long))
+
+
+def _tokenized(
+    problems: Sequence[Problem], source: ProblemSource, template: Template, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, ...]]:
+    """Return the token ids of the prompt of each problem, plain text or chat.
+
+    Raises:
+        UsageError: a prompt is empty.
+    """
+    texts = [problem.text for problem in problems if not problem.messages]
+    chats = [problem.messages for problem in problems if problem.messages]
+    plain = iter(template.tokenize(texts, tokenizer) if texts else ())
+    turns = iter(template.tokenize_chats(chats, tokenizer) if chats else ())
+    bos, tokenized = tokenizer.bos_token_id, []
+    for problem in problems:
+        given = tuple(next(turns if problem.messages else plain))
+        # A template or a text may begin with the token that the tokenizer puts first anyway.
+        tokens = given[1:] if bos is not None and given[:2] == (bos, bos) else given
+        if not tokens:
+            raise UsageError(
+                f"problem '{problem.id}' of {source.name} is an empty prompt: leave it out, or give a template"
+            )
+        tokenized.append(tokens)
+    return tokenized
+
+
+def _teacher_tokens(
+    problems: Sequence[Problem], source: ProblemSource, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[int, ...] | None]:
+    """Return the token ids of the prompt that the teacher sees for each problem; None where it is the student's."""
+    has_own = [source.teacher_template is not None or each.teacher_text is not None for each in problems]
+    seen = []
+    for problem in compress(problems, has_own):
+        text = problem.text if problem.teacher_text is None else problem.teacher_text
+        turns = (*problem.messages[:-1], problem.messages[-1]._replace(content=text)) if problem.messages else ()
+        seen.append(replace(problem, text=text, messages=turns))
+    tokenized = iter(_tokenized(seen, source, source.teacher_template or source.template, tokenizer))
+    return [next(tokenized) if own else None for own in has_own]
+
+
+def _demonstration(
+    problem: Problem, tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[int, ...] | None, tuple[bool, ...]]:
+    """Return the token ids of the given response, None if there is none, and which of them count in the loss."""
+    if not problem.demonstration:
+        return None, ()
+    parts = [tokenizer(part.text, add_special_tokens=False)["input_ids"] for part in problem.demonstration]
+    loss = [[part.loss] * len(ids) for part, ids in zip(problem.demonstration, parts, strict=True)]
+    return tuple(chain.from_iterable(parts)), tuple(chain.from_iterable(loss))

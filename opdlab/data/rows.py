@@ -5,23 +5,24 @@ import json
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from itertools import islice
 from typing import Any
 
 from opdlab.data.prompts import ProblemSource
-from opdlab.data.templates import Template
+from opdlab.data.templates import Template, check_fields, fill_fields
 from opdlab.errors import UsageError, require
 from opdlab.records import flat
 from opdlab.registry import suggestion
-from opdlab.types import Message, Problem
+from opdlab.types import Message, Part, Problem
 from opdlab.verifiers.verifier import Verifier
 
 _SHOWN = 20  # names of fields in a message
 
 
 class RowProblems(ProblemSource):
-    """Problems in rows of named fields.
+    r"""Problems in rows of named fields.
 
     A field holds text or a number. The problem may also be a chat: a list of messages with ``role`` and ``content``.
     The prompt is then all of its turns up to the user's last one, system message included; an answer of the assistant
@@ -36,9 +37,15 @@ class RowProblems(ProblemSource):
         template: turns a problem into a prompt; by default plain text stays as it is, and a chat goes through the
             tokenizer's chat template.
         verifier: checks answers; null for none, which ``answer_field: null`` requires.
+        teacher_text: the problem as the teacher sees it in training, a text with names of fields in braces, such as
+            ``"{problem}\nA solution: {solution}"``; doubled braces are plain ones. In a chat it takes the place of the
+            last turn, which is the value of ``problem_field`` in it. Null if the teacher sees what the student sees.
+        teacher_template: turns that into the prompt that the teacher sees; by default ``template``.
+        teacher_field: field with the name of the teacher of a row, for a RoutedTeacher; null for one teacher.
 
     Raises:
-        UsageError: a field is missing or null in a row, or has a type that is not allowed; or a number is out of range.
+        UsageError: ``teacher_text`` names no field; a field is missing or null in a row, or has a type that is not
+            allowed; or a number is out of range.
     """
 
     row_name = "line"  # name of a row in messages
@@ -52,8 +59,13 @@ class RowProblems(ProblemSource):
         offset: int = 0,
         template: Template | None = None,
         verifier: Verifier | None = None,
+        teacher_text: str | None = None,
+        teacher_template: Template | None = None,
+        teacher_field: str | None = None,
     ) -> None:
-        super().__init__(template, verifier)
+        super().__init__(template, verifier, teacher_template)
+        if teacher_text is not None:
+            check_fields(teacher_text, "teacher_text")
         require(limit is None or limit >= 1, f"limit is {limit}, but must be at least 1, or null for all rows")
         require(offset >= 0, f"offset is {offset}, but must be at least 0")
         require(
@@ -61,7 +73,7 @@ class RowProblems(ProblemSource):
             "answer_field is null, but verifier needs gold answers: give the field that holds them, or set verifier to "
             "null",
         )
-        self._fields = (problem_field, answer_field, id_field)
+        self._fields = _Fields(problem_field, answer_field, id_field, teacher_text, teacher_field)
         self._rows = (offset, None if limit is None else offset + limit)
 
     @abstractmethod
@@ -72,29 +84,69 @@ class RowProblems(ProblemSource):
         """Yield the problems, one row at a time."""
         for number, row in islice(self.rows(), *self._rows):
             try:
-                yield _problem(row, *self._fields)
+                problem = _problem(row, self._fields)
+                if self.demonstration_field is not None:
+                    problem = replace(problem, demonstration=_parts(row, self.demonstration_field))
+                yield problem
             except (UsageError, RecursionError) as error:
                 said = ": a field is nested too deeply" if isinstance(error, RecursionError) else error
                 raise UsageError(f"{self.name}, {self.row_name} {number}{said}") from error
 
 
+@dataclass(frozen=True)
+class _Fields:
+    """Names of the fields of a row, and the text for the teacher, which names fields."""
+
+    problem: str
+    answer: str | None
+    id: str
+    teacher_text: str | None
+    teacher: str | None
+
+
 # The messages of these functions follow the name of the file and the number of the row.
 
 
-def _problem(row: Mapping[str, Any], problem_field: str, answer_field: str | None, id_field: str) -> Problem:
-    value = _required(row, problem_field)
+def _problem(row: Mapping[str, Any], fields: _Fields) -> Problem:
+    value = _required(row, fields.problem)
     messages: tuple[Message, ...] = ()
     if isinstance(value, list | tuple):
-        messages = _messages(value, problem_field)
+        messages = _messages(value, fields.problem)
         text = messages[-1].content
     else:
-        text = _text(value, problem_field, " or a list of messages with role and content")
-    answer = None if answer_field is None else _text(_required(row, answer_field), answer_field)
-    name = _find(row, id_field)
-    if name is None:
-        identity = json.dumps(messages) if messages else text
-        return Problem(hashlib.sha256(identity.encode()).hexdigest()[:12], text, answer, messages)
-    return Problem(_text(name, id_field), text, answer, messages)
+        text = _text(value, fields.problem, " or a list of messages with role and content")
+
+    def other(field: str) -> str:
+        return text if field == fields.problem else _text(_required(row, field), field)
+
+    name = _find(row, fields.id)
+    identity = json.dumps(messages) if messages else text
+    return Problem(
+        hashlib.sha256(identity.encode()).hexdigest()[:12] if name is None else _text(name, fields.id),
+        text,
+        None if fields.answer is None else other(fields.answer),
+        messages,
+        teacher_text=None if fields.teacher_text is None else fill_fields(fields.teacher_text, other),
+        teacher=None if fields.teacher is None else other(fields.teacher),
+    )
+
+
+def _parts(row: Mapping[str, Any], field: str) -> tuple[Part, ...]:
+    """Return the parts of a given response: a text, or a list of contents of which some do not count in the loss."""
+    value = _required(row, field)
+    if not isinstance(value, list | tuple):
+        text = _text(value, field, " or a list of parts with content and loss")
+        require(bool(text), f": the field '{field}' is empty, but must be a response")
+        return (Part(text),)
+    parts = []
+    for number, part in enumerate(value):
+        place = f"{field}.{number}"
+        require(isinstance(part, Mapping), f": the field '{place}' is a {type(part).__name__}, but must have content")
+        loss = True if part.get("loss") is None else part["loss"]
+        require(isinstance(loss, bool), f": the field '{place}.loss' is {loss!r}, but must be true or false")
+        parts.append(Part(_text(_required(part, "content"), f"{place}.content"), loss))
+    require(any(part.loss for part in parts), f": the field '{field}' has no part that counts in the loss")
+    return tuple(parts)
 
 
 def _find(row: Mapping[str, Any], field: str) -> Any:

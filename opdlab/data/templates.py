@@ -1,7 +1,8 @@
 """Templates turn a problem's text into prompt tokens."""
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +14,29 @@ Chat = Sequence[Message]
 """The turns of a problem; the last one is the user's."""
 REASONING_SUFFIX = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 """Common suffix of prompts for mathematical problems."""
+_FIELD = re.compile(r"\{\{|\}\}|\{([^{}]+)\}")
+
+
+def check_fields(text: str, key: str) -> None:
+    """Raise a UsageError that begins with ``key`` if a text names no field in braces."""
+    require(
+        any(match[1] for match in _FIELD.finditer(text)),
+        f"{key} is {text!r}, which names no field: put a name in braces, such as '{{problem}} {{solution}}'",
+    )
+
+
+def fill_fields(text: str, value: Callable[[str], str]) -> str:
+    r"""Return a text with each name in braces replaced by the field's value; doubled braces stay as single ones.
+
+    Args:
+        text: with names such as ``{problem}``. Empty braces are no name.
+        value: returns the text of a field.
+
+    Example:
+        >>> fill_fields(r"{problem} = \boxed{} {{x}}", {"problem": "1 + {a}"}.__getitem__)
+        '1 + {a} = \\boxed{} {x}'
+    """
+    return _FIELD.sub(lambda match: value(match[1]) if match[1] else match[0][0], text)
 
 
 class Template(ABC):

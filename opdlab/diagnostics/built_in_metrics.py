@@ -8,8 +8,10 @@ from opdlab.diagnostics.metric_table import Chart, Metric, register_metric
 
 _MODULE, _COLLECT = "opdlab.module.OPDModule", "opdlab.module.OPDModule.collect"
 _STEP = "opdlab.diagnostics.training_metrics.step_metrics"
-_SAMPLED, _TOP_K = "opdlab.objectives.SampledTokenOPD", "opdlab.objectives.TeacherTopK"
+_SAMPLED, _SUPPORT = "opdlab.objectives.SampledTokenOPD", "opdlab.objectives.SupportDivergence"
 _EFFECT, _AGES = "opdlab.diagnostics.gate_metrics.gate_tensors", "opdlab.diagnostics.run_history.age_scalars"
+_COLLECTOR = "opdlab.rollouts.Collector.collect"
+_ROUTED, _CACHE = "opdlab.policies.RoutedTeacher", "opdlab.policies.TargetCache"
 _GUARD = "opdlab.callbacks.CollapseGuard"
 _BENCHMARK, _MEAN = (
     "opdlab.evaluation.benchmark_metrics.BenchmarkMetrics",
@@ -64,14 +66,19 @@ _ROWS = (
     Metric("train/entropy", "entropy", "nats", "entropy of the student's next-token distribution", _STEP,
            "falls slowly; a sudden fall to 0 is a collapse", Chart("loss")),
     Metric("train/teacher_support_mass", "teacher's support mass", "share",
-           "LSM: teacher's probability of its top K tokens", _TOP_K, "near 1; raise K if below 0.95", _MASS),
+           "teacher's probability of the support (for LSM its top K tokens)", _SUPPORT,
+           "near 1; raise K if below 0.95", _MASS),
     Metric("train/student_support_mass", "student's support mass", "share",
-           "LSM: student's probability of the teacher's top K tokens", _TOP_K,
+           "student's probability of the support", _SUPPORT,
            "rises towards the teacher's. A fall is a leak: LSM does not see what lies outside the support, see the "
            "log of SmolLM2", _MASS),
+    Metric("train/support_overlap", "overlap of the supports", "share",
+           "share of the teacher's top K tokens that are also among the top K of the snapshot that sampled; with the "
+           "union of both as support", _SUPPORT, "rises towards 1; below 0.5 the two hardly compare the same tokens",
+           _MASS),
     Metric("train/top1_agreement", "top-1 agreement", "share",
-           "LSM: share of positions at which student and teacher give the same token the highest probability", _TOP_K,
-           "rises towards 1"),
+           "share of positions at which student and teacher give the same token the highest probability; not with the "
+           "student's support", _SUPPORT, "rises towards 1"),
     Metric("train/clip_share", "clip share", "share",
            "sampled-token: share of positions at which a PPO clip, dual clip included, leaves no gradient", _SAMPLED,
            "0 when fresh; below 0.2",
@@ -80,6 +87,21 @@ _ROWS = (
     Metric("train/teacher_entropy", "teacher's entropy", "nats",
            "entropy of the teacher's next-token distribution on the same positions: a lower bound from its support, or "
            "an estimate from the sampled tokens", _GUARD, "the student's comes close to it", Chart("loss")),
+
+    Metric("rollout/demonstration_share", "share of demonstrations", "share",
+           "share of the buffer's rollouts whose response comes from the data", _COLLECTOR,
+           "`data.demonstrations.share`"),
+
+    # Of the teachers, once per buffer.
+    Metric("targets/<name>/share", "share of a teacher", "share", "share of the buffer's rollouts that it scores",
+           _ROUTED, "as in the data"),
+    Metric("targets/<name>/logprob", "log-probability under a teacher", "nats",
+           "mean log-probability of the tokens that it scores", _ROUTED, "rises towards 0"),
+    Metric("targets/<name>/seconds", "time of a teacher", "s", "time to load it and to score with it", _ROUTED),
+    Metric("targets/cache_hits", "targets from disk", "", "rollouts of the buffer whose targets were on disk", _CACHE,
+           "0 for new responses; all demonstrations from the second pass over the prompts on"),
+    Metric("targets/cache_misses", "targets not on disk", "", "rollouts of the buffer that the teacher has scored",
+           _CACHE),
 
     # The gate's weights over the valid positions.
     Metric("gate/mean", "mean weight", "", "mean weight", _STEP,
@@ -157,8 +179,8 @@ _ROWS = (
     Metric("rollout/sampled_tokens_per_second", "sampling rate", "tokens/s",
            "response tokens sampled and scored by the snapshot per second", _COLLECT, "steady"),
     Metric("train/tokens_per_second", "training rate", "tokens/s",
-           "response tokens trained on per second since the last step ended, sampling and scoring included", _MODULE,
-           "steady", None, "{} tok/s"),
+           "response tokens that all processes train on per second since the last step ended, sampling and scoring "
+           "included", _MODULE, "steady", None, "{} tok/s"),
     Metric("time/sample_seconds", "sampling time", "s",
            "time to sample the buffer, its scoring by the snapshot included", _COLLECT),
     Metric("time/teacher_seconds", "teacher's time", "s", "time of the teacher's pass over the buffer", _COLLECT),

@@ -122,7 +122,10 @@ def entropy_sums(trace: StepTrace) -> Tensor:
         teacher = targets.entropy
     elif targets.support_logits is not None and targets.support_mass is not None:
         mass = targets.support_mass.clamp(0, 1)
-        inside = torch.special.entr(targets.support_logits.softmax(-1)).sum(-1)
+        logits, valid = targets.support_logits, targets.support_valid
+        if valid is not None:  # an id may stand in a union twice
+            logits = logits.masked_fill(~valid & mask[..., None], -torch.inf)
+        inside = torch.special.entr(logits.softmax(-1)).sum(-1)
         teacher = mass * inside + torch.special.entr(mass) + torch.special.entr(1 - mass)
     else:
         logprobs = targets.logprobs.clamp(min=-1e4)

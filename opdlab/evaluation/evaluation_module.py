@@ -130,12 +130,9 @@ class EvaluationModule(pl.LightningModule):
         self.evaluator.finish()
         metrics = self.evaluator.compute()
         named = {f"{self._evaluated.name}/{key}": value for key, value in metrics.items()}
-        fitting = self.trainer.state.fn == TrainerFn.FITTING
-        self.log_dict(named, sync_dist=True, logger=False if fitting else None)
-        if not fitting:
-            self.log("step", float(self.global_step))  # Lightning's own axis lags behind after a resume
-        elif not self.trainer.sanity_checking:
-            self.write_metrics(named, self.global_step)
+        self.log_dict(named, sync_dist=True, logger=False)
+        if not self.trainer.sanity_checking:
+            self.write_metrics(named, self.global_step)  # Lightning's own axis lags behind after a resume
         if (folder := self.evaluator.folder) is not None:
             self.evaluator.close()
             values = {key: float(value) for key, value in metrics.items()}

@@ -11,14 +11,18 @@ from opdlab.objectives.base import (
     reduce_losses,
     register_objective,
 )
+from opdlab.objectives.full_divergence import FullDivergence
 from opdlab.objectives.sampled_token import SampledTokenOPD
+from opdlab.objectives.support_divergence import SupportDivergence
 from opdlab.objectives.teacher_topk import TeacherTopK
 
 __all__ = [
+    "FullDivergence",
     "Objective",
     "PositionLosses",
     "Reduction",
     "SampledTokenOPD",
+    "SupportDivergence",
     "TeacherTopK",
     "build_objective",
     "loss_shares",

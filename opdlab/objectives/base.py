@@ -26,12 +26,14 @@ class PositionLosses:
         logprobs: [B, T], nats: of the sampled tokens under the student, detached.
         entropy: [B, T], nats: of the student, detached.
         metrics: further metrics by log name, each [B, T], detached; their mean over valid positions is logged.
+        divergence: [B, T], nats, detached: of the student from the teacher, if the objective computes one, or None.
     """
 
     losses: Tensor
     logprobs: Tensor
     entropy: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    divergence: Tensor | None = None
 
 
 class Objective(ABC):
@@ -68,6 +70,14 @@ class Objective(ABC):
     def setup(self, student: LanguageModel, teacher: Teacher) -> None:
         """Prepare the objective for these two models, once before training; does nothing by default."""
         del student, teacher
+
+    def own_logprobs(self, student: Scored, rollouts: Rollouts, targets: Targets) -> Tensor:
+        """Return the student's log-probabilities of the sampled tokens, [B, T] nats, detached.
+
+        They come from the same pass over the head as :meth:`position_losses`, so that both are equal bit for bit.
+        """
+        del rollouts
+        return student.own_logprobs(targets)
 
     @abstractmethod
     def position_losses(self, student: Scored, rollouts: Rollouts, targets: Targets) -> PositionLosses:

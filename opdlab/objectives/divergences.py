@@ -1,6 +1,7 @@
 """Divergences between student and teacher at one position, as pure functions of tensors.
 
-``a`` is the student's distribution, ``b`` the teacher's. Letters: K support, V vocabulary. Logarithms are natural.
+``a`` is the student's distribution, ``b`` the teacher's. Letters: N positions, K support, V vocabulary, H and G
+hidden sizes. Logarithms are natural.
 """
 
 import math
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from opdlab.errors import require
 from opdlab.registry import suggestion
+from opdlab.scoring import Head, divergence_statistics
 
 Divergence = Literal["reverse_kl", "forward_kl", "jsd", "skew_reverse_kl", "skew_forward_kl"]
 Tail = Literal["renormalize", "bucket", "drop"]
@@ -111,6 +113,55 @@ def support_divergence(
     if left_out is not None and tail == "bucket":
         left_out = torch.cat([left_out, torch.zeros_like(left_out[..., :1])], -1)
     return _divergence(*sides, divergence, beta, alpha, left_out)
+
+
+def full_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    divergence: Divergence,
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    temperature: float = 1.0,
+) -> Tensor:
+    """Return a divergence between student and teacher over the whole vocabulary, without materializing [N, V].
+
+    The formulas are those of :func:`support_divergence`, with ``a = softmax(student_hidden @ student_weight.T /
+    temperature)`` and ``b`` likewise. Rows that one weight lacks are one more outcome, with probability 0 there. Both
+    heads are evaluated tile by tile, and the gradient ``a (g - sum a g)``, ``g = dD/da``, of the student's logits too.
+
+    Args:
+        student_hidden: [N, H]; differentiable.
+        student_weight: [V, H]; differentiable.
+        teacher_hidden: [N, G]; detached.
+        teacher_weight: [V, G], or with another number of rows; detached.
+        divergence: ``reverse_kl``, ``forward_kl``, ``jsd``, ``skew_reverse_kl`` or ``skew_forward_kl``.
+        beta: the teacher's share in the mixture of ``jsd``, between 0 and 1.
+        alpha: the share of the first distribution in the second of the skewed ones, at least 0 and below 1.
+        temperature: of both, above 0.
+
+    Returns:
+        [N], nats, float32 (float64 for float64 inputs).
+
+    Raises:
+        UsageError: an option is unknown or out of range; or one side lacks ids, and the divergence is infinite there.
+
+    Example:
+        >>> student, teacher = torch.randn(5, 8), torch.randn(5, 6)
+        >>> heads = torch.randn(11, 8), torch.randn(11, 6)
+        >>> log_a, log_b = (student @ heads[0].T).log_softmax(-1), (teacher @ heads[1].T).log_softmax(-1)
+        >>> ours = full_divergence(student, heads[0], teacher, heads[1], divergence="reverse_kl")
+        >>> torch.allclose(ours, (log_a.exp() * (log_a - log_b)).sum(-1), atol=1e-4)
+        True
+    """
+    check_divergence(divergence, beta, alpha)
+    heads = Head(student_weight, temperature=temperature), Head(teacher_weight, temperature=temperature)
+    unused = torch.zeros(len(student_hidden), dtype=torch.long, device=student_hidden.device)
+    options = {"divergence": divergence, "beta": beta, "alpha": alpha}
+    values, _ = divergence_statistics(student_hidden, heads[0], teacher_hidden, heads[1], unused, **options)
+    return values
 
 
 def require_choice(name: str, value: str, known: Sequence[str]) -> None:

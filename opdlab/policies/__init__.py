@@ -3,8 +3,19 @@
 from opdlab.policies.adapters import AdapterConfig
 from opdlab.policies.behavior import BehaviorConfig, BehaviorPolicy
 from opdlab.policies.language_model import LanguageModel, Scored
+from opdlab.policies.routed_teacher import RoutedTeacher
 from opdlab.policies.sampler import Sampler, SamplingConfig
-from opdlab.policies.teacher import BaseTeacher, LocalTeacher, NoTeacher, Teacher, TeacherHolder, share_vocabulary
+from opdlab.policies.self_teacher import SelfTeacher
+from opdlab.policies.target_cache import TargetCache
+from opdlab.policies.teacher import (
+    BaseTeacher,
+    LocalTeacher,
+    NoTeacher,
+    Teacher,
+    TeacherHolder,
+    check_targets,
+    share_vocabulary,
+)
 from opdlab.policies.tokenizers import StopTokens, check_same_vocabulary, single_token_ids, warn_of_stop_tokens
 from opdlab.types import TeacherRequest
 
@@ -16,14 +27,18 @@ __all__ = [
     "LanguageModel",
     "LocalTeacher",
     "NoTeacher",
+    "RoutedTeacher",
     "Sampler",
     "SamplingConfig",
     "Scored",
+    "SelfTeacher",
     "StopTokens",
+    "TargetCache",
     "Teacher",
     "TeacherHolder",
     "TeacherRequest",
     "check_same_vocabulary",
+    "check_targets",
     "share_vocabulary",
     "single_token_ids",
     "warn_of_stop_tokens",

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from opdlab.errors import require
+from opdlab.policies.demonstrations import Given, sample_beside
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.loading import DType
 from opdlab.policies.offload import Conversion, on_device, pin_memory, without_moving
 from opdlab.policies.sampler import Sampler, SamplingConfig, uses_own_loop
 from opdlab.progress import Progress, SilentProgress
-from opdlab.types import Rollouts
+from opdlab.scoring import topk_with_statistics
+from opdlab.types import Rollouts, assign_rows, id_dtype
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,11 @@ class BehaviorPolicy(nn.Module):
         first_rollout_id: int = 0,
         step: int = 0,
         unscored: Tensor | None = None,
+        given: Sequence[Given] | None = None,
+        top_k: int = 0,
         progress: Progress | None = None,
     ) -> Rollouts:
-        """Return sampled responses with their log-probabilities.
+        """Return sampled responses with their log-probabilities, and the snapshot's most likely tokens if requested.
 
         Args:
             prompts: token ids of each prompt.
@@ -135,6 +139,9 @@ class BehaviorPolicy(nn.Module):
             first_rollout_id: id of the first rollout; the others follow consecutively.
             step: optimizer steps taken so far.
             unscored: rows whose log-probabilities stay 0, because the training step fills them in.
+            given: for each prompt, the response that the data gives, and how many rollouts take it; None for none.
+            top_k: number of the snapshot's most likely tokens at each position, :attr:`Rollouts.behavior_support_ids`;
+                0 for none. They need a pass over every row, so over the ``unscored`` ones too.
             progress: shows progress bars.
 
         Returns:
@@ -144,19 +151,30 @@ class BehaviorPolicy(nn.Module):
         config = self.sampler.config
         sampler = self.sampler if num_samples is None else Sampler(replace(config, num_samples=num_samples))
         with on_device(self.policy, self._device) if self.offload else nullcontext():
-            rollouts = sampler.sample(self.policy, prompts, seed, progress, prompt_ids)
+            if given is None:
+                rollouts = sampler.sample(self.policy, prompts, seed, progress, prompt_ids)
+            else:
+                rollouts = sample_beside(sampler, self.policy, prompts, given, seed, progress, prompt_ids)
             wanted = torch.ones(len(rollouts), dtype=torch.bool)
-            if unscored is not None:
+            if unscored is not None and not top_k:
                 wanted[unscored] = False
             rows = wanted.nonzero().view(-1)
+            ids = torch.zeros(*rollouts.tokens.shape, top_k, dtype=id_dtype(self.policy.vocab_size)) if top_k else None
             if len(rows):  # empty if the next optimizer batch is the whole buffer
                 with progress.task("scoring (behavior)", len(rows)) as advance:
                     for chunk, scored in self.policy.score_in_chunks(rollouts.rows(rows), self._score_batch_size):
-                        logprobs = scored.padded(scored.statistics().logprobs).cpu()
-                        rollouts.behavior_logprobs[rows[chunk]] = logprobs
+                        if ids is None:
+                            statistics = scored.statistics()
+                        else:
+                            top, statistics = topk_with_statistics(scored.hidden, scored.head, scored.tokens, top_k)
+                            assign_rows(ids, rows[chunk], scored.padded(top.ids.int()).cpu())
+                        rollouts.behavior_logprobs[rows[chunk]] = scored.padded(statistics.logprobs).cpu()
                         advance(len(chunk))
+            if unscored is not None:
+                rollouts.behavior_logprobs[unscored] = 0.0
         return replace(
             rollouts,
+            behavior_support_ids=ids,
             rollout_ids=rollouts.rollout_ids + first_rollout_id,
             sampled_at_step=rollouts.sampled_at_step + step,
             snapshot_step=rollouts.snapshot_step + self.step.cpu(),

@@ -1,7 +1,7 @@
 """A Hugging Face causal language model, and the single code path that computes its log-probabilities."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,15 @@ from opdlab.policies.loading import (
 from opdlab.policies.packing import attention_may_pack, keeps_packed_rows_apart
 from opdlab.policies.passes import PackedRows, length_groups, length_packs
 from opdlab.policies.tokenizers import vocabulary_size
-from opdlab.scoring import Head, TokenStatistics, support_statistics, token_statistics
+from opdlab.scoring import (
+    Head,
+    SupportTail,
+    TokenStatistics,
+    divergence_statistics,
+    support_statistics,
+    support_tail,
+    token_statistics,
+)
 from opdlab.types import Rollouts, Targets
 
 
@@ -61,14 +69,13 @@ class Scored:
     head: Head
     mask: Tensor
     tokens: Tensor
-    # By the tensor of the support's ids, which is compared by identity; None for no support.
-    _passes: dict[Tensor | None, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    # By the kind of pass, and the tensor of the support's ids, which is compared by identity; None for no support. For
+    # a divergence over the vocabulary by the tensor of the teacher's hidden states and the options.
+    _passes: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def statistics(self) -> TokenStatistics:
         """Return log-probability (differentiable), entropy and log-normalizer of every valid position, each [N]."""
-        if None not in self._passes:
-            self._passes[None] = token_statistics(self.hidden, self.head, self.tokens)
-        statistics: TokenStatistics = self._passes[None]
+        statistics: TokenStatistics = self._pass("tokens", None, token_statistics)
         return statistics
 
     def support_statistics(self, support_ids: Tensor) -> tuple[Tensor, TokenStatistics]:
@@ -80,20 +87,65 @@ class Scored:
         Returns:
             Logits [N, K] and statistics, each [N].
         """
-        if support_ids not in self._passes:
-            chosen = support_ids.long()[self.mask]
-            self._passes[support_ids] = support_statistics(self.hidden, self.head, self.tokens, chosen)
-        found: tuple[Tensor, TokenStatistics] = self._passes[support_ids]
+        found: tuple[Tensor, TokenStatistics] = self._pass("support", support_ids, support_statistics)
+        return found
+
+    def support_tail(self, support_ids: Tensor) -> SupportTail:
+        """Return the logits of a support and the log-sum of all others, with the log-normalizer, in one pass.
+
+        These three and the log-probabilities are differentiable; the gradient reaches every token.
+
+        Args:
+            support_ids: [B, T, K] integers; an id that stands there twice is counted once.
+        """
+        found: SupportTail = self._pass("tail", support_ids, support_tail)
+        return found
+
+    def _pass(self, kind: str, support_ids: Tensor | None, function: Callable[..., Any]) -> Any:
+        """Return the cached result of a pass over the head; run the pass if there is none."""
+        if (kind, support_ids) not in self._passes:
+            support = () if support_ids is None else (support_ids.long()[self.mask],)
+            self._passes[kind, support_ids] = function(self.hidden, self.head, self.tokens, *support)
+        return self._passes[kind, support_ids]
+
+    def divergence_statistics(
+        self, teacher_hidden: Tensor, teacher_head: Head, divergence: str, beta: float, alpha: float
+    ) -> tuple[Tensor, TokenStatistics]:
+        """Return the divergence over the whole vocabulary (differentiable), and the statistics without, in one pass.
+
+        Args:
+            teacher_hidden: [B, T, G], such as :attr:`opdlab.types.Targets.hidden`.
+            teacher_head: computes the teacher's logits from them.
+            divergence: see :func:`opdlab.scoring.divergence_statistics`.
+            beta: see there.
+            alpha: see there.
+
+        Returns:
+            The divergence [N] and the statistics, each [N].
+        """
+        key = (teacher_hidden, teacher_head.temperature, divergence, beta, alpha)
+        if key not in self._passes:
+            states, options = teacher_hidden[self.mask], {"divergence": divergence, "beta": beta, "alpha": alpha}
+            self._passes[key] = divergence_statistics(
+                self.hidden, self.head, states, teacher_head, self.tokens, **options
+            )
+        found: tuple[Tensor, TokenStatistics] = self._passes[key]
         return found
 
     def own_logprobs(self, targets: Targets) -> Tensor:
         """Return the model's log-probabilities of the sampled tokens, [B, T] nats, detached.
 
         Args:
-            targets: if they have a support, the log-probabilities come from the pass that computes its logits.
+            targets: if they have a support, the log-probabilities come from the pass that computes its logits, and
+                its tail if they have that.
         """
         ids = targets.support_ids
-        statistics = self.statistics() if ids is None else self.support_statistics(ids)[1]
+        if ids is None:
+            statistics = self.statistics()
+        elif targets.log_tail is None:
+            statistics = self.support_statistics(ids)[1]
+        else:
+            statistics = self.support_tail(ids).statistics
         return self.padded(statistics.logprobs.detach())
 
     def padded(self, values: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from opdlab.policies.decoding import Decoding, NonFiniteLogitsError, why_not_sel
 from opdlab.policies.language_model import LanguageModel
 from opdlab.progress import Progress, SilentProgress
 from opdlab.seeds import derive_seed, seeded
-from opdlab.types import Rollouts, StopReason
+from opdlab.types import Rollouts, StopReason, left_padded
 
 Advance: TypeAlias = Callable[[int], None]
 
@@ -108,10 +108,8 @@ class Sampler:
         Returns:
             The responses, in host memory, with ids from 0. Their log-probabilities are not computed yet and are 0.
         """
-        config, pad_id = self.config, model.tokenizer.pad_token_id
-        width = max(map(len, prompts))
-        masks = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
-        padded = torch.tensor([[pad_id] * (width - len(p)) + list(p) for p in prompts])
+        config = self.config
+        padded, masks = left_padded(prompts, model.tokenizer.pad_token_id)
         total = len(prompts) * config.num_samples * config.max_new_tokens
         with (progress or SilentProgress()).task("sampling", total) as advance:
             if uses_own_loop(model.model):

@@ -1,25 +1,31 @@
 """Teachers, which score the student's rollouts.
 
-Shapes: B rollouts, T response tokens, K support.
+Shapes: B rollouts, T response tokens, K support, N valid positions, G the teacher's hidden size.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opdlab.errors import UsageError, require
-from opdlab.policies.language_model import LanguageModel
+from opdlab.policies.fingerprints import fingerprint, weights_digest
+from opdlab.policies.language_model import LanguageModel, Scored
 from opdlab.policies.loading import Quantization
 from opdlab.policies.offload import on_device
 from opdlab.policies.tokenizers import StopTokens, check_same_vocabulary, vocabulary_size, warn_of_stop_tokens
 from opdlab.progress import Progress, SilentProgress
-from opdlab.scoring import topk_with_statistics
-from opdlab.types import Rollouts, Targets, TeacherRequest, id_dtype
+from opdlab.records import digest
+from opdlab.scoring import Head, divergence_statistics, topk_with_statistics, topk_with_tail
+from opdlab.types import Rollouts, Targets, TeacherRequest, assign_rows, id_dtype
+
+_MEASURED_POSITIONS = 256  # for the error of rounded hidden states
 
 
 class Teacher(ABC):
@@ -32,10 +38,30 @@ class Teacher(ABC):
     """The teacher's stop tokens, if known: a warning reports a student with other stop tokens."""
     offload: bool = False
     """True if the weights are on the device only while they are used."""
+    names: Sequence[str] = ()
+    """Names by which a problem chooses its teacher; empty if there is one teacher for all."""
+    follows_student: bool = False
+    """True if the weights change while the student is trained."""
 
     @abstractmethod
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
-        """Return the targets of ``rollouts``, in host memory, without gradient."""
+        """Return the targets of ``rollouts``, in host memory, without gradient.
+
+        A teacher scores :meth:`Rollouts.as_teacher_sees`: the responses after the prompts that it sees itself.
+        """
+
+    def head(self, temperature: float = 1.0) -> Head:
+        """Return the frozen head that computes logits from :attr:`Targets.hidden`, on the device of :meth:`to`.
+
+        Raises:
+            UsageError: the teacher has no head in this process, as here by default.
+        """
+        del temperature
+        raise UsageError(
+            f"model.teacher is {type(self).__name__}, which gives no hidden states and no head to compute logits from "
+            "them, but the objective compares the whole vocabulary: take a LocalTeacher, or an objective on a support "
+            "such as support_divergence"
+        )
 
     def bind(self, student: LanguageModel) -> None:
         """Receive the student, before any other call; does nothing by default."""
@@ -44,6 +70,37 @@ class Teacher(ABC):
     def to(self, device: torch.device) -> None:
         """Move the teacher's tensors to a device; does nothing by default."""
         del device
+
+    def after_step(self, student: LanguageModel) -> None:
+        """Receive the student after each optimizer step; does nothing by default."""
+        del student
+
+    def metrics(self) -> dict[str, float]:
+        """Return metrics of the last :meth:`score`, by log name; none by default."""
+        return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return what a checkpoint must hold of the teacher; nothing by default, because it is frozen."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore a :meth:`state_dict`; one of another teacher is ignored by default."""
+        del state
+
+    def weights_digest(self) -> str | None:
+        """Return a digest of a few values of each weight, by which a resumed run knows the teacher; None if unknown."""
+        return None
+
+    def fingerprint(self) -> str:
+        """Return a digest of all that determines the targets of given rollouts and a given request.
+
+        Raises:
+            UsageError: there is none, because the teacher changes or its weights are unknown.
+        """
+        raise UsageError(
+            f"model.teacher is {type(self).__name__}, whose targets cannot be kept, because its weights are unknown: "
+            "define its method fingerprint, or take it without a TargetCache"
+        )
 
 
 def share_vocabulary(student: LanguageModel, teacher: Teacher) -> None:
@@ -61,6 +118,36 @@ def share_vocabulary(student: LanguageModel, teacher: Teacher) -> None:
             student.tokenizer, student.stop_ids, teacher.vocab_size, "model.teacher", warn
         )
     warn_of_stop_tokens(student.tokenizer, student.stop_tokens, teacher.stop_tokens)
+
+
+def check_targets(teacher: Teacher, request: TeacherRequest, targets: Targets) -> None:
+    """Raise a UsageError if a teacher has not returned what was requested, as one that ignores parts of a request.
+
+    Args:
+        teacher: named in the message.
+        request: what was requested.
+        targets: what the teacher returned.
+    """
+    k = request.top_k + request.behavior_top_k
+    needed = {
+        "support_ids": k,
+        "support_logits": k,
+        "support_mass": k,
+        "support_valid": request.top_k and request.behavior_top_k,
+        "entropy": request.entropy,
+        "log_normalizer": request.tail,
+        "log_tail": request.tail and k,
+        "hidden": request.hidden,
+    }
+    missing = [name for name, wanted in needed.items() if wanted and getattr(targets, name) is None]
+    said = f"no {', '.join(missing)}"
+    if not missing and targets.support_ids is not None and k and targets.support_ids.shape[-1] != k:
+        missing, said = ["support_ids"], f"a support of {targets.support_ids.shape[-1]} tokens instead of {k}"
+    require(
+        not missing,
+        f"model.teacher is {type(teacher).__name__}, which returned {said}, but model.objective or model.gate needs "
+        "that: take a teacher that delivers it, such as LocalTeacher, or another objective",
+    )
 
 
 class NoTeacher(Teacher):
@@ -127,6 +214,8 @@ class LocalTeacher(Teacher):
         self.vocab_size = model.vocab_size
         self.stop_tokens = model.stop_tokens
         self._batch_size, self.offload, self._device = batch_size, offload, model.device
+        self._head: tuple[torch.device, Head] | None = None  # of an offloaded teacher, with its device
+        self._has_told_rounding = False
 
     def to(self, device: torch.device) -> None:
         """Move the weights; if offloaded, set the device on which they are used."""
@@ -134,35 +223,99 @@ class LocalTeacher(Teacher):
         if not self.offload:
             self.model.to(device)
 
+    def weights_digest(self) -> str | None:
+        """Return a digest of the model's weights; see :meth:`Teacher.weights_digest`."""
+        return weights_digest(self.model)
+
+    def fingerprint(self) -> str:
+        """Return a digest of the model, its dtype and its head; see :meth:`Teacher.fingerprint`."""
+        return digest([fingerprint(self.model), self.model.quantization, self.vocab_size])
+
+    def head(self, temperature: float = 1.0) -> Head:
+        """Return the frozen head, see :meth:`Teacher.head`; an offloaded teacher keeps a copy on the device."""
+        head = self.model.head(temperature).detached()
+        if not self.offload or head.weight.device == self._device:
+            return head
+        if self._head is None or self._head[0] != self._device:
+            self._head = self._device, head.on(self._device)
+        return replace(self._head[1], temperature=temperature)
+
     @torch.no_grad()
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
         """Return the targets of ``rollouts``; see :meth:`Teacher.score`."""
-        shape, k = rollouts.tokens.shape, request.top_k
+        rollouts = rollouts.as_teacher_sees()
+        shape, k = rollouts.tokens.shape, request.top_k + request.behavior_top_k
+        require(
+            not request.behavior_top_k or rollouts.behavior_support_ids is not None,
+            "the request has behavior_top_k, but the rollouts have no behavior_support_ids: sample them with top_k",
+        )
         vocab_size = min(self.vocab_size, request.vocab_size or self.vocab_size)
+        union = bool(request.top_k and request.behavior_top_k)
         targets = Targets(
             logprobs=torch.zeros(shape),
             support_ids=torch.zeros(*shape, k, dtype=id_dtype(vocab_size)) if k else None,
             support_logits=torch.zeros(*shape, k) if k else None,
             support_mass=torch.zeros(shape) if k else None,
             entropy=torch.zeros(shape) if request.entropy else None,
+            support_valid=torch.zeros(*shape, k, dtype=torch.bool) if union else None,
+            log_normalizer=torch.zeros(shape) if request.tail else None,
+            log_tail=torch.zeros(shape) if request.tail and k else None,
         )
+        hidden: Tensor | None = None
         place = on_device(self.model, self._device) if self.offload else nullcontext()
         with place, (progress or SilentProgress()).task("scoring (teacher)", len(rollouts)) as advance:
             for rows, of_model in self.model.score_in_chunks(rollouts, self._batch_size):
                 scored = replace(of_model, head=replace(of_model.head, vocab_size=vocab_size))
-                if targets.support_ids is None or targets.support_logits is None or targets.support_mass is None:
-                    statistics = scored.statistics()
-                else:
-                    top, statistics = topk_with_statistics(scored.hidden, scored.head, scored.tokens, k)
-                    _put_ids(targets.support_ids, rows, scored.padded(top.ids.int()).cpu())
-                    targets.support_logits[rows] = scored.padded(top.logits).cpu()
-                    mass = (top.logits.logsumexp(-1) - statistics.log_normalizer).exp()  # [N]
-                    targets.support_mass[rows] = scored.padded(mass).cpu()
-                targets.logprobs[rows] = scored.padded(statistics.logprobs).cpu()
-                if targets.entropy is not None:
-                    targets.entropy[rows] = scored.padded(statistics.entropy).cpu()
+                found = _token_targets(scored, rollouts.rows(rows), request)
+                for name, values in found.items():
+                    if (into := getattr(targets, name)) is not None:
+                        assign_rows(into, rows, scored.padded(values).cpu())
+                if request.hidden:
+                    self._tell_rounding(of_model)
+                    states = scored.padded(scored.hidden).cpu()  # in the dtype in which the teacher computes
+                    hidden = states.new_zeros(*shape, states.shape[-1]) if hidden is None else hidden
+                    hidden[rows, : states.shape[1]] = states
                 advance(len(rows))
-        return targets
+        if request.hidden and hidden is None:  # there are no rollouts
+            hidden = torch.zeros(*shape, self.model.head().weight.shape[1])
+        return replace(targets, hidden=hidden)
+
+    def _tell_rounding(self, scored: Scored) -> None:
+        """Say once how much the rounding of hidden states to a narrow dtype changes the teacher's distribution."""
+        name, states = str(scored.hidden.dtype).removeprefix("torch."), scored.hidden[:_MEASURED_POSITIONS]
+        if self._has_told_rounding or states.dtype.itemsize >= 4 or not len(states):
+            return
+        self._has_told_rounding = True
+        rank_zero_info(
+            f"the teacher's hidden states are kept in {name}, as it computes them; their rounding changes its "
+            f"distribution by about {rounding_divergence(states, scored.head):.1g} nats a token (KL)"
+        )
+
+
+def _token_targets(scored: Scored, rollouts: Rollouts, request: TeacherRequest) -> dict[str, Tensor]:
+    """Return the targets of the N valid positions of rollouts by name, [N, …], from one pass over the head.
+
+    Without a tail and without ids that are given, the support's numbers are those of :func:`topk_with_statistics`.
+    """
+    inputs, given = (scored.hidden, scored.head, scored.tokens), None
+    if request.behavior_top_k:
+        assert rollouts.behavior_support_ids is not None
+        given = rollouts.behavior_support_ids.to(scored.mask.device).long()[scored.mask]
+    found: dict[str, Tensor] = {}
+    if not request.top_k + request.behavior_top_k:
+        statistics = scored.statistics()
+    elif request.tail or given is not None:
+        ids, valid, logits, log_tail, statistics = topk_with_tail(*inputs, request.top_k, given)
+        found = {"support_ids": ids, "support_valid": valid, "support_logits": logits, "log_tail": log_tail}
+    else:
+        (ids, logits), statistics = topk_with_statistics(*inputs, request.top_k)
+        found, valid = {"support_ids": ids, "support_logits": logits}, torch.ones_like(ids, dtype=torch.bool)
+    if found:
+        inside = found["support_logits"].masked_fill(~valid, -torch.inf).logsumexp(-1)
+        found["support_mass"] = (inside - statistics.log_normalizer).exp()
+        found["support_ids"] = found["support_ids"].int()
+    of_tokens = {"logprobs": statistics.logprobs, "entropy": statistics.entropy}
+    return {**found, **of_tokens, "log_normalizer": statistics.log_normalizer}
 
 
 class BaseTeacher(LocalTeacher):
@@ -189,7 +342,26 @@ class BaseTeacher(LocalTeacher):
         self._hold(student.without_adapter(), self._batch_size)
 
 
-def _put_ids(into: Tensor, rows: Tensor, ids: Tensor) -> None:
-    """Assign ``into[rows] = ids``; uses a view as int16, because torch does not support this for uint16."""
-    bits = torch.int16 if into.dtype == torch.uint16 else into.dtype
-    into.view(bits)[rows] = ids.to(into.dtype).view(bits)
+@torch.no_grad()
+def rounding_divergence(hidden: Tensor, head: Head) -> float:
+    """Return the mean KL divergence that the rounding of hidden states to their dtype causes, nats; an estimate.
+
+    The numbers before the rounding are not known. They were anywhere within half a unit in the last place, so the
+    states are compared with others that are drawn there, with a fixed seed.
+
+    Args:
+        hidden: [N, G], rounded.
+        head: computes the logits.
+
+    Example:
+        >>> states = torch.ones(4, 8, dtype=torch.bfloat16)
+        >>> 0 < rounding_divergence(states, Head(torch.eye(8, dtype=torch.bfloat16))) < 1e-4
+        True
+    """
+    wide = hidden.float()
+    unit = torch.finfo(hidden.dtype).eps * torch.exp2(torch.frexp(wide).exponent.float() - 1)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(wide.shape, generator=generator).to(wide.device) - 0.5
+    targets = torch.zeros(len(wide), dtype=torch.long, device=wide.device)
+    values, _ = divergence_statistics(wide + noise * unit, head, wide, head, targets, divergence="reverse_kl")
+    return float(values.mean())

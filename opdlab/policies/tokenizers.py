@@ -140,16 +140,20 @@ def single_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], k
 def check_same_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
     """Raise a UsageError if the teacher's vocabulary differs from the student's.
 
+    Ids without a token below the highest token must be the same for both: such an id has a row in both models, and is
+    sampled and scored like others. Embeddings may be padded differently.
+
     Raises:
-        UsageError: a token differs; the message names the first one. Embeddings may be padded differently.
+        UsageError: a token differs; the message names the first one.
     """
     ours = {index: token for token, index in student.get_vocab().items()}
     theirs = {index: token for token, index in teacher.get_vocab().items()}
     if ours == theirs:
         return
     first = min(index for index in ours.keys() | theirs.keys() if ours.get(index) != theirs.get(index))
+    ours_first, theirs_first = (repr(each[first]) if first in each else "missing" for each in (ours, theirs))
     raise UsageError(
-        f"model.teacher and model.student have different vocabularies: token {first} is {theirs.get(first)!r} to the "
-        f"teacher ({len(theirs)} tokens) and {ours.get(first)!r} to the student ({len(ours)} tokens); "
+        f"model.teacher and model.student have different vocabularies: token {first} is {theirs_first} to the "
+        f"teacher ({len(theirs)} tokens) and {ours_first} to the student ({len(ours)} tokens); "
         "choose a teacher with the student's tokenizer"
     )

@@ -15,19 +15,32 @@ from opdlab.replay.step_gradients import Autocast, StepGradients
 from opdlab.seeds import derive_seed
 from opdlab.types import Problem, Prompt, trimmed
 
-Tokens = tuple[int, ...]
+
+def recorded_prompts(record: RecordedStep, names: Sequence[str] = ()) -> list[Prompt]:
+    """Return the prompt of each rollout of a step, and what the teacher has seen instead.
+
+    Args:
+        record: of the step.
+        names: of the teachers, if there are several.
+    """
+    prompts = []
+    for rollouts in (batch.rollouts for batch in record.batches):
+        own = _unpadded(rollouts.prompt_tokens, rollouts.prompt_mask)
+        seen = _unpadded(rollouts.teacher_prompt_tokens, rollouts.teacher_prompt_mask) or [None] * len(own)
+        ids = [None] * len(own) if rollouts.teacher_ids is None else rollouts.teacher_ids.tolist()
+        for index, teacher, *tokens in zip(rollouts.prompt_ids.tolist(), ids, own, seen, strict=True):
+            problem = Problem(str(index), "", None, teacher=None if teacher is None else names[teacher])
+            prompts.append(Prompt(index, problem, *tokens))
+    return prompts
 
 
-def recorded_prompts(record: RecordedStep) -> list[Tokens]:
-    """Return the prompt of each rollout of a step."""
-    return [
-        tuple(row[mask].tolist())
-        for batch in record.batches
-        for row, mask in zip(batch.rollouts.prompt_tokens, batch.rollouts.prompt_mask, strict=True)
-    ]
+def _unpadded(tokens: Tensor | None, mask: Tensor | None) -> list[tuple[int, ...]]:
+    if tokens is None or mask is None:
+        return []
+    return [tuple(row[valid].tolist()) for row, valid in zip(tokens, mask, strict=True)]
 
 
-def other_prompts(record: RecordedStep, prompts: Sequence[Tokens], draw: int, seed: int) -> list[Tokens]:
+def other_prompts(record: RecordedStep, prompts: Sequence[Prompt], draw: int, seed: int) -> list[Prompt]:
     """Return prompts of the run that the step has not used: as many as the step has, or all if there are fewer."""
     used = {int(i) for batch in record.batches for i in batch.rollouts.prompt_ids}
     free = torch.tensor([index for index in range(len(prompts)) if index not in used], dtype=torch.long)
@@ -37,7 +50,7 @@ def other_prompts(record: RecordedStep, prompts: Sequence[Tokens], draw: int, se
 
 
 def fresh_gradients(
-    module: OPDModule, record: RecordedStep, draws: Sequence[Sequence[Tokens]], seed: int, autocast: Autocast
+    module: OPDModule, record: RecordedStep, draws: Sequence[Sequence[Prompt]], seed: int, autocast: Autocast
 ) -> Tensor:
     """Return ungated gradients on rollouts that the student samples now, one response to each prompt.
 
@@ -55,10 +68,7 @@ def fresh_gradients(
         [len(draws), P] float32.
     """
     module.behavior.refresh(module.student, record.facts.step)
-    prompts = [
-        Prompt(index, Problem(str(index), "", None), tokens)
-        for index, tokens in enumerate(tokens for draw in draws for tokens in draw)
-    ]
+    prompts = [prompt for draw in draws for prompt in draw]
     pool = module.collector.collect(
         prompts,
         seed=seed,

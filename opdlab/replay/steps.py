@@ -15,7 +15,7 @@ from torch import Tensor
 from opdlab.errors import require
 from opdlab.gating import DriftGate, GateInputs, Normalization
 from opdlab.module import OPDModule
-from opdlab.replay.fresh import Tokens, fresh_gradients, other_prompts, recorded_prompts
+from opdlab.replay.fresh import fresh_gradients, other_prompts, recorded_prompts
 from opdlab.replay.record import RecordedBatch, RecordedStep
 from opdlab.replay.step_gradients import (
     LEAST_TOLERANCE,
@@ -28,7 +28,7 @@ from opdlab.replay.step_gradients import (
 from opdlab.replay.variants import KEYS, Grid, Variant, expand
 from opdlab.seeds import derive_seed
 from opdlab.training import join_gate_inputs, split_gates
-from opdlab.types import TeacherRequest
+from opdlab.types import Prompt, TeacherRequest
 
 Value = float | int | str | bool | None
 Row = dict[str, Value]
@@ -109,10 +109,15 @@ class Replayer:
         grid: Grid,
         config: ReplayConfig,
         autocast: Autocast,
-        prompts: Sequence[Tokens] = (),
+        prompts: Sequence[Prompt] = (),
     ) -> None:
         self._module, self._grid, self._config = module, grid, config
         self._autocast, self._prompts = autocast, prompts
+        require(
+            not module.teacher.follows_student,
+            f"model.teacher is a {type(module.teacher).__name__} that follows the student, and records do not hold its "
+            "weights, so fresh rollouts cannot be scored: replay a run whose teacher is frozen",
+        )
         # autograd.grad returns the gradients; `.grad` stays unchanged.
         module.student.accumulate_head_grad = False
         module.teacher.to(module.device)
@@ -124,14 +129,17 @@ class Replayer:
         module, facts = self._module, record.facts
         record.load_weights(module.student)
         # Computed here if the run has not computed the teacher's entropy.
-        served = {"teacher_logprobs", "position_losses", "entropy", "teacher_entropy", "age"}
-        if all(batch.rollouts.correct is not None for batch in record.batches):
+        served = {"teacher_logprobs", "position_losses", "entropy", "teacher_entropy", "divergence", "age"}
+        batches = record.batches
+        if all(b.rollouts.correct is not None for b in batches):
             served.add("correct")
+        if all(b.rollouts.behavior_support_ids is not None and b.targets.log_normalizer is not None for b in batches):
+            served.add("compatible_mass")
         variants, skipped = expand(self._grid, module.gate, module.student.tokenizer, served)
         self.skipped |= skipped
         own = next(v for v, variant in enumerate(variants) if variant.own)
-        batches = self._batches(record, entropy=any("teacher_entropy" in v.strategy.needs for v in variants))
-        gradients = StepGradients(module, batches, facts.step, self._autocast, reuse_epoch=facts.reuse_epoch)
+        scored = self._batches(record, entropy=any("teacher_entropy" in v.strategy.needs for v in variants))
+        gradients = StepGradients(module, scored, facts.step, self._autocast, reuse_epoch=facts.reuse_epoch)
         # The gates are normalised over the whole step.
         inputs = gradients.inputs
         joined = join_gate_inputs(inputs) if len(inputs) > 1 else inputs[0]
@@ -177,7 +185,7 @@ class Replayer:
     def _references(self, record: RecordedStep) -> dict[str, Tensor]:
         """Return gradients on fresh rollouts, [J, P], by the name of the reference."""
         config, seed = self._config, self._config.seed
-        wanted = {"fresh": [recorded_prompts(record)] * config.draws}
+        wanted = {"fresh": [recorded_prompts(record, self._module.teacher.names)] * config.draws}
         if config.other_prompts:
             wanted["other"] = [other_prompts(record, self._prompts, draw, seed) for draw in range(config.draws)]
             require(

@@ -8,11 +8,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opdlab.policies import BehaviorPolicy, Teacher
+from opdlab.policies import BehaviorPolicy, Teacher, check_targets
+from opdlab.policies.routed_teacher import check_teacher
 from opdlab.progress import Progress, SilentProgress
+from opdlab.rollouts.demonstrations import choose_demonstrations
 from opdlab.rollouts.loader import Pool
-from opdlab.rollouts.masking import mask_first_occurrences
-from opdlab.types import EvaluationBatch, Prompt, Rollouts, StopReason, TeacherRequest
+from opdlab.rollouts.masking import mask_first_occurrences, mask_uncounted
+from opdlab.types import EvaluationBatch, Prompt, Rollouts, StopReason, TeacherRequest, left_padded
 from opdlab.verifiers.verifier import Verifier
 
 Autocast = Callable[[], AbstractContextManager[None]]
@@ -52,6 +54,7 @@ class Collector:
         step: int = 0,
         unscored: Tensor | None = None,
         verifier: Verifier | None = None,
+        demonstrations: float = 0.0,
         autocast: Autocast = nullcontext,
         progress: Progress | None = None,
     ) -> Pool:
@@ -64,13 +67,17 @@ class Collector:
             first_rollout_id: id of the first rollout; the others follow consecutively.
             step: optimizer steps taken so far.
             unscored: rows whose behavior log-probabilities the next training step fills in; None for none. Only if
-                the student equals the snapshot: the forward pass of the step then scores them.
+                the student equals the snapshot: the forward pass of the step then scores them. The snapshot scores
+                them nevertheless if its most likely tokens are requested, because the teacher needs these first.
             verifier: checks the answers; None to skip the check.
+            demonstrations: share of the rollouts that take their response from the data, 0 to 1.
             autocast: context of the snapshot's passes. It must equal that of the training step; otherwise fresh
                 rollouts would show drift.
             progress: shows progress bars.
         """
         progress = progress or SilentProgress()
+        each = self._behavior.sampler.config.num_samples if num_samples is None else num_samples
+        given = choose_demonstrations(prompts, each, demonstrations, seed)
         started = time.perf_counter()
         with autocast():
             rollouts = self._behavior.sample(
@@ -81,6 +88,8 @@ class Collector:
                 first_rollout_id=first_rollout_id,
                 step=step,
                 unscored=unscored,
+                given=given,
+                top_k=self._request.behavior_top_k,
                 progress=progress,
             )
         sampled = time.perf_counter()  # results are on the host, so the device has finished
@@ -88,21 +97,55 @@ class Collector:
         # The verifier runs while the teacher scores.
         verdicts = EvaluationBatch("train", prompts, verifier).submit(texts, rollouts)
         scoring = time.perf_counter()
-        masked = mask_first_occurrences(rollouts, self._masked_first)
-        targets = self._teacher.score(masked, self._request, progress)
+        masked = mask_first_occurrences(mask_uncounted(rollouts), self._masked_first)
+        pad_id = self._behavior.policy.tokenizer.pad_token_id
+        masked = with_teachers(masked, prompts, self._teacher.names, pad_id)
+        # Teachers do this too; here it also holds for one that does not know of prompts of its own.
+        targets = self._teacher.score(masked.as_teacher_sees(), self._request, progress)
+        check_targets(self._teacher, self._request, targets)
         scored = time.perf_counter()
+        own = torch.ones(len(rollouts)).bool() if rollouts.demonstration is None else ~rollouts.demonstration
         metrics = {  # of all tokens, masked ones included
             "rollout/length": float(rollouts.num_tokens.float().mean()),
             "rollout/truncated_share": float((rollouts.stop_reasons == StopReason.LENGTH).float().mean()),
             "time/sample_seconds": sampled - started,
             "time/teacher_seconds": scored - scoring,
-            "rollout/sampled_tokens_per_second": float(rollouts.mask.sum()) / max(sampled - started, 1e-9),
+            "rollout/sampled_tokens_per_second": float(rollouts.mask[own].sum()) / max(sampled - started, 1e-9),
+            **self._teacher.metrics(),
         }
+        if given is not None:
+            metrics["rollout/demonstration_share"] = 1.0 - float(own.float().mean())
         if verdicts is not None:
             correct = torch.tensor([verdict.correct for verdict in verdicts()], dtype=torch.int8)
-            metrics["rollout/accuracy"] = float(correct.float().mean())
+            if bool(own.any()):  # demonstrations say nothing about the policy
+                metrics["rollout/accuracy"] = float(correct[own].float().mean())
             masked = with_groups(replace(masked, correct=correct))
         return Pool(masked, targets, metrics, first_batch_unscored=unscored is not None)
+
+
+def with_teachers(rollouts: Rollouts, prompts: Sequence[Prompt], names: Sequence[str], pad_id: int) -> Rollouts:
+    """Return the rollouts with the prompts that the teacher sees, and the teacher that each problem names.
+
+    Args:
+        rollouts: the same number for each prompt, those of a prompt in consecutive rows.
+        prompts: in the order of the rollouts.
+        names: of the teachers; empty if there is one for all.
+        pad_id: token id of padding.
+
+    Raises:
+        UsageError: a problem names none of these teachers.
+    """
+    each = len(rollouts) // len(prompts)
+    if any(prompt.teacher_tokens is not None for prompt in prompts):
+        padded = left_padded([prompt.teacher_tokens or prompt.tokens for prompt in prompts], pad_id)
+        tokens, mask = (tensor.repeat_interleave(each, 0) for tensor in padded)
+        rollouts = replace(rollouts, teacher_prompt_tokens=tokens, teacher_prompt_mask=mask)
+    if names:
+        for prompt in prompts:
+            check_teacher(prompt.problem, names)
+        numbers = torch.tensor([names.index(prompt.problem.teacher or "") for prompt in prompts])
+        rollouts = replace(rollouts, teacher_ids=numbers.repeat_interleave(each, 0))
+    return rollouts
 
 
 def with_groups(rollouts: Rollouts) -> Rollouts:

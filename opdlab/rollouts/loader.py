@@ -256,16 +256,26 @@ class RolloutLoader:
                 f"inside a rollout buffer of {len(rollouts)}: resume with sizes that give as many, they may change "
                 "where a buffer ends",
             )
-            left = len(rollouts) - self._position.rows % len(rollouts)
-            require(
-                left % self.reuse.batch_size == 0,
-                f"data.reuse.batch_size is {self.reuse.batch_size}, but the checkpoint is inside a pass over a "
-                f"rollout buffer of which {left} rollouts are left: choose a size that divides {left}, or resume with "
-                "the size of the run",
-            )
+            check_batch_size(self.reuse.batch_size, self._position.rows, len(rollouts))
             targets = Targets.from_state_dict(pool["targets"])
             self._pool = Pool(rollouts, targets, pool["metrics"], pool["first_batch_unscored"])
         self._move()  # the buffer, or the pass over the prompts, may end here with this loader's sizes
+
+
+def check_batch_size(batch_size: int, rows: int, pool_size: int) -> None:
+    """Raise a UsageError if batches of this size cannot finish the pass over a buffer that a checkpoint is inside.
+
+    Args:
+        batch_size: rollouts in an optimizer step.
+        rows: rollouts that the buffer has yielded, in all passes.
+        pool_size: rollouts in the buffer.
+    """
+    left = pool_size - rows % pool_size
+    require(
+        left % batch_size == 0,
+        f"data.reuse.batch_size is {batch_size}, but the checkpoint is inside a pass over a rollout buffer of which "
+        f"{left} rollouts are left: choose a size that divides {left}, or resume with the size of the run",
+    )
 
 
 def _gathered(value: Any) -> list[Any]:

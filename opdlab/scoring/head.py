@@ -3,9 +3,10 @@
 Shapes: N positions, H hidden size, V vocabulary, C of its columns, r rank.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -81,6 +82,11 @@ class Head:
         return self.weight, self.bias, down, up
 
     @property
+    def num_ids(self) -> int:
+        """Return V, the number of ids of the distribution."""
+        return len(self.weight) if self.vocab_size is None else self.vocab_size
+
+    @property
     def trained(self) -> bool:
         """True if any of the tensors takes a gradient."""
         return any(tensor is not None and tensor.requires_grad for tensor in self.tensors)
@@ -100,6 +106,10 @@ class Head:
     def detached(self) -> "Head":
         """Return the head with detached tensors."""
         return self._with(Tensor.detach)
+
+    def on(self, device: torch.device) -> "Head":
+        """Return the head with its tensors on a device; tensors that are there already are shared."""
+        return self._with(lambda tensor: tensor.to(device))
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "Head":
         bias = None if self.bias is None else change(self.bias)
@@ -127,9 +137,29 @@ class Head:
         return (logits * (self.temperature / self.softcap)).square_().neg_().add_(1.0).mul_(factor)
 
 
+class Scratch:
+    """Memory that is used again from tile to tile: on a CPU, new memory costs as much as several passes over it."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Return a tensor of any content; it shares memory with earlier ones of the same name."""
+        numel, known = math.prod(shape), self._buffers.get(name)
+        if known is None or known.numel() < numel or known.dtype != like.dtype:
+            known = self._buffers[name] = like.new_empty(numel)
+        return known[:numel].view(shape)
+
+    def like(self, name: str, tensor: Tensor) -> Tensor:
+        """Return :meth:`take` with the shape of ``tensor``."""
+        return self.take(name, tuple(tensor.shape), tensor)
+
+
 @dataclass(frozen=True)
 class LogitTiles:
     """Logits of N positions, computed one tile at a time: float32 or wider, without a graph.
+
+    A tile is overwritten by the next one.
 
     Args:
         head: computes the logits.
@@ -138,6 +168,7 @@ class LogitTiles:
 
     head: Head
     hidden: Tensor
+    _scratch: Scratch = field(default_factory=Scratch, init=False, repr=False, compare=False)
 
     @cached_property
     def reduced(self) -> Tensor:
@@ -148,7 +179,7 @@ class LogitTiles:
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """Return the logits of some rows and columns, [N', C]."""
         head, hidden = self.head, self.hidden[rows]
-        z = product(hidden, head.weight[columns].to(hidden.dtype).T)  # [N', H] @ [H, C]
+        z = product(hidden, head.weight[columns].to(hidden.dtype).T, self._scratch)  # [N', H] @ [H, C]
         if head.low_rank is not None:
             z.addmm_(self.reduced[rows], head.low_rank.up[columns].to(z.dtype).T)  # [N', r] @ [r, C]
         if head.bias is not None:
@@ -176,17 +207,28 @@ def autocast_inputs(hidden: Tensor) -> Iterator[Tensor]:
         yield narrow
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b`` in float32 or wider: rounding the sums to half precision would bias training."""
-    if a.dtype not in (torch.bfloat16, torch.float16):
-        return a @ b
-    if a.is_cuda and _WIDE_PRODUCTS:
+def product(a: Tensor, b: Tensor, scratch: Scratch | None = None) -> Tensor:
+    """Return ``a @ b`` in float32 or wider: rounding the sums to half precision would bias training.
+
+    Args:
+        a: [M, R].
+        b: [R, C].
+        scratch: holds the result on a CPU, until the next product; None for new memory.
+    """
+    narrow = a.dtype in (torch.bfloat16, torch.float16)
+    if narrow and a.is_cuda and _WIDE_PRODUCTS:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    if narrow:
+        a, b = a.float(), b.float()
+    if scratch is None or a.is_cuda:
+        return a @ b
+    return torch.mm(a, b, out=scratch.take("product", (len(a), b.shape[1]), a))
 
 
-def tiles(num_rows: int, head: Head) -> Iterator[tuple[slice, slice]]:
+def tiles(num_rows: int, head: Head, start: int = 0) -> Iterator[tuple[slice, slice]]:
     """Yield the row and column slices of tiles of bounded size that cover the logits, [num_rows, V].
+
+    If ``start`` is given, the columns before it are left out.
 
     All tiles of the same columns are consecutive, so a sum over rows is complete before the next columns begin.
 
@@ -194,10 +236,10 @@ def tiles(num_rows: int, head: Head) -> Iterator[tuple[slice, slice]]:
         >>> list(tiles(2, Head(torch.zeros(8, 1), vocab_size=3)))
         [(slice(0, 2, None), slice(0, 3, None))]
     """
-    num_columns = len(head.weight) if head.vocab_size is None else head.vocab_size
+    num_columns = head.num_ids
     height = min(max(num_rows, 1), _MAX_TILE_ROWS, MAX_TILE_LOGITS)
     width = min(max(MAX_TILE_LOGITS // height, 1), max(num_columns, 1))
-    for left in range(0, num_columns, width):
+    for left in range(start, num_columns, width):
         columns = slice(left, min(left + width, num_columns))
         for top in range(0, num_rows, height):
             yield slice(top, min(top + height, num_rows)), columns

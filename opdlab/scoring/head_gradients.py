@@ -73,6 +73,12 @@ class HeadGradients:
         if self._bias is not None:
             self._bias.index_add_(0, support.flatten(), gradient.flatten())
 
+    def add_hidden(self, gradient: Tensor) -> None:
+        """Add a gradient of the hidden states, [N, H]; they must take one."""
+        states = self._products[0].of_states
+        assert states is not None
+        states += gradient
+
     def returned(self) -> tuple[Tensor | None, ...]:
         """Return the gradients of hidden states, weight, bias, ``down`` and ``up`` for autograd, in their dtypes."""
         head, plain, update = self._head, self._products[0], self._products[1:]
@@ -112,6 +118,9 @@ class _Product:
         if self.of_states is not None:
             self.of_states[rows] += product(narrow, self.matrix[columns].to(narrow.dtype))  # [N', C] @ [C, R]
         if self.of_matrix is not None:
+            if self.of_matrix.dtype == self.states.dtype == wide_dtype(narrow):
+                self.of_matrix[columns].addmm_(narrow.T, self.states[rows])  # [C, N'] @ [N', R]
+                return
             summed = product(narrow.T, self.states[rows])  # [C, N'] @ [N', R]
             if self.of_matrix.dtype != summed.dtype:
                 self._columns = summed if rows.start == 0 or self._columns is None else self._columns + summed

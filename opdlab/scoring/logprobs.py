@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opdlab.scoring.head import Head, LogitTiles, autocast_inputs, places, product, tiles
+from opdlab.scoring.head import Head, LogitTiles, Scratch, autocast_inputs, places, product, tiles
 from opdlab.scoring.head_gradients import HeadGradients
 
 
@@ -67,18 +67,22 @@ class OnlineSoftmax:
         self._sum = like.new_zeros(num_rows)  # of exp(z - max)
         self._moment = like.new_zeros(num_rows)  # of exp(z - max) * (z - max)
         self._rows = like.new_zeros(num_rows, hidden_size)  # of exp(z - max) * a row of the matrix
+        self._scratch = Scratch()
 
     def add(self, rows: slice, logits: Tensor) -> Tensor:
-        """Add a tile of logits [N', C], which is overwritten, and return ``exp(z - max)`` [N', C]."""
+        """Add a tile of logits [N', C], which is overwritten.
+
+        Returns:
+            ``exp(z - max)`` [N', C]; it is overwritten when the next tile is added.
+        """
         before = self.max_logit[rows]
         largest = torch.maximum(before, logits.amax(1))
         shift = before - largest
         factor = shift.exp()
         logits -= largest[:, None]
-        exponentials = logits.exp()
+        exponentials = torch.exp(logits, out=self._scratch.like("exponentials", logits))
         # A logit of -inf has probability 0 and must contribute 0, but 0 * -inf is NaN.
-        logits.clamp_(min=torch.finfo(logits.dtype).min)
-        moment = torch.bmm(exponentials[:, None], logits[:, :, None]).view(-1)  # [N', 1, C] @ [N', C, 1] -> [N']
+        moment = logits.clamp_(min=torch.finfo(logits.dtype).min).mul_(exponentials).sum(1)
         self._moment[rows] = (self._moment[rows] + shift * self._sum[rows]) * factor + moment
         self._sum[rows] = self._sum[rows] * factor + exponentials.sum(1)
         self._rows[rows] *= factor[:, None]
@@ -91,15 +95,19 @@ class OnlineSoftmax:
 
     def statistics(self, target_logits: Tensor) -> TokenStatistics:
         """Return the statistics of targets with the given logits, [N]; call after every tile has been added."""
-        log_sum = self._sum.log()
-        normalizer = self.max_logit + log_sum
-        entropy = log_sum - self._moment / self._sum  # [N]
+        normalizer = self.log_normalizer
+        entropy = self._sum.log() - self._moment / self._sum  # [N]
         return TokenStatistics(target_logits - normalizer, entropy, normalizer, self.max_logit)
 
     @property
     def expected_rows(self) -> Tensor:
-        """Return the mean of the matrix's rows under the distribution, [N, H]."""
-        return self._rows / self._sum[:, None]
+        """Return the mean of the matrix's rows under the distribution, [N, H]; 0 if no logit is above -inf."""
+        return self._rows / self._sum.clamp(min=torch.finfo(self._sum.dtype).tiny)[:, None]
+
+    @property
+    def log_normalizer(self) -> Tensor:
+        """Return the log-sum-exp of the logits that were added, [N]; -inf if there are none."""
+        return self.max_logit + self._sum.log()
 
 
 def token_statistics(hidden: Tensor, head: Head, targets: Tensor) -> TokenStatistics:
@@ -163,7 +171,7 @@ class _TokenStatistics(torch.autograd.Function):
 
 
 def vocabulary_pass(
-    hidden: Tensor, head: Head, ids: Tensor, hidden_size: int = 0, k: int = 0
+    hidden: Tensor, head: Head, ids: Tensor, hidden_size: int = 0, k: int = 0, left_out: int | None = None
 ) -> tuple[OnlineSoftmax, Tensor, TopK]:
     """Return the sums over the vocabulary, the logits of given ids, [N, I], and the K most likely tokens, in one pass.
 
@@ -173,6 +181,8 @@ def vocabulary_pass(
         ids: [N, I] long.
         hidden_size: H, to also sum the head's rows weighted by their probability; 0 to skip this.
         k: number of most likely tokens.
+        left_out: number of columns of ``ids`` that the sums leave out, the first ones. The most likely tokens are then
+            those of the others, and the sums leave them out too. None to sum over the whole vocabulary.
     """
     like = hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
     softmax = OnlineSoftmax(hidden.shape[0], like, hidden_size)
@@ -183,12 +193,17 @@ def vocabulary_pass(
         logits = made.tile(rows, columns)
         inside, place = places(ids[rows], columns)
         chosen[rows] = torch.where(inside, logits.gather(1, place), chosen[rows])
+        slope = head.slope(logits) if hidden_size else 1.0
+        if left_out:
+            leave_out_(logits, inside[:, :left_out], place[:, :left_out])
         if k:
             new_logits, new_places = logits.topk(min(k, logits.shape[1]), dim=1)
             both = torch.cat([top.logits[rows], new_logits], dim=1)  # [N', K + min(K, C)]
             top.logits[rows], best = both.topk(k, dim=1)
             top.ids[rows] = torch.cat([top.ids[rows], new_places + columns.start], dim=1).gather(1, best)
-        slope = head.slope(logits) if hidden_size else 1.0
+            if left_out is not None:  # the sums take what has fallen out of the most likely tokens
+                logits.scatter_(1, new_places, -torch.inf)
+                softmax.add(rows, both.scatter_(1, best, -torch.inf))
         exponentials = softmax.add(rows, logits)
         if hidden_size:
             factors = exponentials.mul_(slope)  # [N', C]
@@ -197,6 +212,12 @@ def vocabulary_pass(
                 summed += head.low_rank.expand(factors @ head.low_rank.up[columns].to(factors.dtype))
             softmax.add_rows(rows, summed)
     return softmax, chosen, top
+
+
+def leave_out_(logits: Tensor, inside: Tensor, place: Tensor) -> None:
+    """Set logits [N, C] to -inf at the given places [N, K] that are inside the columns, in place."""
+    # Added, not assigned: a place outside is an arbitrary column, whose logit stays.
+    logits.scatter_add_(1, place, torch.zeros_like(place, dtype=logits.dtype).masked_fill_(inside, -torch.inf))
 
 
 @torch.no_grad()

@@ -108,7 +108,7 @@ def _attempt(spec: RunSpec, signals: list[int], tied: bool) -> None:
     (spec.path / schema.RUN).unlink(missing_ok=True)
     started, earlier = time.monotonic(), spec.seconds
     try:
-        code = _train(spec, partial(_opdlab, spec, signals, tied))
+        code = _train(spec, partial(_fit, spec, signals, tied))
     except Exception:
         with (spec.path / schema.LOG).open("a") as log:
             traceback.print_exc(file=log)
@@ -120,19 +120,12 @@ def _attempt(spec: RunSpec, signals: list[int], tied: bool) -> None:
         spec.write_record(FAILED, spec.last_lines())
 
 
-def _train(spec: RunSpec, opdlab: Callable[..., int]) -> int:
-    """Start or resume the run with ``opdlab(command, *options)``; return its exit code."""
+def _train(spec: RunSpec, fit: Callable[..., int]) -> int:
+    """Start or resume the run with ``fit(*options)``; return its exit code."""
     from opdlab.checkpoints import newest_checkpoint  # here, because it imports torch
 
     if (checkpoint := newest_checkpoint(spec.path / schema.VERSION / "checkpoints")) is not None:
-        path, step = checkpoint
-        evaluation = schema.evaluation_path(spec.samples, step)
-        if step in spec.evaluated_at[:-1] and not schema.evaluation_is_complete(evaluation):
-            # Lightning skips the evaluation that was due when the checkpoint was written.
-            options = ("--model.evaluation.samples", str(evaluation), "--ckpt_path", str(path))
-            if (code := opdlab("validate", *options)) != 0:
-                return code
-        return opdlab("fit", "--ckpt_path", str(path))
+        return fit("--ckpt_path", str(checkpoint[0]))
     for path in spec.path.iterdir():
         if path.name not in (LOCK, schema.LOG, schema.LAUNCH):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -145,11 +138,11 @@ def _train(spec: RunSpec, opdlab: Callable[..., int]) -> int:
     if first is not None:
         with suppress(OSError, shutil.Error):  # The other run may move it at this moment.
             shutil.copytree(first, spec.samples / first.name, dirs_exist_ok=True)
-    return opdlab("fit")
+    return fit()
 
 
-def _opdlab(spec: RunSpec, signals: list[int], tied: bool, command: str, *options: str) -> int:
-    """Run a command of opdlab in a child process; return its exit code, -n after signal n."""
+def _fit(spec: RunSpec, signals: list[int], tied: bool, *options: str) -> int:
+    """Run ``opdlab fit`` in a child process; return its exit code, -n after signal n."""
     reading, writing = os.pipe()
     threads = {} if spec.threads is None else dict.fromkeys(_THREADS, str(spec.threads))
     # Under SLURM, Lightning queues the job again by itself; this name disables that.
@@ -158,7 +151,7 @@ def _opdlab(spec: RunSpec, signals: list[int], tied: bool, command: str, *option
     try:
         with (spec.path / schema.LOG).open("ab") as log:
             child = subprocess.Popen(
-                [sys.executable, "-m", "opdlab", command, *spec.arguments, *options],
+                [sys.executable, "-m", "opdlab", "fit", *spec.arguments, *options],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

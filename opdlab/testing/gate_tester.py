@@ -118,6 +118,9 @@ class GateTester(LawTester):
             entropy=3 * torch.rand(shape, generator=generator),
             teacher_entropy=3 * torch.rand(shape, generator=generator),
             correct=torch.tensor([[1], [0], [-1], [1], [0]], dtype=torch.int8).expand(shape),
+            divergence=2 * torch.rand(shape, generator=generator),
+            compatible_mass=torch.rand(shape, generator=generator),
+            age=torch.tensor([[0.0], [3.0], [1.0], [7.0], [0.0]]).expand(shape),
         )
         return inputs.map(lambda value: value.to(device, dtype if value.is_floating_point() else value.dtype))
 

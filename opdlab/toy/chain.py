@@ -19,8 +19,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from opdlab.data.prompts import ProblemSource
+from opdlab.data.templates import check_fields, fill_fields
 from opdlab.errors import require
-from opdlab.types import Problem
+from opdlab.types import Part, Problem
 from opdlab.verifiers.verifier import BoxedVerifier
 
 Split = Literal["sft", "train", "held_out"]
@@ -117,21 +118,27 @@ def chain_problems(split: Split, seed: int) -> Iterator[ChainProblem]:
 
 
 class ChainProblems(ProblemSource):
-    """Source of problems of one split.
+    r"""Source of problems of one split.
 
     Args:
         num_problems: number of problems.
         split: ``train`` or ``held_out``; disjoint from each other and from the training data of the shipped models.
         seed: selects the stream of problems.
+        teacher_text: the problem as the teacher sees it in training, a text with the fields ``{problem}``,
+            ``{answer}`` and ``{solution}``, such as ``"{solution}\n{problem}"``; null for the problem.
     """
 
-    def __init__(self, num_problems: int = 2048, split: Split = "train", seed: int = 0) -> None:
+    def __init__(
+        self, num_problems: int = 2048, split: Split = "train", seed: int = 0, teacher_text: str | None = None
+    ) -> None:
         super().__init__(verifier=BoxedVerifier(at_end=True))
+        if teacher_text is not None:
+            check_fields(teacher_text, "teacher_text")
         require(num_problems >= 1, f"num_problems is {num_problems}, but must be at least 1")
         self.num_problems = num_problems
         self.split: Split = split
-        self.seed = seed
-        self._problems: list[Problem] | None = None
+        self.seed, self.teacher_text = seed, teacher_text
+        self._problems: dict[str | None, list[Problem]] = {}  # by the field of the demonstrations
 
     @property
     def name(self) -> str:
@@ -140,11 +147,23 @@ class ChainProblems(ProblemSource):
 
     def problems(self) -> list[Problem]:
         """See :meth:`ProblemSource.problems`."""
-        if self._problems is None:
+        if self.demonstration_field not in self._problems:
             chains = itertools.islice(chain_problems(self.split, self.seed), self.num_problems)
             name = f"{self.split}-{self.seed}"
-            self._problems = [Problem(f"{name}-{i}", chain.prompt, chain.answer) for i, chain in enumerate(chains)]
-        return self._problems
+            problems = [self._problem(f"{name}-{i}", chain) for i, chain in enumerate(chains)]
+            self._problems[self.demonstration_field] = problems
+        return self._problems[self.demonstration_field]
+
+    def _problem(self, name: str, chain: ChainProblem) -> Problem:
+        fields = {"problem": chain.prompt, "answer": chain.answer, "solution": chain.trace()}
+
+        def value(field: str) -> str:
+            require(field in fields, f"{self.name} has no field '{field}'; its fields: {', '.join(fields)}")
+            return fields[field]
+
+        text = None if self.teacher_text is None else fill_fields(self.teacher_text, value)
+        given = () if self.demonstration_field is None else (Part(value(self.demonstration_field)),)
+        return Problem(name, chain.prompt, chain.answer, teacher_text=text, demonstration=given)
 
 
 def chain_tokenizer() -> PreTrainedTokenizerFast:

@@ -6,14 +6,15 @@ from typing import Any, get_args
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from opdlab.checkpoints import CHECKPOINT_KEY
+from opdlab.data import PromptSet
 from opdlab.errors import UsageError, require
 from opdlab.gating import GateInputs, GateStrategy
-from opdlab.objectives import Objective, Reduction
-from opdlab.policies import LanguageModel, NoTeacher, Teacher, share_vocabulary
+from opdlab.objectives import Objective, Reduction, SampledTokenOPD
+from opdlab.policies import LanguageModel, NoTeacher, SelfTeacher, Teacher, share_vocabulary
 from opdlab.policies.loading import non_finite
 from opdlab.registry import suggestion
 from opdlab.types import Rollouts, Targets, TeacherRequest
@@ -71,8 +72,15 @@ def teacher_request(
     request, shared = objective.request, student.vocab_size
     k = max(request.top_k, request.behavior_top_k)
     require(k <= shared, f"objective.k is {k}, but the vocabulary has only {shared} tokens: lower it")
+    require(
+        request.behavior_top_k > 0 or "compatible_mass" not in gate.needs,
+        f"model.gate is {type(gate).__name__}, which needs the teacher's probability of the student's most likely "
+        f"tokens, but model.objective {type(objective).__name__} has no support of the student: use "
+        "support_divergence with support student or union, or take another gate",
+    )
     entropy = request.entropy or "teacher_entropy" in gate.needs
-    return replace(request, vocab_size=shared, entropy=entropy)
+    tail = request.tail or "compatible_mass" in gate.needs
+    return replace(request, vocab_size=shared, entropy=entropy, tail=tail)
 
 
 def check_trainer(trainer: pl.Trainer, max_tokens: int | None, whole_weights: bool) -> None:
@@ -133,6 +141,43 @@ def check_training(teacher: Teacher, gate: GateStrategy, judged: bool) -> None:
         f"model.gate is {type(gate).__name__}, which needs the verifier's verdict on each rollout, but "
         "data.train has no verifier: give it one, or take another gate",
     )
+
+
+def check_own_teacher(teacher: Teacher, trainer: pl.Trainer, whole_weights: bool, prompts: PromptSet | None) -> None:
+    """Raise a UsageError if a teacher cannot follow the student, and warn if it has nothing to teach it.
+
+    Args:
+        teacher: the module's teacher.
+        trainer: the module's trainer.
+        whole_weights: True if each process holds all weights.
+        prompts: the training prompts, if they are known.
+    """
+    require(
+        whole_weights or not teacher.follows_student,
+        f"model.teacher is a {type(teacher).__name__} that follows the student's weights, but with trainer.strategy "
+        f"{type(trainer.strategy).__name__} no process has them all: take the strategy ddp, or set its decay to null",
+    )
+    if isinstance(teacher, SelfTeacher) and prompts and all(each.teacher_tokens is None for each in prompts.prompts):
+        rank_zero_warn(
+            "model.teacher is a SelfTeacher that sees the student's prompts, so it starts as the student's equal and "
+            "teaches it nothing: give data.train a teacher_text, such as '{problem} {solution}'"
+        )
+
+
+def warn_of_bias(objective: Objective, share: float) -> None:
+    """Warn if an objective that estimates from sampled tokens receives tokens that nobody sampled.
+
+    Args:
+        objective: the module's objective.
+        share: of the rollouts that take their response from the data.
+    """
+    estimator = getattr(objective, "estimator", "policy_gradient")
+    if share and isinstance(objective, SampledTokenOPD) and estimator != "nll":
+        rank_zero_warn(
+            f"model.objective estimates with {estimator} from sampled tokens, but nobody sampled the tokens of "
+            f"demonstrations (data.demonstrations.share is {share}), on which it is biased: take an objective on a "
+            "support, such as teacher_topk, or the estimator nll"
+        )
 
 
 def check_checkpoint(checkpoint: dict[str, Any], own: dict[str, Tensor]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -15,6 +16,7 @@ from opdlab.checkpoints import CHECKPOINT_KEY
 from opdlab.diagnostics import StepRecord, StepTrace, hidden_gradient_norms, step_metrics, step_record
 from opdlab.evaluation import EvaluationConfig, EvaluationModule
 from opdlab.gating import GateStrategy
+from opdlab.loggers import save_all
 from opdlab.objectives import Objective, Reduction, loss_shares, reduce_losses
 from opdlab.policies import (
     BehaviorConfig,
@@ -99,7 +101,7 @@ class OPDModule(EvaluationModule):
         self._settings: dict[str, Any] = {}  # of the run, for its checkpoints
         self._metrics: dict[str, Any] = {}  # of the optimizer batch
         self._timer = StepTimer()
-        self._batch_tokens = 0
+        self._batch_tokens = 0  # in all processes
 
     # -- setting up ----------------------------------------------------------------------------------------------
 
@@ -116,6 +118,10 @@ class OPDModule(EvaluationModule):
             checks.tell_of_idle_offload(self.trainer, behavior=self.behavior.offload, teacher=self.teacher.offload)
         if data is not None:
             data.connect(self.student.tokenizer, self.collect, self.sampling.num_samples, training=stage == "fit")
+            data.check_teachers(self.teacher.names)
+        if stage == "fit":
+            checks.warn_of_bias(self.objective, data.demonstrations.share if data is not None else 0.0)
+            checks.check_own_teacher(self.teacher, self.trainer, self.whole_weights, data and data.train_prompts)
         super().setup(stage)
         if stage == "fit":  # before a strategy shards the weights
             self._settings = resume.run_settings(self, data)
@@ -140,7 +146,8 @@ class OPDModule(EvaluationModule):
     def on_fit_start(self) -> None:
         """Move the teacher to the device, and say when the snapshot is refreshed."""
         self.teacher.to(self.device)
-        schedules = [each.schedule for each in self.trainer.callbacks if isinstance(each, RefreshSchedule)]  # type: ignore[attr-defined] # set by Lightning's connector
+        callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined] # set by Lightning's connector
+        schedules = [each.schedule for each in callbacks if isinstance(each, RefreshSchedule)]
         self._refreshes = not schedules
         rank_zero_info(f"behavior snapshot: refreshed {', '.join(schedules) or 'before each rollout buffer'}")
 
@@ -171,8 +178,13 @@ class OPDModule(EvaluationModule):
     # -- training ------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Minibatch, batch_idx: int) -> dict[str, Any]:
-        """Return a micro-batch's loss, and its :class:`StepTrace` for callbacks: score, gate, reduce."""
-        scored, rollouts = score_rollouts(self.student, batch)
+        """Score, gate and reduce a micro-batch.
+
+        Returns:
+            ``loss``; for callbacks ``trace``, the :class:`StepTrace`, and ``num_tokens``, the response tokens of the
+            optimizer batch in all processes.
+        """
+        scored, rollouts = score_rollouts(self.student, self.objective, batch)
         positions = self.objective.position_losses(scored, rollouts, batch.targets)
         inputs = gate_inputs(rollouts, batch.targets, positions, self.global_step)
         if not batch.behavior_known:
@@ -197,7 +209,9 @@ class OPDModule(EvaluationModule):
         values = {"entropy": positions.entropy, **positions.metrics}
         record = step_record(inputs, gates, **values) | {"loss": loss.detach().view(1)}
         whole = record if alone else self._window.finish(batch, record)
+        num_tokens = int(counts[0])
         if whole is not None:
+            self._batch_tokens = num_tokens
             self._log_step(batch, whole, gates.tau)
         norms = None
         if self._wants_gradient_norms:
@@ -207,7 +221,8 @@ class OPDModule(EvaluationModule):
         trace = StepTrace(*facts, inputs, gates, shares, values, norms, batch.targets)
         # Lightning divides by the number of micro-batches and averages over processes, but the denominator already
         # covers them all.
-        return {"loss": loss * len(batch.micro_batches) * self.trainer.world_size, "trace": trace}
+        scaled = loss * len(batch.micro_batches) * self.trainer.world_size
+        return {"loss": scaled, "trace": trace, "num_tokens": num_tokens}
 
     def request_gradient_norms(self) -> None:
         """Request :attr:`StepTrace.gradient_norms` of the next training step; call before each such step."""
@@ -217,7 +232,7 @@ class OPDModule(EvaluationModule):
         # Each process has its part of the loss, so the parts are summed.
         loss = self.trainer.strategy.reduce(record.pop("loss").sum(), reduce_op="sum")
         self.log("train/loss", loss, prog_bar=True, logger=False)
-        self._metrics, self._batch_tokens = {}, batch.num_tokens
+        self._metrics = {}
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by Lightning's logger connector
         if every <= 0 or (self.global_step + 1) % every:
             return  # skip metrics that are not logged
@@ -235,6 +250,7 @@ class OPDModule(EvaluationModule):
     def optimizer_step(self, *args: Any, **options: Any) -> None:
         """Take a step and write its metrics to the loggers, before a callback writes a checkpoint of the step."""
         super().optimizer_step(*args, **options)
+        self.teacher.after_step(self.student)
         self._timer.end(self._batch_tokens)
         if self._metrics:
             self.write_metrics({**self._metrics, **self._timer.metrics}, self.global_step + 1)
@@ -249,10 +265,12 @@ class OPDModule(EvaluationModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the settings that a resumed run must share, once all metrics up to here are on disk."""
         super().on_save_checkpoint(checkpoint)
-        for logger in self.loggers:
-            logger.save()
+        save_all(self.loggers)
         micro_batches = self.trainer.accumulate_grad_batches
-        checkpoint[CHECKPOINT_KEY] = {"settings": self._settings, "micro_batches": micro_batches}
+        own: dict[str, Any] = {"settings": self._settings, "micro_batches": micro_batches}
+        if teacher := self.teacher.state_dict():
+            own["teacher"] = teacher
+        checkpoint[CHECKPOINT_KEY] = own
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint is of this model and run, and adapt Lightning's counters to this trainer.
@@ -262,6 +280,7 @@ class OPDModule(EvaluationModule):
                 change there.
         """
         checks.check_checkpoint(checkpoint, self.state_dict())
+        self.teacher.load_state_dict(checkpoint[CHECKPOINT_KEY].get("teacher", {}))
         if self.trainer.state.fn == TrainerFn.FITTING:
             loader = self.data.train_dataloader() if self.data is not None else None
             resume.go_on_from(checkpoint, self.trainer, self._settings, loader)

@@ -2,28 +2,31 @@
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch import nn
 
 from opdlab.checkpoints import CHECKPOINT_KEY
 from opdlab.data import PromptDataModule
 from opdlab.errors import require
 from opdlab.evaluation.settings import benchmark_settings
-from opdlab.policies import LocalTeacher
+from opdlab.objectives import Objective
+from opdlab.policies import SamplingConfig
+from opdlab.policies.fingerprints import weights_digest
 from opdlab.records import digest
 from opdlab.rollouts import RolloutLoader
+from opdlab.rollouts.loader import check_batch_size
+from opdlab.seeds import FOLLOWING_SEEDS
+from opdlab.types import Rollouts
 
 MAY_CHANGE = (
     "trainer.max_steps, trainer.accumulate_grad_batches, data.reuse.epochs, data.reuse.batch_size if it divides what "
     "is left of the pass, model.gate, model.reduction, and what concerns evaluation and logging"
 )
 """What may change at any checkpoint, for messages; docs/guide/resume.md has the whole table."""
-_SAMPLES = 64  # values of each parameter that tell one model from another
 
 
 def run_settings(module: Any, data: PromptDataModule | None) -> dict[str, dict[str, Any]]:
@@ -40,24 +43,19 @@ def run_settings(module: Any, data: PromptDataModule | None) -> dict[str, dict[s
     optimizer, scheduler = optimizers, None
     if isinstance(optimizers, dict):
         optimizer, scheduler = optimizers["optimizer"], optimizers["lr_scheduler"]["scheduler"]
-    sampled = {
-        f"model.sampling.{name}": value for name, value in asdict(module.sampling).items() if name != "batch_size"
-    }
-    run: dict[str, Any] = {
+    settings = plain_settings(module.sampling, module.mask_first, module.objective, optimizer, scheduler)
+    run, buffer = settings["run"], settings["buffer"]
+    run |= {
         "model.student (its tokenizer)": digest(sorted(student.tokenizer.get_vocab().items()))[:8],
         # Weights below an adapter are not in the state dict.
-        "model.student (its frozen weights)": _weights_digest(student, frozen=True),
-        **_options("model.optimizer", optimizer, optimizer.defaults),
-        **_options("model.lr_scheduler", scheduler, scheduler.state_dict() if scheduler is not None else {}),
+        "model.student (its frozen weights)": weights_digest(student, frozen=True),
     }
-    buffer: dict[str, Any] = {
-        **sampled,
-        "model.mask_first": list(module.mask_first),
-        "model.objective": _name(module.objective),
-        "model.objective.k": module.request.top_k,
+    buffer |= {
+        "model.objective.k": module.request.top_k,  # 0 without a teacher
         "model.gate, model.objective (one needs the teacher's entropy)": module.request.entropy,
+        "model.gate, model.objective (one needs the teacher's log-normalizer)": module.request.tail,
         "model.teacher": _name(teacher),
-        "model.teacher (its weights)": _weights_digest(teacher.model) if isinstance(teacher, LocalTeacher) else None,
+        "model.teacher (its weights)": teacher.weights_digest(),
     }
     if data is not None and data.train_prompts is not None:
         train, loader = benchmark_settings(data.train_prompts), data.train_dataloader()
@@ -65,8 +63,43 @@ def run_settings(module: Any, data: PromptDataModule | None) -> dict[str, dict[s
         run["data.max_prompt_tokens"] = data.max_prompt_tokens
         run["data.train"] = f"{train['num_problems']} prompts with digest {train['prompts'][:8]}"
         buffer["data.train.verifier"] = train["verifier"]
+        seen = [prompt.teacher_tokens for prompt in data.train_prompts.prompts]
+        shown = [prompt.demonstration for prompt in data.train_prompts.prompts] if data.demonstrations.share else []
+        buffer["data.demonstrations.share"] = data.demonstrations.share
+        buffer["data.demonstrations (their tokens)"] = digest(shown)[:8] if shown else None
+        buffer["data.train (the teacher's prompts)"] = digest(seen)[:8] if any(seen) else None
         buffer["data.reuse.prompts_per_pool"] = loader.reuse.prompts_per_pool
         buffer["trainer.devices * trainer.num_nodes"] = loader.world_size
+    return settings
+
+
+def plain_settings(
+    sampling: SamplingConfig,
+    mask_first: Sequence[str],
+    objective: Objective,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any | None,
+) -> dict[str, dict[str, Any]]:
+    """Return those settings of :func:`run_settings` that are known before models and problems are loaded.
+
+    Args:
+        sampling: of rollouts.
+        mask_first: see :class:`OPDModule`.
+        objective: of the run.
+        optimizer: with its options; of any parameters.
+        scheduler: of that optimizer, before any step; or None.
+    """
+    sampled = {f"model.sampling.{name}": value for name, value in asdict(sampling).items() if name != "batch_size"}
+    run: dict[str, Any] = {
+        **_options("model.optimizer", optimizer, optimizer.defaults),
+        **_options("model.lr_scheduler", scheduler, scheduler.state_dict() if scheduler is not None else {}),
+    }
+    buffer: dict[str, Any] = {
+        **sampled,
+        "model.mask_first": list(mask_first),
+        "model.objective": _name(objective),
+        "model.objective.k": objective.request.top_k,
+    }
     return {"run": run, "buffer": buffer}
 
 
@@ -83,19 +116,6 @@ def _options(key: str, value: Any, options: Mapping[str, Any]) -> dict[str, Any]
     return {key: _name(value), **{f"{key}.{name}": option for name, option in plain.items() if name in known}}
 
 
-@torch.no_grad()
-def _weights_digest(model: nn.Module, frozen: bool = False) -> str:
-    """Return a digest of a few values of each weight: another model differs in it, and no weight is read whole."""
-    lines = []
-    for name, weight in sorted(model.named_parameters()):
-        if frozen and weight.requires_grad:
-            continue
-        flat = weight.detach().reshape(-1)
-        few = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].cpu().double()
-        lines.append([name, list(weight.shape), few.tolist()])
-    return digest(lines)[:8]
-
-
 def _check_settings(saved: Mapping[str, Any], now: Mapping[str, Any], *, inside: bool) -> None:
     """Raise a UsageError in one line if a setting differs that may not change at a checkpoint.
 
@@ -109,13 +129,52 @@ def _check_settings(saved: Mapping[str, Any], now: Mapping[str, Any], *, inside:
         rules["buffer"] = "this may change only where a rollout buffer ends, and ckpt_path is inside one; set it back"
     for part, rule in rules.items():
         keys = [key for key in now[part] if key in saved[part] and saved[part][key] != now[part][key]]
-        changed = [f"{key} is {now[part][key]}, but {saved[part][key]} in ckpt_path" for key in keys]
+        names = {key: f"{key} (seed_everything, if it is null)" for key in FOLLOWING_SEEDS}
+        changed = [f"{names.get(key, key)} is {now[part][key]}, but {saved[part][key]} in ckpt_path" for key in keys]
         require(not changed, f"{', '.join(changed)}: {rule}. At any checkpoint may change: {MAY_CHANGE}")
 
 
-def _check_limits(trainer: Trainer, step: int, epoch: int) -> None:
+def check_before_models(
+    checkpoint: Mapping[str, Any], settings: Mapping[str, Any], batch_size: int, limits: tuple[int, int | None]
+) -> None:
+    """Raise a UsageError if a run may not go on from a checkpoint, as far as no model is needed to know it.
+
+    Args:
+        checkpoint: sound, see :func:`opdlab.checkpoints.check_checkpoint`; it is only compared.
+        settings: :func:`plain_settings` of the run, and others of :func:`run_settings` that are known.
+        batch_size: ``data.reuse.batch_size`` of the run.
+        limits: ``max_steps`` and ``max_epochs`` of its trainer.
+    """
+    saved, states = _kept(checkpoint)
+    _check_limits(*limits, checkpoint["global_step"], checkpoint["epoch"])
+    inside = "pools" in states[0]
+    _check_settings(saved, settings, inside=inside)
+    if inside:
+        rollouts = Rollouts.from_state_dict(states[0]["pools"][0]["rollouts"])
+        check_batch_size(batch_size, states[0]["rows"], len(rollouts))
+
+
+def _kept(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Return the settings and the states of the loader in a checkpoint; refuse those of another version."""
+    saved = checkpoint[CHECKPOINT_KEY].get("settings")
+    loops = checkpoint["loops"]["fit_loop"]
+    states = loops["state_dict"].get("combined_loader", []) if isinstance(loops.get("state_dict"), dict) else []
+    try:
+        json.dumps(saved)
+        plain = isinstance(saved, dict) and all(isinstance(saved.get(part), dict) for part in ("run", "buffer"))
+    except (TypeError, ValueError):  # a tensor
+        plain = False
+    require(
+        plain and isinstance(states, list) and len(states) == 1 and isinstance(states[0], dict),
+        "ckpt_path was written by another version of opdlab, so a run cannot go on from it: evaluate it with opdlab "
+        "validate, or start a new run from its student",
+    )
+    return saved, states
+
+
+def _check_limits(max_steps: int, max_epochs: int | None, step: int, epoch: int) -> None:
     """Raise a UsageError if a run ends before its checkpoint: after fewer steps or passes over the prompts."""
-    for key, limit, done in (("max_steps", trainer.max_steps, step), ("max_epochs", trainer.max_epochs, epoch)):
+    for key, limit, done in (("max_steps", max_steps, step), ("max_epochs", max_epochs, epoch)):
         require(
             limit is None or limit < 0 or limit >= done,
             f"trainer.{key} is {limit}, but ckpt_path has done {done}: give at least {done}, or an earlier checkpoint",
@@ -138,14 +197,9 @@ def go_on_from(
     """
     own, step = checkpoint[CHECKPOINT_KEY], checkpoint["global_step"]
     loops = checkpoint["loops"]["fit_loop"]
-    states = loops["state_dict"].get("combined_loader", [])
-    require(
-        bool(own.get("settings")) and len(states) == 1,
-        "ckpt_path was written by another version of opdlab, so a run cannot go on from it: evaluate it with opdlab "
-        "validate, or start a new run from its student",
-    )
-    _check_limits(trainer, step, checkpoint["epoch"])
-    _check_settings(own["settings"], settings, inside="pools" in states[0])
+    saved, states = _kept(checkpoint)
+    _check_limits(trainer.max_steps, trainer.max_epochs, step, checkpoint["epoch"])
+    _check_settings(saved, settings, inside="pools" in states[0])
     if loader is not None:
         loader.load_state_dict(states[0])
         _rewind(loops, loader, trainer, step, own["micro_batches"])

@@ -8,9 +8,11 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
 from lightning.pytorch.utilities import rank_zero_only
 
-from opdlab.files import replacing
+from opdlab.files import naming_full_disk, replacing
 from opdlab.loggers import ScalarsOnly, media_writer
 
 _STEP = "step"
@@ -19,11 +21,20 @@ _STEP = "step"
 class RunTrainer(Trainer):
     """Lightning's trainer, with the run's folder as ``log_dir`` whatever its loggers are.
 
+    What callbacks log during the n-th optimizer step, such as ``LearningRateMonitor``, has step n in all loggers, as
+    opdlab's own metrics have; in Lightning's trainer it has step n - 1.
+
     Attributes:
         run_folder: folder of the run, known to the first process; None for Lightning's choice.
     """
 
     run_folder: Path | None = None
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        loop = self.fit_loop.epoch_loop
+        self.fit_loop.epoch_loop = _StepsFromOne(self, min_steps=loop.min_steps, max_steps=loop.max_steps)
+        self._logger_connector = _LogsOfTheStep(self)
 
     @property
     def log_dir(self) -> str | None:
@@ -32,6 +43,44 @@ class RunTrainer(Trainer):
             return super().log_dir
         folder: str = self.strategy.broadcast(str(self.run_folder))
         return folder
+
+
+class _StepsFromOne(_TrainingEpochLoop):
+    """Lightning's loop over batches; its axis of the loggers has the number of the step that is under way.
+
+    Checkpoints hold the number that Lightning writes, which is one lower.
+    """
+
+    def __init__(self, trainer: Trainer, min_steps: int | None, max_steps: int) -> None:
+        super().__init__(trainer, min_steps, max_steps)
+        self._taken = 0
+
+    @property
+    def _batches_that_stepped(self) -> int:
+        return self._taken + 1
+
+    @_batches_that_stepped.setter
+    def _batches_that_stepped(self, value: int) -> None:
+        self._taken = value - 1
+
+    def on_save_checkpoint(self) -> dict[str, Any]:
+        """Return Lightning's state with its own number."""
+        return {**super().on_save_checkpoint(), "_batches_that_stepped": self._taken}
+
+    def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
+        """Load Lightning's state."""
+        super().on_load_checkpoint(state_dict)
+        self._taken = state_dict.get("_batches_that_stepped", 0)
+
+
+class _LogsOfTheStep(_LoggerConnector):
+    @property
+    def should_update_logs(self) -> bool:
+        """True if the step under way is logged, as in Lightning, which counts it from zero."""
+        every = self.trainer.log_every_n_steps
+        if not every or self.trainer._active_loop is not self.trainer.fit_loop:
+            return super().should_update_logs
+        return self.trainer.fit_loop.epoch_loop._batches_that_stepped % every == 0 or self.trainer.should_stop
 
 
 class MetricsFile(Logger):
@@ -80,11 +129,15 @@ class MetricsFile(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write metrics of a step; those of a step that is already in the last row are added to it."""
+        with naming_full_disk(self.path):
+            self._write_row(metrics, step or 0)
+
+    def _write_row(self, metrics: Mapping[str, float], step: int) -> None:
         if not self._columns:
             self._load(rows := self._read())
             if rows:  # of an earlier attempt; without a row that a kill has cut off
                 self._write_all(rows)
-        row = {_STEP: str(step or 0), **{name: repr(float(value)) for name, value in metrics.items()}}
+        row = {_STEP: str(step), **{name: repr(float(value)) for name, value in metrics.items()}}
         same = self._row.get(_STEP) == row[_STEP]
         if new := [name for name in row if name not in self._columns]:
             rows = self._read()

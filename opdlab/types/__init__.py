@@ -4,13 +4,24 @@ This package does not compute or load anything. A problem becomes a prompt, the 
 the teacher adds targets, and a training step receives a minibatch of both.
 """
 
-from opdlab.types.problems import EvaluationBatch, Message, Problem, Prompt, Verdicts
-from opdlab.types.rollouts import Minibatch, Rollouts, StopReason, Targets, TeacherRequest, id_dtype, trimmed
+from opdlab.types.problems import EvaluationBatch, Message, Part, Problem, Prompt, Verdicts
+from opdlab.types.rollouts import (
+    Minibatch,
+    Rollouts,
+    StopReason,
+    Targets,
+    TeacherRequest,
+    assign_rows,
+    id_dtype,
+    left_padded,
+    trimmed,
+)
 
 __all__ = [
     "EvaluationBatch",
     "Message",
     "Minibatch",
+    "Part",
     "Problem",
     "Prompt",
     "Rollouts",
@@ -18,6 +29,8 @@ __all__ = [
     "Targets",
     "TeacherRequest",
     "Verdicts",
+    "assign_rows",
     "id_dtype",
+    "left_padded",
     "trimmed",
 ]

@@ -24,6 +24,19 @@ class Message(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of a given response.
+
+    Args:
+        text: of the part.
+        loss: True if it counts in the loss; False if it is only conditioned on, such as the output of a tool.
+    """
+
+    text: str
+    loss: bool = True
+
+
+@dataclass(frozen=True)
 class Problem:
     """A problem as given by its source.
 
@@ -32,6 +45,10 @@ class Problem:
         text: the problem; for a chat, its last turn.
         answer: the gold answer, or None if the source has none.
         messages: all turns of a chat, which ends with the user's; empty for plain text.
+        teacher_text: the problem as the teacher sees it, such as the problem with its solution; for a chat, its last
+            turn. None if the teacher sees ``text``.
+        teacher: name of the teacher that scores the responses; None if there is one teacher for all.
+        demonstration: a given response, in parts; empty if there is none.
 
     Example:
         >>> Problem(id="gsm-17", text="What is 3 + 4?", answer="7").answer
@@ -44,16 +61,22 @@ class Problem:
     text: str
     answer: str | None
     messages: tuple[Message, ...] = ()
+    teacher_text: str | None = None
+    teacher: str | None = None
+    demonstration: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """The tokens that the student receives for a problem.
+    """The tokens that the student, and the teacher before it scores a response, receive for a problem.
 
     Args:
         index: row in the prompt set.
         problem: the problem of the prompt.
         tokens: token ids, special tokens of the template included.
+        teacher_tokens: token ids of the prompt that the teacher sees, or None if it sees ``tokens``.
+        demonstration: token ids of the given response, without a stop token; None if there is none.
+        demonstration_loss: for each of them, True if it counts in the loss.
 
     Example:
         >>> prompt = Prompt(index=0, problem=Problem("gsm-17", "What is 3 + 4?", "7"), tokens=(1, 51, 43, 52, 2))
@@ -64,6 +87,9 @@ class Prompt:
     index: int
     problem: Problem
     tokens: tuple[int, ...]
+    teacher_tokens: tuple[int, ...] | None = None
+    demonstration: tuple[int, ...] | None = None
+    demonstration_loss: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)

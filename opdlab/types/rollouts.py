@@ -5,6 +5,7 @@ K support, P' tokens of a prompt as the teacher sees it, G the teacher's hidden 
 the sampling temperature.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
 from typing import Any, Self
@@ -75,8 +76,12 @@ class Rollouts(_Rows):
         teacher_prompt_tokens: [B, P'] long, padded on the left: the prompt that the teacher sees before the response,
             or None if it sees ``prompt_tokens``.
         teacher_prompt_mask: [B, P'] bool, or None.
+        teacher_ids: [B] long: index of the rollout's teacher among :attr:`Teacher.names`; None if there is one teacher.
         demonstration: [B] bool: True if the response comes from the data and was not sampled; or None if all were
             sampled.
+        loss_mask: [B, T] bool: valid positions that count. The others are conditioned on and count in nothing: earlier
+            turns, outputs of tools. None if all count. The collector narrows ``mask`` to it, see
+            :func:`opdlab.rollouts.masking.mask_uncounted`.
 
     Example:
         One prompt of two tokens, answered twice: by three tokens of which the last is the stop token, and by one.
@@ -114,7 +119,9 @@ class Rollouts(_Rows):
     behavior_support_ids: Tensor | None = None
     teacher_prompt_tokens: Tensor | None = None
     teacher_prompt_mask: Tensor | None = None
+    teacher_ids: Tensor | None = None
     demonstration: Tensor | None = None
+    loss_mask: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -123,6 +130,41 @@ class Rollouts(_Rows):
     def num_tokens(self) -> Tensor:
         """Return the number of valid response tokens of each rollout, [B]."""
         return self.mask.sum(1)
+
+    def as_teacher_sees(self) -> "Rollouts":
+        """Return the rollouts with the teacher's prompts in place of the student's; teachers score these.
+
+        Example:
+            >>> zeros, mask = torch.zeros(1).long(), torch.tensor([[True]])
+            >>> longer = {"teacher_prompt_tokens": torch.tensor([[5, 6]]), "teacher_prompt_mask": mask.repeat(1, 2)}
+            >>> rollouts = Rollouts(*2 * (torch.tensor([[7]]), mask), torch.tensor([[-0.5]]), *5 * (zeros,), **longer)
+            >>> rollouts.as_teacher_sees().prompt_tokens
+            tensor([[5, 6]])
+        """
+        if self.teacher_prompt_tokens is None or self.teacher_prompt_mask is None:
+            return self
+        return replace(
+            self,
+            prompt_tokens=self.teacher_prompt_tokens,
+            prompt_mask=self.teacher_prompt_mask,
+            teacher_prompt_tokens=None,
+            teacher_prompt_mask=None,
+        )
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Return the tokens of prompts, [B, P] long, padded on the left, and their mask, [B, P] bool.
+
+    Example:
+        >>> left_padded([[7], [8, 9]], pad_id=0)
+        (tensor([[0, 7],
+                [8, 9]]), tensor([[False,  True],
+                [ True,  True]]))
+    """
+    width = max(map(len, prompts))
+    tokens = torch.tensor([[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[False] * (width - len(prompt)) + [True] * len(prompt) for prompt in prompts])
+    return tokens, mask
 
 
 def id_dtype(vocab_size: int) -> torch.dtype:
@@ -133,6 +175,19 @@ def id_dtype(vocab_size: int) -> torch.dtype:
         (torch.uint8, torch.uint16, torch.int32)
     """
     return next((t for t in (torch.uint8, torch.uint16) if vocab_size - 1 <= torch.iinfo(t).max), torch.int32)
+
+
+def assign_rows(into: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Assign ``into[rows] = values``; uses a view as int16, because torch does not support this for uint16.
+
+    Example:
+        >>> ids = torch.zeros(3, 2, dtype=torch.uint16)
+        >>> assign_rows(ids, torch.tensor([2]), torch.tensor([[7, 40_000]]))
+        >>> ids[2].tolist()
+        [7, 40000]
+    """
+    bits = torch.int16 if into.dtype == torch.uint16 else into.dtype
+    into.view(bits)[rows] = values.to(into.dtype).view(bits)
 
 
 @dataclass(frozen=True)
@@ -283,5 +338,6 @@ def trimmed(rollouts: Rollouts, targets: Targets) -> tuple[Rollouts, Targets]:
         tokens=rollouts.tokens[:, :length],
         mask=rollouts.mask[:, :length],
         behavior_logprobs=rollouts.behavior_logprobs[:, :length],
+        loss_mask=None if rollouts.loss_mask is None else rollouts.loss_mask[:, :length],
     )
     return cut, targets.map(lambda tensor: tensor[:, :length])

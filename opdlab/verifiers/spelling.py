@@ -54,7 +54,7 @@ _REWRITES = tuple(
         (r"\\text *(?=\{)", r"\\text"),
         (r"\\text\{ *\}", " "),
         (r"\\text\{ *([-+]?[0-9][0-9.,/]*) *\}", r" \1 "),
-        (r"\\text\{ *([0-9A-Z]+) *\}(?= *_)", r"\1"),
+        (r"\\text\{ *([0-9A-Z]+|[0-9a-f]+) *\}(?= *_)", r"\1"),
         (r"\\lbrace(?![a-zA-Z])", r"\\{"),
         (r"\\rbrace(?![a-zA-Z])", r"\\}"),
         (r"\\lbrack(?![a-zA-Z])", "["),
@@ -71,6 +71,12 @@ _REWRITES = tuple(
         (r"\\(?:backslash|smallsetminus)(?![a-zA-Z])", r"\\setminus "),
         (r"\\(?:[lc]?dots[cbmio]?|hdots)(?![a-zA-Z])|\.\.\.", r"\\ldots "),
         (r"\\colon(?![a-zA-Z])", ":"),
+        (r"\\(begin|end) *\{ *[dr]cases\*? *\}", r"\\\1{cases}"),
+        (
+            r"\\\{ *\\begin *\{(array|aligned|gathered|split)\}(?: *\{[lcr| ]*\})?"
+            r"((?:(?!\\(?:begin|end) *\{).)*)\\end *\{\1\}(?! *\\\})",
+            r"\\begin{cases}\2\\end{cases}",
+        ),
         ("[\u8d1f\u8ca0](?=[0-9])", "-"),  # "negative" in Chinese
         (r"(?:\^ *)?\{? *\\degree *\}?|\^ *\{ *\\circ *\}|\^ *\\circ(?![a-zA-Z])", r"^{\\circ}"),
         (r"\\var(epsilon|phi|theta|rho)(?![a-zA-Z])", r"\\\1"),
@@ -79,6 +85,19 @@ _REWRITES = tuple(
         (r"(?<![\\a-zA-Z{])(sqrt|pi|infty|(?:arc)?(?:sin|cos|tan)|cot|sec|csc|log|ln)(?![a-zA-Z])", r"\\\1 "),
         (r"(\\sqrt(?:\[[0-9]+\])?) +(?=[({])", r"\1"),
     )
+)
+_BASES = {
+    **{"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10},
+    **{"eleven": 11, "twelve": 12, "sixteen": 16, "binary": 2, "octal": 8, "hexadecimal": 16, "hex": 16},
+}
+_NAME = rf"(?P<base>[0-9]{{1,2}}|{'|'.join(_BASES)})"
+# A base in words at the end: 37_{\text{eight}}, 37_{\text{base }8}, 37 \text{ (base 8)}, 37 in octal.
+_BASE_IN_WORDS = (
+    re.compile(rf"(?<=[0-9a-fA-F)}}]) *_ *\{{? *(?:\\text\{{ *)?(?i:(?:base[ -]*\}}? *)?{_NAME}) *[}} ]*$"),
+    re.compile(rf"(?<=[0-9A-F)}}]),? *(?:\\text\{{)? *\(?(?i:(?:in )? *base[ -]*\}}? *{_NAME}) *\)? *\}}?$"),
+    re.compile(
+        r"(?<=[0-9A-F)}]),? *(?:\\text\{)? *\(?(?i:(?:in )? *(?P<base>binary|octal|hexadecimal|hex)) *\)? *\}?$"
+    ),
 )
 _WITH_ARGUMENTS = re.compile(r"\\(frac|binom|sqrt)(?![a-zA-Z])|[\^_]")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
@@ -103,6 +122,10 @@ def normalized(text: str) -> str:
         text = re.sub(r"(?<!\\)\$", "", text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
+    text = _without_ending(text)
+    for pattern in _BASE_IN_WORDS:
+        if match := pattern.search(text):
+            text = f"{text[: match.start()]}_{{{_BASES.get(match['base'].lower(), match['base'])}}}"
     text = _without_ending(_with_braces(text))
     return re.sub(" +", " ", text).strip()
 

@@ -37,12 +37,14 @@ class RolloutText:
         tokens: T texts, see :func:`opdlab.viewer.token_texts`.
         special: T flags: True for special tokens.
         problem: source of the prompt, if it is known.
+        teacher_prompt: the prompt that the teacher has seen, if it is another one.
     """
 
     prompt: str
     tokens: Sequence[str]
     special: Sequence[bool]
     problem: Problem | None = None
+    teacher_prompt: str | None = None
 
 
 def render_page(
@@ -178,8 +180,10 @@ def _packed(rollout: ShownRollout, text: RolloutText) -> dict[str, Any]:
         "num_ranked": rollout.num_ranked,
         "mean_drift": f"{rollout.mean_drift:.3g} nats",
         "prompt": text.prompt,
+        "teacher_prompt": text.teacher_prompt,
         "gold": text.problem and text.problem.answer,
         "correct": rollout.correct,
+        "demonstration": rollout.demonstration,
         "stop": rollout.stop_reason.name.lower(),
         "age": rollout.age,
         "reuse_epoch": rollout.reuse_epoch,

@@ -33,6 +33,9 @@ class ShownRollout:
         correct: the verdict, or None.
         age: optimizer steps since the last refresh of the snapshot that sampled it.
         reuse_epoch: passes over its buffer before this one.
+        teacher_prompt_tokens: [P'] long, without padding: the prompt that the teacher has seen; None if it has seen
+            ``prompt_tokens``.
+        demonstration: True if the response comes from the data.
     """
 
     rank: int
@@ -48,6 +51,8 @@ class ShownRollout:
     correct: bool | None
     age: int
     reuse_epoch: int
+    teacher_prompt_tokens: Tensor | None = None
+    demonstration: bool = False
 
     @property
     def mean_drift(self) -> float:
@@ -88,6 +93,10 @@ def choose_rollouts(traces: Sequence[StepTrace], num_rollouts: int) -> list[Show
 def _columns(trace: StepTrace) -> dict[str, Tensor]:
     """Return the shown columns of all rollouts of a micro-batch: [B], [B, P] and [B, T]."""
     rollouts, inputs = trace.rollouts, trace.inputs
+    prompts = {"prompt_tokens": rollouts.prompt_tokens.masked_fill(~rollouts.prompt_mask, _PADDING)}
+    if rollouts.teacher_prompt_tokens is not None and rollouts.teacher_prompt_mask is not None:
+        seen = rollouts.teacher_prompt_tokens.masked_fill(~rollouts.teacher_prompt_mask, _PADDING)
+        prompts["teacher_prompt_tokens"] = seen
     values = {
         **trace.values,
         "drift": inputs.drift,
@@ -102,7 +111,7 @@ def _columns(trace: StepTrace) -> dict[str, Tensor]:
     }
     return {
         **{f"value/{name}": value.detach().float() for name, value in values.items() if value is not None},
-        "prompt_tokens": rollouts.prompt_tokens.masked_fill(~rollouts.prompt_mask, _PADDING),
+        **prompts,
         "tokens": rollouts.tokens,
         "mask": rollouts.mask.long(),
         "segment_ids": trace.gates.segment_ids,
@@ -111,6 +120,9 @@ def _columns(trace: StepTrace) -> dict[str, Tensor]:
         "stop_reason": rollouts.stop_reasons,
         "correct": torch.full_like(rollouts.prompt_ids, -1) if rollouts.correct is None else rollouts.correct.long(),
         "age": trace.age,
+        "demonstration": torch.zeros_like(rollouts.prompt_ids)
+        if rollouts.demonstration is None
+        else rollouts.demonstration.long(),
         "reuse_epoch": torch.full_like(rollouts.prompt_ids, trace.reuse_epoch),
     }
 
@@ -122,7 +134,7 @@ def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         tensors = [part[name] for part in parts]
         width = max(tensor.shape[-1] for tensor in tensors)
         if tensors[0].dim() == 2:
-            padding = _PADDING if name == "prompt_tokens" else 0
+            padding = _PADDING if name.endswith("prompt_tokens") else 0
             tensors = [nn.functional.pad(tensor, (0, width - tensor.shape[1]), value=padding) for tensor in tensors]
         joined[name] = torch.cat(tensors)
     return joined
@@ -133,11 +145,12 @@ def _shown(row: dict[str, Tensor]) -> ShownRollout:
     verdict = int(row["correct"])
     return ShownRollout(
         **{name: int(row[name]) for name in ("rank", "num_ranked", "rollout_id", "prompt_id", "age", "reuse_epoch")},
-        prompt_tokens=row["prompt_tokens"][row["prompt_tokens"] != _PADDING],
+        **{name: row[name][row[name] != _PADDING] for name in row if name.endswith("prompt_tokens")},  # type: ignore[arg-type]
         tokens=row["tokens"][:length],
         mask=row["mask"][:length].bool(),
         segment_ids=row["segment_ids"][:length],
         values={name.removeprefix("value/"): row[name][:length] for name in row if name.startswith("value/")},
         stop_reason=StopReason(int(row["stop_reason"])),
         correct=None if verdict < 0 else bool(verdict),
+        demonstration=bool(row["demonstration"]),
     )

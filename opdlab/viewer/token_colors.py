@@ -44,7 +44,7 @@ _NOT_LOGGED = (
     Quantity("behavior_logprob", "behavior log-probability", "nats", "of the sampled token, when it was sampled"),
     Quantity("gradient_norm", "gradient norm", "nats per unit", "of the position's loss at the last hidden state"),
 )
-_NEUTRAL = {"teacher_support_mass": 1.0, "student_support_mass": 1.0}
+_NEUTRAL = {"teacher_support_mass": 1.0, "student_support_mass": 1.0, "support_overlap": 1.0}
 
 
 def quantities(names: Sequence[str]) -> list[Quantity]:

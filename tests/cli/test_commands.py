@@ -1,6 +1,5 @@
 """The table of commands: the list, the imports, and a help text for every command."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from opdlab.cli import EXIT_USAGE, main
 from opdlab.cli.commands import COMMANDS
 from opdlab.objectives import objective_names
 from opdlab.version import __version__
+from tests.children import run_child
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "lightning", "transformers")
@@ -22,7 +22,7 @@ def imported_by(*arguments: str) -> tuple[str, set[str]]:
         f"print('imported:', *[name for name in {HEAVY} if name in sys.modules])"
     )
     command = [sys.executable, "-c", code, *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = run_child(command, cwd=ROOT, check=True)
     shown, _, names = done.stdout.rpartition("imported:")
     return shown, set(names.split())
 
@@ -96,7 +96,7 @@ def test_the_reader_of_a_pipe_may_end_first() -> None:
     command = (
         f'"{sys.executable}" -u -m opdlab gates | "{sys.executable}" -c "{reader}"; echo "code ${{PIPESTATUS[0]}}"'
     )
-    ended = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    ended = run_child(["bash", "-c", command], check=True)
     assert (ended.stdout, ended.stderr) == ("code 141\n", "")
 
 

@@ -151,6 +151,30 @@ def test_a_refusal_names_the_key_wherever_the_class_stands(bad: str, key: str) -
     assert str(caught.value) == f"{key}.size is 0, but must be above 0"
 
 
+class Untidy:
+    """Its constructor fails with several lines, which the parser quotes among the errors of a union's types."""
+
+    def __init__(self, project: str = "p", path: str = "here") -> None:
+        raise RuntimeError(f"project {project} is unknown\n\n  ask for access")
+
+
+class Room:
+    def __init__(self, part: Untidy | list[Untidy] | bool | None = None) -> None:
+        self.part = part
+
+
+@pytest.mark.parametrize("inside_list", [False, True])
+def test_an_error_of_several_lines_is_told_in_one(inside_list: bool) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Room, "room")
+    part = {"class_path": f"{__name__}.Untidy", "init_args": {"project": "q"}}
+    with pytest.raises(UsageError) as caught:
+        build(parser, parser.parse_object({"room": {"part": [part] if inside_list else part}}))
+    place = r".*test_errors\.py, line \d+: RuntimeError: project q is unknown$"
+    key = r"room\.part\.0" if inside_list else r"room\.part"
+    assert re.search(rf"^{key} cannot be built: Untidy fails, change its options or {place}", str(caught.value))
+
+
 def test_an_error_in_a_class_of_the_users_has_file_and_line() -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Picky, "picky")

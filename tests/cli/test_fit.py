@@ -3,7 +3,6 @@
 import csv
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from opdlab.cli import EXIT_USAGE, main
 from opdlab.diagnostics import find_metric, metric_rows
+from tests.children import run_child
 from tests.stops import stopper
 
 README = Path(__file__).parents[2] / "README.md"
@@ -239,7 +239,7 @@ def test_an_empty_command_says_where_to_start(capsys: pytest.CaptureFixture[str]
 def test_the_package_is_run_under_the_name_of_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "opdlab", "--help"]
     environment = {**os.environ, "PYTHONPATH": str(README.parent)}
-    shown = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
+    shown = run_child(command, env=environment, cwd=tmp_path, check=True)
     assert shown.stdout.startswith("usage: opdlab ")
 
 
@@ -248,7 +248,7 @@ def test_ctrl_c_is_handled_while_the_libraries_load(tmp_path: Path, module: str)
     (tmp_path / f"{module}.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
     command = [sys.executable, "-m", "opdlab", "gates"]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{README.parent}"}
-    stopped = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    stopped = run_child(command, env=environment, cwd=tmp_path)
     assert (stopped.returncode, stopped.stdout) == (130, "")
     assert stopped.stderr.startswith("opdlab: stopped")
     assert len(stopped.stderr.splitlines()) == 1

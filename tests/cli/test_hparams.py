@@ -83,7 +83,9 @@ def test_hyperparameters_stand_beside_the_last_pass_at_k(fit: Fit) -> None:
     assert (values["optimizer"], values["lr_scheduler"]) == ("AdamW", "LinearLR")
     assert (values["reuse.epochs"], values["reuse.batch_size"], values["reuse.prompts_per_pool"]) == (2, 4, 4)
     assert (values["refresh.every_n_steps"], values["sampling.max_new_tokens"]) == (8, 176)
-    assert (values["max_steps"], values["accumulate"], values["clip"], values["seed"]) == (2, 1, 1, 0)
+    assert (values["max_steps"], values["accumulate"], values["clip"]) == (2, 1, 1)
+    # The last two are null in the configuration, and follow the first.
+    assert (values["seed"], values["data.seed"], values["evaluation.seed"]) == (0, 0, 0)
     assert values["student"] == config["model"]["student"]["init_args"]["path"]
     assert values["teacher"] == config["model"]["teacher"]["init_args"]["path"]
     assert values["precision"] == "32-true"

@@ -20,6 +20,7 @@ NO_TEACHER = ("--model.evaluation.teacher", "false")
 
 LOGGERS = '''
 import os
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import Logger
 
 
@@ -42,6 +43,19 @@ class Cloud(Logger):
     def log_metrics(self, metrics, step=None):
         if os.path.exists("fail") and step == 2 and "train/loss" in metrics:
             raise RuntimeError("the cloud is gone")
+
+
+class Mine(Callback):
+    """Logs through Lightning: in a step, in an evaluation, and at the end of an epoch; under names that have a row."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        pl_module.log("val/step/pass@1", float(trainer.global_step))
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        pl_module.log("val/validation/pass@1", float(trainer.global_step))
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        pl_module.log("val/epoch/pass@1", float(trainer.global_step))
 '''
 
 
@@ -210,7 +224,7 @@ def test_a_collapsed_run_says_so(opdlab: Opdlab, tmp_path: Path, capsys: pytest.
 
 @pytest.mark.parametrize("hook", ["on_validation_start", "on_validation_batch_start", "on_validation_end"])
 def test_a_kill_between_a_checkpoint_and_the_evaluation_after_it(opdlab: Opdlab, tmp_path: Path, hook: str) -> None:
-    """Before the evaluation, within it, and after its metrics were logged."""
+    """Before the evaluation, within it, and after its metrics were logged; that after training is due once more too."""
     (tmp_path / f"lab_killed_{hook}.py").write_text(
         "from lightning.pytorch import Callback\n"
         "class Killed(Callback):\n"
@@ -218,15 +232,16 @@ def test_a_kill_between_a_checkpoint_and_the_evaluation_after_it(opdlab: Opdlab,
         "        if trainer.global_step == 2:\n"
         "            raise RuntimeError('killed')\n"
     )
-    steps = (*NO_TEACHER, "--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--checkpoint.save_top_k=-1")
+    steps = (*NO_TEACHER, "--trainer.max_steps", "5", "--trainer.val_check_interval", "2", "--checkpoint.save_top_k=-1")
     with pytest.raises(RuntimeError, match="killed"):
         opdlab(*steps, f"--trainer.callbacks+=lab_killed_{hook}.Killed")
     folder = tmp_path / "runs/quickstart/version_0"
     assert (folder / "checkpoints/step-2.ckpt").exists()
-    assert opdlab(*steps, "--ckpt_path", "last") == 0
+    for _ in range(2):
+        assert opdlab(*steps, "--ckpt_path", "last") == 0
     assert opdlab(*steps) == 0
     whole = rows_of(folder.with_name("version_1"))
-    assert set(whole) == {0, 1, 2, 3, 4}
+    assert set(whole) == {0, 1, 2, 3, 4, 5}
     timed = {name for name in whole[2] if name.startswith("time/") or name.endswith("per_second")}
     assert [{k: v for k, v in row.items() if k not in timed} for row in rows_of(folder).values()] == [
         {k: v for k, v in row.items() if k not in timed} for row in whole.values()
@@ -246,3 +261,67 @@ def test_a_refused_resume_changes_no_file(opdlab: Opdlab, tmp_path: Path) -> Non
     refused = ("--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1", "--trainer.max_steps", "3")
     assert opdlab("--ckpt_path", "last", *refused) == EXIT_USAGE
     assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+def test_a_resume_is_refused_before_models_are_loaded(
+    opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What needs no model is compared first: the student's folder does not exist, and is never missed."""
+    assert opdlab("--trainer.max_steps", "4", "--checkpoint.save_top_k", "-1", *NO_TEACHER) == 0
+    checkpoints = tmp_path / "runs/quickstart/version_0/checkpoints"
+    gone = ("--trainer.max_steps", "9", "--model.student.path", "gone")
+    inside, end = str(checkpoints / "step-1.ckpt"), str(checkpoints / "step-4.ckpt")
+    never = [
+        ("--trainer.max_steps 0", "trainer.max_steps is 0, but ckpt_path has done"),
+        ("--model.optimizer torch.optim.SGD --model.optimizer.lr 0.1", "model.optimizer is torch.optim.sgd.SGD"),
+        ("--model.optimizer.lr 0.5", "model.optimizer.lr is 0.5, but"),
+        ("--model.lr_scheduler StepLR --model.lr_scheduler.step_size 3", "model.lr_scheduler is torch.optim"),
+        ("--data.seed 5", "data.seed is 5, but 0 in ckpt_path"),
+        ("--data.max_prompt_tokens 99", "data.max_prompt_tokens is 99, but"),
+    ]
+    at_the_end = [
+        ("--model.sampling.temperature 0.5", "model.sampling.temperature is 0.5, but"),
+        ('--model.mask_first ["1"]', "model.mask_first is ['1'], but []"),
+        ("--model.objective sampled_token", "model.objective is opdlab.objectives"),
+        ("--model.objective.k 3", "model.objective.k is 3, but"),
+        ("--data.reuse.prompts_per_pool 2", "data.reuse.prompts_per_pool is 2, but"),
+        ("--trainer.devices 3", "trainer.devices * trainer.num_nodes is 3, but 1"),
+        ("--data.reuse.batch_size 8", "data.reuse.batch_size is 8, but the checkpoint is inside a pass"),
+    ]
+    capsys.readouterr()
+    for path, cases in ((inside, never + at_the_end), (end, never)):
+        for arguments, words in cases:
+            assert opdlab("--ckpt_path", path, *gone, *arguments.split()) == EXIT_USAGE
+            error = capsys.readouterr().err
+            assert words in error, error
+            assert "gone" not in error
+    # What may change there is told only after the models: here, that one is missing.
+    for arguments, _ in at_the_end[:4]:
+        assert opdlab("--ckpt_path", end, *gone, *arguments.split()) == EXIT_USAGE
+        assert "gone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_what_callbacks_log_has_the_step_of_our_own_metrics(opdlab: Opdlab, tmp_path: Path, every: int) -> None:
+    callbacks = ("--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks+=lab_loggers.Mine")
+    often = ("--trainer.log_every_n_steps", str(every), "--trainer.val_check_interval", "2", *NO_TEACHER)
+    assert opdlab(*callbacks, *often, "--trainer.max_steps", "4") == 0
+    assert opdlab(*callbacks, *often, "--trainer.max_steps", "8", "--ckpt_path", "last") == 0
+    folder = tmp_path / "runs/quickstart/version_0"
+    steps = [step for step in range(1, 9) if step % every == 0]
+    wanted = {
+        "train/loss": steps,
+        "lr-AdamW": steps,
+        "val/step/pass@1": steps,
+        "val/validation/pass@1": [0, 2, 4, 6, 8],
+    }
+    wanted["val/epoch/pass@1"] = [4, 8]  # where training ended
+    rows = rows_of(folder)
+    for name, numbers in wanted.items():
+        assert [step for step, row in rows.items() if row.get(name)] == numbers, name
+        assert all(float(rows[step][name]) == step for step in numbers if name.startswith("val"))
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    for name, numbers in wanted.items():
+        # The evaluation at the checkpoint is done again.
+        assert sorted({event.step for event in events.Scalars(name)}) == numbers, name

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from opdlab.checkpoints import check_checkpoint
 from opdlab.cli import main
 from opdlab.cli.commands import COMMANDS, EXIT_FAILED
+from tests.children import run_child
 from tests.stops import stopper
 
 ROOT = Path(__file__).parents[2]
@@ -154,13 +156,13 @@ def test_signals_are_heard_while_the_libraries_load_and_stay_ignored_under_nohup
     for name, code in {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}.items():
         (tmp_path / "torch.py").write_text(loading.format(name=name))
         shown = "Ctrl-C" if name == "SIGINT" else name
-        stopped = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        stopped = run_child(command, env=environment, cwd=tmp_path)
         line = f"opdlab: stopped by {shown}; to go on, run the same command\n"
         assert (stopped.returncode, stopped.stdout, stopped.stderr) == (code, "", line)
     signal.signal(signal.SIGHUP, hangup)
     (tmp_path / "torch.py").write_text(loading.format(name="SIGHUP") + "raise SystemExit(7)")
     ignoring = ["sh", "-c", 'trap "" HUP; exec "$@"', "sh", *command]
-    code = subprocess.run(ignoring, env=environment, cwd=tmp_path, check=False).returncode
+    code = run_child(ignoring, env=environment, cwd=tmp_path).returncode
     assert code == 7
 
 
@@ -202,15 +204,9 @@ def test_the_handlers_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_signalled_process_stops_all(tmp_path: Path, place: str, rank: int, said: str) -> None:
     (tmp_path / "small.yaml").write_text(SMALL)
     command = [sys.executable, "-m", "opdlab", "fit", "-c", "quickstart", "-c", "small.yaml", "--trainer.devices=2"]
-    options = {"cwd": tmp_path, "env": {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}}
-    run = subprocess.run(
-        [*command, "--data.train.num_problems=8", *stopper(place, rank=rank)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        **options,  # type: ignore[call-overload]
-    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command += ["--data.train.num_problems=8", *stopper(place, rank=rank)]
+    run = run_child(command, cwd=tmp_path, env=environment)
     assert run.returncode == 143, run.stderr
     assert re.search(said, run.stderr)
 
@@ -233,6 +229,35 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         warnings.simplefilter("ignore")
         gc.collect()  # TensorBoard leaves its file open if it cannot write what it has not written yet
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see `small_disk`
+def test_a_full_disk_with_the_event_files_alone(
+    fit: Fit, small_disk: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """All else is on another disk: the folder of the events is named, and what a checkpoint has is in the curves."""
+    fill = ["--trainer.callbacks+=tests.stops.Filler", "--trainer.callbacks.place=on_train_batch_start"]
+    fill += [f"--trainer.callbacks.folder={small_disk}", "--trainer.callbacks.count=4"]
+    every = ["--trainer.logger=TensorBoardLogger", f"--trainer.logger.save_dir={small_disk}"]
+    every += ["--checkpoint.every_n_train_steps=1", "--model.evaluation.teacher=false"]
+    assert fit(*fill, *every) == EXIT_FAILED
+    error = capfd.readouterr().err
+    line = error.strip().splitlines()[-1]
+    assert "Traceback" not in error
+    assert re.match(rf"opdlab: error: {small_disk}/\S+ cannot be written, because the disk is full", line)
+    kept = re.search(r"\(at step \d; the newest checkpoint is (\S+\.ckpt), of step (\d)\)", line)
+    assert kept is not None
+    assert check_checkpoint(Path(kept[1])) == int(kept[2]) >= 3
+    (small_disk / "filler").unlink()
+    assert fit("--ckpt_path", "last", *every) == 0
+    steps: list[int] = []
+    for folder in sorted((small_disk / "lightning_logs").iterdir()):
+        events = EventAccumulator(str(folder))
+        events.Reload()
+        steps += [event.step for event in events.Scalars("train/loss")]
+    assert sorted(set(steps)) == [1, 2, 3, 4, 5, 6]
+    with (tmp_path / "runs/quickstart/version_0/metrics.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file) if row["train/loss"]] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # see `small_disk`

@@ -9,7 +9,6 @@ import random
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from opdlab.cli.commands import COMMANDS
 from opdlab.cli.config_files import shipped_configs
 from opdlab.gating import gate_registry
 from opdlab.objectives.base import objective_registry
+from tests.children import run_child
 
 NO_MODEL = "./no_such_model"
 VALID = f"model '{NO_MODEL}' does not exist"
@@ -190,6 +190,8 @@ FLAGS = [
     ("--checkpoint.mode x", "checkpoint"),
     ("--ckpt_path nowhere.ckpt", "ckpt_path 'nowhere.ckpt'"),
     ("--ckpt_path last", "ckpt_path is 'last'"),
+    ("--ckpt_path open.yaml", "it is no checkpoint: give a .ckpt file, or 'last'"),
+    ("--trainer.logger wandb", "CSVLogger, MLFlowLogger, NeptuneLogger, TensorBoardLogger, WandbLogger"),
     ("--save_pools maybe", "save_pools is maybe"),
     ("--model.optimizer.lr -1", "model.optimizer cannot be built, change its init_args (lr, betas, "),
     ("--model.optimizer.betas [1]", "model.optimizer.betas is [1]"),
@@ -381,7 +383,7 @@ PROCESSES = (
 def test_wrong_calls_as_processes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in PROCESSES:
         command = [sys.executable, "-m", "opdlab", *shlex.split(arguments.replace("$'\\x1b'", "'\x1b'"))]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        done = run_child(command, cwd=folder)
         assert done.returncode == EXIT_USAGE, (arguments, done.stderr)
         assert done.stdout == ""
         (line,) = done.stderr.splitlines()

@@ -1,6 +1,7 @@
 """Fields of rows: text and numbers, dotted names, chats; and files that are no text."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from opdlab.data import (
     JsonlProblems,
     Problem,
     ProblemSource,
+    PromptDataModule,
     RawTemplate,
     TableProblems,
     prompt_set,
 )
 from opdlab.data.cleaning import clean
+from opdlab.data.rows import RowProblems
 from opdlab.errors import UsageError
 from opdlab.policies import LanguageModel
 from opdlab.toy import chain_tokenizer
@@ -103,6 +106,19 @@ def test_dotted_names(tmp_path: Path) -> None:
     assert "has no field 'problem.x'" in refusal(source(tmp_path, row, answer_field="problem.x"))
 
 
+def test_a_message_names_the_first_fields_only(tmp_path: Path) -> None:
+    row = {f"f{number}": number for number in range(25)}
+    assert refusal(source(tmp_path, row)).endswith("its fields: " + ", ".join(f"f{n}" for n in range(20)) + ", …")
+
+
+def test_a_row_that_is_nested_deeply_is_one_line(tmp_path: Path) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(700):  # JSON still reads it
+        deep = {"a": deep}
+    said = "rows.jsonl, line 2: a field is nested too deeply"
+    assert refusal(source(tmp_path, {"p": "1"}, {"q": deep}, problem_field="p", answer_field=None)).endswith(said)
+
+
 def test_rows_of_verl_train_as_they_are(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     problem = Problem("9a9b6eb4", "86 a+7", "93", (Message("user", "86 a+7"),))
     datasets.Dataset.from_list([VERL]).to_parquet(tmp_path / "train.parquet")
@@ -171,6 +187,20 @@ def test_texts_and_chats_in_one_file_keep_their_order(tmp_path: Path, tokenizer:
     assert [tokenizer.decode(prompt.tokens) for prompt in prompts] == ["1", ":86 a+7\n", "2"]
 
 
+class TupleRows(RowProblems):
+    """A source of one's own, whose lists are tuples."""
+
+    name = "mine"
+
+    def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        yield 1, {"problem": (USER,)}
+
+
+def test_a_chat_may_be_a_tuple() -> None:
+    (problem,) = TupleRows(answer_field=None).problems()
+    assert problem.messages == (Message("user", "86 a+7"),)
+
+
 @pytest.mark.parametrize(
     ("messages", "said"),
     [
@@ -215,6 +245,8 @@ def test_repeated_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert "2 with the id of another, 2 kept" in str(report)
     kept, report = clean(source(tmp_path, *rows).problems(), CleaningConfig(deduplicate=False), {})
     assert (len(kept), report.same_id) == (4, 0)
+    with pytest.warns(UserWarning, match=r"train: 2 problems from .*rows.jsonl have the id of an earlier one"):
+        PromptDataModule(source(tmp_path, *rows)).prepare(chain_tokenizer(), training=True)
     described = {"class_path": "opdlab.data.JsonlProblems", "init_args": {"path": "rows.jsonl"}}
     Path("rows.yaml").write_text(json.dumps({"data": {"benchmarks": {"mine": described}}}))
     assert main(["validate", "-c", "quickstart", "-c", "rows.yaml"]) == EXIT_USAGE

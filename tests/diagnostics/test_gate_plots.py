@@ -1,6 +1,5 @@
 """Plots: their content, and that drawing leaves matplotlib's state unchanged."""
 
-import subprocess
 import sys
 
 import numpy as np
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 
 from opdlab.diagnostics.gate_plots import block_heat_map, by_age, render
 from opdlab.diagnostics.run_history import AgeMetrics
+from tests.children import run_child
 
 
 def mesh_of(figure: Figure) -> QuadMesh:
@@ -82,4 +82,4 @@ gate_plots.render(gate_plots.block_heat_map([1], torch.ones(1, 1), "weight"))
 assert "matplotlib.figure" in imported
 assert "matplotlib.pyplot" not in imported
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_child([sys.executable, "-c", code], check=True)

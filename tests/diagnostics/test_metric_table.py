@@ -17,7 +17,7 @@ from opdlab.diagnostics.metric_table import progress_items, progress_names
 from opdlab.errors import UsageError
 from opdlab.evaluation import EvaluationConfig
 from opdlab.loggers import layout
-from opdlab.objectives import SampledTokenOPD, TeacherTopK
+from opdlab.objectives import SampledTokenOPD, SupportDivergence, TeacherTopK
 from opdlab.policies import LocalTeacher, Sampler, SamplingConfig
 from opdlab.tau import LinearTau
 from opdlab.viewer import quantities
@@ -65,7 +65,7 @@ def test_every_scalar_of_the_papers_variants_has_a_row(tmp_path: Path, objective
 
 def test_every_row_is_of_a_scalar_that_is_logged(tmp_path: Path) -> None:
     names = set()
-    for number, objective in enumerate((SampledTokenOPD(), TeacherTopK(8))):
+    for number, objective in enumerate((SampledTokenOPD(), SupportDivergence(support="union", k=8))):
         evaluation = EvaluationConfig(pass_at=(1, 2), reverse_kl=True)
         names |= logged_names(
             tmp_path / str(number), objective=objective, tau=LinearTau(1.0, 2.0, 2), evaluation=evaluation

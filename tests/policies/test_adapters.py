@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from opdlab.errors import UsageError
-from opdlab.evaluation.settings import fingerprint
 from opdlab.module import BehaviorConfig
 from opdlab.policies import AdapterConfig, BaseTeacher, BehaviorPolicy, LanguageModel, SamplingConfig, TeacherRequest
+from opdlab.policies.fingerprints import fingerprint
 from tests.policies.tiny_models import CONFIGS, rollouts, save_random
 from tests.test_resume import SaveAt
 from tests.toy_run import STUDENT, Run

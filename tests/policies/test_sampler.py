@@ -39,6 +39,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
     return random_model(tmp_path_factory.mktemp("model"), spread=0.15)
 
 
+@pytest.fixture
+def own(tmp_path: Path) -> LanguageModel:
+    """A model equal to ``model``, for a test that changes it."""
+    return random_model(tmp_path, spread=0.15)
+
+
 @pytest.fixture(autouse=True, params=["own loop", "loop of transformers"])
 def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     def prepare(self: Any, *inputs: Any, **kwargs: Any) -> Any:  # generate looks for this name
@@ -124,18 +130,18 @@ def test_mask_ends_with_the_stop_token(model: LanguageModel) -> None:
     assert reasons == {StopReason.EOS, StopReason.LENGTH}
 
 
-def test_a_stop_token_in_the_last_place_is_a_stop(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "stop_ids", list(range(38)))
-    samples = sample(model, max_new_tokens=1)
+def test_a_stop_token_in_the_last_place_is_a_stop(own: LanguageModel) -> None:
+    own.stop_ids = list(range(38))
+    samples = sample(own, max_new_tokens=1)
     assert samples.stop_reasons.tolist() == [StopReason.EOS] * 12
     assert samples.mask.all()
 
 
-def test_every_stop_token_stops(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "stop_ids", [1, *range(10, 24)])
-    samples = sample(model, num_samples=16, max_new_tokens=20)
+def test_every_stop_token_stops(own: LanguageModel) -> None:
+    own.stop_ids = [1, *range(10, 24)]
+    samples = sample(own, num_samples=16, max_new_tokens=20)
     last = samples.tokens[torch.arange(48), samples.mask.sum(1) - 1]
-    stops = torch.isin(samples.tokens, torch.tensor(model.stop_ids)) & samples.mask
+    stops = torch.isin(samples.tokens, torch.tensor(own.stop_ids)) & samples.mask
     assert torch.equal(stops.sum(1) == 1, samples.stop_reasons == StopReason.EOS)
     assert len(set(last.tolist())) > 3
 
@@ -266,11 +272,11 @@ class _Bar:
 
 
 @pytest.mark.parametrize("batch_size", [5, 64])
-def test_progress_reaches_its_total(model: LanguageModel, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "stop_ids", [1, *range(10, 38)])  # so that no response has full length
-    assert sample(model, batch_size=batch_size).tokens.shape[1] < 12
+def test_progress_reaches_its_total(own: LanguageModel, batch_size: int) -> None:
+    own.stop_ids = [1, *range(10, 38)]  # so that no response has full length
+    assert sample(own, batch_size=batch_size).tokens.shape[1] < 12
     bar = _Bar()
-    Sampler(replace(CONFIG, batch_size=batch_size)).sample(model, PROMPTS, 0, bar)
+    Sampler(replace(CONFIG, batch_size=batch_size)).sample(own, PROMPTS, 0, bar)
     assert bar.done == bar.total > 0
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -164,6 +165,34 @@ def test_a_student_without_drift_from_its_teacher(tmp_path: Path) -> None:
     rollouts = BehaviorPolicy(student, SAMPLING).sample(PROMPTS, [0, 1], seed=1)
     targets = teacher.score(rollouts, TeacherRequest(vocab_size=student.vocab_size))
     torch.testing.assert_close(targets.logprobs, rollouts.behavior_logprobs, rtol=0, atol=1e-5)
+
+
+def with_hole(index: int) -> PreTrainedTokenizerFast:
+    """The toy tokenizer with the token of one id moved to id 38, behind all others."""
+    layout = json.loads(chain_tokenizer().backend_tokenizer.to_str())
+    vocabulary = layout["model"]["vocab"]
+    vocabulary[next(text for text, place in vocabulary.items() if place == index)] = 38
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(layout)), **special)
+
+
+def test_ids_without_a_token_inside_the_vocabulary(tmp_path: Path) -> None:
+    """Models share them if both have the same ones: such an id has a row, and is sampled and scored like others."""
+    folders = {hole: saved(tmp_path / str(hole), 39, with_hole(hole)) for hole in (20, 21)}
+    student = LanguageModel(folders[20])
+    assert student.tokenizer.convert_ids_to_tokens(20) is None
+    share_vocabulary(student, LocalTeacher(folders[20]))
+    assert student.vocab_size == 39
+    rollouts = BehaviorPolicy(student, replace(SAMPLING, num_samples=60)).sample(PROMPTS, [0, 1], seed=1)
+    assert 20 in rollouts.tokens[rollouts.mask]
+    targets = LocalTeacher(folders[20]).score(rollouts, TeacherRequest(vocab_size=student.vocab_size))
+    torch.testing.assert_close(targets.logprobs, rollouts.behavior_logprobs, rtol=0, atol=1e-5)
+    assert "None" not in student.tokenizer.decode([5, 20, 6])
+    with pytest.raises(UsageError, match=r"token 20 is '.' to the teacher \(38 tokens\) and missing to the student"):
+        share_vocabulary(student, LocalTeacher(folders[21]))
+    (tmp_path / "full").mkdir()
+    with pytest.raises(UsageError, match=r"token 20 is '.' to the teacher \(39 tokens\) and missing to the student"):
+        share_vocabulary(student, LocalTeacher(saved(tmp_path / "full", 39, with_tokens("<extra>"))))
 
 
 # -- tokens without a row ----------------------------------------------------------------------------------------------

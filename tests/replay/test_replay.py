@@ -14,7 +14,7 @@ from torch import Tensor
 from opdlab.callbacks import PoolRecorder
 from opdlab.errors import UsageError
 from opdlab.gating import GateInputs, GateStrategy, RuleGate, build_gate
-from opdlab.objectives import SampledTokenOPD, TeacherTopK
+from opdlab.objectives import SampledTokenOPD, SupportDivergence, TeacherTopK
 from opdlab.replay import Grid, RecordedStep, ReplayConfig, Replayer, Variant, expand, read_record, record_folders
 from opdlab.replay.step_gradients import mixtures, sketch
 from opdlab.replay.steps import PLOTTED_TAUS, Row, effective_sample_size
@@ -50,8 +50,9 @@ def row_of(rows: Sequence[Row], **values: Any) -> Row:
         {"gate": "block32", "tau": EffectiveSampleSizeTau(0.8)},
         {"gate": "span", "accumulate": 2, "reduction": "sequence_mean"},
         {"gate": "token", "accumulate": 4, "objective": SampledTokenOPD()},
+        {"gate": "block32", "accumulate": 2, "objective": SupportDivergence("jsd", "union", "drop", k=4)},
     ],
-    ids=["none", "block32", "adaptive_tau", "accumulated_spans", "accumulated_tokens"],
+    ids=["none", "block32", "adaptive_tau", "accumulated_spans", "accumulated_tokens", "union"],
 )
 def test_the_runs_own_gate_gives_its_losses_to_the_bit(make_run: MakeRun, options: dict[str, Any]) -> None:
     run, records = recorded(make_run, [1, 3, 4], **options)
@@ -154,8 +155,8 @@ def test_fresh_rollouts_are_sampled_anew_and_repeatably(make_run: MakeRun) -> No
 def test_other_prompts_are_other_prompts(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run, (record,) = recorded(make_run, [2])
     assert run.data.train_prompts is not None
-    prompts = [prompt.tokens for prompt in run.data.train_prompts.prompts]
-    used = {prompts[int(i)] for batch in record.batches for i in batch.rollouts.prompt_ids}
+    prompts = run.data.train_prompts.prompts
+    used = {prompts[int(i)].tokens for batch in record.batches for i in batch.rollouts.prompt_ids}
     asked: list[list[tuple[int, ...]]] = []
     sample = run.module.behavior.sample
 
@@ -197,7 +198,13 @@ def test_the_grid(make_run: MakeRun) -> None:
     tokenizer = make_run().module.student.tokenizer
     own = build_gate("block64", tau=3.0, rho=0.9)
     variants, skipped = expand(Grid(), own, tokenizer, {"teacher_logprobs", "teacher_entropy", "entropy"})
-    assert skipped == {"sign_consistency": "needs correct, which the record does not have"}
+    assert skipped == {
+        "sign_consistency": "needs correct, which the record does not have",
+        "rg_opd": "needs correct, which the record does not have",
+        "f_opd": "needs age, which the record does not have",
+        "tip": "needs divergence, which the record does not have",
+        "ta_opd": "needs divergence, compatible_mass, which the record does not have",
+    }
     labels = [label(variant) for variant in variants]
     assert len(set(labels)) == len(labels)
     drifting = [v for v in variants if v.gate == "span"]

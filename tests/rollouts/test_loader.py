@@ -58,6 +58,18 @@ def flat(lists: list[list[int]]) -> list[int]:
     return list(chain.from_iterable(lists))
 
 
+def test_the_seed_decides_the_prompts_the_samples_and_the_batches() -> None:
+    def seen(seed: int) -> tuple[list[list[int]], list[int], list[list[int]]]:
+        collect = Collector()
+        rows = [batch.rows.tolist() for batch in loader(collect, seed=seed)]
+        return [prompts for prompts, _ in collect.calls], [samples for _, samples in collect.calls], rows
+
+    one, again, other = seen(1), seen(1), seen(2)
+    assert one == again
+    for part, other_part in zip(one, other, strict=True):
+        assert part != other_part
+
+
 def test_length_is_what_is_yielded() -> None:
     for micro_batches in (1, 2, 4):
         made = loader(micro_batches=micro_batches)

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import opdlab.scoring.full_divergence
 import opdlab.scoring.head
 import opdlab.scoring.head_gradients
 
@@ -15,10 +16,12 @@ def _tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(opdlab.scoring.head, "_MAX_TILE_ROWS", rows)
     monkeypatch.setattr(opdlab.scoring.head, "MAX_TILE_LOGITS", logits)
     monkeypatch.setattr(opdlab.scoring.head_gradients, "MAX_PIECE", logits)
+    monkeypatch.setattr(opdlab.scoring.full_divergence, "MAX_PIECE", max(1, logits // 2))
 
 
 @pytest.fixture(params=[0, 1000], ids=["rows gathered", "whole head"])
 def _backward(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The limit between the two ways is for real heads; both are tested on small ones.
     monkeypatch.setattr(opdlab.scoring.head_gradients, "_DENSE", request.param)
 
 

@@ -19,6 +19,7 @@ from opdlab.errors import UsageError
 from opdlab.verifiers import MathVerifier, Verdict
 from opdlab.verifiers.math.judging import judge
 from opdlab.verifiers.math.worker_pool import WorkerPool, WorkerStartError
+from tests.children import run_child
 from tests.verifiers.hostile_answers import HOSTILE_ANSWERS
 
 ROOT = Path(__file__).parents[2]
@@ -382,7 +383,7 @@ def test_judge_says_what_it_decided_before_the_canonical_form(boxed: bool) -> No
 def _python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *options, "-c", code]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return run_child(command, env=environment, timeout=60)
 
 
 def test_processes_do_not_load_torch(verifier: MathVerifier) -> None:

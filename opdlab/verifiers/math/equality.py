@@ -10,6 +10,7 @@ from opdlab.verifiers.math.reading import (
     EQUALITIES,
     Answer,
     Group,
+    Piecewise,
     Relation,
     SetOperation,
     Single,
@@ -17,7 +18,8 @@ from opdlab.verifiers.math.reading import (
     read_list,
 )
 from opdlab.verifiers.math.values import MIN_POINTS, at_points, expression, rounds_to, same_value
-from opdlab.verifiers.quantities import same_quantity, units_differ
+from opdlab.verifiers.quantities import parse_quantity, same_quantity
+from opdlab.verifiers.units import units_differ
 
 
 def same(gold: Answer, answer: Answer) -> bool:
@@ -52,7 +54,8 @@ def same(gold: Answer, answer: Answer) -> bool:
         answer = read_list(answer.text) or answer if answer.quantity else answer
     if isinstance(gold, Group) and isinstance(answer, Group) and _same_group(gold, answer):
         return True
-    return _same_set(gold, answer)
+    pieces = isinstance(gold, Piecewise) and isinstance(answer, Piecewise) and _same_pieces(gold, answer)
+    return pieces or _same_set(gold, answer)
 
 
 def same_text(a: str, b: str) -> bool:
@@ -73,9 +76,11 @@ def _same_single(gold: Single, answer: Single) -> bool:
         return gold.time == answer.time or (not gold.time and same_text(gold.text, answer.value))
     if gold.quantity and answer.quantity:
         return same_quantity(gold.quantity, answer.quantity)
-    if units_differ(gold.unit, answer.unit) or _is_word(gold.text) or _is_word(answer.text):
-        return False
     if {gold.quantity and gold.quantity.base, answer.quantity and answer.quantity.base} - {None, 10}:
+        # Digits in lower case count if the other side has them in upper case: 2a_{12} alone may be a product.
+        upper = [single.quantity or parse_quantity(single.value.upper()) for single in (gold, answer)]
+        return upper[0] is not None and upper[1] is not None and same_quantity(*upper)
+    if units_differ(gold.unit, answer.unit) or _is_word(gold.text) or _is_word(answer.text):
         return False
     values = expression(gold.value), expression(answer.value)
     if values[0] is None or values[1] is None:
@@ -133,6 +138,28 @@ def _same_group(gold: Group, answer: Group) -> bool:
     if kinds[0] == kinds[1] or set(kinds) == {"", "()"}:
         return all(map(same, gold.items, answer.items))
     return False
+
+
+def _same_pieces(gold: Piecewise, answer: Piecewise) -> bool:
+    """True if the pieces are equal in any order; ``otherwise`` equals the real numbers without other conditions."""
+    left = list(answer.pieces)
+    rest = []
+    for piece in gold.pieces:
+        match = next((other for other in left if all(map(same, piece, other))), None)
+        left.remove(match) if match else rest.append(piece)
+    if len(rest) != 1 or len(left) != 1 or not same(rest[0][0], left[0][0]):
+        return not rest and not left
+    stated = [condition for _, condition in (rest[0], left[0]) if condition.text != "otherwise"]
+    others = [condition for value, condition in gold.pieces if (value, condition) != rest[0]]
+    if len(stated) != 1:
+        return False
+    import sympy
+
+    try:
+        sets = [_as_set(one) for one in (*stated, *others)]
+        return None not in sets and sympy.Reals - sympy.Union(*sets[1:]) == sets[0]
+    except (AttributeError, NotImplementedError, TypeError, ValueError):  # a condition on several variables
+        return False
 
 
 def _same_relation(gold: Relation, answer: Relation) -> bool:

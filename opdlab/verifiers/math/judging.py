@@ -11,11 +11,12 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from opdlab.verifiers.math.choices import compared_parts
 from opdlab.verifiers.math.equality import same
 from opdlab.verifiers.math.reading import ASIAN, Answer, Group, Relation, Single, plain_text, read
 from opdlab.verifiers.math.values import expression
-from opdlab.verifiers.quantities import units_differ
 from opdlab.verifiers.spelling import normalized, without_unicode
+from opdlab.verifiers.units import units_differ
 from opdlab.verifiers.verifier import Verdict, bounded_form
 
 
@@ -34,7 +35,8 @@ def judge(answers: Sequence[str], gold: str, boxed: bool, decided: Callable[[boo
     texts = [normalized(text) for text in (answers if boxed else _unboxed(answers[-1]))]
     if not texts or not texts[-1]:
         return Verdict(False, None, "no answer")
-    wanted = read(normalized(gold))
+    gold, texts[-1] = compared_parts(normalized(gold), texts[-1])
+    wanted = read(gold)
     letter = wanted.unit if isinstance(wanted, Single) and wanted.unit else ""
     repeated = isinstance(wanted, Group) and len(wanted.items) == len(texts)  # 75, 75
     found = [read(text, letter) for text in (texts if repeated else dict.fromkeys(texts))]

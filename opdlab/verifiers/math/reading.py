@@ -8,8 +8,9 @@ only single expressions.
 import re
 from dataclasses import dataclass
 
-from opdlab.verifiers.quantities import Quantity, parse_quantity, split_unit
+from opdlab.verifiers.quantities import Quantity, parse_quantity
 from opdlab.verifiers.spelling import end_of_group
+from opdlab.verifiers.units import split_unit
 
 ASIAN = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 
@@ -73,6 +74,13 @@ class Relation(Answer):
 
 
 @dataclass(frozen=True)
+class Piecewise(Answer):
+    """A function in pieces: each has a value and a condition, which is the text ``otherwise`` for the rest."""
+
+    pieces: tuple[tuple[Answer, Answer], ...]
+
+
+@dataclass(frozen=True)
 class SetOperation(Answer):
     """A union, intersection or difference of two sets; the operator is ``cup``, ``cap`` or ``setminus``."""
 
@@ -89,7 +97,7 @@ def read(text: str, letter: str | None = None) -> Answer:
 
     Args:
         text: the answer, normalized.
-        letter: see :func:`opdlab.verifiers.quantities.split_unit`.
+        letter: see :func:`opdlab.verifiers.units.split_unit`.
 
     Example:
         >>> type(read(r"x<-1 \text{ or } x>1")).__name__, [item.text for item in read("(1, 2)").items]
@@ -133,6 +141,8 @@ def plain_text(text: str) -> str:
 
 
 def _read_one(text: str, letter: str | None) -> Answer:
+    if match := _CASES.fullmatch(text):
+        return _read_cases(text, match[1]) or Single(text, text)
     parts, operators = _split(text, _SET_OPERATOR)
     if len(parts) > 1:
         answer = read(parts[0], letter)
@@ -149,6 +159,28 @@ def _read_one(text: str, letter: str | None) -> Answer:
         both = (text.replace("\\pm", a).replace("\\mp", b).strip() for a, b in (("+", "-"), ("-", "+")))
         return Group(text, "", tuple(_flat([read(one.removeprefix("+").strip(), letter) for one in both])))
     return Single(text, *split_unit(text, letter))
+
+
+def _read_cases(text: str, inner: str) -> Answer | None:
+    """Return a system of relations as a list, a function in pieces, or None if it is neither."""
+    rows = [row for row in _split(inner, _ROW)[0] if row]
+    aligned = [re.sub(rf"& *(?={_RELATION.pattern})|(?<=[<>=]) *&", "", row) for row in rows]
+    if rows and not any("&" in row or _CONDITION.search(row) for row in aligned):
+        items = [read(row.rstrip(" ,;.")) for row in aligned]
+        if not all(isinstance(item, Relation) for item in items):
+            return None
+        joint = any(isinstance(item, Relation) and not item.assigns for item in items)
+        return Group(text, "", tuple(items), joint) if len(items) > 1 else items[0]
+    pieces = []
+    for row in rows:
+        row = _CONDITION.sub(lambda found: "&\\text{" if found[1] else "&", row, count=1)
+        parts = _split(row, _CELL)[0]
+        if len(parts) != 2 or not all(parts):
+            return None
+        value, condition = (part.strip(" ,;.") for part in parts)
+        otherwise = _OTHERWISE.fullmatch(plain_text(condition)) is not None
+        pieces.append((read(value), Single("otherwise", "otherwise") if otherwise else read(condition)))
+    return Piecewise(text, tuple(pieces)) if pieces else None
 
 
 def _read_bracketed(text: str, letter: str | None) -> Answer | None:
@@ -206,6 +238,15 @@ def _without_lead_in(text: str) -> str:
     return text
 
 
+_CASES = re.compile(r"\\begin *\{(?:cases|aligned|gathered|split)\}(.*)\\end *\{(?:cases|aligned|gathered|split)\}")
+_ROW = re.compile(r" *\\\\(?: *\[[0-9a-z. ]*\])? *")
+_CELL = re.compile(r" *&[& ]*")
+# What introduces the condition of a piece; the words after it stay.
+_CONDITION = re.compile(
+    r"[& ]*(?:\\text\{ *(?:,? *(?:if|when|for|where) *\}|,? *(?:if|when|for|where) +(?=[^{}]*(\})))"
+    r"|(?<![a-zA-Z\\])(?:if|when|for|where)(?![a-zA-Z])|(?=\\text\{ *(?:otherwise|else)))[& ]*|[& ]*&[& ]*"
+)
+_OTHERWISE = re.compile(r"(?:otherwise|else)")
 _SYMBOLS = re.compile(r"[a-zA-Z\\ (),{}'|]+")
 _WORD_SEPARATOR = (
     r"\\text\{ *,? *(?:and|or|[\u548c\u6216\u4e0e]) *,? *\}|(?<![a-zA-Z\\])(?:and|or)(?![a-zA-Z])|[\u548c\u6216\u4e0e]"

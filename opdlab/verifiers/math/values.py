@@ -13,7 +13,8 @@ import re
 from fractions import Fraction
 from typing import Any
 
-from opdlab.verifiers.quantities import ANGLE, Quantity, is_rounded
+from opdlab.verifiers.quantities import Quantity, is_rounded
+from opdlab.verifiers.units import ANGLE
 
 _PRECISIONS = (60, 500)  # digits; the second only where two numbers agree to the first
 _NUM_POINTS = 6

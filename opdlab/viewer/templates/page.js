@@ -127,6 +127,7 @@ function makeCard(rollout, index) {
   top.append(title);
   const verdicts = { true: ["✓ correct", "correct"], false: ["✗ wrong", "wrong"], null: ["unchecked", ""] };
   fact(top, "answer", ...verdicts[rollout.correct]);
+  if (rollout.demonstration) fact(top, "response", "from the data");
   fact(top, "mean abs(drift)", rollout.mean_drift);
   fact(top, "drift rank", `${rollout.rank + 1} of ${rollout.num_ranked}`);
   fact(top, "stopped by", rollout.stop);
@@ -135,7 +136,8 @@ function makeCard(rollout, index) {
   fact(top, "length", counted(rollout.texts.length, "token"));
   card.append(top);
   textBlock(card, "prompt", rollout.prompt, rollout.prompt.length < 1500);
-  const { gold } = rollout;
+  const { gold, teacher_prompt: seen } = rollout;
+  if (seen !== null) textBlock(card, "prompt that the teacher sees", seen, false);
   if (gold !== null && gold.length < 100 && PLAIN.test(gold)) fact(top, "gold answer", gold);
   else if (gold !== null) textBlock(card, "gold answer", gold, true);
   const strip = element("canvas", "strip");

@@ -1,0 +1,115 @@
+"""Divergences between student and teacher on a support of a few tokens."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from opdlab.errors import require
+from opdlab.objectives.base import Objective, PositionLosses, register_objective
+from opdlab.objectives.functional import Divergence, Tail, support_divergence
+from opdlab.policies.language_model import Scored
+from opdlab.registry import suggestion
+from opdlab.types import Rollouts, Targets, TeacherRequest
+
+Support = Literal["teacher", "student", "union"]
+
+
+@register_objective("support_divergence")
+class SupportDivergence(Objective):
+    """Divergence between student and teacher on a support of K tokens; see :func:`support_divergence` for the formulas.
+
+    The gradient flows directly through the student's logits; there is no importance ratio. With ``renormalize`` it
+    reaches the support alone, with ``bucket`` and ``drop`` every token, through the log-normalizer.
+
+    Args:
+        divergence: ``reverse_kl``, ``forward_kl``, ``jsd``, ``skew_reverse_kl`` or ``skew_forward_kl``.
+        support: the tokens that are compared: the ``teacher``'s most likely ones; the ``student``'s, as the snapshot
+            that sampled the rollouts ranks them; or the ``union`` of both.
+        tail: the probability outside the support: ``bucket`` makes it one more outcome; ``drop`` leaves it out;
+            ``renormalize`` divides both distributions by their mass on the support.
+        k: number of most likely tokens, of each side for the union; 1 to the vocabulary's size, and at least 2 for
+            ``renormalize``.
+        beta: the teacher's share in the mixture of ``jsd``, between 0 and 1.
+        alpha: share of the first distribution in the second of the skewed divergences, at least 0 and below 1.
+
+    Raises:
+        UsageError: an option is unknown or out of range.
+    """
+
+    divergence: Divergence
+    support: Support
+    tail: Tail
+    k: int
+    beta: float
+    alpha: float
+
+    def __init__(
+        self,
+        divergence: Divergence = "reverse_kl",
+        support: Support = "teacher",
+        tail: Tail = "bucket",
+        k: int = 32,
+        beta: float = 0.5,
+        alpha: float = 0.1,
+    ) -> None:
+        known = get_args(Support)
+        require(
+            support in known,
+            f"support is '{support}'{suggestion(str(support), known) or ';'} it must be one of {', '.join(known)}",
+        )
+        require(k >= 1, f"k is {k}, but must be at least 1")
+        self.divergence, self.support, self.tail = divergence, support, tail
+        self.k, self.beta, self.alpha = k, beta, alpha
+        logits, normalizer = torch.zeros(min(k, 2)), torch.zeros(())
+        self._divergence(logits, logits, None, student_log_normalizer=normalizer, teacher_log_normalizer=normalizer)
+
+    @property
+    def request(self) -> TeacherRequest:
+        """Return the required teacher outputs: the support, and its tail unless both sides are renormalised."""
+        return TeacherRequest(
+            top_k=0 if self.support == "student" else self.k,
+            behavior_top_k=0 if self.support == "teacher" else self.k,
+            tail=self.tail != "renormalize",
+        )
+
+    def position_losses(self, student: Scored, rollouts: Rollouts, targets: Targets) -> PositionLosses:
+        """Return the loss of every position; see :meth:`Objective.position_losses`."""
+        ids, of_teacher, valid = targets.support_ids, targets.support_logits, targets.support_valid
+        assert ids is not None
+        assert of_teacher is not None
+        assert targets.support_mass is not None
+        at = student.mask
+        counted = None if valid is None else valid[at]
+        if self.tail == "renormalize":
+            logits, statistics = student.support_statistics(ids)
+            losses = self._divergence(logits, of_teacher[at], counted)
+        else:
+            assert targets.log_normalizer is not None
+            assert targets.log_tail is not None
+            *_, logits, log_tail, statistics = student.support_tail(ids)
+            losses = self._divergence(
+                logits,
+                of_teacher[at],
+                counted,
+                student_log_normalizer=statistics.log_normalizer,
+                teacher_log_normalizer=targets.log_normalizer[at],
+                student_log_tail=log_tail,
+                teacher_log_tail=targets.log_tail[at],
+            )
+        support = logits.detach()
+        inside = support if counted is None else support.masked_fill(~counted, -torch.inf)
+        mass = (inside.logsumexp(-1) - statistics.log_normalizer.detach()).exp()  # [N, K] -> [N]
+        metrics = {"teacher_support_mass": targets.support_mass, "student_support_mass": student.padded(mass)}
+        if self.support != "student":  # the teacher's most likely token is first
+            metrics["top1_agreement"] = student.padded((support[:, 0] >= statistics.max_logit).float())
+        if valid is not None:  # ids that stand in the union twice are in both supports
+            metrics["support_overlap"] = (~valid & student.mask[..., None]).sum(-1) / self.k
+        logprobs, entropy = student.padded(statistics.logprobs.detach()), student.padded(statistics.entropy)
+        padded = student.padded(losses)
+        return PositionLosses(padded, logprobs, entropy, metrics, divergence=padded.detach())
+
+    def _divergence(self, student: Tensor, teacher: Tensor, valid: Tensor | None, **whole: Tensor) -> Tensor:
+        """Return the divergence of logits [..., K] -> [...]; ``whole`` has normalizers and tails."""
+        options = {"divergence": self.divergence, "tail": self.tail, "beta": self.beta, "alpha": self.alpha}
+        return support_divergence(student, teacher, valid=valid, **options, **whole)  # type: ignore[arg-type]

@@ -1,0 +1,110 @@
+"""Responses that the data gives, beside those that a policy samples.
+
+Shapes: B rollouts, P prompt tokens, T response tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from opdlab.policies.language_model import LanguageModel
+from opdlab.policies.sampler import Sampler
+from opdlab.progress import Progress
+from opdlab.seeds import derive_seed
+from opdlab.types import Rollouts, StopReason, left_padded
+
+
+@dataclass(frozen=True)
+class Given:
+    """The responses that the data gives for a prompt.
+
+    Args:
+        tokens: of the response, without a stop token.
+        loss: for each token, True if it counts in the loss.
+        count: number of the prompt's rollouts that take it.
+    """
+
+    tokens: Sequence[int]
+    loss: Sequence[bool]
+    count: int
+
+
+def sample_beside(
+    sampler: Sampler,
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    given: Sequence[Given],
+    seed: int,
+    progress: Progress | None = None,
+    prompt_ids: Sequence[int] | None = None,
+) -> Rollouts:
+    """Return ``num_samples`` responses to each prompt: the given ones first, the others sampled.
+
+    A stop token follows a given response, which is cut to ``max_new_tokens``. No log-probabilities are computed.
+
+    Args:
+        sampler: its configuration has the number of responses and their longest length.
+        model: the policy.
+        prompts: token ids.
+        given: of each prompt.
+        seed: determines the samples.
+        progress: shows a progress bar.
+        prompt_ids: each prompt's row in its prompt set; None numbers the prompts from 0.
+    """
+    config = sampler.config
+    each, count = config.num_samples, len(prompts) * config.num_samples
+    numbers = list(range(len(prompts))) if prompt_ids is None else list(prompt_ids)
+    parts: list[tuple[list[int], Rollouts]] = []  # rows of the buffer, and the sampled rollouts for them
+    for num_sampled in sorted({each - one.count for one in given} - {0}):
+        chosen = [index for index, one in enumerate(given) if each - one.count == num_sampled]
+        part = Sampler(replace(config, num_samples=num_sampled)).sample(
+            model,
+            [prompts[index] for index in chosen],
+            seed if num_sampled == each else derive_seed("beside demonstrations", seed, num_sampled),
+            progress,
+            [numbers[index] for index in chosen],
+        )
+        rows = [index * each + place for index in chosen for place in range(each - num_sampled, each)]
+        parts.append((rows, part))
+    cut = [_cut(one, model, config.max_new_tokens) for one in given]
+    width = max([len(tokens) for tokens, _ in cut], default=1)
+    width = max([width, *(part.tokens.shape[1] for _, part in parts)])
+    padded, padded_mask = (t.repeat_interleave(each, 0) for t in left_padded(prompts, model.tokenizer.pad_token_id))
+    tokens = torch.full((count, width), model.tokenizer.pad_token_id)
+    mask, counted = torch.zeros(count, width, dtype=torch.bool), torch.ones(count, width, dtype=torch.bool)
+    stops, demonstration = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.bool)
+    for index, (one, (response, loss)) in enumerate(zip(given, cut, strict=True)):
+        rows_of = slice(index * each, index * each + one.count)
+        tokens[rows_of, : len(response)] = torch.tensor(response)
+        counted[rows_of, : len(response)] = torch.tensor(loss)
+        mask[rows_of, : len(response)] = demonstration[rows_of] = True
+        stops[rows_of] = int(StopReason.EOS if response[-1] in model.stop_ids else StopReason.LENGTH)
+    for rows, part in parts:
+        length = part.tokens.shape[1]
+        tokens[rows, :length], mask[rows, :length], stops[rows] = part.tokens, part.mask, part.stop_reasons
+    zeros = torch.zeros(count, dtype=torch.long)
+    return Rollouts(
+        padded,
+        padded_mask,
+        tokens,
+        mask,
+        behavior_logprobs=torch.zeros(count, width),
+        stop_reasons=stops,
+        rollout_ids=torch.arange(count),
+        prompt_ids=torch.tensor(numbers).repeat_interleave(each),
+        sampled_at_step=zeros,
+        snapshot_step=zeros.clone(),
+        temperature=config.temperature,
+        demonstration=demonstration,
+        loss_mask=None if bool(counted.all()) else counted,
+    )
+
+
+def _cut(given: Given, model: LanguageModel, max_new_tokens: int) -> tuple[list[int], list[bool]]:
+    """Return a given response up to its first stop token, which is appended if there is none, and its loss flags."""
+    eos = model.tokenizer.eos_token_id
+    stop = eos if eos in model.stop_ids else model.stop_ids[0]
+    tokens, loss = [*given.tokens, stop], [*given.loss, True]
+    end = next(place for place, token in enumerate(tokens) if token in model.stop_ids) + 1
+    return tokens[: min(end, max_new_tokens)], loss[: min(end, max_new_tokens)]

@@ -1,0 +1,178 @@
+"""A teacher whose targets are kept on disk."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from opdlab.errors import UsageError, require
+from opdlab.files import replacing
+from opdlab.policies.language_model import LanguageModel
+from opdlab.policies.routed_teacher import put_rows
+from opdlab.policies.teacher import Teacher
+from opdlab.progress import Progress
+from opdlab.records import digest
+from opdlab.types import Rollouts, Targets, TeacherRequest
+
+_FORMAT = 1
+_DIGEST_BYTES = 20
+
+
+class TargetCache(Teacher):
+    """A teacher that keeps the targets of each rollout on disk and does not score the same rollout twice.
+
+    It helps where the same responses return: demonstrations, several runs with the same seed, a repeated buffer. The
+    key of a rollout is a digest of the teacher's weights, of the prompt and response tokens as the teacher sees them,
+    of the mask, of the temperature and of the request, so another teacher or request never gets these targets. Each
+    rollout is a file, ``FOLDER/ab/cd….safetensors``, written beside its name and renamed: processes and runs may share
+    a folder, and a file that a crash has damaged is scored again. Nothing is deleted; remove the folder to free it.
+
+    Args:
+        teacher: scores what is not on disk.
+        folder: made if it is missing.
+
+    Raises:
+        UsageError: the teacher is a moving average, or its weights are unknown.
+    """
+
+    def __init__(self, teacher: Teacher, folder: str) -> None:
+        require(
+            not teacher.follows_student,
+            f"teacher is a {type(teacher).__name__} that follows the student's weights, so its targets cannot be kept: "
+            "leave the TargetCache out, or set the teacher's decay to null",
+        )
+        self.teacher, self.folder = teacher, Path(folder).expanduser()
+        self.names, self.offload = teacher.names, teacher.offload
+        self._fingerprint = ""
+        self._metrics: dict[str, float] = {}
+
+    def bind(self, student: LanguageModel) -> None:
+        """Bind the teacher and read its weights for the digest."""
+        self.teacher.bind(student)
+        self.tokenizer, self.vocab_size = self.teacher.tokenizer, self.teacher.vocab_size
+        self.stop_tokens = self.teacher.stop_tokens
+        self._fingerprint = self.teacher.fingerprint()
+
+    def to(self, device: torch.device) -> None:
+        """Move the teacher."""
+        self.teacher.to(device)
+
+    def after_step(self, student: LanguageModel) -> None:
+        """Pass the student on to the teacher."""
+        self.teacher.after_step(student)
+
+    def head(self, temperature: float = 1.0) -> Any:
+        """Return the teacher's head."""
+        teacher: Any = self.teacher
+        return teacher.head(temperature)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the teacher's state."""
+        return self.teacher.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the teacher's state, which may change its weights."""
+        self.teacher.load_state_dict(state)
+        self._fingerprint = self.fingerprint()
+
+    def weights_digest(self) -> str | None:
+        """Return the teacher's digest."""
+        return self.teacher.weights_digest()
+
+    def fingerprint(self) -> str:
+        """Return the teacher's fingerprint."""
+        return self.teacher.fingerprint()
+
+    def metrics(self) -> dict[str, float]:
+        """Return the number of rollouts found and not found on disk, and the teacher's metrics of the others."""
+        return dict(self._metrics)
+
+    def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
+        """Return the targets of ``rollouts``, from disk where they are; see :meth:`Teacher.score`.
+
+        Raises:
+            FullDiskError: the disk is full.
+        """
+        rollouts = rollouts.as_teacher_sees()
+        self._fingerprint = self._fingerprint or self.teacher.fingerprint()
+        lengths = _lengths(rollouts)
+        keys = self._keys(rollouts, request, lengths)
+        merged: dict[str, Tensor] = {}
+        missing = []
+        for row, (key, length) in enumerate(zip(keys, lengths, strict=True)):
+            found = self._read(key, length)
+            if found is None:
+                missing.append(row)
+            else:
+                put_rows(merged, torch.tensor([row]), found, *rollouts.tokens.shape)
+        self._metrics = {
+            "targets/cache_hits": float(len(keys) - len(missing)),
+            "targets/cache_misses": float(len(missing)),
+        }
+        if missing or not keys:
+            rows = torch.tensor(missing, dtype=torch.long)
+            part = self.teacher.score(rollouts.rows(rows), request, progress)
+            self._metrics |= self.teacher.metrics()
+            put_rows(merged, rows, part, *rollouts.tokens.shape)
+            for place, row in enumerate(missing):
+                self._write(keys[row], part.rows(torch.tensor([place])), lengths[row])
+        return Targets(**merged)
+
+    def _keys(self, rollouts: Rollouts, request: TeacherRequest, lengths: list[int]) -> list[str]:
+        """Return the key of each rollout: what its targets depend on."""
+        common = [_FORMAT, self._fingerprint, rollouts.temperature, asdict(request)]
+        start = hashlib.blake2b(digest(common).encode(), digest_size=_DIGEST_BYTES)
+        keys = []
+        for row, length in enumerate(lengths):
+            parts = [rollouts.prompt_tokens[row][rollouts.prompt_mask[row].bool()], rollouts.tokens[row, :length]]
+            parts.append(rollouts.mask[row, :length])
+            if request.behavior_top_k and rollouts.behavior_support_ids is not None:
+                parts.append(rollouts.behavior_support_ids[row, :length].reshape(-1))
+            if rollouts.teacher_ids is not None:
+                parts.append(rollouts.teacher_ids[row].view(1))
+            key = start.copy()
+            for part in parts:
+                numbers = part.long().cpu().contiguous()
+                key.update(len(numbers).to_bytes(8, "little"))
+                key.update(numbers.numpy().tobytes())
+            keys.append(key.hexdigest())
+        return keys
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key[2:]}.safetensors"
+
+    def _read(self, key: str, length: int) -> Targets | None:
+        """Return the targets of a rollout, [1, length, …]; None if they are not on disk or damaged."""
+        try:
+            tensors = load_file(self._path(key))
+            targets = Targets(**tensors)
+        except (OSError, SafetensorError, TypeError, ValueError):
+            return None
+        return targets if all(each.shape[:2] == (1, length) for each in tensors.values()) else None
+
+    def _write(self, key: str, targets: Targets, length: int) -> None:
+        tensors = {
+            field.name: value[:, :length].contiguous()
+            for field in fields(targets)
+            if (value := getattr(targets, field.name)) is not None
+        }
+        try:
+            with replacing(self._path(key), shared=True) as file:
+                file.write(save(tensors))
+        except PermissionError as error:
+            raise UsageError(
+                f"model.teacher.folder is '{self.folder}', which cannot be written ({error.strerror}): give another"
+            ) from error
+
+
+def _lengths(rollouts: Rollouts) -> list[int]:
+    """Return the number of columns of each rollout up to its last valid position, at least 1."""
+    columns = torch.arange(1, rollouts.mask.shape[1] + 1, device=rollouts.mask.device)
+    lengths: list[int] = (rollouts.mask.bool() * columns).amax(1).clamp(min=1).tolist()
+    return lengths

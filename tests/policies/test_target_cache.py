@@ -1,0 +1,159 @@
+"""Targets on disk: found again by everything they depend on, and by nothing less."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from opdlab.errors import UsageError
+from opdlab.policies import LanguageModel, LocalTeacher, NoTeacher, SelfTeacher, TargetCache, TeacherRequest
+from opdlab.rollouts import Rollouts, Targets
+from tests.policies.test_routed_teacher import some_rollouts
+from tests.toy_run import STUDENT, TEACHER, Run
+
+MakeRun = Callable[..., Run]
+REQUEST = TeacherRequest(top_k=3, entropy=True)
+
+
+def cache(folder: Path, path: str = TEACHER, **options: Any) -> TargetCache:
+    made = TargetCache(LocalTeacher(path, **options), str(folder))
+    made.bind(LanguageModel(STUDENT))
+    return made
+
+
+def rollouts() -> Rollouts:
+    return replace(some_rollouts([0] * 4), teacher_ids=None)
+
+
+def hits(teacher: TargetCache) -> tuple[float, float]:
+    found = teacher.metrics()
+    return found["targets/cache_hits"], found["targets/cache_misses"]
+
+
+def assert_equal(one: Targets, other: Targets) -> None:
+    for field in fields(one):
+        first, second = getattr(one, field.name), getattr(other, field.name)
+        assert (first is None) == (second is None), field.name
+        assert first is None or (first.dtype == second.dtype and torch.equal(first, second)), field.name
+
+
+def test_targets_from_disk_are_those_of_the_teacher(tmp_path: Path) -> None:
+    first = cache(tmp_path)
+    scored = first.score(rollouts(), REQUEST)
+    assert hits(first) == (0, 4)
+    assert_equal(scored, LocalTeacher(TEACHER).score(rollouts(), REQUEST))
+    second = cache(tmp_path, batch_size=1)
+    assert_equal(second.score(rollouts(), REQUEST), scored)
+    assert hits(second) == (4, 0)
+    # Other padding, another order, and some new rows.
+    order = torch.tensor([2, 0])
+    wider = rollouts().rows(order)
+    wider = replace(
+        wider,
+        tokens=torch.cat([wider.tokens, wider.tokens * 0], 1),
+        mask=torch.cat([wider.mask, wider.mask & False], 1),
+    )
+    found = second.score(wider, REQUEST)
+    assert hits(second) == (2, 0)
+    assert torch.equal(found.logprobs[:, :6], scored.logprobs[order])
+    assert not found.logprobs[:, 6:].any()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+CHANGES: dict[str, Callable[[Rollouts], Rollouts]] = {
+    "prompt": lambda r: replace(r, prompt_tokens=r.prompt_tokens + 1),
+    "shorter prompt": lambda r: replace(r, prompt_mask=r.prompt_mask & torch.tensor([False, True])),
+    "teacher's prompt": lambda r: replace(
+        r, teacher_prompt_tokens=r.prompt_tokens + 1, teacher_prompt_mask=r.prompt_mask
+    ),
+    "response": lambda r: replace(r, tokens=r.tokens.roll(1, 0)),
+    "mask": lambda r: replace(r, mask=r.mask & (torch.arange(6) > 0)),
+    "temperature": lambda r: replace(r, temperature=0.5),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_targets_depend_on_is_in_their_key(tmp_path: Path, change: str) -> None:
+    teacher = cache(tmp_path)
+    teacher.score(rollouts(), REQUEST)
+    changed = CHANGES[change](rollouts())
+    targets = teacher.score(changed, REQUEST)
+    assert hits(teacher) == (0, 4)
+    assert_equal(targets, LocalTeacher(TEACHER).score(changed, REQUEST))
+
+
+def test_other_teachers_and_requests_have_their_own_targets(tmp_path: Path) -> None:
+    cache(tmp_path).score(rollouts(), REQUEST)
+    for teacher in (cache(tmp_path, STUDENT), cache(tmp_path, dtype="bfloat16")):
+        teacher.score(rollouts(), REQUEST)
+        assert hits(teacher) == (0, 4)
+    teacher = cache(tmp_path)
+    for request in (TeacherRequest(top_k=4, entropy=True), TeacherRequest(top_k=3), TeacherRequest(vocab_size=37)):
+        teacher.score(rollouts(), request)
+        assert hits(teacher) == (0, 4)
+
+
+@pytest.mark.parametrize("content", [b"", b"cut off", None])
+def test_damaged_files_are_scored_again(tmp_path: Path, content: bytes | None) -> None:
+    teacher = cache(tmp_path)
+    scored = teacher.score(rollouts(), REQUEST)
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    assert len(files) == 4
+    # A flipped bit in the header, or a file that was cut off.
+    files[0].write_bytes(files[0].read_bytes()[:-3] if content is None else content)
+    assert_equal(teacher.score(rollouts(), REQUEST), scored)
+    assert hits(teacher) == (3, 1)
+    assert_equal(teacher.score(rollouts(), REQUEST), scored)
+    assert hits(teacher) == (4, 0)
+
+
+def test_processes_share_a_folder(tmp_path: Path) -> None:
+    code = (
+        "import sys\nfrom pathlib import Path\nfrom tests.policies.test_target_cache import REQUEST, cache, rollouts\n"
+        "teacher = cache(Path(sys.argv[1]))\nfor _ in range(20):\n"
+        "    for file in Path(sys.argv[1]).rglob('*.safetensors'):\n        file.unlink(missing_ok=True)\n"
+        "    teacher.score(rollouts(), REQUEST)\n"
+    )
+    # Both write and remove the same four files all the time.
+    others = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[2]) for _ in range(2)
+    ]
+    try:
+        assert [other.wait(timeout=120) for other in others] == [0, 0]
+    finally:
+        for other in others:
+            other.kill()
+    teacher = cache(tmp_path)
+    assert_equal(teacher.score(rollouts(), REQUEST), LocalTeacher(TEACHER).score(rollouts(), REQUEST))
+
+
+def test_a_run_from_the_cache_is_the_same_run(make_run: MakeRun, tmp_path: Path) -> None:
+    def run() -> Run:
+        made = make_run(teacher=TargetCache(LocalTeacher(TEACHER), str(tmp_path / "cache")), max_new_tokens=12)
+        made.fit(5)
+        return made
+
+    plain = make_run(max_new_tokens=12)
+    plain.fit(5)
+    first, second = run(), run()
+    assert first.recorder.losses == second.recorder.losses == plain.recorder.losses
+    assert isinstance(second.module.teacher, TargetCache)
+    assert hits(second.module.teacher) == (16, 0)
+    assert second.recorder.steps[1]["targets/cache_hits"] == 16
+    assert first.recorder.steps[1]["targets/cache_misses"] == 16
+
+
+def test_teachers_that_change_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="SelfTeacher that follows the student's weights, so its targets"):
+        TargetCache(SelfTeacher(decay=0.9), str(tmp_path))
+    frozen = TargetCache(SelfTeacher(), str(tmp_path))
+    frozen.bind(LanguageModel(STUDENT))
+    frozen.score(rollouts(), REQUEST)
+    assert hits(frozen) == (0, 4)
+    with pytest.raises(UsageError, match="NoTeacher, whose targets cannot be kept, because its weights are unknown"):
+        NoTeacher().fingerprint()
