@@ -196,6 +196,12 @@ def check_divergence(divergence: str, beta: float, alpha: float) -> None:
         require(0 <= alpha < 1, f"alpha is {alpha}, but must be at least 0 and below 1")
 
 
+def unused_by(divergence: str) -> set[str]:
+    """Return which of the options ``beta`` and ``alpha`` a divergence does not use."""
+    used = {"beta": divergence == "jsd", "alpha": divergence.startswith("skew")}
+    return {name for name, uses in used.items() if not uses}
+
+
 def _log_tail_mass(log_mass: Tensor, normalizer: Tensor, log_tail: Tensor | None) -> Tensor:
     """Return the logarithm of the mass outside the support, [...]."""
     if log_tail is not None:
