@@ -191,7 +191,7 @@ FLAGS = [
     ("--ckpt_path nowhere.ckpt", "ckpt_path 'nowhere.ckpt'"),
     ("--ckpt_path last", "ckpt_path is 'last'"),
     ("--ckpt_path open.yaml", "it is no checkpoint: give a .ckpt file, or 'last'"),
-    ("--trainer.logger wandb", "CSVLogger, MLFlowLogger, NeptuneLogger, TensorBoardLogger, WandbLogger"),
+    ("--trainer.logger wandb", "CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger (or a class path)"),
     ("--save_pools maybe", "save_pools is maybe"),
     ("--model.optimizer.lr -1", "model.optimizer cannot be built, change its init_args (lr, betas, "),
     ("--model.optimizer.betas [1]", "model.optimizer.betas is [1]"),
