@@ -7,6 +7,7 @@ from torch import Tensor
 
 from opdlab.errors import require
 from opdlab.objectives.base import Objective, PositionLosses, register_objective
+from opdlab.objectives.divergences import unused_by
 from opdlab.objectives.functional import Divergence, Tail, support_divergence
 from opdlab.policies.language_model import Scored
 from opdlab.registry import suggestion
@@ -72,6 +73,19 @@ class SupportDivergence(Objective):
             behavior_top_k=0 if self.support == "teacher" else self.k,
             tail=self.tail != "renormalize",
         )
+
+    @property
+    def unused_options(self) -> set[str]:
+        """Return the options that have no effect; see :attr:`Objective.unused_options`."""
+        return unused_by(self.divergence)
+
+    @property
+    def inapplicable_laws(self) -> dict[str, str]:
+        """Return the laws that do not apply; see :attr:`Objective.inapplicable_laws`."""
+        if self.tail != "drop" or self.divergence == "jsd":
+            return {}
+        way = "out of" if self.divergence.endswith("reverse_kl") else "into"
+        return {"zero_gradient_at_equality": f"the partial sum falls where probability moves {way} the support"}
 
     def position_losses(self, student: Scored, rollouts: Rollouts, targets: Targets) -> PositionLosses:
         """Return the loss of every position; see :meth:`Objective.position_losses`."""
