@@ -190,6 +190,15 @@ def test_teacher_topk_is_a_named_case() -> None:
     assert named.request == case.request == TeacherRequest(top_k=K)
     ours, theirs = (each.position_losses(scored, *parts(found)) for each in (named, case))
     assert torch.equal(ours.losses, theirs.losses)
+    ids, of_teacher = found.targets.support_ids, found.targets.support_logits
+    assert ids is not None
+    assert of_teacher is not None
+    logits, _ = scored.support_statistics(ids)  # LSM as the paper has it, bit for bit
+    log_p, log_q = logits.log_softmax(-1), of_teacher[scored.mask].to(logits.dtype).log_softmax(-1)
+    plain = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert torch.equal(ours.losses[scored.mask], plain)
+    gradients = [torch.autograd.grad(each.sum(), scored.hidden, retain_graph=True) for each in (ours.losses, plain)]
+    assert torch.equal(*gradients[0], *gradients[1])
     names = {"teacher_support_mass", "student_support_mass", "top1_agreement"}
     assert ours.metrics.keys() == theirs.metrics.keys() == names
 
