@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from opdlab.errors import UsageError
+from opdlab.errors import UsageError, require
 from opdlab.objectives.base import Objective, PositionLosses, register_objective
 from opdlab.objectives.divergences import Divergence, check_divergence
 from opdlab.policies.language_model import LanguageModel, Scored
@@ -45,9 +45,16 @@ class FullDivergence(Objective):
         """Keep the teacher, whose head every step reads.
 
         Raises:
-            UsageError: the teacher gives no head; or the divergence is infinite because the student lacks ids.
+            UsageError: the teacher gives no head, or one that changes within a buffer; or the divergence is infinite
+                because the student lacks ids.
         """
         size = teacher.head().num_ids
+        require(
+            not teacher.follows_student,
+            f"model.teacher is {type(teacher).__name__}, which follows the student's weights: its head changes after "
+            "each step, and the hidden states of the rollout buffer do not: set its decay to null, or take an "
+            "objective on a support such as support_divergence",
+        )
         try:
             Rule.of(self.divergence, self.beta, self.alpha).check(student.vocab_size, size)
         except UsageError as error:
@@ -67,6 +74,5 @@ class FullDivergence(Objective):
     def position_losses(self, student: Scored, rollouts: Rollouts, targets: Targets) -> PositionLosses:
         """Return the loss of every position; see :meth:`Objective.position_losses`."""
         losses, statistics = self._pass(student, rollouts, targets)
-        return PositionLosses(
-            student.padded(losses), student.padded(statistics.logprobs), student.padded(statistics.entropy)
-        )
+        padded, logprobs = student.padded(losses), student.padded(statistics.logprobs)
+        return PositionLosses(padded, logprobs, student.padded(statistics.entropy), divergence=padded.detach())

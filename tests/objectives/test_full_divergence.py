@@ -14,7 +14,7 @@ from opdlab.errors import UsageError
 from opdlab.gating import build_gate, gate_names
 from opdlab.objectives import FullDivergence, build_objective, loss_shares, reduce_losses
 from opdlab.objectives.functional import full_divergence
-from opdlab.policies import AdapterConfig, LanguageModel, LocalTeacher, Teacher
+from opdlab.policies import AdapterConfig, LanguageModel, LocalTeacher, SelfTeacher, TargetCache, Teacher
 from opdlab.training import score_batch
 from opdlab.types import Minibatch, Rollouts, Targets, TeacherRequest
 from tests.policies.tiny_models import CONFIGS, rollouts, save_random
@@ -75,6 +75,31 @@ class WithoutHead(Teacher):
 def test_a_teacher_without_a_head_is_refused(make_run: MakeRun) -> None:
     with pytest.raises(UsageError, match="model.teacher is WithoutHead, which gives no hidden states.*LocalTeacher"):
         make_run(objective=FullDivergence(), teacher=WithoutHead())
+
+
+def test_a_teacher_whose_head_changes_within_a_buffer_is_refused(make_run: MakeRun) -> None:
+    with pytest.raises(UsageError, match="SelfTeacher, which follows the student.s weights.*decay to null"):
+        make_run(objective=FullDivergence(), teacher=SelfTeacher(decay=0.9))
+
+
+def test_the_student_itself_is_no_teacher_at_first(make_run: MakeRun) -> None:
+    run = make_run(objective=FullDivergence("jsd"), teacher=SelfTeacher())
+    with pytest.warns(UserWarning, match="starts as the student's equal"):
+        run.fit(2)
+    assert abs(run.recorder.losses[0]) < 1e-6
+
+
+def test_kept_targets_train_as_computed_ones(make_run: MakeRun, tmp_path: Path) -> None:
+    losses = []
+    for _ in range(2):  # the second run reads what the first one has kept
+        teacher = TargetCache(LocalTeacher(TEACHER, dtype="bfloat16"), str(tmp_path / "kept"))
+        run = make_run(objective=FullDivergence(), teacher=teacher)
+        run.fit(2)
+        losses.append(run.recorder.losses)
+    assert teacher.metrics()["teacher/cache_misses"] == 0
+    plain = make_run(objective=FullDivergence(), teacher=LocalTeacher(TEACHER, dtype="bfloat16"))
+    plain.fit(2)
+    assert losses == [plain.recorder.losses] * 2
 
 
 # -- through a tiny model ----------------------------------------------------------------------------------------------
