@@ -157,9 +157,7 @@ def test_the_snapshot_scores_only_what_the_students_own_pass_does_not(
         )
 
 
-@pytest.mark.parametrize(
-    "objective", [*OBJECTIVES, pytest.param(SampledTokenOPD(baseline="support_kl", k=8), id="baseline")]
-)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_step_that_fills_in_the_behavior_makes_one_pass_over_the_head(
     make_run: MakeRun, monkeypatch: pytest.MonkeyPatch, objective: Objective
 ) -> None:

@@ -21,7 +21,6 @@ from opdlab.objectives.functional import (
     teacher_advantage,
 )
 from opdlab.policies.language_model import Scored
-from opdlab.scoring import TokenStatistics
 from opdlab.types import Rollouts, Targets, TeacherRequest
 
 Baseline = Literal["none", "support_kl"]
@@ -147,7 +146,7 @@ class SampledTokenOPD(Objective):
 
     def position_losses(self, student: Scored, rollouts: Rollouts, targets: Targets) -> PositionLosses:
         """Return the loss of every position; see :meth:`Objective.position_losses`."""
-        statistics = self._pass(student, targets)
+        statistics = student.statistics()
         logprobs = student.padded(statistics.logprobs)
         metrics: dict[str, Tensor] = {}
         if self.estimator == "policy_gradient":
@@ -162,17 +161,6 @@ class SampledTokenOPD(Objective):
         else:
             losses = sampled_token_divergence(logprobs, targets.logprobs, estimator=self.estimator)
         return PositionLosses(losses, logprobs.detach(), student.padded(statistics.entropy), metrics)
-
-    def own_logprobs(self, student: Scored, rollouts: Rollouts, targets: Targets) -> Tensor:
-        """Return the student's log-probabilities; see :meth:`Objective.own_logprobs`."""
-        return student.padded(self._pass(student, targets).logprobs.detach())
-
-    def _pass(self, student: Scored, targets: Targets) -> TokenStatistics:
-        """Return the statistics from the only pass over the head, which is the baseline's if there is one."""
-        if self.baseline == "none":
-            return student.statistics()
-        assert targets.support_ids is not None
-        return student.support_tail(targets.support_ids).statistics
 
     def _teacher_advantage(self, logprobs: Tensor, behavior_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
         clamps = self.shape == "identity" and self.advantage_clamp is not None
@@ -216,15 +204,14 @@ def support_kl(student: Scored, targets: Targets) -> Tensor:
     assert targets.support_ids is not None
     assert targets.support_logits is not None
     assert targets.log_normalizer is not None
-    assert targets.log_tail is not None
-    *_, logits, log_tail, statistics = student.support_tail(targets.support_ids)
+    logits, statistics = student.support_statistics(targets.support_ids)
     return support_divergence(
         logits.detach(),
         targets.support_logits[student.mask],
         divergence="reverse_kl",
         tail="bucket",
+        # The student's tail comes from its normalizer: where it is below 1e-6, it hardly counts in this sum.
         student_log_normalizer=statistics.log_normalizer.detach(),
-        student_log_tail=log_tail.detach(),
         teacher_log_normalizer=targets.log_normalizer[student.mask],
-        teacher_log_tail=targets.log_tail[student.mask],
+        teacher_log_tail=None if targets.log_tail is None else targets.log_tail[student.mask],
     )
