@@ -329,6 +329,7 @@ class _Sums:
                 log_b = theirs[inner].sub_(self.teacher_normalizer[outer, None])
                 _, weighted, part = self._rule.terms(log_a, log_b, value=True, scratch=scratch)
                 mean[outer] += weighted.sum(1)
+                assert part is not None
                 value[outer] += part
         return value, mean
 
