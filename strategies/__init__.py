@@ -7,8 +7,12 @@ if __name__ != "opdlab.strategies":
 
 from opdlab.strategies.block import Block32Gate, Block64Gate, Block128Gate, BlockGate
 from opdlab.strategies.filter import FilterReweightGate
+from opdlab.strategies.freshness import FreshnessGate
+from opdlab.strategies.horizon import HorizonGate
 from opdlab.strategies.prefix import PrefixGate
 from opdlab.strategies.ratio import RatioMaskGate, SequenceRatioMaskGate, TruncatedRatioGate
+from opdlab.strategies.reward import RewardGate
+from opdlab.strategies.selection import EntropyTopGate, TeachabilityGate, TokenImportanceGate, TopShareGate
 from opdlab.strategies.sequence import NoGate, SequenceGate
 from opdlab.strategies.sign import SignConsistencyGate
 from opdlab.strategies.span import SpanGate
@@ -19,14 +23,21 @@ __all__ = [
     "Block64Gate",
     "Block128Gate",
     "BlockGate",
+    "EntropyTopGate",
     "FilterReweightGate",
+    "FreshnessGate",
+    "HorizonGate",
     "NoGate",
     "PrefixGate",
     "RatioMaskGate",
+    "RewardGate",
     "SequenceGate",
     "SequenceRatioMaskGate",
     "SignConsistencyGate",
     "SpanGate",
+    "TeachabilityGate",
     "TokenGate",
+    "TokenImportanceGate",
+    "TopShareGate",
     "TruncatedRatioGate",
 ]

@@ -151,7 +151,7 @@ def test_the_command_lines_defaults_are_the_gates_own(gate: str) -> None:
     options = parse_fit(["-c", "quickstart", "--model.gate", gate]).model.gate.init_args
     made, own = build_gate(gate, **options.as_dict()), build_gate(gate)
     assert vars(made) == vars(own)
-    assert made.normalization.name == {"fire_opd": "mean"}.get(gate, "none" if isinstance(own, RuleGate) else "mean")
+    assert made.normalization.name == (own.own_normalization if isinstance(own, RuleGate) else "mean")
 
 
 def test_paper_configurations_are_the_papers() -> None:

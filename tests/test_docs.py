@@ -150,7 +150,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty current folder; what code registers is forgotten."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(gate_registry(), "_classes", dict(gate_registry()._classes))
+    for registry in (gate_registry(), objective_registry()):
+        monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     monkeypatch.setattr(metric_table, "_TABLE", dict(metric_table._TABLE))
     yield tmp_path
     for name in [name for name in sys.modules if (tmp_path / f"{name}.py").is_file()]:
@@ -169,12 +170,22 @@ def test_python_code_runs(page: Path, folder: Path) -> None:
         importlib.import_module(f"{page.stem}_block_{number}")
 
 
+def test_the_pages_objective_runs_from_yaml(folder: Path) -> None:
+    write_files(DOCS / "own_objective.md", folder)
+    example = (folder / "my_objectives.py").read_text()
+    assert len([line for line in example.splitlines()[1:] if line.strip()]) == 15
+    importlib.invalidate_caches()
+    assert main(["fit", "-c", "my_run.yaml", "--trainer.max_steps", "2", "--data.benchmarks", "null"]) == 0
+    (page, *_) = (folder / "runs").rglob("step-*.html")
+    assert "SquaredGap(margin=0.5)" in page.read_text()
+
+
 def commands(page: Path) -> Iterator[str]:
     """Command lines in blocks and in the text, those with placeholders left out."""
     text = page.read_text()
     lines = "\n".join(blocks(page, "sh", "bash")).replace("\\\n", " ").splitlines()
     for line in [*lines, *re.findall(r"`(opdlab [^`\n]*)`", FENCE.sub("", text))]:
-        found = re.match(r"(?:\w+=\S+ )*(opdlab (?:gates|\w+ .*))", line)
+        found = re.match(r"(?:\w+=\S+ )*(opdlab (?:gates|objectives|\w+ .*))", line)
         if found and not re.search(r"…|\||NAME|FILE|: error:", found[1]):
             yield found[1]
 
@@ -192,8 +203,8 @@ def test_command_lines_parse(page: Path, folder: Path, capsys: pytest.CaptureFix
         write_files(each, folder)
     for command in commands(page):
         _, subcommand, *arguments = shlex.split(command, comments=True)
-        if subcommand == "gates":
-            assert main(["gates"]) == 0
+        if subcommand in ("gates", "objectives"):
+            assert main([subcommand]) == 0
             continue
         if subcommand == "replay":
             replay_parser().parse_args(arguments)

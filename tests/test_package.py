@@ -24,7 +24,8 @@ PUBLIC = {
         *("Block128Gate", "Block32Gate", "Block64Gate", "BlockGate"),
         *("NoGate", "SequenceGate", "SpanGate", "TokenGate"),
         *("FilterReweightGate", "PrefixGate", "RatioMaskGate", "SequenceRatioMaskGate", "SignConsistencyGate"),
-        "TruncatedRatioGate",
+        *("EntropyTopGate", "FreshnessGate", "HorizonGate", "RewardGate", "TeachabilityGate", "TokenImportanceGate"),
+        *("TopShareGate", "TruncatedRatioGate"),
     ],
     "opdlab.callbacks": [
         *("BehaviorRefresh", "CollapseGuard", "EvaluationTable", "GateMonitor", "HFExport", "PoolRecorder"),
@@ -49,9 +50,10 @@ PUBLIC = {
     "opdlab.types": [
         *("EvaluationBatch", "Message", "Minibatch", "Problem", "Prompt", "Rollouts", "StopReason", "Targets"),
         "TeacherRequest",
-        *("Verdicts", "assign_rows", "id_dtype", "trimmed"),
+        *("Part", "Verdicts", "assign_rows", "id_dtype", "left_padded", "trimmed"),
     ],
     "opdlab.rollouts": [
+        "DemonstrationConfig",
         *("Collector", "Minibatch", "Pool", "ReuseConfig", "RolloutLoader", "Rollouts", "StopReason", "Targets"),
     ],
     "opdlab.toy": ["ChainProblem", "ChainProblems", "chain_problems", "chain_tokenizer"],
@@ -59,12 +61,12 @@ PUBLIC = {
         *("AdapterConfig", "BaseTeacher", "StopTokens", "share_vocabulary", "single_token_ids", "warn_of_stop_tokens"),
         *("BehaviorPolicy", "LanguageModel", "LocalTeacher", "Sampler", "SamplingConfig", "Scored"),
         *("BehaviorConfig", "NoTeacher", "Teacher", "TeacherHolder", "TeacherRequest", "check_same_vocabulary"),
-        "check_targets",
+        *("RoutedTeacher", "SelfTeacher", "TargetCache", "check_targets"),
     ],
     "opdlab.data": [
         *("Benchmark", "ChatTemplate", "CleaningReport", "CleaningConfig", "DapoMath17k", "EvaluationBatch"),
         *("JsonlProblems", "Problem", "ProblemSource", "Prompt", "PromptDataModule", "PromptSet", "RawTemplate"),
-        *("ReuseConfig", "TableProblems", "Template", "prompt_set"),
+        *("DemonstrationConfig", "ReuseConfig", "TableProblems", "Template", "prompt_set"),
     ],
     "opdlab.training": [
         *("NonFiniteLossError", "OPDModule", "ScoredBatch", "gate_inputs", "join_gate_inputs", "score_batch"),
@@ -82,7 +84,7 @@ PUBLIC = {
         *("INDEX", "RolloutText", "ShownRollout", "choose_rollouts", "color_scale", "markdown_literal", "page_name"),
         *("quantities", "render_page", "token_texts", "visible", "write_page"),
     ],
-    "opdlab.testing": ["GateTester"],
+    "opdlab.testing": ["GateTester", "ObjectiveTester"],
 }
 
 

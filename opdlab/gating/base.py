@@ -40,6 +40,10 @@ class GateInputs:
         position_losses: the objective's loss per position, detached, or None.
         entropy: of the current student's next-token distribution, nats, or None.
         teacher_entropy: of the teacher's, nats, or None.
+        divergence: of the student from the teacher, nats, or None: the objective's own
+            (:attr:`opdlab.objectives.PositionLosses.divergence`), else the estimate k3 from the sampled token.
+        compatible_mass: the teacher's probability of the tokens that the behavior policy found most likely
+            (:attr:`opdlab.types.Rollouts.behavior_support_ids`), 0 to 1, or None.
         correct: int8, the same for all positions of a response: 1 if the verifier accepts its answer, 0 if it does
             not, -1 if the answer was not checked; or None.
         age: float32, the same for all positions of a response: optimizer steps since the last refresh of the snapshot
@@ -66,6 +70,8 @@ class GateInputs:
     position_losses: Tensor | None = None
     entropy: Tensor | None = None
     teacher_entropy: Tensor | None = None
+    divergence: Tensor | None = None
+    compatible_mass: Tensor | None = None
     correct: Tensor | None = None
     age: Tensor | None = None
     step: int = 0

@@ -5,6 +5,7 @@ hidden sizes. Logarithms are natural.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -23,7 +24,7 @@ _MIN_TAIL_MASS = 1e-6
 # Logarithm of the mass of an empty tail: its exponential is 0, and unlike -inf it may be subtracted and multiplied.
 _LOG_NO_MASS = -1e4
 # exp(20) is 5e8. A larger ratio carries no information, and without a bound one token could overflow the batch.
-_MAX_LOG_RATIO = 20.0
+MAX_LOG_RATIO = 20.0
 
 
 def support_divergence(
@@ -85,10 +86,7 @@ def support_divergence(
         Skewed divergences: Ko et al., arXiv 2402.03898. Generalized JSD: Agarwal et al., arXiv 2306.13649.
     """
     check_divergence(divergence, beta, alpha)
-    tails = get_args(Tail)
-    require(
-        tail in tails, f"tail is '{tail}'{suggestion(str(tail), tails) or ';'} it must be one of {', '.join(tails)}"
-    )
+    require_choice("tail", tail, get_args(Tail))
     k = student_logits.shape[-1]
     require(
         k >= 2 or tail != "renormalize",
@@ -167,6 +165,19 @@ def full_divergence(
     return values
 
 
+def require_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise a UsageError if an option is none of the known values; the message suggests the nearest.
+
+    Example:
+        >>> require_choice("tail", "buckets", ["bucket", "drop"])
+        Traceback (most recent call last):
+        ...
+        opdlab.errors.UsageError: tail is 'buckets'; did you mean 'bucket'? it must be one of bucket, drop
+    """
+    hint = suggestion(str(value), known) or ";"
+    require(value in known, f"{name} is '{value}'{hint} it must be one of {', '.join(known)}")
+
+
 def check_divergence(divergence: str, beta: float, alpha: float) -> None:
     """Raise a UsageError if a divergence is unknown, or the option that it uses is out of range.
 
@@ -176,11 +187,7 @@ def check_divergence(divergence: str, beta: float, alpha: float) -> None:
         ...
         opdlab.errors.UsageError: beta is 1.0, where jsd is always 0: use divergence reverse_kl, its limit there
     """
-    known = get_args(Divergence)
-    require(
-        divergence in known,
-        f"divergence is '{divergence}'{suggestion(str(divergence), known) or ';'} it must be one of {', '.join(known)}",
-    )
+    require_choice("divergence", divergence, get_args(Divergence))
     if divergence == "jsd":
         # GKD's code takes 0 and 1 as switches to the Kullback-Leibler divergences; the formula itself is 0 there.
         for end, limit in ((0, "forward_kl"), (1, "reverse_kl")):
@@ -255,17 +262,13 @@ def sampled_token_divergence(logprobs: Tensor, teacher_logprobs: Tensor, *, esti
     Reference:
         J. Schulman, "Approximating KL divergence", 2020, names k2 and k3.
     """
-    known = get_args(Estimator)
-    require(
-        estimator in known,
-        f"estimator is '{estimator}'{suggestion(str(estimator), known) or ';'} it must be one of {', '.join(known)}",
-    )
+    require_choice("estimator", estimator, get_args(Estimator))
     log_ratio = teacher_logprobs.detach() - logprobs
     if estimator == "k2":
         return log_ratio.square() / 2
     if estimator == "k3":
         # Bounded as a whole: with exp alone bounded, what is left of the gradient would lower a probability that is
         # far too low already.
-        bounded = log_ratio.clamp(max=_MAX_LOG_RATIO)
+        bounded = log_ratio.clamp(max=MAX_LOG_RATIO)
         return bounded.expm1() - bounded  # exp(r) - 1 without cancellation near 0
     return log_ratio.abs() if estimator == "abs" else -logprobs

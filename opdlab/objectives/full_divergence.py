@@ -74,6 +74,5 @@ class FullDivergence(Objective):
     def position_losses(self, student: Scored, rollouts: Rollouts, targets: Targets) -> PositionLosses:
         """Return the loss of every position; see :meth:`Objective.position_losses`."""
         losses, statistics = self._pass(student, rollouts, targets)
-        return PositionLosses(
-            student.padded(losses), student.padded(statistics.logprobs), student.padded(statistics.entropy)
-        )
+        padded, logprobs = student.padded(losses), student.padded(statistics.logprobs)
+        return PositionLosses(padded, logprobs, student.padded(statistics.entropy), divergence=padded.detach())

@@ -106,7 +106,8 @@ class SupportDivergence(Objective):
         if valid is not None:  # ids that stand in the union twice are in both supports
             metrics["support_overlap"] = (~valid & student.mask[..., None]).sum(-1) / self.k
         logprobs, entropy = student.padded(statistics.logprobs.detach()), student.padded(statistics.entropy)
-        return PositionLosses(student.padded(losses), logprobs, entropy, metrics)
+        padded = student.padded(losses)
+        return PositionLosses(padded, logprobs, entropy, metrics, divergence=padded.detach())
 
     def _divergence(self, student: Tensor, teacher: Tensor, valid: Tensor | None, **whole: Tensor) -> Tensor:
         """Return the divergence of logits [..., K] -> [...]; ``whole`` has normalizers and tails."""

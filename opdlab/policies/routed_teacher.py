@@ -174,9 +174,9 @@ class RoutedTeacher(Teacher):
             put_rows(merged, rows, part, len(rollouts))
             tokens = float(rollouts.mask[rows].sum())
             self._metrics |= {
-                f"teacher/{name}/share": len(rows) / len(rollouts),
-                f"teacher/{name}/logprob": float(part.logprobs.sum()) / max(tokens, 1.0),
-                f"teacher/{name}/seconds": time.perf_counter() - started,
+                f"targets/{name}/share": len(rows) / len(rollouts),
+                f"targets/{name}/logprob": float(part.logprobs.sum()) / max(tokens, 1.0),
+                f"targets/{name}/seconds": time.perf_counter() - started,
             }
         return Targets(**merged)
 

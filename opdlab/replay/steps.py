@@ -113,6 +113,11 @@ class Replayer:
     ) -> None:
         self._module, self._grid, self._config = module, grid, config
         self._autocast, self._prompts = autocast, prompts
+        require(
+            not module.teacher.follows_student,
+            f"model.teacher is a {type(module.teacher).__name__} that follows the student, and records do not hold its "
+            "weights, so fresh rollouts cannot be scored: replay a run whose teacher is frozen",
+        )
         # autograd.grad returns the gradients; `.grad` stays unchanged.
         module.student.accumulate_head_grad = False
         module.teacher.to(module.device)
@@ -124,14 +129,17 @@ class Replayer:
         module, facts = self._module, record.facts
         record.load_weights(module.student)
         # Computed here if the run has not computed the teacher's entropy.
-        served = {"teacher_logprobs", "position_losses", "entropy", "teacher_entropy", "age"}
-        if all(batch.rollouts.correct is not None for batch in record.batches):
+        served = {"teacher_logprobs", "position_losses", "entropy", "teacher_entropy", "divergence", "age"}
+        batches = record.batches
+        if all(b.rollouts.correct is not None for b in batches):
             served.add("correct")
+        if all(b.rollouts.behavior_support_ids is not None and b.targets.log_normalizer is not None for b in batches):
+            served.add("compatible_mass")
         variants, skipped = expand(self._grid, module.gate, module.student.tokenizer, served)
         self.skipped |= skipped
         own = next(v for v, variant in enumerate(variants) if variant.own)
-        batches = self._batches(record, entropy=any("teacher_entropy" in v.strategy.needs for v in variants))
-        gradients = StepGradients(module, batches, facts.step, self._autocast, reuse_epoch=facts.reuse_epoch)
+        scored = self._batches(record, entropy=any("teacher_entropy" in v.strategy.needs for v in variants))
+        gradients = StepGradients(module, scored, facts.step, self._autocast, reuse_epoch=facts.reuse_epoch)
         # The gates are normalised over the whole step.
         inputs = gradients.inputs
         joined = join_gate_inputs(inputs) if len(inputs) > 1 else inputs[0]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from opdlab.diagnostics import StepRecord, merge_records
 from opdlab.gating import GateInputs, Gates, GateStrategy
 from opdlab.objectives import Objective, PositionLosses
+from opdlab.objectives.functional import sampled_token_divergence
 from opdlab.policies import LanguageModel, Scored
 from opdlab.types import Minibatch, Rollouts, Targets
 
@@ -60,6 +61,9 @@ def score_batch(student: LanguageModel, objective: Objective, batch: Minibatch, 
 
 def gate_inputs(rollouts: Rollouts, targets: Targets, positions: PositionLosses, step: int = 0) -> GateInputs:
     """Return the gate's inputs for a scored micro-batch after ``step`` optimizer steps."""
+    divergence = positions.divergence
+    if divergence is None:
+        divergence = sampled_token_divergence(positions.logprobs, targets.logprobs, estimator="k3")
     return GateInputs(
         tokens=rollouts.tokens,
         mask=rollouts.mask,
@@ -69,10 +73,21 @@ def gate_inputs(rollouts: Rollouts, targets: Targets, positions: PositionLosses,
         position_losses=positions.losses.detach(),
         entropy=positions.entropy,
         teacher_entropy=targets.entropy,
+        divergence=divergence,
+        compatible_mass=_compatible_mass(rollouts, targets),
         correct=None if rollouts.correct is None else rollouts.correct[:, None].expand_as(rollouts.mask),
         age=(step - rollouts.snapshot_step).float()[:, None].expand_as(rollouts.mask),
         step=step,
     )
+
+
+def _compatible_mass(rollouts: Rollouts, targets: Targets) -> Tensor | None:
+    """Return the teacher's probability of the behavior policy's most likely tokens, [B, T], or None if unknown."""
+    ids, logits, normalizer = rollouts.behavior_support_ids, targets.support_logits, targets.log_normalizer
+    if ids is None or logits is None or normalizer is None:
+        return None
+    # In a union of supports, the behavior policy's tokens come last.
+    return (logits[..., -ids.shape[-1] :].logsumexp(-1) - normalizer).exp().clamp(max=1)
 
 
 def join_gate_inputs(parts: Sequence[GateInputs]) -> GateInputs:

@@ -72,8 +72,15 @@ def teacher_request(
     request, shared = objective.request, student.vocab_size
     k = max(request.top_k, request.behavior_top_k)
     require(k <= shared, f"objective.k is {k}, but the vocabulary has only {shared} tokens: lower it")
+    require(
+        request.behavior_top_k > 0 or "compatible_mass" not in gate.needs,
+        f"model.gate is {type(gate).__name__}, which needs the teacher's probability of the student's most likely "
+        f"tokens, but model.objective {type(objective).__name__} has no support of the student: use "
+        "support_divergence with support student or union, or take another gate",
+    )
     entropy = request.entropy or "teacher_entropy" in gate.needs
-    return replace(request, vocab_size=shared, entropy=entropy)
+    tail = request.tail or "compatible_mass" in gate.needs
+    return replace(request, vocab_size=shared, entropy=entropy, tail=tail)
 
 
 def check_trainer(trainer: pl.Trainer, max_tokens: int | None, whole_weights: bool) -> None:
@@ -94,6 +101,29 @@ def check_trainer(trainer: pl.Trainer, max_tokens: int | None, whole_weights: bo
         f"model.max_tokens_per_pass is {max_tokens}, but with trainer.strategy "
         f"{type(trainer.strategy).__name__} all processes must take as many passes: use null and raise "
         "trainer.accumulate_grad_batches instead, or take the strategy ddp",
+    )
+
+
+def check_verdicts(objective: Objective, judged: bool, num_samples: int) -> None:
+    """Raise a UsageError if an objective needs verdicts, or several of a prompt, which a run does not have.
+
+    Args:
+        objective: the module's objective.
+        judged: True if the training problems have a verifier.
+        num_samples: rollouts of each prompt.
+    """
+    name, needs = type(objective).__name__, objective.needs
+    weight = getattr(objective, "reward_weight", None)
+    reader = f"model.objective is {name}" + (f" with reward_weight {weight}" if weight else "")
+    require(
+        judged or not {"correct", "group_accuracy", "group_size"} & set(needs),
+        f"{reader}, which needs the verifier's verdict on each rollout, but data.train has no verifier: give it one, "
+        f"or {'set reward_weight to 0' if weight else 'take another objective'}",
+    )
+    require(
+        num_samples >= 2 or not {"group_accuracy", "group_size"} & set(needs),
+        f"{reader}, which compares the verdicts of one prompt's rollouts, but model.sampling.num_samples is "
+        f"{num_samples}: raise it to 2 or more",
     )
 
 

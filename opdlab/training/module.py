@@ -112,7 +112,9 @@ class OPDModule(EvaluationModule):
             keep_from_strategy(self, "behavior.policy", self.trainer.strategy, "model.behavior.offload")
         data = self.data
         if stage == "fit":
-            checks.check_training(self.teacher, self.gate, data is not None and data.train_verifier is not None)
+            judged = data is not None and data.train_verifier is not None
+            checks.check_training(self.teacher, self.gate, judged)
+            checks.check_verdicts(self.objective, judged, self.sampling.num_samples)
             checks.tell_of_idle_offload(self.trainer, behavior=self.behavior.offload, teacher=self.teacher.offload)
         if data is not None:
             data.connect(self.student.tokenizer, self.collect, self.sampling.num_samples, training=stage == "fit")

@@ -53,6 +53,7 @@ def run_settings(module: Any, data: PromptDataModule | None) -> dict[str, dict[s
     buffer |= {
         "model.objective.k": module.request.top_k,  # 0 without a teacher
         "model.gate, model.objective (one needs the teacher's entropy)": module.request.entropy,
+        "model.gate, model.objective (one needs the teacher's log-normalizer)": module.request.tail,
         "model.teacher": _name(teacher),
         "model.teacher (its weights)": teacher.weights_digest(),
     }

@@ -7,6 +7,7 @@ import pytest
 
 from opdlab.cli import EXIT_USAGE, main
 from opdlab.cli.commands import COMMANDS
+from opdlab.objectives import objective_names
 from opdlab.version import __version__
 from tests.children import run_child
 
@@ -39,6 +40,13 @@ def test_gates_are_listed_without_lightning_and_transformers() -> None:
     shown, imported = imported_by("gates")
     assert "block64" in shown
     assert imported == {"torch"}
+
+
+def test_objectives_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["objectives"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert list(lines) == objective_names()
+    assert all(text.endswith(".") and len(text) < 120 for text in lines.values())
 
 
 @pytest.mark.parametrize("name", COMMANDS)

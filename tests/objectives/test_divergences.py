@@ -50,7 +50,7 @@ def plain(divergence: str, a: Tensor, b: Tensor) -> Tensor:
 
 
 def restricted(probabilities: Tensor, ids: Tensor, tail: str) -> Tensor:
-    """One side's distribution on the support, [N, V] to [N, K] or, with the tail, [N, K + 1]."""
+    """One side's distribution on the support, [N, V] -> [N, K], or [N, K + 1] with the tail."""
     on_support = probabilities.gather(-1, ids)
     if tail == "renormalize":
         return on_support / on_support.sum(-1, keepdim=True)

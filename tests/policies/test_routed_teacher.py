@@ -52,9 +52,9 @@ def test_each_rollout_is_scored_by_its_teacher(keep: bool, monkeypatch: pytest.M
             assert torch.equal(getattr(targets, name)[rows], getattr(alone, name)), name
         found = teacher.metrics()
         name = teacher.names[number]
-        assert found[f"teacher/{name}/share"] == 0.5
+        assert found[f"targets/{name}/share"] == 0.5
         mean = float(alone.logprobs.sum() / rollouts.mask[rows].sum())
-        assert found[f"teacher/{name}/logprob"] == pytest.approx(mean)
+        assert found[f"targets/{name}/logprob"] == pytest.approx(mean)
     assert teacher.weights_digest() == RoutedTeacherDigest(keep)
 
 
@@ -80,7 +80,7 @@ def test_a_run_logs_each_teacher(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(teacher=teacher, data={"train": train}, max_new_tokens=8)
     run.fit(1)
     assert run.recorder.steps[1]["train/loss"] > 0
-    assert teacher.metrics()["teacher/poor/share"] == 0.75
+    assert teacher.metrics()["targets/poor/share"] == 0.75
 
 
 @pytest.mark.parametrize(

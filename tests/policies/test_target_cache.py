@@ -32,7 +32,7 @@ def rollouts() -> Rollouts:
 
 def hits(teacher: TargetCache) -> tuple[float, float]:
     found = teacher.metrics()
-    return found["teacher/cache_hits"], found["teacher/cache_misses"]
+    return found["targets/cache_hits"], found["targets/cache_misses"]
 
 
 def assert_equal(one: Targets, other: Targets) -> None:
@@ -144,8 +144,8 @@ def test_a_run_from_the_cache_is_the_same_run(make_run: MakeRun, tmp_path: Path)
     assert first.recorder.losses == second.recorder.losses == plain.recorder.losses
     assert isinstance(second.module.teacher, TargetCache)
     assert hits(second.module.teacher) == (16, 0)
-    assert second.recorder.steps[1]["teacher/cache_hits"] == 16
-    assert first.recorder.steps[1]["teacher/cache_misses"] == 16
+    assert second.recorder.steps[1]["targets/cache_hits"] == 16
+    assert first.recorder.steps[1]["targets/cache_misses"] == 16
 
 
 def test_teachers_that_change_are_refused(tmp_path: Path) -> None:

@@ -198,7 +198,13 @@ def test_the_grid(make_run: MakeRun) -> None:
     tokenizer = make_run().module.student.tokenizer
     own = build_gate("block64", tau=3.0, rho=0.9)
     variants, skipped = expand(Grid(), own, tokenizer, {"teacher_logprobs", "teacher_entropy", "entropy"})
-    assert skipped == {"sign_consistency": "needs correct, which the record does not have"}
+    assert skipped == {
+        "sign_consistency": "needs correct, which the record does not have",
+        "rg_opd": "needs correct, which the record does not have",
+        "f_opd": "needs age, which the record does not have",
+        "tip": "needs divergence, which the record does not have",
+        "ta_opd": "needs divergence, compatible_mass, which the record does not have",
+    }
     labels = [label(variant) for variant in variants]
     assert len(set(labels)) == len(labels)
     drifting = [v for v in variants if v.gate == "span"]

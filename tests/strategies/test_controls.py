@@ -122,6 +122,15 @@ def test_sign_consistency_follows_the_formula() -> None:
         ("sequence_ratio_mask", {"aggregate": "sum"}, "aggregate is 'sum'"),
         ("sign_consistency", {"strength": 2.0}, "strength is 2.0"),
         ("sign_consistency", {"normalization": "mode"}, "normalization is 'mode'"),
+        ("entropy_top", {"share": 0.0}, "share is 0.0, but must be above 0 and at most 1"),
+        ("tip", {"share": 1.5}, "share is 1.5"),
+        ("horizon", {"tokens": 0}, "tokens is 0, but must be at least 1"),
+        ("horizon", {"growth": -1}, "growth is -1"),
+        ("horizon", {"every": 0}, "every is 0, but must be at least 1 step"),
+        ("f_opd", {"alpha": -1.0}, "alpha is -1.0"),
+        ("f_opd", {"threshold": 1.0}, "threshold is 1.0"),
+        ("rg_opd", {"margin": -0.1}, "margin is -0.1"),
+        ("rg_opd", {"block_size": 0}, "block_size is 0, but must be at least 1 token, or null"),
     ],
 )
 def test_wrong_options_are_refused(name: str, options: dict[str, object], words: str) -> None:
@@ -136,6 +145,11 @@ def test_wrong_options_are_refused(name: str, options: dict[str, object], words:
         ("fire_opd", "teacher_entropy"),
         ("fire_opd", "entropy"),
         ("sign_consistency", "correct"),
+        ("entropy_top", "entropy"),
+        ("tip", "divergence"),
+        ("ta_opd", "compatible_mass"),
+        ("f_opd", "age"),
+        ("rg_opd", "correct"),
     ],
 )
 def test_what_a_gate_needs_and_does_not_get_is_named(name: str, missing: str) -> None:
@@ -147,11 +161,20 @@ def test_what_a_gate_needs_and_does_not_get_is_named(name: str, missing: str) ->
 
 
 @pytest.mark.parametrize("objective", [TeacherTopK(k=8), SampledTokenOPD()], ids=["lsm", "sampled"])
-@pytest.mark.parametrize("name", ["iw_opd", "fire_opd", "truncated_ratio", "sequence_ratio_mask", "sign_consistency"])
-def test_a_run_computes_what_a_control_needs(make_run: Callable[..., Run], name: str, objective: Objective) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *(("iw_opd", {}), ("fire_opd", {}), ("truncated_ratio", {}), ("sequence_ratio_mask", {})),
+        *(("sign_consistency", {}), ("entropy_top", {}), ("tip", {}), ("horizon", {"tokens": 8, "growth": 4})),
+        *(("f_opd", {}), ("rg_opd", {"block_size": 1})),
+    ],
+)
+def test_a_run_computes_what_a_control_needs(
+    make_run: Callable[..., Run], name: str, options: dict[str, int], objective: Objective
+) -> None:
     runs = []
     for accumulate in (1, 2):
-        run = make_run(gate=build_gate(name), objective=objective, accumulate=accumulate, refresh=100)
+        run = make_run(gate=build_gate(name, **options), objective=objective, accumulate=accumulate, refresh=100)
         run.fit(3)
         runs.append(run)
     whole, parts = (run.recorder for run in runs)

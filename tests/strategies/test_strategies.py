@@ -25,15 +25,21 @@ from opdlab.strategies import (
     Block64Gate,
     Block128Gate,
     BlockGate,
+    EntropyTopGate,
     FilterReweightGate,
+    FreshnessGate,
+    HorizonGate,
     NoGate,
     PrefixGate,
     RatioMaskGate,
+    RewardGate,
     SequenceGate,
     SequenceRatioMaskGate,
     SignConsistencyGate,
     SpanGate,
+    TeachabilityGate,
     TokenGate,
+    TokenImportanceGate,
     TruncatedRatioGate,
 )
 from opdlab.testing import GateTester
@@ -69,6 +75,13 @@ CONTROLS: dict[str, tuple[bool, Callable[..., GateStrategy]]] = {
     "truncated_ratio": (True, lambda **options: TruncatedRatioGate(max_ratio=1.2, **options)),
     "sequence_ratio_mask": (True, SequenceRatioMaskGate),
     "sign_consistency": (False, SignConsistencyGate),
+    "entropy_top": (False, EntropyTopGate),
+    "tip": (False, TokenImportanceGate),
+    "ta_opd": (False, lambda **options: TeachabilityGate(share=0.3, **options)),
+    "horizon": (False, lambda **options: HorizonGate(tokens=20, **options)),
+    "f_opd": (False, lambda **options: FreshnessGate(threshold=0.1, **options)),
+    "rg_opd": (False, RewardGate),
+    "rg_opd by block": (False, lambda **options: RewardGate(margin=0.5, block_size=7, **options)),
 }
 
 
