@@ -67,19 +67,6 @@ class SupportDivergence(Objective):
         self._divergence(logits, logits, None, student_log_normalizer=normalizer, teacher_log_normalizer=normalizer)
 
     @property
-    def unused_options(self) -> set[str]:
-        """Return the options that have no effect; see :attr:`Objective.unused_options`."""
-        used = {"jsd": "beta", "skew_reverse_kl": "alpha", "skew_forward_kl": "alpha"}.get(self.divergence)
-        return {"alpha", "beta"} - {used}
-
-    @property
-    def inapplicable_laws(self) -> dict[str, str]:
-        """Return the laws that do not apply; see :attr:`Objective.inapplicable_laws`."""
-        if self.tail != "drop" or self.divergence == "jsd":
-            return {}
-        return {"zero_gradient_at_equality": "without the tail, moving probability into or out of the support pays"}
-
-    @property
     def request(self) -> TeacherRequest:
         """Return the required teacher outputs: the support, and its tail unless both sides are renormalised."""
         return TeacherRequest(
