@@ -159,8 +159,9 @@ def full_divergence(
     check_divergence(divergence, beta, alpha)
     heads = Head(student_weight, temperature=temperature), Head(teacher_weight, temperature=temperature)
     unused = torch.zeros(len(student_hidden), dtype=torch.long, device=student_hidden.device)
-    options = {"divergence": divergence, "beta": beta, "alpha": alpha}
-    values, _ = divergence_statistics(student_hidden, heads[0], teacher_hidden, heads[1], unused, **options)
+    values, _ = divergence_statistics(
+        student_hidden, heads[0], teacher_hidden, heads[1], unused, divergence=divergence, beta=beta, alpha=alpha
+    )
     return values
 
 

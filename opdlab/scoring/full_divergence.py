@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opdlab.errors import require
-from opdlab.scoring.head import Head, LogitTiles, Scratch, autocast_inputs, places, tiles, wide_dtype
+from opdlab.scoring.head import Buffers, Head, LogitTiles, autocast_inputs, places, reused, tiles, wide_dtype
 from opdlab.scoring.head_gradients import HeadGradients
 from opdlab.scoring.logprobs import OnlineSoftmax, TokenStatistics
 
@@ -77,52 +77,52 @@ Terms = tuple[Tensor, Tensor, Tensor | None]
 
 
 # Both logarithms are overwritten, and so are the terms by those of the next tile.
-TermsOf = Callable[[Tensor, Tensor, float, bool, Scratch], Terms]
+TermsOf = Callable[[Tensor, Tensor, float, bool, Buffers], Terms]
 
 
-def _exp(logarithms: Tensor, name: str, scratch: Scratch) -> Tensor:
+def _exp(logarithms: Tensor, name: str, buffers: Buffers) -> Tensor:
     """Return probabilities; those that underflow are as small as normal numbers get, since others take far longer."""
-    found = scratch.like(name, logarithms)
+    found = reused(buffers, name, logarithms.shape, logarithms)
     return torch.clamp(logarithms, min=math.log(torch.finfo(found.dtype).tiny), out=found).exp_()
 
 
-def _mixture(a: Tensor, b: Tensor, share: float, scratch: Scratch) -> Tensor:
+def _mixture(a: Tensor, b: Tensor, share: float, buffers: Buffers) -> Tensor:
     """Return ``(1 - share) a + share b``."""
-    return torch.mul(a, 1 - share, out=scratch.like("mixture", a)).add_(b, alpha=share)
+    return torch.mul(a, 1 - share, out=reused(buffers, "mixture", a.shape, a)).add_(b, alpha=share)
 
 
-def _reverse_kl(log_a: Tensor, log_b: Tensor, _share: float, value: bool, scratch: Scratch) -> Terms:
-    a = _exp(log_a, "a", scratch)
+def _reverse_kl(log_a: Tensor, log_b: Tensor, _share: float, value: bool, buffers: Buffers) -> Terms:
+    a = _exp(log_a, "a", buffers)
     weighted = log_a.sub_(log_b).mul_(a)
     return a, weighted, weighted.sum(1) if value else None
 
 
-def _forward_kl(log_a: Tensor, log_b: Tensor, _share: float, value: bool, scratch: Scratch) -> Terms:
-    a, b = _exp(log_a, "a", scratch), _exp(log_b, "b", scratch)
+def _forward_kl(log_a: Tensor, log_b: Tensor, _share: float, value: bool, buffers: Buffers) -> Terms:
+    a, b = _exp(log_a, "a", buffers), _exp(log_b, "b", buffers)
     total = log_b.sub_(log_a).mul_(b).sum(1) if value else None
     return a, b.neg_(), total
 
 
-def _jsd(log_a: Tensor, log_b: Tensor, beta: float, value: bool, scratch: Scratch) -> Terms:
-    a, b = _exp(log_a, "a", scratch), _exp(log_b, "b", scratch)
-    log_m = _mixture(a, b, beta, scratch).log_()
+def _jsd(log_a: Tensor, log_b: Tensor, beta: float, value: bool, buffers: Buffers) -> Terms:
+    a, b = _exp(log_a, "a", buffers), _exp(log_b, "b", buffers)
+    log_m = _mixture(a, b, beta, buffers).log_()
     weighted = log_a.sub_(log_m).mul_(a).mul_(1 - beta)
     total = weighted.sum(1).add_(log_b.sub_(log_m).mul_(b).sum(1), alpha=beta) if value else None
     return a, weighted, total
 
 
-def _skew_reverse_kl(log_a: Tensor, log_b: Tensor, alpha: float, value: bool, scratch: Scratch) -> Terms:
-    a, b = _exp(log_a, "a", scratch), _exp(log_b, "b", scratch)
-    m = _mixture(b, a, alpha, scratch)
+def _skew_reverse_kl(log_a: Tensor, log_b: Tensor, alpha: float, value: bool, buffers: Buffers) -> Terms:
+    a, b = _exp(log_a, "a", buffers), _exp(log_b, "b", buffers)
+    m = _mixture(b, a, alpha, buffers)
     share = torch.div(a, m, out=b)
     log_ratio = log_a.sub_(m.log_())
     total = torch.mul(a, log_ratio, out=m).sum(1) if value else None
     return a, log_ratio.sub_(share, alpha=alpha).mul_(a), total
 
 
-def _skew_forward_kl(log_a: Tensor, log_b: Tensor, alpha: float, value: bool, scratch: Scratch) -> Terms:
-    a, b = _exp(log_a, "a", scratch), _exp(log_b, "b", scratch)
-    m = _mixture(a, b, alpha, scratch)
+def _skew_forward_kl(log_a: Tensor, log_b: Tensor, alpha: float, value: bool, buffers: Buffers) -> Terms:
+    a, b = _exp(log_a, "a", buffers), _exp(log_b, "b", buffers)
+    m = _mixture(a, b, alpha, buffers)
     weighted = torch.div(b, m, out=log_a).mul_(a).mul_(alpha - 1)
     total = log_b.sub_(m.log_()).mul_(b).sum(1) if value else None
     return a, weighted, total
@@ -187,9 +187,9 @@ class Rule:
             f"{student_size} of them, the teacher {teacher_size}: take jsd, or models with equal vocabularies",
         )
 
-    def terms(self, log_a: Tensor, log_b: Tensor, value: bool, scratch: Scratch) -> Terms:
+    def terms(self, log_a: Tensor, log_b: Tensor, value: bool, buffers: Buffers) -> Terms:
         """Return the terms of a tile, see :data:`Terms`; the logarithms [N', C] are overwritten."""
-        return _TERMS[self.name](log_a, log_b, self.share, value, scratch)
+        return _TERMS[self.name](log_a, log_b, self.share, value, buffers)
 
 
 # -- passes over both vocabularies -------------------------------------------------------------------------------------
@@ -293,14 +293,14 @@ class _Sums:
         """
         student, teacher = self._softmax
         weighting = teacher if self._rule.name == "forward_kl" else student
-        summed, scratch = self._like.new_zeros(len(self._targets)), Scratch()
+        summed, buffers = self._like.new_zeros(len(self._targets)), Buffers()
         for rows, columns, ours, theirs in self._pair.shared():
             self._choose(rows, columns, ours)
             for inner, outer in _pieces(ours, rows.start):
                 x, y = ours[inner], theirs[inner]
                 before, difference = weighting.max_logit[outer].clone(), None
                 if self._rule.one_pass:
-                    difference = torch.sub(x, y, out=scratch.like("difference", x))
+                    difference = torch.sub(x, y, out=reused(buffers, "difference", x.shape, x))
                 both = student.add(outer, x), teacher.add(outer, y)
                 if difference is not None:
                     factor = (before - weighting.max_logit[outer]).exp()
@@ -322,13 +322,14 @@ class _Sums:
     def _of_mixture(self) -> tuple[Tensor, Tensor]:
         """Return value and mean over the shared ids, from a second pass."""
         value, mean = (self._like.new_zeros(len(self._targets)) for _ in range(2))
-        scratch = Scratch()
+        buffers: Buffers = {}
         for rows, _, ours, theirs in self._pair.shared():
             for inner, outer in _pieces(ours, rows.start):
                 log_a = ours[inner].sub_(self.statistics.log_normalizer[outer, None])
                 log_b = theirs[inner].sub_(self.teacher_normalizer[outer, None])
-                _, weighted, part = self._rule.terms(log_a, log_b, value=True, scratch=scratch)
+                _, weighted, part = self._rule.terms(log_a, log_b, value=True, buffers=buffers)
                 mean[outer] += weighted.sum(1)
+                assert part is not None
                 value[outer] += part
         return value, mean
 
@@ -352,13 +353,13 @@ class _FullDivergence(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, *_, student_normalizer, teacher_normalizer, mean = ctx.saved_tensors
         pair, upstream, rule = _Pair(LogitTiles(ctx.head, hidden), ctx.teacher), gradients[0], ctx.rule
-        sums, scratch = HeadGradients(ctx, pair.student), Scratch()
+        sums, buffers = HeadGradients(ctx, pair.student), Buffers()
         for rows, columns, ours, theirs in pair.shared():
             for inner, outer in _pieces(ours, rows.start):
                 slope = ctx.head.slope(ours[inner])
                 log_a = ours[inner].sub_(student_normalizer[outer, None])
                 log_b = theirs[inner].sub_(teacher_normalizer[outer, None])
-                a, weighted, _ = rule.terms(log_a, log_b, value=False, scratch=scratch)
+                a, weighted, _ = rule.terms(log_a, log_b, value=False, buffers=buffers)
                 weighted.addcmul_(a, mean[outer, None], value=-1)  # [N', C]
                 factor = upstream[outer, None] * slope  # [N', 1], or [N', C] with a soft cap
                 torch.mul(weighted, factor, out=ours[inner])

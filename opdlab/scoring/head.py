@@ -4,7 +4,7 @@ Shapes: N positions, H hidden size, V vocabulary, C of its columns, r rank.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -137,22 +137,19 @@ class Head:
         return (logits * (self.temperature / self.softcap)).square_().neg_().add_(1.0).mul_(factor)
 
 
-class Scratch:
-    """Memory that is used again from tile to tile: on a CPU, new memory costs as much as several passes over it."""
+Buffers = dict[str, Tensor]
+"""Memory that is used again from tile to tile, by name; see :func:`reused`."""
 
-    def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-        """Return a tensor of any content; it shares memory with earlier ones of the same name."""
-        numel, known = math.prod(shape), self._buffers.get(name)
-        if known is None or known.numel() < numel or known.dtype != like.dtype:
-            known = self._buffers[name] = like.new_empty(numel)
-        return known[:numel].view(shape)
+def reused(buffers: Buffers, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+    """Return a tensor of any content, in memory that earlier ones of the same name have used.
 
-    def like(self, name: str, tensor: Tensor) -> Tensor:
-        """Return :meth:`take` with the shape of ``tensor``."""
-        return self.take(name, tuple(tensor.shape), tensor)
+    On a CPU, new memory costs as much as several passes over it.
+    """
+    numel, known = math.prod(shape), buffers.get(name)
+    if known is None or known.numel() < numel or known.dtype != like.dtype:
+        known = buffers[name] = like.new_empty(numel)
+    return known[:numel].view(*shape)
 
 
 @dataclass(frozen=True)
@@ -168,7 +165,7 @@ class LogitTiles:
 
     head: Head
     hidden: Tensor
-    _scratch: Scratch = field(default_factory=Scratch, init=False, repr=False, compare=False)
+    _buffers: Buffers = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def reduced(self) -> Tensor:
@@ -179,7 +176,7 @@ class LogitTiles:
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """Return the logits of some rows and columns, [N', C]."""
         head, hidden = self.head, self.hidden[rows]
-        z = product(hidden, head.weight[columns].to(hidden.dtype).T, self._scratch)  # [N', H] @ [H, C]
+        z = product(hidden, head.weight[columns].to(hidden.dtype).T, self._buffers)  # [N', H] @ [H, C]
         if head.low_rank is not None:
             z.addmm_(self.reduced[rows], head.low_rank.up[columns].to(z.dtype).T)  # [N', r] @ [r, C]
         if head.bias is not None:
@@ -207,22 +204,22 @@ def autocast_inputs(hidden: Tensor) -> Iterator[Tensor]:
         yield narrow
 
 
-def product(a: Tensor, b: Tensor, scratch: Scratch | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor, buffers: Buffers | None = None) -> Tensor:
     """Return ``a @ b`` in float32 or wider: rounding the sums to half precision would bias training.
 
     Args:
         a: [M, R].
         b: [R, C].
-        scratch: holds the result on a CPU, until the next product; None for new memory.
+        buffers: the result is in one of them on a CPU, until the next product; None for new memory.
     """
     narrow = a.dtype in (torch.bfloat16, torch.float16)
     if narrow and a.is_cuda and _WIDE_PRODUCTS:
         return torch.mm(a, b, out_dtype=torch.float32)
     if narrow:
         a, b = a.float(), b.float()
-    if scratch is None or a.is_cuda:
+    if buffers is None or a.is_cuda:
         return a @ b
-    return torch.mm(a, b, out=scratch.take("product", (len(a), b.shape[1]), a))
+    return torch.mm(a, b, out=reused(buffers, "product", (len(a), b.shape[1]), a))
 
 
 def tiles(num_rows: int, head: Head, start: int = 0) -> Iterator[tuple[slice, slice]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opdlab.scoring.head import Head, LogitTiles, Scratch, autocast_inputs, places, product, tiles
+from opdlab.scoring.head import Buffers, Head, LogitTiles, autocast_inputs, places, product, reused, tiles
 from opdlab.scoring.head_gradients import HeadGradients
 
 
@@ -67,7 +67,7 @@ class OnlineSoftmax:
         self._sum = like.new_zeros(num_rows)  # of exp(z - max)
         self._moment = like.new_zeros(num_rows)  # of exp(z - max) * (z - max)
         self._rows = like.new_zeros(num_rows, hidden_size)  # of exp(z - max) * a row of the matrix
-        self._scratch = Scratch()
+        self._buffers: Buffers = {}
 
     def add(self, rows: slice, logits: Tensor) -> Tensor:
         """Add a tile of logits [N', C], which is overwritten.
@@ -80,7 +80,7 @@ class OnlineSoftmax:
         shift = before - largest
         factor = shift.exp()
         logits -= largest[:, None]
-        exponentials = torch.exp(logits, out=self._scratch.like("exponentials", logits))
+        exponentials = torch.exp(logits, out=reused(self._buffers, "exponentials", logits.shape, logits))
         # A logit of -inf has probability 0 and must contribute 0, but 0 * -inf is NaN.
         moment = logits.clamp_(min=torch.finfo(logits.dtype).min).mul_(exponentials).sum(1)
         self._moment[rows] = (self._moment[rows] + shift * self._sum[rows]) * factor + moment

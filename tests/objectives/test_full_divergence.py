@@ -1,5 +1,7 @@
 """The objective on the whole vocabulary: through a tiny model, under every gate, in a run and its resume."""
 
+# mypy: disable-error-code="no-untyped-call"
+
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -122,11 +124,10 @@ def scored(student: LanguageModel, teacher: LocalTeacher, objective: FullDiverge
     of_prompt = replace(rollouts(), temperature=0.8)
     objective.setup(student, teacher)
     targets = teacher.score(of_prompt, replace(objective.request, vocab_size=student.vocab_size))
-    rows = torch.arange(len(of_prompt))
-    counts = {"num_tokens": int(of_prompt.mask.sum()), "num_rollouts": len(of_prompt)}
-    batch = Minibatch(of_prompt, targets, rows, *counts.values(), ((of_prompt, targets),), 0, 0, {})
+    rows, num_tokens = torch.arange(len(of_prompt)), int(of_prompt.mask.sum())
+    batch = Minibatch(of_prompt, targets, rows, num_tokens, len(rows), ((of_prompt, targets),), 0, 0, {})
     positions = score_batch(student, objective, batch, 0).positions
-    shares = loss_shares(of_prompt.mask, reduction="token_mean", **counts)
+    shares = loss_shares(of_prompt.mask, reduction="token_mean", num_tokens=num_tokens, num_rollouts=len(rows))
     return reduce_losses(positions.losses, torch.ones_like(shares), shares), of_prompt
 
 
