@@ -295,7 +295,7 @@ def _type_in_words(name: str) -> str:
 def _subclasses(types: str) -> list[str]:
     """Return the names of the imported public subclasses of classes, as the parser writes them; none if many.
 
-    A class of opdlab or Lightning is public if a package above its module has it too, or its module stands in no package.
+    A class of opdlab or Lightning is public if a package above its module has it too, or none stands between them.
     """
     found = []
     for module, name in re.findall(r"<class '((?:opdlab|lightning)[\w.]*)\.(\w+)'>", types):
