@@ -89,10 +89,11 @@ def test_every_public_module_has_its_api_page() -> None:
 
 
 def documented_options(text: str) -> dict[str, str]:
-    """Names and defaults in the tables of a page."""
+    """Names and defaults in the tables of a page: option, meaning, default, unit."""
     included = "".join(section((ROOT / file).read_text(), "Every gate's options") for file, _ in INCLUDE.findall(text))
     rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", text + included, re.MULTILINE)
-    return {name: re.split(r"(?<!\\)\|", rest)[1].strip() for name, rest in rows}
+    cells = {name: re.split(r"(?<!\\)\|", rest) for name, rest in rows}
+    return {name: row[1].strip() for name, row in cells.items() if len(row) == 3}
 
 
 def options(*classes: type) -> dict[str, str]:
