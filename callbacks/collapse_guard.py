@@ -85,7 +85,7 @@ class CollapseGuard(pl.Callback):
         self._buffer: tuple[Tensor, Mapping[str, float]] | None = None  # with the metrics of its sampling
         self._finished: list[tuple[Tensor, Mapping[str, float]]] = []
         # Both as the last whole optimizer batch left them: a run that resumes inside one repeats it from its start.
-        self._whole = self._buffer, self._finished
+        self._whole: tuple[tuple[Tensor, Mapping[str, float]] | None, list[tuple[Tensor, Mapping[str, float]]]] = None, []
         self._traces: list[StepTrace] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
