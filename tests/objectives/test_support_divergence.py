@@ -181,7 +181,7 @@ def test_the_whole_vocabulary_has_an_empty_tail() -> None:
     found = Collector(made.behavior, made.teacher, request).collect(PROMPTS, seed=3)
     scored = made.student.score(found.rollouts)
     for tail in ("bucket", "drop"):
-        losses = SupportDivergence(support="union", tail=tail, k=V).position_losses(scored, *parts(found)).losses  # type: ignore[arg-type]
+        losses = SupportDivergence(support="union", tail=tail, k=V).position_losses(scored, *parts(found)).losses
         z, q = plain_logits(made.student, found.rollouts), plain_logits(made.teacher.model, found.rollouts)
         full = (z.softmax(1) * (z.log_softmax(1) - q.log_softmax(1))).sum(1)
         torch.testing.assert_close(losses[scored.mask], full, rtol=1e-4, atol=1e-5)
@@ -218,7 +218,7 @@ def test_one_token_is_refused_only_where_it_says_nothing(support: Any) -> None:
     with pytest.raises(UsageError, match="k is 1, but must be at least 2: renormalised over a single token"):
         SupportDivergence(support=support, tail="renormalize", k=1)
     for tail in ("bucket", "drop"):
-        assert SupportDivergence(support=support, tail=tail, k=1).k == 1  # type: ignore[arg-type]
+        assert SupportDivergence(support=support, tail=tail, k=1).k == 1
 
 
 @pytest.mark.parametrize(
