@@ -5,6 +5,7 @@
 import copy
 import functools
 import math
+import re
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, get_args
@@ -13,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from opdlab.cli.estimate import estimate
+from opdlab.cli.parsing import parse_fit
 from opdlab.diagnostics import StepTrace
 from opdlab.diagnostics.collapse import entropy_sums
 from opdlab.errors import UsageError
@@ -272,6 +275,24 @@ def test_the_snapshots_tokens_are_found_for_rows_that_it_need_not_score() -> Non
     assert torch.equal(ids[every.rollouts.mask].long(), logits.topk(K).indices)
     assert not some.rollouts.behavior_logprobs[[1, 4]].any()  # the training step fills them in
     assert torch.equal(some.rollouts.behavior_logprobs[[0, 2]], every.rollouts.behavior_logprobs[[0, 2]])
+
+
+@pytest.mark.parametrize("tail", ["renormalize", "bucket"])
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_the_buffer_takes_what_is_estimated(support: Any, tail: Any) -> None:
+    flags = {"objective": "support_divergence", "objective.support": support, "objective.tail": tail, "objective.k": K}
+    config = parse_fit(["-c", "quickstart", *(f"--model.{name}={value}" for name, value in flags.items())])
+    _, said = estimate(config).host["rollout buffer"]
+    found = re.search(r"tokens x (\d+) bytes", said)
+    assert found is not None
+    rollouts, targets = parts(pool(support, tail != "renormalize"))
+    tensors = {**rollouts.state_dict(), **replace(targets, entropy=None).state_dict()}
+    per_token = {
+        name: tensor[0, 0].numel() * (4 if name.endswith("support_ids") else tensor.element_size())
+        for name, tensor in tensors.items()
+        if torch.is_tensor(tensor) and tensor.shape[:2] == rollouts.mask.shape
+    }
+    assert int(found[1]) == sum(per_token.values()), per_token
 
 
 @pytest.mark.parametrize("support", SUPPORTS)
