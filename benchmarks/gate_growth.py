@@ -2,9 +2,9 @@
 
 - Each gate's forward, :class:`opdlab.gating.GateStrategy` called on synthetic inputs: random drift, lengths between
   half and the whole width, a newline every fifty tokens.
-- Parts of ``GateMonitor`` at a logged step with Block64: ``gathered`` (positions of all micro-batches, in float64),
-  ``figures`` (histograms, loss, gradient, correlations), ``read`` (the copy to the host and plain numbers); and
-  ``ages``, the sums by age at every step.
+- Parts of ``GateMonitor`` at a logged step with Block64: ``metrics`` (histograms, loss, gradient, correlations),
+  ``positions`` (curves along the response), ``read`` (the copy to the host and plain numbers), ``written`` (the curves'
+  scalars to TensorBoard and ``metrics.csv``); and ``ages``, the sums by age at every step.
 
 Two references are measured in the same run: one elementwise pass, ``exp`` over [B, T] float32, and an update (forward
 and backward, LSM with the drift) of the shipped toy student, 281k parameters, as time per token. A real model's update
@@ -14,9 +14,11 @@ costs hundreds of times that, so the gate's share of it is far smaller.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +26,7 @@ from typing import Any
 
 import torch
 from common import REPOSITORY, machine, median, versions
+from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
 
@@ -31,15 +34,17 @@ sys.path.insert(0, str(REPOSITORY))
 
 from opdlab.diagnostics import StepTrace
 from opdlab.diagnostics.gate_metrics import gate_tensors, read_gates
+from opdlab.diagnostics.positions import position_tensors, read_positions
 from opdlab.diagnostics.run_history import add_to_age_table, new_age_table
 from opdlab.diagnostics.trace import to_host
 from opdlab.gating import GateInputs, build_gate
 from opdlab.objectives import TeacherTopK
 from opdlab.policies import LanguageModel
 from opdlab.rollouts import Rollouts, Targets
+from opdlab.training.run_trainer import MetricsFile
 
 GATES = ("none", "token", "sequence", "block32", "block64", "block128", "span")
-METRICS = ("ages", "metrics", "read")
+METRICS = ("ages", "metrics", "positions", "read", "written")
 REFERENCE = "exp"
 NEWLINE = 7
 TOY = "package://opdlab.toy/models/student"
@@ -80,6 +85,8 @@ def synthetic(rows: int, length: int, device: torch.device, vocabulary: int = 50
         current,
         current + gap.to(device),
         gap.to(device).abs(),
+        entropy=gap.to(device).abs(),
+        divergence=gap.to(device).abs(),
     )
     return rollouts, inputs
 
@@ -126,14 +133,20 @@ def measure(rows: int, length: int, device: torch.device, budget: float) -> dict
         gate = gate_of(name)
         work[name] = lambda gate=gate: gate(inputs)
     trace = trace_of(rollouts, inputs)
-    tensors = gate_tensors([trace], MAX_BLOCKS)
+    tensors = {**gate_tensors([trace], MAX_BLOCKS), **position_tensors([trace])}
     ages = new_age_table(device)
     work |= {
         "ages": lambda: add_to_age_table(ages, trace),
         "metrics": lambda: gate_tensors([trace], MAX_BLOCKS),
-        "read": lambda: read_gates(to_host(tensors)),
+        "positions": lambda: position_tensors([trace]),
+        "read": lambda: (read_gates(host := to_host(tensors)), read_positions(host)),
     }
-    return {name: seconds_of(function, device, budget) for name, function in work.items()}
+    scalars = read_positions(to_host(tensors))
+    with tempfile.TemporaryDirectory() as folder:
+        loggers = (TensorBoardLogger(folder), MetricsFile(Path(folder) / "metrics.csv"))
+        steps = itertools.count(1)
+        work["written"] = lambda: [logger.log_metrics(scalars, step=next(steps)) for logger in loggers]
+        return {name: seconds_of(function, device, budget) for name, function in work.items()}
 
 
 def update_nanoseconds(device: torch.device, budget: float) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 from opdlab.callbacks.step_callback import StepCallback
 from opdlab.diagnostics import StepTrace
 from opdlab.diagnostics.gate_metrics import gate_tensors, read_gates
+from opdlab.diagnostics.positions import position_tensors, read_positions
 from opdlab.diagnostics.run_history import BlockHistory, add_to_age_table, age_scalars, new_age_table, read_ages
 from opdlab.diagnostics.trace import to_host
 from opdlab.errors import require
@@ -68,7 +69,10 @@ class GateMonitor(StepCallback):
     - Scalars: the gated step's loss and gradient against the ungated ones (``gate/loss_ratio``,
       ``gate/gradient_cosine``, …), correlations of the weights (``gate/correlation/…``), and, over all steps since the
       last logged one, drift and weights by the age of the rollouts (``age/…``, ``reuse_epoch/…``).
-    - Plots of the whole run: ``gate/heat_map/weight``, ``gate/heat_map/drift``, ``gate/by_age``. They are drawn when
+    - Curves along the response, in 32 bins: the divergence from the teacher, entropy, teacher gap and weight
+      (``position/divergence/00`` to ``31``, …), and the share of the gradient in the first tenth.
+    - Plots of the whole run: ``gate/heat_map/weight``, ``gate/heat_map/drift``, ``gate/by_age``; and of the last logged
+      step, ``position/curves``. They are drawn when
       training ends or is stopped, and before that as long as drawing takes less than 0.5% of the run's time, first
       after about three minutes. The clock affects only when they are drawn, not their content.
     - A page of TensorBoard ("Custom scalars") that groups related scalars.
@@ -94,6 +98,7 @@ class GateMonitor(StepCallback):
         self._ages = new_age_table()  # of all steps up to the last logged one, on the host
         self._recent_ages = new_age_table()  # of the steps since then, on the device
         self._step_ages: Tensor | None = None  # of the current step, on the device
+        self._positions: dict[str, float] = {}  # of the last logged step
 
     # -- when ----------------------------------------------------------------------------------------------------
 
@@ -101,7 +106,7 @@ class GateMonitor(StepCallback):
         """Reset the data of an earlier run; a checkpoint's state is loaded after this."""
         if trainer.global_step == 0:
             self._history, self._ages = BlockHistory(self.max_blocks), new_age_table()
-            self._recent_ages = new_age_table()
+            self._recent_ages, self._positions = new_age_table(), {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the clock, and set up TensorBoard's page."""
@@ -135,13 +140,15 @@ class GateMonitor(StepCallback):
         """Log the step."""
         if not trainer.is_global_zero or not trainer.loggers:
             return
-        found = to_host({**gate_tensors(traces, self.max_blocks), "ages": self._recent_ages})
-        metrics, recent = read_gates(found), found["ages"]
+        tensors = {**gate_tensors(traces, self.max_blocks), **position_tensors(traces), "ages": self._recent_ages}
+        found = to_host(tensors)
+        metrics, recent, self._positions = read_gates(found), found["ages"], read_positions(found)
         self._recent_ages.zero_()
         self._ages += recent
         self._history.add(trainer.global_step, metrics.block_weights, metrics.block_drift)
+        scalars = {**metrics.scalars, **self._positions, **age_scalars(recent)}
         for logger in trainer.loggers:
-            logger.log_metrics({**metrics.scalars, **age_scalars(recent)}, step=trainer.global_step)
+            logger.log_metrics(scalars, step=trainer.global_step)
         log_media(trainer.loggers, trainer.global_step, histograms=metrics.histograms)
         if self._time.may_draw():
             self._draw(trainer)
@@ -163,13 +170,15 @@ class GateMonitor(StepCallback):
             return
         with self._time.drawing():
             # Imported here: matplotlib takes a third of a second to load.
-            from opdlab.diagnostics.gate_plots import block_heat_map, by_age, render
+            from opdlab.diagnostics.gate_plots import block_heat_map, by_age, position_curves, render
 
             figures = {}
             if self._history.steps:
                 weights, drift = self._history.values
                 figures["gate/heat_map/weight"] = block_heat_map(self._history.steps, weights, "weight")
                 figures["gate/heat_map/drift"] = block_heat_map(self._history.steps, drift, "drift")
+            if self._positions:
+                figures["position/curves"] = position_curves(self._positions)
             ages = read_ages(self._ages + self._recent_ages.cpu())["age"]
             if ages.ages:
                 figures["gate/by_age"] = by_age(ages)

@@ -37,7 +37,9 @@ PUBLIC = {
         "register_objective",
     ],
     "opdlab.objectives.functional": [
-        *("sampled_token_divergence", "sampled_token_loss", "support_divergence", "teacher_topk_loss"),
+        *("Divergence", "Estimator", "Reference", "Shape", "Tail", "clip_binds", "group_reward"),
+        *("policy_gradient_loss", "sampled_token_divergence", "sampled_token_loss", "support_divergence"),
+        *("teacher_advantage", "teacher_topk_loss"),
     ],
     "opdlab.scoring": [
         *("Head", "LowRank", "SupportTail", "TokenStatistics", "TopK", "support_logits", "support_statistics"),

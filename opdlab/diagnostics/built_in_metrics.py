@@ -12,6 +12,7 @@ _SAMPLED, _SUPPORT = "opdlab.objectives.SampledTokenOPD", "opdlab.objectives.Sup
 _EFFECT, _AGES = "opdlab.diagnostics.gate_metrics.gate_tensors", "opdlab.diagnostics.run_history.age_scalars"
 _COLLECTOR = "opdlab.rollouts.Collector.collect"
 _ROUTED, _CACHE = "opdlab.policies.RoutedTeacher", "opdlab.policies.TargetCache"
+_POSITIONS = "opdlab.diagnostics.positions.read_positions"
 _GUARD = "opdlab.callbacks.CollapseGuard"
 _BENCHMARK, _MEAN = (
     "opdlab.evaluation.benchmark_metrics.BenchmarkMetrics",
@@ -157,6 +158,25 @@ _ROWS = (
            _AGES, "grows with the epoch", Chart("age")),
     Metric("reuse_epoch/weight_mean/<epoch>", "mean weight by reuse epoch", "", "mean weight", _AGES, "as by age",
            Chart("age")),
+
+    # By position in the response, from GateMonitor: 32 bins, from 00 to 31.
+    Metric("position/divergence/<bin>", "divergence by position", "nats",
+           "mean divergence of the student from the teacher in each of 32 equal parts of a response: the objective's "
+           "own, else `exp(r) - 1 - r` of the sampled token, r = logq - logpi", _POSITIONS,
+           "falls everywhere; a rise along the response that grows from step to step says that the student leaves the "
+           "teacher's path", Chart("position")),
+    Metric("position/entropy/<bin>", "entropy by position", "nats",
+           "mean entropy of the student's next-token distribution in each part of a response", _POSITIONS,
+           "steady; near 0 at the end only: repetition", Chart("position")),
+    Metric("position/teacher_gap/<bin>", "teacher gap by position", "nats",
+           "mean of logq - logpi of the sampled token in each part of a response", _POSITIONS,
+           "rises towards 0 everywhere", Chart("position")),
+    Metric("position/weight/<bin>", "weight by position", "", "mean weight of the gate in each part of a response",
+           _POSITIONS, "around 1; a slope says that the gate teaches the beginning or the end", Chart("position")),
+    Metric("position/gradient_share/first_tenth", "gradient share of the first tenth", "share",
+           "share of the squared gated gradient at the last hidden states that lies in the first tenth of each "
+           "response: Σ c²w²g² over these positions, over that of all", _POSITIONS,
+           "0.1 where all positions count alike; above 0.5 the first tokens make the step", Chart("position")),
 
     # The rollout buffer, and time.
     Metric("rollout/length", "length", "tokens", "mean length of the buffer's responses", _COLLECT, "steady",

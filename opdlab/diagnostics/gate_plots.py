@@ -4,13 +4,15 @@ matplotlib is imported when a figure is made, and its global state stays unchang
 ``rcParams``. Figures are small with large type, for the cards of TensorBoard.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from opdlab.diagnostics.metric_table import metric_title
+from opdlab.diagnostics.positions import CURVES, NUM_BINS
 from opdlab.diagnostics.run_history import AgeMetrics
 
 if TYPE_CHECKING:
@@ -111,4 +113,29 @@ def by_age(metrics: AgeMetrics) -> "Figure":
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
         axes.margins(x=0.02)
+    return figure
+
+
+def position_curves(scalars: Mapping[str, float]) -> "Figure":
+    """Return a plot of each curve of :mod:`opdlab.diagnostics.positions` along the response, one above the other.
+
+    Args:
+        scalars: of a step by name; bins without a value are left out, curves without any too.
+    """
+    from matplotlib.ticker import FixedLocator
+
+    found: dict[str, tuple[list[float], list[float]]] = {}
+    for name in CURVES:
+        named = {n: scalars.get(f"position/{name}/{n:02d}") for n in range(NUM_BINS)}
+        known = {n: value for n, value in named.items() if value is not None}
+        if known:
+            found[name] = [(n + 0.5) / NUM_BINS for n in known], list(known.values())
+    labels = [metric_title(f"position/{name}/00").replace(" by position", "") for name in found]
+    figure, rows = _figure("Along the response", "part of the response", *labels)
+    figure.set_figheight(1.3 + 1.3 * len(rows))
+    for axes, (places, values) in zip(rows, found.values(), strict=True):
+        axes.plot(places, values, marker="o", markersize=3, color="tab:blue")
+        axes.set_xlim(0, 1)
+        axes.grid(alpha=0.3)
+    rows[-1].xaxis.set_major_locator(FixedLocator([0, 0.25, 0.5, 0.75, 1]))
     return figure

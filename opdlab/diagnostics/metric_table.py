@@ -19,9 +19,10 @@ _PLACEHOLDERS = {
     "<n>": r"\d+",
     "<age>": r"\d+",
     "<epoch>": r"\d+",
+    "<bin>": r"\d+",
 }
 # The order of TensorBoard's pages; pages of plug-ins follow.
-_PAGES = ("drift", "gate", "gated against ungated step", "age", "loss", "rollout", "validation")
+_PAGES = ("drift", "gate", "gated against ungated step", "age", "loss", "position", "rollout", "validation")
 
 
 @dataclass(frozen=True)

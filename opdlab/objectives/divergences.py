@@ -78,7 +78,7 @@ def support_divergence(
         >>> whole = {"student_log_normalizer": torch.tensor(0.0), "teacher_log_normalizer": torch.tensor(0.0)}
         >>> for tail in ("renormalize", "bucket", "drop"):
         ...     print(f"{support_divergence(student, teacher, divergence='reverse_kl', tail=tail, **whole):.4f}")
-        0.0258
+        0.0257
         0.1116
         -0.1175
 
@@ -195,6 +195,12 @@ def check_divergence(divergence: str, beta: float, alpha: float) -> None:
         require(0 < beta < 1, f"beta is {beta}, but must lie between 0 and 1")
     if divergence.startswith("skew"):
         require(0 <= alpha < 1, f"alpha is {alpha}, but must be at least 0 and below 1")
+
+
+def unused_by(divergence: str) -> set[str]:
+    """Return which of the options ``beta`` and ``alpha`` a divergence does not use."""
+    used = {"beta": divergence == "jsd", "alpha": divergence.startswith("skew")}
+    return {name for name, uses in used.items() if not uses}
 
 
 def _log_tail_mass(log_mass: Tensor, normalizer: Tensor, log_tail: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from opdlab.errors import UsageError, require
 from opdlab.objectives.base import Objective, PositionLosses, register_objective
-from opdlab.objectives.divergences import Divergence, check_divergence
+from opdlab.objectives.divergences import Divergence, check_divergence, unused_by
 from opdlab.policies.language_model import LanguageModel, Scored
 from opdlab.policies.teacher import Teacher
 from opdlab.scoring import TokenStatistics
@@ -40,6 +40,11 @@ class FullDivergence(Objective):
     def request(self) -> TeacherRequest:
         """Return the required teacher outputs: its last hidden states."""
         return TeacherRequest(hidden=True)
+
+    @property
+    def unused_options(self) -> set[str]:
+        """Return the options that have no effect; see :attr:`Objective.unused_options`."""
+        return unused_by(self.divergence)
 
     def setup(self, student: LanguageModel, teacher: Teacher) -> None:
         """Keep the teacher, whose head every step reads.

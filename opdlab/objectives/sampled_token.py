@@ -21,6 +21,7 @@ from opdlab.objectives.functional import (
     teacher_advantage,
 )
 from opdlab.policies.language_model import Scored
+from opdlab.scoring import TokenStatistics
 from opdlab.types import Rollouts, Targets, TeacherRequest
 
 Baseline = Literal["none", "support_kl"]
@@ -146,11 +147,13 @@ class SampledTokenOPD(Objective):
 
     def position_losses(self, student: Scored, rollouts: Rollouts, targets: Targets) -> PositionLosses:
         """Return the loss of every position; see :meth:`Objective.position_losses`."""
-        statistics = student.statistics()
+        baseline, statistics = (
+            support_kl(student, targets) if self.baseline == "support_kl" else (None, student.statistics())
+        )
         logprobs = student.padded(statistics.logprobs)
         metrics: dict[str, Tensor] = {}
         if self.estimator == "policy_gradient":
-            advantage = self._advantage(student, logprobs, rollouts, targets, metrics)
+            advantage = self._advantage(logprobs, baseline, rollouts, targets, metrics)
             losses = policy_gradient_loss(
                 logprobs, rollouts.behavior_logprobs, advantage, clip=self.clip, dual_clip=self.dual_clip
             )
@@ -160,7 +163,8 @@ class SampledTokenOPD(Objective):
                 metrics["clip_share"] = binds.float()
         else:
             losses = sampled_token_divergence(logprobs, targets.logprobs, estimator=self.estimator)
-        return PositionLosses(losses, logprobs.detach(), student.padded(statistics.entropy), metrics)
+        entropy = student.padded(statistics.entropy)
+        return PositionLosses(losses, logprobs.detach(), entropy, metrics, divergence=baseline)
 
     def _teacher_advantage(self, logprobs: Tensor, behavior_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
         clamps = self.shape == "identity" and self.advantage_clamp is not None
@@ -170,12 +174,17 @@ class SampledTokenOPD(Objective):
         )
 
     def _advantage(
-        self, student: Scored, logprobs: Tensor, rollouts: Rollouts, targets: Targets, metrics: dict[str, Tensor]
+        self,
+        logprobs: Tensor,
+        baseline: Tensor | None,
+        rollouts: Rollouts,
+        targets: Targets,
+        metrics: dict[str, Tensor],
     ) -> Tensor:
         """Return the advantage, [B, T], and add the metrics of its parts."""
         advantage = self._teacher_advantage(logprobs, rollouts.behavior_logprobs, targets.logprobs)
-        if self.baseline == "support_kl":
-            metrics["baseline"] = baseline = student.padded(support_kl(student, targets))
+        if baseline is not None:
+            metrics["baseline"] = baseline
             advantage = advantage + baseline
         if self.reward_weight:
             reward = self.reward_weight * self._reward(rollouts)
@@ -198,20 +207,29 @@ class SampledTokenOPD(Objective):
         return reward[:, None] * rollouts.mask  # [B] -> [B, T]
 
 
-@torch.no_grad()
-def support_kl(student: Scored, targets: Targets) -> Tensor:
-    """Return the student's reverse KL on the teacher's support with one bucket for all other tokens, [N] nats."""
+def support_kl(student: Scored, targets: Targets) -> tuple[Tensor, TokenStatistics]:
+    """Return the student's reverse KL on the teacher's support with one bucket for all other tokens.
+
+    Args:
+        student: its scores.
+        targets: with a support and its tail.
+
+    Returns:
+        The divergence, [B, T] nats, detached; and the statistics of the sampled tokens from the same pass.
+    """
     assert targets.support_ids is not None
     assert targets.support_logits is not None
     assert targets.log_normalizer is not None
-    logits, statistics = student.support_statistics(targets.support_ids)
-    return support_divergence(
+    assert targets.log_tail is not None
+    *_, logits, log_tail, statistics = student.support_tail(targets.support_ids)
+    divergence = support_divergence(
         logits.detach(),
         targets.support_logits[student.mask],
         divergence="reverse_kl",
         tail="bucket",
-        # The student's tail comes from its normalizer: where it is below 1e-6, it hardly counts in this sum.
         student_log_normalizer=statistics.log_normalizer.detach(),
         teacher_log_normalizer=targets.log_normalizer[student.mask],
-        teacher_log_tail=None if targets.log_tail is None else targets.log_tail[student.mask],
+        student_log_tail=log_tail.detach(),
+        teacher_log_tail=targets.log_tail[student.mask],
     )
+    return student.padded(divergence), statistics

@@ -363,7 +363,7 @@ def test_every_scalar_has_a_chart_and_every_chart_a_scalar(make_run: MakeRun, tm
     for pattern in patterns:
         assert any(re.match(pattern, tag) for tag in tags), pattern
     for tag in tags:
-        if tag.startswith(("gate/", "age/", "reuse_epoch/", "train/drift", "val/mean")):
+        if tag.startswith(("gate/", "age/", "position/", "reuse_epoch/", "train/drift", "val/mean")):
             assert any(re.match(pattern, tag) for pattern in patterns), tag
 
 
@@ -375,6 +375,8 @@ def test_other_loggers_get_the_scalars(make_run: MakeRun, tmp_path: Path) -> Non
         rows = [row for row in csv.DictReader(file) if row.get("gate/gradient_cosine")]
     assert [row["step"] for row in rows] == ["2", "4"]
     assert float(rows[1]["age/drift/002"]) > 0
+    entropies = [float(rows[1][f"position/entropy/{n:02d}"]) for n in range(32)]
+    assert all(value > 0 for value in entropies)
 
 
 def test_a_run_without_a_logger_does_no_work(make_run: MakeRun) -> None:

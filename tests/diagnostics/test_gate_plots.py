@@ -8,7 +8,7 @@ import torch
 from matplotlib.collections import QuadMesh
 from matplotlib.figure import Figure
 
-from opdlab.diagnostics.gate_plots import block_heat_map, by_age, render
+from opdlab.diagnostics.gate_plots import block_heat_map, by_age, position_curves, render
 from opdlab.diagnostics.run_history import AgeMetrics
 from tests.children import run_child
 
@@ -55,6 +55,14 @@ def test_by_age_shows_drift_and_spread() -> None:
     assert (np.max(band[:, 1]), np.min(band[:, 1])) == pytest.approx((1.1, 0.7))  # type: ignore[index]
     assert "nats" in upper.get_ylabel()
     assert "refresh" in lower.get_xlabel()
+
+
+def test_curves_along_the_response_have_a_point_for_each_known_bin() -> None:
+    scalars = {"position/entropy/00": 0.5, "position/entropy/31": 0.25, "position/weight/16": 1.0}
+    upper, lower = position_curves(scalars).axes
+    assert upper.lines[0].get_xydata().tolist() == [[1 / 64, 0.5], [63 / 64, 0.25]]  # type: ignore[union-attr]
+    assert lower.lines[0].get_xydata().tolist() == [[33 / 64, 1.0]]  # type: ignore[union-attr]
+    assert (upper.get_ylabel(), lower.get_ylabel()) == ("entropy, nats", "weight")
 
 
 def test_a_figure_becomes_pixels() -> None:

@@ -18,11 +18,11 @@ from tests.toy_run import Run
 MakeRun = Callable[..., Run]
 
 
-class OddLength(Verifier):
-    """Accepts responses of an odd number of characters, so that both verdicts occur."""
+class Parity(Verifier):
+    """Accepts responses whose characters have an odd sum, so that both verdicts occur."""
 
     def verify(self, responses: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
-        return [Verdict(len(response) % 2 == 1, None, "parity") for response in responses]
+        return [Verdict(sum(map(ord, response)) % 2 == 1, None, "parity") for response in responses]
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Batches(Callback):
 def test_groups_are_those_of_the_buffer(make_run: MakeRun) -> None:
     batches = Batches()
     run = make_run(objective=SampledTokenOPD(reward_weight=0.5), sampling={"num_samples": 3}, callbacks=(batches,))
-    run.data.train_source.verifier = OddLength()
+    run.data.train_source.verifier = Parity()
     run.fit(3)  # one pass over a buffer of 24 rollouts
     ids = torch.cat([rollouts.prompt_ids for rollouts in batches.rollouts])
     columns = [[getattr(r, name) for r in batches.rollouts] for name in ("correct", "group_accuracy", "group_size")]
@@ -54,7 +54,7 @@ def test_groups_are_those_of_the_buffer(make_run: MakeRun) -> None:
 
 def test_a_reward_changes_the_run_and_a_weight_of_zero_does_not(make_run: MakeRun) -> None:
     losses = []
-    for verifier, weight in ((None, 0.0), (OddLength(), 0.0), (OddLength(), 0.5)):
+    for verifier, weight in ((None, 0.0), (Parity(), 0.0), (Parity(), 0.5)):
         run = make_run(objective=SampledTokenOPD(reward_weight=weight))
         run.data.train_source.verifier = verifier
         run.fit(3)

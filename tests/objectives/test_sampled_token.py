@@ -35,7 +35,7 @@ def apply(objective: SampledTokenOPD, **changes: Any) -> tuple[PositionLosses, T
     scored, rollouts, targets, _, _ = scored_batch()
     rollouts = replace(drifted(rollouts, scored, (0.1, 0.5, -0.5, 2.0, -0.05)), **changes)
     losses = objective.position_losses(scored, rollouts, targets)
-    (gradient,) = torch.autograd.grad(losses.losses.sum(), scored.hidden)
+    (gradient,) = torch.autograd.grad(losses.losses.sum(), scored.hidden, retain_graph=True)
     return losses, gradient, (scored, rollouts, targets)
 
 
@@ -175,8 +175,8 @@ def test_support_kl_is_detached() -> None:
     scored, rollouts, targets, _, _ = with_tail(4)
     seen = SampledTokenOPD(baseline="support_kl", k=4, clip=None).position_losses(scored, rollouts, targets)
     (gradient,) = torch.autograd.grad(seen.losses.sum(), scored.hidden, retain_graph=True)
-    logprobs = scored.padded(scored.statistics().logprobs)
-    loss = -(logprobs - rollouts.behavior_logprobs).exp() * seen.metrics["advantage"]
+    logprobs = scored.padded(scored.support_tail(targets.support_ids).statistics.logprobs)
+    loss = policy_gradient_loss(logprobs, rollouts.behavior_logprobs, seen.metrics["advantage"], clip=None)
     assert torch.equal(gradient, torch.autograd.grad(loss.sum(), scored.hidden)[0])
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from opdlab.errors import UsageError
 from opdlab.gating import GateInputs, RuleGate, build_gate
 from opdlab.module import OPDModule
-from opdlab.objectives import Objective, SampledTokenOPD, TeacherTopK
+from opdlab.objectives import Objective, SampledTokenOPD, SupportDivergence, TeacherTopK
 from opdlab.policies import LanguageModel, LocalTeacher
 from opdlab.strategies import (
     FilterReweightGate,
@@ -183,6 +183,16 @@ def test_a_run_computes_what_a_control_needs(
         [step["gate/std"] for step in whole.steps.values()], rel=1e-2, abs=1e-4
     )
     assert whole.steps[3]["gate/std"] > 0
+
+
+@pytest.mark.parametrize("support", ["student", "union"])
+def test_a_run_computes_the_teachers_mass_on_the_students_tokens(make_run: Callable[..., Run], support: str) -> None:
+    objective = SupportDivergence("forward_kl", support, "renormalize", k=4)  # type: ignore[arg-type]
+    run = make_run(gate=build_gate("ta_opd", share=0.25), objective=objective, refresh=100)
+    run.fit(2)
+    for step in run.recorder.steps.values():
+        assert step["gate/max"] == pytest.approx(4, rel=0.1)  # a quarter of the positions, with weights of mean 1
+        assert step["gate/min"] == 0
 
 
 class HungryGate(RuleGate):
