@@ -14,7 +14,7 @@ from torch import Tensor
 from opdlab.callbacks import PoolRecorder
 from opdlab.errors import UsageError
 from opdlab.gating import GateInputs, GateStrategy, RuleGate, build_gate
-from opdlab.objectives import SampledTokenOPD, SupportDivergence, TeacherTopK
+from opdlab.objectives import FullDivergence, SampledTokenOPD, SupportDivergence, TeacherTopK
 from opdlab.replay import Grid, RecordedStep, ReplayConfig, Replayer, Variant, expand, read_record, record_folders
 from opdlab.replay.step_gradients import mixtures, sketch
 from opdlab.replay.steps import PLOTTED_TAUS, Row, effective_sample_size
@@ -51,8 +51,9 @@ def row_of(rows: Sequence[Row], **values: Any) -> Row:
         {"gate": "span", "accumulate": 2, "reduction": "sequence_mean"},
         {"gate": "token", "accumulate": 4, "objective": SampledTokenOPD()},
         {"gate": "block32", "accumulate": 2, "objective": SupportDivergence("jsd", "union", "drop", k=4)},
+        {"gate": "block64", "accumulate": 2, "objective": FullDivergence("jsd")},
     ],
-    ids=["none", "block32", "adaptive_tau", "accumulated_spans", "accumulated_tokens", "union"],
+    ids=["none", "block32", "adaptive_tau", "accumulated_spans", "accumulated_tokens", "union", "whole vocabulary"],
 )
 def test_the_runs_own_gate_gives_its_losses_to_the_bit(make_run: MakeRun, options: dict[str, Any]) -> None:
     run, records = recorded(make_run, [1, 3, 4], **options)
