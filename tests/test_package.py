@@ -32,9 +32,9 @@ PUBLIC = {
         *("RunFiles", "SampleLogger", "StopCheckpoint", "LabProgressBar"),
     ],
     "opdlab.objectives": [
-        *("FullDivergence", "Objective", "PositionLosses", "Reduction", "SampledTokenOPD", "SupportDivergence"),
-        *("TeacherTopK", "build_objective", "loss_shares", "objective_names", "objective_registry", "reduce_losses"),
-        "register_objective",
+        *("Objective", "PositionLosses", "Reduction", "SampledTokenOPD", "SupportDivergence", "TeacherTopK"),
+        *("build_objective", "loss_shares", "objective_names", "objective_registry", "reduce_losses"),
+        *("FullDivergence", "register_objective"),
     ],
     "opdlab.objectives.functional": [
         *("Divergence", "Estimator", "Reference", "Shape", "Tail", "clip_binds", "full_divergence", "group_reward"),
@@ -43,14 +43,8 @@ PUBLIC = {
     ],
     "opdlab.scoring": [
         *("Head", "LowRank", "SupportTail", "TokenStatistics", "TopK", "support_logits", "support_statistics"),
-        *(
-            "divergence_statistics",
-            "support_tail",
-            "token_logprobs",
-            "token_statistics",
-            "topk_with_statistics",
-            "topk_with_tail",
-        ),
+        "divergence_statistics",
+        *("support_tail", "token_logprobs", "token_statistics", "topk_with_statistics", "topk_with_tail"),
     ],
     "opdlab.metrics": ["MajorityVote", "PassAtK", "ProblemMean"],
     "opdlab.verifiers": [

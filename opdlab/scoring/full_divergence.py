@@ -61,8 +61,8 @@ def divergence_statistics(
         UsageError: one side has ids that the other one lacks, and the divergence is infinite for these.
     """
     head, rule = head.gathered(), Rule.of(divergence, beta, alpha)
-    teacher = LogitTiles(teacher_head.gathered().detached(), teacher_hidden.detach())
-    rule.check(head.num_ids, teacher.head.num_ids)
+    teacher = teacher_head.gathered().detached(), teacher_hidden.detach()
+    rule.check(head.num_ids, teacher[0].num_ids)
     with autocast_inputs(hidden) as states:
         outputs: tuple[Tensor, ...] = _FullDivergence.apply(  # type: ignore[no-untyped-call]
             states, *head.tensors, targets, head, teacher, rule
@@ -74,8 +74,6 @@ def divergence_statistics(
 
 # Of a tile: ``a``, ``a g`` up to a multiple of ``a``, and the part of the divergence, [N'], if it is wanted.
 Terms = tuple[Tensor, Tensor, Tensor | None]
-
-
 # Both logarithms are overwritten, and so are the terms by those of the next tile.
 TermsOf = Callable[[Tensor, Tensor, float, bool, Buffers], Terms]
 
@@ -342,7 +340,7 @@ class _FullDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         *tensors, targets, head, teacher, rule = inputs  # the tensors are the head's
-        sums = _Sums(_Pair(LogitTiles(head, hidden), teacher), rule, targets)
+        sums = _Sums(_Pair(LogitTiles(head, hidden), LogitTiles(*teacher)), rule, targets)
         ctx.head, ctx.teacher, ctx.rule = head, teacher, rule
         ctx.save_for_backward(hidden, *tensors, sums.statistics.log_normalizer, sums.teacher_normalizer, sums.mean)
         ctx.mark_non_differentiable(*sums.statistics)
@@ -352,7 +350,7 @@ class _FullDivergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, *_, student_normalizer, teacher_normalizer, mean = ctx.saved_tensors
-        pair, upstream, rule = _Pair(LogitTiles(ctx.head, hidden), ctx.teacher), gradients[0], ctx.rule
+        pair, upstream, rule = _Pair(LogitTiles(ctx.head, hidden), LogitTiles(*ctx.teacher)), gradients[0], ctx.rule
         sums, buffers = HeadGradients(ctx, pair.student), Buffers()
         for rows, columns, ours, theirs in pair.shared():
             for inner, outer in _pieces(ours, rows.start):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from opdlab.errors import UsageError
@@ -213,6 +214,29 @@ def test_a_student_that_lacks_ids(models: Callable[[str], str]) -> None:
     with torch.no_grad():
         own, other = (logits(each.model, of_prompt).double() for each in (student, teacher.model))
     torch.testing.assert_close(loss.detach().double(), plain_divergence(own[:, :30], other, "jsd").mean())
+
+
+def test_log_probabilities_come_from_the_same_pass(models: Callable[[str], str]) -> None:
+    student, teacher = LanguageModel(models("llama untied")), LocalTeacher(models("teacher"))
+    objective, of_prompt = FullDivergence(), rollouts()
+    objective.setup(student, teacher)
+    targets = teacher.score(of_prompt, objective.request)
+    scores = student.score(of_prompt)
+    products = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal products
+            products += func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out)
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        own = objective.own_logprobs(scores, of_prompt, targets)  # of a fresh buffer
+        positions = objective.position_losses(scores, of_prompt, targets)
+    assert products == 2  # one with each head
+    assert torch.equal(own, positions.logprobs)
+    expected = scores.padded(scores.statistics().logprobs)
+    torch.testing.assert_close(own, expected.detach())
 
 
 # -- in a run ----------------------------------------------------------------------------------------------------------
