@@ -29,6 +29,7 @@ from opdlab.module import OPDModule
 from opdlab.types import Minibatch
 from opdlab.viewer import choose_rollouts
 
+_Buffer = tuple[Tensor, Mapping[str, float]]
 _DEAD = {
     "weights": "the gate's weights were all 0 in {} steps: nothing is trained",
     "loss": "the loss was exactly 0 in {} steps, though student and teacher differ",
@@ -82,10 +83,10 @@ class CollapseGuard(pl.Callback):
         # Sums on the device; see `opdlab.diagnostics.collapse`.
         self._dead = torch.zeros(2, dtype=torch.long)
         self._step, self._entropy = torch.zeros(4), torch.zeros(3)
-        self._buffer: tuple[Tensor, Mapping[str, float]] | None = None  # with the metrics of its sampling
-        self._finished: list[tuple[Tensor, Mapping[str, float]]] = []
+        self._buffer: _Buffer | None = None  # with the metrics of its sampling
+        self._finished: list[_Buffer] = []
         # Both as the last whole optimizer batch left them: a run that resumes inside one repeats it from its start.
-        self._whole = self._buffer, self._finished
+        self._whole: tuple[_Buffer | None, list[_Buffer]] = None, []
         self._traces: list[StepTrace] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

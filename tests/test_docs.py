@@ -177,7 +177,8 @@ def test_the_pages_objective_runs_from_yaml(folder: Path) -> None:
     example = (folder / "my_objectives.py").read_text()
     assert len(example.strip().splitlines()[1:]) == 15
     importlib.invalidate_caches()
-    assert main(["fit", "-c", "my_run.yaml", "--trainer.max_steps", "2", "--trainer.limit_val_batches", "0"]) == 0
+    options = "--trainer.limit_val_batches 0 --sample_logger.every_n_steps 1 --model.sampling.max_new_tokens 24"
+    assert main(["fit", "-c", "my_run.yaml", "--trainer.max_steps", "2", *options.split()]) == 0
     (page, *_) = (folder / "runs").rglob("step-*.html")
     assert "SquaredGap(margin=0.5)" in page.read_text()
 

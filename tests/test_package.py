@@ -34,15 +34,16 @@ PUBLIC = {
     "opdlab.objectives": [
         *("Objective", "PositionLosses", "Reduction", "SampledTokenOPD", "SupportDivergence", "TeacherTopK"),
         *("build_objective", "loss_shares", "objective_names", "objective_registry", "reduce_losses"),
-        "register_objective",
+        *("FullDivergence", "register_objective"),
     ],
     "opdlab.objectives.functional": [
-        *("Divergence", "Estimator", "Reference", "Shape", "Tail", "clip_binds", "group_reward"),
+        *("Divergence", "Estimator", "Reference", "Shape", "Tail", "clip_binds", "full_divergence", "group_reward"),
         *("policy_gradient_loss", "sampled_token_divergence", "sampled_token_loss", "support_divergence"),
         *("teacher_advantage", "teacher_topk_loss"),
     ],
     "opdlab.scoring": [
         *("Head", "LowRank", "SupportTail", "TokenStatistics", "TopK", "support_logits", "support_statistics"),
+        "divergence_statistics",
         *("support_tail", "token_logprobs", "token_statistics", "topk_with_statistics", "topk_with_tail"),
     ],
     "opdlab.metrics": ["MajorityVote", "PassAtK", "ProblemMean"],

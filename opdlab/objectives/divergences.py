@@ -112,7 +112,7 @@ def support_divergence(
     left_out = None if valid is None else ~valid
     if left_out is not None and tail == "bucket":
         left_out = torch.cat([left_out, torch.zeros_like(left_out[..., :1])], -1)
-    return _divergence(*sides, divergence, beta, alpha, left_out)
+    return _divergence(sides[0], sides[1], divergence, beta, alpha, left_out)
 
 
 def full_divergence(

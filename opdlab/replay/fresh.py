@@ -26,11 +26,13 @@ def recorded_prompts(record: RecordedStep, names: Sequence[str] = ()) -> list[Pr
     prompts = []
     for rollouts in (batch.rollouts for batch in record.batches):
         own = _unpadded(rollouts.prompt_tokens, rollouts.prompt_mask)
-        seen = _unpadded(rollouts.teacher_prompt_tokens, rollouts.teacher_prompt_mask) or [None] * len(own)
+        seen: Sequence[tuple[int, ...] | None] = [None] * len(own)
+        if rollouts.teacher_prompt_tokens is not None:
+            seen = _unpadded(rollouts.teacher_prompt_tokens, rollouts.teacher_prompt_mask)
         ids = [None] * len(own) if rollouts.teacher_ids is None else rollouts.teacher_ids.tolist()
-        for index, teacher, *tokens in zip(rollouts.prompt_ids.tolist(), ids, own, seen, strict=True):
+        for index, teacher, tokens, of_teacher in zip(rollouts.prompt_ids.tolist(), ids, own, seen, strict=True):
             problem = Problem(str(index), "", None, teacher=None if teacher is None else names[teacher])
-            prompts.append(Prompt(index, problem, *tokens))
+            prompts.append(Prompt(index, problem, tokens, of_teacher))
     return prompts
 
 

@@ -170,7 +170,7 @@ def with_groups(rollouts: Rollouts) -> Rollouts:
     counted = rollouts.correct >= 0
     if rollouts.demonstration is not None:
         counted &= ~rollouts.demonstration
-    prompts, group = rollouts.prompt_ids.unique(return_inverse=True)
+    prompts, group = rollouts.prompt_ids.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     size = torch.zeros_like(prompts).index_add_(0, group, counted.long())
     hits = torch.zeros_like(prompts).index_add_(0, group, (counted & (rollouts.correct > 0)).long())
     accuracy = hits / size.clamp(min=1)

@@ -287,7 +287,7 @@ class ObjectiveTester(LawTester):
     def _by_row(self, batch: Batch) -> list[Tensor]:
         """Return the losses of each rollout's valid positions, [n, 1] each."""
         losses, _ = self._valid(batch, batch.rollouts, batch.targets)
-        return list(losses.split(batch.rollouts.num_tokens.tolist()))
+        return list(losses.split_with_sizes(batch.rollouts.num_tokens.tolist()))
 
     @staticmethod
     def _compare(

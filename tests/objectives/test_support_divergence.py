@@ -5,6 +5,7 @@
 import copy
 import functools
 import math
+import re
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, get_args
@@ -13,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from opdlab.cli.estimate import estimate
+from opdlab.cli.parsing import parse_fit
 from opdlab.diagnostics import StepTrace
 from opdlab.diagnostics.collapse import entropy_sums
 from opdlab.errors import UsageError
@@ -181,7 +184,7 @@ def test_the_whole_vocabulary_has_an_empty_tail() -> None:
     found = Collector(made.behavior, made.teacher, request).collect(PROMPTS, seed=3)
     scored = made.student.score(found.rollouts)
     for tail in ("bucket", "drop"):
-        losses = SupportDivergence(support="union", tail=tail, k=V).position_losses(scored, *parts(found)).losses  # type: ignore[arg-type]
+        losses = SupportDivergence(support="union", tail=tail, k=V).position_losses(scored, *parts(found)).losses
         z, q = plain_logits(made.student, found.rollouts), plain_logits(made.teacher.model, found.rollouts)
         full = (z.softmax(1) * (z.log_softmax(1) - q.log_softmax(1))).sum(1)
         torch.testing.assert_close(losses[scored.mask], full, rtol=1e-4, atol=1e-5)
@@ -218,7 +221,7 @@ def test_one_token_is_refused_only_where_it_says_nothing(support: Any) -> None:
     with pytest.raises(UsageError, match="k is 1, but must be at least 2: renormalised over a single token"):
         SupportDivergence(support=support, tail="renormalize", k=1)
     for tail in ("bucket", "drop"):
-        assert SupportDivergence(support=support, tail=tail, k=1).k == 1  # type: ignore[arg-type]
+        assert SupportDivergence(support=support, tail=tail, k=1).k == 1
 
 
 @pytest.mark.parametrize(
@@ -272,6 +275,24 @@ def test_the_snapshots_tokens_are_found_for_rows_that_it_need_not_score() -> Non
     assert torch.equal(ids[every.rollouts.mask].long(), logits.topk(K).indices)
     assert not some.rollouts.behavior_logprobs[[1, 4]].any()  # the training step fills them in
     assert torch.equal(some.rollouts.behavior_logprobs[[0, 2]], every.rollouts.behavior_logprobs[[0, 2]])
+
+
+@pytest.mark.parametrize("tail", ["renormalize", "bucket"])
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_the_buffer_takes_what_is_estimated(support: Any, tail: Any) -> None:
+    flags = {"objective": "support_divergence", "objective.support": support, "objective.tail": tail, "objective.k": K}
+    config = parse_fit(["-c", "quickstart", *(f"--model.{name}={value}" for name, value in flags.items())])
+    _, said = estimate(config).host["rollout buffer"]
+    found = re.search(r"tokens x (\d+) bytes", said)
+    assert found is not None
+    rollouts, targets = parts(pool(support, tail != "renormalize"))
+    tensors = {**rollouts.state_dict(), **replace(targets, entropy=None).state_dict()}
+    per_token = {
+        name: tensor[0, 0].numel() * (4 if name.endswith("support_ids") else tensor.element_size())
+        for name, tensor in tensors.items()
+        if torch.is_tensor(tensor) and tensor.shape[:2] == rollouts.mask.shape
+    }
+    assert int(found[1]) == sum(per_token.values()), per_token
 
 
 @pytest.mark.parametrize("support", SUPPORTS)

@@ -46,7 +46,8 @@ def test_each_rollout_is_scored_by_its_teacher(keep: bool, monkeypatch: pytest.M
     assert teacher.score(rollouts, request).logprobs.equal(targets.logprobs)
     assert loads == [TEACHER, STUDENT] * (1 if keep else 3)
     for number, path in enumerate((TEACHER, STUDENT)):
-        rows = (rollouts.teacher_ids == number).nonzero().view(-1)
+        assert rollouts.teacher_ids is not None
+        rows = rollouts.teacher_ids.eq(number).nonzero().view(-1)
         alone = LocalTeacher(path).score(rollouts.rows(rows), request)
         for name in ("logprobs", "support_ids", "support_logits", "support_mass", "entropy"):
             assert torch.equal(getattr(targets, name)[rows], getattr(alone, name)), name
