@@ -70,7 +70,7 @@ def main() -> int:
                 rows[peer].append(_child(arguments, sizes, task, peer))
                 result["versions"][peer] = rows[peer][-1].pop("versions")
         result["tasks"][task] = rows
-        Console(width=120).print(table(task, rows))
+        Console(width=160).print(table(task, rows))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1, default=str))
     return 0

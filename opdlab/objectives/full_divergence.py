@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from opdlab.errors import UsageError, require
+from opdlab.errors import UsageError
 from opdlab.objectives.base import Objective, PositionLosses, register_objective
 from opdlab.objectives.divergences import Divergence, check_divergence, unused_by
 from opdlab.policies.language_model import LanguageModel, Scored
@@ -54,12 +54,6 @@ class FullDivergence(Objective):
                 because the student lacks ids.
         """
         size = teacher.head().num_ids
-        require(
-            not teacher.follows_student,
-            f"model.teacher is {type(teacher).__name__}, which follows the student's weights: its head changes after "
-            "each step, and the hidden states of the rollout buffer do not: set its decay to null, or take an "
-            "objective on a support such as support_divergence",
-        )
         try:
             Rule.of(self.divergence, self.beta, self.alpha).check(student.vocab_size, size)
         except UsageError as error:

@@ -59,6 +59,13 @@ def divergence_statistics(
 
     Raises:
         UsageError: one side has ids that the other one lacks, and the divergence is infinite for these.
+
+    Example:
+        >>> hidden, head = torch.ones(1, 1), Head(torch.tensor([[0.0], [1.0], [2.0]]))
+        >>> other, targets = Head(torch.tensor([[0.0], [1.0], [3.0]])), torch.tensor([2])
+        >>> values, statistics = divergence_statistics(hidden, head, hidden, other, targets, divergence="reverse_kl")
+        >>> values, statistics.logprobs
+        (tensor([0.0970]), tensor([-0.4076]))
     """
     head, rule = head.gathered(), Rule.of(divergence, beta, alpha)
     teacher = teacher_head.gathered().detached(), teacher_hidden.detach()
