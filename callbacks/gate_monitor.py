@@ -177,11 +177,11 @@ class GateMonitor(StepCallback):
                 weights, drift = self._history.values
                 figures["gate/heat_map/weight"] = block_heat_map(self._history.steps, weights, "weight")
                 figures["gate/heat_map/drift"] = block_heat_map(self._history.steps, drift, "drift")
-            if self._positions:
-                figures["position/curves"] = position_curves(self._positions)
             ages = read_ages(self._ages + self._recent_ages.cpu())["age"]
             if ages.ages:
                 figures["gate/by_age"] = by_age(ages)
+            if self._positions:
+                figures["position/curves"] = position_curves(self._positions)
             images = {tag: render(figure) for tag, figure in figures.items()}
             log_media(trainer.loggers, trainer.global_step, images=images)
 

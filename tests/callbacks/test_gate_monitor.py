@@ -286,7 +286,7 @@ def test_a_monitor_used_twice_begins_anew(make_run: MakeRun, tmp_path: Path) -> 
 def test_pictures_are_there_at_the_end(make_run: MakeRun, tmp_path: Path) -> None:
     fit(make_run, tmp_path, 3, GateMonitor(every_n_steps=2))
     events = read(tmp_path)
-    pictures = ["gate/heat_map/weight", "gate/heat_map/drift", "gate/by_age"]
+    pictures = ["gate/heat_map/weight", "gate/heat_map/drift", "gate/by_age", "position/curves"]
     assert events.Tags()["images"] == pictures
     for tag in pictures:
         (event,) = events.Images(tag)
