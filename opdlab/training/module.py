@@ -117,7 +117,8 @@ class OPDModule(EvaluationModule):
             data.check_teachers(self.teacher.names)
         if stage == "fit":
             checks.warn_of_bias(self.objective, data.demonstrations.share if data is not None else 0.0)
-            checks.check_own_teacher(self.teacher, self.trainer, self.whole_weights, data and data.train_prompts)
+            prompts = None if data is None else data.train_prompts
+            checks.check_own_teacher(self.teacher, self.trainer, self.whole_weights, prompts)
         super().setup(stage)
         if stage == "fit":  # before a strategy shards the weights
             self._settings = resume.run_settings(self, data)

@@ -20,6 +20,7 @@ from opdlab.replay.step_gradients import mixtures, sketch
 from opdlab.replay.steps import PLOTTED_TAUS, Row, effective_sample_size
 from opdlab.rollouts import Rollouts
 from opdlab.tau import EffectiveSampleSizeTau
+from opdlab.types import Prompt
 from tests.toy_run import Run
 
 MakeRun = Callable[..., Run]
@@ -33,7 +34,7 @@ def recorded(make_run: MakeRun, steps: list[int], **options: Any) -> tuple[Run, 
     return run, [read_record(folder) for folder in record_folders(Path(trainer.log_dir)).values()]
 
 
-def replayer(run: Run, grid: Grid = SMALL, prompts: Sequence[tuple[int, ...]] = (), **config: Any) -> Replayer:
+def replayer(run: Run, grid: Grid = SMALL, prompts: Sequence[Prompt] = (), **config: Any) -> Replayer:
     return Replayer(run.module, grid, ReplayConfig(draws=2, **config), nullcontext, prompts)
 
 
