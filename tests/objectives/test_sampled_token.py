@@ -174,6 +174,7 @@ def test_support_kl_is_the_reverse_kl_with_a_bucket(k: int) -> None:
 def test_support_kl_is_detached() -> None:
     scored, rollouts, targets, _, _ = with_tail(4)
     seen = SampledTokenOPD(baseline="support_kl", k=4, clip=None).position_losses(scored, rollouts, targets)
+    assert not seen.metrics["advantage"].requires_grad
     (gradient,) = torch.autograd.grad(seen.losses.sum(), scored.hidden, retain_graph=True)
     logprobs = scored.padded(scored.support_tail(targets.support_ids).statistics.logprobs)
     loss = policy_gradient_loss(logprobs, rollouts.behavior_logprobs, seen.metrics["advantage"], clip=None)
