@@ -162,7 +162,8 @@ class RoutedTeacher(Teacher):
             "model.evaluation.reverse_kl to false, or take one teacher",
         )
         assert rollouts.teacher_ids is not None
-        ids, rollouts = rollouts.teacher_ids.cpu(), rollouts.as_teacher_sees()
+        ids = rollouts.teacher_ids.cpu()
+        rollouts = rollouts.as_teacher_sees()
         merged: dict[str, Tensor] = {}
         self._metrics = {}
         for number, name in enumerate(self.names):

@@ -97,7 +97,9 @@ def parts(*arguments: str) -> tuple[dict[str, int], dict[str, int]]:
 
 def test_the_estimate_counts_teachers(tmp_path: Path) -> None:
     plain, peaks = parts()
-    sees, higher = parts("--data.train.teacher_text", "{problem}", "--data.max_teacher_prompt_tokens", "4096")
+    sees, higher = parts(
+        "--data.train.teacher_text", "{solution} {problem}", "--data.max_teacher_prompt_tokens", "4096"
+    )
     assert sees["rollout buffer"] - plain["rollout buffer"] == 64 * 4096 * 9
     assert higher["teacher scoring"] > peaks["teacher scoring"]
     assert higher["behavior scoring"] == peaks["behavior scoring"]

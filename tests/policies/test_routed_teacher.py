@@ -45,9 +45,10 @@ def test_each_rollout_is_scored_by_its_teacher(keep: bool, monkeypatch: pytest.M
     targets = teacher.score(rollouts, request)
     assert teacher.score(rollouts, request).logprobs.equal(targets.logprobs)
     assert loads == [TEACHER, STUDENT] * (1 if keep else 3)
+    ids = rollouts.teacher_ids
+    assert ids is not None
     for number, path in enumerate((TEACHER, STUDENT)):
-        assert rollouts.teacher_ids is not None
-        rows = rollouts.teacher_ids.eq(number).nonzero().view(-1)
+        rows = ids.eq(number).nonzero().view(-1)
         alone = LocalTeacher(path).score(rollouts.rows(rows), request)
         for name in ("logprobs", "support_ids", "support_logits", "support_mass", "entropy"):
             assert torch.equal(getattr(targets, name)[rows], getattr(alone, name)), name
@@ -56,13 +57,9 @@ def test_each_rollout_is_scored_by_its_teacher(keep: bool, monkeypatch: pytest.M
         assert found[f"targets/{name}/share"] == 0.5
         mean = float(alone.logprobs.sum() / rollouts.mask[rows].sum())
         assert found[f"targets/{name}/logprob"] == pytest.approx(mean)
-    assert teacher.weights_digest() == RoutedTeacherDigest(keep)
-
-
-def RoutedTeacherDigest(keep: bool) -> str | None:  # noqa: N802
     other = RoutedTeacher(PATHS, keep_loaded=not keep)
     other.bind(LanguageModel(STUDENT))
-    return other.weights_digest()
+    assert teacher.weights_digest() == other.weights_digest()
 
 
 def routed_file(folder: Path, names: list[str | None]) -> str:
