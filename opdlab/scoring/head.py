@@ -173,6 +173,7 @@ class LogitTiles:
         assert self.head.low_rank is not None
         return self.head.low_rank.reduce(self.hidden)
 
+    @torch.no_grad()
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """Return the logits of some rows and columns, [N', C]."""
         head, hidden = self.head, self.hidden[rows]
