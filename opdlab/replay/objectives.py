@@ -39,7 +39,7 @@ class NamedObjective:
 
 def objective_class(name: str) -> type[Objective]:
     """Return the objective class of a registered name or class path; see :func:`plugin_class`."""
-    return plugin_class("--objectives", name, objective_registry(), Objective)
+    return plugin_class("--objectives", name, objective_registry(), Objective)  # type: ignore[type-abstract]
 
 
 def chosen_objectives(names: Sequence[str], own: Objective) -> list[NamedObjective]:
@@ -103,8 +103,8 @@ def narrowed(rollouts: Rollouts | None, targets: Targets, request: TeacherReques
         (tensor([[[7, 4]]]), tensor([[0.9100]]))
     """
     ids, logits, mass = targets.support_ids, targets.support_logits, targets.support_mass
-    lacks = (request.tail and targets.log_normalizer is None, request.hidden and targets.hidden is None)
-    lacks += (request.entropy and targets.entropy is None, request.behavior_top_k > 0)
+    lacks = [request.tail and targets.log_normalizer is None, request.hidden and targets.hidden is None]
+    lacks += [request.entropy and targets.entropy is None, request.behavior_top_k > 0]
     if any(lacks):
         return None
     if not request.top_k:

@@ -159,7 +159,7 @@ def _gates(base: GateStrategy, grid: Grid) -> Iterable[GateStrategy]:
 
 def gate_class(name: str) -> type[GateStrategy]:
     """Return the gate class of a registered name or class path; see :func:`plugin_class`."""
-    return plugin_class("--gates", name, gate_registry(), GateStrategy)
+    return plugin_class("--gates", name, gate_registry(), GateStrategy)  # type: ignore[type-abstract]
 
 
 def plugin_class(flag: str, name: str, registry: Registry[T], base: type[T]) -> type[T]:

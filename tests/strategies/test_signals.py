@@ -130,10 +130,7 @@ def test_freshness_of_tiny_drifts_is_exact_in_float32() -> None:
 def test_rewards_follow_the_formula(margin: float, block_size: int | None) -> None:
     expected: Rows = []
     for mask, teacher, student, verdict in zip(
-        *(
-            tensor.tolist()
-            for tensor in (INPUTS.mask, INPUTS.teacher_logprobs, INPUTS.current_logprobs, INPUTS.correct)
-        ),  # type: ignore[union-attr]
+        *(INPUTS.tensors()[name].tolist() for name in ("mask", "teacher_logprobs", "current_logprobs", "correct")),
         strict=True,
     ):
         places = [t for t in range(40) if mask[t]]
