@@ -14,7 +14,8 @@ the device; otherwise the table says so. ``scoring_peers.py`` has the measured f
   student's entropy, and for opdlab its log-probabilities. The teacher's hidden states are given.
 
 Every measurement has a process of its own. The head's gradient exists before; only additional memory is counted.
-On a CPU memory is the peak of the resident set, on a GPU that of the allocator.
+On a CPU memory is the peak of the resident set, on a GPU that of the allocator. CPU seconds vary less than seconds on
+a busy machine.
 
 ``python benchmarks/scoring.py --trl-python PYTHON --json scoring.json``; PYTHON is an interpreter that has them:
 ``pip install trl liger-kernel cut-cross-entropy``.
@@ -69,7 +70,7 @@ def main() -> int:
                 rows[peer].append(_child(arguments, sizes, task, peer))
                 result["versions"][peer] = rows[peer][-1].pop("versions")
         result["tasks"][task] = rows
-        Console(width=120).print(table(task, rows))
+        Console(width=160).print(table(task, rows))
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1, default=str))
     return 0
@@ -101,15 +102,17 @@ def table(title: str, rows: dict[str, list[dict[str, Any]]]) -> Table:
         measured = all(both) and all(both[1])  # a tiny task may need no extra memory
         return spread(pairwise_ratios(*both), digits) if measured else "-"
 
-    made = Table("", "seconds", "extra MB", "time / plain", "memory / plain", "opdlab's time / this", title=title)
+    titles = ("", "seconds", "CPU s", "extra MB", "time / plain", "memory / plain", "opdlab's time / this", "CPU time")
+    made = Table(*titles, title=title)
     for peer, measured in rows.items():
         if "skipped" in measured[0]:
             made.add_row(peer, measured[0]["skipped"])
             continue
         extra = [value / MB for value in column(peer, "bytes")]
         made.add_row(
-            *(peer, spread(column(peer, "seconds"), 2), spread(extra, 0), ratio(peer, "plain", "seconds")),
-            *(ratio(peer, "plain", "bytes", 3), ratio("opdlab", peer, "seconds")),
+            *(peer, spread(column(peer, "seconds"), 2), spread(column(peer, "cpu_seconds"), 2), spread(extra, 0)),
+            *(ratio(peer, "plain", "seconds"), ratio(peer, "plain", "bytes", 3), ratio("opdlab", peer, "seconds")),
+            ratio("opdlab", peer, "cpu_seconds"),
         )
     return made
 

@@ -57,7 +57,7 @@ def has_task(peer: str, task: str) -> bool:
 
 
 def measure(peer: str, task: str, sizes: Sizes) -> dict[str, Any]:
-    """Return seconds and extra bytes of one forward and backward pass; or ``skipped`` with the reason."""
+    """Return seconds, CPU seconds, extra bytes of one forward and backward pass; or ``skipped`` with the reason."""
     loss = globals().get(f"{peer}_{task}")
     try:
         if loss is None:
@@ -102,10 +102,11 @@ def _measure(loss: Any, task: str, sizes: Sizes) -> dict[str, float]:
     inputs = tensors(sizes.positions)
     peak = PeakMemory(None if device.type == "cpu" else device)
     _synchronize(device)
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     step(inputs)
     _synchronize(device)
-    return {"seconds": time.perf_counter() - started, "bytes": peak.extra_bytes()}
+    seconds = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - used}
+    return {**seconds, "bytes": peak.extra_bytes()}
 
 
 def _synchronize(device: torch.device) -> None:

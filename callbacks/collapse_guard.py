@@ -29,6 +29,7 @@ from opdlab.module import OPDModule
 from opdlab.types import Minibatch
 from opdlab.viewer import choose_rollouts
 
+_Buffer = tuple[Tensor, Mapping[str, float]]
 _DEAD = {
     "weights": "the gate's weights were all 0 in {} steps: nothing is trained",
     "loss": "the loss was exactly 0 in {} steps, though student and teacher differ",
@@ -82,8 +83,10 @@ class CollapseGuard(pl.Callback):
         # Sums on the device; see `opdlab.diagnostics.collapse`.
         self._dead = torch.zeros(2, dtype=torch.long)
         self._step, self._entropy = torch.zeros(4), torch.zeros(3)
-        self._buffer: tuple[Tensor, Mapping[str, float]] | None = None  # with the metrics of its sampling
-        self._finished: list[tuple[Tensor, Mapping[str, float]]] = []
+        self._buffer: _Buffer | None = None  # with the metrics of its sampling
+        self._finished: list[_Buffer] = []
+        # Both as the last whole optimizer batch left them: a run that resumes inside one repeats it from its start.
+        self._whole: tuple[_Buffer | None, list[_Buffer]] = None, []
         self._traces: list[StepTrace] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -114,6 +117,7 @@ class CollapseGuard(pl.Callback):
             self._dead = self._dead.to(self._step.device) + dead(self._step, self.limits)
             if looks:
                 self._look(trainer, pl_module)
+            self._whole = self._buffer, list(self._finished)
 
     def _add_to_buffer(self, trace: StepTrace, metrics: Mapping[str, float]) -> None:
         """Add rollouts that are seen for the first time; a buffer is finished after its first pass."""
@@ -200,6 +204,7 @@ class CollapseGuard(pl.Callback):
         def saved(buffer: tuple[Tensor, Mapping[str, float]]) -> dict[str, Any]:
             return {"sums": buffer[0].cpu(), "metrics": dict(buffer[1])}
 
+        buffer, finished = self._whole
         return {
             "messages": list(self.messages),
             "found": list(self._found),
@@ -207,8 +212,8 @@ class CollapseGuard(pl.Callback):
             "first": None if self._first is None else asdict(self._first),
             "best_reverse_kl": self._best_reverse_kl,
             "dead": self._dead.cpu(),
-            "buffer": None if self._buffer is None else saved(self._buffer),
-            "finished": [saved(buffer) for buffer in self._finished],
+            "buffer": None if buffer is None else saved(buffer),
+            "finished": [saved(each) for each in finished],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -216,6 +221,7 @@ class CollapseGuard(pl.Callback):
         buffers = [(each["sums"], each["metrics"]) for each in (state_dict["buffer"], *state_dict["finished"]) if each]
         self._buffer = buffers.pop(0) if state_dict["buffer"] else None
         self._finished = buffers
+        self._whole = self._buffer, list(buffers)
         self.messages, self._found = list(state_dict["messages"]), list(state_dict["found"])
         self._streak, self._dead = state_dict["streak"], state_dict["dead"]
         self._first = state_dict["first"] and BufferSigns(**state_dict["first"])

@@ -67,13 +67,15 @@ class RunFiles(pl.Callback):
 
     def _continue_curves(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         resumed, self._resumed = self._resumed, False
-        if not resumed or not trainer.is_global_zero:
+        if not resumed:
             return
         assert isinstance(pl_module, EvaluationModule)
         step = trainer.global_step
         for logger in trainer.loggers:
-            _drop_after(logger, step)
-            pl_module.logged[logger, step] = _logged(logger, step)
+            pl_module.logged[logger, step] = set()
+            if trainer.is_global_zero:
+                _drop_after(logger, step)
+                pl_module.logged[logger, step] = _logged(logger, step)
 
     # -- results -------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from opdlab.viewer import (
     write_page,
 )
 
-_SHOWN = 200  # characters of a gate's options, which may list tokens
+_SHOWN = 200  # characters of the options of a gate or objective, which may list tokens
 _VERDICTS = {None: "unchecked", True: "correct", False: "wrong"}
 
 
@@ -141,10 +141,9 @@ def write_rollout_page(
     Raises:
         OSError: the folder cannot be written.
     """
-    gate = visible(repr(module.gate))
-    shown = gate if len(gate) <= _SHOWN else f"{gate[:_SHOWN]}…"
-    facts = {"gate": shown, "objective": type(module.objective).__name__, **facts}
-    page = render_page(trainer.global_step, rollouts, texts, facts)
+    parts = {name: visible(repr(part)) for name, part in (("gate", module.gate), ("objective", module.objective))}
+    shown = {name: text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…" for name, text in parts.items()}
+    page = render_page(trainer.global_step, rollouts, texts, {**shown, **facts})
     return write_page(folder, trainer.global_step, page)
 
 

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from opdlab.policies import SamplingConfig as SamplingConfig
     from opdlab.policies import Teacher as Teacher
     from opdlab.testing import GateTester as GateTester
+    from opdlab.testing import ObjectiveTester as ObjectiveTester
 
 # Public names by the module that defines them.
 _MODULES = {
@@ -67,7 +68,7 @@ _MODULES = {
         *("Objective", "SampledTokenOPD", "TeacherTopK", "build_objective", "objective_names", "register_objective"),
     ),
     "opdlab.policies": ("LanguageModel", "LocalTeacher", "SamplingConfig", "Teacher"),
-    "opdlab.testing": ("GateTester",),
+    "opdlab.testing": ("GateTester", "ObjectiveTester"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -185,7 +185,7 @@ def log_scalars(
             logger.save()
 
 
-def save_all(loggers: Sequence[Logger]) -> None:
+def save_all(loggers: Sequence[Any]) -> None:
     """Bring all that was logged to the disk."""
     for logger in loggers:
         with _naming_folder(logger):

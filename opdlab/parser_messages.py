@@ -295,7 +295,7 @@ def _type_in_words(name: str) -> str:
 def _subclasses(types: str) -> list[str]:
     """Return the names of the imported public subclasses of classes, as the parser writes them; none if many.
 
-    A class of opdlab or Lightning is public if a package above its module has it too.
+    A class of opdlab or Lightning is public if a package above its module has it too, or none stands between them.
     """
     found = []
     for module, name in re.findall(r"<class '((?:opdlab|lightning)[\w.]*)\.(\w+)'>", types):
@@ -310,7 +310,7 @@ def _is_public(cls: type) -> bool:
     if cls.__name__[0] == "_":
         return False
     packages = cls.__module__.split(".")[:-1]
-    if packages[:1] not in (["opdlab"], ["lightning"]):
+    if packages[:1] not in (["opdlab"], ["lightning"]) or packages == ["opdlab"]:
         return True
     above = (sys.modules.get(".".join(packages[:depth])) for depth in range(len(packages), 0, -1))
     return any(getattr(package, cls.__name__, None) is cls for package in above)

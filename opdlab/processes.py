@@ -22,6 +22,8 @@ STOP_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal,
 LIFELINE = "OPDLAB_LIFELINE"
 _FIRST_PROCESS = "OPDLAB_FIRST_PROCESS"  # its number, for the processes of the same run that Lightning starts
 _SAME_SECONDS = 1.0  # seconds; a scheduler and the process that it watches may both signal the same stop
+_LOCKING = ("logging", "threading", "queue", "weakref", "_weakrefset")  # modules that take locks, or run as hooks
+_WAITING = ("wait", "join", "get", "_wait_for_tstate_lock")  # functions in them where a thread waits for long
 END_SECONDS = 60.0
 """Seconds that a stopped process has for its end."""
 
@@ -79,6 +81,10 @@ class StopRequest:
         """First process of the run, which ends this one: what would stop this process at once is sent there."""
         self.deadline: float | None = None
         """When the process must have ended, by :func:`time.monotonic`; None while it may go on."""
+        self.postponed: int | None = None
+        """Signal that came where an exception would be lost; :func:`_watch_deadline` sends it again."""
+        self.tries = 0
+        """How often a signal may be sent again, one after the other; 0 if nobody sends it."""
         self._since = 0.0
         self._before: dict[int, Any] = {}
 
@@ -93,7 +99,7 @@ class StopRequest:
                 yield
             finally:
                 self.when, self.signum, self.forward_to, self.deadline = StopAt.ONCE, None, None, None
-                self._before = {}
+                self._before, self.postponed = {}, None
 
     def handle(self, signum: int, frame: FrameType | None = None) -> None:
         """Make a request: the handler of the signals.
@@ -104,8 +110,12 @@ class StopRequest:
         first, now = self.signum is None, time.monotonic()
         if not first and now - self._since < _SAME_SECONDS:
             return
+        noted = first and self.when is not StopAt.ONCE
+        if not noted and self.forward_to is None and self.tries > 0 and _is_lost(frame):
+            self.tries, self.postponed = self.tries - 1, signum
+            return
         self._since = now
-        if first and self.when is not StopAt.ONCE:
+        if noted:
             self.signum = signum
             # Not through `print` or logging: the signal may have come inside one of them.
             note = f"{signal_name(signum)}: stopping after this step or sampling call (again to stop at once)"
@@ -135,6 +145,15 @@ class StopRequest:
         """Set the deadline, unless there is one."""
         if self.deadline is None:
             self.deadline = time.monotonic() + END_SECONDS
+
+
+def _is_lost(frame: FrameType | None) -> bool:
+    """True if an exception that is raised in a frame may be dropped, as in a destructor, or leave a lock held."""
+    if frame is not None and frame.f_globals.get("__name__") in _LOCKING and frame.f_code.co_name not in _WAITING:
+        return True
+    while frame is not None and frame.f_code.co_name != "__del__":
+        frame = frame.f_back
+    return frame is not None
 
 
 STOP = StopRequest()
@@ -189,7 +208,7 @@ def _watch_parent(parent: int) -> None:
 
 
 def _watch_deadline(pipe: int, request: StopRequest) -> None:
-    """End this process when its deadline has passed.
+    """End this process when its deadline has passed, and send signals again that came at a bad moment.
 
     Python runs handlers of signals only in the main thread, between two of its instructions. If that waits inside a
     library, such as for a process that is gone, no handler runs; but the system's part of the handler writes the
@@ -200,8 +219,12 @@ def _watch_deadline(pipe: int, request: StopRequest) -> None:
         request: of the process.
     """
     heard: tuple[int, float] | None = None
+    request.tries = 8
     while True:
-        ready, _, _ = select.select([pipe], [], [], 0.5)
+        if (postponed := request.postponed) is not None:
+            request.postponed = None
+            os.kill(os.getpid(), postponed)
+        ready, _, _ = select.select([pipe], [], [], 0.25)
         for signum in os.read(pipe, 64) if ready else b"":
             if signal.getsignal(signum) != request.handle:  # ends something else
                 continue

@@ -89,10 +89,11 @@ def test_every_public_module_has_its_api_page() -> None:
 
 
 def documented_options(text: str) -> dict[str, str]:
-    """Names and defaults in the tables of a page."""
+    """Names and defaults in the tables of a page: option, meaning, default, unit."""
     included = "".join(section((ROOT / file).read_text(), "Every gate's options") for file, _ in INCLUDE.findall(text))
     rows = re.findall(r"^\| `(\w+)` \|(.*)\|$", text + included, re.MULTILINE)
-    return {name: re.split(r"(?<!\\)\|", rest)[1].strip() for name, rest in rows}
+    cells = {name: re.split(r"(?<!\\)\|", rest) for name, rest in rows}
+    return {name: row[1].strip() for name, row in cells.items() if len(row) == 3}
 
 
 def options(*classes: type) -> dict[str, str]:
@@ -150,7 +151,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty current folder; what code registers is forgotten."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(gate_registry(), "_classes", dict(gate_registry()._classes))
+    for registry in (gate_registry(), objective_registry()):
+        monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     monkeypatch.setattr(metric_table, "_TABLE", dict(metric_table._TABLE))
     yield tmp_path
     for name in [name for name in sys.modules if (tmp_path / f"{name}.py").is_file()]:
@@ -163,10 +165,23 @@ def test_python_code_runs(page: Path, folder: Path) -> None:
     if any("runs/quickstart" in code for code in code_blocks):
         assert main(["fit", "-c", "quickstart", "--trainer.max_steps", "1"]) == 0
     for number, code in enumerate(code_blocks):
-        # In a file, so that a gate's tester finds the class by its path.
-        (folder / f"{page.stem}_block_{number}.py").write_text(code)
+        # In a file, so that testers find the class by its path, and later blocks what a block with a file's name has.
+        named = re.match(r"# (\w+)\.py\b", code)
+        module = named[1] if named else f"{page.stem}_block_{number}"
+        (folder / f"{module}.py").write_text(code)
         importlib.invalidate_caches()
-        importlib.import_module(f"{page.stem}_block_{number}")
+        importlib.import_module(module)
+
+
+def test_the_pages_objective_runs_from_yaml(folder: Path) -> None:
+    write_files(DOCS / "own_objective.md", folder)
+    example = (folder / "my_objectives.py").read_text()
+    assert len(example.strip().splitlines()[1:]) == 15
+    importlib.invalidate_caches()
+    options = "--trainer.limit_val_batches 0 --sample_logger.every_n_steps 1 --model.sampling.max_new_tokens 24"
+    assert main(["fit", "-c", "my_run.yaml", "--trainer.max_steps", "2", *options.split()]) == 0
+    (page, *_) = (folder / "runs").rglob("step-*.html")
+    assert "SquaredGap(margin=0.5)" in page.read_text()
 
 
 def commands(page: Path) -> Iterator[str]:
@@ -174,7 +189,7 @@ def commands(page: Path) -> Iterator[str]:
     text = page.read_text()
     lines = "\n".join(blocks(page, "sh", "bash")).replace("\\\n", " ").splitlines()
     for line in [*lines, *re.findall(r"`(opdlab [^`\n]*)`", FENCE.sub("", text))]:
-        found = re.match(r"(?:\w+=\S+ )*(opdlab (?:gates|\w+ .*))", line)
+        found = re.match(r"(?:\w+=\S+ )*(opdlab (?:gates|objectives|\w+ .*))", line)
         if found and not re.search(r"…|\||NAME|FILE|: error:", found[1]):
             yield found[1]
 
@@ -192,8 +207,8 @@ def test_command_lines_parse(page: Path, folder: Path, capsys: pytest.CaptureFix
         write_files(each, folder)
     for command in commands(page):
         _, subcommand, *arguments = shlex.split(command, comments=True)
-        if subcommand == "gates":
-            assert main(["gates"]) == 0
+        if subcommand in ("gates", "objectives"):
+            assert main([subcommand]) == 0
             continue
         if subcommand == "replay":
             replay_parser().parse_args(arguments)

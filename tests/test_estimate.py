@@ -24,6 +24,7 @@ from opdlab.cli import EXIT_USAGE, main
 from opdlab.cli.estimate import DeviceMemory, Estimate, estimate
 from opdlab.cli.parsing import parse_fit
 from opdlab.estimate import (
+    DIVERGENCE_TILES,
     ModelSize,
     Shape,
     Widths,
@@ -39,7 +40,7 @@ from opdlab.estimate import (
 from opdlab.policies import LanguageModel, Sampler, SamplingConfig
 from opdlab.policies.adapters import AdapterConfig, attach_adapter
 from opdlab.rollouts import Pool, RolloutLoader, Rollouts, Targets
-from opdlab.scoring import Head, token_statistics
+from opdlab.scoring import Head, divergence_statistics, token_statistics
 from opdlab.types import Problem, Prompt
 from tests.toy_run import STUDENT
 
@@ -485,6 +486,55 @@ def test_gathered_buffers_are_counted_with_several_processes(
     weights = sum(shown_size(on_cpu, part) for part in ("student weights", "gradients", "optimizer state"))
     weights += shown_size(on_cpu, "behavior snapshot") + shown_size(on_cpu, "teacher weights")
     assert shown_size(on_cpu, "peak of a checkpoint") == pytest.approx(gathered + weights, rel=0.05)
+
+
+def test_hidden_states_and_the_teachers_head_are_counted(
+    opdlab: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["-c", "paper/lsm-block64", *paper_models(tmp_path)]
+    whole = ["--model.objective", "opdlab.objectives.FullDivergence"]
+
+    def shown(*more: str) -> str:
+        assert opdlab("estimate", *flags, *more) == 0
+        return capsys.readouterr().out
+
+    plain, full = shown(), shown(*whole)
+    found = re.search(r"(\d+) rollouts x ([\d,]+) tokens x ([\d,]+) bytes, 2,560 hidden states", full)
+    assert found is not None
+    count, length, per_token = (int(number.replace(",", "")) for number in found.groups())
+    assert per_token == 8 + 1 + 3 * 4 + 2560 * 2  # of the teacher's dtype, bfloat16
+    buffer = shown_size(full, "rollout buffer, on the host")
+    assert buffer == pytest.approx(count * length * per_token / 2**30, rel=0.05)
+    assert shown_size(full, "teacher's hidden states") > 0
+    assert shown_size(full, "peak of update") > shown_size(plain, "peak of update")
+    assert "teacher's head" not in full  # its weights are on the device anyway
+    offload = ["--model.teacher.offload", "true"]
+    more = shown(*whole, *offload), shown(*offload)
+    size = 151_936 * 2560 * 2 / 2**30
+    assert shown_size(more[0], "teacher's head") == pytest.approx(size, abs=0.01)
+    for phase in ("sampling", "behavior scoring", "teacher scoring"):
+        sizes = [shown_size(each, f"peak of {phase}") for each in more]
+        assert sizes[0] - sizes[1] == pytest.approx(size, abs=0.02)
+
+
+def test_the_working_memory_of_a_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opdlab.scoring.head.MAX_TILE_LOGITS", 200 * VOCAB)
+    monkeypatch.setattr("opdlab.estimate.MAX_TILE_LOGITS", 200 * VOCAB)
+    monkeypatch.setattr("opdlab.scoring.full_divergence.MAX_PIECE", 200 * VOCAB)  # as on a GPU, where tiles stay whole
+    hidden, states = torch.randn(1000, 32, requires_grad=True), torch.randn(1000, 24)
+    weight, head = torch.randn(VOCAB, 32, requires_grad=True), torch.randn(VOCAB, 24)
+    targets = torch.randint(0, VOCAB, (1000,))
+    tracker = MemTracker()
+    tracker.track_external(hidden, states, weight, head, targets)
+    with tracker:
+        values, _ = divergence_statistics(hidden, Head(weight), states, Head(head), targets, divergence="jsd")
+        values.sum().backward()  # type: ignore[no-untyped-call]
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    before = sum(tensor.nbytes for tensor in (hidden, states, weight, head, targets))
+    per_position = 1000 * 8 * 4  # statistics and sums: left out of the estimate
+    shape = Shape(32, 1, 1, 1, 1, 1, VOCAB, False)
+    estimated = head_bytes(shape, 1000, training=True, tiles=DIVERGENCE_TILES)
+    assert estimated == pytest.approx(peak["Total"] - before - per_position, rel=0.2)
 
 
 def test_the_quickstart_fits_and_overrides_work(opdlab: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,13 +34,16 @@ PUBLIC = {
     "opdlab.objectives": [
         *("Objective", "PositionLosses", "Reduction", "SampledTokenOPD", "SupportDivergence", "TeacherTopK"),
         *("build_objective", "loss_shares", "objective_names", "objective_registry", "reduce_losses"),
-        "register_objective",
+        *("FullDivergence", "register_objective"),
     ],
     "opdlab.objectives.functional": [
-        *("sampled_token_divergence", "sampled_token_loss", "support_divergence", "teacher_topk_loss"),
+        *("Divergence", "Estimator", "Reference", "Shape", "Tail", "clip_binds", "full_divergence", "group_reward"),
+        *("policy_gradient_loss", "sampled_token_divergence", "sampled_token_loss", "support_divergence"),
+        *("teacher_advantage", "teacher_topk_loss"),
     ],
     "opdlab.scoring": [
         *("Head", "LowRank", "SupportTail", "TokenStatistics", "TopK", "support_logits", "support_statistics"),
+        "divergence_statistics",
         *("support_tail", "token_logprobs", "token_statistics", "topk_with_statistics", "topk_with_tail"),
     ],
     "opdlab.metrics": ["MajorityVote", "PassAtK", "ProblemMean"],
@@ -50,9 +53,10 @@ PUBLIC = {
     "opdlab.types": [
         *("EvaluationBatch", "Message", "Minibatch", "Problem", "Prompt", "Rollouts", "StopReason", "Targets"),
         "TeacherRequest",
-        *("Verdicts", "assign_rows", "id_dtype", "trimmed"),
+        *("Part", "Verdicts", "assign_rows", "id_dtype", "left_padded", "trimmed"),
     ],
     "opdlab.rollouts": [
+        "DemonstrationConfig",
         *("Collector", "Minibatch", "Pool", "ReuseConfig", "RolloutLoader", "Rollouts", "StopReason", "Targets"),
     ],
     "opdlab.toy": ["ChainProblem", "ChainProblems", "chain_problems", "chain_tokenizer"],
@@ -60,12 +64,12 @@ PUBLIC = {
         *("AdapterConfig", "BaseTeacher", "StopTokens", "share_vocabulary", "single_token_ids", "warn_of_stop_tokens"),
         *("BehaviorPolicy", "LanguageModel", "LocalTeacher", "Sampler", "SamplingConfig", "Scored"),
         *("BehaviorConfig", "NoTeacher", "Teacher", "TeacherHolder", "TeacherRequest", "check_same_vocabulary"),
-        "check_targets",
+        *("RoutedTeacher", "SelfTeacher", "TargetCache", "check_targets"),
     ],
     "opdlab.data": [
         *("Benchmark", "ChatTemplate", "CleaningReport", "CleaningConfig", "DapoMath17k", "EvaluationBatch"),
         *("JsonlProblems", "Problem", "ProblemSource", "Prompt", "PromptDataModule", "PromptSet", "RawTemplate"),
-        *("ReuseConfig", "TableProblems", "Template", "prompt_set"),
+        *("DemonstrationConfig", "ReuseConfig", "TableProblems", "Template", "prompt_set"),
     ],
     "opdlab.training": [
         *("NonFiniteLossError", "OPDModule", "ScoredBatch", "gate_inputs", "join_gate_inputs", "score_batch"),
@@ -83,7 +87,7 @@ PUBLIC = {
         *("INDEX", "RolloutText", "ShownRollout", "choose_rollouts", "color_scale", "markdown_literal", "page_name"),
         *("quantities", "render_page", "token_texts", "visible", "write_page"),
     ],
-    "opdlab.testing": ["GateTester"],
+    "opdlab.testing": ["GateTester", "ObjectiveTester"],
 }
 
 

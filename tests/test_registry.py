@@ -101,20 +101,34 @@ class StrangerGate(DriftGate):
 """
 
 
-def test_gates_of_installed_packages_are_found(tmp_path: Path) -> None:
-    (tmp_path / "stranger_gates.py").write_text(PLUGIN)
-    info = tmp_path / "stranger_gates-1.0.dist-info"
+OBJECTIVE = """
+from opdlab.objectives import TeacherTopK, register_objective
+
+@register_objective("stranger")
+class StrangerObjective(TeacherTopK):
+    pass
+"""
+FOUND = {
+    "gates": (PLUGIN, "from opdlab.gating import build_gate; print(build_gate('stranger', tau=2.0))"),
+    "objectives": (OBJECTIVE, "from opdlab.objectives import build_objective; print(build_objective('stranger', k=3))"),
+}
+
+
+@pytest.mark.parametrize("kind", FOUND)
+def test_plug_ins_of_installed_packages_are_found(kind: str, tmp_path: Path) -> None:
+    plugin, script = FOUND[kind]
+    (tmp_path / "stranger_parts.py").write_text(plugin)
+    info = tmp_path / "stranger_parts-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger-gates\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[opdlab.gates]\nstranger = stranger_gates\n")
-    script = "from opdlab.gating import build_gate; print(build_gate('stranger', tau=2.0))"
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger-parts\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[opdlab.{kind}]\nstranger = stranger_parts\n")
     result = run_child(
         [sys.executable, "-c", script],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])},
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("StrangerGate(tau=2.0")
+    assert result.stdout.startswith({"gates": "StrangerGate(tau=2.0", "objectives": "StrangerObjective(k=3)"}[kind])
 
 
 def test_an_unknown_option_is_named_with_the_known_ones(registry: Registry[Plugin]) -> None:

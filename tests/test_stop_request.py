@@ -81,6 +81,36 @@ def test_a_stopped_process_that_does_not_end_is_killed(when: str) -> None:
     assert "opdlab: stopped by SIGTERM, and killed: it had not ended in 1 s" in said
 
 
+DROPPING = """
+import time
+from opdlab import processes
+class Slow:
+    def __del__(self):
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            pass
+processes.tie_to_others()
+with processes.STOP.listening():
+    slow = Slow()
+    print("ready", flush=True)
+    try:
+        del slow
+        time.sleep(60)
+    except processes.Stopped as stopped:
+        raise SystemExit(128 + stopped.signum)
+"""
+
+
+def test_a_signal_in_a_destructor_is_followed_after_it() -> None:
+    """Python would print the exception, and go on."""
+    process = _run(DROPPING)
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    assert _ended(process, 20) == (128 + signal.SIGTERM, "")
+
+
 def test_a_process_that_hangs_at_its_end_is_killed() -> None:
     code = "import atexit, time; from opdlab import processes; processes.END_SECONDS = 1.0; "
     process = _run(code + "atexit.register(time.sleep, 60); processes.bound_exit()")

@@ -26,6 +26,8 @@ from opdlab.cli.estimate import refuse_oversized
 from opdlab.cli.hparams import log_hyperparameters
 from opdlab.cli.parsing import RUN_KEYS, fit_parser, parse_fit
 from opdlab.data import PromptDataModule
+from opdlab.errors import UsageError, first_line
+from opdlab.files import full_disk
 from opdlab.module import OPDModule
 from opdlab.policies import LanguageModel, LocalTeacher
 from opdlab.records import RESULTS
@@ -248,7 +250,12 @@ class OPDCLI(LightningCLI):
         if not self.resumes:
             self._save_config()
         config = with_seeds(self.config).as_dict()
-        log_hyperparameters(self.trainer, self.model, config, self.datamodule.benchmark_sources)
+        try:  # a logger makes its folder only now
+            log_hyperparameters(self.trainer, self.model, config, self.datamodule.benchmark_sources)
+        except OSError as error:
+            if full_disk(error) is not None:
+                raise
+            raise UsageError(f"trainer.logger cannot write, give another save_dir: {first_line(error)}") from error
         if self.config.ckpt_path is None and self._has_benchmarks:
             self._evaluate("val", self.model.student)
 

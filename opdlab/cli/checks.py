@@ -31,7 +31,7 @@ from opdlab.module import OPDModule
 from opdlab.parser_messages import types_in_words
 from opdlab.policies import SamplingConfig
 from opdlab.rollouts import DemonstrationConfig, ReuseConfig
-from opdlab.training.checks import check_token_bound
+from opdlab.training.checks import check_token_bound, check_verdicts
 from opdlab.training.resume import check_before_models, plain_settings
 
 # Each callback has its own section of the configuration.
@@ -107,6 +107,8 @@ def check_config(parser: ArgumentParser, config: Namespace) -> None:
     if not plugins.data.train.class_path.startswith("opdlab."):
         del plugins["data"]  # the source of another package may read its files when it is built
     built = build(parser, plugins, groups=False).model
+    # Whether the problems have a verifier is known once they are read.
+    check_verdicts(built.objective, judged=True, num_samples=parts["model.sampling"].num_samples)
     check_optimizer(built.optimizer, built.lr_scheduler, config)
     check_trainer(config)
 

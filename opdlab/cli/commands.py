@@ -65,7 +65,8 @@ COMMANDS: dict[str, Command] = {
     "validate": Command("opdlab.cli.app:validate", "Evaluate a student on the benchmarks."),
     "test": Command("opdlab.cli.app:test", "Evaluate as validate does, in Lightning's test loop."),
     "estimate": Command("opdlab.cli.estimate:estimate_command", "Print the memory that fit needs; load no model."),
-    "gates": Command("opdlab.cli.gates:list_gates", "List the registered gates."),
+    "gates": Command("opdlab.cli.plugins:list_gates", "List the registered gates."),
+    "objectives": Command("opdlab.cli.plugins:list_objectives", "List the registered objectives."),
     "study": Command("opdlab.cli.study:study_command", "Compare variants over seeds."),
     "replay": Command("opdlab.cli.replay:replay", "Replay recorded steps of a run under other gates."),
 }

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ from opdlab.checkpoints import newest_checkpoint
 from opdlab.errors import FullDiskError, signal_name, stop_signal
 from opdlab.files import full_disk
 from opdlab.processes import END_SECONDS, STOP
+
+# The first process of a run kills the others when it ends. One that loses its connection meanwhile has nothing to say.
+_DYING_SECONDS = 3.0
 
 
 def run_to_end(run: Callable[[], None], trainer: Trainer, folder: Path, how_to_go_on: Callable[[], str]) -> int:
@@ -36,6 +40,8 @@ def run_to_end(run: Callable[[], None], trainer: Trainer, folder: Path, how_to_g
             _end_others(trainer, END_SECONDS)
         except (Exception, KeyboardInterrupt, SystemExit) as error:
             _end_others(trainer)
+            if STOP.forward_to is not None and stop_signal(error) is None:
+                time.sleep(_DYING_SECONDS)
             if (path := full_disk(error)) is not None:
                 newest = newest_checkpoint(folder / "checkpoints")
                 kept = "" if newest is None else f"; the newest checkpoint is {newest[0]}, of step {newest[1]}"

@@ -418,7 +418,7 @@ def _add_buffer(
         per_token += teacher.shape.hidden * teacher.widths.weights
         said = f"{teacher.shape.hidden:,} hidden states"
     prompts = config.data.max_prompt_tokens + _teacher_prompt(config)
-    size = num_rollouts * (length * per_token + prompts * (8 + 1))
+    size = int(num_rollouts * (length * per_token + prompts * (8 + 1)))
     result.host[_BUFFER] = (size, f"{num_rollouts} rollouts x {length:,} tokens x {per_token:,} bytes, {said}")
     return size
 

@@ -122,8 +122,9 @@ def hyperparameters(module: OPDModule, config: Mapping[str, Any]) -> dict[str, V
     if isinstance(tau := values.get("gate.tau"), Mapping):
         settings = ", ".join(f"{name}={value}" for name, value in (tau.get("init_args") or {}).items())
         values |= {"gate.tau": None, _SCHEDULE: f"{tau['class_path'].rpartition('.')[2]}({settings})"}
-    for name in gate.unused_options:
-        values.pop(f"gate.{name}", None)
+    for prefix, unused in (("gate", gate.unused_options), ("objective", objective.unused_options)):
+        for name in unused:
+            values.pop(f"{prefix}.{name}", None)
     return {
         name: value if isinstance(value, int | float | str) else str(value)
         for name, value in values.items()

@@ -17,7 +17,7 @@ from opdlab.checkpoints import find_checkpoint
 from opdlab.cli.checks import CALLBACKS, check_config
 from opdlab.cli.commands import COMMANDS
 from opdlab.cli.config_files import CONFIG_MODE, ConfigFile, expand_names, explainer, shipped_configs
-from opdlab.cli.gates import described
+from opdlab.cli.plugins import described
 from opdlab.data import PromptDataModule
 from opdlab.errors import UsageError, user_code
 from opdlab.gating import gate_registry
@@ -44,7 +44,8 @@ def fit_parser(command: str = "fit") -> LightningArgumentParser:
         description=COMMANDS[command].summary,
         epilog=f"registered gates (--model.gate NAME; --model.gate.help NAME shows the options of one):\n"
         f"{described(gate_registry())}\n\n"
-        f"registered objectives (--model.objective NAME):\n{described(objective_registry())}",
+        f"registered objectives (--model.objective NAME; --model.objective.help NAME shows the options of one):\n"
+        f"{described(objective_registry())}",
         formatter_class=_HelpFormatter,
         parser_mode=CONFIG_MODE,
         exit_on_error=False,

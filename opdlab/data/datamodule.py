@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from opdlab.data.cleaning import CleaningConfig, CleaningReport, clean
 from opdlab.data.prompts import ProblemSource, PromptSet, prompt_set
 from opdlab.errors import UsageError, require
-from opdlab.policies import check_teacher
+from opdlab.policies.routed_teacher import check_teacher
 from opdlab.rollouts import DemonstrationConfig, Pool, ReuseConfig, RolloutLoader
 from opdlab.rollouts.demonstrations import MEND
 from opdlab.seeds import DEFAULT_SEED

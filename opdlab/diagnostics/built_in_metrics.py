@@ -54,8 +54,16 @@ _ROWS = (
            "rises towards 0. On reused samples it can go *up* while the policy gets worse: judge by fresh rollouts",
            _GAP),
     Metric("train/advantage", "advantage", "nats",
-           "sampled-token: teacher's log-probability of the sampled token less the reference policy's", _SAMPLED,
-           "negative, rising towards 0", _GAP),
+           "sampled-token: advantage that the policy gradient uses; by default the teacher's log-probability of the "
+           "sampled token less the reference policy's", _SAMPLED,
+           "negative, rising towards 0; around 0 with a baseline", _GAP),
+    Metric("train/baseline", "baseline", "nats",
+           "sampled-token with `baseline: support_kl`: reverse KL of the student on the teacher's top K and one bucket "
+           "for all other tokens", _SAMPLED, "falls towards 0", _GAP),
+    Metric("train/reward_share", "reward's share of the advantage", "share",
+           "sampled-token with `reward_weight`: mean of abs(reward) / (abs(reward) + abs(the rest of the advantage))",
+           _SAMPLED, "below 0.5; rises as the student comes close to the teacher, falls to 0 where all verdicts of "
+           "each prompt agree", Chart("loss")),
     Metric("train/entropy", "entropy", "nats", "entropy of the student's next-token distribution", _STEP,
            "falls slowly; a sudden fall to 0 is a collapse", Chart("loss")),
     Metric("train/teacher_support_mass", "teacher's support mass", "share",
@@ -73,7 +81,8 @@ _ROWS = (
            "share of positions at which student and teacher give the same token the highest probability; not with the "
            "student's support", _SUPPORT, "rises towards 1"),
     Metric("train/clip_share", "clip share", "share",
-           "sampled-token: share of positions at which the PPO clip binds", _SAMPLED, "0 when fresh; below 0.2",
+           "sampled-token: share of positions at which a PPO clip, dual clip included, leaves no gradient", _SAMPLED,
+           "0 when fresh; below 0.2",
            Chart("loss")),
 
     Metric("train/teacher_entropy", "teacher's entropy", "nats",
@@ -85,15 +94,15 @@ _ROWS = (
            "`data.demonstrations.share`"),
 
     # Of the teachers, once per buffer.
-    Metric("teacher/<name>/share", "share of a teacher", "share", "share of the buffer's rollouts that it scores",
-           _ROUTED, "as in the data", Chart("teacher", "share of each teacher")),
-    Metric("teacher/<name>/logprob", "log-probability of a teacher", "nats",
-           "mean log-probability of the sampled tokens that it scores", _ROUTED, "rises",
-           Chart("teacher", "log-probability of each teacher, nats")),
-    Metric("teacher/<name>/seconds", "time of a teacher", "s", "loading and scoring", _ROUTED),
-    Metric("teacher/cache_hits", "targets from disk", "", "rollouts of the buffer whose targets were on disk", _CACHE,
-           "0 for new responses; all for demonstrations from the second pass on"),
-    Metric("teacher/cache_misses", "targets scored", "", "rollouts of the buffer that the teacher has scored", _CACHE),
+    Metric("targets/<name>/share", "share of a teacher", "share", "share of the buffer's rollouts that it scores",
+           _ROUTED, "as in the data"),
+    Metric("targets/<name>/logprob", "log-probability under a teacher", "nats",
+           "mean log-probability of the tokens that it scores", _ROUTED, "rises towards 0"),
+    Metric("targets/<name>/seconds", "time of a teacher", "s", "time to load it and to score with it", _ROUTED),
+    Metric("targets/cache_hits", "targets from disk", "", "rollouts of the buffer whose targets were on disk", _CACHE,
+           "0 for new responses; all demonstrations from the second pass over the prompts on"),
+    Metric("targets/cache_misses", "targets not on disk", "", "rollouts of the buffer that the teacher has scored",
+           _CACHE),
 
     # The gate's weights over the valid positions.
     Metric("gate/mean", "mean weight", "", "mean weight", _STEP,

@@ -130,9 +130,14 @@ class EvaluationModule(pl.LightningModule):
         self.evaluator.finish()
         metrics = self.evaluator.compute()
         named = {f"{self._evaluated.name}/{key}": value for key, value in metrics.items()}
-        self.log_dict(named, sync_dist=True, logger=False)
-        if not self.trainer.sanity_checking:
-            self.write_metrics(named, self.global_step)  # Lightning's own axis lags behind after a resume
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        # Lightning would log again what a logger has since before a resume.
+        ours = fitting or any(step == self.global_step for _, step in self.logged)
+        self.log_dict(named, sync_dist=True, logger=False if ours else None)
+        if not ours:
+            self.log("step", float(self.global_step))  # Lightning's own axis lags behind after a resume
+        elif not self.trainer.sanity_checking:
+            self.write_metrics(named, self.global_step)
         if (folder := self.evaluator.folder) is not None:
             self.evaluator.close()
             values = {key: float(value) for key, value in metrics.items()}

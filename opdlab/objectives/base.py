@@ -48,6 +48,25 @@ class Objective(ABC):
         """Return the required teacher outputs; by default only the sampled tokens' log-probabilities."""
         return TeacherRequest()
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Return the fields of :class:`~opdlab.types.Rollouts` that may be None and that the objective reads.
+
+        A run without them is refused at its start: ``correct`` needs a verifier, ``group_accuracy`` and ``group_size``
+        also several samples of each prompt.
+        """
+        return ()
+
+    @property
+    def unused_options(self) -> set[str]:
+        """Return the options that have no effect; repr and logged hyperparameters omit them."""
+        return set()
+
+    @property
+    def inapplicable_laws(self) -> dict[str, str]:
+        """Return the laws of :class:`opdlab.testing.ObjectiveTester` that do not apply, each with the reason."""
+        return {}
+
     def setup(self, student: LanguageModel, teacher: Teacher) -> None:
         """Prepare the objective for these two models, once before training; does nothing by default."""
         del student, teacher
@@ -63,6 +82,11 @@ class Objective(ABC):
     @abstractmethod
     def position_losses(self, student: Scored, rollouts: Rollouts, targets: Targets) -> PositionLosses:
         """Return the loss of every position; all tensors are on the student's device."""
+
+    def __repr__(self) -> str:
+        options = {name: value for name, value in vars(self).items() if name[0] != "_"}
+        shown = [f"{name}={value!r}" for name, value in options.items() if name not in self.unused_options]
+        return f"{type(self).__name__}({', '.join(shown)})"
 
 
 def loss_shares(mask: Tensor, *, reduction: Reduction, num_tokens: float, num_rollouts: float) -> Tensor:

@@ -5,6 +5,7 @@ hidden sizes. Logarithms are natural.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -23,7 +24,7 @@ _MIN_TAIL_MASS = 1e-6
 # Logarithm of the mass of an empty tail: its exponential is 0, and unlike -inf it may be subtracted and multiplied.
 _LOG_NO_MASS = -1e4
 # exp(20) is 5e8. A larger ratio carries no information, and without a bound one token could overflow the batch.
-_MAX_LOG_RATIO = 20.0
+MAX_LOG_RATIO = 20.0
 
 
 def support_divergence(
@@ -77,7 +78,7 @@ def support_divergence(
         >>> whole = {"student_log_normalizer": torch.tensor(0.0), "teacher_log_normalizer": torch.tensor(0.0)}
         >>> for tail in ("renormalize", "bucket", "drop"):
         ...     print(f"{support_divergence(student, teacher, divergence='reverse_kl', tail=tail, **whole):.4f}")
-        0.0258
+        0.0257
         0.1116
         -0.1175
 
@@ -85,10 +86,7 @@ def support_divergence(
         Skewed divergences: Ko et al., arXiv 2402.03898. Generalized JSD: Agarwal et al., arXiv 2306.13649.
     """
     check_divergence(divergence, beta, alpha)
-    tails = get_args(Tail)
-    require(
-        tail in tails, f"tail is '{tail}'{suggestion(str(tail), tails) or ';'} it must be one of {', '.join(tails)}"
-    )
+    require_choice("tail", tail, get_args(Tail))
     k = student_logits.shape[-1]
     require(
         k >= 2 or tail != "renormalize",
@@ -114,7 +112,7 @@ def support_divergence(
     left_out = None if valid is None else ~valid
     if left_out is not None and tail == "bucket":
         left_out = torch.cat([left_out, torch.zeros_like(left_out[..., :1])], -1)
-    return _divergence(*sides, divergence, beta, alpha, left_out)
+    return _divergence(sides[0], sides[1], divergence, beta, alpha, left_out)
 
 
 def full_divergence(
@@ -161,9 +159,23 @@ def full_divergence(
     check_divergence(divergence, beta, alpha)
     heads = Head(student_weight, temperature=temperature), Head(teacher_weight, temperature=temperature)
     unused = torch.zeros(len(student_hidden), dtype=torch.long, device=student_hidden.device)
-    options = {"divergence": divergence, "beta": beta, "alpha": alpha}
-    values, _ = divergence_statistics(student_hidden, heads[0], teacher_hidden, heads[1], unused, **options)
+    values, _ = divergence_statistics(
+        student_hidden, heads[0], teacher_hidden, heads[1], unused, divergence=divergence, beta=beta, alpha=alpha
+    )
     return values
+
+
+def require_choice(name: str, value: str, known: Sequence[str]) -> None:
+    """Raise a UsageError if an option is none of the known values; the message suggests the nearest.
+
+    Example:
+        >>> require_choice("tail", "buckets", ["bucket", "drop"])
+        Traceback (most recent call last):
+        ...
+        opdlab.errors.UsageError: tail is 'buckets'; did you mean 'bucket'? it must be one of bucket, drop
+    """
+    hint = suggestion(str(value), known) or ";"
+    require(value in known, f"{name} is '{value}'{hint} it must be one of {', '.join(known)}")
 
 
 def check_divergence(divergence: str, beta: float, alpha: float) -> None:
@@ -175,11 +187,7 @@ def check_divergence(divergence: str, beta: float, alpha: float) -> None:
         ...
         opdlab.errors.UsageError: beta is 1.0, where jsd is always 0: use divergence reverse_kl, its limit there
     """
-    known = get_args(Divergence)
-    require(
-        divergence in known,
-        f"divergence is '{divergence}'{suggestion(str(divergence), known) or ';'} it must be one of {', '.join(known)}",
-    )
+    require_choice("divergence", divergence, get_args(Divergence))
     if divergence == "jsd":
         # GKD's code takes 0 and 1 as switches to the Kullback-Leibler divergences; the formula itself is 0 there.
         for end, limit in ((0, "forward_kl"), (1, "reverse_kl")):
@@ -187,6 +195,12 @@ def check_divergence(divergence: str, beta: float, alpha: float) -> None:
         require(0 < beta < 1, f"beta is {beta}, but must lie between 0 and 1")
     if divergence.startswith("skew"):
         require(0 <= alpha < 1, f"alpha is {alpha}, but must be at least 0 and below 1")
+
+
+def unused_by(divergence: str) -> set[str]:
+    """Return which of the options ``beta`` and ``alpha`` a divergence does not use."""
+    used = {"beta": divergence == "jsd", "alpha": divergence.startswith("skew")}
+    return {name for name, uses in used.items() if not uses}
 
 
 def _log_tail_mass(log_mass: Tensor, normalizer: Tensor, log_tail: Tensor | None) -> Tensor:
@@ -254,17 +268,13 @@ def sampled_token_divergence(logprobs: Tensor, teacher_logprobs: Tensor, *, esti
     Reference:
         J. Schulman, "Approximating KL divergence", 2020, names k2 and k3.
     """
-    known = get_args(Estimator)
-    require(
-        estimator in known,
-        f"estimator is '{estimator}'{suggestion(str(estimator), known) or ';'} it must be one of {', '.join(known)}",
-    )
+    require_choice("estimator", estimator, get_args(Estimator))
     log_ratio = teacher_logprobs.detach() - logprobs
     if estimator == "k2":
         return log_ratio.square() / 2
     if estimator == "k3":
         # Bounded as a whole: with exp alone bounded, what is left of the gradient would lower a probability that is
         # far too low already.
-        bounded = log_ratio.clamp(max=_MAX_LOG_RATIO)
+        bounded = log_ratio.clamp(max=MAX_LOG_RATIO)
         return bounded.expm1() - bounded  # exp(r) - 1 without cancellation near 0
     return log_ratio.abs() if estimator == "abs" else -logprobs

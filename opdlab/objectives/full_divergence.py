@@ -4,7 +4,7 @@ from torch import Tensor
 
 from opdlab.errors import UsageError
 from opdlab.objectives.base import Objective, PositionLosses, register_objective
-from opdlab.objectives.divergences import Divergence, check_divergence
+from opdlab.objectives.divergences import Divergence, check_divergence, unused_by
 from opdlab.policies.language_model import LanguageModel, Scored
 from opdlab.policies.teacher import Teacher
 from opdlab.scoring import TokenStatistics
@@ -41,11 +41,17 @@ class FullDivergence(Objective):
         """Return the required teacher outputs: its last hidden states."""
         return TeacherRequest(hidden=True)
 
+    @property
+    def unused_options(self) -> set[str]:
+        """Return the options that have no effect; see :attr:`Objective.unused_options`."""
+        return unused_by(self.divergence)
+
     def setup(self, student: LanguageModel, teacher: Teacher) -> None:
         """Keep the teacher, whose head every step reads.
 
         Raises:
-            UsageError: the teacher gives no head; or the divergence is infinite because the student lacks ids.
+            UsageError: the teacher gives no head, or one that changes within a buffer; or the divergence is infinite
+                because the student lacks ids.
         """
         size = teacher.head().num_ids
         try:

@@ -3,17 +3,19 @@
 Shapes: B rollouts, T response tokens, K support. Log-probabilities are in nats.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from opdlab.errors import require
 from opdlab.objectives.divergences import (
+    MAX_LOG_RATIO,
     Divergence,
     Estimator,
     Tail,
     full_divergence,
+    require_choice,
     sampled_token_divergence,
     support_divergence,
 )
@@ -22,9 +24,12 @@ __all__ = [
     "Divergence",
     "Estimator",
     "Reference",
+    "Shape",
     "Tail",
     "clip_binds",
     "full_divergence",
+    "group_reward",
+    "policy_gradient_loss",
     "sampled_token_divergence",
     "sampled_token_loss",
     "support_divergence",
@@ -33,10 +38,7 @@ __all__ = [
 ]
 
 Reference = Literal["behavior", "current"]
-
-# exp(20) is 5e8. A larger ratio carries no information, and without a bound one token could overflow the batch. The
-# paper's code base applies this bound to the importance weight of its KL term, not to its policy loss.
-_MAX_LOG_RATIO = 20.0
+Shape = Literal["identity", "clamp", "signed_log", "power"]
 
 
 def sampled_token_loss(
@@ -51,17 +53,17 @@ def sampled_token_loss(
 ) -> Tensor:
     """Return the PPO surrogate loss with the teacher's log-ratio as advantage.
 
-    ``A = logq - logpi_ref`` (detached), ``ratio = exp(logpi - logpi_b)``,
-    ``l = -min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A)``, and ``l <= -c * A`` if ``A < 0``.
+    :func:`policy_gradient_loss` of :func:`teacher_advantage`: ``A = logq - logpi_ref`` (detached),
+    ``ratio = exp(logpi - logpi_b)``, ``l = -min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A)``, and ``l <= -c * A`` if
+    ``A < 0``.
 
     Args:
         logprobs: [B, T] under the student, nats; the only argument that takes a gradient.
         behavior_logprobs: [B, T] under the behavior policy, nats.
         teacher_logprobs: [B, T] under the teacher, nats.
-        reference: the policy of ``logpi_ref``: ``behavior`` fixes the advantage for the rollout (the paper's code
-            base), ``current`` recomputes it at each step.
-        clip: eps; None disables clipping and dual clipping.
-        dual_clip: c, above 1, bounds the loss of negative advantages; None disables it.
+        reference: see :func:`teacher_advantage`.
+        clip: see :func:`policy_gradient_loss`.
+        dual_clip: see :func:`policy_gradient_loss`.
         advantage_clamp: bound on ``|A|``, nats, or None.
 
     Returns:
@@ -76,16 +78,109 @@ def sampled_token_loss(
         tensor([-0.5000,  1.0000])
 
     Reference:
-        Dual clip: Ye et al., arXiv 1912.09729. Advantage: ``verl/trainer/ppo/core_algos.py`` of
-        hhh675597/revisiting_opd, the code base of arXiv 2606.24084.
+        ``verl/trainer/ppo/core_algos.py`` of hhh675597/revisiting_opd, the code base of arXiv 2606.24084.
     """
-    require(reference in ("behavior", "current"), f"reference is '{reference}', but must be behavior or current")
+    shape: Shape = "identity" if advantage_clamp is None else "clamp"
+    advantage = teacher_advantage(
+        logprobs, behavior_logprobs, teacher_logprobs, reference, shape=shape, clamp=advantage_clamp
+    )
+    return policy_gradient_loss(logprobs, behavior_logprobs, advantage, clip=clip, dual_clip=dual_clip)
+
+
+def teacher_advantage(
+    logprobs: Tensor,
+    behavior_logprobs: Tensor,
+    teacher_logprobs: Tensor,
+    reference: Reference,
+    *,
+    shape: Shape = "identity",
+    clamp: float | None = None,
+    power: float = 1.0,
+) -> Tensor:
+    """Return the teacher's part of the sampled tokens' advantage, detached.
+
+    With ``x = logq - logpi_ref``: ``identity`` is ``x``, ``clamp`` bounds it, ``signed_log`` is
+    ``sign(x) log(1 + |x|)``, and ``power`` is ``q^alpha - pi_ref^alpha``, which lies between -1 and 1.
+
+    Args:
+        logprobs: [B, T], nats; of the student.
+        behavior_logprobs: [B, T], nats; of the behavior policy.
+        teacher_logprobs: [B, T], nats.
+        reference: the policy of ``logpi_ref``: ``behavior`` fixes the advantage for the rollout (the paper's code
+            base), ``current`` recomputes it at each step.
+        shape: see above.
+        clamp: bound of shape ``clamp``, above 0, nats; None for none.
+        power: alpha of shape ``power``, above 0.
+
+    Returns:
+        [B, T]: nats for ``identity`` and ``clamp``.
+
+    Raises:
+        UsageError: an option is unknown or out of range.
+
+    Example:
+        >>> pair = (torch.tensor([-3.0]), torch.tensor([-2.0]), torch.tensor([-0.5]))
+        >>> for shape in ("identity", "clamp", "signed_log", "power"):
+        ...     print(shape, teacher_advantage(*pair, "behavior", shape=shape, clamp=1.0))
+        identity tensor([1.5000])
+        clamp tensor([1.])
+        signed_log tensor([0.9163])
+        power tensor([0.4712])
+
+    Reference:
+        Clamp and signed logarithm: Wang et al., arXiv 2607.13399. Power: Zhao et al., arXiv 2606.17199.
+    """
+    require_choice("reference", reference, get_args(Reference))
+    require_choice("shape", shape, get_args(Shape))
+    require(clamp is None or clamp > 0, f"advantage_clamp is {clamp}, but must be above 0, or null for none")
+    require(power > 0, f"power is {power}, but must be above 0; near 0, it is the log-ratio scaled by power")
+    minuend = behavior_logprobs if reference == "behavior" else logprobs
+    if shape == "power":
+        return ((power * teacher_logprobs).exp() - (power * minuend).exp()).detach()
+    ratio = (teacher_logprobs - minuend).detach()
+    if shape == "signed_log":
+        return ratio.sign() * ratio.abs().log1p()
+    return ratio.clamp(-clamp, clamp) if shape == "clamp" and clamp is not None else ratio
+
+
+def policy_gradient_loss(
+    logprobs: Tensor,
+    behavior_logprobs: Tensor,
+    advantage: Tensor,
+    *,
+    clip: float | None = 0.2,
+    dual_clip: float | None = 3.0,
+) -> Tensor:
+    """Return the PPO surrogate loss of an advantage.
+
+    ``ratio = exp(logpi - logpi_b)``, ``l = -min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A)``, and ``l <= -c * A`` if
+    ``A < 0``.
+
+    Args:
+        logprobs: [B, T] under the student, nats; the only argument that takes a gradient.
+        behavior_logprobs: [B, T] under the behavior policy, nats.
+        advantage: [B, T], detached by the caller.
+        clip: eps; None disables clipping and dual clipping.
+        dual_clip: c, above 1, bounds the loss of negative advantages; None disables it.
+
+    Returns:
+        [B, T].
+
+    Raises:
+        UsageError: an option is out of range.
+
+    Example:
+        >>> stale = torch.tensor([-1.0, -1.0]), torch.tensor([-2.0, -2.0])  # ratio e
+        >>> policy_gradient_loss(*stale, torch.tensor([1.0, -1.0]))
+        tensor([-1.2000,  2.7183])
+
+    Reference:
+        Dual clip: Ye et al., arXiv 1912.09729.
+    """
     require(clip is None or 0 < clip < 1, f"clip is {clip}, but must lie between 0 and 1, or be null for none")
     require(dual_clip is None or dual_clip > 1, f"dual_clip is {dual_clip}, but must be above 1, or be null for none")
-    advantage = teacher_advantage(logprobs, behavior_logprobs, teacher_logprobs, reference)
-    if advantage_clamp is not None:
-        advantage = advantage.clamp(-advantage_clamp, advantage_clamp)
-    ratio = (logprobs - behavior_logprobs.detach()).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+    # The paper's code base applies this bound to the importance weight of its KL term, not to its policy loss.
+    ratio = (logprobs - behavior_logprobs.detach()).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     loss = -ratio * advantage
     if clip is None:
         return loss
@@ -95,26 +190,54 @@ def sampled_token_loss(
     return torch.where(advantage < 0, torch.minimum(loss, -dual_clip * advantage), loss)
 
 
-def teacher_advantage(
-    logprobs: Tensor, behavior_logprobs: Tensor, teacher_logprobs: Tensor, reference: Reference
+def clip_binds(
+    logprobs: Tensor, behavior_logprobs: Tensor, advantage: Tensor, clip: float, dual_clip: float | None = None
 ) -> Tensor:
-    """Return the advantage ``logq - logpi_ref`` of the sampled tokens, detached.
+    """Return the positions, [B, T] bool, at which :func:`policy_gradient_loss` is constant and gives no gradient.
 
-    Args:
-        logprobs: [B, T], nats; of the student.
-        behavior_logprobs: [B, T], nats; of the behavior policy.
-        teacher_logprobs: [B, T], nats.
-        reference: ``logpi_ref`` is the behavior policy's or the current student's.
-
-    Returns:
-        [B, T], nats.
+    Either clip counts, and so does the bound on the ratio; an advantage of 0 does not.
 
     Example:
-        >>> teacher_advantage(torch.tensor([-3.0]), torch.tensor([-2.0]), torch.tensor([-0.5]), "behavior")
-        tensor([1.5000])
+        >>> behavior, advantage = torch.full((4,), -5.0), torch.tensor([1.0, 1.0, -1.0, -1.0])
+        >>> logprobs = behavior + torch.tensor([0.1, 0.5, 0.5, 2.0])
+        >>> clip_binds(logprobs, behavior, advantage, clip=0.2, dual_clip=3.0)
+        tensor([False,  True, False,  True])
     """
-    minuend = behavior_logprobs if reference == "behavior" else logprobs
-    return (teacher_logprobs - minuend).detach()
+    log_ratio = logprobs.detach() - behavior_logprobs
+    ratio = log_ratio.exp()
+    above = log_ratio > MAX_LOG_RATIO if dual_clip is None else ratio > dual_clip
+    of_positive = (ratio > 1 + clip) | (log_ratio < -MAX_LOG_RATIO)
+    return torch.where(advantage > 0, of_positive, ((ratio < 1 - clip) | above) & (advantage < 0))
+
+
+def group_reward(correct: Tensor, group_accuracy: Tensor, group_size: Tensor, *, scaled: bool = False) -> Tensor:
+    """Return each rollout's verdict less the mean verdict of its prompt's rollouts.
+
+    Args:
+        correct: [B]: 1 correct, 0 wrong, -1 not judged.
+        group_accuracy: [B], mean verdict of the prompt's rollouts.
+        group_size: [B], their number n.
+        scaled: divide by their sample standard deviation, ``sqrt(p (1 - p) n / (n - 1))`` for a mean of ``p``.
+
+    Returns:
+        [B] float32, between -1 and 1 if not scaled; 0 if all verdicts agree, or the rollout is not judged.
+
+    Example:
+        One prompt's three rollouts, of which one is correct, and one that was not judged.
+
+        >>> group = (torch.tensor([1, 0, 0, -1]), torch.full((4,), 1 / 3), torch.full((4,), 3))
+        >>> group_reward(*group), group_reward(*group, scaled=True)
+        (tensor([ 0.6667, -0.3333, -0.3333,  0.0000]), tensor([ 1.1547, -0.5774, -0.5774,  0.0000]))
+
+    Reference:
+        Group normalisation: Shao et al., arXiv 2402.03300.
+    """
+    mean, n = group_accuracy.float(), group_size.float()
+    agree = (correct < 0) | (mean <= 0) | (mean >= 1)
+    reward = correct.float() - mean
+    if scaled:
+        reward = reward / (mean * (1 - mean) * n / (n - 1).clamp(min=1)).clamp(min=1e-9).sqrt()
+    return reward.masked_fill(agree, 0.0)
 
 
 def teacher_topk_loss(student_support_logits: Tensor, teacher_support_logits: Tensor) -> Tensor:
@@ -143,9 +266,3 @@ def teacher_topk_loss(student_support_logits: Tensor, teacher_support_logits: Te
     return support_divergence(
         student_support_logits, teacher_support_logits, divergence="reverse_kl", tail="renormalize"
     )
-
-
-def clip_binds(logprobs: Tensor, behavior_logprobs: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """Return the positions, [B, T] bool, at which the PPO clip binds and which receive no gradient."""
-    ratio = (logprobs.detach() - behavior_logprobs).exp()
-    return torch.where(advantage > 0, ratio > 1 + clip, (ratio < 1 - clip) & (advantage < 0))

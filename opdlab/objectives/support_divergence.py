@@ -7,9 +7,11 @@ from torch import Tensor
 
 from opdlab.errors import require
 from opdlab.objectives.base import Objective, PositionLosses, register_objective
+from opdlab.objectives.divergences import unused_by
 from opdlab.objectives.functional import Divergence, Tail, support_divergence
 from opdlab.policies.language_model import Scored
 from opdlab.registry import suggestion
+from opdlab.scoring import TokenStatistics
 from opdlab.types import Rollouts, Targets, TeacherRequest
 
 Support = Literal["teacher", "student", "union"]
@@ -73,21 +75,31 @@ class SupportDivergence(Objective):
             tail=self.tail != "renormalize",
         )
 
+    @property
+    def unused_options(self) -> set[str]:
+        """Return the options that have no effect; see :attr:`Objective.unused_options`."""
+        return unused_by(self.divergence)
+
+    @property
+    def inapplicable_laws(self) -> dict[str, str]:
+        """Return the laws that do not apply; see :attr:`Objective.inapplicable_laws`."""
+        if self.tail != "drop" or self.divergence == "jsd":
+            return {}
+        way = "out of" if self.divergence.endswith("reverse_kl") else "into"
+        return {"zero_gradient_at_equality": f"the partial sum falls where probability moves {way} the support"}
+
     def position_losses(self, student: Scored, rollouts: Rollouts, targets: Targets) -> PositionLosses:
         """Return the loss of every position; see :meth:`Objective.position_losses`."""
-        ids, of_teacher, valid = targets.support_ids, targets.support_logits, targets.support_valid
-        assert ids is not None
+        of_teacher, valid, at = targets.support_logits, targets.support_valid, student.mask
         assert of_teacher is not None
         assert targets.support_mass is not None
-        at = student.mask
         counted = None if valid is None else valid[at]
-        if self.tail == "renormalize":
-            logits, statistics = student.support_statistics(ids)
+        logits, log_tail, statistics = self._pass(student, targets)
+        if log_tail is None:
             losses = self._divergence(logits, of_teacher[at], counted)
         else:
             assert targets.log_normalizer is not None
             assert targets.log_tail is not None
-            *_, logits, log_tail, statistics = student.support_tail(ids)
             losses = self._divergence(
                 logits,
                 of_teacher[at],
@@ -108,6 +120,18 @@ class SupportDivergence(Objective):
         logprobs, entropy = student.padded(statistics.logprobs.detach()), student.padded(statistics.entropy)
         padded = student.padded(losses)
         return PositionLosses(padded, logprobs, entropy, metrics, divergence=padded.detach())
+
+    def own_logprobs(self, student: Scored, rollouts: Rollouts, targets: Targets) -> Tensor:
+        """Return the student's log-probabilities; see :meth:`Objective.own_logprobs`."""
+        return student.padded(self._pass(student, targets)[2].logprobs.detach())
+
+    def _pass(self, student: Scored, targets: Targets) -> tuple[Tensor, Tensor | None, TokenStatistics]:
+        """Return the support's logits, its tail unless both sides are renormalised, and the statistics, in one pass."""
+        assert targets.support_ids is not None
+        if self.tail == "renormalize":
+            logits, statistics = student.support_statistics(targets.support_ids)
+            return logits, None, statistics
+        return student.support_tail(targets.support_ids)[2:]
 
     def _divergence(self, student: Tensor, teacher: Tensor, valid: Tensor | None, **whole: Tensor) -> Tensor:
         """Return the divergence of logits [..., K] -> [...]; ``whole`` has normalizers and tails."""

@@ -2,9 +2,8 @@
 
 from opdlab.policies.adapters import AdapterConfig
 from opdlab.policies.behavior import BehaviorConfig, BehaviorPolicy
-from opdlab.policies.demonstrations import Given
 from opdlab.policies.language_model import LanguageModel, Scored
-from opdlab.policies.routed_teacher import RoutedTeacher, check_teacher
+from opdlab.policies.routed_teacher import RoutedTeacher
 from opdlab.policies.sampler import Sampler, SamplingConfig
 from opdlab.policies.self_teacher import SelfTeacher
 from opdlab.policies.target_cache import TargetCache
@@ -25,7 +24,6 @@ __all__ = [
     "BaseTeacher",
     "BehaviorConfig",
     "BehaviorPolicy",
-    "Given",
     "LanguageModel",
     "LocalTeacher",
     "NoTeacher",
@@ -41,7 +39,6 @@ __all__ = [
     "TeacherRequest",
     "check_same_vocabulary",
     "check_targets",
-    "check_teacher",
     "share_vocabulary",
     "single_token_ids",
     "warn_of_stop_tokens",

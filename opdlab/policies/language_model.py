@@ -125,9 +125,9 @@ class Scored:
         """
         key = (teacher_hidden, teacher_head.temperature, divergence, beta, alpha)
         if key not in self._passes:
-            states, options = teacher_hidden[self.mask], {"divergence": divergence, "beta": beta, "alpha": alpha}
+            sides = self.hidden, self.head, teacher_hidden[self.mask], teacher_head
             self._passes[key] = divergence_statistics(
-                self.hidden, self.head, states, teacher_head, self.tokens, **options
+                *sides, self.tokens, divergence=divergence, beta=beta, alpha=alpha
             )
         found: tuple[Tensor, TokenStatistics] = self._passes[key]
         return found

@@ -162,7 +162,8 @@ class RoutedTeacher(Teacher):
             "model.evaluation.reverse_kl to false, or take one teacher",
         )
         assert rollouts.teacher_ids is not None
-        rollouts, ids = rollouts.as_teacher_sees(), rollouts.teacher_ids.cpu()
+        ids = rollouts.teacher_ids.cpu()
+        rollouts = rollouts.as_teacher_sees()
         merged: dict[str, Tensor] = {}
         self._metrics = {}
         for number, name in enumerate(self.names):
@@ -174,9 +175,9 @@ class RoutedTeacher(Teacher):
             put_rows(merged, rows, part, len(rollouts))
             tokens = float(rollouts.mask[rows].sum())
             self._metrics |= {
-                f"teacher/{name}/share": len(rows) / len(rollouts),
-                f"teacher/{name}/logprob": float(part.logprobs.sum()) / max(tokens, 1.0),
-                f"teacher/{name}/seconds": time.perf_counter() - started,
+                f"targets/{name}/share": len(rows) / len(rollouts),
+                f"targets/{name}/logprob": float(part.logprobs.sum()) / max(tokens, 1.0),
+                f"targets/{name}/seconds": time.perf_counter() - started,
             }
         return Targets(**merged)
 

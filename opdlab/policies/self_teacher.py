@@ -1,6 +1,7 @@
 """A teacher that is the student itself: as it was at the start, or its moving average."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,21 @@ class SelfTeacher(LocalTeacher):
         own = self._own()
         for name, weight in self._weights.items():
             self._weights[name] = own[name].detach() if weight.dtype == own[name].dtype else weight.to(device)
+
+    def head(self, temperature: float = 1.0) -> Any:
+        """Return the frozen head; see :meth:`Teacher.head`.
+
+        Raises:
+            UsageError: the weights are a moving average, whose head changes after the hidden states were computed.
+        """
+        require(
+            not self.follows_student,
+            f"model.teacher is a SelfTeacher with decay {self.decay}, whose head changes with each step, but the "
+            "objective needs the head that made the hidden states: set decay to null, or take an objective on a "
+            "support, such as support_divergence",
+        )
+        local: Any = super()
+        return local.head(temperature)
 
     @torch.no_grad()
     def after_step(self, student: LanguageModel) -> None:

@@ -112,8 +112,8 @@ class TargetCache(Teacher):
             else:
                 put_rows(merged, torch.tensor([row]), found, *rollouts.tokens.shape)
         self._metrics = {
-            "teacher/cache_hits": float(len(keys) - len(missing)),
-            "teacher/cache_misses": float(len(missing)),
+            "targets/cache_hits": float(len(keys) - len(missing)),
+            "targets/cache_misses": float(len(missing)),
         }
         if missing or not keys:
             rows = torch.tensor(missing, dtype=torch.long)

@@ -268,11 +268,8 @@ class LocalTeacher(Teacher):
                 scored = replace(of_model, head=replace(of_model.head, vocab_size=vocab_size))
                 found = _token_targets(scored, rollouts.rows(rows), request)
                 for name, values in found.items():
-                    into, part = getattr(targets, name), scored.padded(values).cpu()
-                    if name == "support_ids":
-                        assign_rows(into, rows, part)
-                    elif into is not None:
-                        into[rows] = part
+                    if (into := getattr(targets, name)) is not None:
+                        assign_rows(into, rows, scored.padded(values).cpu())
                 if request.hidden:
                     self._tell_rounding(of_model)
                     states = scored.padded(scored.hidden).cpu()  # in the dtype in which the teacher computes

@@ -15,6 +15,8 @@ from opdlab.replay.step_gradients import Autocast, StepGradients
 from opdlab.seeds import derive_seed
 from opdlab.types import Problem, Prompt, trimmed
 
+Tokens = tuple[int, ...]
+
 
 def recorded_prompts(record: RecordedStep, names: Sequence[str] = ()) -> list[Prompt]:
     """Return the prompt of each rollout of a step, and what the teacher has seen instead.
@@ -26,17 +28,17 @@ def recorded_prompts(record: RecordedStep, names: Sequence[str] = ()) -> list[Pr
     prompts = []
     for rollouts in (batch.rollouts for batch in record.batches):
         own = _unpadded(rollouts.prompt_tokens, rollouts.prompt_mask)
-        seen = _unpadded(rollouts.teacher_prompt_tokens, rollouts.teacher_prompt_mask) or [None] * len(own)
+        seen: list[Tokens | None] = [None] * len(own)
+        if rollouts.teacher_prompt_tokens is not None and rollouts.teacher_prompt_mask is not None:
+            seen = list(_unpadded(rollouts.teacher_prompt_tokens, rollouts.teacher_prompt_mask))
         ids = [None] * len(own) if rollouts.teacher_ids is None else rollouts.teacher_ids.tolist()
-        for index, teacher, *tokens in zip(rollouts.prompt_ids.tolist(), ids, own, seen, strict=True):
+        for index, teacher, tokens, of_teacher in zip(rollouts.prompt_ids.tolist(), ids, own, seen, strict=True):
             problem = Problem(str(index), "", None, teacher=None if teacher is None else names[teacher])
-            prompts.append(Prompt(index, problem, *tokens))
+            prompts.append(Prompt(index, problem, tokens, of_teacher))
     return prompts
 
 
-def _unpadded(tokens: Tensor | None, mask: Tensor | None) -> list[tuple[int, ...]]:
-    if tokens is None or mask is None:
-        return []
+def _unpadded(tokens: Tensor, mask: Tensor) -> list[Tokens]:
     return [tuple(row[valid].tolist()) for row, valid in zip(tokens, mask, strict=True)]
 
 

@@ -120,6 +120,11 @@ class Replayer:
     ) -> None:
         self._module, self._grid, self._config = module, grid, config
         self._autocast, self._prompts = autocast, prompts
+        require(
+            not module.teacher.follows_student,
+            f"model.teacher is a {type(module.teacher).__name__} that follows the student, and records do not hold its "
+            "weights, so fresh rollouts cannot be scored: replay a run whose teacher is frozen",
+        )
         # autograd.grad returns the gradients; `.grad` stays unchanged.
         module.student.accumulate_head_grad = False
         module.teacher.to(module.device)

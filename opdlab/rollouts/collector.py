@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opdlab.policies import BehaviorPolicy, Teacher, check_targets, check_teacher
+from opdlab.policies import BehaviorPolicy, Teacher, check_targets
+from opdlab.policies.routed_teacher import check_teacher
 from opdlab.progress import Progress, SilentProgress
 from opdlab.rollouts.demonstrations import choose_demonstrations
 from opdlab.rollouts.loader import Pool
@@ -103,7 +104,8 @@ class Collector:
         masked = mask_first_occurrences(mask_uncounted(rollouts), self._masked_first)
         pad_id = self._behavior.policy.tokenizer.pad_token_id
         masked = with_teachers(masked, prompts, self._teacher.names, pad_id)
-        targets = self._teacher.score(masked, self._request, progress)
+        # Teachers do this too; here it also holds for one that does not know of prompts of its own.
+        targets = self._teacher.score(masked.as_teacher_sees(), self._request, progress)
         check_targets(self._teacher, self._request, targets)
         scored = time.perf_counter()
         own = torch.ones(len(rollouts)).bool() if rollouts.demonstration is None else ~rollouts.demonstration
@@ -121,7 +123,7 @@ class Collector:
             correct = torch.tensor([verdict.correct for verdict in verdicts()], dtype=torch.int8)
             if bool(own.any()):  # demonstrations say nothing about the policy
                 metrics["rollout/accuracy"] = float(correct[own].float().mean())
-            masked = replace(masked, correct=correct)
+            masked = with_groups(replace(masked, correct=correct))
         return Pool(masked, targets, metrics, first_batch_unscored=unscored is not None)
 
 
@@ -148,3 +150,32 @@ def with_teachers(rollouts: Rollouts, prompts: Sequence[Prompt], names: Sequence
         numbers = torch.tensor([names.index(prompt.problem.teacher or "") for prompt in prompts])
         rollouts = replace(rollouts, teacher_ids=numbers.repeat_interleave(each, 0))
     return rollouts
+
+
+def with_groups(rollouts: Rollouts) -> Rollouts:
+    """Return judged rollouts with ``group_accuracy`` and ``group_size``, over the rollouts of the same prompt.
+
+    Demonstrations and rollouts that were not judged are not counted.
+
+    Args:
+        rollouts: of a whole buffer, with verdicts.
+
+    Example:
+        Three rollouts of prompt 7, of which one was not judged, and one of prompt 4.
+
+        >>> zeros, mask = torch.zeros(4).long(), torch.ones(4, 1).bool()
+        >>> rollouts = Rollouts(*2 * (zeros[:, None], mask), torch.zeros(4, 1), *5 * (zeros,))
+        >>> prompts, verdicts = torch.tensor([7, 7, 7, 4]), torch.tensor([1, 0, -1, 1], dtype=torch.int8)
+        >>> grouped = with_groups(replace(rollouts, prompt_ids=prompts, correct=verdicts))
+        >>> grouped.group_accuracy, grouped.group_size
+        (tensor([0.5000, 0.5000, 0.5000, 1.0000]), tensor([2, 2, 2, 1]))
+    """
+    assert rollouts.correct is not None
+    counted = rollouts.correct >= 0
+    if rollouts.demonstration is not None:
+        counted &= ~rollouts.demonstration
+    prompts, group = rollouts.prompt_ids.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    size = torch.zeros_like(prompts).index_add_(0, group, counted.long())
+    hits = torch.zeros_like(prompts).index_add_(0, group, (counted & (rollouts.correct > 0)).long())
+    accuracy = hits / size.clamp(min=1)
+    return replace(rollouts, group_accuracy=accuracy[group], group_size=size[group])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from opdlab.errors import UsageError, require
-from opdlab.policies import Given
+from opdlab.policies.demonstrations import Given
 from opdlab.seeds import derive_seed
 from opdlab.types import Prompt
 

@@ -19,12 +19,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from opdlab.errors import require
-from opdlab.scoring.head import Head, LogitTiles, autocast_inputs, places, tiles, wide_dtype
+from opdlab.scoring.head import Buffers, Head, LogitTiles, autocast_inputs, places, reused, tiles, wide_dtype
 from opdlab.scoring.head_gradients import HeadGradients
 from opdlab.scoring.logprobs import OnlineSoftmax, TokenStatistics
 
 # Logits of a tile to which elementwise operations are applied at a time on a CPU: the operands fit in its caches.
 MAX_PIECE = 1 << 18
+# Stands for a logit of -inf. Times the smallest probability, 1e-38, it is 0 to any precision.
+_LOWEST = -1e15
 
 
 def divergence_statistics(
@@ -57,10 +59,17 @@ def divergence_statistics(
 
     Raises:
         UsageError: one side has ids that the other one lacks, and the divergence is infinite for these.
+
+    Example:
+        >>> hidden, head = torch.ones(1, 1), Head(torch.tensor([[0.0], [1.0], [2.0]]))
+        >>> other, targets = Head(torch.tensor([[0.0], [1.0], [3.0]])), torch.tensor([2])
+        >>> values, statistics = divergence_statistics(hidden, head, hidden, other, targets, divergence="reverse_kl")
+        >>> values, statistics.logprobs
+        (tensor([0.0970]), tensor([-0.4076]))
     """
     head, rule = head.gathered(), Rule.of(divergence, beta, alpha)
-    teacher = LogitTiles(teacher_head.gathered().detached(), teacher_hidden.detach())
-    rule.check(head.num_ids, teacher.head.num_ids)
+    teacher = teacher_head.gathered().detached(), teacher_hidden.detach()
+    rule.check(head.num_ids, teacher[0].num_ids)
     with autocast_inputs(hidden) as states:
         outputs: tuple[Tensor, ...] = _FullDivergence.apply(  # type: ignore[no-untyped-call]
             states, *head.tensors, targets, head, teacher, rule
@@ -72,56 +81,59 @@ def divergence_statistics(
 
 # Of a tile: ``a``, ``a g`` up to a multiple of ``a``, and the part of the divergence, [N'], if it is wanted.
 Terms = tuple[Tensor, Tensor, Tensor | None]
+# Both logarithms are overwritten, and so are the terms by those of the next tile.
+TermsOf = Callable[[Tensor, Tensor, float, bool, Buffers], Terms]
 
 
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Return the sums of products of [N', C] tensors over C, [N'], without a tensor of the products."""
-    return torch.bmm(x[:, None], y[:, :, None]).view(-1)
+def _exp(logarithms: Tensor, name: str, buffers: Buffers) -> Tensor:
+    """Return probabilities; those that underflow are as small as normal numbers get, since others take far longer."""
+    found = reused(buffers, name, logarithms.shape, logarithms)
+    return torch.clamp(logarithms, min=math.log(torch.finfo(found.dtype).tiny), out=found).exp_()
 
 
-def _positive(mixture: Tensor) -> Tensor:
-    """Bound probabilities from below, in place: where both of a mixture underflow, terms must be 0 and not NaN."""
-    return mixture.clamp_(min=torch.finfo(mixture.dtype).tiny)
+def _mixture(a: Tensor, b: Tensor, share: float, buffers: Buffers) -> Tensor:
+    """Return ``(1 - share) a + share b``."""
+    return torch.mul(a, 1 - share, out=reused(buffers, "mixture", a.shape, a)).add_(b, alpha=share)
 
 
-def _reverse_kl(log_a: Tensor, log_b: Tensor, _share: float, value: bool) -> Terms:
-    a = log_a.exp()
+def _reverse_kl(log_a: Tensor, log_b: Tensor, _share: float, value: bool, buffers: Buffers) -> Terms:
+    a = _exp(log_a, "a", buffers)
     weighted = log_a.sub_(log_b).mul_(a)
     return a, weighted, weighted.sum(1) if value else None
 
 
-def _forward_kl(log_a: Tensor, log_b: Tensor, _share: float, value: bool) -> Terms:
-    b = log_b.exp()
-    total = _dot(b, log_b.sub_(log_a)) if value else None
-    return log_a.exp_(), b.neg_(), total
+def _forward_kl(log_a: Tensor, log_b: Tensor, _share: float, value: bool, buffers: Buffers) -> Terms:
+    a, b = _exp(log_a, "a", buffers), _exp(log_b, "b", buffers)
+    total = log_b.sub_(log_a).mul_(b).sum(1) if value else None
+    return a, b.neg_(), total
 
 
-def _jsd(log_a: Tensor, log_b: Tensor, beta: float, value: bool) -> Terms:
-    a, b = log_a.exp(), log_b.exp()
-    log_m = _positive(a.mul(1 - beta).add_(b, alpha=beta)).log_()
+def _jsd(log_a: Tensor, log_b: Tensor, beta: float, value: bool, buffers: Buffers) -> Terms:
+    a, b = _exp(log_a, "a", buffers), _exp(log_b, "b", buffers)
+    log_m = _mixture(a, b, beta, buffers).log_()
     weighted = log_a.sub_(log_m).mul_(a).mul_(1 - beta)
-    total = weighted.sum(1) + beta * _dot(b, log_b.sub_(log_m)) if value else None
+    total = weighted.sum(1).add_(log_b.sub_(log_m).mul_(b).sum(1), alpha=beta) if value else None
     return a, weighted, total
 
 
-def _skew_reverse_kl(log_a: Tensor, log_b: Tensor, alpha: float, value: bool) -> Terms:
-    a = log_a.exp()
-    m = _positive(log_b.exp_().mul_(1 - alpha).add_(a, alpha=alpha))
-    share = torch.div(a, m)
+def _skew_reverse_kl(log_a: Tensor, log_b: Tensor, alpha: float, value: bool, buffers: Buffers) -> Terms:
+    a, b = _exp(log_a, "a", buffers), _exp(log_b, "b", buffers)
+    m = _mixture(b, a, alpha, buffers)
+    share = torch.div(a, m, out=b)
     log_ratio = log_a.sub_(m.log_())
-    total = _dot(a, log_ratio) if value else None
+    total = torch.mul(a, log_ratio, out=m).sum(1) if value else None
     return a, log_ratio.sub_(share, alpha=alpha).mul_(a), total
 
 
-def _skew_forward_kl(log_a: Tensor, log_b: Tensor, alpha: float, value: bool) -> Terms:
-    a, b = log_a.exp_(), log_b.exp()
-    m = _positive(a.mul(1 - alpha).add_(b, alpha=alpha))
-    weighted = torch.div(b, m).mul_(a).mul_(alpha - 1)
-    total = _dot(b, log_b.sub_(m.log_())) if value else None
+def _skew_forward_kl(log_a: Tensor, log_b: Tensor, alpha: float, value: bool, buffers: Buffers) -> Terms:
+    a, b = _exp(log_a, "a", buffers), _exp(log_b, "b", buffers)
+    m = _mixture(a, b, alpha, buffers)
+    weighted = torch.div(b, m, out=log_a).mul_(a).mul_(alpha - 1)
+    total = log_b.sub_(m.log_()).mul_(b).sum(1) if value else None
     return a, weighted, total
 
 
-_TERMS: dict[str, Callable[[Tensor, Tensor, float, bool], Terms]] = {
+_TERMS: dict[str, TermsOf] = {
     "reverse_kl": _reverse_kl,
     "forward_kl": _forward_kl,
     "jsd": _jsd,
@@ -180,9 +192,9 @@ class Rule:
             f"{student_size} of them, the teacher {teacher_size}: take jsd, or models with equal vocabularies",
         )
 
-    def terms(self, log_a: Tensor, log_b: Tensor, value: bool) -> Terms:
+    def terms(self, log_a: Tensor, log_b: Tensor, value: bool, buffers: Buffers) -> Terms:
         """Return the terms of a tile, see :data:`Terms`; the logarithms [N', C] are overwritten."""
-        return _TERMS[self.name](log_a, log_b, self.share, value)
+        return _TERMS[self.name](log_a, log_b, self.share, value, buffers)
 
 
 # -- passes over both vocabularies -------------------------------------------------------------------------------------
@@ -222,7 +234,7 @@ def _finite(side: LogitTiles, rows: slice, columns: slice) -> Tensor:
     """Return the logits of a tile, all of them finite."""
     logits = side.tile(rows, columns)
     # Only a bias makes a logit of -inf, and the difference of two of them is NaN.
-    return logits if side.head.bias is None else logits.clamp_(min=torch.finfo(logits.dtype).min / 4)
+    return logits if side.head.bias is None else logits.clamp_(min=_LOWEST)
 
 
 def _pieces(tile: Tensor, start: int) -> Iterator[tuple[slice, slice]]:
@@ -286,16 +298,18 @@ class _Sums:
         """
         student, teacher = self._softmax
         weighting = teacher if self._rule.name == "forward_kl" else student
-        summed = self._like.new_zeros(len(self._targets))
+        summed, buffers = self._like.new_zeros(len(self._targets)), Buffers()
         for rows, columns, ours, theirs in self._pair.shared():
             self._choose(rows, columns, ours)
             for inner, outer in _pieces(ours, rows.start):
                 x, y = ours[inner], theirs[inner]
-                before, difference = weighting.max_logit[outer].clone(), x - y if self._rule.one_pass else None
+                before, difference = weighting.max_logit[outer].clone(), None
+                if self._rule.one_pass:
+                    difference = torch.sub(x, y, out=reused(buffers, "difference", x.shape, x))
                 both = student.add(outer, x), teacher.add(outer, y)
                 if difference is not None:
                     factor = (before - weighting.max_logit[outer]).exp()
-                    summed[outer] = summed[outer] * factor + _dot(both[weighting is teacher], difference)
+                    summed[outer] = summed[outer] * factor + difference.mul_(both[weighting is teacher]).sum(1)
         return summed
 
     def _add_alone(self, place: int, side: LogitTiles) -> Tensor | None:
@@ -313,12 +327,14 @@ class _Sums:
     def _of_mixture(self) -> tuple[Tensor, Tensor]:
         """Return value and mean over the shared ids, from a second pass."""
         value, mean = (self._like.new_zeros(len(self._targets)) for _ in range(2))
+        buffers: Buffers = {}
         for rows, _, ours, theirs in self._pair.shared():
             for inner, outer in _pieces(ours, rows.start):
                 log_a = ours[inner].sub_(self.statistics.log_normalizer[outer, None])
                 log_b = theirs[inner].sub_(self.teacher_normalizer[outer, None])
-                _, weighted, part = self._rule.terms(log_a, log_b, value=True)
+                _, weighted, part = self._rule.terms(log_a, log_b, value=True, buffers=buffers)
                 mean[outer] += weighted.sum(1)
+                assert part is not None
                 value[outer] += part
         return value, mean
 
@@ -331,7 +347,7 @@ class _FullDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         *tensors, targets, head, teacher, rule = inputs  # the tensors are the head's
-        sums = _Sums(_Pair(LogitTiles(head, hidden), teacher), rule, targets)
+        sums = _Sums(_Pair(LogitTiles(head, hidden), LogitTiles(*teacher)), rule, targets)
         ctx.head, ctx.teacher, ctx.rule = head, teacher, rule
         ctx.save_for_backward(hidden, *tensors, sums.statistics.log_normalizer, sums.teacher_normalizer, sums.mean)
         ctx.mark_non_differentiable(*sums.statistics)
@@ -341,16 +357,17 @@ class _FullDivergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, *_, student_normalizer, teacher_normalizer, mean = ctx.saved_tensors
-        pair, upstream, rule = _Pair(LogitTiles(ctx.head, hidden), ctx.teacher), gradients[0], ctx.rule
-        sums = HeadGradients(ctx, pair.student)
+        pair, upstream, rule = _Pair(LogitTiles(ctx.head, hidden), LogitTiles(*ctx.teacher)), gradients[0], ctx.rule
+        sums, buffers = HeadGradients(ctx, pair.student), Buffers()
         for rows, columns, ours, theirs in pair.shared():
             for inner, outer in _pieces(ours, rows.start):
                 slope = ctx.head.slope(ours[inner])
                 log_a = ours[inner].sub_(student_normalizer[outer, None])
                 log_b = theirs[inner].sub_(teacher_normalizer[outer, None])
-                a, weighted, _ = rule.terms(log_a, log_b, value=False)
+                a, weighted, _ = rule.terms(log_a, log_b, value=False, buffers=buffers)
                 weighted.addcmul_(a, mean[outer, None], value=-1)  # [N', C]
-                torch.mul(weighted.mul_(slope), upstream[outer, None], out=ours[inner])
+                factor = upstream[outer, None] * slope  # [N', 1], or [N', C] with a soft cap
+                torch.mul(weighted, factor, out=ours[inner])
             sums.add_tile(rows, columns, ours)
         for rows, columns, logits in pair.alone(pair.student):
             slope = ctx.head.slope(logits)

@@ -3,9 +3,10 @@
 Shapes: N positions, H hidden size, V vocabulary, C of its columns, r rank.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -136,9 +137,26 @@ class Head:
         return (logits * (self.temperature / self.softcap)).square_().neg_().add_(1.0).mul_(factor)
 
 
+Buffers = dict[str, Tensor]
+"""Memory that is used again from tile to tile, by name; see :func:`reused`."""
+
+
+def reused(buffers: Buffers, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+    """Return a tensor of any content, in memory that earlier ones of the same name have used.
+
+    On a CPU, new memory costs as much as several passes over it.
+    """
+    numel, known = math.prod(shape), buffers.get(name)
+    if known is None or known.numel() < numel or known.dtype != like.dtype:
+        known = buffers[name] = like.new_empty(numel)
+    return known[:numel].view(*shape)
+
+
 @dataclass(frozen=True)
 class LogitTiles:
     """Logits of N positions, computed one tile at a time: float32 or wider, without a graph.
+
+    A tile is overwritten by the next one.
 
     Args:
         head: computes the logits.
@@ -147,6 +165,7 @@ class LogitTiles:
 
     head: Head
     hidden: Tensor
+    _buffers: Buffers = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def reduced(self) -> Tensor:
@@ -157,7 +176,7 @@ class LogitTiles:
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """Return the logits of some rows and columns, [N', C]."""
         head, hidden = self.head, self.hidden[rows]
-        z = product(hidden, head.weight[columns].to(hidden.dtype).T)  # [N', H] @ [H, C]
+        z = product(hidden, head.weight[columns].to(hidden.dtype).T, self._buffers)  # [N', H] @ [H, C]
         if head.low_rank is not None:
             z.addmm_(self.reduced[rows], head.low_rank.up[columns].to(z.dtype).T)  # [N', r] @ [r, C]
         if head.bias is not None:
@@ -185,13 +204,22 @@ def autocast_inputs(hidden: Tensor) -> Iterator[Tensor]:
         yield narrow
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
-    """Return ``a @ b`` in float32 or wider: rounding the sums to half precision would bias training."""
-    if a.dtype not in (torch.bfloat16, torch.float16):
-        return a @ b
-    if a.is_cuda and _WIDE_PRODUCTS:
+def product(a: Tensor, b: Tensor, buffers: Buffers | None = None) -> Tensor:
+    """Return ``a @ b`` in float32 or wider: rounding the sums to half precision would bias training.
+
+    Args:
+        a: [M, R].
+        b: [R, C].
+        buffers: the result is in one of them on a CPU, until the next product; None for new memory.
+    """
+    narrow = a.dtype in (torch.bfloat16, torch.float16)
+    if narrow and a.is_cuda and _WIDE_PRODUCTS:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    if narrow:
+        a, b = a.float(), b.float()
+    if buffers is None or a.is_cuda:
+        return a @ b
+    return torch.mm(a, b, out=reused(buffers, "product", (len(a), b.shape[1]), a))
 
 
 def tiles(num_rows: int, head: Head, start: int = 0) -> Iterator[tuple[slice, slice]]:

@@ -118,6 +118,9 @@ class _Product:
         if self.of_states is not None:
             self.of_states[rows] += product(narrow, self.matrix[columns].to(narrow.dtype))  # [N', C] @ [C, R]
         if self.of_matrix is not None:
+            if self.of_matrix.dtype == self.states.dtype == wide_dtype(narrow):
+                self.of_matrix[columns].addmm_(narrow.T, self.states[rows])  # [C, N'] @ [N', R]
+                return
             summed = product(narrow.T, self.states[rows])  # [C, N'] @ [N', R]
             if self.of_matrix.dtype != summed.dtype:
                 self._columns = summed if rows.start == 0 or self._columns is None else self._columns + summed

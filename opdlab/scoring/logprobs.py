@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from opdlab.scoring.head import Head, LogitTiles, autocast_inputs, places, product, tiles
+from opdlab.scoring.head import Buffers, Head, LogitTiles, autocast_inputs, places, product, reused, tiles
 from opdlab.scoring.head_gradients import HeadGradients
 
 
@@ -67,18 +67,22 @@ class OnlineSoftmax:
         self._sum = like.new_zeros(num_rows)  # of exp(z - max)
         self._moment = like.new_zeros(num_rows)  # of exp(z - max) * (z - max)
         self._rows = like.new_zeros(num_rows, hidden_size)  # of exp(z - max) * a row of the matrix
+        self._buffers: Buffers = {}
 
     def add(self, rows: slice, logits: Tensor) -> Tensor:
-        """Add a tile of logits [N', C], which is overwritten, and return ``exp(z - max)`` [N', C]."""
+        """Add a tile of logits [N', C], which is overwritten.
+
+        Returns:
+            ``exp(z - max)`` [N', C]; it is overwritten when the next tile is added.
+        """
         before = self.max_logit[rows]
         largest = torch.maximum(before, logits.amax(1))
         shift = before - largest
         factor = shift.exp()
         logits -= largest[:, None]
-        exponentials = logits.exp()
+        exponentials = torch.exp(logits, out=reused(self._buffers, "exponentials", logits.shape, logits))
         # A logit of -inf has probability 0 and must contribute 0, but 0 * -inf is NaN.
-        logits.clamp_(min=torch.finfo(logits.dtype).min)
-        moment = torch.bmm(exponentials[:, None], logits[:, :, None]).view(-1)  # [N', 1, C] @ [N', C, 1] -> [N']
+        moment = logits.clamp_(min=torch.finfo(logits.dtype).min).mul_(exponentials).sum(1)
         self._moment[rows] = (self._moment[rows] + shift * self._sum[rows]) * factor + moment
         self._sum[rows] = self._sum[rows] * factor + exponentials.sum(1)
         self._rows[rows] *= factor[:, None]

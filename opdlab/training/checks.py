@@ -104,6 +104,29 @@ def check_trainer(trainer: pl.Trainer, max_tokens: int | None, whole_weights: bo
     )
 
 
+def check_verdicts(objective: Objective, judged: bool, num_samples: int) -> None:
+    """Raise a UsageError if an objective needs verdicts, or several of a prompt, which a run does not have.
+
+    Args:
+        objective: the module's objective.
+        judged: True if the training problems have a verifier.
+        num_samples: rollouts of each prompt.
+    """
+    name, needs = type(objective).__name__, objective.needs
+    weight = getattr(objective, "reward_weight", None)
+    reader = f"model.objective is {name}" + (f" with reward_weight {weight}" if weight else "")
+    require(
+        judged or not {"correct", "group_accuracy", "group_size"} & set(needs),
+        f"{reader}, which needs the verifier's verdict on each rollout, but data.train has no verifier: give it one, "
+        f"or {'set reward_weight to 0' if weight else 'take another objective'}",
+    )
+    require(
+        num_samples >= 2 or not {"group_accuracy", "group_size"} & set(needs),
+        f"{reader}, which compares the verdicts of one prompt's rollouts, but model.sampling.num_samples is "
+        f"{num_samples}: raise it to 2 or more",
+    )
+
+
 def check_training(teacher: Teacher, gate: GateStrategy, judged: bool) -> None:
     """Raise a UsageError if training has no teacher, or if a gate needs verdicts and there is no verifier.
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.trainer.connectors.logger_connector import _LoggerConnector
 from lightning.pytorch.utilities import rank_zero_only
 
 from opdlab.files import naming_full_disk, replacing
@@ -21,20 +19,11 @@ _STEP = "step"
 class RunTrainer(Trainer):
     """Lightning's trainer, with the run's folder as ``log_dir`` whatever its loggers are.
 
-    What callbacks log during the n-th optimizer step, such as ``LearningRateMonitor``, has step n in all loggers, as
-    opdlab's own metrics have; in Lightning's trainer it has step n - 1.
-
     Attributes:
         run_folder: folder of the run, known to the first process; None for Lightning's choice.
     """
 
     run_folder: Path | None = None
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        loop = self.fit_loop.epoch_loop
-        self.fit_loop.epoch_loop = _StepsFromOne(self, min_steps=loop.min_steps, max_steps=loop.max_steps)
-        self._logger_connector = _LogsOfTheStep(self)
 
     @property
     def log_dir(self) -> str | None:
@@ -43,44 +32,6 @@ class RunTrainer(Trainer):
             return super().log_dir
         folder: str = self.strategy.broadcast(str(self.run_folder))
         return folder
-
-
-class _StepsFromOne(_TrainingEpochLoop):
-    """Lightning's loop over batches; its axis of the loggers has the number of the step that is under way.
-
-    Checkpoints hold the number that Lightning writes, which is one lower.
-    """
-
-    def __init__(self, trainer: Trainer, min_steps: int | None, max_steps: int) -> None:
-        super().__init__(trainer, min_steps, max_steps)
-        self._taken = 0
-
-    @property
-    def _batches_that_stepped(self) -> int:
-        return self._taken + 1
-
-    @_batches_that_stepped.setter
-    def _batches_that_stepped(self, value: int) -> None:
-        self._taken = value - 1
-
-    def on_save_checkpoint(self) -> dict[str, Any]:
-        """Return Lightning's state with its own number."""
-        return {**super().on_save_checkpoint(), "_batches_that_stepped": self._taken}
-
-    def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
-        """Load Lightning's state."""
-        super().on_load_checkpoint(state_dict)
-        self._taken = state_dict.get("_batches_that_stepped", 0)
-
-
-class _LogsOfTheStep(_LoggerConnector):
-    @property
-    def should_update_logs(self) -> bool:
-        """True if the step under way is logged, as in Lightning, which counts it from zero."""
-        every = self.trainer.log_every_n_steps
-        if not every or self.trainer._active_loop is not self.trainer.fit_loop:
-            return super().should_update_logs
-        return self.trainer.fit_loop.epoch_loop._batches_that_stepped % every == 0 or self.trainer.should_stop
 
 
 class MetricsFile(Logger):

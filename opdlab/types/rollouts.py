@@ -177,8 +177,8 @@ def id_dtype(vocab_size: int) -> torch.dtype:
     return next((t for t in (torch.uint8, torch.uint16) if vocab_size - 1 <= torch.iinfo(t).max), torch.int32)
 
 
-def assign_rows(into: Tensor, rows: Tensor, ids: Tensor) -> None:
-    """Assign ``into[rows] = ids``; uses a view as int16, because torch does not support this for uint16.
+def assign_rows(into: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Assign ``into[rows] = values``; uses a view as int16, because torch does not support this for uint16.
 
     Example:
         >>> ids = torch.zeros(3, 2, dtype=torch.uint16)
@@ -187,7 +187,7 @@ def assign_rows(into: Tensor, rows: Tensor, ids: Tensor) -> None:
         [7, 40000]
     """
     bits = torch.int16 if into.dtype == torch.uint16 else into.dtype
-    into.view(bits)[rows] = ids.to(into.dtype).view(bits)
+    into.view(bits)[rows] = values.to(into.dtype).view(bits)
 
 
 @dataclass(frozen=True)

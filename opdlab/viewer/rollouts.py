@@ -5,6 +5,7 @@ Shapes: B rollouts, P prompt tokens, T response tokens. Log-probabilities are in
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,9 +144,10 @@ def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 def _shown(row: dict[str, Tensor]) -> ShownRollout:
     length = int(row["mask"].nonzero().max()) + 1
     verdict = int(row["correct"])
+    prompts: dict[str, Any] = {name: row[name] for name in row if name.endswith("prompt_tokens")}
     return ShownRollout(
         **{name: int(row[name]) for name in ("rank", "num_ranked", "rollout_id", "prompt_id", "age", "reuse_epoch")},
-        **{name: row[name][row[name] != _PADDING] for name in row if name.endswith("prompt_tokens")},  # type: ignore[arg-type]
+        **{name: tokens[tokens != _PADDING] for name, tokens in prompts.items()},
         tokens=row["tokens"][:length],
         mask=row["mask"][:length].bool(),
         segment_ids=row["segment_ids"][:length],

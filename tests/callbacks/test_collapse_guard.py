@@ -99,14 +99,18 @@ def test_stopping_leaves_a_checkpoint_and_a_page(make_run: MakeRun, tmp_path: Pa
     assert NO_WEIGHTS in json.loads(str(summary))["facts"]["collapse"]
 
 
-@pytest.mark.parametrize("micro_batch", [3, 5])
-def test_a_resumed_run_says_what_an_uninterrupted_one_says(make_run: MakeRun, tmp_path: Path, micro_batch: int) -> None:
-    options: dict[str, Any] = {"gate": build_gate("block32", tau=1e6, normalization="none"), "lr": 30.0}
+@pytest.mark.parametrize(("micro_batch", "accumulate"), [(3, 1), (5, 1), (1, 2)])
+def test_a_resumed_run_says_what_an_uninterrupted_one_says(
+    make_run: MakeRun, tmp_path: Path, micro_batch: int, accumulate: int
+) -> None:
+    gate = build_gate("block32", tau=1e6, normalization="none")
+    options: dict[str, Any] = {"gate": gate, "lr": 30.0, "accumulate": accumulate}
     whole, first, second = CollapseGuard(), CollapseGuard(), CollapseGuard()
     make_run(callbacks=(whole,), **options).fit(10)
     make_run(callbacks=(first, SaveAt(tmp_path / "at.ckpt", micro_batch)), **options).fit(micro_batch)
     make_run(callbacks=(second,), **options).fit(10, ckpt_path=tmp_path / "at.ckpt")
     assert second.messages == whole.messages != []
+    assert second.state_dict()["first"] == whole.state_dict()["first"] is not None
 
 
 def test_a_disabled_guard_does_nothing(make_run: MakeRun) -> None:

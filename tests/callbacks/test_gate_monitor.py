@@ -39,7 +39,7 @@ from opdlab.diagnostics.trace import to_host
 from opdlab.errors import Stopped, UsageError
 from opdlab.gating import DriftGate, GateInputs, build_gate
 from opdlab.loggers import layout
-from opdlab.objectives import SampledTokenOPD
+from opdlab.objectives import SampledTokenOPD, SupportDivergence
 from opdlab.training import join_gate_inputs
 from tests.test_resume import SaveAt
 from tests.toy_run import Run
@@ -353,9 +353,10 @@ def test_the_layout_can_be_read(make_run: MakeRun, tmp_path: Path) -> None:
 
 def test_every_scalar_has_a_chart_and_every_chart_a_scalar(make_run: MakeRun, tmp_path: Path) -> None:
     """Regular expressions match from a tag's start, as in TensorBoard's plugin."""
-    tags: set[str] = {"rollout/accuracy", "val/mean/pass@1", "val/toy/pass@8", "val/toy/length"}
-    for objective in (None, SampledTokenOPD()):
-        folder = tmp_path / str(objective is None)
+    tags: set[str] = {"rollout/accuracy", "val/mean/pass@1", "val/toy/pass@8", "val/toy/length", "train/reward_share"}
+    objectives = (None, SampledTokenOPD(baseline="support_kl", k=4), SupportDivergence(support="union", k=4))
+    for number, objective in enumerate(objectives):
+        folder = tmp_path / str(number)
         fit(make_run, folder, 3, GateMonitor(every_n_steps=1), objective=objective, callbacks=(CollapseGuard(),))
         tags |= set(read(folder).Tags()["scalars"])
     charts = [chart for charts in layout().values() for chart in charts.values()]

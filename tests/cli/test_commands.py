@@ -7,6 +7,7 @@ import pytest
 
 from opdlab.cli import EXIT_USAGE, main
 from opdlab.cli.commands import COMMANDS
+from opdlab.objectives import objective_names
 from opdlab.version import __version__
 from tests.children import run_child
 
@@ -30,7 +31,7 @@ def test_help_and_version_are_there_at_once() -> None:
     shown, imported = imported_by("--help")
     assert imported == set()
     for name, command in COMMANDS.items():
-        assert f"{name} " in shown
+        assert name in shown.split()
         assert command.summary in " ".join(shown.split())
     assert imported_by("--version") == (f"opdlab {__version__}\n", set())
 
@@ -39,6 +40,13 @@ def test_gates_are_listed_without_lightning_and_transformers() -> None:
     shown, imported = imported_by("gates")
     assert "block64" in shown
     assert imported == {"torch"}
+
+
+def test_objectives_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["objectives"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert list(lines) == objective_names()
+    assert all(text.endswith(".") and len(text) < 120 for text in lines.values())
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -63,7 +71,7 @@ def test_every_command_refuses_what_it_does_not_know(name: str, capsys: pytest.C
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("", "give a command: fit, validate, test, estimate, gates, study, replay; see opdlab --help"),
+        ("", "give a command: fit, validate, test, estimate, gates, objectives, study, replay; see opdlab --help"),
         ("fti", "unknown command 'fti'; did you mean 'fit'? commands: fit, "),
         ("foo", "unknown command 'foo'; commands: fit, validate, "),
         ("--quux", "unrecognized arguments: --quux; see opdlab --help"),

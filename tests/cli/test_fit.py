@@ -70,7 +70,10 @@ def test_a_run_leaves_everything_in_its_folder(
     rows = {row.name for row in metric_rows() if not any(row.matches(name) for name in scalars)}
     of_whole_buffers = {"rollout/repeated_share", "rollout/reverse_kl"}
     optional = {"val/<benchmark>/reverse_kl", "val/<benchmark>/maj@<n>"}  # no answer is extracted from 12 tokens
-    assert rows == {"train/advantage", "train/clip_share", "gate/tau", *of_whole_buffers, *optional}
+    of_sampled_token = {f"train/{name}" for name in ("advantage", "baseline", "clip_share", "reward_share")}
+    of_others = {"gate/tau", "train/support_overlap", "rollout/demonstration_share"}
+    targets = {name for name in rows if name.startswith("targets/")}  # of a cache, of several teachers
+    assert rows == of_sampled_token | of_others | targets | of_whole_buffers | optional
 
 
 def test_resume_goes_on_in_the_same_folder(opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,6 @@ NO_TEACHER = ("--model.evaluation.teacher", "false")
 
 LOGGERS = '''
 import os
-from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import Logger
 
 
@@ -43,19 +42,6 @@ class Cloud(Logger):
     def log_metrics(self, metrics, step=None):
         if os.path.exists("fail") and step == 2 and "train/loss" in metrics:
             raise RuntimeError("the cloud is gone")
-
-
-class Mine(Callback):
-    """Logs through Lightning: in a step, in an evaluation, and at the end of an epoch; under names that have a row."""
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        pl_module.log("val/step/pass@1", float(trainer.global_step))
-
-    def on_validation_epoch_end(self, trainer, pl_module):
-        pl_module.log("val/validation/pass@1", float(trainer.global_step))
-
-    def on_train_epoch_end(self, trainer, pl_module):
-        pl_module.log("val/epoch/pass@1", float(trainer.global_step))
 '''
 
 
@@ -299,29 +285,3 @@ def test_a_resume_is_refused_before_models_are_loaded(
     for arguments, _ in at_the_end[:4]:
         assert opdlab("--ckpt_path", end, *gone, *arguments.split()) == EXIT_USAGE
         assert "gone" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("every", [1, 2])
-def test_what_callbacks_log_has_the_step_of_our_own_metrics(opdlab: Opdlab, tmp_path: Path, every: int) -> None:
-    callbacks = ("--trainer.callbacks+=LearningRateMonitor", "--trainer.callbacks+=lab_loggers.Mine")
-    often = ("--trainer.log_every_n_steps", str(every), "--trainer.val_check_interval", "2", *NO_TEACHER)
-    assert opdlab(*callbacks, *often, "--trainer.max_steps", "4") == 0
-    assert opdlab(*callbacks, *often, "--trainer.max_steps", "8", "--ckpt_path", "last") == 0
-    folder = tmp_path / "runs/quickstart/version_0"
-    steps = [step for step in range(1, 9) if step % every == 0]
-    wanted = {
-        "train/loss": steps,
-        "lr-AdamW": steps,
-        "val/step/pass@1": steps,
-        "val/validation/pass@1": [0, 2, 4, 6, 8],
-    }
-    wanted["val/epoch/pass@1"] = [4, 8]  # where training ended
-    rows = rows_of(folder)
-    for name, numbers in wanted.items():
-        assert [step for step, row in rows.items() if row.get(name)] == numbers, name
-        assert all(float(rows[step][name]) == step for step in numbers if name.startswith("val"))
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    for name, numbers in wanted.items():
-        # The evaluation at the checkpoint is done again.
-        assert sorted({event.step for event in events.Scalars(name)}) == numbers, name

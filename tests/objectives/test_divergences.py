@@ -50,7 +50,7 @@ def plain(divergence: str, a: Tensor, b: Tensor) -> Tensor:
 
 
 def restricted(probabilities: Tensor, ids: Tensor, tail: str) -> Tensor:
-    """One side's distribution on the support, [N, V] to [N, K] or, with the tail, [N, K + 1]."""
+    """One side's distribution on the support, [N, V] -> [N, K], or [N, K + 1] with the tail."""
     on_support = probabilities.gather(-1, ids)
     if tail == "renormalize":
         return on_support / on_support.sum(-1, keepdim=True)
@@ -195,7 +195,10 @@ def test_tail_from_normalizers_alone_is_floored() -> None:
     # float32: outside the first token the student has 5e-8 and the teacher 0.1
     student = torch.tensor([[0.0, math.log(5e-8)]])
     teacher = torch.tensor([[math.log(0.9), math.log(0.1)]])
-    normalizers = {"student_log_normalizer": student.logsumexp(-1), "teacher_log_normalizer": teacher.logsumexp(-1)}
+    normalizers: dict[str, Any] = {
+        "student_log_normalizer": student.logsumexp(-1),
+        "teacher_log_normalizer": teacher.logsumexp(-1),
+    }
     pair = (student[:, :1].requires_grad_(), teacher[:, :1])
     floored = support_divergence(*pair, divergence="forward_kl", tail="bucket", **normalizers)
     expected = 0.9 * math.log(0.9) + 0.1 * math.log(0.1 / 1e-6)

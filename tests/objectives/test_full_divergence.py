@@ -1,5 +1,7 @@
 """The objective on the whole vocabulary: through a tiny model, under every gate, in a run and its resume."""
 
+# mypy: disable-error-code="no-untyped-call"
+
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from opdlab.errors import UsageError
 from opdlab.gating import build_gate, gate_names
 from opdlab.objectives import FullDivergence, build_objective, loss_shares, reduce_losses
 from opdlab.objectives.functional import full_divergence
-from opdlab.policies import AdapterConfig, LanguageModel, LocalTeacher, Teacher
+from opdlab.policies import AdapterConfig, LanguageModel, LocalTeacher, SelfTeacher, TargetCache, Teacher
 from opdlab.training import score_batch
 from opdlab.types import Minibatch, Rollouts, Targets, TeacherRequest
 from tests.policies.tiny_models import CONFIGS, rollouts, save_random
@@ -77,6 +80,31 @@ def test_a_teacher_without_a_head_is_refused(make_run: MakeRun) -> None:
         make_run(objective=FullDivergence(), teacher=WithoutHead())
 
 
+def test_a_teacher_whose_head_changes_within_a_buffer_is_refused(make_run: MakeRun) -> None:
+    with pytest.raises(UsageError, match="SelfTeacher with decay 0.9, whose head changes .* set decay to null"):
+        make_run(objective=FullDivergence(), teacher=SelfTeacher(decay=0.9))
+
+
+def test_the_student_itself_is_no_teacher_at_first(make_run: MakeRun) -> None:
+    run = make_run(objective=FullDivergence("jsd"), teacher=SelfTeacher())
+    with pytest.warns(UserWarning, match="starts as the student's equal"):
+        run.fit(2)
+    assert abs(run.recorder.losses[0]) < 1e-6
+
+
+def test_kept_targets_train_as_computed_ones(make_run: MakeRun, tmp_path: Path) -> None:
+    losses = []
+    for _ in range(2):  # the second run reads what the first one has kept
+        teacher = TargetCache(LocalTeacher(TEACHER, dtype="bfloat16"), str(tmp_path / "kept"))
+        run = make_run(objective=FullDivergence(), teacher=teacher)
+        run.fit(2)
+        losses.append(run.recorder.losses)
+    assert teacher.metrics()["targets/cache_misses"] == 0
+    plain = make_run(objective=FullDivergence(), teacher=LocalTeacher(TEACHER, dtype="bfloat16"))
+    plain.fit(2)
+    assert losses == [plain.recorder.losses] * 2
+
+
 # -- through a tiny model ----------------------------------------------------------------------------------------------
 
 
@@ -97,11 +125,10 @@ def scored(student: LanguageModel, teacher: LocalTeacher, objective: FullDiverge
     of_prompt = replace(rollouts(), temperature=0.8)
     objective.setup(student, teacher)
     targets = teacher.score(of_prompt, replace(objective.request, vocab_size=student.vocab_size))
-    rows = torch.arange(len(of_prompt))
-    counts = {"num_tokens": int(of_prompt.mask.sum()), "num_rollouts": len(of_prompt)}
-    batch = Minibatch(of_prompt, targets, rows, *counts.values(), ((of_prompt, targets),), 0, 0, {})
+    rows, num_tokens = torch.arange(len(of_prompt)), int(of_prompt.mask.sum())
+    batch = Minibatch(of_prompt, targets, rows, num_tokens, len(rows), ((of_prompt, targets),), 0, 0, {})
     positions = score_batch(student, objective, batch, 0).positions
-    shares = loss_shares(of_prompt.mask, reduction="token_mean", **counts)
+    shares = loss_shares(of_prompt.mask, reduction="token_mean", num_tokens=num_tokens, num_rollouts=len(rows))
     return reduce_losses(positions.losses, torch.ones_like(shares), shares), of_prompt
 
 
@@ -187,6 +214,29 @@ def test_a_student_that_lacks_ids(models: Callable[[str], str]) -> None:
     with torch.no_grad():
         own, other = (logits(each.model, of_prompt).double() for each in (student, teacher.model))
     torch.testing.assert_close(loss.detach().double(), plain_divergence(own[:, :30], other, "jsd").mean())
+
+
+def test_log_probabilities_come_from_the_same_pass(models: Callable[[str], str]) -> None:
+    student, teacher = LanguageModel(models("llama untied")), LocalTeacher(models("teacher"))
+    objective, of_prompt = FullDivergence(), rollouts()
+    objective.setup(student, teacher)
+    targets = teacher.score(of_prompt, objective.request)
+    scores = student.score(of_prompt)
+    products = 0
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal products
+            products += func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out)
+            return func(*args, **(kwargs or {}))
+
+    with Count():
+        own = objective.own_logprobs(scores, of_prompt, targets)  # of a fresh buffer
+        positions = objective.position_losses(scores, of_prompt, targets)
+    assert products == 2  # one with each head
+    assert torch.equal(own, positions.logprobs)
+    expected = scores.padded(scores.statistics().logprobs)
+    torch.testing.assert_close(own, expected.detach())
 
 
 # -- in a run ----------------------------------------------------------------------------------------------------------

@@ -16,9 +16,7 @@ from torch.distributions import Categorical, kl_divergence
 from opdlab.errors import UsageError
 from opdlab.objectives import SampledTokenOPD, TeacherTopK, loss_shares, reduce_losses
 from opdlab.objectives.functional import clip_binds, sampled_token_loss, teacher_topk_loss
-from opdlab.policies.language_model import Scored
-from opdlab.scoring import Head
-from opdlab.types import Rollouts, Targets
+from tests.objectives.batch import random_logits, scored_batch
 
 Reference = Literal["behavior", "current"]
 
@@ -89,7 +87,9 @@ def test_clipped_gradient_vanishes_where_a_clip_binds() -> None:
     ratio, advantage = (CURRENT - BEHAVIOR).exp(), TEACHER - BEHAVIOR
     binds = torch.where(advantage > 0, ratio > 1.2, (ratio < 0.8) | (ratio > 3))
     torch.testing.assert_close(gradient(), torch.where(binds, 0.0, -ratio * advantage))
-    assert torch.equal(clip_binds(CURRENT, BEHAVIOR, advantage, 0.2), gradient(dual_clip=None).eq(0) & advantage.ne(0))
+    for dual_clip in (3.0, None):
+        none = gradient(dual_clip=dual_clip).eq(0) & advantage.ne(0)
+        assert torch.equal(clip_binds(CURRENT, BEHAVIOR, advantage, 0.2, dual_clip), none)
 
 
 def test_fresh_rollouts_have_the_full_gradient() -> None:
@@ -168,10 +168,6 @@ def test_bad_advantage_clamp_is_refused(clamp: float) -> None:
         SampledTokenOPD(advantage_clamp=clamp)
 
 
-def random_logits(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 3
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.integers(2, 12), st.floats(-50, 50))
 def test_topk_loss_is_the_kl_of_renormalised_categoricals(seed: int, k: int, shift: float) -> None:
@@ -220,35 +216,6 @@ def test_what_objectives_ask_of_the_teacher() -> None:
     assert TeacherTopK(k=5).request.top_k == 5
     assert TeacherTopK().request.top_k == 32
     assert SampledTokenOPD().request.top_k == 0
-
-
-def scored_batch(vocab_size: int = 40) -> tuple[Scored, Rollouts, Targets, Tensor, Tensor]:
-    """Two rollouts of 3 and 2 tokens with their plain logits, student's and teacher's; top 4 as targets."""
-    mask = torch.tensor([[True, True, True], [True, True, False]])
-    tokens = torch.tensor([[3, 7, 1], [9, 2, 0]])
-    hidden = random_logits(5, 6).float().requires_grad_()
-    weight, temperature = random_logits(vocab_size, 6, seed=1).float() / 3, 0.8
-    student, teacher = hidden @ weight.T / temperature, random_logits(5, vocab_size, seed=2).float()
-    scored = Scored(hidden, Head(weight, temperature=temperature), mask, tokens[mask])
-    rollouts = Rollouts(
-        *(torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.bool), tokens, mask),
-        behavior_logprobs=torch.full((2, 3), -1.5).masked_fill(~mask, 0),
-        stop_reasons=torch.zeros(2, dtype=torch.long),
-        rollout_ids=torch.arange(2),
-        prompt_ids=torch.arange(2),
-        sampled_at_step=torch.zeros(2, dtype=torch.long),
-        snapshot_step=torch.zeros(2, dtype=torch.long),
-        temperature=temperature,
-    )
-    top = teacher.topk(4)
-    log_q = teacher.log_softmax(-1)
-    targets = Targets(
-        scored.padded(log_q.gather(1, tokens[mask][:, None]).squeeze(1)),
-        scored.padded(top.indices.int()),
-        scored.padded(top.values),
-        scored.padded(log_q.gather(1, top.indices).exp().sum(-1)),
-    )
-    return scored, rollouts, targets, student, teacher
 
 
 def test_sampled_token_objective() -> None:

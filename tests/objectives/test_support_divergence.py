@@ -5,6 +5,7 @@
 import copy
 import functools
 import math
+import re
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, get_args
@@ -13,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from opdlab.cli.estimate import estimate
+from opdlab.cli.parsing import parse_fit
 from opdlab.diagnostics import StepTrace
 from opdlab.diagnostics.collapse import entropy_sums
 from opdlab.errors import UsageError
@@ -23,6 +26,7 @@ from opdlab.objectives.support_divergence import Support
 from opdlab.policies import BehaviorPolicy, LanguageModel, LocalTeacher, SamplingConfig, Scored, TeacherRequest
 from opdlab.progress import Progress
 from opdlab.rollouts import Collector, Pool
+from opdlab.testing import ObjectiveTester
 from opdlab.training import gate_inputs
 from opdlab.types import Problem, Prompt, Rollouts, Targets
 from tests.toy_run import STUDENT, TEACHER
@@ -138,7 +142,16 @@ def test_losses_and_gradients_from_the_buffer_on(divergence: Any, support: Any, 
     logprobs = world().logits["student"].detach().log_softmax(1)
     assert not positions.logprobs.requires_grad
     torch.testing.assert_close(positions.logprobs[scored.mask], logprobs.gather(1, scored.tokens[:, None])[:, 0])
-    assert torch.equal(scored.own_logprobs(found.targets), positions.logprobs)  # from the same pass: no drift
+    own = objective.own_logprobs(scored, found.rollouts, found.targets)
+    assert torch.equal(own, positions.logprobs)  # from the same pass: no drift
+    assert torch.equal(positions.losses, positions.divergence)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("divergence", "support", "tail"), list(product(DIVERGENCES, SUPPORTS, TAILS)))
+def test_laws(divergence: Any, support: Any, tail: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    ObjectiveTester(functools.partial(SupportDivergence, divergence, support, tail, K, BETA, ALPHA)).run()
+    said = "law zero_gradient_at_equality does not apply" in capsys.readouterr().out
+    assert said == (tail == "drop" and divergence != "jsd")
 
 
 @pytest.mark.parametrize("support", SUPPORTS)
@@ -171,7 +184,7 @@ def test_the_whole_vocabulary_has_an_empty_tail() -> None:
     found = Collector(made.behavior, made.teacher, request).collect(PROMPTS, seed=3)
     scored = made.student.score(found.rollouts)
     for tail in ("bucket", "drop"):
-        losses = SupportDivergence(support="union", tail=tail, k=V).position_losses(scored, *parts(found)).losses  # type: ignore[arg-type]
+        losses = SupportDivergence(support="union", tail=tail, k=V).position_losses(scored, *parts(found)).losses
         z, q = plain_logits(made.student, found.rollouts), plain_logits(made.teacher.model, found.rollouts)
         full = (z.softmax(1) * (z.log_softmax(1) - q.log_softmax(1))).sum(1)
         torch.testing.assert_close(losses[scored.mask], full, rtol=1e-4, atol=1e-5)
@@ -190,6 +203,15 @@ def test_teacher_topk_is_a_named_case() -> None:
     assert named.request == case.request == TeacherRequest(top_k=K)
     ours, theirs = (each.position_losses(scored, *parts(found)) for each in (named, case))
     assert torch.equal(ours.losses, theirs.losses)
+    ids, of_teacher = found.targets.support_ids, found.targets.support_logits
+    assert ids is not None
+    assert of_teacher is not None
+    logits, _ = scored.support_statistics(ids)  # LSM as the paper has it, bit for bit
+    log_p, log_q = logits.log_softmax(-1), of_teacher[scored.mask].to(logits.dtype).log_softmax(-1)
+    plain = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert torch.equal(ours.losses[scored.mask], plain)
+    gradients = [torch.autograd.grad(each.sum(), scored.hidden, retain_graph=True) for each in (ours.losses, plain)]
+    assert torch.equal(*gradients[0], *gradients[1])
     names = {"teacher_support_mass", "student_support_mass", "top1_agreement"}
     assert ours.metrics.keys() == theirs.metrics.keys() == names
 
@@ -199,7 +221,7 @@ def test_one_token_is_refused_only_where_it_says_nothing(support: Any) -> None:
     with pytest.raises(UsageError, match="k is 1, but must be at least 2: renormalised over a single token"):
         SupportDivergence(support=support, tail="renormalize", k=1)
     for tail in ("bucket", "drop"):
-        assert SupportDivergence(support=support, tail=tail, k=1).k == 1  # type: ignore[arg-type]
+        assert SupportDivergence(support=support, tail=tail, k=1).k == 1
 
 
 @pytest.mark.parametrize(
@@ -255,6 +277,24 @@ def test_the_snapshots_tokens_are_found_for_rows_that_it_need_not_score() -> Non
     assert torch.equal(some.rollouts.behavior_logprobs[[0, 2]], every.rollouts.behavior_logprobs[[0, 2]])
 
 
+@pytest.mark.parametrize("tail", ["renormalize", "bucket"])
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_the_buffer_takes_what_is_estimated(support: Any, tail: Any) -> None:
+    flags = {"objective": "support_divergence", "objective.support": support, "objective.tail": tail, "objective.k": K}
+    config = parse_fit(["-c", "quickstart", *(f"--model.{name}={value}" for name, value in flags.items())])
+    _, said = estimate(config).host["rollout buffer"]
+    found = re.search(r"tokens x (\d+) bytes", said)
+    assert found is not None
+    rollouts, targets = parts(pool(support, tail != "renormalize"))
+    tensors = {**rollouts.state_dict(), **replace(targets, entropy=None).state_dict()}
+    per_token = {
+        name: tensor[0, 0].numel() * (4 if name.endswith("support_ids") else tensor.element_size())
+        for name, tensor in tensors.items()
+        if torch.is_tensor(tensor) and tensor.shape[:2] == rollouts.mask.shape
+    }
+    assert int(found[1]) == sum(per_token.values()), per_token
+
+
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_every_gate_weights_it(support: Any) -> None:
     found, scored = pool(support, tail=True), world().scored
@@ -264,6 +304,8 @@ def test_every_gate_weights_it(support: Any) -> None:
     inputs = gate_inputs(rollouts, found.targets, positions, step=3)
     for name in gate_names():
         gate = build_gate(name)
+        if support == "teacher" and "compatible_mass" in gate.needs:
+            continue  # of the student's support, which is not scored then
         gate.setup(world().student.tokenizer)
         gates = gate(inputs)
         assert bool(gates.weights.isfinite().all()), name

@@ -333,6 +333,24 @@ def test_the_teacher_scores_the_same() -> None:
         assert (ours[name] is None and name == "entropy") if value is None else torch.equal(ours[name], value), name
 
 
+def test_the_head_of_an_offloaded_teacher_stays_on_the_device() -> None:
+    teacher = LocalTeacher(TEACHER, offload=True)
+    assert storage(teacher.head().weight) == storage(teacher.model.head().weight)  # the device is the host so far
+    teacher.to(CUDA)
+    with PretendedDevice() as device:
+        targets = teacher.score(rollouts(), TeacherRequest(hidden=True))
+        assert device.holds == 0
+        device.sent.clear()
+        heads = [teacher.head(temperature) for temperature in (0.7, 1.3)]
+        assert len(device.sent) == device.holds == 1  # the weight, copied once
+    assert [head.temperature for head in heads] == [0.7, 1.3]
+    expected = LocalTeacher(TEACHER).score(rollouts(), TeacherRequest(hidden=True))
+    assert targets.hidden is not None
+    assert expected.hidden is not None
+    assert torch.equal(targets.hidden, expected.hidden)
+    assert torch.equal(heads[0].weight, teacher.model.head().weight)
+
+
 def test_packed_weights_stay_on_the_device() -> None:
     with pytest.raises(UsageError, match="offload is true and quantization '4bit'"):
         LocalTeacher(TEACHER, quantization="4bit", offload=True)

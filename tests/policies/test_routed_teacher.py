@@ -45,23 +45,21 @@ def test_each_rollout_is_scored_by_its_teacher(keep: bool, monkeypatch: pytest.M
     targets = teacher.score(rollouts, request)
     assert teacher.score(rollouts, request).logprobs.equal(targets.logprobs)
     assert loads == [TEACHER, STUDENT] * (1 if keep else 3)
+    ids = rollouts.teacher_ids
+    assert ids is not None
     for number, path in enumerate((TEACHER, STUDENT)):
-        rows = (rollouts.teacher_ids == number).nonzero().view(-1)
+        rows = ids.eq(number).nonzero().view(-1)
         alone = LocalTeacher(path).score(rollouts.rows(rows), request)
         for name in ("logprobs", "support_ids", "support_logits", "support_mass", "entropy"):
             assert torch.equal(getattr(targets, name)[rows], getattr(alone, name)), name
         found = teacher.metrics()
         name = teacher.names[number]
-        assert found[f"teacher/{name}/share"] == 0.5
+        assert found[f"targets/{name}/share"] == 0.5
         mean = float(alone.logprobs.sum() / rollouts.mask[rows].sum())
-        assert found[f"teacher/{name}/logprob"] == pytest.approx(mean)
-    assert teacher.weights_digest() == RoutedTeacherDigest(keep)
-
-
-def RoutedTeacherDigest(keep: bool) -> str | None:  # noqa: N802
+        assert found[f"targets/{name}/logprob"] == pytest.approx(mean)
     other = RoutedTeacher(PATHS, keep_loaded=not keep)
     other.bind(LanguageModel(STUDENT))
-    return other.weights_digest()
+    assert teacher.weights_digest() == other.weights_digest()
 
 
 def routed_file(folder: Path, names: list[str | None]) -> str:
@@ -80,7 +78,7 @@ def test_a_run_logs_each_teacher(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run(teacher=teacher, data={"train": train}, max_new_tokens=8)
     run.fit(1)
     assert run.recorder.steps[1]["train/loss"] > 0
-    assert teacher.metrics()["teacher/poor/share"] == 0.75
+    assert teacher.metrics()["targets/poor/share"] == 0.75
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import torch
 
 from opdlab.callbacks import PoolRecorder
 from opdlab.errors import UsageError
-from opdlab.objectives import SampledTokenOPD
-from opdlab.policies import AdapterConfig, LanguageModel
+from opdlab.objectives import FullDivergence, SampledTokenOPD
+from opdlab.policies import AdapterConfig, LanguageModel, LocalTeacher
 from opdlab.replay import read_record, record_folders
 from opdlab.replay.record import trained_weights, write_record
-from tests.toy_run import STUDENT, Run
+from opdlab.replay.step_gradients import StepGradients
+from tests.toy_run import STUDENT, TEACHER, Run
 
 MakeRun = Callable[..., Run]
 
@@ -69,6 +71,20 @@ def test_behavior_logprobs_that_the_step_fills_in_are_recorded(make_run: MakeRun
         own = scored.padded(scored.statistics().logprobs)
     assert bool((own[rollouts.mask] < 0).any())
     assert torch.equal(rollouts.behavior_logprobs, own)
+
+
+def test_hidden_states_of_a_narrow_teacher_are_recorded(make_run: MakeRun) -> None:
+    teacher = LocalTeacher(TEACHER, dtype="bfloat16")
+    run, folder, _ = record_run(make_run, [2], 2, objective=FullDivergence("jsd"), teacher=teacher)
+    record = read_record(record_folders(folder)[2])
+    (batch,) = record.batches
+    states = batch.targets.hidden
+    assert states is not None
+    assert states.dtype == torch.bfloat16
+    record.load_weights(run.module.student)
+    replayed = StepGradients(run.module, record.batches, record.facts.step, nullcontext)
+    gates = run.module.gate(replayed.inputs[0])
+    assert replayed.losses([gates.weights]) == record.facts.losses
 
 
 @pytest.mark.usefixtures("peft_pair")

@@ -14,12 +14,13 @@ from torch import Tensor
 from opdlab.callbacks import PoolRecorder
 from opdlab.errors import UsageError
 from opdlab.gating import GateInputs, GateStrategy, RuleGate, build_gate
-from opdlab.objectives import SampledTokenOPD, SupportDivergence, TeacherTopK
+from opdlab.objectives import FullDivergence, SampledTokenOPD, SupportDivergence, TeacherTopK
 from opdlab.replay import Grid, RecordedStep, ReplayConfig, Replayer, Variant, expand, read_record, record_folders
 from opdlab.replay.step_gradients import mixtures, sketch
 from opdlab.replay.steps import PLOTTED_TAUS, Row, effective_sample_size
 from opdlab.rollouts import Rollouts
 from opdlab.tau import EffectiveSampleSizeTau
+from opdlab.types import Prompt
 from tests.toy_run import Run
 
 MakeRun = Callable[..., Run]
@@ -33,7 +34,7 @@ def recorded(make_run: MakeRun, steps: list[int], **options: Any) -> tuple[Run, 
     return run, [read_record(folder) for folder in record_folders(Path(trainer.log_dir)).values()]
 
 
-def replayer(run: Run, grid: Grid = SMALL, prompts: Sequence[tuple[int, ...]] = (), **config: Any) -> Replayer:
+def replayer(run: Run, grid: Grid = SMALL, prompts: Sequence[Prompt] = (), **config: Any) -> Replayer:
     return Replayer(run.module, grid, ReplayConfig(draws=2, **config), nullcontext, prompts)
 
 
@@ -51,8 +52,9 @@ def row_of(rows: Sequence[Row], **values: Any) -> Row:
         {"gate": "span", "accumulate": 2, "reduction": "sequence_mean"},
         {"gate": "token", "accumulate": 4, "objective": SampledTokenOPD()},
         {"gate": "block32", "accumulate": 2, "objective": SupportDivergence("jsd", "union", "drop", k=4)},
+        {"gate": "block64", "accumulate": 2, "objective": FullDivergence("jsd")},
     ],
-    ids=["none", "block32", "adaptive_tau", "accumulated_spans", "accumulated_tokens", "union"],
+    ids=["none", "block32", "adaptive_tau", "accumulated_spans", "accumulated_tokens", "union", "whole vocabulary"],
 )
 def test_the_runs_own_gate_gives_its_losses_to_the_bit(make_run: MakeRun, options: dict[str, Any]) -> None:
     run, records = recorded(make_run, [1, 3, 4], **options)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -129,10 +130,8 @@ def test_freshness_of_tiny_drifts_is_exact_in_float32() -> None:
 @pytest.mark.parametrize(("margin", "block_size"), [(0.0, None), (3.0, None), (0.0, 1), (0.4, 1), (0.5, 7)])
 def test_rewards_follow_the_formula(margin: float, block_size: int | None) -> None:
     expected: Rows = []
-    for mask, teacher, student, verdict in zip(
-        *(INPUTS.tensors()[name].tolist() for name in ("mask", "teacher_logprobs", "current_logprobs", "correct")),
-        strict=True,
-    ):
+    tensors: list[Any] = [INPUTS.mask, INPUTS.teacher_logprobs, INPUTS.current_logprobs, INPUTS.correct]
+    for mask, teacher, student, verdict in zip(*(tensor.tolist() for tensor in tensors), strict=True):
         places = [t for t in range(40) if mask[t]]
         row = []
         for t in places:

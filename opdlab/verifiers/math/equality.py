@@ -78,8 +78,8 @@ def _same_single(gold: Single, answer: Single) -> bool:
         return same_quantity(gold.quantity, answer.quantity)
     if {gold.quantity and gold.quantity.base, answer.quantity and answer.quantity.base} - {None, 10}:
         # Digits in lower case count if the other side has them in upper case: 2a_{12} alone may be a product.
-        upper = [single.quantity or parse_quantity(single.value.upper()) for single in (gold, answer)]
-        return upper[0] is not None and upper[1] is not None and same_quantity(*upper)
+        first, second = (single.quantity or parse_quantity(single.value.upper()) for single in (gold, answer))
+        return first is not None and second is not None and same_quantity(first, second)
     if units_differ(gold.unit, answer.unit) or _is_word(gold.text) or _is_word(answer.text):
         return False
     values = expression(gold.value), expression(answer.value)

@@ -1,50 +1,26 @@
 """Tester for gates: the laws that every gate obeys, built-in or third-party.
 
-:class:`GateTester` takes a function that builds a gate, and checks each law on a batch with responses that are full,
-short, with holes in the mask, of one token, and empty. A new gate needs one line in a test file.
-
 Shapes: B rollouts, T response tokens. Log-probabilities are in nats.
 """
 
 import functools
 import pickle
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import yaml
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from opdlab.errors import UsageError
 from opdlab.gating import GateInputs, Gates, GateStrategy
+from opdlab.testing.laws import Law, LawTester, check, check_equal, class_path, law, yaml_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Law = Callable[[], None]
 
-_LAWS: list[str] = []
-
-
-def _law(check: Callable[["GateTester"], None]) -> Callable[["GateTester"], None]:
-    """Register a method as a law; its failures name the law and the gate."""
-
-    @functools.wraps(check)
-    def checked(self: "GateTester") -> None:
-        try:
-            check(self)
-        except Exception as error:
-            seen = str(error) if isinstance(error, AssertionError) else f"raised {type(error).__name__}: {error}"
-            raise AssertionError(f"law '{check.__name__}' does not hold for {self.gate()!r}: {seen}") from error
-
-    _LAWS.append(check.__name__)
-    return checked
-
-
-class GateTester:
+class GateTester(LawTester):
     """Checks that a gate obeys the contract of :class:`opdlab.gating.Gates`.
 
     Call :meth:`run` for all laws, or parametrize a test over :meth:`laws`. Subclassing is not needed.
@@ -91,13 +67,7 @@ class GateTester:
         num_tokens: int = 150,
         seed: int = 0,
     ) -> None:
-        try:
-            make_gate()
-        except TypeError as error:
-            raise UsageError(
-                f"GateTester calls make_gate without arguments, which fails ({error}): give a function, for example "
-                "GateTester(lambda: MyGate(width=3))"
-            ) from error
+        self._build(make_gate, "GateTester", "make_gate", "MyGate(width=3)")
         self._make_gate = make_gate
         self._tokenizer = tokenizer
         self._zero_drift_is_uniform = zero_drift_is_uniform
@@ -112,18 +82,13 @@ class GateTester:
         in a notebook.
         """
         skipped = set() if self._zero_drift_is_uniform else {"zero_drift_gives_ones"}
-        if _class_path(type(self._make_gate())) is None:
+        if class_path(type(self._make_gate())) is None:
             skipped.add("yaml_round_trip")
-        return [(name, getattr(self, name)) for name in _LAWS if name not in skipped]
+        return [pair for pair in super().laws() if pair[0] not in skipped]
 
-    def run(self) -> None:
-        """Check every law.
-
-        Raises:
-            AssertionError: a law is broken; the message names the law, the gate and the values.
-        """
-        for _, law in self.laws():
-            law()
+    def subject(self) -> GateStrategy:
+        """Return the gate that messages name."""
+        return self.gate()
 
     def gate(self) -> GateStrategy:
         """Return a new gate after ``setup``."""
@@ -159,30 +124,30 @@ class GateTester:
         )
         return inputs.map(lambda value: value.to(device, dtype if value.is_floating_point() else value.dtype))
 
-    @_law
+    @law
     def unit_mean(self) -> None:
         """Check that weights have mean 1 over valid positions, or satisfy the gate's bound under ``none``."""
         self._check_weights(self.inputs())
 
-    @_law
+    @law
     def no_gradient(self) -> None:
         """Check that weights have no gradient for any inputs, and that segment ids are long."""
         inputs = self.inputs().map(lambda value: value.requires_grad_(value.is_floating_point()))
         gates = self.gate()(inputs)
         for name, value in vars(gates).items():
-            _check(value is None or not value.requires_grad, f"{name} requires grad")
-        _check(gates.segment_ids.dtype == torch.long, f"segment_ids are {gates.segment_ids.dtype}, not torch.int64")
+            check(value is None or not value.requires_grad, f"{name} requires grad")
+        check(gates.segment_ids.dtype == torch.long, f"segment_ids are {gates.segment_ids.dtype}, not torch.int64")
 
-    @_law
+    @law
     def masked_positions_are_blank(self) -> None:
         """Check that masked positions have weight 0, drift 0 and segment id -1."""
         inputs, _, gates = self._applied()
         for name, value in _maps(gates).items():
-            _check(value.shape == inputs.mask.shape, f"{name} is {list(value.shape)} and not {list(inputs.mask.shape)}")
+            check(value.shape == inputs.mask.shape, f"{name} is {list(value.shape)} and not {list(inputs.mask.shape)}")
             blank = torch.full_like(value, -1 if name == "segment_ids" else 0)
-            _check_equal(f"{name} behind the mask,", value.where(~inputs.mask, blank), blank)
+            check_equal(f"{name} behind the mask,", value.where(~inputs.mask, blank), blank)
 
-    @_law
+    @law
     def garbage_behind_the_mask_has_no_influence(self) -> None:
         """Check that NaN, infinities and unknown tokens at masked positions change no bit of the output."""
         inputs, gate, expected = self._applied()
@@ -193,14 +158,14 @@ class GateTester:
             soiled = replace(soiled, tokens=inputs.tokens.where(inputs.mask, token))
             _check_gates(f"with {garbage} and token {token} behind the mask,", gate(soiled), expected)
 
-    @_law
+    @law
     def mask_dtype_has_no_influence(self) -> None:
         """Check that a numeric mask gives the same output as a boolean mask."""
         inputs, gate, expected = self._applied()
         for dtype in (torch.long, torch.float32):
             _check_gates(f"mask as {dtype},", gate(replace(inputs, mask=inputs.mask.to(dtype))), expected)
 
-    @_law
+    @law
     def padding_invariance(self) -> None:
         """Check that more padding columns do not change the output."""
         inputs, gate, expected = self._applied()
@@ -209,7 +174,7 @@ class GateTester:
             seen = Gates(**{name: value[:, : self._num_tokens] for name, value in _maps(gate(wider)).items()})
             _check_gates(f"with {num_columns} more columns of padding,", seen, expected, tolerance=1e-6)
 
-    @_law
+    @law
     def row_permutation_equivariance(self) -> None:
         """Check that a permutation of the rows permutes the output."""
         inputs, gate, unpermuted = self._applied()
@@ -217,29 +182,29 @@ class GateTester:
         expected = Gates(**{name: value[order] for name, value in _maps(unpermuted).items()})
         _check_gates("", gate(inputs.map(lambda value: value[order])), expected, tolerance=1e-6)
 
-    @_law
+    @law
     def zero_drift_gives_ones(self) -> None:
         """Check that every valid weight is 1 if student and behavior policy agree."""
         inputs = self.inputs()
         gates = self.gate()(replace(inputs, current_logprobs=inputs.behavior_logprobs))
-        _check_equal("weights at drift 0,", gates.weights, inputs.mask.float(), tolerance=1e-6)
+        check_equal("weights at drift 0,", gates.weights, inputs.mask.float(), tolerance=1e-6)
 
-    @_law
+    @law
     def uniform_gates_give_ones(self) -> None:
         """Check that a gate declared ``uniform`` gives every valid position weight 1."""
         inputs, gate, gates = self._applied()
         if gate.uniform:
-            _check_equal("weights,", gates.weights, inputs.mask.float(), tolerance=1e-6)
+            check_equal("weights,", gates.weights, inputs.mask.float(), tolerance=1e-6)
 
-    @_law
+    @law
     def segments_are_numbered_from_zero(self) -> None:
         """Check that the n segments of a row have ids 0 to n-1."""
         inputs, _, gates = self._applied()
         for row, (ids, mask) in enumerate(zip(gates.segment_ids, inputs.mask, strict=True)):
             seen = ids[mask].unique().tolist()
-            _check(seen == list(range(len(seen))), f"the segment ids of row {row} are {seen}")
+            check(seen == list(range(len(seen))), f"the segment ids of row {row} are {seen}")
 
-    @_law
+    @law
     def segment_drift_is_the_mean(self) -> None:
         """Check that the drift of a segment is the signed mean over its positions."""
         inputs, _, gates = self._applied()
@@ -247,31 +212,31 @@ class GateTester:
         for row, ids in enumerate(gates.segment_ids):
             for index in ids[inputs.mask[row]].unique():
                 expected[row, ids == index] = inputs.drift[row, ids == index].mean()
-        _check_equal("segment_drift", gates.segment_drift, expected, tolerance=1e-5)
+        check_equal("segment_drift", gates.segment_drift, expected, tolerance=1e-5)
 
-    @_law
+    @law
     def inputs_are_not_modified(self) -> None:
         """Check that the gate does not modify its inputs."""
         inputs = self.inputs()
         before = inputs.map(torch.clone).tensors()
         self.gate()(inputs)
         for name, value in inputs.tensors().items():
-            _check_equal(f"{name} after the call,", value, before[name])
+            check_equal(f"{name} after the call,", value, before[name])
 
-    @_law
+    @law
     def pickling_round_trip(self) -> None:
         """Check that a pickled gate gives the same weights."""
         inputs, gate, expected = self._applied()
         _check_gates("after pickling,", pickle.loads(pickle.dumps(gate))(inputs), expected)
 
-    @_law
+    @law
     def devices_and_dtypes(self) -> None:
         """Check for inputs of each floating dtype: weights are float32, on the inputs' device, and keep their mean."""
         for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
             for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
                 self._check_weights(self.inputs(dtype, device), f"inputs {dtype} on {device}: ")
 
-    @_law
+    @law
     def extreme_inputs(self) -> None:
         """Check that weights are finite for drifts of 1e6 nats, one-token responses, no rows, and full masking."""
         batch = self.inputs()
@@ -286,27 +251,19 @@ class GateTester:
             for case, value in cases.items():
                 self._check_weights(value, f"{case}drifts up to 1e6 nats: ")
 
-    @_law
+    @law
     def yaml_round_trip(self) -> None:
         """Check that a gate written to YAML (``class_path``, ``init_args``) and read again gives the same weights."""
         gate = self._make_gate()
-        path = _class_path(type(gate))
-        _check(path is not None, f"no class path leads to {type(gate).__qualname__}")
         arguments = self._init_args
         if arguments is None:
             keys = ArgumentParser().add_class_arguments(type(gate), "gate", fail_untyped=False)
             names = [key.removeprefix("gate.") for key in keys]
             options = gate.normalization.options
             missing = ", ".join(name for name in names if name not in options and not hasattr(gate, name))
-            _check(not missing, f"no attribute holds the argument {missing}: store it, or give init_args")
+            check(not missing, f"no attribute holds the argument {missing}: store it, or give init_args")
             arguments = {name: options.get(name, getattr(gate, name, None)) for name in names}
-        text = yaml.safe_dump({"gate": {"class_path": path, "init_args": dict(arguments)}})
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_subclass_arguments(GateStrategy, "gate")
-        # jsonargparse 4.49 renamed it.
-        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-        copy = instantiate(parser.parse_string(text))["gate"]
-        _check(type(copy) is type(gate), f"{path} was read as a {type(copy).__qualname__}")
+        copy, text = yaml_copy(gate, GateStrategy, arguments)
         if self._tokenizer is not None:
             copy.setup(self._tokenizer)
         inputs, _, expected = self._applied()
@@ -322,27 +279,18 @@ class GateTester:
         gate = self.gate()
         gates = gate(inputs)
         for name, value in _maps(gates).items():
-            _check(value.device == inputs.mask.device, f"{case}{name} is on {value.device}")
-            _check(bool(value.isfinite().all()), f"{case}{name} holds {value[~value.isfinite()][:1].tolist()}")
-        _check(
-            gates.weights.dtype == torch.float32, f"{case}weights are {gates.weights.dtype} instead of torch.float32"
-        )
+            check(value.device == inputs.mask.device, f"{case}{name} is on {value.device}")
+            check(bool(value.isfinite().all()), f"{case}{name} holds {value[~value.isfinite()][:1].tolist()}")
+        check(gates.weights.dtype == torch.float32, f"{case}weights are {gates.weights.dtype} instead of torch.float32")
         valid = gates.weights[inputs.mask].double()
         if not len(valid):
             return
-        _check(valid.min().item() >= 0, f"{case}the smallest weight is {valid.min().item()}")
+        check(valid.min().item() >= 0, f"{case}the smallest weight is {valid.min().item()}")
         if gate.normalization.name == "none":
             largest, most = valid.max().item(), gate.max_gate
-            _check(largest <= most * (1 + 1e-6), f"{case}the largest weight is {largest}, above {most:g}")
+            check(largest <= most * (1 + 1e-6), f"{case}the largest weight is {largest}, above {most:g}")
         else:
-            _check(abs(valid.mean().item() - 1) <= 1e-5, f"{case}the mean weight is {valid.mean().item()} instead of 1")
-
-
-def _class_path(cls: type) -> str | None:
-    """Return the class path of an importable class, or None."""
-    module = sys.modules.get(cls.__module__)
-    found = cls.__module__ != "__main__" and getattr(module, cls.__qualname__, None) is cls
-    return f"{cls.__module__}.{cls.__qualname__}" if found else None
+            check(abs(valid.mean().item() - 1) <= 1e-5, f"{case}the mean weight is {valid.mean().item()} instead of 1")
 
 
 def _maps(gates: Gates) -> dict[str, Tensor]:
@@ -350,21 +298,6 @@ def _maps(gates: Gates) -> dict[str, Tensor]:
     return {name: value for name, value in vars(gates).items() if name != "tau"}
 
 
-def _check(holds: bool, seen: str) -> None:
-    if not holds:
-        raise AssertionError(seen)
-
-
 def _check_gates(case: str, seen: Gates, expected: Gates, tolerance: float = 0.0) -> None:
     for name, value in _maps(seen).items():
-        _check_equal(f"{case} {name}".strip(), value, getattr(expected, name), tolerance)
-
-
-def _check_equal(what: str, seen: Tensor, expected: Tensor, tolerance: float = 0.0) -> None:
-    """Check that two [B, T] tensors agree: absolutely below 1, relatively above; NaN is never equal."""
-    _check(seen.shape == expected.shape, f"{what} shape {list(seen.shape)} instead of {list(expected.shape)}")
-    wrong = ~((seen.double() - expected.double()).abs() <= tolerance * expected.double().abs().clamp(min=1))
-    if wrong.any():
-        row, column = wrong.nonzero()[0].tolist()
-        values = f"{seen[row, column].item()} instead of {expected[row, column].item()}"
-        raise AssertionError(f"{what} at row {row}, column {column}: {values} ({int(wrong.sum())} positions differ)")
+        check_equal(f"{case} {name}".strip(), value, getattr(expected, name), tolerance)

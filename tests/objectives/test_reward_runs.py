@@ -1,0 +1,80 @@
+"""The verifier's reward in a run: groups of a buffer, and what is refused."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from opdlab.cli import EXIT_USAGE, main
+from opdlab.errors import UsageError
+from opdlab.objectives import SampledTokenOPD
+from opdlab.types import Rollouts
+from opdlab.verifiers import Verdict, Verifier
+from tests.toy_run import Run
+
+MakeRun = Callable[..., Run]
+
+
+class Parity(Verifier):
+    """Accepts responses whose characters have an odd sum, so that both verdicts occur."""
+
+    def verify(self, responses: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
+        return [Verdict(sum(map(ord, response)) % 2 == 1, None, "parity") for response in responses]
+
+
+@dataclass
+class Batches(Callback):
+    """Keeps the rollouts of each step."""
+
+    rollouts: list[Rollouts] = field(default_factory=list)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.rollouts.append(batch.rollouts)
+
+
+def test_groups_are_those_of_the_buffer(make_run: MakeRun) -> None:
+    batches = Batches()
+    run = make_run(objective=SampledTokenOPD(reward_weight=0.5), sampling={"num_samples": 3}, callbacks=(batches,))
+    run.data.train_source.verifier = Parity()
+    run.fit(3)  # one pass over a buffer of 24 rollouts
+    ids = torch.cat([rollouts.prompt_ids for rollouts in batches.rollouts])
+    columns = [[getattr(r, name) for r in batches.rollouts] for name in ("correct", "group_accuracy", "group_size")]
+    correct, accuracy, size = (torch.cat(column) for column in columns)
+    for prompt in set(ids.tolist()):
+        of_prompt = ids == prompt
+        torch.testing.assert_close(accuracy[of_prompt], correct[of_prompt].float().mean().expand(3))
+    assert size.tolist() == [3] * 24
+    assert 0 < float(correct.float().mean()) < 1
+    shares = [step["train/reward_share"] for step in run.recorder.steps.values()]
+    assert all(0 < share < 1 for share in shares)
+
+
+def test_a_reward_changes_the_run_and_a_weight_of_zero_does_not(make_run: MakeRun) -> None:
+    losses = []
+    for verifier, weight in ((None, 0.0), (Parity(), 0.0), (Parity(), 0.5)):
+        run = make_run(objective=SampledTokenOPD(reward_weight=weight))
+        run.data.train_source.verifier = verifier
+        run.fit(3)
+        losses.append(run.recorder.losses)
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+def test_a_reward_needs_a_verifier_and_several_samples(make_run: MakeRun) -> None:
+    run = make_run(objective=SampledTokenOPD(reward_weight=0.5))
+    run.data.train_source.verifier = None
+    words = "reward_weight 0.5, which needs the verifier's verdict .* data.train has no verifier: give it one, or set"
+    with pytest.raises(UsageError, match=words):
+        run.fit(1)
+    run = make_run(objective=SampledTokenOPD(reward_weight=0.5), sampling={"num_samples": 1})
+    with pytest.raises(UsageError, match="model.sampling.num_samples is 1: raise it to 2 or more"):
+        run.fit(1)
+
+
+def test_one_sample_is_refused_before_models_are_loaded(capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--model.objective sampled_token --model.objective.reward_weight 1 --model.sampling.num_samples 1"
+    assert main(["fit", "-c", "quickstart", "--model.student.path", "nowhere", *options.split()]) == EXIT_USAGE
+    assert "model.sampling.num_samples is 1: raise it to 2 or more" in capsys.readouterr().err
