@@ -17,7 +17,16 @@ from opdlab.cli.parsing import fit_parser, parse_fit
 from opdlab.errors import UsageError, require
 from opdlab.registry import suggestion
 from opdlab.replay.charts import cosines_by_age, sample_sizes, save
-from opdlab.replay.gate_summary import GateSummary, console_table, markdown, step_table, summarise, write_rows
+from opdlab.replay.gate_summary import (
+    GateSummary,
+    console_table,
+    markdown,
+    objective_table,
+    step_table,
+    summarise,
+    write_rows,
+)
+from opdlab.replay.objectives import objective_class
 from opdlab.replay.record import FOLDER, RecordedStep, read_record, record_folders
 from opdlab.replay.steps import ReplayConfig, ReplayedStep, Replayer
 from opdlab.replay.variants import NORMALIZATIONS, STATISTICS, Grid, gate_class
@@ -25,7 +34,7 @@ from opdlab.types import Prompt
 
 CONFIG = "config.yaml"
 _PASSED_ON = ("--model.", "--data.", "--trainer.")
-_LISTS = ("gates", "statistics", "normalizations", "taus", "steps")
+_LISTS = ("gates", "objectives", "statistics", "normalizations", "taus", "steps")
 
 
 def parser() -> PlainParser:
@@ -42,6 +51,7 @@ def parser() -> PlainParser:
     )
     made.add_argument("run", type=Path, metavar="RUN", help="the run's folder, which holds config.yaml and pools/")
     made.add_argument("--gates", nargs="+", help="registered names or class paths; all by default")
+    made.add_argument("--objectives", nargs="+", help="registered names or class paths, besides the run's own")
     made.add_argument("--statistics", nargs="+", default=list(STATISTICS), help=", ".join(STATISTICS))
     made.add_argument("--normalizations", nargs="+", default=list(NORMALIZATIONS), help=", ".join(NORMALIZATIONS))
     made.add_argument("--taus", nargs="+", default=["1", "5", "20"], help="per nat; 1, 5 and 20 by default")
@@ -78,8 +88,10 @@ def replay(arguments: Sequence[str]) -> int:
     records = [read_record(folder) for folder in folders.values()]
     for name in grid.gates or ():
         gate_class(name)  # fail before models are loaded
+    for name in options.objectives or ():
+        objective_class(name)
     started = time.perf_counter()
-    replayer = _replayer(options.run, overrides, grid, config)
+    replayer = _replayer(options.run, overrides, grid, config, options.objectives or ())
     steps: list[ReplayedStep] = []
     console = Console()
     with console.status("replaying") as status:
@@ -124,7 +136,9 @@ def _parsed(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
     return options, overrides
 
 
-def _replayer(run: Path, overrides: Sequence[str], grid: Grid, config: ReplayConfig) -> Replayer:
+def _replayer(
+    run: Path, overrides: Sequence[str], grid: Grid, config: ReplayConfig, objectives: Sequence[str]
+) -> Replayer:
     settings = parse_fit(["-c", str(run / CONFIG), "--ckpt_path", "null", *overrides])
     if settings.check_memory:
         refuse_oversized(settings)
@@ -138,7 +152,7 @@ def _replayer(run: Path, overrides: Sequence[str], grid: Grid, config: ReplayCon
     if config.other_prompts:
         data.prepare(module.student.tokenizer, training=True)
         prompts = list(data.train_prompts.prompts)
-    return Replayer(module, grid, config, fabric.autocast, prompts)
+    return Replayer(module, grid, config, fabric.autocast, prompts, objectives)
 
 
 def chosen_folders(run: Path, steps: Sequence[str] | None) -> dict[int, Path]:
@@ -219,6 +233,13 @@ def write_results(
         "another run.",
         markdown(summaries) if summaries else "No recorded step is stale.",
     ]
+    if any(step.others for step in steps):
+        text += [
+            "## Objectives",
+            "Means over all recorded steps, for gates of the paper's form. Each objective is compared with fresh "
+            "gradients of its own. Losses of different objectives have different units and zeros.",
+            objective_table(steps),
+        ]
     (out / "replay.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     for reference in steps[0].ceilings:
         save(cosines_by_age(steps, tau, reference), out, f"cosine-{reference}")

@@ -116,8 +116,8 @@ def console_table(summaries: Sequence[GateSummary]) -> Table:
 
 
 def write_rows(path: Path, steps: Sequence[ReplayedStep]) -> None:
-    """Write every gate at every step as CSV; undefined values are empty."""
-    rows = [row for step in steps for row in step.rows]
+    """Write every gate at every step, under every objective, as CSV; undefined values are empty."""
+    rows = [row for step in steps for part in (step.rows, *step.others.values()) for row in part]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -140,6 +140,25 @@ def step_table(steps: Sequence[ReplayedStep]) -> str:
         norm, ceiling = f"{step.replayed_norm:.4g}", f"{step.ceilings['fresh']:.3f}"
         rows.append((str(step.number), f"{step.age:g}", *losses, norm, shown, ceiling))
     return _table(names, rows)
+
+
+def objective_table(steps: Sequence[ReplayedStep]) -> str:
+    """Return the means over the steps of each objective under each gate of the paper's form, as Markdown."""
+    names = ("loss", "gradient_norm", "effective_sample_size", "run_cosine", "fresh_cosine")
+    groups: dict[tuple[Value, ...], list[Row]] = {}
+    for row in (row for step in steps for part in (step.rows, *step.others.values()) for row in part):
+        if all(row[key] in (None, value) for key, value in PAPER.items()):
+            groups.setdefault((row["objective"], row["gate"], row["tau"]), []).append(row)
+    rows: list[Sequence[str]] = []
+    for key, found in groups.items():
+        means = []
+        for name in names:
+            values = [value for row in found if isinstance(value := row[name], float)]
+            means.append(f"{np.mean(values):.4g}" if values else "")
+        labels = ("" if part is None else f"{part:g}" if isinstance(part, float) else str(part) for part in key)
+        rows.append((*labels, *means))
+    titles = ("loss", "gradient norm", "effective sample size", "cosine with the run's objective", "cosine with fresh")
+    return _table(("objective", "gate", "tau", *titles), rows)
 
 
 def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

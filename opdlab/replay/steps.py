@@ -5,17 +5,20 @@ Shapes: V gates, N valid positions of the step, J fresh draws, P trained paramet
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from opdlab.errors import require
+from opdlab.errors import UsageError, first_line, require
 from opdlab.gating import DriftGate, GateInputs, Normalization
 from opdlab.module import OPDModule
+from opdlab.objectives import Objective
 from opdlab.replay.fresh import fresh_gradients, other_prompts, recorded_prompts
+from opdlab.replay.objectives import MissingTargetsError, chosen_objectives, with_targets
 from opdlab.replay.record import RecordedBatch, RecordedStep
 from opdlab.replay.step_gradients import (
     LEAST_TOLERANCE,
@@ -78,6 +81,7 @@ class ReplayedStep:
         rows: a line for each gate.
         sample_sizes: by gate, the effective sample size at each of :data:`PLOTTED_TAUS`.
         num_backward: backward passes that the gates took.
+        others: by the name of another objective, a line for each gate.
     """
 
     number: int
@@ -90,6 +94,7 @@ class ReplayedStep:
     rows: list[Row]
     sample_sizes: dict[str, list[float]]
     num_backward: int
+    others: dict[str, list[Row]] = field(default_factory=dict)
 
 
 class Replayer:
@@ -101,6 +106,7 @@ class Replayer:
         config: see :class:`ReplayConfig`.
         autocast: context of forward passes, the run's precision.
         prompts: the run's training prompts; required for fresh rollouts of other prompts.
+        objectives: registered names or class paths, replayed besides the run's own.
     """
 
     def __init__(
@@ -110,6 +116,7 @@ class Replayer:
         config: ReplayConfig,
         autocast: Autocast,
         prompts: Sequence[Prompt] = (),
+        objectives: Sequence[str] = (),
     ) -> None:
         self._module, self._grid, self._config = module, grid, config
         self._autocast, self._prompts = autocast, prompts
@@ -121,13 +128,50 @@ class Replayer:
         # autograd.grad returns the gradients; `.grad` stays unchanged.
         module.student.accumulate_head_grad = False
         module.teacher.to(module.device)
+        self._own, *self._others = chosen_objectives(objectives, module.objective)
         self.skipped: dict[str, str] = {}
-        """Gates whose inputs a record lacks, with the reasons."""
+        """Gates and objectives whose inputs a record lacks, with the reasons."""
 
     def replay(self, record: RecordedStep) -> ReplayedStep:
-        """Replay one step."""
+        """Replay one step under the run's own objective, and then under the others."""
+        record.load_weights(self._module.student)
+        step, ungated = self._replayed(record, self._own.name)
+        for other in self._others:
+            try:
+                with self._asking(other.objective) as request:
+                    batches = tuple(with_targets(self._module.teacher, batch, request) for batch in record.batches)
+                    found, _ = self._replayed(replace(record, batches=batches), other.name, ungated)
+            except (MissingTargetsError, UsageError) as error:
+                known = isinstance(error, MissingTargetsError)
+                self.skipped[other.name] = str(error) if known else f"cannot be replayed ({first_line(error)})"
+                continue
+            step.others[other.name] = [row | {"own": False} for row in found.rows]
+        return step
+
+    @contextmanager
+    def _asking(self, objective: Objective) -> Iterator[TeacherRequest]:
+        """Give the module another objective inside the block, and return what that requests of the teacher."""
+        module = self._module
+        kept, shared = (module.objective, module.collector), module.student.vocab_size
+        objective.setup(module.student, module.teacher)
+        request = replace(objective.request, vocab_size=shared)
+        if max(request.top_k, request.behavior_top_k) > shared:
+            raise MissingTargetsError(f"has more tokens in its support than the vocabulary, which has {shared}")
+        module.objective, module.collector = objective, module.collector.asking(request)
+        try:
+            yield request
+        finally:
+            module.objective, module.collector = kept
+
+    def _replayed(self, record: RecordedStep, objective: str, run: Tensor | None = None) -> tuple[ReplayedStep, Tensor]:
+        """Return a step under the module's objective, and its ungated gradient.
+
+        Args:
+            record: with the targets of the objective; its weights are loaded.
+            objective: its name.
+            run: ungated gradient of the run's own objective; None for that objective itself.
+        """
         module, facts = self._module, record.facts
-        record.load_weights(module.student)
         # Computed here if the run has not computed the teacher's entropy.
         served = {"teacher_logprobs", "position_losses", "entropy", "teacher_entropy", "divergence", "age"}
         batches = record.batches
@@ -148,12 +192,17 @@ class Replayer:
         # Summed in float32, as the log sums them.
         losses = [float(torch.tensor(gradients.losses([w[v] for w in weights])).sum()) for v in range(len(variants))]
         references = self._references(record)
-        others = torch.cat(list(references.values()))
+        ungated = gradients.gradient()
+        run = ungated if run is None else run
+        others = torch.cat([*references.values(), run[None]])
         products = gradient_products(gradients, weights, others, self._config.tolerance)
-        comparisons, ceilings = compare(products, references)
+        comparisons, ceilings = compare(products, references, run)
         valid = torch.cat([w[:, part.mask.bool()] for w, part in zip(weights, inputs, strict=True)], dim=1)
-        known: Row = {"step": record.number, "age": record.age, "reuse_epoch": facts.reuse_epoch}
-        return ReplayedStep(
+        known: Row = {
+            **{"step": record.number, "age": record.age, "reuse_epoch": facts.reuse_epoch},
+            "objective": objective,
+        }
+        step = ReplayedStep(
             number=record.number,
             age=record.age,
             recorded_loss=facts.loss,
@@ -170,6 +219,7 @@ class Replayer:
             sample_sizes=_sample_sizes(variants, joined),
             num_backward=products.num_backward,
         )
+        return step, ungated
 
     def _batches(self, record: RecordedStep, *, entropy: bool) -> list[RecordedBatch]:
         """Return the micro-batches of a step, with the teacher's entropy if it is needed."""
@@ -215,12 +265,13 @@ def _sample_sizes(variants: Sequence[Variant], inputs: GateInputs) -> dict[str, 
     return found
 
 
-def compare(products: Products, references: Mapping[str, Tensor]) -> tuple[list[Row], dict[str, float]]:
+def compare(products: Products, references: Mapping[str, Tensor], run: Tensor) -> tuple[list[Row], dict[str, float]]:
     """Return cosines and norms of every gate's gradient, and the ceiling of each reference.
 
     Args:
         products: of every gate; the first gate is the ungated one.
         references: by name, [J, P]; ``products`` has them in this order, after the ungated gradient.
+        run: ungated gradient of the run's own objective, [P]; the last one in ``products``.
 
     Returns:
         A row for each gate, None where a gradient is zero; and by reference the mean cosine between two of its J
@@ -231,6 +282,7 @@ def compare(products: Products, references: Mapping[str, Tensor]) -> tuple[list[
         "gradient_norm": norms,
         "ungated_norm_ratio": norms / norms[0],
         "ungated_cosine": (products.references[:, 0] / (norms * norms[0])).clamp(max=1),
+        "run_cosine": (products.references[:, -1] / (norms * run.double().norm().cpu())).clamp(max=1),
     }
     start = 1
     for name, fresh in references.items():

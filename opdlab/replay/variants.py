@@ -5,15 +5,16 @@ import itertools
 import pkgutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import get_args
+from typing import TypeVar, get_args
 
 from transformers import PreTrainedTokenizerBase
 
 from opdlab.errors import UsageError, require, user_code
 from opdlab.gating import DriftGate, GateStrategy, NormalizationName, Statistic, gate_registry
-from opdlab.registry import suggestion
+from opdlab.registry import Registry, suggestion
 from opdlab.tau import TauSchedule, check_tau
 
+T = TypeVar("T")
 STATISTICS: tuple[str, ...] = get_args(Statistic)
 NORMALIZATIONS: tuple[str, ...] = get_args(NormalizationName)
 UNGATED = "none"
@@ -157,22 +158,35 @@ def _gates(base: GateStrategy, grid: Grid) -> Iterable[GateStrategy]:
 
 
 def gate_class(name: str) -> type[GateStrategy]:
-    """Return the gate class of a registered name or class path.
+    """Return the gate class of a registered name or class path; see :func:`plugin_class`."""
+    return plugin_class("--gates", name, gate_registry(), GateStrategy)  # type: ignore[type-abstract]
+
+
+def plugin_class(flag: str, name: str, registry: Registry[T], base: type[T]) -> type[T]:
+    """Return the class of a registered name or class path.
+
+    Args:
+        flag: name of the argument, for messages.
+        name: what was given.
+        registry: of the kind.
+        base: the class that it must extend.
 
     Raises:
-        UsageError: the gate is unknown; for a name the message has the nearest one.
+        UsageError: there is no such class; for a name the message has the nearest one.
     """
     if "." not in name:
-        return gate_registry().get(name)
+        return registry.get(name)
+    kind = f"{'an' if registry.kind[0] in 'aeiou' else 'a'} {registry.kind}"
     try:
-        with user_code(f"importing --gates {name}"):
+        with user_code(f"importing {flag} {name}"):
             cls = pkgutil.resolve_name(name)
     except UsageError:
         raise
     except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"--gates has '{name}', but {error}: give a gate's class path") from error
+        raise UsageError(f"{flag} has '{name}', but {error}: give the class path of {kind}") from error
     require(
-        isinstance(cls, type) and issubclass(cls, GateStrategy),
-        f"--gates has '{name}', which is not a gate: give a class that extends opdlab.gating.GateStrategy",
+        isinstance(cls, type) and issubclass(cls, base),
+        f"{flag} has '{name}', which is not {kind}: give a class that extends "
+        f"{base.__module__.rpartition('.')[0]}.{base.__name__}",
     )
     return cls  # type: ignore[no-any-return] # looked up by name

@@ -43,6 +43,10 @@ class Collector:
         self._behavior, self._teacher, self._request = behavior, teacher, request
         self._masked_first = tuple(masked_first)
 
+    def asking(self, request: TeacherRequest) -> "Collector":
+        """Return a collector that differs in what it requests of the teacher."""
+        return Collector(self._behavior, self._teacher, request, self._masked_first)
+
     @torch.no_grad()
     def collect(
         self,

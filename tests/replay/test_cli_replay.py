@@ -78,6 +78,20 @@ def test_a_replay_leaves_tables_and_pictures(run: Path, capsys: pytest.CaptureFi
         assert ET.parse(out / f"{name}.svg").getroot().tag.endswith("svg")
 
 
+def test_other_objectives_have_rows_and_a_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--objectives", "full_divergence", "--gates", "none", "--steps", "4", "--taus", "5", "--draws", "2"]
+    assert main(["replay", str(run), *options]) == 0
+    with (run / "replay" / "replay.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["objective"], row["gate"]) for row in rows] == [
+        *(("teacher_topk", "none"), ("teacher_topk", "block64")),
+        *(("full_divergence", "none"), ("full_divergence", "block64")),
+    ]
+    text = (run / "replay" / "replay.md").read_text()
+    assert "## Objectives" in text
+    assert re.search(r"\| full_divergence \| none \|  \|( [\d.e-]+ \|){5}", text)
+
+
 def test_steps_and_place_can_be_chosen(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", str(run), "--steps", "4", "--gates", "token", "--out", "elsewhere", "--draws=2"]) == 0
     assert "results: elsewhere" in capsys.readouterr().out
@@ -104,6 +118,8 @@ def test_a_gate_that_the_record_cannot_serve_is_named(run: Path, capsys: pytest.
         ("bare", "has no recorded steps in pools/: train with --save_pools true"),
         ("RUN --gates blok64", "unknown gate 'blok64'; did you mean 'block64'?"),
         ("RUN --gates nowhere.Gate", "--gates has 'nowhere.Gate'"),
+        ("RUN --objectives teacher_topc", "unknown objective 'teacher_topc'; did you mean 'teacher_topk'?"),
+        ("RUN --objectives nowhere.Objective", "--objectives has 'nowhere.Objective'"),
         ("RUN --statistics rsm", "--statistics has 'rsm'; did you mean 'rms'?"),
         ("RUN --normalizations no", "--normalizations has 'no'"),
         ("RUN --taus many", "--taus is many, but must be numbers"),
