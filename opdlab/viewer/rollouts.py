@@ -144,9 +144,11 @@ def _joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 def _shown(row: dict[str, Tensor]) -> ShownRollout:
     length = int(row["mask"].nonzero().max()) + 1
     verdict = int(row["correct"])
+    named = ("rank", "num_ranked", "rollout_id", "prompt_id", "age", "reuse_epoch")
+    numbers: dict[str, Any] = {name: int(row[name]) for name in named}
     prompts: dict[str, Any] = {name: row[name] for name in row if name.endswith("prompt_tokens")}
     return ShownRollout(
-        **{name: int(row[name]) for name in ("rank", "num_ranked", "rollout_id", "prompt_id", "age", "reuse_epoch")},
+        **numbers,
         **{name: tokens[tokens != _PADDING] for name, tokens in prompts.items()},
         tokens=row["tokens"][:length],
         mask=row["mask"][:length].bool(),
