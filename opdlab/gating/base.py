@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
-from opdlab.errors import UsageError, require
+from opdlab.errors import UsageError
 from opdlab.gating.normalization import Normalization, NormalizationName, check_choice
 from opdlab.gating.segments import Statistic, dense_ids, segment_reduce, segment_statistic
 from opdlab.tau import TauSchedule, check_tau
@@ -222,16 +222,17 @@ class GateStrategy(ABC):
             UsageError: an input that the gate needs is None, or shapes differ.
         """
         missing = [name for name in self.needs if getattr(inputs, name) is None]
-        require(not missing, f"{type(self).__name__} needs {', '.join(missing)}, which its inputs do not have: give it")
+        if missing:
+            name = type(self).__name__
+            raise UsageError(f"{name} needs {', '.join(missing)}, which its inputs do not have: give it")
         for name, value in inputs.tensors().items():
             self._check_shape(f"got {name}", value, inputs.tokens)
         inputs = inputs.cleaned()
         labels = self.segment_ids(inputs)
         self._check_shape("returned segment_ids", labels, inputs.tokens)
-        require(
-            not labels.is_floating_point(),
-            f"{type(self).__name__} returned segment_ids of {labels.dtype}, but must return integers",
-        )
+        if labels.is_floating_point():
+            name = type(self).__name__
+            raise UsageError(f"{name} returned segment_ids of {labels.dtype}, but must return integers")
         segments = dense_ids(labels, inputs.mask)
         gate, tau = self._scheduled(inputs, segments)
         log_weight = gate.log_weight(inputs, segments)
@@ -248,11 +249,11 @@ class GateStrategy(ABC):
         return self, None
 
     def _check_shape(self, what: str, value: Tensor, tokens: Tensor) -> None:
-        require(
-            value.shape == tokens.shape and tokens.dim() == 2,
-            f"{type(self).__name__} {what} of shape {list(value.shape)} for tokens of shape {list(tokens.shape)}: "
-            "both must be [rollouts, response tokens]",
-        )
+        if value.shape != tokens.shape or tokens.dim() != 2:
+            raise UsageError(
+                f"{type(self).__name__} {what} of shape {list(value.shape)} for tokens of shape {list(tokens.shape)}: "
+                "both must be [rollouts, response tokens]"
+            )
 
     def __repr__(self) -> str:
         options = {**vars(self), **self.normalization.options}
@@ -309,7 +310,7 @@ class DriftGate(GateStrategy):
         return -self.tau * segment_statistic(inputs.drift, segments, inputs.mask, self.statistic)
 
     def _scheduled(self, inputs: GateInputs, segments: Tensor) -> tuple[GateStrategy, Tensor | None]:
-        if self.uniform or not isinstance(self.tau, TauSchedule):
+        if not isinstance(self.tau, TauSchedule):
             return self, None
         # Copy the gate with the schedule's value, because log_weight needs a number for tau.
         statistic = segment_statistic(inputs.drift, segments, inputs.mask, self.statistic)

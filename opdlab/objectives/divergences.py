@@ -92,23 +92,54 @@ def support_divergence(
         k >= 2 or tail != "renormalize",
         f"k is {k}, but must be at least 2: renormalised over a single token the loss is always zero",
     )
-    sides = []
-    for whose, logits, normalizer, log_tail in (
-        ("student", student_logits, student_log_normalizer, student_log_tail),
-        ("teacher", teacher_logits, teacher_log_normalizer, teacher_log_tail),
-    ):
-        logits = logits.to(torch.promote_types(student_logits.dtype, torch.float32))
+    for whose, normalizer in (("student", student_log_normalizer), ("teacher", teacher_log_normalizer)):
+        needed = f"tail is {tail}, which needs {whose}_log_normalizer: give it"
+        require(tail == "renormalize" or normalizer is not None, needed)
+    return divergence_on_support(
+        (student_logits, student_log_normalizer, student_log_tail),
+        (teacher_logits, teacher_log_normalizer, teacher_log_tail),
+        divergence=divergence,
+        tail=tail,
+        beta=beta,
+        alpha=alpha,
+        valid=valid,
+    )
+
+
+def divergence_on_support(
+    student: tuple[Tensor, Tensor | None, Tensor | None],
+    teacher: tuple[Tensor, Tensor | None, Tensor | None],
+    *,
+    divergence: Divergence,
+    tail: Tail,
+    beta: float,
+    alpha: float,
+    valid: Tensor | None,
+) -> Tensor:
+    """Return :func:`support_divergence` of options that are known to be right.
+
+    Args:
+        student: logits, log-normalizer and log-sum of the logits outside the support.
+        teacher: the same.
+        divergence: see there.
+        tail: see there.
+        beta: see there.
+        alpha: see there.
+        valid: see there.
+    """
+    sides: list[Tensor] = []
+    for logits, normalizer, log_tail in (student, teacher):
+        logits = logits.to(torch.promote_types(student[0].dtype, torch.float32))
         if valid is not None:
             logits = logits.masked_fill(~valid, -torch.inf)
         if tail == "renormalize":
             log_mass = logits.log_softmax(-1)
         else:
-            require(normalizer is not None, f"tail is {tail}, which needs {whose}_log_normalizer: give it")
             assert normalizer is not None
             log_mass = logits - normalizer.unsqueeze(-1)
             if tail == "bucket":
                 log_mass = torch.cat([log_mass, _log_tail_mass(log_mass, normalizer, log_tail).unsqueeze(-1)], -1)
-        sides.append(log_mass if whose == "student" else log_mass.detach())
+        sides.append(log_mass if not sides else log_mass.detach())
     left_out = None if valid is None else ~valid
     if left_out is not None and tail == "bucket":
         left_out = torch.cat([left_out, torch.zeros_like(left_out[..., :1])], -1)

@@ -7,11 +7,10 @@ from torch import Tensor
 
 from opdlab.errors import require
 from opdlab.objectives.base import Objective, PositionLosses, register_objective
-from opdlab.objectives.divergences import unused_by
+from opdlab.objectives.divergences import divergence_on_support, unused_by
 from opdlab.objectives.functional import Divergence, Tail, support_divergence
 from opdlab.policies.language_model import Scored
 from opdlab.registry import suggestion
-from opdlab.scoring import TokenStatistics
 from opdlab.types import Rollouts, Targets, TeacherRequest
 
 Support = Literal["teacher", "student", "union"]
@@ -63,8 +62,17 @@ class SupportDivergence(Objective):
         require(k >= 1, f"k is {k}, but must be at least 1")
         self.divergence, self.support, self.tail = divergence, support, tail
         self.k, self.beta, self.alpha = k, beta, alpha
-        logits, normalizer = torch.zeros(min(k, 2)), torch.zeros(())
-        self._divergence(logits, logits, None, student_log_normalizer=normalizer, teacher_log_normalizer=normalizer)
+        logits = torch.zeros(min(k, 2))
+        support_divergence(  # checks the options
+            logits,
+            logits,
+            divergence=divergence,
+            tail=tail,
+            student_log_normalizer=logits[0],
+            teacher_log_normalizer=logits[0],
+            beta=beta,
+            alpha=alpha,
+        )
 
     @property
     def request(self) -> TeacherRequest:
@@ -94,21 +102,26 @@ class SupportDivergence(Objective):
         assert of_teacher is not None
         assert targets.support_mass is not None
         counted = None if valid is None else valid[at]
-        logits, log_tail, statistics = self._pass(student, targets)
-        if log_tail is None:
-            losses = self._divergence(logits, of_teacher[at], counted)
+        assert targets.support_ids is not None
+        if self.tail == "renormalize":
+            logits, statistics = student.support_statistics(targets.support_ids)
+            sides: list[tuple[Tensor, Tensor | None, Tensor | None]]
+            sides = [(logits, None, None), (of_teacher[at], None, None)]
         else:
             assert targets.log_normalizer is not None
             assert targets.log_tail is not None
-            losses = self._divergence(
-                logits,
-                of_teacher[at],
-                counted,
-                student_log_normalizer=statistics.log_normalizer,
-                teacher_log_normalizer=targets.log_normalizer[at],
-                student_log_tail=log_tail,
-                teacher_log_tail=targets.log_tail[at],
-            )
+            *_, logits, log_tail, statistics = student.support_tail(targets.support_ids)
+            sides = [(logits, statistics.log_normalizer, log_tail)]
+            sides.append((of_teacher[at], targets.log_normalizer[at], targets.log_tail[at]))
+        losses = divergence_on_support(
+            sides[0],
+            sides[1],
+            divergence=self.divergence,
+            tail=self.tail,
+            beta=self.beta,
+            alpha=self.alpha,
+            valid=counted,
+        )
         support = logits.detach()
         inside = support if counted is None else support.masked_fill(~counted, -torch.inf)
         mass = (inside.logsumexp(-1) - statistics.log_normalizer.detach()).exp()  # [N, K] -> [N]
@@ -123,17 +136,9 @@ class SupportDivergence(Objective):
 
     def own_logprobs(self, student: Scored, rollouts: Rollouts, targets: Targets) -> Tensor:
         """Return the student's log-probabilities; see :meth:`Objective.own_logprobs`."""
-        return student.padded(self._pass(student, targets)[2].logprobs.detach())
-
-    def _pass(self, student: Scored, targets: Targets) -> tuple[Tensor, Tensor | None, TokenStatistics]:
-        """Return the support's logits, its tail unless both sides are renormalised, and the statistics, in one pass."""
         assert targets.support_ids is not None
         if self.tail == "renormalize":
-            logits, statistics = student.support_statistics(targets.support_ids)
-            return logits, None, statistics
-        return student.support_tail(targets.support_ids)[2:]
-
-    def _divergence(self, student: Tensor, teacher: Tensor, valid: Tensor | None, **whole: Tensor) -> Tensor:
-        """Return the divergence of logits [..., K] -> [...]; ``whole`` has normalizers and tails."""
-        options = {"divergence": self.divergence, "tail": self.tail, "beta": self.beta, "alpha": self.alpha}
-        return support_divergence(student, teacher, valid=valid, **options, **whole)  # type: ignore[arg-type]
+            _, statistics = student.support_statistics(targets.support_ids)
+        else:
+            statistics = student.support_tail(targets.support_ids).statistics
+        return student.padded(statistics.logprobs.detach())

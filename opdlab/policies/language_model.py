@@ -1,7 +1,7 @@
 """A Hugging Face causal language model, and the single code path that computes its log-probabilities."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -69,13 +69,15 @@ class Scored:
     head: Head
     mask: Tensor
     tokens: Tensor
-    # By the kind of pass, and the tensor of the support's ids, which is compared by identity; None for no support. For
-    # a divergence over the vocabulary by the tensor of the teacher's hidden states and the options.
+    # By the kind of pass, and the tensor of the support's ids or of the teacher's hidden states, which is compared by
+    # identity, with the options of a divergence.
     _passes: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def statistics(self) -> TokenStatistics:
         """Return log-probability (differentiable), entropy and log-normalizer of every valid position, each [N]."""
-        statistics: TokenStatistics = self._pass("tokens", None, token_statistics)
+        if "tokens" not in self._passes:
+            self._passes["tokens"] = token_statistics(self.hidden, self.head, self.tokens)
+        statistics: TokenStatistics = self._passes["tokens"]
         return statistics
 
     def support_statistics(self, support_ids: Tensor) -> tuple[Tensor, TokenStatistics]:
@@ -87,7 +89,11 @@ class Scored:
         Returns:
             Logits [N, K] and statistics, each [N].
         """
-        found: tuple[Tensor, TokenStatistics] = self._pass("support", support_ids, support_statistics)
+        key = "support", support_ids
+        if key not in self._passes:
+            chosen = support_ids.long()[self.mask]
+            self._passes[key] = support_statistics(self.hidden, self.head, self.tokens, chosen)
+        found: tuple[Tensor, TokenStatistics] = self._passes[key]
         return found
 
     def support_tail(self, support_ids: Tensor) -> SupportTail:
@@ -98,15 +104,12 @@ class Scored:
         Args:
             support_ids: [B, T, K] integers; an id that stands there twice is counted once.
         """
-        found: SupportTail = self._pass("tail", support_ids, support_tail)
+        key = "tail", support_ids
+        if key not in self._passes:
+            chosen = support_ids.long()[self.mask]
+            self._passes[key] = support_tail(self.hidden, self.head, self.tokens, chosen)
+        found: SupportTail = self._passes[key]
         return found
-
-    def _pass(self, kind: str, support_ids: Tensor | None, function: Callable[..., Any]) -> Any:
-        """Return the cached result of a pass over the head; run the pass if there is none."""
-        if (kind, support_ids) not in self._passes:
-            support = () if support_ids is None else (support_ids.long()[self.mask],)
-            self._passes[kind, support_ids] = function(self.hidden, self.head, self.tokens, *support)
-        return self._passes[kind, support_ids]
 
     def divergence_statistics(
         self, teacher_hidden: Tensor, teacher_head: Head, divergence: str, beta: float, alpha: float

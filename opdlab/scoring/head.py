@@ -177,7 +177,11 @@ class LogitTiles:
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """Return the logits of some rows and columns, [N', C]."""
         head, hidden = self.head, self.hidden[rows]
-        z = product(hidden, head.weight[columns].to(hidden.dtype).T, self._buffers)  # [N', H] @ [H, C]
+        out = None
+        if not hidden.is_cuda:
+            size = len(hidden), columns.stop - columns.start
+            out = reused(self._buffers, "tile", size, hidden.new_empty(0, dtype=wide_dtype(hidden)))
+        z = product(hidden, head.weight[columns].to(hidden.dtype).T, out)  # [N', H] @ [H, C]
         if head.low_rank is not None:
             z.addmm_(self.reduced[rows], head.low_rank.up[columns].to(z.dtype).T)  # [N', r] @ [r, C]
         if head.bias is not None:
@@ -205,22 +209,20 @@ def autocast_inputs(hidden: Tensor) -> Iterator[Tensor]:
         yield narrow
 
 
-def product(a: Tensor, b: Tensor, buffers: Buffers | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """Return ``a @ b`` in float32 or wider: rounding the sums to half precision would bias training.
 
     Args:
         a: [M, R].
         b: [R, C].
-        buffers: the result is in one of them on a CPU, until the next product; None for new memory.
+        out: [M, C] of the result's dtype, on a CPU; None for new memory.
     """
     narrow = a.dtype in (torch.bfloat16, torch.float16)
     if narrow and a.is_cuda and _WIDE_PRODUCTS:
         return torch.mm(a, b, out_dtype=torch.float32)
     if narrow:
         a, b = a.float(), b.float()
-    if buffers is None or a.is_cuda:
-        return a @ b
-    return torch.mm(a, b, out=reused(buffers, "product", (len(a), b.shape[1]), a))
+    return torch.mm(a, b, out=out)
 
 
 def tiles(num_rows: int, head: Head, start: int = 0) -> Iterator[tuple[slice, slice]]:
@@ -234,7 +236,7 @@ def tiles(num_rows: int, head: Head, start: int = 0) -> Iterator[tuple[slice, sl
         >>> list(tiles(2, Head(torch.zeros(8, 1), vocab_size=3)))
         [(slice(0, 2, None), slice(0, 3, None))]
     """
-    num_columns = head.num_ids
+    num_columns = len(head.weight) if head.vocab_size is None else head.vocab_size
     height = min(max(num_rows, 1), _MAX_TILE_ROWS, MAX_TILE_LOGITS)
     width = min(max(MAX_TILE_LOGITS // height, 1), max(num_columns, 1))
     for left in range(start, num_columns, width):

@@ -95,8 +95,8 @@ class OnlineSoftmax:
 
     def statistics(self, target_logits: Tensor) -> TokenStatistics:
         """Return the statistics of targets with the given logits, [N]; call after every tile has been added."""
-        normalizer = self.log_normalizer
-        entropy = self._sum.log() - self._moment / self._sum  # [N]
+        log_sum = self._sum.log()
+        normalizer, entropy = self.max_logit + log_sum, log_sum - self._moment / self._sum  # [N] each
         return TokenStatistics(target_logits - normalizer, entropy, normalizer, self.max_logit)
 
     @property

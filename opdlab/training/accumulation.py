@@ -64,6 +64,11 @@ def gate_inputs(rollouts: Rollouts, targets: Targets, positions: PositionLosses,
     divergence = positions.divergence
     if divergence is None:
         divergence = sampled_token_divergence(positions.logprobs, targets.logprobs, estimator="k3")
+    compatible_mass, ids = None, rollouts.behavior_support_ids
+    if ids is not None and targets.support_logits is not None and targets.log_normalizer is not None:
+        # In a union of supports, the behavior policy's tokens come last.
+        inside = targets.support_logits[..., -ids.shape[-1] :].logsumexp(-1)
+        compatible_mass = (inside - targets.log_normalizer).exp().clamp(max=1)
     return GateInputs(
         tokens=rollouts.tokens,
         mask=rollouts.mask,
@@ -74,20 +79,11 @@ def gate_inputs(rollouts: Rollouts, targets: Targets, positions: PositionLosses,
         entropy=positions.entropy,
         teacher_entropy=targets.entropy,
         divergence=divergence,
-        compatible_mass=_compatible_mass(rollouts, targets),
+        compatible_mass=compatible_mass,
         correct=None if rollouts.correct is None else rollouts.correct[:, None].expand_as(rollouts.mask),
         age=(step - rollouts.snapshot_step).float()[:, None].expand_as(rollouts.mask),
         step=step,
     )
-
-
-def _compatible_mass(rollouts: Rollouts, targets: Targets) -> Tensor | None:
-    """Return the teacher's probability of the behavior policy's most likely tokens, [B, T], or None if unknown."""
-    ids, logits, normalizer = rollouts.behavior_support_ids, targets.support_logits, targets.log_normalizer
-    if ids is None or logits is None or normalizer is None:
-        return None
-    # In a union of supports, the behavior policy's tokens come last.
-    return (logits[..., -ids.shape[-1] :].logsumexp(-1) - normalizer).exp().clamp(max=1)
 
 
 def join_gate_inputs(parts: Sequence[GateInputs]) -> GateInputs:
