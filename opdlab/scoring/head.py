@@ -176,12 +176,12 @@ class LogitTiles:
     @torch.no_grad()
     def tile(self, rows: slice, columns: slice) -> Tensor:
         """Return the logits of some rows and columns, [N', C]."""
-        head, hidden = self.head, self.hidden[rows]
-        out = None
+        head, hidden, out = self.head, self.hidden[rows], None
+        weight = head.weight[columns].to(hidden.dtype)
         if not hidden.is_cuda:
-            size = len(hidden), columns.stop - columns.start
-            out = reused(self._buffers, "tile", size, hidden.new_empty(0, dtype=wide_dtype(hidden)))
-        z = product(hidden, head.weight[columns].to(hidden.dtype).T, out)  # [N', H] @ [H, C]
+            like = hidden.new_empty(0, dtype=wide_dtype(hidden))
+            out = reused(self._buffers, "tile", (len(hidden), len(weight)), like)
+        z = product(hidden, weight.T, out)  # [N', H] @ [H, C]
         if head.low_rank is not None:
             z.addmm_(self.reduced[rows], head.low_rank.up[columns].to(z.dtype).T)  # [N', r] @ [r, C]
         if head.bias is not None:
