@@ -179,7 +179,7 @@ class LogitTiles:
         head, hidden, out = self.head, self.hidden[rows], None
         weight = head.weight[columns].to(hidden.dtype)
         if not hidden.is_cuda:
-            like = hidden.new_empty(0, dtype=wide_dtype(hidden))
+            like = hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
             out = reused(self._buffers, "tile", (len(hidden), len(weight)), like)
         z = product(hidden, weight.T, out)  # [N', H] @ [H, C]
         if head.low_rank is not None:

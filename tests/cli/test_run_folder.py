@@ -262,7 +262,7 @@ def test_a_resume_is_refused_before_models_are_loaded(
         ("--model.optimizer torch.optim.SGD --model.optimizer.lr 0.1", "model.optimizer is torch.optim.sgd.SGD"),
         ("--model.optimizer.lr 0.5", "model.optimizer.lr is 0.5, but"),
         ("--model.lr_scheduler StepLR --model.lr_scheduler.step_size 3", "model.lr_scheduler is torch.optim"),
-        ("--data.seed 5", "data.seed is 5, but 0 in ckpt_path"),
+        ("--data.seed 5", "data.seed (seed_everything, if it is null) is 5, but 0 in ckpt_path"),
         ("--data.max_prompt_tokens 99", "data.max_prompt_tokens is 99, but"),
     ]
     at_the_end = [
