@@ -194,7 +194,6 @@ FLAGS = [
     ("--ckpt_path nowhere.ckpt", "ckpt_path 'nowhere.ckpt'"),
     ("--ckpt_path last", "ckpt_path is 'last'"),
     ("--ckpt_path open.yaml", "it is no checkpoint: give a .ckpt file, or 'last'"),
-    ("--trainer.logger CSVLogger --trainer.logger.save_dir open.yaml/x", "trainer.logger cannot write, give another"),
     ("--save_pools maybe", "save_pools is maybe"),
     ("--model.optimizer.lr -1", "model.optimizer cannot be built, change its init_args (lr, betas, "),
     ("--model.optimizer.betas [1]", "model.optimizer.betas is [1]"),
@@ -344,6 +343,13 @@ def test_calls_that_are_written_down(call: Call, capsys: pytest.CaptureFixture[s
     assert len(calls) >= 150
     with capsys.disabled():
         print(f"\n{len(calls)} written calls refused")
+
+
+def test_a_logger_that_cannot_make_its_folder(call: Call) -> None:
+    """It makes the folder when all else is ready."""
+    line = call("fit -c quickstart --trainer.logger CSVLogger --trainer.logger.save_dir open.yaml/x")
+    assert line.startswith("trainer.logger cannot write, give another save_dir: ")
+    assert "open.yaml/x" in line
 
 
 def test_mutated_configurations(call: Call, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
