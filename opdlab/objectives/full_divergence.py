@@ -14,7 +14,9 @@ from opdlab.types import Rollouts, Targets, TeacherRequest
 
 @register_objective("full_divergence")
 class FullDivergence(Objective):
-    """Divergence over the whole vocabulary; see :func:`opdlab.objectives.functional.full_divergence` for the formulas.
+    """Divergence between student and teacher over the whole vocabulary.
+
+    The formulas are those of :func:`opdlab.objectives.functional.full_divergence`.
 
     The teacher's targets are its last hidden states, in host memory and in the dtype in which it computes: G numbers a
     token. Its head stays on the device, also if the teacher is offloaded. Logits of both heads are computed tile by

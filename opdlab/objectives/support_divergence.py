@@ -18,7 +18,9 @@ Support = Literal["teacher", "student", "union"]
 
 @register_objective("support_divergence")
 class SupportDivergence(Objective):
-    """Divergence between student and teacher on a support of K tokens; see :func:`support_divergence` for the formulas.
+    """Divergence between student and teacher on a support of K tokens, with a rule for the mass outside it.
+
+    The formulas are those of :func:`support_divergence`.
 
     The gradient flows directly through the student's logits; there is no importance ratio. With ``renormalize`` it
     reaches the support alone, with ``bucket`` and ``drop`` every token, through the log-normalizer.

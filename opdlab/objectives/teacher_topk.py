@@ -8,10 +8,10 @@ from opdlab.objectives.support_divergence import Support, SupportDivergence
 
 @register_objective("teacher_topk")
 class TeacherTopK(SupportDivergence):
-    """Reverse KL on the teacher's top K tokens, both distributions renormalised; see :func:`teacher_topk_loss`.
+    """Reverse KL on the teacher's top K tokens, with both distributions renormalised there (LSM).
 
-    This is :class:`SupportDivergence` with ``reverse_kl``, ``teacher`` and ``renormalize``. The log-probability of the
-    sampled token is only used for the drift.
+    The formula is that of :func:`teacher_topk_loss`. This is :class:`SupportDivergence` with ``reverse_kl``,
+    ``teacher`` and ``renormalize``. The log-probability of the sampled token is only used for the drift.
 
     Args:
         k: size of the support, 2 to the vocabulary's size; 32 in the paper.
