@@ -122,7 +122,7 @@ def normalized(text: str) -> str:
         text = re.sub(r"(?<!\\)\$", "", text)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    text = _without_ending(text)
+    text = re.sub(" +", " ", _without_ending(text))  # the patterns take long for a long row of spaces
     for pattern in _BASE_IN_WORDS:
         if match := pattern.search(text):
             text = f"{text[: match.start()]}_{{{_BASES.get(match['base'].lower(), match['base'])}}}"
