@@ -4,6 +4,7 @@ The test finds the files, so a new one is covered without a change here. A parti
 quickstart, as users do.
 """
 
+import inspect
 import json
 import re
 import shlex
@@ -20,6 +21,7 @@ from jsonargparse import Namespace, dict_to_namespace
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from opdlab import objectives
 from opdlab.cli import EXIT_USAGE, main
 from opdlab.cli.config_files import config_chain, shipped_configs
 from opdlab.cli.parsing import fit_parser, parse_fit
@@ -163,7 +165,8 @@ def test_paper_configurations_are_the_papers() -> None:
         objective, _, gate = name.removeprefix("paper/").partition("-")
         cls, settings = PAPER_OBJECTIVES[objective]
         assert config.model.objective.class_path.rpartition(".")[2] == cls
-        assert config.model.objective.init_args.as_dict() == settings
+        own = {p.name: p.default for p in inspect.signature(getattr(objectives, cls)).parameters.values()}
+        assert config.model.objective.init_args.as_dict() == {**own, **settings}
         assert config.model.gate.class_path.rpartition(".")[2] == PAPER_GATES[gate]
         options = config.model.gate.init_args
         assert (options.tau, options.statistic, options.normalization) == (1.0, "signed_mean", "mean")

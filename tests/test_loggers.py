@@ -104,7 +104,7 @@ def test_histograms_plots_and_text_of_a_run_reach_wandb(make_run: MakeRun, fake_
     assert len(edges) == len(counts) + 1
     assert edges == sorted(edges)
     images = of_type(fake_wandb.rows, FakeImage)
-    assert set(images) == {"gate/heat_map/weight", "gate/heat_map/drift", "gate/by_age"}
+    assert set(images) == {"gate/heat_map/weight", "gate/heat_map/drift", "gate/by_age", "position/curves"}
     assert images["gate/by_age"][0][1].data_or_path.shape[2] == 3
     texts = of_type(fake_wandb.rows, FakeTable)
     assert set(texts) == {"rollouts/0", "rollouts/1"}

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from opdlab.callbacks.stop_checkpoint import let_others_end
 from opdlab.checkpoints import newest_checkpoint
@@ -59,9 +58,10 @@ def run_to_end(run: Callable[[], None], trainer: Trainer, folder: Path, how_to_g
 
 def _end_others(trainer: Trainer, seconds: float = 0.0) -> None:
     """Kill the processes that Lightning has started for this one, which they may wait for, if they do not end."""
-    launcher = trainer.strategy.launcher
     let_others_end()
-    for process in launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else ():
+    for process in getattr(trainer.strategy.launcher, "procs", ()):
+        if not isinstance(process, subprocess.Popen):  # a fork
+            continue
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlab.data.templates import DefaultTemplate, Template
 from opdlab.errors import UsageError, require
-from opdlab.types import Problem, Prompt
+from opdlab.types import Message, Problem, Prompt
 from opdlab.verifiers.verifier import Verifier
 
 _CHUNK = 1024  # problems per tokenizer call
@@ -155,7 +155,9 @@ def _teacher_tokens(
     seen = []
     for problem in compress(problems, has_own):
         text = problem.text if problem.teacher_text is None else problem.teacher_text
-        turns = (*problem.messages[:-1], problem.messages[-1]._replace(content=text)) if problem.messages else ()
+        turns = problem.messages
+        if turns:
+            turns = (*turns[:-1], Message(turns[-1].role, text))
         seen.append(replace(problem, text=text, messages=turns))
     tokenized = iter(_tokenized(seen, source, source.teacher_template or source.template, tokenizer))
     return [next(tokenized) if own else None for own in has_own]

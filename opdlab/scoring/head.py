@@ -165,7 +165,7 @@ class LogitTiles:
 
     head: Head
     hidden: Tensor
-    _buffers: Buffers = field(default_factory=dict, init=False, repr=False, compare=False)
+    _memory: Buffers = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @cached_property
     def reduced(self) -> Tensor:
@@ -180,7 +180,7 @@ class LogitTiles:
         weight = head.weight[columns].to(hidden.dtype)
         if not hidden.is_cuda:
             like = hidden.new_empty(0, dtype=torch.promote_types(hidden.dtype, torch.float32))
-            out = reused(self._buffers, "tile", (len(hidden), len(weight)), like)
+            out = reused(self._memory, "tile", (len(hidden), len(weight)), like)
         z = product(hidden, weight.T, out)  # [N', H] @ [H, C]
         if head.low_rank is not None:
             z.addmm_(self.reduced[rows], head.low_rank.up[columns].to(z.dtype).T)  # [N', r] @ [r, C]

@@ -67,7 +67,7 @@ class OnlineSoftmax:
         self._sum = like.new_zeros(num_rows)  # of exp(z - max)
         self._moment = like.new_zeros(num_rows)  # of exp(z - max) * (z - max)
         self._rows = like.new_zeros(num_rows, hidden_size)  # of exp(z - max) * a row of the matrix
-        self._buffers: Buffers = {}
+        self._memory: Buffers = {}
 
     def add(self, rows: slice, logits: Tensor) -> Tensor:
         """Add a tile of logits [N', C], which is overwritten.
@@ -80,7 +80,7 @@ class OnlineSoftmax:
         shift = before - largest
         factor = shift.exp()
         logits -= largest[:, None]
-        exponentials = torch.exp(logits, out=reused(self._buffers, "exponentials", logits.shape, logits))
+        exponentials = torch.exp(logits, out=reused(self._memory, "exponentials", logits.shape, logits))
         # A logit of -inf has probability 0 and must contribute 0, but 0 * -inf is NaN.
         moment = logits.clamp_(min=torch.finfo(logits.dtype).min).mul_(exponentials).sum(1)
         self._moment[rows] = (self._moment[rows] + shift * self._sum[rows]) * factor + moment
