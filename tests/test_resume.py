@@ -169,6 +169,17 @@ def test_what_may_not_change_is_refused_in_one_line(make_run: MakeRun, stopped_a
             assert torch.equal(before, run.module.student.state_dict()["model.lm_head.weight"])
 
 
+def test_the_support_may_not_change_inside_a_buffer(make_run: MakeRun, tmp_path: Path) -> None:
+    path, whose = (
+        tmp_path / "cut.ckpt",
+        r"model.objective \(tokens of the snapshot in its support\) is 8, but 0 in ckpt",
+    )
+    make_run(objective=SupportDivergence(support="teacher", k=8)).fit(2).save_checkpoint(path)
+    for changed in ("union", "student"):
+        with pytest.raises(UsageError, match=whose if changed == "union" else r"model.objective.k is 0, but 8"):
+            make_run(objective=SupportDivergence(support=changed, k=8)).fit(6, ckpt_path=path)
+
+
 @pytest.mark.parametrize("changes", [changes for changes, _ in AT_THE_END], ids=list)
 def test_what_may_change_where_a_buffer_ends(
     make_run: MakeRun, stopped_at: Callable[[int], Path], changes: dict[str, Any]

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from opdlab.errors import require
 from opdlab.objectives.base import Objective, PositionLosses, register_objective
-from opdlab.objectives.divergences import divergence_on_support, unused_by
+from opdlab.objectives.divergences import divergence_on_support, require_choice, unused_by
 from opdlab.objectives.functional import Divergence, Tail, support_divergence
 from opdlab.policies.language_model import Scored
-from opdlab.registry import suggestion
 from opdlab.types import Rollouts, Targets, TeacherRequest
 
 Support = Literal["teacher", "student", "union"]
@@ -56,11 +55,7 @@ class SupportDivergence(Objective):
         beta: float = 0.5,
         alpha: float = 0.1,
     ) -> None:
-        known = get_args(Support)
-        require(
-            support in known,
-            f"support is '{support}'{suggestion(str(support), known) or ';'} it must be one of {', '.join(known)}",
-        )
+        require_choice("support", support, get_args(Support))
         require(k >= 1, f"k is {k}, but must be at least 1")
         self.divergence, self.support, self.tail = divergence, support, tail
         self.k, self.beta, self.alpha = k, beta, alpha

@@ -22,6 +22,7 @@ from opdlab.rollouts.loader import check_batch_size
 from opdlab.seeds import FOLLOWING_SEEDS
 from opdlab.types import Rollouts
 
+_SNAPSHOTS_TOKENS = "model.objective (tokens of the snapshot in its support)"
 MAY_CHANGE = (
     "trainer.max_steps, trainer.accumulate_grad_batches, data.reuse.epochs, data.reuse.batch_size if it divides what "
     "is left of the pass, model.gate, model.reduction, and what concerns evaluation and logging"
@@ -52,6 +53,7 @@ def run_settings(module: Any, data: PromptDataModule | None) -> dict[str, dict[s
     }
     buffer |= {
         "model.objective.k": module.request.top_k,  # 0 without a teacher
+        _SNAPSHOTS_TOKENS: module.request.behavior_top_k,
         "model.gate, model.objective (one needs the teacher's entropy)": module.request.entropy,
         "model.gate, model.objective (one needs the teacher's log-normalizer)": module.request.tail,
         "model.teacher": _name(teacher),
@@ -99,6 +101,7 @@ def plain_settings(
         "model.mask_first": list(mask_first),
         "model.objective": _name(objective),
         "model.objective.k": objective.request.top_k,
+        _SNAPSHOTS_TOKENS: objective.request.behavior_top_k,
     }
     return {"run": run, "buffer": buffer}
 
