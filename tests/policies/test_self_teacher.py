@@ -98,6 +98,7 @@ def test_a_narrow_average_is_kept_in_float32() -> None:
     other = SelfTeacher(decay=0.999)
     other.bind(model)
     other.load_state_dict(state)
+    assert all(torch.equal(weight, state[name]) for name, weight in other.state_dict().items())
     assert all(torch.equal(weight, trained(other.model)[name]) for name, weight in trained(teacher.model).items())
 
 
