@@ -143,7 +143,7 @@ class SampledTokenOPD(Objective):
     @property
     def needs(self) -> tuple[str, ...]:
         """Return the fields of the rollouts that the reward reads."""
-        return ("correct", "group_accuracy") if self.reward_weight else ()
+        return ("correct", "group_accuracy", "group_size") if self.reward_weight else ()
 
     def position_losses(self, student: Scored, rollouts: Rollouts, targets: Targets) -> PositionLosses:
         """Return the loss of every position; see :meth:`Objective.position_losses`."""
