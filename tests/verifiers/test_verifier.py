@@ -80,7 +80,7 @@ def test_extraction_is_quick_on_hostile_text(verifier: Verifier) -> None:
     responses = [text * (1_000_000 // len(text)) for text in HOSTILE_ANSWERS.values() if len(text) < 1_000_000]
     started = time.process_time()
     verdicts = verifier.verify(responses, ["1"] * len(responses))
-    assert time.process_time() - started < 0.1 * len(responses)  # 1 MB each; quadratic would be minutes
+    assert time.process_time() - started < 0.5 * len(responses)  # 1 MB each; quadratic would be minutes
     assert max(len(verdict.extracted or "") for verdict in verdicts) <= 200
     "".join(verdict.extracted or "" for verdict in verdicts).encode()  # can be written to a file
 
