@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Cache, LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from opdlab.cli import EXIT_USAGE, main
-from opdlab.cli.estimate import DeviceMemory, Estimate, estimate
+from opdlab.cli.memory_parts import estimate
+from opdlab.cli.memory_table import DeviceMemory, Estimate
 from opdlab.cli.parsing import parse_fit
 from opdlab.estimate import (
     DIVERGENCE_TILES,

@@ -4,18 +4,10 @@ This package does not compute or load anything. A problem becomes a prompt, the 
 the teacher adds targets, and a training step receives a minibatch of both.
 """
 
+from opdlab.types.minibatch import Minibatch, trimmed
 from opdlab.types.problems import EvaluationBatch, Message, Part, Problem, Prompt, Verdicts
-from opdlab.types.rollouts import (
-    Minibatch,
-    Rollouts,
-    StopReason,
-    Targets,
-    TeacherRequest,
-    assign_rows,
-    id_dtype,
-    left_padded,
-    trimmed,
-)
+from opdlab.types.rollouts import Rollouts, StopReason, left_padded
+from opdlab.types.targets import Targets, TeacherRequest, assign_rows, id_dtype
 
 __all__ = [
     "EvaluationBatch",

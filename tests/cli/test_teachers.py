@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from opdlab.cli import EXIT_USAGE, main
-from opdlab.cli.estimate import estimate
+from opdlab.cli.memory_parts import estimate
 from opdlab.cli.parsing import parse_fit
 from opdlab.toy import ChainProblems
 from tests.cli.test_fit import SMALL

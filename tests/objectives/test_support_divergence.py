@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opdlab.cli.estimate import estimate
+from opdlab.cli.memory_parts import estimate
 from opdlab.cli.parsing import parse_fit
 from opdlab.diagnostics import StepTrace
 from opdlab.diagnostics.collapse import entropy_sums

@@ -1,0 +1,237 @@
+"""What ``opdlab estimate`` counts: the bytes of each part of a run, and the phases in which it is alive."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import instantiate_class
+
+from opdlab.cli.configured_models import (
+    configured_models,
+    configured_teacher,
+    plugin_options,
+    teacher_prompt,
+    teacher_weights,
+)
+from opdlab.cli.memory_table import Estimate
+from opdlab.estimate import (
+    DIVERGENCE_TILES,
+    FLOAT,
+    ModelSize,
+    activation_bytes,
+    gathered_bytes,
+    head_bytes,
+    inference_bytes,
+    kv_cache_bytes,
+    optimizer_bytes_per_parameter,
+)
+from opdlab.types import TeacherRequest
+
+_CASTS = "weights cast by autocast"
+_SNAPSHOT = "behavior snapshot"
+_TEACHER = "teacher weights"
+_BUFFER = "rollout buffer"
+_GATHERED = "gathered buffers"
+
+
+def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_cpu: bool | None = None) -> Estimate:
+    """Return the estimate for a process of a run, from the parsed configuration of ``opdlab fit``.
+
+    Args:
+        config: parsed configuration.
+        models: sizes of the student and of a local teacher; counted by default.
+        on_cpu: the run uses a CPU, where nothing can be offloaded, and where gathering the buffers of several
+            processes is a phase of its own; by default True only if ``trainer.accelerator`` names the CPU, so that any
+            machine shows the needs of a GPU.
+
+    Raises:
+        UsageError: a model's configuration cannot be read.
+    """
+    models = dict(configured_models(config)) if models is None else models
+    on_cpu = config.trainer.accelerator == "cpu" if on_cpu is None else on_cpu
+    init = {"class_path": config.model.objective.class_path, "init_args": plugin_options(config.model.objective)}
+    request: TeacherRequest = instantiate_class((), init).request
+    result, student = Estimate(), models["student"]
+    _add_resident(result, config, models, {} if on_cpu else offloaded(config, models), request)
+    num_rollouts = config.data.reuse.prompts_per_pool * config.model.sampling.num_samples
+    cache = _cache(student, config, config.model.sampling, num_rollouts)
+    result.add_phase("sampling", _SNAPSHOT, new={"KV cache": cache})
+    _add_scoring(result, config, models, num_rollouts)
+    _add_update(result, config, student, models.get("teacher") if request.hidden else None)
+    if config.data.benchmarks:
+        _add_evaluation(result, config, models)
+    size = _add_buffer(result, config, request, models.get("teacher"), num_rollouts)
+    processes = _num_processes(config)
+    if gathered := gathered_bytes(size, processes):
+        part = (gathered, f"of the first of {processes} processes, in a checkpoint inside a buffer")
+        if on_cpu:
+            result.add_phase("a checkpoint", new={_GATHERED: part})
+        else:
+            result.host[_GATHERED] = part
+    return result
+
+
+def _num_processes(config: Any) -> int:
+    """Return the number of processes of a run; ``auto`` and -1 are one on a CPU, and otherwise this machine's GPUs."""
+    devices, accelerator = config.trainer.devices, config.trainer.accelerator
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part.strip()]
+    if isinstance(devices, list):
+        each = len(devices)
+    elif str(devices) in ("auto", "-1"):
+        each = max(1, torch.cuda.device_count()) if accelerator in ("auto", "gpu", "cuda") else 1
+    else:
+        each = int(devices)
+    return each * int(config.trainer.num_nodes)
+
+
+def _length(config: Any, *, of_teacher: bool = False) -> int:
+    prompt = (teacher_prompt(config) if of_teacher else 0) or config.data.max_prompt_tokens
+    return int(prompt + config.model.sampling.max_new_tokens)
+
+
+def offloaded(config: Any, models: Mapping[str, ModelSize]) -> dict[str, str]:
+    """Return the parts that are offloaded, by the option that asks for it."""
+    teacher = "teacher" in models and plugin_options(configured_teacher(config)).get("offload")
+    wanted = {"model.behavior.offload": config.model.behavior.get("offload"), "model.teacher.offload": teacher}
+    parts = {"model.behavior.offload": _SNAPSHOT, "model.teacher.offload": _TEACHER}
+    return {name: parts[name] for name, on in wanted.items() if on}
+
+
+def _add_resident(
+    result: Estimate,
+    config: Any,
+    models: Mapping[str, ModelSize],
+    offloaded: Mapping[str, str],
+    request: TeacherRequest,
+) -> None:
+    """Add the parts alive in all phases, with gradients: Lightning clears them only before the next backward pass."""
+    student, optimizer = models["student"], config.model.optimizer
+    width, own = student.trained_width, config.model.behavior.dtype
+    each = optimizer_bytes_per_parameter(
+        {"class_path": optimizer.class_path, "init_args": plugin_options(optimizer)}, width
+    )
+    snapshot = getattr(torch, own).itemsize if own else student.widths.weights
+    weights = {
+        role: (model.bytes, f"{model.parameters:,} x {model.packed or model.widths.weights} bytes")
+        for role, model in models.items()
+    }
+    result.parts = {
+        "student weights": weights["student"],
+        "gradients": (student.trainable * width, f"{student.trainable:,} x {width} bytes"),
+        "optimizer state": (
+            int(student.trainable * each),
+            f"{optimizer.class_path.rpartition('.')[2]}: {each:.3g} bytes each",
+        ),
+        _SNAPSHOT: (
+            (student.trainable * width, "the adapter alone")  # the base weights are shared
+            if student.has_adapter
+            else (student.parameters * snapshot, f"{snapshot} bytes each")
+        ),
+    }
+    pinned = {_SNAPSHOT: student.rounded * snapshot}
+    if (teacher := models.get("teacher")) is not None:
+        result.parts[_TEACHER] = teacher_weights(config, models) or weights["teacher"]
+        pinned[_TEACHER] = teacher.rounded * teacher.widths.weights
+    result.host = {part: (pinned[part], "offloaded: pinned in powers of two") for part in offloaded.values()}
+    if request.hidden and teacher is not None and _TEACHER in result.host:
+        size = teacher.shape.vocab * teacher.shape.hidden * teacher.widths.weights
+        result.parts["teacher's head"] = size, "a copy on the device, since the teacher is offloaded"
+    result.resident = [part for part in result.parts if part not in result.host]
+
+
+def _cache(model: ModelSize, config: Any, sampling: Any, wanted: int) -> tuple[int, str]:
+    batch, prompt = min(sampling.batch_size, wanted), config.data.max_prompt_tokens
+    length = prompt + sampling.max_new_tokens
+    # Top-p holds logits, sorted logits, their indices (8 bytes), probabilities and their cumulative sum.
+    logits = batch * model.shape.vocab * (4 * FLOAT + 8)
+    # Each prompt is prefilled once, possibly while the cache of the previous responses still exists.
+    read = -(-batch // sampling.num_samples) * prompt
+    cache = kv_cache_bytes(model.shape, batch * length + read, model.widths)
+    reading = inference_bytes(model.shape, read, model.widths)
+    return cache + reading + logits, f"{batch} responses x {length:,} tokens"
+
+
+def _add_evaluation(result: Estimate, config: Any, models: Mapping[str, ModelSize]) -> None:
+    sampling, options = config.model.eval_sampling, config.model.evaluation
+    wanted = config.data.eval_batch_size * sampling.num_samples
+    own, teachers = "KV cache of evaluation", "KV cache of the teacher's evaluation"
+    caches = {own: _cache(models["student"], config, sampling, wanted)}
+    if "teacher" in models and options.teacher:
+        caches[teachers] = _cache(models["teacher"], config, sampling, wanted)
+    casts = [_CASTS] if _CASTS in result.parts else []  # autocast caches copies of all trainable weights
+    if _TEACHER not in result.host:
+        result.add_phase("evaluation", *casts, new={own: max(caches.values())})
+        return
+    measured = [_TEACHER] if options.reverse_kl else []  # the teacher scores each batch of answers
+    result.add_phase("evaluation", *measured, *casts, new={own: caches.pop(own)})
+    if caches:
+        result.add_phase("the teacher's evaluation", _TEACHER, *casts, new=caches)
+
+
+def _add_scoring(result: Estimate, config: Any, models: Mapping[str, ModelSize], num_rollouts: int) -> None:
+    for role, model in models.items():
+        phase, weights, batch = (
+            ("behavior scoring", _SNAPSHOT, config.model.behavior.score_batch_size)
+            if role == "student"
+            else ("teacher scoring", _TEACHER, plugin_options(configured_teacher(config)).get("batch_size"))
+        )
+        tokens = min(batch or 1, num_rollouts) * _length(config, of_teacher=role == "teacher")
+        at_once = _tokens_of_pass(config, tokens) if role == "student" else tokens
+        size = inference_bytes(model.shape, at_once, model.widths) + head_bytes(model.shape, tokens, training=False)
+        if at_once < tokens:  # hidden states of the previous passes
+            size += tokens * model.shape.hidden * model.widths.weights
+        said = f"{tokens:,} tokens" if at_once == tokens else f"{at_once:,} of {tokens:,} tokens at a time"
+        result.add_phase(phase, weights, new={f"forward pass of {phase}": (size, said)})
+
+
+def _tokens_of_pass(config: Any, tokens: int) -> int:
+    """Return the tokens per forward pass of the student; a row longer than the bound is a pass of its own."""
+    bound = config.model.max_tokens_per_pass
+    return tokens if bound is None else min(tokens, max(bound, _length(config)))
+
+
+def _add_buffer(
+    result: Estimate, config: Any, request: TeacherRequest, teacher: ModelSize | None, num_rollouts: int
+) -> int:
+    """Add the rollout buffer, and return its bytes."""
+    length = config.model.sampling.max_new_tokens
+    k = request.top_k + request.behavior_top_k
+    # Tokens (8) and mask (1); log-probabilities of snapshot and teacher, and mass; ids and logits of the support.
+    per_token, said = 8 + 1 + 3 * FLOAT + k * (4 + FLOAT), f"top {k}"
+    # The snapshot's tokens; the teacher's log-normalizer and tail; which ids of a union count.
+    per_token += 4 * request.behavior_top_k + 2 * FLOAT * request.tail
+    per_token += k if request.top_k and request.behavior_top_k else 0
+    if request.hidden and teacher is not None:
+        per_token += teacher.shape.hidden * teacher.widths.weights
+        said = f"{teacher.shape.hidden:,} hidden states"
+    prompts = config.data.max_prompt_tokens + teacher_prompt(config)
+    size = int(num_rollouts * (length * per_token + prompts * (8 + 1)))
+    result.host[_BUFFER] = (size, f"{num_rollouts} rollouts x {length:,} tokens x {per_token:,} bytes, {said}")
+    return size
+
+
+def _add_update(result: Estimate, config: Any, student: ModelSize, teacher: ModelSize | None) -> None:
+    """Add the update; ``teacher`` is given if the objective evaluates the teacher's head."""
+    tokens = -(-config.data.reuse.batch_size // config.trainer.accumulate_grad_batches) * _length(config)
+    at_once = _tokens_of_pass(config, tokens)
+    checkpointing = bool(plugin_options(config.model.student).get("gradient_checkpointing"))
+    new = {
+        "activations": (
+            activation_bytes(student.shape, at_once, student.widths, checkpointing=checkpointing),
+            f"{at_once:,} tokens, gradient checkpointing {'on' if checkpointing else 'off'}",
+        ),
+        "head": (head_bytes(student.shape, tokens, training=not student.has_adapter), "logits in tiles; its gradient"),
+    }
+    if teacher is not None:
+        states = tokens * teacher.shape.hidden * teacher.widths.weights
+        both = head_bytes(student.shape, tokens, training=not student.has_adapter, tiles=DIVERGENCE_TILES)
+        new["head"] = both, "logits of student and teacher in tiles; its gradient"
+        new["teacher's hidden states"] = states, f"{tokens:,} tokens"
+    if at_once < tokens:
+        size = 2 * tokens * student.shape.hidden * student.widths.weights
+        new["hidden states of all passes"] = (size, f"{tokens:,} tokens, and their gradient")
+    if student.widths.autocast:  # autocast keeps a cast copy of the weights
+        width = student.widths.compute
+        new[_CASTS] = (student.parameters * width, f"{width} bytes each")
+    result.add_phase("update", new=new)

@@ -1,0 +1,92 @@
+"""The memory of a run: bytes of each part, the parts of each phase, and a comparison with a device."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rich.table import Table
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Memory of a device, bytes.
+
+    Args:
+        name: name of the device.
+        total: total memory.
+        free: unused memory.
+        is_host: it is the host's memory, which also holds the rollout buffer and offloaded parts.
+    """
+
+    name: str
+    total: int
+    free: int
+    is_host: bool = False
+
+
+@dataclass
+class Estimate:
+    """Bytes of each part, and the parts that are alive in each phase; phases do not overlap.
+
+    Args:
+        parts: bytes and a remark, by part.
+        phases: names of the parts that are alive, by phase.
+        host: parts that are in the host's memory on any device.
+        resident: names of the parts that are on the device in all phases.
+    """
+
+    parts: dict[str, tuple[int, str]] = field(default_factory=dict)
+    phases: dict[str, list[str]] = field(default_factory=dict)
+    host: dict[str, tuple[int, str]] = field(default_factory=dict)
+    resident: list[str] = field(default_factory=list)
+
+    def add_phase(self, phase: str, *used: str, new: Mapping[str, tuple[int, str]]) -> None:
+        """Add a phase that uses the parts that are always on the device, ``used``, and ``new`` parts.
+
+        Args:
+            phase: its name.
+            used: names of further parts; offloaded ones are on the device in this phase.
+            new: bytes and a remark of parts that are added.
+        """
+        self.parts |= new
+        self.phases[phase] = list(dict.fromkeys([*self.resident, *used, *new]))
+
+    def peak(self, phase: str) -> int:
+        """Return the bytes alive in a phase."""
+        return sum(self.parts[name][0] for name in self.phases[phase])
+
+    def table(self) -> Table:
+        """Return the table of parts and phases."""
+        table = Table("part", "GiB", "of", title="memory by part")
+        for name, (size, remark) in self.parts.items():
+            table.add_row(name, gib(size), remark)
+        for name, (size, remark) in self.host.items():
+            table.add_row(f"{name}, on the host", gib(size), remark)
+        table.add_section()
+        always = set.intersection(*map(set, self.phases.values()))
+        for phase, parts in self.phases.items():
+            more = [name for name in parts if name not in always]
+            table.add_row(f"peak of {phase}", gib(self.peak(phase)), " + ".join(["parts of all phases", *more]))
+        return table
+
+    def verdict(self, device: DeviceMemory) -> str:
+        """Return a sentence that says if the largest peak fits, and if not, names its largest part.
+
+        Args:
+            device: device to compare with. For host memory, every phase also counts the parts in ``host``.
+        """
+        beside = {name: size for name, (size, _) in self.host.items() if device.is_host}
+        phase = max(self.phases, key=self.peak)
+        peak = self.peak(phase) + sum(beside.values())
+        size = f"{gib(peak)} GiB" + (f" with the {' and the '.join(beside)}" if beside else "")
+        line = f"{device.name} has {gib(device.free)} GiB free of {gib(device.total)}: "
+        if peak <= device.free:
+            return line + f"the largest peak, {size} in {phase}, fits"
+        largest = max(self.phases[phase], key=lambda name: self.parts[name][0])
+        return line + f"the peak of {phase}, {size}, does not fit; its largest part is {largest}"
+
+
+def gib(size: int) -> str:
+    """Return bytes as a number of GiB."""
+    return f"{size / _GIB:.2f}" if size >= _GIB / 100 else f"{size / _GIB:.5f}"

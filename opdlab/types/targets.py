@@ -1,0 +1,104 @@
+"""The teacher's targets for rollouts, and the request for them.
+
+Shapes: B rollouts, T response tokens, K support, G the teacher's hidden size. Log-probabilities are in nats, at the
+sampling temperature.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from opdlab.types.rows import Rows
+
+
+@dataclass(frozen=True)
+class Targets(Rows):
+    """The teacher's scores of rollouts, computed once per rollout buffer and never changed.
+
+    Args:
+        logprobs: [B, T] float32, nats: of the sampled tokens; 0 at masked positions.
+        support_ids: [B, T, K]: the tokens on which student and teacher are compared, or None if none are requested: the
+            teacher's most likely ones, most likely first; or the behavior policy's; or both, the teacher's first. The
+            dtype is the smallest that holds every id (:func:`id_dtype`); many operations do not support it, so call
+            ``.long()``.
+        support_logits: [B, T, K] float32: their logits at the sampling temperature, or None.
+        support_mass: [B, T] float32: the teacher's probability of the support, 0 to 1, or None.
+        entropy: [B, T] float32, nats: of the teacher's next-token distribution, or None if it is not requested.
+        support_valid: [B, T, K] bool: False at an id that stands in the support a second time; None if ids are unique.
+        log_normalizer: [B, T] float32: log-sum-exp of the teacher's logits over the vocabulary, or None.
+        log_tail: [B, T] float32: log-sum-exp of its logits outside the support, or None.
+        hidden: [B, T, G]: the teacher's last hidden states, from which its head makes the logits, or None.
+
+    Example:
+        A support of two tokens at each of the three positions of one rollout.
+
+        >>> targets = Targets(
+        ...     logprobs=torch.tensor([[-0.2, -1.9, -0.4]]),
+        ...     support_ids=torch.tensor([[[7, 4], [8, 3], [1, 2]]], dtype=torch.uint8),
+        ...     support_logits=torch.tensor([[[3.1, 0.4], [1.0, 0.9], [2.2, 0.1]]]),
+        ...     support_mass=torch.tensor([[0.97, 0.71, 0.92]]),
+        ... )
+        >>> targets.support_logits.shape
+        torch.Size([1, 3, 2])
+    """
+
+    logprobs: Tensor
+    support_ids: Tensor | None = None
+    support_logits: Tensor | None = None
+    support_mass: Tensor | None = None
+    entropy: Tensor | None = None
+    support_valid: Tensor | None = None
+    log_normalizer: Tensor | None = None
+    log_tail: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TeacherRequest:
+    """The required teacher outputs, besides the log-probability of every sampled token.
+
+    Args:
+        top_k: K, number of the teacher's most likely tokens whose ids and logits are required; 0 for none.
+        vocab_size: number of tokens shared with the student, over which the teacher's distribution is taken; None for
+            all tokens of the teacher.
+        entropy: True if the entropy of the teacher's distribution is required.
+        behavior_top_k: number of the behavior policy's most likely tokens, :attr:`Rollouts.behavior_support_ids`, whose
+            logits under the teacher are required; 0 for none. With ``top_k`` too, the support is the union.
+        tail: True if ``log_normalizer`` and, with a support, ``log_tail`` are required.
+        hidden: True if the hidden states are required.
+
+    Example:
+        >>> TeacherRequest(top_k=32).top_k
+        32
+    """
+
+    top_k: int = 0
+    vocab_size: int | None = None
+    entropy: bool = False
+    behavior_top_k: int = 0
+    tail: bool = False
+    hidden: bool = False
+
+
+def id_dtype(vocab_size: int) -> torch.dtype:
+    """Return the smallest integer dtype that holds the ids of a vocabulary.
+
+    Example:
+        >>> id_dtype(256), id_dtype(49152), id_dtype(151936)
+        (torch.uint8, torch.uint16, torch.int32)
+    """
+    return next((t for t in (torch.uint8, torch.uint16) if vocab_size - 1 <= torch.iinfo(t).max), torch.int32)
+
+
+def assign_rows(into: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Assign ``into[rows] = values``; uses a view as int16, because torch does not support this for uint16.
+
+    Example:
+        >>> ids = torch.zeros(3, 2, dtype=torch.uint16)
+        >>> assign_rows(ids, torch.tensor([2]), torch.tensor([[7, 40_000]]))
+        >>> ids[2].tolist()
+        [7, 40000]
+    """
+    bits = torch.int16 if into.dtype == torch.uint16 else into.dtype
+    into.view(bits)[rows] = values.to(into.dtype).view(bits)
