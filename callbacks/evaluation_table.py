@@ -9,13 +9,15 @@ from rich.table import Table
 
 from opdlab.evaluation.benchmark_metrics import ERROR_SUFFIX, MEAN
 
+TEACHER = "teacher"
+"""Prefix of the teacher's metrics, and with ``-NAME`` of each teacher's, if there are several."""
 Figures = dict[str, float]
 # The most important metrics. avg@n is pass@1, and the others are in the log and in results.json.
 _SHOWN = ("pass@*", "maj@*", "truncated", "length", "reverse_kl")
 
 
 class EvaluationTable(pl.Callback):
-    """Table of the first and the last evaluation of the student, and of the teacher's; it survives resumes.
+    """Table of the first and the last evaluation of the student, and of each teacher's; it survives resumes.
 
     Args:
         shown: patterns, as for file names, of the metrics that get a row for each benchmark.
@@ -26,14 +28,16 @@ class EvaluationTable(pl.Callback):
         self.before: Figures = {}
         self.after: Figures = {}
         self.after_step: int | None = None
-        self.teacher: Figures = {}
+        self.teachers: dict[str, Figures] = {}
+        """Metrics of each teacher by its prefix in the log, ``teacher`` or ``teacher-NAME``."""
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Store the metrics of the evaluation that has just ended."""
         if trainer.sanity_checking:
             return
-        if teacher := _figures(trainer, "teacher/"):
-            self.teacher = teacher
+        prefixes = {key.partition("/")[0] for key in trainer.callback_metrics}
+        if teacher := next((each for each in prefixes if each == TEACHER or each.startswith(f"{TEACHER}-")), None):
+            self.teachers[teacher] = _figures(trainer, f"{teacher}/")
         elif student := _figures(trainer, "val/"):
             self.before = self.before or student
             self.after, self.after_step = student, trainer.global_step
@@ -44,11 +48,13 @@ class EvaluationTable(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the stored metrics, so that a resumed run still has its first evaluation."""
-        return {"before": self.before, "teacher": self.teacher}
+        return {"before": self.before, "teachers": self.teachers}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the metrics that :meth:`state_dict` returned."""
-        self.before, self.teacher = state_dict["before"], state_dict["teacher"]
+        self.before = state_dict["before"]
+        older = {TEACHER: figures} if (figures := state_dict.get(TEACHER)) else {}  # checkpoints of one teacher
+        self.teachers = state_dict.get("teachers", older)
 
     def cells(self, trained: bool = True) -> dict[str, dict[str, str]]:
         """Return the cells of the table, by column and metric: each value ± its standard error.
@@ -56,9 +62,8 @@ class EvaluationTable(pl.Callback):
         Args:
             trained: True if the run has trained; otherwise there is one column for the student.
         """
-        columns = {"before": self.before, "after": self.after, "teacher": self.teacher}
-        if not trained:
-            columns = {"student": self.after, "teacher": self.teacher}
+        students = {"before": self.before, "after": self.after} if trained else {"student": self.after}
+        columns = {**students, **self.teachers}
         keys = [
             key
             for key in self.after

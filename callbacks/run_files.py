@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from opdlab.callbacks.collapse_guard import CollapseGuard
-from opdlab.callbacks.evaluation_table import EvaluationTable
+from opdlab.callbacks.evaluation_table import TEACHER, EvaluationTable
 from opdlab.errors import FullDiskError
 from opdlab.evaluation import EvaluationModule
 from opdlab.evaluation.benchmark_metrics import ERROR_SUFFIX
@@ -29,10 +29,11 @@ FINISHED, STOPPED, COLLAPSED, FAILED = "finished", "stopped", "collapsed", "fail
 class RunFiles(pl.Callback):
     """Writes ``results.json`` into the run's folder when training ends or stops, and continues curves after a resume.
 
-    ``results.json`` holds the evaluations ``before`` and ``after`` training and of the ``teacher`` (``value`` and
-    ``standard_error`` of each metric), optimizer ``steps``, response ``tokens`` that all processes have trained on,
-    ``seconds`` of training over all attempts, ``seeds``, ``versions``, ``warnings``, and the ``state``: ``finished``,
-    ``stopped`` by a signal, ``collapsed`` if the collapse guard found a sign or stopped it, ``failed`` with an error.
+    ``results.json`` holds the evaluations ``before`` and ``after`` training and of the ``teacher``, or of each as
+    ``teacher-NAME`` (``value`` and ``standard_error`` of each metric), optimizer ``steps``, response ``tokens`` that
+    all processes have trained on, ``seconds`` of training over all attempts, ``seeds``, ``versions``, ``warnings``, and
+    the ``state``: ``finished``, ``stopped`` by a signal, ``collapsed`` if the collapse guard found a sign or stopped
+    it, ``failed`` with an error.
 
     A resumed run logs the steps after its checkpoint again: their points are removed from ``metrics.csv`` and hidden
     from TensorBoard. An evaluation at the step of the checkpoint follows it, and is made up for if it may be missing:
@@ -122,7 +123,7 @@ class RunFiles(pl.Callback):
         if not trainer.is_global_zero:
             return
         table, data = self.table, getattr(trainer, "datamodule", None)
-        evaluated = {"before": table.before, "after": table.after, "teacher": table.teacher}
+        evaluated = {"before": table.before, "after": table.after, TEACHER: {}, **table.teachers}
         seeds = {
             "seed_everything": int(os.environ.get("PL_GLOBAL_SEED", 0)),
             "data.seed": getattr(data, "seed", None),

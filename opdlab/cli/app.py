@@ -18,6 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 from opdlab.callbacks import CollapseGuard, EvaluationTable, LabProgressBar, RunFiles, SampleLogger, StopCheckpoint
+from opdlab.callbacks.evaluation_table import TEACHER
 from opdlab.checkpoints import check_checkpoint, small_parts
 from opdlab.cli.building import build, with_seeds
 from opdlab.cli.checks import check_files, check_resume, check_trainer, warn_of_idle_recorder
@@ -29,7 +30,7 @@ from opdlab.data import PromptDataModule
 from opdlab.errors import UsageError, first_line
 from opdlab.files import full_disk
 from opdlab.module import OPDModule
-from opdlab.policies import LanguageModel, LocalTeacher
+from opdlab.policies import LanguageModel
 from opdlab.records import RESULTS
 from opdlab.run_folder import RunFolder, fit_samples_folder, samples_folder_for
 from opdlab.seeds import evaluation_seed
@@ -264,9 +265,11 @@ class OPDCLI(LightningCLI):
         if self._has_benchmarks:
             if self.table.after_step != self.trainer.global_step:
                 self._evaluate("val", self.model.student)
-            teacher = self.model.teacher
-            if isinstance(teacher, LocalTeacher) and self.model.evaluator.config.teacher and not self.table.teacher:
-                self._evaluate("teacher", teacher.model)
+            if self.model.evaluator.config.teacher:
+                for name, model in self.model.teacher.models():
+                    column = f"{TEACHER}-{name}" if name else TEACHER
+                    if column not in self.table.teachers:
+                        self._evaluate(column, model)
         if self.trainer.is_global_zero and self.folder is not None:
             self.table.print()
             print(f"run folder: {self.folder.path}")

@@ -242,6 +242,8 @@ _ROWS = (
            "unweighted mean of a metric over the benchmarks, or the standard error of that mean", _MEAN),
     Metric("teacher/<benchmark or mean>/<metric>", "the teacher's", "",
            "the teacher's metrics, as under `val/`; logged when training ends", _BENCHMARK),
+    Metric("teacher-<teacher>/<benchmark or mean>/<metric>", "each teacher's", "",
+           "the metrics of each teacher of a RoutedTeacher, as under `val/`; logged when training ends", _BENCHMARK),
 )
 # fmt: on
 

@@ -121,6 +121,12 @@ class RoutedTeacher(Teacher):
         """Return the share, mean log-probability and time of each teacher; see :meth:`Teacher.metrics`."""
         return dict(self._metrics)
 
+    def models(self) -> Iterator[tuple[str, LanguageModel]]:
+        """Yield the model of each teacher by the teacher's name; one that is not kept is in memory until the next."""
+        for name in self.names:
+            with self._loaded(name) as teacher:
+                yield from ((name, model) for _, model in teacher.models())
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state of each teacher, by ``name/key``."""
         parts = ((name, each.state_dict()) for name, each in self._teachers.items())

@@ -1,18 +1,21 @@
 """A teacher whose targets are kept on disk."""
 
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from lightning.pytorch.utilities import rank_zero_info
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from opdlab.errors import UsageError, require
-from opdlab.files import replacing
+from opdlab.files import naming_full_disk, replacing
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.routed_teacher import put_rows
 from opdlab.policies.teacher import Teacher
@@ -20,8 +23,10 @@ from opdlab.progress import Progress
 from opdlab.records import digest
 from opdlab.types import Rollouts, Targets, TeacherRequest
 
-_FORMAT = 1
+_FORMAT = 2
 _DIGEST_BYTES = 20
+_CONTENT = "content"  # key of the digest of a file's tensors in its header
+_MIB = 1 << 20
 
 
 class TargetCache(Teacher):
@@ -31,14 +36,15 @@ class TargetCache(Teacher):
     key of a rollout is a digest of the teacher's weights, of the prompt and response tokens as the teacher sees them,
     of the mask, of the temperature and of the request, so another teacher or request never gets these targets. Each
     rollout is a file, ``FOLDER/ab/cd….safetensors``, written beside its name and renamed: processes and runs may share
-    a folder, and a file that a crash has damaged is scored again. Nothing is deleted; remove the folder to free it.
+    a folder. A file holds a digest of its content, and a damaged one is scored again. Nothing is deleted: a line at the
+    start of a run says how large the folder is, and removing it frees the space.
 
     Args:
         teacher: scores what is not on disk.
         folder: made if it is missing.
 
     Raises:
-        UsageError: the teacher is a moving average, or its weights are unknown.
+        UsageError: the teacher is a moving average, or its weights are unknown, or the folder cannot be made.
     """
 
     def __init__(self, teacher: Teacher, folder: str) -> None:
@@ -58,6 +64,17 @@ class TargetCache(Teacher):
         self.tokenizer, self.vocab_size = self.teacher.tokenizer, self.teacher.vocab_size
         self.stop_tokens = self.teacher.stop_tokens
         self._fingerprint = self.teacher.fingerprint()
+        try:
+            with naming_full_disk(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unusable(error) from error
+        sizes = list(_sizes(self.folder))
+        if sizes:
+            rank_zero_info(
+                f"targets on disk: {len(sizes):,} rollouts, {sum(sizes) / _MIB:,.1f} MiB in {self.folder}; nothing "
+                "there is deleted: remove the folder to free it"
+            )
 
     def to(self, device: torch.device) -> None:
         """Move the teacher."""
@@ -71,6 +88,10 @@ class TargetCache(Teacher):
         """Return the teacher's head."""
         teacher: Any = self.teacher
         return teacher.head(temperature)
+
+    def models(self) -> Iterator[tuple[str, LanguageModel]]:
+        """Yield the teacher's models."""
+        return self.teacher.models()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the teacher's state."""
@@ -150,11 +171,14 @@ class TargetCache(Teacher):
     def _read(self, key: str, length: int) -> Targets | None:
         """Return the targets of a rollout, [1, length, …]; None if they are not on disk or damaged."""
         try:
-            tensors = load_file(self._path(key))
+            with safe_open(self._path(key), framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+                known = (file.metadata() or {}).get(_CONTENT)
             targets = Targets(**tensors)
         except (OSError, SafetensorError, TypeError, ValueError):
             return None
-        return targets if all(each.shape[:2] == (1, length) for each in tensors.values()) else None
+        whole = known == _content(tensors) and all(each.shape[:2] == (1, length) for each in tensors.values())
+        return targets if whole else None
 
     def _write(self, key: str, targets: Targets, length: int) -> None:
         tensors = {
@@ -164,11 +188,32 @@ class TargetCache(Teacher):
         }
         try:
             with replacing(self._path(key), shared=True) as file:
-                file.write(save(tensors))
-        except PermissionError as error:
-            raise UsageError(
-                f"model.teacher.folder is '{self.folder}', which cannot be written ({error.strerror}): give another"
-            ) from error
+                file.write(save(tensors, {_CONTENT: _content(tensors)}))
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> UsageError:
+        return UsageError(
+            f"model.teacher.folder is '{self.folder}', which cannot be written ({error.strerror}): give another folder"
+        )
+
+
+def _content(tensors: Mapping[str, Tensor]) -> str:
+    """Return a digest of tensors by name."""
+    total = hashlib.blake2b(digest_size=_DIGEST_BYTES)
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _sizes(folder: Path) -> Iterator[int]:
+    """Yield the bytes of each file of targets in a folder."""
+    for part in (each for each in os.scandir(folder) if each.is_dir()):
+        for file in os.scandir(part):
+            if file.name.endswith(".safetensors"):
+                with suppress(FileNotFoundError):  # another process has removed it
+                    yield file.stat().st_size
 
 
 def _lengths(rollouts: Rollouts) -> list[int]:

@@ -4,7 +4,7 @@ Shapes: B rollouts, T response tokens, K support, N valid positions, G the teach
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,6 +78,13 @@ class Teacher(ABC):
     def metrics(self) -> dict[str, float]:
         """Return metrics of the last :meth:`score`, by log name; none by default."""
         return {}
+
+    def models(self) -> Iterator[tuple[str, LanguageModel]]:
+        """Yield the models that an evaluation of the teacher samples from, by name; none by default.
+
+        The name is empty if there is one. A model need not stay in memory when the next one is asked for.
+        """
+        return iter(())
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a checkpoint must hold of the teacher; nothing by default, because it is frozen."""
@@ -222,6 +229,10 @@ class LocalTeacher(Teacher):
         self._device = device
         if not self.offload:
             self.model.to(device)
+
+    def models(self) -> Iterator[tuple[str, LanguageModel]]:
+        """Yield the model."""
+        yield "", self.model
 
     def weights_digest(self) -> str | None:
         """Return a digest of the model's weights; see :meth:`Teacher.weights_digest`."""

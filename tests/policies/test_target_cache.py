@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from opdlab.errors import UsageError
-from opdlab.policies import LanguageModel, LocalTeacher, NoTeacher, SelfTeacher, TargetCache, TeacherRequest
+from opdlab.policies import (
+    LanguageModel,
+    LocalTeacher,
+    NoTeacher,
+    RoutedTeacher,
+    SelfTeacher,
+    TargetCache,
+    TeacherRequest,
+)
 from opdlab.rollouts import Rollouts, Targets
 from tests.policies.test_routed_teacher import some_rollouts
 from tests.toy_run import STUDENT, TEACHER, Run
@@ -98,14 +106,86 @@ def test_other_teachers_and_requests_have_their_own_targets(tmp_path: Path) -> N
         assert hits(teacher) == (0, 4)
 
 
-@pytest.mark.parametrize("content", [b"", b"cut off", None])
-def test_damaged_files_are_scored_again(tmp_path: Path, content: bytes | None) -> None:
+def test_parts_of_a_key_have_their_lengths(tmp_path: Path) -> None:
+    # Without them, these would be one sequence of numbers: 5 7 8 | 9 1 | 1 1 and 5 | 7 8 9 | 1 1 1.
+    teacher, zeros, counted = cache(tmp_path), torch.zeros(1, dtype=torch.long), torch.ones(1, 3).bool()
+    for prompt, response in (([5, 7, 8], [9, 1]), ([5], [7, 8, 9])):
+        parts = torch.tensor([prompt]), counted[:, : len(prompt)], torch.tensor([response]), counted[:, : len(response)]
+        teacher.score(Rollouts(*parts, torch.zeros(1, len(response)), *5 * (zeros,)), REQUEST)
+        assert hits(teacher) == (0, 1)
+
+
+def test_the_teacher_of_a_rollout_is_in_its_key(tmp_path: Path) -> None:
+    teacher = TargetCache(RoutedTeacher({"good": TEACHER, "poor": STUDENT}), str(tmp_path))
+    teacher.bind(LanguageModel(STUDENT))
+    teacher.score(some_rollouts([0, 1, 0, 1]), REQUEST)
+    targets = teacher.score(some_rollouts([0, 1, 1, 0]), REQUEST)
+    assert hits(teacher) == (2, 2)
+    other = LocalTeacher(STUDENT).score(rollouts().rows(torch.tensor([2])), REQUEST)
+    assert torch.equal(targets.logprobs[2, :1], other.logprobs[0, :1])
+
+
+def test_the_snapshots_tokens_are_in_the_key(tmp_path: Path) -> None:
+    teacher, request = cache(tmp_path), TeacherRequest(behavior_top_k=2, tail=True)
+    for ids in (torch.tensor([3, 4]), torch.tensor([3, 5])):
+        given = replace(rollouts(), behavior_support_ids=ids.expand(4, 6, 2).to(torch.uint8))
+        targets = teacher.score(given, request)
+        assert hits(teacher) == (0, 4)
+        assert_equal(targets, LocalTeacher(TEACHER).score(given, request))
+
+
+def test_a_state_that_changes_the_weights_changes_the_keys(tmp_path: Path) -> None:
+    teacher = TargetCache(SelfTeacher(), str(tmp_path))
+    teacher.bind(LanguageModel(STUDENT))
+    before = teacher.score(rollouts(), REQUEST)
+    teacher.load_state_dict({name: weight * 1.1 for name, weight in teacher.state_dict().items()})
+    after = teacher.score(rollouts(), REQUEST)
+    assert hits(teacher) == (0, 4)
+    assert not torch.equal(before.logprobs, after.logprobs)
+
+
+def test_the_teacher_is_told_of_each_step(tmp_path: Path) -> None:
+    told: list[LanguageModel] = []
+
+    class Told(LocalTeacher):
+        def after_step(self, student: LanguageModel) -> None:
+            told.append(student)
+
+    student = LanguageModel(STUDENT)
+    TargetCache(Told(TEACHER), str(tmp_path)).after_step(student)
+    assert told == [student]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        UsageError, match=r"model\.teacher\.folder is '.*/file/targets', which cannot be written \(Not a"
+    ):
+        cache(tmp_path / "file" / "targets")
+    teacher = cache(tmp_path / "targets")
+    (tmp_path / "targets").rmdir()
+    (tmp_path / "targets").touch()
+    with pytest.raises(UsageError, match=r"model\.teacher\.folder is '.*/targets', which cannot be written"):
+        teacher.score(rollouts(), REQUEST)
+
+
+def test_a_line_says_how_large_the_folder_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cache(tmp_path).score(rollouts(), REQUEST)
+    assert "targets on disk" not in capsys.readouterr().err
+    cache(tmp_path)
+    assert f"targets on disk: 4 rollouts, 0.0 MiB in {tmp_path}; nothing there is deleted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"cut off", None, "flipped"])
+def test_damaged_files_are_scored_again(tmp_path: Path, content: bytes | str | None) -> None:
     teacher = cache(tmp_path, batch_size=1)  # a row's numbers do not depend on the others
     scored = teacher.score(rollouts(), REQUEST)
     files = sorted(tmp_path.rglob("*.safetensors"))
     assert len(files) == 4
-    # A flipped bit in the header, or a file that was cut off.
-    files[0].write_bytes(files[0].read_bytes()[:-3] if content is None else content)
+    whole = files[0].read_bytes()
+    if isinstance(content, str):
+        content = whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:]  # a bit of a number
+    files[0].write_bytes(whole[:-3] if content is None else content)
     assert_equal(teacher.score(rollouts(), REQUEST), scored)
     assert hits(teacher) == (3, 1)
     assert_equal(teacher.score(rollouts(), REQUEST), scored)
@@ -115,7 +195,7 @@ def test_damaged_files_are_scored_again(tmp_path: Path, content: bytes | None) -
 def test_processes_share_a_folder(tmp_path: Path) -> None:
     code = (
         "import sys\nfrom pathlib import Path\nfrom tests.policies.test_target_cache import REQUEST, cache, rollouts\n"
-        "teacher = cache(Path(sys.argv[1]))\nfor _ in range(20):\n"
+        "teacher = cache(Path(sys.argv[1]))\nfor _ in range(5):\n"
         "    for file in Path(sys.argv[1]).rglob('*.safetensors'):\n        file.unlink(missing_ok=True)\n"
         "    teacher.score(rollouts(), REQUEST)\n"
     )
@@ -124,7 +204,7 @@ def test_processes_share_a_folder(tmp_path: Path) -> None:
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[2]) for _ in range(2)
     ]
     try:
-        assert [other.wait(timeout=120) for other in others] == [0, 0]
+        assert [other.wait(timeout=300) for other in others] == [0, 0]
     finally:
         for other in others:
             other.kill()

@@ -81,6 +81,21 @@ def test_the_top_share_of_each_rollout_is_kept(share: float) -> None:
     check(EntropyTopGate(share), kept(rows(INPUTS.entropy), share))
 
 
+def test_a_share_that_rounds_below_a_whole_number_keeps_it() -> None:
+    zeros, ones = torch.zeros(1, 100), torch.ones(1, 100)
+    assert 0.29 * 100 < 29  # in floating point
+    gate = EntropyTopGate(share=0.29, normalization="none")
+    inputs = GateInputs(zeros.long(), ones, zeros, zeros, entropy=torch.arange(100.0)[None])
+    assert gate(inputs).weights.sum() == 29
+
+
+def test_a_teacher_without_a_preference_agrees_with_no_verdict() -> None:
+    zeros, ones = torch.zeros(2, 3), torch.ones(2, 3)
+    verdicts = torch.tensor([[1] * 3, [0] * 3], dtype=torch.int8)
+    inputs = GateInputs(zeros.long(), ones, zeros, zeros, zeros, correct=verdicts)
+    assert not RewardGate(normalization="none")(inputs).weights.any()
+
+
 def test_of_equal_scores_the_earlier_are_kept() -> None:
     gates = EntropyTopGate(0.5, normalization="none")(replace(INPUTS, entropy=torch.zeros_like(INPUTS.drift)))
     for row in rows(gates.weights):
