@@ -1,5 +1,6 @@
 """The documentation is correct: pages, options, command lines, code, numbers. Building it is `make docs`."""
 
+import csv
 import importlib
 import inspect
 import re
@@ -23,6 +24,7 @@ from opdlab.diagnostics import metric_table
 from opdlab.gating import DriftGate, GateStrategy, RuleGate, gate_names, gate_registry
 from opdlab.objectives.base import objective_registry
 from opdlab.studies.study import read_study
+from tests.studies.tiny import SHORT, study_run
 from tests.test_package import PUBLIC
 
 ROOT = Path(__file__).parents[1]
@@ -179,9 +181,26 @@ def test_the_pages_objective_runs_from_yaml(folder: Path) -> None:
     assert len(example.strip().splitlines()[1:]) == 15
     importlib.invalidate_caches()
     options = "--trainer.limit_val_batches 0 --sample_logger.every_n_steps 1 --model.sampling.max_new_tokens 24"
-    assert main(["fit", "-c", "my_run.yaml", "--trainer.max_steps", "2", *options.split()]) == 0
+    recorded = "--save_pools true --pool_recorder.every_n_steps 1 --trainer.max_steps 2"
+    assert main(["fit", "-c", "my_run.yaml", *options.split(), *recorded.split()]) == 0
     (page, *_) = (folder / "runs").rglob("step-*.html")
     assert "SquaredGap(margin=0.5)" in page.read_text()
+    run = page.parents[1]
+    asked = ["--objectives", "teacher_topk", "--gates", "block64", "--draws", "1", "--steps", "2"]
+    assert main(["replay", str(run), *asked]) == 0
+    with (run / "replay" / "replay.csv").open() as file:
+        assert {row["objective"] for row in csv.DictReader(file)} == {"squared_gap", "teacher_topk"}
+
+
+def test_the_pages_study_runs_the_objective(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(DOCS / "own_objective.md", folder)
+    study = yaml.safe_load((folder / "my_objective_study.yaml").read_text())
+    small = {"overrides": SHORT, "seeds": [0], "budgets": [2], "variants": study["variants"][:2]}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump({**study, **small}))
+    assert study_run(monkeypatch, folder / "tiny.yaml") == 0
+    saved = [path.read_text() for path in folder.rglob("gap/seed-0/**/config.yaml")]
+    assert any("my_objectives.SquaredGap" in text for text in saved)
+    assert list(folder.rglob("gap/seed-0/evaluations/*/*.jsonl"))
 
 
 def commands(page: Path) -> Iterator[str]:

@@ -73,7 +73,8 @@ def test_a_run_leaves_everything_in_its_folder(
     of_sampled_token = {f"train/{name}" for name in ("advantage", "baseline", "clip_share", "reward_share")}
     of_others = {"gate/tau", "train/support_overlap", "rollout/demonstration_share"}
     targets = {name for name in rows if name.startswith("targets/")}  # of a cache, of several teachers
-    assert rows == of_sampled_token | of_others | targets | of_whole_buffers | optional
+    several = {"teacher-<teacher>/<benchmark or mean>/<metric>"}
+    assert rows == of_sampled_token | of_others | targets | of_whole_buffers | optional | several
 
 
 def test_resume_goes_on_in_the_same_folder(opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -85,6 +85,29 @@ def test_wrong_values_are_refused_with_their_key(
     assert message in capsys.readouterr().err
 
 
+# -- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_every_teacher_is_evaluated_when_training_ends(
+    opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    routed = {"class_path": "opdlab.policies.RoutedTeacher"}
+    routed["init_args"] = {"teachers": {"math": TEACHER, "code": STUDENT}, "keep_loaded": False}
+    cached = {"class_path": "opdlab.policies.TargetCache", "init_args": {"folder": "targets", "teacher": routed}}
+    train = {"class_path": "opdlab.data.JsonlProblems"}
+    train["init_args"] = {"path": "problems.jsonl", "teacher_field": "domain"}
+    (tmp_path / "cached.yaml").write_text(yaml.safe_dump({"model": {"teacher": cached}, "data": {"train": train}}))
+    arguments = ["-c", "small.yaml", "-c", "cached.yaml", "--model.evaluation.teacher", "true"]
+    assert opdlab(*arguments, "--model.eval_sampling.max_new_tokens", "170") == 0
+    assert re.search("metric +┃ before +┃ after +┃ teacher-math +┃ teacher-code", capsys.readouterr().out)
+    folder = tmp_path / "runs/quickstart/version_0"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["teacher"] == {}
+    assert {path.name for path in (folder / "samples").iterdir()} >= {"teacher-math-step-1", "teacher-code-step-1"}
+    assert results["teacher-code"] == results["before"]  # the student before training is that teacher
+    assert results["teacher-math"] != results["teacher-code"]
+
+
 # -- the estimate -----------------------------------------------------------------------------------------------------
 
 
