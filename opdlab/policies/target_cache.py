@@ -170,9 +170,10 @@ class TargetCache(Teacher):
 
     def _read(self, key: str, length: int) -> Targets | None:
         """Return the targets of a rollout, [1, length, …]; None if they are not on disk or damaged."""
+        opened: Any = safe_open  # its stubs lack keys and metadata
         try:
-            with safe_open(self._path(key), framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+            with opened(self._path(key), framework="pt") as file:
+                tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in list(file.keys())}
                 known = (file.metadata() or {}).get(_CONTENT)
             targets = Targets(**tensors)
         except (OSError, SafetensorError, TypeError, ValueError):

@@ -91,11 +91,11 @@ def test_wrong_values_are_refused_with_their_key(
 def test_every_teacher_is_evaluated_when_training_ends(
     opdlab: Opdlab, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    routed = {"class_path": "opdlab.policies.RoutedTeacher"}
-    routed["init_args"] = {"teachers": {"math": TEACHER, "code": STUDENT}, "keep_loaded": False}
+    several = {"teachers": {"math": TEACHER, "code": STUDENT}, "keep_loaded": False}
+    routed = {"class_path": "opdlab.policies.RoutedTeacher", "init_args": several}
     cached = {"class_path": "opdlab.policies.TargetCache", "init_args": {"folder": "targets", "teacher": routed}}
-    train = {"class_path": "opdlab.data.JsonlProblems"}
-    train["init_args"] = {"path": "problems.jsonl", "teacher_field": "domain"}
+    named = {"path": "problems.jsonl", "teacher_field": "domain"}
+    train = {"class_path": "opdlab.data.JsonlProblems", "init_args": named}
     (tmp_path / "cached.yaml").write_text(yaml.safe_dump({"model": {"teacher": cached}, "data": {"train": train}}))
     arguments = ["-c", "small.yaml", "-c", "cached.yaml", "--model.evaluation.teacher", "true"]
     assert opdlab(*arguments, "--model.eval_sampling.max_new_tokens", "170") == 0
