@@ -169,11 +169,11 @@ def test_a_folder_that_cannot_be_made_is_refused_before_training(tmp_path: Path)
         teacher.score(rollouts(), REQUEST)
 
 
-def test_a_line_says_how_large_the_folder_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_line_says_how_large_the_folder_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cache(tmp_path).score(rollouts(), REQUEST)
-    assert "targets on disk" not in capsys.readouterr().err
+    assert "targets on disk" not in caplog.text
     cache(tmp_path)
-    assert f"targets on disk: 4 rollouts, 0.0 MiB in {tmp_path}; nothing there is deleted" in capsys.readouterr().err
+    assert f"targets on disk: 4 rollouts, 0.0 MiB in {tmp_path}; nothing there is deleted" in caplog.text
 
 
 @pytest.mark.parametrize("content", [b"", b"cut off", None, "flipped"])
