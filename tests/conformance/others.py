@@ -77,8 +77,10 @@ def from_repository(path: str) -> Any:
     if shown.returncode:
         pytest.fail(f"{' '.join(command)}: {shown.stderr.strip()}")
     tree = ast.parse(shown.stdout)
-    wanted = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name]
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)] + wanted
+    (wanted,) = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name]
+    used = {node.id for node in ast.walk(wanted) if isinstance(node, ast.Name)}
+    beside = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in used - {name}]
+    functions = [*beside, wanted]
     for function in functions:
         function.decorator_list, function.returns = [], None
         for argument in [*function.args.args, *function.args.kwonlyargs]:
@@ -87,5 +89,5 @@ def from_repository(path: str) -> Any:
     if file.startswith("verl/"):
         names["verl_F"] = load("verl.utils.torch_functional:")
         names["agg_loss"] = load("verl.trainer.ppo.core_algos:agg_loss")
-    exec(compile(ast.Module(functions, []), file, "exec"), names)
+    exec(compile(ast.Module([*functions], []), file, "exec"), names)
     return names[name]
