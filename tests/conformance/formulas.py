@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opdlab.objectives import FullDivergence, Objective, SampledTokenOPD, SupportDivergence
+from opdlab.objectives import FullDivergence, SampledTokenOPD, SupportDivergence
 from tests.conformance.batch import Case
 
 BETA, ALPHA = 0.3, 0.2
@@ -109,7 +109,7 @@ def of_sampled_token(case: Case, objective: SampledTokenOPD) -> Tensor:
 
 def plain_losses(case: Case) -> Tensor:
     """The losses that the formulas give an objective's options, [N], with a gradient to the case's leaves."""
-    objective: Objective | Any = case.objective
+    objective: Any = case.objective
     if isinstance(objective, SampledTokenOPD):
         return of_sampled_token(case, objective)
     if isinstance(objective, FullDivergence):

@@ -60,7 +60,7 @@ def test_the_batch_reaches_every_clip() -> None:
 def test_an_objective_follows_its_formula(name: str, options: dict[str, Any]) -> None:
     case = run(name, STALE, **options)
     # A reward is float32, as the mean verdict of a prompt is.
-    single = {"rtol": 1e-6, "atol": 1e-6} if options.get("reward_weight") else {}
+    single: dict[str, Any] = {"rtol": 1e-6, "atol": 1e-6} if options.get("reward_weight") else {}
     case.agrees(plain_losses(case), **single)
 
 

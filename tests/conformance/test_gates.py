@@ -58,6 +58,7 @@ def test_truncated_ratio(other: Any, max_ratio: float) -> None:
 @against("trl.experimental.sdpo.loss_utils:apply_importance_sampling_clipping")
 def test_truncated_ratio_of_self_distillation(other: Any) -> None:
     losses = INPUTS.position_losses
+    assert losses is not None
     theirs = other(losses * MASK, INPUTS.current_logprobs, INPUTS.behavior_logprobs, 1.3)
     torch.testing.assert_close((weights("truncated_ratio", max_ratio=1.3) * losses).float(), theirs.float())
 

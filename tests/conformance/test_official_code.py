@@ -17,7 +17,7 @@ from tests.conformance.others import against
 DISTILLM = "jongwooko/distillm@d47e77f:distillm/losses.py"
 REVISITING = "hhh675597/revisiting_opd@d10aedb:verl/trainer/ppo"
 FIRE = "YuYingLi0/FiRe-OPD@2e23cd6:verl/verl/workers/actor/dp_actor.py"
-SINGLE = {"rtol": 2e-4, "atol": 2e-5}  # DistiLLM computes probabilities in float32
+SINGLE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-5}  # DistiLLM computes probabilities in float32
 
 
 @pytest.mark.parametrize("alpha", [0.1, 0.3])
@@ -85,6 +85,7 @@ def fire_opd(function: Any, **log_probs: torch.Tensor) -> Any:
 def test_fire_opd(other: Any) -> None:
     inputs = INPUTS.map(lambda values: values[:-1])
     old = inputs.current_logprobs
+    assert inputs.teacher_logprobs is not None
     new = old.clone().requires_grad_()
     # On fresh rollouts with an advantage of 1 the gradient is minus the weight's share of the kept tokens.
     loss, _ = fire_opd(other, old_log_prob=old, log_prob=new, ref_log_prob=inputs.teacher_logprobs)
