@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The versions that passed. pyproject.toml has the ranges; see CONTRIBUTING.md for when to widen them.
 CONSTRAINED := $(INSTALL) --constraint constraints.txt
 
-.PHONY: demo test test-slow test-browser test-newest test-lowest constraints smollm2 lint types wheel docs docs-serve \
+.PHONY: demo test test-slow test-browser test-conformance test-newest test-lowest constraints smollm2 lint types wheel docs docs-serve \
   docs-pictures toy-models clean
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -32,6 +32,17 @@ test-slow: smollm2 ## two steps on a real language model
 test-browser: $(INSTALLED) ## pages of rollouts and TensorBoard in an installed Chromium
 	$(CONSTRAINED) --editable '.[browser]'
 	$(BIN)/python -m pytest -m browser
+
+# Other implementations, in an environment of their own. OmegaConf, which verl imports, needs an older antlr4.
+test-conformance: ## objectives and control gates against other packages, and against float64
+	rm -rf .venv-conformance
+	$(PYTHON) -m venv .venv-conformance
+	grep -v antlr4 constraints.txt >.venv-conformance/constraints.txt
+	.venv-conformance/bin/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint .venv-conformance/constraints.txt -r tests/conformance/requirements.txt --editable .
+	.venv-conformance/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/conformance/packages.txt
+	.venv-conformance/bin/python -m pip list --disable-pip-version-check
+	.venv-conformance/bin/python -m pytest -m 'not slow' tests/conformance
 
 # For maintainers: the ends of the ranges in pyproject.toml, each in an environment of its own. Other packages announce
 # there what they will drop: that is no error.

@@ -21,41 +21,15 @@ from opdlab.objectives.functional import (
     support_divergence,
     teacher_topk_loss,
 )
+from tests.conformance.formulas import ALPHA, BETA, kl, restricted
+from tests.conformance.formulas import divergence as divergence_of
 
 DIVERGENCES, TAILS = get_args(Divergence), get_args(Tail)
-BETA, ALPHA = 0.3, 0.2
 V = 11
 
 
 def logits(*shape: int, seed: int = 0, spread: float = 3.0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * spread
-
-
-def kl(a: Tensor, b: Tensor) -> Tensor:
-    return (a * (a / b).log()).sum(-1)
-
-
-def plain(divergence: str, a: Tensor, b: Tensor) -> Tensor:
-    """The formulas of the papers, with probabilities that need not sum to 1."""
-    if divergence == "reverse_kl":
-        return kl(a, b)
-    if divergence == "forward_kl":
-        return kl(b, a)
-    if divergence == "skew_reverse_kl":
-        return kl(a, (1 - ALPHA) * b + ALPHA * a)
-    if divergence == "skew_forward_kl":
-        return kl(b, (1 - ALPHA) * a + ALPHA * b)
-    m = (1 - BETA) * a + BETA * b
-    return BETA * kl(b, m) + (1 - BETA) * kl(a, m)
-
-
-def restricted(probabilities: Tensor, ids: Tensor, tail: str) -> Tensor:
-    """One side's distribution on the support, [N, V] -> [N, K], or [N, K + 1] with the tail."""
-    on_support = probabilities.gather(-1, ids)
-    if tail == "renormalize":
-        return on_support / on_support.sum(-1, keepdim=True)
-    outside = probabilities.scatter(-1, ids, 0.0).sum(-1, keepdim=True)
-    return torch.cat([on_support, outside], -1) if tail == "bucket" else on_support
 
 
 def ours(student: Tensor, teacher: Tensor, ids: Tensor, divergence: str, tail: str, **options: Any) -> Tensor:
@@ -81,7 +55,9 @@ def batch(k: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 def test_value_and_gradient_equal_those_of_plain_probabilities(divergence: str, tail: str, k: int) -> None:
     student, teacher, ids = batch(k)
     student.requires_grad_()
-    expected = plain(divergence, restricted(student.softmax(-1), ids, tail), restricted(teacher.softmax(-1), ids, tail))
+    expected = divergence_of(
+        divergence, restricted(student.softmax(-1), ids, tail), restricted(teacher.softmax(-1), ids, tail)
+    )
     seen = ours(student, teacher, ids, divergence, tail)
     torch.testing.assert_close(seen, expected, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(
@@ -119,7 +95,7 @@ def test_gradients_on_the_whole_vocabulary_have_their_closed_form(divergence: st
 def test_bucket_grows_with_the_support_and_never_exceeds_the_whole(seed: int, spread: float, divergence: str) -> None:
     student, teacher = logits(5, V, seed=seed, spread=spread), logits(5, V, seed=seed + 1, spread=spread)
     order = student.argsort(-1)  # any nested supports, not only the teacher's likely tokens
-    whole = plain(divergence, student.softmax(-1), teacher.softmax(-1))
+    whole = divergence_of(divergence, student.softmax(-1), teacher.softmax(-1))
     before = torch.zeros(5, dtype=torch.float64)
     for k in range(1, V):
         value = ours(student, teacher, order[:, :k], divergence, "bucket")
@@ -135,7 +111,7 @@ def test_support_of_the_whole_vocabulary_is_the_whole_divergence(divergence: str
     student, teacher, ids = batch(V)
     student.requires_grad_()
     value = ours(student, teacher, ids, divergence, tail)  # the tail is empty: its logarithm is -inf
-    torch.testing.assert_close(value, plain(divergence, student.softmax(-1), teacher.softmax(-1)))
+    torch.testing.assert_close(value, divergence_of(divergence, student.softmax(-1), teacher.softmax(-1)))
     assert bool(torch.autograd.grad(value.sum(), student)[0].isfinite().all())
 
 

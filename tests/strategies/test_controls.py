@@ -1,7 +1,5 @@
-"""The gates of other papers, against their formulas written as loops over plain numbers."""
+"""The gates of other papers: options, edges, runs; their formulas are in `tests/conformance`."""
 
-import math
-import statistics
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,39 +13,11 @@ from opdlab.module import OPDModule
 from opdlab.objectives import Objective, SampledTokenOPD, SupportDivergence, TeacherTopK
 from opdlab.policies import LanguageModel, LocalTeacher
 from opdlab.strategies import (
-    FilterReweightGate,
     PrefixGate,
     RatioMaskGate,
-    SequenceRatioMaskGate,
-    SignConsistencyGate,
-    TruncatedRatioGate,
 )
-from opdlab.testing import GateTester
+from tests.conformance.gate_formulas import INPUTS
 from tests.toy_run import STUDENT, TEACHER, Run
-
-INPUTS = GateTester(PrefixGate, num_tokens=40).inputs(torch.float64)
-
-
-def rows(tensor: Tensor | None) -> list[list[float]]:
-    """Values of the valid positions, row by row."""
-    assert tensor is not None
-    return [values[mask].tolist() for values, mask in zip(tensor, INPUTS.mask, strict=True)]
-
-
-def check(gate: RuleGate, expected: list[list[float]]) -> None:
-    seen = rows(gate(INPUTS).weights)
-    for ours, theirs in zip(seen, expected, strict=True):
-        assert ours == pytest.approx(theirs, abs=1e-6)
-
-
-def test_prefix_weights_follow_the_formula() -> None:
-    expected = []
-    for teacher, current in zip(rows(INPUTS.teacher_logprobs), rows(INPUTS.current_logprobs), strict=True):
-        gaps = [abs(q - p) for q, p in zip(teacher, current, strict=True)]
-        expected.append([1 + 0.7 * (1 - math.fsum(gaps[:t]) / math.fsum(gaps)) for t in range(len(gaps))])
-    check(PrefixGate(gamma=0.7), expected)
-    for weights in rows(PrefixGate(gamma=0.7)(INPUTS).weights):
-        assert weights == sorted(weights, reverse=True)
 
 
 def test_prefix_weights_of_perfect_agreement_are_equal() -> None:
@@ -55,58 +25,8 @@ def test_prefix_weights_of_perfect_agreement_are_equal() -> None:
     assert torch.equal(PrefixGate()(agreeing).weights, 1.5 * INPUTS.mask.float())
 
 
-@pytest.mark.parametrize("dropped", [0.0, 0.2, 0.5, 0.9])
-def test_filter_and_reweight_follow_the_formula(dropped: float) -> None:
-    teacher, student = rows(INPUTS.teacher_entropy), rows(INPUTS.entropy)
-    most_teacher, most_student = (max(h for row in entropies for h in row) for entropies in (teacher, student))
-    likelihoods = [statistics.fmean(row) if row else math.nan for row in rows(INPUTS.teacher_logprobs)]
-    known = sorted(value for value in likelihoods if not math.isnan(value))
-    place = dropped * (len(known) - 1)  # linear interpolation between the order statistics
-    low, high = known[math.floor(place)], known[math.ceil(place)]
-    threshold = low + (place - math.floor(place)) * (high - low)
-    expected = [
-        [
-            (likelihood >= threshold - 1e-12) * (1 + 0.5 * (1 - t / most_teacher)) * (1 + 2.0 * s / most_student)
-            for t, s in zip(teacher_row, student_row, strict=True)
-        ]
-        for likelihood, teacher_row, student_row in zip(likelihoods, teacher, student, strict=True)
-    ]
-    check(FilterReweightGate(dropped, alpha=0.5, beta=2.0, normalization="none"), expected)
-    if dropped == 0.5:
-        assert [sum(row) > 0 for row in expected].count(True) == 2  # of four rollouts with tokens
-
-
-def test_ratio_masks_follow_the_formula() -> None:
-    drifts = rows(INPUTS.drift)
-    check(RatioMaskGate(0.7, 1.5), [[float(0.7 <= math.exp(d) <= 1.5) for d in row] for row in drifts])
-    check(TruncatedRatioGate(1.3), [[min(math.exp(d), 1.3) for d in row] for row in drifts])
-    for aggregate, low, high in (("geometric_mean", 0.8, 1.3), ("product", 0.1, 1.8)):
-        expected = []
-        for row in drifts:
-            total = math.fsum(row) / (len(row) if aggregate == "geometric_mean" and row else 1)
-            expected.append([float(low <= math.exp(total) <= high)] * len(row))
-        check(SequenceRatioMaskGate(low, high, aggregate), expected)  # type: ignore[arg-type]
-        kept = [row[0] for row in expected if row]
-        assert set(kept) == {0.0, 1.0}
-
-
 def test_an_open_band_masks_nothing() -> None:
     assert torch.equal(RatioMaskGate(0.0, 1e300)(INPUTS).weights, INPUTS.mask.float())
-
-
-def test_sign_consistency_follows_the_formula() -> None:
-    expected = []
-    verdicts = {1: 1, 0: -1, -1: 0}
-    for teacher, current, correct in zip(
-        rows(INPUTS.teacher_logprobs), rows(INPUTS.current_logprobs), rows(INPUTS.correct), strict=True
-    ):
-        expected.append(
-            [
-                1 + 0.4 * math.copysign(1, q - p) * verdicts[int(c)]
-                for q, p, c in zip(teacher, current, correct, strict=True)
-            ]
-        )
-    check(SignConsistencyGate(0.4), expected)
 
 
 @pytest.mark.parametrize(
