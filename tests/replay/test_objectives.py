@@ -15,8 +15,9 @@ from opdlab.callbacks import PoolRecorder
 from opdlab.errors import UsageError
 from opdlab.objectives import SampledTokenOPD, SupportDivergence, TeacherTopK
 from opdlab.replay import Grid, RecordedStep, ReplayConfig, Replayer, read_record, record_folders
-from opdlab.replay.objectives import MissingTargetsError, chosen_objectives, narrowed, with_targets
-from opdlab.replay.steps import Row
+from opdlab.replay.comparison import Row
+from opdlab.replay.objectives import chosen_objectives
+from opdlab.replay.targets import MissingTargetsError, narrowed, with_targets
 from opdlab.types import Rollouts, TeacherRequest
 from tests.toy_run import Run
 
@@ -52,13 +53,14 @@ def test_another_objective_has_the_loss_and_gradient_of_the_formula(make_run: Ma
     run, record = recorded(make_run, objective=TeacherTopK(k=8), gate="block32", refresh=8)
     names = ("full_divergence", "teacher_topk", "sampled_token", f"{__name__}.StudentSupport")
     replayer = Replayer(run.module, GRID, ReplayConfig(draws=2, tolerance=0.0), nullcontext, objectives=names)
-    own, collector = run.module.objective, run.module.collector
+    own = run.module.objective
     result = replayer.replay(record)
-    assert (run.module.objective, run.module.collector) == (own, collector)
+    assert run.module.objective is own
     assert result.replayed_loss == result.recorded_loss
     assert list(result.others) == ["full_divergence", "sampled_token"]  # the run's own is there once
     assert replayer.skipped == {
-        "StudentSupport": "needs the snapshot's 4 most likely tokens, which the record does not have"
+        "StudentSupport": "needs the snapshot's 4 most likely tokens, but the record has the teacher's 8 most likely "
+        "tokens without the mass of all others"
     }
 
     (batch,) = record.batches
@@ -126,8 +128,8 @@ def test_objectives_are_found_by_name_and_class_path() -> None:
     own = TeacherTopK(k=3)
     found = chosen_objectives(["teacher_topk", "sampled_token", f"{__name__}.StudentSupport"], own)
     assert [each.name for each in found] == ["teacher_topk", "sampled_token", "StudentSupport"]
-    assert found[0].objective is own
-    assert isinstance(found[1].objective, SampledTokenOPD)
+    assert found[0].plugin is own
+    assert isinstance(found[1].plugin, SampledTokenOPD)
     with pytest.raises(UsageError, match="unknown objective 'teacher_topc'; did you mean 'teacher_topk'"):
         chosen_objectives(["teacher_topc"], own)
     with pytest.raises(UsageError, match="--objectives has 'builtins.dict', which is not an objective"):
