@@ -149,11 +149,11 @@ def _pack(options: Namespace, overrides: Sequence[str]) -> int:
 
         sizes = write_pack(path, module, settings, records, draws)
     parts = [
-        f"{name} {sizes[name] / _MIB:.1f}" for name in ("weights", "steps", "draws", "student", "head") if name in sizes
+        f"{name} {sizes[name] / _MIB:.2f}" for name in ("weights", "steps", "draws", "student", "head") if name in sizes
     ]
     pack = Pack(path)
     print(
-        f"{path}: {path.stat().st_size / _MIB:.1f} MiB ({', '.join(parts)}), steps {', '.join(map(str, pack.steps))}, "
+        f"{path}: {path.stat().st_size / _MIB:.2f} MiB ({', '.join(parts)}), steps {', '.join(map(str, pack.steps))}, "
         f"{sampling.draws} draws each, digest {pack.digest[:16]}",
         f"opdlab replay {path} needs no teacher, no folder of the run and no data",
         sep="\n",

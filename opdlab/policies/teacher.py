@@ -22,10 +22,11 @@ from opdlab.policies.offload import on_device
 from opdlab.policies.tokenizers import StopTokens, check_same_vocabulary, vocabulary_size, warn_of_stop_tokens
 from opdlab.progress import Progress, SilentProgress
 from opdlab.records import digest
-from opdlab.scoring import Head, divergence_statistics, topk_with_statistics, topk_with_tail
+from opdlab.scoring import Head, divergence_statistics, support_overlap, topk_with_statistics, topk_with_tail
 from opdlab.types import Rollouts, Targets, TeacherRequest, assign_rows, id_dtype
 
 _MEASURED_POSITIONS = 256  # for the error of rounded hidden states
+_OVERLAP_POSITIONS = 64  # of each pass, for the overlap of supports
 
 
 class Teacher(ABC):
@@ -216,6 +217,7 @@ class LocalTeacher(Teacher):
         self._batch_size, self.offload, self._device = batch_size, offload, model.device
         self._head: tuple[torch.device, Head] | None = None  # of an offloaded teacher, with its device
         self._has_told_rounding = False
+        self._overlaps: list[Tensor] = []  # of supports, in the last call of `score`
 
     def to(self, device: torch.device) -> None:
         """Move the weights; if offloaded, set the device on which they are used."""
@@ -240,6 +242,10 @@ class LocalTeacher(Teacher):
             self._head = self._device, head.on(self._device)
         return replace(self._head[1], temperature=temperature)
 
+    def metrics(self) -> dict[str, float]:
+        """Return the overlap of the teacher's most likely tokens with the snapshot's, if these are the support."""
+        return {"train/support_overlap": float(torch.cat(self._overlaps).mean())} if self._overlaps else {}
+
     @torch.no_grad()
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
         """Return the targets of ``rollouts``; see :meth:`Teacher.score`."""
@@ -248,6 +254,7 @@ class LocalTeacher(Teacher):
             not request.behavior_top_k or rollouts.behavior_support_ids is not None,
             "the request has behavior_top_k, but the rollouts have no behavior_support_ids: sample them with top_k",
         )
+        vocab_size, self._overlaps = min(self.vocab_size, request.vocab_size or self.vocab_size), []
         place = on_device(self.model, self._device) if self.offload else nullcontext()
         with place, (progress or SilentProgress()).task("scoring (teacher)", len(rollouts)) as advance:
 
@@ -255,12 +262,12 @@ class LocalTeacher(Teacher):
                 for rows, scored in self.model.score_in_chunks(rollouts, self._batch_size):
                     if request.hidden:
                         self._tell_rounding(scored)
+                    if request.behavior_top_k and not request.top_k:  # a union has the overlap
+                        self._overlaps.append(_overlap(scored, rollouts.rows(rows), vocab_size))
                     yield rows, scored
                     advance(len(rows))
 
-            targets = targets_of(
-                chunks(), rollouts, request, min(self.vocab_size, request.vocab_size or self.vocab_size)
-            )
+            targets = targets_of(chunks(), rollouts, request, vocab_size)
         if request.hidden and targets.hidden is None:  # there are no rollouts
             return replace(targets, hidden=torch.zeros(*rollouts.tokens.shape, self.model.head().weight.shape[1]))
         return targets
@@ -275,6 +282,13 @@ class LocalTeacher(Teacher):
             f"the teacher's hidden states are kept in {name}, as it computes them; their rounding changes its "
             f"distribution by about {rounding_divergence(states, scored.head):.1g} nats a token (KL)"
         )
+
+
+def _overlap(scored: Scored, rollouts: Rollouts, vocab_size: int) -> Tensor:
+    """Return the overlap of the teacher's most likely tokens with the snapshot's at a few positions, on the host."""
+    assert rollouts.behavior_support_ids is not None
+    ids, head = rollouts.behavior_support_ids.long().to(scored.mask.device), replace(scored.head, vocab_size=vocab_size)
+    return support_overlap(scored.hidden, head, ids[scored.mask], _OVERLAP_POSITIONS).cpu()
 
 
 @torch.no_grad()
