@@ -100,10 +100,11 @@ def replay(arguments: Sequence[str]) -> int:
     except OSError as error:
         raise UsageError(f"--out '{out}' cannot be made ({error.strerror}): give another folder") from error
     records = source.records(steps)
-    _check_objectives(source, objectives, records)
+    judged = _check_objectives(source, objectives, records)
     started = time.perf_counter()
-    built = source.build(sampling)
-    replayer = Replayer(built.module, grid, config, built.autocast, built.prompts, objectives, built.draws)
+    built = source.build(sampling, judged)
+    parts = (built.autocast, built.prompts, objectives, built.draws, built.verifier)
+    replayer = Replayer(built.module, grid, config, *parts)
     found: list[ReplayedStep] = []
     console = Console()
     with console.status("replaying") as status:
@@ -138,14 +139,14 @@ def _pack(options: Namespace, overrides: Sequence[str]) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--pack '{path}' cannot be made ({error.strerror}): give another name") from error
-    built = source.build(sampling)
+    built = source.build(sampling, bool(source.objective().needs))
     module = built.module
     prepare(module)
     with Console().status("packing") as status:
 
         def draws(record: RecordedStep) -> Draws:
             status.update(f"packing step {record.number} of {', '.join(str(each.number) for each in records)}")
-            return sampled_draws(module, record, sampling, built.prompts, built.autocast)
+            return sampled_draws(module, record, sampling, built.prompts, built.autocast, built.verifier)
 
         sizes = write_pack(path, module, settings, records, draws)
     parts = [
@@ -163,17 +164,21 @@ def _pack(options: Namespace, overrides: Sequence[str]) -> int:
 
 def _check_objectives(
     source: Source, chosen: Sequence[str | Named[Objective]], records: Sequence[RecordedStep]
-) -> None:
-    """Raise a UsageError if an objective needs targets that no record has and no teacher can compute."""
-    if not chosen:
-        return
-    for each in named.chosen_objectives(chosen, source.objective())[1:]:
+) -> bool:
+    """Return whether an objective reads verdicts of the verifier.
+
+    Raises:
+        UsageError: one needs targets that no record has and no teacher can compute.
+    """
+    own, *others = named.chosen_objectives(chosen, source.objective())
+    for each in others:
         for record in records:
             reason = unserved(record.batches[0], each.plugin.request, source.teacher)
-            mend = "lower its k" if "most likely" in (reason or "") else "leave it out"
+            mend = "lower its k" if "most likely" in (reason or "").partition(", but")[0] else "leave it out"
             mend += ", or replay the run's folder, where the teacher computes what is missing" if source.teacher else ""
             mend += ", or record a run whose objective has them"
             require(reason is None, f"--objectives has '{each.name}', which {reason}: {mend}")
+    return any(each.plugin.needs for each in (own, *others))
 
 
 def _parsed(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from opdlab.replay.record import FOLDER, RecordedStep, read_record, record_folde
 from opdlab.replay.step_gradients import Autocast
 from opdlab.replay.unpack import Pack
 from opdlab.types import Prompt
+from opdlab.verifiers.verifier import Verifier
 
 CONFIG = "config.yaml"
 _EXAMPLE = "such as runs/quickstart/version_0"
@@ -38,13 +39,15 @@ class Built:
         module: the module.
         autocast: context of forward passes, the run's precision.
         prompts: the run's training prompts, if they are needed.
+        verifier: of the training problems, if objectives read verdicts.
         draws: returns the fresh rollouts of a step; None to sample them.
     """
 
     module: OPDModule
     autocast: Autocast
     prompts: Sequence[Prompt] = ()
-    draws: Callable[[RecordedStep], Draws] | None = field(default=None)
+    draws: Callable[[RecordedStep], Draws] | None = None
+    verifier: Verifier | None = None
 
 
 class Source(ABC):
@@ -86,8 +89,8 @@ class Source(ABC):
         """Return the run's objective, before models are loaded."""
 
     @abstractmethod
-    def build(self, sampling: Sampling) -> Built:
-        """Load the models."""
+    def build(self, sampling: Sampling, judged: bool) -> Built:
+        """Load the models; ``judged`` is true if objectives read verdicts on fresh rollouts."""
 
 
 class RunSource(Source):
@@ -137,7 +140,7 @@ class RunSource(Source):
         """Return the run's objective, before models are loaded."""
         return _described({"objective": self._settings.model.objective}).objective
 
-    def build(self, sampling: Sampling) -> Built:
+    def build(self, sampling: Sampling, judged: bool) -> Built:
         """Load the models of the run's configuration, and its prompts if they are needed."""
         settings = self._settings
         if settings.check_memory:
@@ -146,10 +149,11 @@ class RunSource(Source):
         built = build(fit_parser(), settings)
         module, data = built.model, built.data
         prompts: list[Prompt] = []
-        if sampling.other_prompts:
+        if sampling.other_prompts or judged:
             data.prepare(module.student.tokenizer, training=True)
             prompts = list(data.train_prompts.prompts)
-        return Built(module, on_device(module, settings.trainer.accelerator, settings.trainer.precision), prompts)
+        autocast = on_device(module, settings.trainer.accelerator, settings.trainer.precision)
+        return Built(module, autocast, prompts, verifier=data.train_verifier if judged else None)
 
     def pack_settings(self, sampling: Sampling) -> PackSettings:
         """Return what a pack keeps of the configuration."""
@@ -210,7 +214,7 @@ class PackSource(Source):
         """Return the run's objective, before models are loaded."""
         return _described({"objective": self._pack.settings.model["objective"]}).objective
 
-    def build(self, sampling: Sampling) -> Built:
+    def build(self, sampling: Sampling, judged: bool) -> Built:
         """Load the student from the file."""
         settings, teacher = self._pack.settings, self.teacher
         assert teacher is not None

@@ -16,6 +16,7 @@ from opdlab.replay.record import RecordedBatch, RecordedStep
 from opdlab.replay.step_gradients import Autocast
 from opdlab.seeds import derive_seed
 from opdlab.types import Problem, Prompt, Rollouts, Targets, trimmed
+from opdlab.verifiers.verifier import Verifier
 
 Tokens = tuple[int, ...]
 Draws = dict[str, list[tuple[RecordedBatch, ...]]]
@@ -77,7 +78,12 @@ def other_prompts(record: RecordedStep, prompts: Sequence[Prompt], draw: int, se
 
 
 def sampled_draws(
-    module: OPDModule, record: RecordedStep, sampling: Sampling, prompts: Sequence[Prompt], autocast: Autocast
+    module: OPDModule,
+    record: RecordedStep,
+    sampling: Sampling,
+    prompts: Sequence[Prompt],
+    autocast: Autocast,
+    verifier: Verifier | None = None,
 ) -> Draws:
     """Return rollouts that the student samples now, one response to each prompt, with the teacher's targets.
 
@@ -88,14 +94,18 @@ def sampled_draws(
         module: with the student's weights from before the step, and a sampler of one response per prompt.
         record: of the step; each draw is cut into as many micro-batches.
         sampling: how many draws, of which prompts.
-        prompts: the run's training prompts, for other prompts than the step's.
+        prompts: the run's training prompts, for other prompts than the step's and for gold answers.
         autocast: context of forward passes.
+        verifier: checks the answers, for objectives that read verdicts; the group of a prompt has those of all draws.
 
     Raises:
         UsageError: other prompts are asked for, but the step uses all.
     """
     module.behavior.refresh(module.student, record.facts.step)
-    wanted = {"fresh": [recorded_prompts(record, module.teacher.names)] * sampling.draws}
+    problems = {prompt.index: prompt.problem for prompt in prompts}
+    same = recorded_prompts(record, module.teacher.names)
+    same = [replace(prompt, problem=problems.get(prompt.index, prompt.problem)) for prompt in same]
+    wanted = {"fresh": [same] * sampling.draws}
     if sampling.other_prompts:
         wanted["other"] = [other_prompts(record, prompts, draw, sampling.seed) for draw in range(sampling.draws)]
         require(bool(wanted["other"][0]), f"step {record.number} uses every training prompt: leave out --other_prompts")
@@ -109,6 +119,7 @@ def sampled_draws(
             num_samples=1,
             step=record.facts.step,
             unscored=torch.arange(len(drawn)),
+            verifier=verifier,
             autocast=autocast,
         )
         rows = torch.split(torch.arange(len(drawn)), [len(draw) for draw in draws])

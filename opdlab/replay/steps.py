@@ -24,6 +24,7 @@ from opdlab.replay.targets import MissingTargetsError, with_entropy, with_target
 from opdlab.replay.variants import KEYS, Grid, Variant, expand
 from opdlab.training import join_gate_inputs, split_gates
 from opdlab.types import Prompt, TeacherRequest
+from opdlab.verifiers.verifier import Verifier
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,10 @@ class Replayer:
         grid: the gates.
         config: see :class:`ReplayConfig`.
         autocast: context of forward passes, the run's precision.
-        prompts: the run's training prompts; required for fresh rollouts of other prompts.
+        prompts: the run's training prompts; required for fresh rollouts of other prompts, and with a verifier.
         objectives: replayed besides the run's own: registered names, class paths, or objectives with options.
         draws: returns the fresh rollouts of a step, whose weights the student has; None samples them.
+        verifier: checks fresh rollouts, for objectives that read verdicts.
 
     Raises:
         UsageError: the run's teacher follows the student, or an objective is unknown.
@@ -76,10 +78,13 @@ class Replayer:
         prompts: Sequence[Prompt] = (),
         objectives: Sequence[str | Named[Objective]] = (),
         draws: Callable[[RecordedStep], Draws] | None = None,
+        verifier: Verifier | None = None,
     ) -> None:
         self._module, self._grid, self._config, self._autocast = module, grid, config, autocast
         prepare(module)
-        self._draws = draws or partial(sampled_draws, module, sampling=config, prompts=prompts, autocast=autocast)
+        self._draws = draws or partial(
+            sampled_draws, module, sampling=config, prompts=prompts, autocast=autocast, verifier=verifier
+        )
         self._own, *self._others = chosen_objectives(objectives, module.objective)
         self.skipped: dict[str, str] = {}
         """Gates and objectives whose inputs a record lacks, with the reasons."""
@@ -92,8 +97,11 @@ class Replayer:
         for other in self._others:
             try:
                 with self._asking(other.plugin) as request:
-                    batches = self._served(record.batches, request)
-                    drawn = {name: [self._served(draw, request) for draw in found] for name, found in draws.items()}
+                    batches = self._served(record.batches, request, "its rollouts")
+                    drawn = {
+                        name: [self._served(draw, request, "its fresh rollouts") for draw in found]
+                        for name, found in draws.items()
+                    }
                     found, _ = self._replayed(replace(record, batches=batches), drawn, other.name, ungated)
             except (MissingTargetsError, UsageError) as error:
                 known = isinstance(error, MissingTargetsError)
@@ -102,7 +110,12 @@ class Replayer:
             step.others[other.name] = [row | {"own": False} for row in found.rows]
         return step
 
-    def _served(self, batches: Sequence[RecordedBatch], request: TeacherRequest) -> tuple[RecordedBatch, ...]:
+    def _served(
+        self, batches: Sequence[RecordedBatch], request: TeacherRequest, named: str
+    ) -> tuple[RecordedBatch, ...]:
+        for need in self._module.objective.needs:
+            if any(getattr(batch.rollouts, need) is None for batch in batches):
+                raise MissingTargetsError(f"needs the verifier's verdicts ({need}), which {named} lack")
         return tuple(with_targets(self._module.teacher, batch, request) for batch in batches)
 
     @contextmanager

@@ -18,6 +18,7 @@ from opdlab.cli.replay_sources import PackSource
 from opdlab.data import JsonlProblems
 from opdlab.errors import UsageError
 from opdlab.objectives import FullDivergence, Objective, SampledTokenOPD, SupportDivergence, TeacherTopK
+from opdlab.parser_messages import options_of
 from opdlab.policies import AdapterConfig, LanguageModel, LocalTeacher, RoutedTeacher, SelfTeacher
 from opdlab.replay import Grid, RecordedStep, ReplayConfig, ReplayedStep, Replayer, read_record, record_folders
 from opdlab.replay.fresh import Draws, Sampling, sampled_draws
@@ -25,7 +26,6 @@ from opdlab.replay.pack import PackSettings, write_pack
 from opdlab.replay.plugins import Named
 from opdlab.replay.steps import prepare
 from opdlab.toy import ChainProblems
-from opdlab.types import Prompt
 from tests.toy_run import STUDENT, TEACHER, Run
 
 MakeRun = Callable[..., Run]
@@ -42,8 +42,9 @@ def recorded(make_run: MakeRun, steps: Sequence[int] = (3,), **options: Any) -> 
 
 
 def section(plugin: Any) -> dict[str, Any]:
-    options = {name: value for name, value in vars(plugin).items() if name[0] != "_" and name != "normalization"}
-    return {"class_path": f"{type(plugin).__module__}.{type(plugin).__name__}", "init_args": options}
+    path = f"{type(plugin).__module__}.{type(plugin).__name__}"
+    known = set(options_of(path)) - {"normalization"}
+    return {"class_path": path, "init_args": {name: each for name, each in vars(plugin).items() if name in known}}
 
 
 def settings(run: Run, student: str = STUDENT) -> PackSettings:
@@ -52,22 +53,30 @@ def settings(run: Run, student: str = STUDENT) -> PackSettings:
     return PackSettings({**model, "max_tokens_per_pass": None}, 0, "cpu", None, SAMPLING)
 
 
-def pack(run: Run, records: Sequence[RecordedStep], path: Path, prompts: Sequence[Prompt] = ()) -> dict[str, int]:
+def judging(run: Run) -> dict[str, Any]:
+    """What fresh rollouts need besides, if the objective reads verdicts."""
+    if not run.module.objective.needs:
+        return {"prompts": (), "verifier": None}
+    assert run.data.train_prompts is not None
+    return {"prompts": run.data.train_prompts.prompts, "verifier": run.data.train_verifier}
+
+
+def pack(run: Run, records: Sequence[RecordedStep], path: Path) -> dict[str, int]:
     prepare(run.module)
-    draws = partial(sampled_draws, run.module, sampling=SAMPLING, prompts=prompts, autocast=nullcontext)
+    draws = partial(sampled_draws, run.module, sampling=SAMPLING, autocast=nullcontext, **judging(run))
     return write_pack(path, run.module, settings(run), records, draws)
 
 
 def replayed(path: Path, objectives: Sequence[str | Named[Objective]]) -> tuple[list[ReplayedStep], Replayer]:
     source = PackSource(path, [])
-    built = source.build(SAMPLING)
+    built = source.build(SAMPLING, judged=False)
     config = ReplayConfig(draws=2)
     replayer = Replayer(built.module, GRID, config, built.autocast, (), objectives, built.draws)
     return [replayer.replay(record) for record in source.records(source.steps)], replayer
 
 
 def named(**objectives: Objective) -> list[str | Named[Objective]]:
-    return ["sampled_token", *(Named(name, objective) for name, objective in objectives.items())]
+    return [Named(name, objective) for name, objective in objectives.items()]
 
 
 def routed(folder: Path) -> dict[str, Any]:
@@ -84,7 +93,8 @@ def routed(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("options", "others"),
     [
-        ({"objective": TeacherTopK(k=8), "accumulate": 2}, named(small=TeacherTopK(k=4))),
+        ({"objective": TeacherTopK(k=8), "accumulate": 2}, named(small=TeacherTopK(k=4), sampled=SampledTokenOPD())),
+        ({"objective": SampledTokenOPD(reward_weight=0.5)}, named(plain=SampledTokenOPD())),
         (
             {"objective": FullDivergence("jsd")},
             named(
@@ -101,11 +111,25 @@ def routed(folder: Path) -> dict[str, Any]:
                 both=SupportDivergence("reverse_kl", "union", "bucket", k=3),
             ),
         ),
-        ({"objective": TeacherTopK(k=8), "student": LORA}, named(small=TeacherTopK(k=4))),
-        ({"objective": FullDivergence(), "student": LORA, "teacher": SelfTeacher}, named(small=TeacherTopK(k=4))),
-        ({"objective": TeacherTopK(k=8), "teacher": RoutedTeacher}, named(small=TeacherTopK(k=4))),
+        ({"objective": TeacherTopK(k=8), "student": LORA}, named(small=TeacherTopK(k=4), sampled=SampledTokenOPD())),
+        (
+            {"objective": FullDivergence(), "student": LORA, "teacher": SelfTeacher},
+            named(small=TeacherTopK(k=4), sampled=SampledTokenOPD()),
+        ),
+        (
+            {"objective": TeacherTopK(k=8), "teacher": RoutedTeacher},
+            named(small=TeacherTopK(k=4), sampled=SampledTokenOPD()),
+        ),
     ],
-    ids=["accumulated", "hidden states", "union", "adapter", "own teacher with an adapter", "several teachers"],
+    ids=[
+        "accumulated",
+        "reward",
+        "hidden states",
+        "union",
+        "adapter",
+        "own teacher with an adapter",
+        "several teachers",
+    ],
 )
 def test_a_pack_replays_as_its_run(
     make_run: MakeRun,
@@ -123,7 +147,7 @@ def test_a_pack_replays_as_its_run(
     elif made.get("teacher") is SelfTeacher:
         made["teacher"] = SelfTeacher()
     run, records = recorded(make_run, (2, 3), **made)
-    replayer = Replayer(run.module, GRID, ReplayConfig(draws=2), nullcontext, (), others)
+    replayer = Replayer(run.module, GRID, ReplayConfig(draws=2), nullcontext, objectives=others, **judging(run))
     expected = [replayer.replay(record) for record in records]
     assert not replayer.skipped
     path = tmp_path / "pack" / "run.pack"
