@@ -4,6 +4,7 @@ import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from rich.console import Console
 
@@ -137,6 +138,7 @@ def _pack(options: Namespace, overrides: Sequence[str]) -> int:
     settings = source.pack_settings(sampling)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=path.parent).close()  # fail before models are loaded
     except OSError as error:
         raise UsageError(f"--pack '{path}' cannot be made ({error.strerror}): give another name") from error
     built = source.build(sampling, bool(source.objective().needs))

@@ -41,9 +41,9 @@ class Pack:
         self.path = path
         with self._reading():
             self._archive = zipfile.ZipFile(path)
-            mark, _, rest = self._archive.comment.decode("ascii", "replace").rpartition(f"{MARK} ")
-            require(not mark and bool(rest), f"'{path}' is a zip archive, but not {_EXPECTED}")
-            number, _, digest = rest.partition(" ")
+            comment = self._archive.comment.decode("ascii", "replace")
+            require(comment.startswith(f"{MARK} "), f"'{path}' is a zip archive, but not {_EXPECTED}")
+            number, _, digest = comment.removeprefix(f"{MARK} ").partition(" ")
             require(
                 number == str(FORMAT),
                 f"'{path}' has format {number}, but this version of opdlab reads {FORMAT}: pack the run anew",
@@ -151,8 +151,8 @@ class Pack:
                 adapter.write_text(json.dumps(content), encoding="utf-8")
             section = dict(self.settings.model["student"])
             options = {**section["init_args"], "path": str(folder / STUDENT)}
-            none = {name: None for name in ("adapter", "revision", "gguf_file") if name in options}
-            yield {**section, "init_args": options | none}
+            own = {"adapter": None, "revision": None, "gguf_file": None, "trust_remote_code": False}
+            yield {**section, "init_args": options | {name: own[name] for name in own.keys() & options.keys()}}
 
     def _tensors(self, member: str) -> dict[str, Tensor]:
         with self._reading():
