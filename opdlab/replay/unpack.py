@@ -5,6 +5,7 @@ import json
 import shutil
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -173,7 +174,7 @@ class Pack:
             raise
         except FileNotFoundError as error:
             raise UsageError(f"'{self.path}' does not exist: give a run's folder, or {_EXPECTED}") from error
-        except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
             cut = _is_zip(self.path)
             said = "is cut off or damaged: copy it again, or pack the run anew" if cut else f"is not {_EXPECTED}"
             raise UsageError(f"'{self.path}' {said} ({first_line(error)})") from error
