@@ -98,7 +98,6 @@ def own_teacher(decay: float | None = None) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("options", "others"),
     [
-        ({"objective": TeacherTopK(k=8), "accumulate": 2}, named(sampled=SampledTokenOPD())),
         ({"objective": SampledTokenOPD(reward_weight=0.5)}, named(plain=SampledTokenOPD())),
         (
             {"objective": FullDivergence("jsd")},
@@ -125,15 +124,16 @@ def own_teacher(decay: float | None = None) -> dict[str, Any]:
             {"objective": TeacherTopK(k=8), "teacher": RoutedTeacher},
             named(small=TeacherTopK(k=4)),
         ),
+        ({"objective": TeacherTopK(k=8), "accumulate": 2}, named(sampled=SampledTokenOPD())),
     ],
     ids=[
-        "accumulated",
         "reward",
         "hidden states",
         "union",
         "adapter",
         "own teacher with an adapter",
         "several teachers",
+        "accumulated",
     ],
 )
 def test_a_pack_replays_as_its_run(
