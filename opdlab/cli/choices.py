@@ -53,7 +53,7 @@ def chosen_plugins(flag: str, values: Sequence[str], registry: Registry[T], base
         >>> chosen_gates(["{class_path: block, init_args: {block_size: 16}}"])[0].name
         'block:block_size=16'
     """
-    found = []
+    found: list[str | Named[T]] = []
     for word, options in (each for value in split_words(flag, values) for each in _sections(flag, value)):
         cls = plugin_class(flag, word, registry, base)
         if not options:
@@ -103,24 +103,24 @@ def _sections(flag: str, value: str) -> list[tuple[str, dict[str, Any]]]:
         content = read_yaml(value)
     else:
         name, colon, rest = value.partition(":")
-        options = {}
+        options: dict[str, Any] = {}
         for part in rest.split(",") if colon else ():
             require(_OPTION.match(part) is not None, f"{flag} has '{value}', where '{part}' is no option: give {_FORM}")
             key, _, text = part.partition("=")
             options[key] = load_yaml(text, f"{flag} {value}")
         return [(name, options)]
-    found = []
+    found: list[tuple[str, dict[str, Any]]] = []
     for entry in content if isinstance(content, list) else [content]:
         if isinstance(entry, str):
             found += _sections(flag, entry)
             continue
         known = isinstance(entry, Mapping) and isinstance(entry.get("class_path"), str)
-        options = entry.get("init_args") or {} if known else {}
+        own = (entry.get("init_args") or {}) if known else {}
         require(
-            known and isinstance(options, dict) and entry.keys() <= {"class_path", "init_args"},
+            known and isinstance(own, dict) and entry.keys() <= {"class_path", "init_args"},
             f"{flag} has {_text(entry)}, but an entry is a name, or a section with class_path and init_args",
         )
-        found.append((entry["class_path"], options))
+        found.append((entry["class_path"], own))
     return found
 
 

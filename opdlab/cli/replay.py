@@ -91,7 +91,8 @@ def replay(arguments: Sequence[str]) -> int:
     grid = Grid(gates, options.statistics, options.normalizations, options.taus)
     objectives = chosen_objectives(options.objectives or ())
     # A folder's message also serves for what does not exist.
-    source: Source = (PackSource if options.run.is_file() else RunSource)(options.run, overrides)
+    source: Source
+    source = PackSource(options.run, overrides) if options.run.is_file() else RunSource(options.run, overrides)
     steps = source.chosen(options.steps)
     sampling = source.sampling(options.draws, options.seed, options.other_prompts)
     config = ReplayConfig(**vars(sampling), tolerance=options.tolerance)

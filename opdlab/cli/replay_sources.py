@@ -138,7 +138,8 @@ class RunSource(Source):
 
     def objective(self) -> Objective:
         """Return the run's objective, before models are loaded."""
-        return _described({"objective": self._settings.model.objective}).objective
+        objective: Objective = _described({"objective": self._settings.model.objective}).objective
+        return objective
 
     def build(self, sampling: Sampling, judged: bool) -> Built:
         """Load the models of the run's configuration, and its prompts if they are needed."""
@@ -212,7 +213,8 @@ class PackSource(Source):
 
     def objective(self) -> Objective:
         """Return the run's objective, before models are loaded."""
-        return _described({"objective": self._pack.settings.model["objective"]}).objective
+        objective: Objective = _described({"objective": self._pack.settings.model["objective"]}).objective
+        return objective
 
     def build(self, sampling: Sampling, judged: bool) -> Built:
         """Load the student from the file."""

@@ -100,9 +100,8 @@ def write_pack(
     check_packable(module.student)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Beside the file: the student may be larger than what the system's folder for temporary files takes.
-    beside = {"dir": path.parent, "prefix": f".{path.name}-", "suffix": PARTIAL}
     with (
-        tempfile.TemporaryDirectory(**beside) as folder,  # type: ignore[call-overload]
+        tempfile.TemporaryDirectory(PARTIAL, f".{path.name}-", path.parent) as folder,
         replacing(path) as file,
         zipfile.ZipFile(file, "w") as archive,
     ):

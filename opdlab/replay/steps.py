@@ -82,7 +82,7 @@ class Replayer:
     ) -> None:
         self._module, self._grid, self._config, self._autocast = module, grid, config, autocast
         prepare(module)
-        self._draws = draws or partial(
+        self._draws: Callable[[RecordedStep], Draws] = draws or partial(
             sampled_draws, module, sampling=config, prompts=prompts, autocast=autocast, verifier=verifier
         )
         self._own, *self._others = chosen_objectives(objectives, module.objective)
