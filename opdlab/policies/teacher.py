@@ -244,7 +244,8 @@ class LocalTeacher(Teacher):
 
     def metrics(self) -> dict[str, float]:
         """Return the overlap of the teacher's most likely tokens with the snapshot's, if these are the support."""
-        return {"train/support_overlap": float(torch.cat(self._overlaps).mean())} if self._overlaps else {}
+        found = torch.cat(self._overlaps) if self._overlaps else torch.zeros(0)
+        return {"train/support_overlap": float(found.mean())} if len(found) else {}
 
     @torch.no_grad()
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
