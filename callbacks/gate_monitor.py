@@ -71,6 +71,7 @@ class GateMonitor(StepCallback):
       last logged one, drift and weights by the age of the rollouts (``age/…``, ``reuse_epoch/…``).
     - Curves along the response, in 32 bins: the divergence from the teacher, entropy, teacher gap and weight
       (``position/divergence/00`` to ``31``, …), and the share of the gradient in the first tenth.
+    - The overlap of the teacher's support with the student's most likely tokens, ``train/support_overlap``.
     - Plots of the whole run: ``gate/heat_map/weight``, ``gate/heat_map/drift``, ``gate/by_age``; and of the last logged
       step, ``position/curves``. They are drawn when
       training ends or is stopped, and before that as long as drawing takes less than 0.5% of the run's time, first
@@ -141,12 +142,16 @@ class GateMonitor(StepCallback):
         if not trainer.is_global_zero or not trainer.loggers:
             return
         tensors = {**gate_tensors(traces, self.max_blocks), **position_tensors(traces), "ages": self._recent_ages}
+        if overlaps := [trace.overlap for trace in traces if trace.overlap is not None]:
+            tensors["support_overlap"] = torch.cat(overlaps)
         found = to_host(tensors)
         metrics, recent, self._positions = read_gates(found), found["ages"], read_positions(found)
         self._recent_ages.zero_()
         self._ages += recent
         self._history.add(trainer.global_step, metrics.block_weights, metrics.block_drift)
         scalars = {**metrics.scalars, **self._positions, **age_scalars(recent)}
+        if len(overlap := found.get("support_overlap", ())):
+            scalars["train/support_overlap"] = float(overlap.mean())
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step)
         log_media(trainer.loggers, trainer.global_step, histograms=metrics.histograms)

@@ -77,7 +77,7 @@ PUBLIC = {
     ],
     "opdlab.diagnostics": [
         *("Chart", "Metric", "StepRecord", "StepTrace", "find_metric", "hidden_gradient_norms", "merge_records"),
-        *("metric_rows", "register_metric", "step_metrics", "step_record"),
+        *("metric_rows", "register_metric", "step_metrics", "step_record", "teacher_support_overlap"),
     ],
     "opdlab.replay": [
         *("GateSummary", "Grid", "RecordedStep", "ReplayConfig", "ReplayedStep", "Replayer", "Variant"),

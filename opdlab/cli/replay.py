@@ -1,40 +1,37 @@
-"""``opdlab replay RUN``: replay recorded steps of a run under every gate, without retraining."""
+"""``opdlab replay``: replay recorded steps under every gate, without retraining, or pack them into one file."""
 
 import time
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
-import torch
-from lightning.fabric import Fabric
-from lightning.pytorch import seed_everything
 from rich.console import Console
 
-from opdlab.cli.building import build
+from opdlab.cli.choices import chosen_gates, chosen_objectives, split_words
 from opdlab.cli.commands import COMMANDS, PlainParser
-from opdlab.cli.estimate import refuse_oversized
-from opdlab.cli.parsing import fit_parser, parse_fit
+from opdlab.cli.replay_sources import PackSource, RunSource, Source
 from opdlab.errors import UsageError, require
+from opdlab.objectives import Objective
 from opdlab.registry import suggestion
-from opdlab.replay.charts import cosines_by_age, sample_sizes, save
-from opdlab.replay.gate_summary import (
-    GateSummary,
-    console_table,
-    markdown,
-    objective_table,
-    step_table,
-    summarise,
-    write_rows,
-)
-from opdlab.replay.objectives import objective_class
-from opdlab.replay.record import FOLDER, RecordedStep, read_record, record_folders
-from opdlab.replay.steps import ReplayConfig, ReplayedStep, Replayer
-from opdlab.replay.variants import NORMALIZATIONS, STATISTICS, Grid, gate_class
-from opdlab.types import Prompt
+from opdlab.replay import objectives as named
+from opdlab.replay.comparison import ReplayedStep
+from opdlab.replay.fresh import Draws, sampled_draws
+from opdlab.replay.gate_summary import console_table, summarise
+from opdlab.replay.pack import write_pack
+from opdlab.replay.plugins import Named
+from opdlab.replay.record import RecordedStep
+from opdlab.replay.report import reproduction, write_results
+from opdlab.replay.steps import ReplayConfig, Replayer, prepare
+from opdlab.replay.targets import unserved
+from opdlab.replay.unpack import Pack
+from opdlab.replay.variants import NORMALIZATIONS, STATISTICS, Grid
 
-CONFIG = "config.yaml"
 _PASSED_ON = ("--model.", "--data.", "--trainer.")
-_LISTS = ("gates", "objectives", "statistics", "normalizations", "taus", "steps")
+_LISTS = ("statistics", "normalizations", "taus", "steps")
+# Arguments that have no effect on a pack.
+_OF_REPLAYS = ("gates", "objectives", "statistics", "normalizations", "taus", "tolerance", "out")
+_MIB = 1 << 20
 
 
 def parser() -> PlainParser:
@@ -45,29 +42,37 @@ def parser() -> PlainParser:
     made = PlainParser(
         prog="opdlab replay",
         description=f"{COMMANDS['replay'].summary} The run is one of fit --save_pools true. "
-        "Lists are separated by spaces or commas. --model.…, --data.… and --trainer.… override the run's own "
-        "configuration, for a teacher that has moved, say.",
+        "Lists are separated by spaces or commas. Options of a gate or objective follow its name: "
+        "support_divergence:tail=drop,k=8. --model.…, --data.… and --trainer.… override the run's own configuration, "
+        "for a teacher that has moved, say.",
         allow_abbrev=False,
     )
-    made.add_argument("run", type=Path, metavar="RUN", help="the run's folder, which holds config.yaml and pools/")
-    made.add_argument("--gates", nargs="+", help="registered names or class paths; all by default")
-    made.add_argument("--objectives", nargs="+", help="registered names or class paths, besides the run's own")
+    made.add_argument("run", type=Path, metavar="RUN", help="the run's folder with config.yaml and pools/, or a pack")
+    plugins = "names or class paths, with options, or YAML"
+    made.add_argument("--gates", nargs="+", help=f"{plugins}; all by default")
+    made.add_argument("--objectives", nargs="+", help=f"{plugins}, besides the run's own")
     made.add_argument("--statistics", nargs="+", default=list(STATISTICS), help=", ".join(STATISTICS))
     made.add_argument("--normalizations", nargs="+", default=list(NORMALIZATIONS), help=", ".join(NORMALIZATIONS))
     made.add_argument("--taus", nargs="+", default=["1", "5", "20"], help="per nat; 1, 5 and 20 by default")
     made.add_argument("--steps", nargs="+", help="recorded steps to replay, counted from 1; all by default")
-    made.add_argument("--draws", type=int, default=4, help="independent batches of fresh rollouts a step; 4")
-    made.add_argument("--seed", type=int, default=0, help="of the fresh rollouts; 0")
+    made.add_argument("--draws", type=int, help="independent batches of fresh rollouts a step; 4, or a pack's")
+    made.add_argument("--seed", type=int, help="of the fresh rollouts; 0, or a pack's")
     made.add_argument("--other_prompts", action="store_true", help="compare with fresh rollouts of other prompts too")
     made.add_argument(
         "--tolerance", type=float, default=0.01, help="error at which gates share backward passes; 0.01; 0 is exact"
     )
-    made.add_argument("--out", type=Path, metavar="DIR", help="where results go; RUN/replay by default")
+    made.add_argument("--out", type=Path, metavar="DIR", help="where results go; RUN/replay, or PACK-replay")
+    made.add_argument(
+        "--pack",
+        type=Path,
+        metavar="FILE",
+        help="write a pack: the steps with fresh rollouts, replayed without teacher",
+    )
     return made
 
 
 def replay(arguments: Sequence[str]) -> int:
-    """Run ``opdlab replay``: replay a run, write the results, and return the exit code.
+    """Run ``opdlab replay``: replay a run or a pack and write the results, or write a pack. Return the exit code.
 
     Args:
         arguments: arguments after ``replay``.
@@ -77,40 +82,106 @@ def replay(arguments: Sequence[str]) -> int:
     """
     require(bool(arguments), "give a run's folder, such as runs/quickstart/version_0; see opdlab replay --help")
     options, overrides = _parsed(arguments)
-    config = ReplayConfig(options.draws, options.seed, options.other_prompts, options.tolerance)
-    grid = Grid(options.gates, options.statistics, options.normalizations, options.taus)
-    folders = chosen_folders(options.run, options.steps)
-    out = options.out or options.run / "replay"
+    if options.pack is not None:
+        given = {word.partition("=")[0] for word in arguments}
+        for name in _OF_REPLAYS:
+            require(f"--{name}" not in given, f"--{name} has no effect with --pack: give it when the pack is replayed")
+        return _pack(options, overrides)
+    gates = None if options.gates is None else chosen_gates(options.gates)
+    grid = Grid(gates, options.statistics, options.normalizations, options.taus)
+    objectives = chosen_objectives(options.objectives or ())
+    # A folder's message also serves for what does not exist.
+    source: Source
+    source = PackSource(options.run, overrides) if options.run.is_file() else RunSource(options.run, overrides)
+    steps = source.chosen(options.steps)
+    sampling = source.sampling(options.draws, options.seed, options.other_prompts)
+    config = ReplayConfig(**vars(sampling), tolerance=options.tolerance)
+    out = options.out or source.out
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out '{out}' cannot be made ({error.strerror}): give another folder") from error
-    records = [read_record(folder) for folder in folders.values()]
-    for name in grid.gates or ():
-        gate_class(name)  # fail before models are loaded
-    for name in options.objectives or ():
-        objective_class(name)
+    records = source.records(steps)
+    judged = _check_objectives(source, objectives, records)
     started = time.perf_counter()
-    replayer = _replayer(options.run, overrides, grid, config, options.objectives or ())
-    steps: list[ReplayedStep] = []
+    built = source.build(sampling, judged)
+    parts = (built.autocast, built.prompts, objectives, built.draws, built.verifier)
+    replayer = Replayer(built.module, grid, config, *parts)
+    found: list[ReplayedStep] = []
     console = Console()
     with console.status("replaying") as status:
         for record in records:
-            status.update(f"replaying step {record.number} ({len(steps) + 1} of {len(records)})")
-            steps.append(replayer.replay(record))
+            status.update(f"replaying step {record.number} ({len(found) + 1} of {len(records)})")
+            found.append(replayer.replay(record))
     about = [
-        f"{len(steps)} step{'s' * (len(steps) != 1)} under {max(len(step.rows) for step in steps)} gates in "
-        f"{time.perf_counter() - started:.0f} s, with {sum(step.num_backward for step in steps)} backward passes; "
+        f"{len(found)} step{'s' * (len(found) != 1)} under {max(len(step.rows) for step in found)} gates in "
+        f"{time.perf_counter() - started:.0f} s, with {sum(step.num_backward for step in found)} backward passes; "
         f"fresh gradients: {config.draws} a step",
         *(f"left out: {name}, which {reason}" for name, reason in replayer.skipped.items()),
-        reproduction(steps, records),
+        reproduction(found, records),
     ]
-    summaries = summarise(steps)
-    write_results(out, steps, summaries, about, sorted(grid.taus)[len(grid.taus) // 2])
+    summaries = summarise(found)
+    write_results(out, found, summaries, about, sorted(grid.taus)[len(grid.taus) // 2])
     if summaries:
         console.print(console_table(summaries))
     print(*about, f"results: {out}", sep="\n")
     return 0
+
+
+def _pack(options: Namespace, overrides: Sequence[str]) -> int:
+    """Write a pack of a run, and print its size."""
+    path: Path = options.pack
+    require(not options.run.is_file(), f"'{options.run}' is a file: give --pack with a run's folder")
+    require(not path.is_dir(), f"--pack '{path}' is a folder: give the name of a file, such as {path / 'run.pack'}")
+    source = RunSource(options.run, overrides)
+    sampling = source.sampling(options.draws, options.seed, options.other_prompts)
+    records = source.records(source.chosen(options.steps))
+    settings = source.pack_settings(sampling)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=path.parent).close()  # fail before models are loaded
+    except OSError as error:
+        raise UsageError(f"--pack '{path}' cannot be made ({error.strerror}): give another name") from error
+    built = source.build(sampling, bool(source.objective().needs))
+    module = built.module
+    prepare(module)
+    with Console().status("packing") as status:
+
+        def draws(record: RecordedStep) -> Draws:
+            status.update(f"packing step {record.number} of {', '.join(str(each.number) for each in records)}")
+            return sampled_draws(module, record, sampling, built.prompts, built.autocast, built.verifier)
+
+        sizes = write_pack(path, module, settings, records, draws)
+    parts = [
+        f"{name} {sizes[name] / _MIB:.2f}" for name in ("weights", "steps", "draws", "student", "head") if name in sizes
+    ]
+    pack = Pack(path)
+    print(
+        f"{path}: {path.stat().st_size / _MIB:.2f} MiB ({', '.join(parts)}), steps {', '.join(map(str, pack.steps))}, "
+        f"{sampling.draws} draws each, digest {pack.digest[:16]}",
+        f"opdlab replay {path} needs no teacher, no folder of the run and no data",
+        sep="\n",
+    )
+    return 0
+
+
+def _check_objectives(
+    source: Source, chosen: Sequence[str | Named[Objective]], records: Sequence[RecordedStep]
+) -> bool:
+    """Return whether an objective reads verdicts of the verifier.
+
+    Raises:
+        UsageError: one needs targets that no record has and no teacher can compute.
+    """
+    own, *others = named.chosen_objectives(chosen, source.objective())
+    for each in others:
+        for record in records:
+            reason = unserved(record.batches[0], each.plugin.request, source.teacher)
+            mend = "lower its k" if "most likely" in (reason or "").partition(", but")[0] else "leave it out"
+            mend += ", or replay the run's folder, where the teacher computes what is missing" if source.teacher else ""
+            mend += ", or record a run whose objective has them"
+            require(reason is None, f"--objectives has '{each.name}', which {reason}: {mend}")
+    return any(each.plugin.needs for each in (own, *others))
 
 
 def _parsed(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
@@ -129,118 +200,11 @@ def _parsed(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
     for name in _LISTS:
         if (values := getattr(options, name)) is not None:
             setattr(options, name, list(dict.fromkeys(part for value in values for part in value.split(",") if part)))
+    for name in ("gates", "objectives"):
+        if (values := getattr(options, name)) is not None:
+            setattr(options, name, list(dict.fromkeys(split_words(f"--{name}", values))))
     try:
         options.taus = [float(text) for text in options.taus]
     except ValueError as error:
         raise UsageError(f"--taus is {' '.join(options.taus)}, but must be numbers, such as 1 5 ({error})") from error
     return options, overrides
-
-
-def _replayer(
-    run: Path, overrides: Sequence[str], grid: Grid, config: ReplayConfig, objectives: Sequence[str]
-) -> Replayer:
-    settings = parse_fit(["-c", str(run / CONFIG), "--ckpt_path", "null", *overrides])
-    if settings.check_memory:
-        refuse_oversized(settings)
-    seed_everything(settings.seed_everything, workers=True)  # adapters are initialised at random
-    built = build(fit_parser(), settings)
-    module, data = built.model, built.data
-    # The replay uses one device, even if the run used more.
-    fabric = Fabric(accelerator=settings.trainer.accelerator, devices=1, precision=settings.trainer.precision)
-    module.to(fabric.device)
-    prompts: list[Prompt] = []
-    if config.other_prompts:
-        data.prepare(module.student.tokenizer, training=True)
-        prompts = list(data.train_prompts.prompts)
-    return Replayer(module, grid, config, fabric.autocast, prompts, objectives)
-
-
-def chosen_folders(run: Path, steps: Sequence[str] | None) -> dict[int, Path]:
-    """Return the folders of the records to replay, by step number.
-
-    Args:
-        run: the run's folder.
-        steps: step numbers, or None for all.
-
-    Raises:
-        UsageError: the folder is not a run, has no records, or lacks one of the steps.
-    """
-    require(run.is_dir(), f"'{run}' is not a folder: give a run's folder, such as runs/quickstart/version_0")
-    inside = sorted(run.glob(f"version_*/{CONFIG}"), key=lambda path: path.stat().st_mtime_ns)
-    hint = f"; did you mean {inside[-1].parent}?" if inside else ": give a folder such as runs/quickstart/version_0"
-    require((run / CONFIG).is_file(), f"'{run}' is not a run's folder, since it has no {CONFIG}{hint}")
-    found = record_folders(run)
-    require(
-        bool(found),
-        f"'{run}' has no recorded steps in {FOLDER}/: train with --save_pools true (and --pool_recorder.every_n_steps)",
-    )
-    if steps is None:
-        return found
-    chosen = {}
-    for step in steps:
-        require(
-            step.isdigit() and int(step) in found,
-            f"--steps has '{step}', which was not recorded; there are {', '.join(map(str, found))}",
-        )
-        chosen[int(step)] = found[int(step)]
-    return dict(sorted(chosen.items()))
-
-
-def reproduction(steps: Sequence[ReplayedStep], records: Sequence[RecordedStep]) -> str:
-    """Return a line that compares the losses replayed under the run's own gate with the recorded ones.
-
-    Args:
-        steps: the replayed steps.
-        records: the records of the same steps.
-    """
-    equal = sum(step.recorded_loss == step.replayed_loss for step in steps)
-    line = "under the run's own gate the recorded losses come out to the bit"
-    if equal == len(steps):
-        return f"{line}, at all of them"
-    off = max(abs(step.replayed_loss - step.recorded_loss) / max(abs(step.recorded_loss), 1e-12) for step in steps)
-    facts = records[0].facts
-    return (
-        f"{line} at {equal} of {len(steps)} steps; the largest relative difference is {off:.1e}. The run had "
-        f"{facts.num_threads} threads on {facts.device}, precision {facts.precision}, torch {facts.torch_version}; "
-        f"this replay has {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-
-
-def write_results(
-    out: Path, steps: Sequence[ReplayedStep], summaries: Sequence[GateSummary], about: Sequence[str], tau: float
-) -> None:
-    """Write ``replay.csv``, ``replay.md`` and pictures.
-
-    Args:
-        out: an existing folder.
-        steps: the replayed steps.
-        summaries: of the gates over the steps.
-        about: lines about the replay.
-        tau: of the gates in the picture by age, per nat.
-    """
-    write_rows(out / "replay.csv", steps)
-    text = [
-        "# Replay",
-        "\n".join(f"- {line}" for line in about),
-        "Gradients are those before clipping. Cosines with a fresh gradient are means over the draws; the ceiling is "
-        "the mean cosine between two fresh gradients of the same student.",
-        "## Steps",
-        step_table(steps),
-        "## Gates",
-        f"Means over the {summaries[0].num_steps if summaries else 0} steps whose rollouts are stale. Change: cosine "
-        "with fresh less that of the ungated gradient, paired by step, ± its standard error over the steps. So many "
-        f"gates ({len(summaries)}) are compared that the best of them looks better than it is: confirm it on steps of "
-        "another run.",
-        markdown(summaries) if summaries else "No recorded step is stale.",
-    ]
-    if any(step.others for step in steps):
-        text += [
-            "## Objectives",
-            "Means over all recorded steps, for gates of the paper's form. Each objective is compared with fresh "
-            "gradients of its own. Losses of different objectives have different units and zeros.",
-            objective_table(steps),
-        ]
-    (out / "replay.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
-    for reference in steps[0].ceilings:
-        save(cosines_by_age(steps, tau, reference), out, f"cosine-{reference}")
-    save(sample_sizes(steps), out, "sample-size")

@@ -74,8 +74,10 @@ _ROWS = (
            "rises towards the teacher's. A fall is a leak: LSM does not see what lies outside the support, see the "
            "log of SmolLM2", _MASS),
     Metric("train/support_overlap", "overlap of the supports", "share",
-           "share of the teacher's top K tokens that are also among the top K of the snapshot that sampled; with the "
-           "union of both as support", _SUPPORT, "rises towards 1; below 0.5 the two hardly compare the same tokens",
+           "share of the teacher's top K tokens that are also among the student's: with the union as support those of "
+           "the snapshot that sampled; with the student's support the same, on some positions, once per buffer; with "
+           "the teacher's support those of the current student, on up to 256 positions of the steps that "
+           "`gate_monitor` logs", _SUPPORT, "rises towards 1; below 0.5 the two hardly compare the same tokens",
            _MASS),
     Metric("train/top1_agreement", "top-1 agreement", "share",
            "share of positions at which student and teacher give the same token the highest probability; not with the "

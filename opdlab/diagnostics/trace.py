@@ -13,6 +13,10 @@ from opdlab.gating import GateInputs, Gates
 from opdlab.objectives import Objective
 from opdlab.policies.language_model import Scored
 from opdlab.rollouts import Rollouts, Targets
+from opdlab.scoring import support_overlap
+
+OVERLAP_POSITIONS = 256
+"""Positions of a micro-batch on which the overlap of supports is measured."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class StepTrace:
         values: [B, T] each, by name: ``entropy``, and further values of the objective.
         gradient_norms: see :func:`hidden_gradient_norms`; None if no callback requests it.
         targets: the teacher's; None for a trace that was not made by a training step.
+        overlap: see :func:`teacher_support_overlap`; None if no callback requests it, or with another support.
     """
 
     rollouts: Rollouts
@@ -41,6 +46,7 @@ class StepTrace:
     values: dict[str, Tensor]
     gradient_norms: Tensor | None = None
     targets: Targets | None = None
+    overlap: Tensor | None = None
 
     @property
     def age(self) -> Tensor:
@@ -70,6 +76,23 @@ def hidden_gradient_norms(objective: Objective, scored: Scored, rollouts: Rollou
     (gradient,) = torch.autograd.grad(total, hidden)
     wide = torch.promote_types(gradient.dtype, torch.float32)
     return scored.padded(torch.linalg.vector_norm(gradient, dim=-1, dtype=wide))
+
+
+def teacher_support_overlap(scored: Scored, rollouts: Rollouts, targets: Targets) -> Tensor | None:
+    """Return the share of the teacher's K most likely tokens that are among the student's K most likely ones.
+
+    Args:
+        scored: the student's hidden states.
+        rollouts: B rollouts of T tokens.
+        targets: the teacher's.
+
+    Returns:
+        [M] float32, of at most 256 positions, evenly spread; None if the support is not the teacher's alone.
+    """
+    ids = targets.support_ids
+    if ids is None or rollouts.behavior_support_ids is not None:
+        return None
+    return support_overlap(scored.hidden.detach(), scored.head.detached(), ids.long()[scored.mask], OVERLAP_POSITIONS)
 
 
 def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ Shapes: B rollouts, T response tokens, K support, N valid positions, G the teach
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,10 +22,11 @@ from opdlab.policies.offload import on_device
 from opdlab.policies.tokenizers import StopTokens, check_same_vocabulary, vocabulary_size, warn_of_stop_tokens
 from opdlab.progress import Progress, SilentProgress
 from opdlab.records import digest
-from opdlab.scoring import Head, divergence_statistics, topk_with_statistics, topk_with_tail
+from opdlab.scoring import Head, divergence_statistics, support_overlap, topk_with_statistics, topk_with_tail
 from opdlab.types import Rollouts, Targets, TeacherRequest, assign_rows, id_dtype
 
 _MEASURED_POSITIONS = 256  # for the error of rounded hidden states
+_OVERLAP_POSITIONS = 64  # of each pass, for the overlap of supports
 
 
 class Teacher(ABC):
@@ -223,6 +224,7 @@ class LocalTeacher(Teacher):
         self._batch_size, self.offload, self._device = batch_size, offload, model.device
         self._head: tuple[torch.device, Head] | None = None  # of an offloaded teacher, with its device
         self._has_told_rounding = False
+        self._overlaps: list[Tensor] = []  # of supports, in the last call of `score`
 
     def to(self, device: torch.device) -> None:
         """Move the weights; if offloaded, set the device on which they are used."""
@@ -251,45 +253,36 @@ class LocalTeacher(Teacher):
             self._head = self._device, head.on(self._device)
         return replace(self._head[1], temperature=temperature)
 
+    def metrics(self) -> dict[str, float]:
+        """Return the overlap of the teacher's most likely tokens with the snapshot's, if these are the support."""
+        found = torch.cat(self._overlaps) if self._overlaps else torch.zeros(0)
+        return {"train/support_overlap": float(found.mean())} if len(found) else {}
+
     @torch.no_grad()
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
         """Return the targets of ``rollouts``; see :meth:`Teacher.score`."""
         rollouts = rollouts.as_teacher_sees()
-        shape, k = rollouts.tokens.shape, request.top_k + request.behavior_top_k
         require(
             not request.behavior_top_k or rollouts.behavior_support_ids is not None,
             "the request has behavior_top_k, but the rollouts have no behavior_support_ids: sample them with top_k",
         )
-        vocab_size = min(self.vocab_size, request.vocab_size or self.vocab_size)
-        union = bool(request.top_k and request.behavior_top_k)
-        targets = Targets(
-            logprobs=torch.zeros(shape),
-            support_ids=torch.zeros(*shape, k, dtype=id_dtype(vocab_size)) if k else None,
-            support_logits=torch.zeros(*shape, k) if k else None,
-            support_mass=torch.zeros(shape) if k else None,
-            entropy=torch.zeros(shape) if request.entropy else None,
-            support_valid=torch.zeros(*shape, k, dtype=torch.bool) if union else None,
-            log_normalizer=torch.zeros(shape) if request.tail else None,
-            log_tail=torch.zeros(shape) if request.tail and k else None,
-        )
-        hidden: Tensor | None = None
+        vocab_size, self._overlaps = min(self.vocab_size, request.vocab_size or self.vocab_size), []
         place = on_device(self.model, self._device) if self.offload else nullcontext()
         with place, (progress or SilentProgress()).task("scoring (teacher)", len(rollouts)) as advance:
-            for rows, of_model in self.model.score_in_chunks(rollouts, self._batch_size):
-                scored = replace(of_model, head=replace(of_model.head, vocab_size=vocab_size))
-                found = _token_targets(scored, rollouts.rows(rows), request)
-                for name, values in found.items():
-                    if (into := getattr(targets, name)) is not None:
-                        assign_rows(into, rows, scored.padded(values).cpu())
-                if request.hidden:
-                    self._tell_rounding(of_model)
-                    states = scored.padded(scored.hidden).cpu()  # in the dtype in which the teacher computes
-                    hidden = states.new_zeros(*shape, states.shape[-1]) if hidden is None else hidden
-                    hidden[rows, : states.shape[1]] = states
-                advance(len(rows))
-        if request.hidden and hidden is None:  # there are no rollouts
-            hidden = torch.zeros(*shape, self.model.head().weight.shape[1])
-        return replace(targets, hidden=hidden)
+
+            def chunks() -> Iterator[tuple[Tensor, Scored]]:
+                for rows, scored in self.model.score_in_chunks(rollouts, self._batch_size):
+                    if request.hidden:
+                        self._tell_rounding(scored)
+                    if request.behavior_top_k and not request.top_k:  # a union has the overlap
+                        self._overlaps.append(_overlap(scored, rollouts.rows(rows), vocab_size))
+                    yield rows, scored
+                    advance(len(rows))
+
+            targets = targets_of(chunks(), rollouts, request, vocab_size)
+        if request.hidden and targets.hidden is None:  # there are no rollouts
+            return replace(targets, hidden=torch.zeros(*rollouts.tokens.shape, self.model.head().weight.shape[1]))
+        return targets
 
     def _tell_rounding(self, scored: Scored) -> None:
         """Say once how much the rounding of hidden states to a narrow dtype changes the teacher's distribution."""
@@ -301,6 +294,50 @@ class LocalTeacher(Teacher):
             f"the teacher's hidden states are kept in {name}, as it computes them; their rounding changes its "
             f"distribution by about {rounding_divergence(states, scored.head):.1g} nats a token (KL)"
         )
+
+
+def _overlap(scored: Scored, rollouts: Rollouts, vocab_size: int) -> Tensor:
+    """Return the overlap of the teacher's most likely tokens with the snapshot's at a few positions, on the host."""
+    assert rollouts.behavior_support_ids is not None
+    ids, head = rollouts.behavior_support_ids.long().to(scored.mask.device), replace(scored.head, vocab_size=vocab_size)
+    return support_overlap(scored.hidden, head, ids[scored.mask], _OVERLAP_POSITIONS).cpu()
+
+
+@torch.no_grad()
+def targets_of(
+    chunks: Iterable[tuple[Tensor, Scored]], rollouts: Rollouts, request: TeacherRequest, vocab_size: int
+) -> Targets:
+    """Return the targets of rollouts from a teacher's hidden states, in host memory.
+
+    Args:
+        chunks: rows of the rollouts with their scores; every row once.
+        rollouts: B rollouts of T tokens.
+        request: the required outputs.
+        vocab_size: number of tokens over which the teacher's distribution is taken.
+    """
+    shape, k = rollouts.tokens.shape, request.top_k + request.behavior_top_k
+    union = bool(request.top_k and request.behavior_top_k)
+    targets = Targets(
+        logprobs=torch.zeros(shape),
+        support_ids=torch.zeros(*shape, k, dtype=id_dtype(vocab_size)) if k else None,
+        support_logits=torch.zeros(*shape, k) if k else None,
+        support_mass=torch.zeros(shape) if k else None,
+        entropy=torch.zeros(shape) if request.entropy else None,
+        support_valid=torch.zeros(*shape, k, dtype=torch.bool) if union else None,
+        log_normalizer=torch.zeros(shape) if request.tail else None,
+        log_tail=torch.zeros(shape) if request.tail and k else None,
+    )
+    hidden: Tensor | None = None
+    for rows, of_model in chunks:
+        scored = replace(of_model, head=replace(of_model.head, vocab_size=vocab_size))
+        for name, values in _token_targets(scored, rollouts.rows(rows), request).items():
+            if (into := getattr(targets, name)) is not None:
+                assign_rows(into, rows, scored.padded(values).cpu())
+        if request.hidden:
+            states = scored.padded(scored.hidden).cpu()  # in the dtype in which the teacher computes
+            hidden = states.new_zeros(*shape, states.shape[-1]) if hidden is None else hidden
+            hidden[rows, : states.shape[1]] = states
+    return replace(targets, hidden=hidden)
 
 
 def _token_targets(scored: Scored, rollouts: Rollouts, request: TeacherRequest) -> dict[str, Tensor]:

@@ -5,8 +5,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING
 
+from opdlab.replay.comparison import PLOTTED_TAUS, ReplayedStep, Row
 from opdlab.replay.gate_summary import PAPER
-from opdlab.replay.steps import PLOTTED_TAUS, ReplayedStep, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

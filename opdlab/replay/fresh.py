@@ -1,21 +1,47 @@
 """Fresh rollouts of a recorded step's student: the rollouts of a step without reuse.
 
-Shapes: B rollouts.
+Shapes: B rollouts, J draws.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from opdlab.errors import require
 from opdlab.module import OPDModule
 from opdlab.objectives import loss_shares
 from opdlab.replay.record import RecordedBatch, RecordedStep
-from opdlab.replay.step_gradients import Autocast, StepGradients
+from opdlab.replay.step_gradients import Autocast
 from opdlab.seeds import derive_seed
-from opdlab.types import Problem, Prompt, trimmed
+from opdlab.types import Problem, Prompt, Rollouts, Targets, trimmed
+from opdlab.verifiers.verifier import Verifier
 
 Tokens = tuple[int, ...]
+Draws = dict[str, list[tuple[RecordedBatch, ...]]]
+"""Micro-batches of each of J draws, by the name of the reference, ``fresh`` or ``other``."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which fresh rollouts are sampled at each step.
+
+    Args:
+        draws: J, independent batches of fresh rollouts per step, at least 2.
+        seed: of the sampling.
+        other_prompts: also sample from prompts that the step has not used.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    draws: int = 4
+    seed: int = 0
+    other_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.draws >= 2, f"--draws is {self.draws}, but must be at least 2: their spread is the noise")
 
 
 def recorded_prompts(record: RecordedStep, names: Sequence[str] = ()) -> list[Prompt]:
@@ -51,46 +77,68 @@ def other_prompts(record: RecordedStep, prompts: Sequence[Prompt], draw: int, se
     return [prompts[index] for index in chosen.tolist()]
 
 
-def fresh_gradients(
-    module: OPDModule, record: RecordedStep, draws: Sequence[Sequence[Prompt]], seed: int, autocast: Autocast
-) -> Tensor:
-    """Return ungated gradients on rollouts that the student samples now, one response to each prompt.
+def sampled_draws(
+    module: OPDModule,
+    record: RecordedStep,
+    sampling: Sampling,
+    prompts: Sequence[Prompt],
+    autocast: Autocast,
+    verifier: Verifier | None = None,
+) -> Draws:
+    """Return rollouts that the student samples now, one response to each prompt, with the teacher's targets.
 
-    The teacher scores them, and the behavior log-probabilities are the student's own, as in training when the student
-    itself is the sampling policy.
+    The targets are those of the run's own objective and the teacher's entropy, which the same pass gives. Behavior
+    log-probabilities are left out: the student itself is the sampling policy.
 
     Args:
         module: with the student's weights from before the step, and a sampler of one response per prompt.
-        record: of the step; the batch is cut into as many micro-batches.
-        draws: the prompts of each draw.
-        seed: of the sampling.
+        record: of the step; each draw is cut into as many micro-batches.
+        sampling: how many draws, of which prompts.
+        prompts: the run's training prompts, for other prompts than the step's and for gold answers.
         autocast: context of forward passes.
+        verifier: checks the answers, for objectives that read verdicts; the group of a prompt has those of all draws.
 
-    Returns:
-        [len(draws), P] float32.
+    Raises:
+        UsageError: other prompts are asked for, but the step uses all.
     """
     module.behavior.refresh(module.student, record.facts.step)
-    prompts = [prompt for draw in draws for prompt in draw]
-    pool = module.collector.collect(
-        prompts,
-        seed=seed,
-        num_samples=1,
-        step=record.facts.step,
-        unscored=torch.arange(len(prompts)),
-        autocast=autocast,
-    )
-    rollouts, targets = pool.rollouts, pool.targets
+    problems = {prompt.index: prompt.problem for prompt in prompts}
+    same = recorded_prompts(record, module.teacher.names)
+    same = [replace(prompt, problem=problems.get(prompt.index, prompt.problem)) for prompt in same]
+    wanted = {"fresh": [same] * sampling.draws}
+    if sampling.other_prompts:
+        wanted["other"] = [other_prompts(record, prompts, draw, sampling.seed) for draw in range(sampling.draws)]
+        require(bool(wanted["other"][0]), f"step {record.number} uses every training prompt: leave out --other_prompts")
+    collector = module.collector.asking(replace(module.request, entropy=True))
+    found: Draws = {}
+    for name, draws in wanted.items():
+        drawn = [prompt for draw in draws for prompt in draw]
+        pool = collector.collect(
+            drawn,
+            seed=derive_seed("replay", name, sampling.seed, record.number),
+            num_samples=1,
+            step=record.facts.step,
+            unscored=torch.arange(len(drawn)),
+            verifier=verifier,
+            autocast=autocast,
+        )
+        rows = torch.split(torch.arange(len(drawn)), [len(draw) for draw in draws])
+        found[name] = [_micro_batches(module, record, pool.rollouts.rows(r), pool.targets.rows(r)) for r in rows]
+    return found
+
+
+def _micro_batches(
+    module: OPDModule, record: RecordedStep, rollouts: Rollouts, targets: Targets
+) -> tuple[RecordedBatch, ...]:
+    """Return a draw cut into as many micro-batches as the step has, with the shares of its positions in the loss."""
     # With several processes the record has one process's share of the step; a fresh batch counts as much.
     part = float(sum(b.shares.sum() for b in record.batches)) if record.facts.num_processes > 1 else 1.0
-    found = []
-    for rows in torch.split(torch.arange(len(prompts)), [len(draw) for draw in draws]):
-        num_tokens = rollouts.num_tokens[rows]
-        chunks = [chunk for chunk in rows.tensor_split(len(record.batches)) if len(chunk)]
-        counts = {"num_tokens": int(num_tokens.sum()), "num_rollouts": int((num_tokens > 0).sum())}
-        batches = []
-        for chunk in chunks:
+    num_tokens = rollouts.num_tokens
+    counts = {"num_tokens": int(num_tokens.sum()), "num_rollouts": int((num_tokens > 0).sum())}
+    batches = []
+    for chunk in torch.arange(len(rollouts)).tensor_split(len(record.batches)):
+        if len(chunk):
             piece = trimmed(rollouts.rows(chunk), targets.rows(chunk))
             shares = part * loss_shares(piece[0].mask, reduction=module.reduction, **counts)
             batches.append(RecordedBatch(*piece, shares))
-        found.append(StepGradients(module, batches, record.facts.step, autocast, behavior_known=False).gradient())
-    return torch.stack(found)
+    return tuple(batches)

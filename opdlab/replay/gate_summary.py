@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from opdlab.replay.steps import ReplayedStep, Row, Value
+from opdlab.replay.comparison import ReplayedStep, Row, Value
 from opdlab.replay.variants import KEYS
 
 PAPER = {"statistic": "signed_mean", "normalization": "mean"}

@@ -10,9 +10,10 @@ Shapes: B rollouts, T response tokens.
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ from opdlab.rollouts import Rollouts, Targets
 
 FOLDER = "pools"
 _FORMAT = 1
-_FACTS, _ROLLOUTS, _WEIGHTS = "record.json", "rollouts.safetensors", "weights.safetensors"
+FACTS, ROLLOUTS, WEIGHTS = "record.json", "rollouts.safetensors", "weights.safetensors"
+"""Files of a record."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,16 @@ class RecordedStep:
     """A record that was read.
 
     Args:
-        folder: of the record.
+        folder: of the record; a packed one has only the name.
         facts: plain values of the step.
         batches: the step's micro-batches, in order.
+        weights: reads the student's weights from before the step, see :func:`trained_weights`.
     """
 
     folder: Path
     facts: StepFacts
     batches: tuple[RecordedBatch, ...]
+    weights: Callable[[], Mapping[str, Tensor]] = field(repr=False, compare=False)
 
     @property
     def number(self) -> int:
@@ -112,9 +116,7 @@ class RecordedStep:
         Raises:
             UsageError: the file is damaged, or belongs to another model.
         """
-        own = trained_weights(student)
-        with _reading(self.folder / _WEIGHTS):
-            saved = load_file(self.folder / _WEIGHTS)
+        own, saved = trained_weights(student), self.weights()
         for name in sorted(saved.keys() | own.keys()):
             ours, theirs = own.get(name), saved.get(name)
             if ours is None or theirs is None or ours.shape != theirs.shape or ours.dtype != theirs.dtype:
@@ -147,28 +149,51 @@ def write_record(
     Returns:
         Sizes in bytes of ``weights`` and ``rollouts``.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    unfinished = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        save_tensors(weights, unfinished / WEIGHTS)
+        save_tensors(batch_tensors(batches), unfinished / ROLLOUTS)
+        (unfinished / FACTS).write_text(facts_text(facts, batches), encoding="utf-8")
+    except BaseException:  # such as a full disk
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+    return {"weights": (folder / WEIGHTS).stat().st_size, "rollouts": (folder / ROLLOUTS).stat().st_size}
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors of any device and layout as safetensors."""
+    save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, path)
+
+
+def facts_text(facts: StepFacts, batches: Sequence[RecordedBatch]) -> str:
+    """Return the content of a record's JSON file."""
+    about = {"format": _FORMAT, **asdict(facts), "micro_batches": plain_values(batches)}
+    return json.dumps(about, indent=1) + "\n"
+
+
+def plain_values(batches: Sequence[RecordedBatch]) -> list[dict[str, float]]:
+    """Return what :func:`read_batches` needs of each micro-batch besides its tensors."""
+    return [{"temperature": batch.rollouts.temperature} for batch in batches]
+
+
+def batch_tensors(batches: Sequence[RecordedBatch], prefix: str = "") -> dict[str, Tensor]:
+    """Return the tensors of micro-batches by name, the reverse of :func:`read_batches`.
+
+    Args:
+        batches: the micro-batches.
+        prefix: of all names.
+    """
     tensors: dict[str, Tensor] = {}
-    plain: list[dict[str, float]] = []
     for place, batch in enumerate(batches):
         parts = {"rollouts": batch.rollouts.state_dict(), "targets": batch.targets.state_dict()}
         for part, values in parts.items():
-            tensors |= {f"{place}.{part}.{key}": v for key, v in values.items() if isinstance(v, Tensor)}
-        tensors[f"{place}.shares"] = batch.shares
-        plain.append({"temperature": batch.rollouts.temperature})
-    about = {"format": _FORMAT, **asdict(facts), "micro_batches": plain}
-    try:
-        for name, content in ((_ROLLOUTS, tensors), (_WEIGHTS, weights)):
-            save_file({key: tensor.contiguous().cpu() for key, tensor in content.items()}, partial / name)
-        (partial / _FACTS).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    except BaseException:  # such as a full disk
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-    return {"weights": (folder / _WEIGHTS).stat().st_size, "rollouts": (folder / _ROLLOUTS).stat().st_size}
+            tensors |= {f"{prefix}{place}.{part}.{key}": v for key, v in values.items() if isinstance(v, Tensor)}
+        tensors[f"{prefix}{place}.shares"] = batch.shares
+    return tensors
 
 
 def record_folders(run: Path) -> dict[int, Path]:
@@ -188,31 +213,58 @@ def read_record(folder: Path) -> RecordedStep:
     Raises:
         UsageError: it is damaged, or written by another version of opdlab.
     """
-    with _reading(folder / _FACTS):
-        about = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
-        require(
-            about["format"] == _FORMAT,
-            f"{folder} has format {about['format']}, but this version of opdlab reads {_FORMAT}: record the run anew",
-        )
-        facts = StepFacts(**{field.name: about[field.name] for field in fields(StepFacts)})
-        counts = (facts.step, facts.reuse_epoch, facts.num_processes)
-        if not all(isinstance(count, int) for count in counts):
-            raise ValueError(f"{counts} are not integers")
-        if not 0 < len(about["micro_batches"]) == len(facts.losses) or not all(map(math.isfinite, facts.losses)):
-            raise ValueError("losses and micro-batches do not fit together")
-    with _reading(folder / _ROLLOUTS):
-        tensors = load_file(folder / _ROLLOUTS)
-        batches = tuple(_batch(tensors, f"{place}.", **values) for place, values in enumerate(about["micro_batches"]))
-    return RecordedStep(folder, facts, batches)
+    with _reading(folder / FACTS):
+        facts, plain = read_facts((folder / FACTS).read_text(encoding="utf-8"), str(folder))
+    with _reading(folder / ROLLOUTS):
+        batches = read_batches(load_file(folder / ROLLOUTS), plain)
+    return RecordedStep(folder, facts, batches, partial(_read_weights, folder))
+
+
+def read_facts(text: str, source: str) -> tuple[StepFacts, list[dict[str, float]]]:
+    """Return what a record's JSON file holds: values of the step, and those of :func:`plain_values`.
+
+    Args:
+        text: of the file.
+        source: of the text, for messages.
+
+    Raises:
+        UsageError: it was written by another version of opdlab.
+        ValueError: it is damaged; also KeyError and TypeError.
+    """
+    about = json.loads(text)
+    require(
+        about["format"] == _FORMAT,
+        f"{source} has format {about['format']}, but this version of opdlab reads {_FORMAT}: record the run anew",
+    )
+    facts = StepFacts(**{field.name: about[field.name] for field in fields(StepFacts)})
+    counts = (facts.step, facts.reuse_epoch, facts.num_processes)
+    if not all(isinstance(count, int) for count in counts):
+        raise ValueError(f"{counts} are not integers")
+    if not 0 < len(about["micro_batches"]) == len(facts.losses) or not all(map(math.isfinite, facts.losses)):
+        raise ValueError("losses and micro-batches do not fit together")
+    return facts, about["micro_batches"]
+
+
+def read_batches(
+    tensors: Mapping[str, Tensor], plain: Sequence[Mapping[str, float]], prefix: str = ""
+) -> tuple[RecordedBatch, ...]:
+    """Return micro-batches from their :func:`batch_tensors` and :func:`plain_values`."""
+    return tuple(_batch(tensors, f"{prefix}{place}.", **values) for place, values in enumerate(plain))
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    with _reading(folder / WEIGHTS):
+        return load_file(folder / WEIGHTS)
 
 
 def _batch(tensors: Mapping[str, Tensor], prefix: str, temperature: float) -> RecordedBatch:
     def part(name: str) -> dict[str, Any]:
-        return {key.removeprefix(name): tensor for key, tensor in tensors.items() if key.startswith(name)}
+        # Copies: a tensor in the file's memory may be unaligned, for which products sum in another order.
+        return {key.removeprefix(name): tensor.clone() for key, tensor in tensors.items() if key.startswith(name)}
 
     rollouts = Rollouts.from_state_dict({**part(f"{prefix}rollouts."), "temperature": temperature})
     targets = Targets.from_state_dict(part(f"{prefix}targets."))
-    batch = RecordedBatch(rollouts, targets, tensors[f"{prefix}shares"])
+    batch = RecordedBatch(rollouts, targets, tensors[f"{prefix}shares"].clone())
     for tensor in (rollouts.mask, rollouts.behavior_logprobs, targets.logprobs, batch.shares):
         if tensor.shape != rollouts.tokens.shape:
             raise ValueError(f"shapes {tuple(tensor.shape)} and {tuple(rollouts.tokens.shape)} differ")

@@ -2,19 +2,18 @@
 
 import copy
 import itertools
-import pkgutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar, get_args
+from typing import get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from opdlab.errors import UsageError, require, user_code
+from opdlab.errors import require
 from opdlab.gating import DriftGate, GateStrategy, NormalizationName, Statistic, gate_registry
-from opdlab.registry import Registry, suggestion
+from opdlab.registry import suggestion
+from opdlab.replay.plugins import Named, plugin_class
 from opdlab.tau import TauSchedule, check_tau
 
-T = TypeVar("T")
 STATISTICS: tuple[str, ...] = get_args(Statistic)
 NORMALIZATIONS: tuple[str, ...] = get_args(NormalizationName)
 UNGATED = "none"
@@ -27,7 +26,7 @@ class Grid:
     """Options to combine.
 
     Args:
-        gates: registered names, or class paths; None for all registered gates and the run's own.
+        gates: registered names, class paths, or gates with options; None for all registered gates and the run's own.
         statistics: for gates on drift; see :class:`opdlab.gating.DriftGate`.
         normalizations: see :class:`opdlab.gating.GateStrategy`.
         taus: per nat, of gates on drift.
@@ -42,7 +41,7 @@ class Grid:
         opdlab.errors.UsageError: --statistics has 'rsm'; did you mean 'rms'? there are signed_mean, abs_mean, rms, max
     """
 
-    gates: Sequence[str] | None = None
+    gates: Sequence[str | Named[GateStrategy]] | None = None
     statistics: Sequence[str] = STATISTICS
     normalizations: Sequence[str] = NORMALIZATIONS
     taus: Sequence[float] = (1.0, 5.0, 20.0)
@@ -66,7 +65,7 @@ class Variant:
     """A gate with all its options.
 
     Args:
-        gate: its registered name, or its class's.
+        gate: its registered name, or its class's, with the options that were given.
         statistic: None if the gate does not use one.
         normalization: None for a gate with constant weights of 1.
         tau: per nat; ``schedule`` if a schedule sets it; None if the gate has none.
@@ -101,8 +100,8 @@ def expand(
 ) -> tuple[list[Variant], dict[str, str]]:
     """Return the variants of a grid. The ungated one comes first, even if not requested; the run's own is included.
 
-    A gate of the run's own class keeps the options that are not varied, such as ``block_size``; others have their
-    defaults.
+    A gate that is named without options has the defaults, or those of the run's gate if it is of its class, such as
+    ``block_size``.
 
     Args:
         grid: what to combine.
@@ -118,18 +117,24 @@ def expand(
     """
     registry = gate_registry()
     own_name = registry.name_of(type(own)) or type(own).__name__
+    chosen: dict[str, type[GateStrategy] | GateStrategy]
     if grid.gates is not None:
-        classes = {name.rpartition(".")[2]: gate_class(name) for name in grid.gates}
+        chosen = {
+            each.rpartition(".")[2] if isinstance(each, str) else each.name: (
+                gate_class(each) if isinstance(each, str) else each.plugin
+            )
+            for each in grid.gates
+        }
     else:
         # Without its own options, `block` equals `block64`.
-        classes = {name: registry.get(name) for name in registry.names() if name != "block"}
-        if type(own) not in classes.values():
-            classes[own_name] = type(own)
+        chosen = {name: registry.get(name) for name in registry.names() if name != "block"}
+        if type(own) not in chosen.values():
+            chosen[own_name] = type(own)
     served, skipped = set(served), {}
     variants = [Variant.of(UNGATED, registry.build(UNGATED), own)]
-    for name, cls in classes.items():
+    for name, gate in chosen.items():
         try:
-            base = own if type(own) is cls else cls()
+            base = gate if isinstance(gate, GateStrategy) else own if type(own) is gate else gate()
         except (TypeError, ValueError) as error:
             skipped[name] = f"cannot be built without options ({error})"
             continue
@@ -137,7 +142,7 @@ def expand(
         if missing := [need for need in base.needs if need not in served]:
             skipped[name] = f"needs {', '.join(missing)}, which the record does not have"
             continue
-        variants += [Variant.of(name, gate, own) for gate in _gates(base, grid)]
+        variants += [Variant.of(name, each, own) for each in _gates(base, grid)]
     if not any(variant.own for variant in variants):
         variants.append(Variant.of(own_name, own, own))
     return list(dict.fromkeys(variants)), skipped
@@ -160,33 +165,3 @@ def _gates(base: GateStrategy, grid: Grid) -> Iterable[GateStrategy]:
 def gate_class(name: str) -> type[GateStrategy]:
     """Return the gate class of a registered name or class path; see :func:`plugin_class`."""
     return plugin_class("--gates", name, gate_registry(), GateStrategy)  # type: ignore[type-abstract]
-
-
-def plugin_class(flag: str, name: str, registry: Registry[T], base: type[T]) -> type[T]:
-    """Return the class of a registered name or class path.
-
-    Args:
-        flag: name of the argument, for messages.
-        name: what was given.
-        registry: of the kind.
-        base: the class that it must extend.
-
-    Raises:
-        UsageError: there is no such class; for a name the message has the nearest one.
-    """
-    if "." not in name:
-        return registry.get(name)
-    kind = f"{'an' if registry.kind[0] in 'aeiou' else 'a'} {registry.kind}"
-    try:
-        with user_code(f"importing {flag} {name}"):
-            cls = pkgutil.resolve_name(name)
-    except UsageError:
-        raise
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UsageError(f"{flag} has '{name}', but {error}: give the class path of {kind}") from error
-    require(
-        isinstance(cls, type) and issubclass(cls, base),
-        f"{flag} has '{name}', which is not {kind}: give a class that extends "
-        f"{base.__module__.rpartition('.')[0]}.{base.__name__}",
-    )
-    return cls  # type: ignore[no-any-return] # looked up by name

@@ -8,7 +8,7 @@ recomputes the logits of each tile.
 from opdlab.scoring.full_divergence import divergence_statistics
 from opdlab.scoring.head import Head, LowRank
 from opdlab.scoring.logprobs import TokenStatistics, TopK, token_logprobs, token_statistics, topk_with_statistics
-from opdlab.scoring.support import support_logits, support_statistics
+from opdlab.scoring.support import support_logits, support_overlap, support_statistics
 from opdlab.scoring.tail import SupportTail, support_tail, topk_with_tail
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "TopK",
     "divergence_statistics",
     "support_logits",
+    "support_overlap",
     "support_statistics",
     "support_tail",
     "token_logprobs",

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from opdlab.scoring.head import Head, LogitTiles, autocast_inputs, wide_dtype
 from opdlab.scoring.head_gradients import HeadGradients, pieces
-from opdlab.scoring.logprobs import TokenStatistics, vocabulary_pass
+from opdlab.scoring.logprobs import TokenStatistics, topk_with_statistics, vocabulary_pass
 
 
 def support_statistics(hidden: Tensor, head: Head, targets: Tensor, support: Tensor) -> tuple[Tensor, TokenStatistics]:
@@ -86,6 +86,32 @@ def support_logits(
             states, *head.tensors, ids, head, known
         )
     return logits
+
+
+@torch.no_grad()
+def support_overlap(hidden: Tensor, head: Head, support: Tensor, most: int) -> Tensor:
+    """Return the share of a support's K tokens that are among the K most likely ones of these hidden states.
+
+    The pass over the head covers a part of the positions, evenly spread, so that it costs little.
+
+    Args:
+        hidden: [N, H].
+        head: the head.
+        support: [N, K] integers, token ids, each once in a row.
+        most: largest number of positions, at least 1.
+
+    Returns:
+        [M] float32, M <= ``most``, 0 to 1.
+
+    Example:
+        >>> head = Head(torch.tensor([[0.0], [1.0], [2.0], [3.0]]))
+        >>> support_overlap(torch.ones(1, 1), head, torch.tensor([[3, 0]]), most=8)
+        tensor([0.5000])
+    """
+    rows = slice(None, None, -(-len(hidden) // most) or 1)
+    ids = support[rows].long()
+    top, _ = topk_with_statistics(hidden[rows], head, ids[:, 0], ids.shape[1])
+    return (ids[:, :, None] == top.ids[:, None, :]).any(-1).float().mean(-1)
 
 
 class _SupportLogits(torch.autograd.Function):

@@ -13,7 +13,14 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from opdlab.checkpoints import CHECKPOINT_KEY
-from opdlab.diagnostics import StepRecord, StepTrace, hidden_gradient_norms, step_metrics, step_record
+from opdlab.diagnostics import (
+    StepRecord,
+    StepTrace,
+    hidden_gradient_norms,
+    step_metrics,
+    step_record,
+    teacher_support_overlap,
+)
 from opdlab.evaluation import EvaluationConfig, EvaluationModule
 from opdlab.gating import GateStrategy
 from opdlab.loggers import save_all
@@ -214,19 +221,20 @@ class OPDModule(EvaluationModule):
         if whole is not None:
             self._batch_tokens = num_tokens
             self._log_step(batch, whole, gates.tau)
-        norms = None
+        norms = overlap = None
         if self._wants_gradient_norms:
             norms = hidden_gradient_norms(self.objective, scored, rollouts, batch.targets)
+            overlap = teacher_support_overlap(scored, rollouts, batch.targets)
             self._wants_gradient_norms = False
         facts = (rollouts, batch.reuse_epoch, self.global_step)
-        trace = StepTrace(*facts, inputs, gates, shares, values, norms, batch.targets)
+        trace = StepTrace(*facts, inputs, gates, shares, values, norms, batch.targets, overlap)
         # Lightning divides by the number of micro-batches and averages over processes, but the denominator already
         # covers them all.
         scaled = loss * len(batch.micro_batches) * self.trainer.world_size
         return {"loss": scaled, "trace": trace, "num_tokens": num_tokens}
 
     def request_gradient_norms(self) -> None:
-        """Request :attr:`StepTrace.gradient_norms` of the next training step; call before each such step."""
+        """Request :attr:`StepTrace.gradient_norms` and ``overlap`` of the next training step; call before each one."""
         self._wants_gradient_norms = True
 
     def _log_step(self, batch: Minibatch, record: StepRecord, tau: Tensor | None) -> None:

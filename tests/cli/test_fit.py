@@ -71,7 +71,7 @@ def test_a_run_leaves_everything_in_its_folder(
     of_whole_buffers = {"rollout/repeated_share", "rollout/reverse_kl"}
     optional = {"val/<benchmark>/reverse_kl", "val/<benchmark>/maj@<n>"}  # no answer is extracted from 12 tokens
     of_sampled_token = {f"train/{name}" for name in ("advantage", "baseline", "clip_share", "reward_share")}
-    of_others = {"gate/tau", "train/support_overlap", "rollout/demonstration_share"}
+    of_others = {"gate/tau", "rollout/demonstration_share"}
     targets = {name for name in rows if name.startswith("targets/")}  # of a cache, of several teachers
     several = {"teacher-<teacher>/<benchmark or mean>/<metric>"}
     assert rows == of_sampled_token | of_others | targets | of_whole_buffers | optional | several

@@ -1,13 +1,18 @@
 """The gradient norms of a step, against one autograd call for each position."""
 
+import copy
+import csv
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from opdlab.diagnostics import hidden_gradient_norms
-from opdlab.objectives import Objective, SampledTokenOPD, TeacherTopK
+from opdlab.callbacks import GateMonitor
+from opdlab.data import ReuseConfig
+from opdlab.diagnostics import StepTrace, hidden_gradient_norms
+from opdlab.objectives import Objective, SampledTokenOPD, SupportDivergence, TeacherTopK
 from tests.diagnostics.synthetic import MicroBatch, micro_batch
 from tests.toy_run import Run
 
@@ -85,3 +90,64 @@ def test_a_step_in_bf16_autocast_works(make_run: Callable[..., Run]) -> None:
     assert norms[1].isfinite().all()
     # bf16 samples other rollouts, so only the scale is comparable.
     assert 0.5 < norms[1].mean() / norms[0].mean() < 2
+
+
+def vocabulary_logits(model, rollouts):  # type: ignore[no-untyped-def]
+    """Of each response token, in float64."""
+    tokens = torch.cat([rollouts.prompt_tokens, rollouts.tokens], 1)
+    mask = torch.cat([rollouts.prompt_mask, rollouts.mask], 1)
+    places = (mask.long().cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        logits = copy.deepcopy(model).double()(tokens, attention_mask=mask.long(), position_ids=places).logits
+    return logits[:, rollouts.prompt_tokens.shape[1] - 1 : -1]
+
+
+def shared(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one.long()[..., None] == other.long()[..., None, :]).any(-1).double().mean())
+
+
+def test_overlap_of_the_teachers_support_with_the_students(make_run: Callable[..., Run]) -> None:
+    asker = Asker()
+    run = make_run(callbacks=(asker,), objective=TeacherTopK(k=8), lr=0.0, max_new_tokens=20)
+    run.fit(1)
+    trace: StepTrace = asker.traces[0]  # type: ignore[assignment]
+    mask = trace.rollouts.mask
+    assert trace.overlap is not None
+    assert len(trace.overlap) == int(mask.sum()) < 256
+    top = vocabulary_logits(run.module.student.model, trace.rollouts)[mask].topk(8).indices
+    assert trace.targets is not None
+    assert trace.targets.support_ids is not None
+    expected = shared(trace.targets.support_ids.long()[mask], top)
+    assert 0.1 < expected < 1
+    assert float(trace.overlap.mean()) == pytest.approx(expected, abs=2e-3)
+
+
+def test_overlap_of_the_students_support_with_the_teachers(make_run: Callable[..., Run]) -> None:
+    asker = Asker()
+    objective = SupportDivergence("reverse_kl", "student", "bucket", k=8)
+    data = {"reuse": ReuseConfig(prompts_per_pool=4, epochs=1, batch_size=8)}
+    run = make_run(callbacks=(asker,), objective=objective, lr=0.0, max_new_tokens=6, data=data)
+    run.fit(1)
+    trace: StepTrace = asker.traces[0]  # type: ignore[assignment]
+    assert trace.overlap is None
+    rollouts, mask = trace.rollouts, trace.rollouts.mask
+    top = vocabulary_logits(run.module.teacher.model.model, rollouts)[mask].topk(8).indices  # type: ignore[attr-defined]
+    assert rollouts.behavior_support_ids is not None
+    expected = shared(rollouts.behavior_support_ids.long()[mask], top)
+    assert run.recorder.steps[1]["train/support_overlap"] == pytest.approx(expected, abs=5e-3)
+
+
+@pytest.mark.parametrize("objective", [SampledTokenOPD(), SupportDivergence("jsd", "union", "drop", k=4)])
+def test_other_objectives_take_no_further_pass(make_run: Callable[..., Run], objective: Objective) -> None:
+    asker = Asker()
+    make_run(callbacks=(asker,), objective=objective, max_new_tokens=6).fit(1)
+    assert asker.traces[0].overlap is None  # type: ignore[attr-defined]
+
+
+def test_the_monitor_logs_the_overlap(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = make_run(callbacks=(GateMonitor(every_n_steps=2),), max_new_tokens=6)
+    run.fit(3)
+    (file,) = tmp_path.rglob("metrics.csv")
+    with file.open() as text:
+        found = {int(row["step"]): row["train/support_overlap"] for row in csv.DictReader(text)}
+    assert [step for step, value in found.items() if value] == [2]

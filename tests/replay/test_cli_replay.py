@@ -3,53 +3,13 @@
 import csv
 import re
 import shutil
-import sys
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
 import yaml
-from lightning.pytorch import seed_everything
 
 from opdlab.cli import EXIT_USAGE, main
-
-SMALL = """
-trainer: {max_steps: 4, val_check_interval: 100, enable_progress_bar: false, enable_model_summary: false}
-model:
-  sampling: {max_new_tokens: 24}
-  eval_sampling: {num_samples: 2, max_new_tokens: 12}
-  evaluation: {pass_at: [1], teacher: false}
-  optimizer: {init_args: {lr: 0.002}}
-data:
-  train: {class_path: opdlab.toy.ChainProblems, init_args: {num_problems: 8}}
-  benchmarks:
-    toy: {class_path: opdlab.toy.ChainProblems, init_args: {num_problems: 2, split: held_out}}
-  reuse: {prompts_per_pool: 4, epochs: 2, batch_size: 4}
-export: {enabled: false}
-save_pools: true
-pool_recorder: {every_n_steps: 2}
-"""
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recorded run's folder, in a root of its own."""
-    folder = tmp_path_factory.mktemp("replay")
-    (folder / "small.yaml").write_text(SMALL)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", list(sys.path))
-        patch.chdir(folder)
-        assert main(["fit", "-c", "quickstart", "-c", "small.yaml"]) == 0
-    seed_everything(0)
-    return folder / "runs/quickstart/version_0"
-
-
-@pytest.fixture
-def run(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    return Path(shutil.copytree(trained, tmp_path / "runs/version_0"))
 
 
 def test_a_replay_leaves_tables_and_pictures(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,6 +52,42 @@ def test_other_objectives_have_rows_and_a_table(run: Path, capsys: pytest.Captur
     assert re.search(r"\| full_divergence \| none \|  \|( [\d.e-]+ \|){5}", text)
 
 
+def test_options_of_gates_and_objectives(run: Path) -> None:
+    options = ["--objectives", "support_divergence:tail=drop,k=8,teacher_topk:k=4", "--gates", "block:block_size=16"]
+    assert main(["replay", str(run), *options, "--steps", "4", "--taus", "5", "--statistics", "rms", "--draws=2"]) == 0
+    with (run / "replay" / "replay.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = ["teacher_topk", "support_divergence:tail=drop,k=8", "teacher_topk:k=4"]
+    assert list(dict.fromkeys(row["objective"] for row in rows)) == names
+    assert {row["gate"] for row in rows} == {"none", "block:block_size=16", "block64"}
+    losses = {row["loss"] for row in rows if row["gate"] == "none"}
+    assert len(losses) == 3
+
+
+def test_a_pack_gives_the_table_of_its_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", str(run), "--pack", "moved/run.pack", "--draws", "2", "--other_prompts"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(
+        r"^moved/run.pack: \d+\.\d\d MiB \(weights .*, steps 2, 4, 2 draws each, digest [0-9a-f]{16}$", said, re.M
+    )
+    options = ["--gates", "span", "block:block_size=16", "tip", "--taus", "5", "--objectives", "teacher_topk:k=16"]
+    assert main(["replay", str(run), *options, "--draws", "2", "--other_prompts"]) == 0
+    expected = (run / "replay" / "replay.csv").read_bytes()
+    shutil.rmtree(run)
+    assert main(["replay", "moved/run.pack", *options, "--other_prompts"]) == 0
+    assert "the recorded losses come out to the bit, at all of them" in capsys.readouterr().out
+    assert (tmp_path / "moved/run.pack-replay/replay.csv").read_bytes() == expected
+    capsys.readouterr()
+    for objective, words in (
+        ("full_divergence", "which needs the teacher's hidden states, but the record has the teacher's 32 most likely"),
+        ("teacher_topk:k=33", "which needs the teacher's 33 most likely tokens, but the record has the teacher's 32"),
+    ):
+        assert main(["replay", "moved/run.pack", "--objectives", objective]) == EXIT_USAGE
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"--objectives has '{objective}', {words}" in line
+        assert "or replay the run's folder" in line
+
+
 def test_steps_and_place_can_be_chosen(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", str(run), "--steps", "4", "--gates", "token", "--out", "elsewhere", "--draws=2"]) == 0
     assert "results: elsewhere" in capsys.readouterr().out
@@ -124,6 +120,9 @@ def test_a_gate_that_the_record_cannot_serve_is_named(run: Path, capsys: pytest.
         ("RUN --normalizations no", "--normalizations has 'no'"),
         ("RUN --taus many", "--taus is many, but must be numbers"),
         ("RUN --taus -1", "--taus is -1.0"),
+        ("RUN --objectives support_divergence:support=student", "needs the snapshot's 32 most likely tokens, but the"),
+        ("RUN --objectives support_divergence:k=many", "has 'support_divergence:k=many': k is many, but must be an"),
+        ("RUN --gates block:tau=2", "--gates has 'block:tau=2', but a replay varies tau: give --taus instead"),
         ("RUN --steps 3", "--steps has '3', which was not recorded; there are 2, 4"),
         ("RUN --draws 1", "--draws is 1"),
         ("RUN --draws some", "argument --draws: invalid int value: 'some'"),
@@ -133,6 +132,13 @@ def test_a_gate_that_the_record_cannot_serve_is_named(run: Path, capsys: pytest.
         ("RUN --model.gaet token", "unknown key 'model.gaet'; did you mean 'model.gate'?"),
         ("RUN --model.student.adapter.r 2", "is of another model: "),
         ("cut", "cannot be read, it may have been changed or cut off"),
+        ("RUN --pack x.pack --gates token", "--gates has no effect with --pack: give it when the pack is replayed"),
+        ("RUN --pack runs", "--pack 'runs' is a folder: give the name of a file, such as runs/run.pack"),
+        ("RUN --pack small/x.pack", "--pack 'small/x.pack' cannot be made"),
+        ("RUN --pack x.pack --steps 3", "--steps has '3', which was not recorded"),
+        ("RUN --pack x.pack --draws 1", "--draws is 1, but must be at least 2"),
+        ("small --pack x.pack", "'small' is a file: give --pack with a run's folder"),
+        ("small", "'small' is not a file that opdlab replay --pack has written"),
         ("", "give a run's folder, such as runs/quickstart/version_0"),
     ],
 )

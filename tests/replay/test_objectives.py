@@ -15,8 +15,10 @@ from opdlab.callbacks import PoolRecorder
 from opdlab.errors import UsageError
 from opdlab.objectives import SampledTokenOPD, SupportDivergence, TeacherTopK
 from opdlab.replay import Grid, RecordedStep, ReplayConfig, Replayer, read_record, record_folders
-from opdlab.replay.objectives import MissingTargetsError, chosen_objectives, narrowed, with_targets
-from opdlab.replay.steps import Row
+from opdlab.replay.comparison import Row
+from opdlab.replay.objectives import chosen_objectives
+from opdlab.replay.plugins import Named
+from opdlab.replay.targets import MissingTargetsError, narrowed, with_targets
 from opdlab.types import Rollouts, TeacherRequest
 from tests.toy_run import Run
 
@@ -50,15 +52,17 @@ def logits_of(model: Any, rollouts: Rollouts) -> Tensor:
 
 def test_another_objective_has_the_loss_and_gradient_of_the_formula(make_run: MakeRun) -> None:
     run, record = recorded(make_run, objective=TeacherTopK(k=8), gate="block32", refresh=8)
-    names = ("full_divergence", "teacher_topk", "sampled_token", f"{__name__}.StudentSupport")
+    dropped = Named("dropped", SupportDivergence("reverse_kl", "teacher", "drop", k=4))
+    names = ("full_divergence", "teacher_topk", "sampled_token", f"{__name__}.StudentSupport", dropped)
     replayer = Replayer(run.module, GRID, ReplayConfig(draws=2, tolerance=0.0), nullcontext, objectives=names)
-    own, collector = run.module.objective, run.module.collector
+    own = run.module.objective
     result = replayer.replay(record)
-    assert (run.module.objective, run.module.collector) == (own, collector)
+    assert run.module.objective is own
     assert result.replayed_loss == result.recorded_loss
-    assert list(result.others) == ["full_divergence", "sampled_token"]  # the run's own is there once
+    assert list(result.others) == ["full_divergence", "sampled_token", "dropped"]  # the run's own is there once
     assert replayer.skipped == {
-        "StudentSupport": "needs the snapshot's 4 most likely tokens, which the record does not have"
+        "StudentSupport": "needs the snapshot's 4 most likely tokens, but the record has the teacher's 8 most likely "
+        "tokens without the mass of all others"
     }
 
     (batch,) = record.batches
@@ -77,6 +81,10 @@ def test_another_objective_has_the_loss_and_gradient_of_the_formula(make_run: Ma
     top = teacher.topk(8).indices
     p, q = (logits_of(student, batch.rollouts).gather(-1, top).log_softmax(-1), teacher.gather(-1, top).log_softmax(-1))
     _, lsm = gradient((p.exp() * (p - q)).sum(-1))
+    p, q = (logits.log_softmax(-1).gather(-1, top[..., :4]) for logits in (logits_of(student, batch.rollouts), teacher))
+    partial, of_drop = gradient((p.exp() * (p - q)).sum(-1))
+    assert result.others["dropped"][0]["loss"] == pytest.approx(partial, rel=1e-4)
+    assert result.others["dropped"][0]["gradient_norm"] == pytest.approx(float(of_drop.norm()), rel=1e-3)
     ungated = result.others["full_divergence"][0]
     assert (ungated["objective"], ungated["gate"], ungated["own"]) == ("full_divergence", "none", False)
     assert ungated["loss"] == pytest.approx(loss, rel=1e-4)
@@ -113,6 +121,41 @@ def test_the_first_of_many_tokens_are_what_the_teacher_gives_for_fewer(make_run:
         assert narrowed(batch.rollouts, batch.targets, replace(request, tail=True)) is None
 
 
+@pytest.mark.parametrize(
+    "request_",
+    [
+        TeacherRequest(top_k=5, tail=True),
+        TeacherRequest(behavior_top_k=4, tail=True),
+        TeacherRequest(top_k=3, behavior_top_k=3, tail=True),
+        TeacherRequest(top_k=6, behavior_top_k=6),
+    ],
+    ids=["teacher", "student", "smaller union", "same union"],
+)
+@pytest.mark.parametrize("hidden", [False, True], ids=["union", "hidden"])
+def test_parts_of_a_union_and_of_hidden_states(make_run: MakeRun, request_: TeacherRequest, hidden: bool) -> None:
+    run, record = recorded(make_run, objective=SupportDivergence("jsd", "union", "bucket", k=6))
+    (batch,), teacher = record.batches, run.module.teacher
+    given = batch.rollouts.behavior_support_ids
+    assert given is not None
+    if hidden:
+        kept = teacher.score(batch.rollouts, TeacherRequest(hidden=True))
+        batch = replace(batch, targets=kept)
+    found = with_targets(teacher, batch, request_)
+    few = given[..., : request_.behavior_top_k] if request_.behavior_top_k else None
+    rollouts = replace(batch.rollouts, behavior_support_ids=few)
+    expected = teacher.score(rollouts, request_)
+    mask = rollouts.mask
+    assert (found.rollouts.behavior_support_ids is None) == (few is None)
+    for name, theirs in expected.state_dict().items():
+        ours = getattr(found.targets, name)
+        if theirs is None:
+            assert ours is None or name == "log_normalizer"
+        elif theirs.dtype.is_floating_point:
+            torch.testing.assert_close(ours[mask], theirs[mask], atol=1e-4, rtol=1e-4)
+        else:
+            assert torch.equal(ours[mask].long(), theirs[mask].long()), name
+
+
 def test_a_teacher_that_has_changed_is_not_asked(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run, record = recorded(make_run, objective=TeacherTopK(k=8))
     monkeypatch.setattr(run.module.teacher, "follows_student", True)
@@ -126,8 +169,8 @@ def test_objectives_are_found_by_name_and_class_path() -> None:
     own = TeacherTopK(k=3)
     found = chosen_objectives(["teacher_topk", "sampled_token", f"{__name__}.StudentSupport"], own)
     assert [each.name for each in found] == ["teacher_topk", "sampled_token", "StudentSupport"]
-    assert found[0].objective is own
-    assert isinstance(found[1].objective, SampledTokenOPD)
+    assert found[0].plugin is own
+    assert isinstance(found[1].plugin, SampledTokenOPD)
     with pytest.raises(UsageError, match="unknown objective 'teacher_topc'; did you mean 'teacher_topk'"):
         chosen_objectives(["teacher_topc"], own)
     with pytest.raises(UsageError, match="--objectives has 'builtins.dict', which is not an objective"):

@@ -16,8 +16,8 @@ from opdlab.errors import UsageError
 from opdlab.gating import GateInputs, GateStrategy, RuleGate, build_gate
 from opdlab.objectives import FullDivergence, SampledTokenOPD, SupportDivergence, TeacherTopK
 from opdlab.replay import Grid, RecordedStep, ReplayConfig, Replayer, Variant, expand, read_record, record_folders
+from opdlab.replay.comparison import PLOTTED_TAUS, Row, effective_sample_size
 from opdlab.replay.step_gradients import mixtures, sketch
-from opdlab.replay.steps import PLOTTED_TAUS, Row, effective_sample_size
 from opdlab.rollouts import Rollouts
 from opdlab.tau import EffectiveSampleSizeTau
 from opdlab.types import Prompt

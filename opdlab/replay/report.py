@@ -1,0 +1,71 @@
+"""The results of a replay on disk: CSV, Markdown and pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from opdlab.replay.charts import cosines_by_age, sample_sizes, save
+from opdlab.replay.comparison import ReplayedStep
+from opdlab.replay.gate_summary import GateSummary, markdown, objective_table, step_table, write_rows
+from opdlab.replay.record import RecordedStep
+
+
+def reproduction(steps: Sequence[ReplayedStep], records: Sequence[RecordedStep]) -> str:
+    """Return a line that compares the losses replayed under the run's own gate with the recorded ones.
+
+    Args:
+        steps: the replayed steps.
+        records: the records of the same steps.
+    """
+    equal = sum(step.recorded_loss == step.replayed_loss for step in steps)
+    line = "under the run's own gate the recorded losses come out to the bit"
+    if equal == len(steps):
+        return f"{line}, at all of them"
+    off = max(abs(step.replayed_loss - step.recorded_loss) / max(abs(step.recorded_loss), 1e-12) for step in steps)
+    facts = records[0].facts
+    return (
+        f"{line} at {equal} of {len(steps)} steps; the largest relative difference is {off:.1e}. The run had "
+        f"{facts.num_threads} threads on {facts.device}, precision {facts.precision}, torch {facts.torch_version}; "
+        f"this replay has {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+
+
+def write_results(
+    out: Path, steps: Sequence[ReplayedStep], summaries: Sequence[GateSummary], about: Sequence[str], tau: float
+) -> None:
+    """Write ``replay.csv``, ``replay.md`` and pictures.
+
+    Args:
+        out: an existing folder.
+        steps: the replayed steps.
+        summaries: of the gates over the steps.
+        about: lines about the replay.
+        tau: of the gates in the picture by age, per nat.
+    """
+    write_rows(out / "replay.csv", steps)
+    text = [
+        "# Replay",
+        "\n".join(f"- {line}" for line in about),
+        "Gradients are those before clipping. Cosines with a fresh gradient are means over the draws; the ceiling is "
+        "the mean cosine between two fresh gradients of the same student.",
+        "## Steps",
+        step_table(steps),
+        "## Gates",
+        f"Means over the {summaries[0].num_steps if summaries else 0} steps whose rollouts are stale. Change: cosine "
+        "with fresh less that of the ungated gradient, paired by step, ± its standard error over the steps. So many "
+        f"gates ({len(summaries)}) are compared that the best of them looks better than it is: confirm it on steps of "
+        "another run.",
+        markdown(summaries) if summaries else "No recorded step is stale.",
+    ]
+    if any(step.others for step in steps):
+        text += [
+            "## Objectives",
+            "Means over all recorded steps, for gates of the paper's form. Each objective is compared with fresh "
+            "gradients of its own. Losses of different objectives have different units and zeros.",
+            objective_table(steps),
+        ]
+    (out / "replay.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    for reference in steps[0].ceilings:
+        save(cosines_by_age(steps, tau, reference), out, f"cosine-{reference}")
+    save(sample_sizes(steps), out, "sample-size")
