@@ -14,6 +14,7 @@ from opdlab.policies import LanguageModel, LocalTeacher
 from opdlab.strategies import (
     EntropyTopGate,
     FreshnessGate,
+    RewardGate,
     TokenImportanceGate,
 )
 from opdlab.training import gate_inputs
