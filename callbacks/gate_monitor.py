@@ -150,8 +150,8 @@ class GateMonitor(StepCallback):
         self._ages += recent
         self._history.add(trainer.global_step, metrics.block_weights, metrics.block_drift)
         scalars = {**metrics.scalars, **self._positions, **age_scalars(recent)}
-        if len(overlap := found.get("support_overlap", ())):
-            scalars["train/support_overlap"] = float(overlap.mean())
+        if "support_overlap" in found and len(found["support_overlap"]):
+            scalars["train/support_overlap"] = float(found["support_overlap"].mean())
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step)
         log_media(trainer.loggers, trainer.global_step, histograms=metrics.histograms)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from opdlab.errors import require
 from opdlab.files import PARTIAL, replacing
@@ -168,7 +169,7 @@ def _write_step(
     save_tensors(batch_tensors(batches), folder / ROLLOUTS)
     members.add(f"{name}/{ROLLOUTS}", folder / ROLLOUTS, "steps")
     members.add(f"{name}/{FACTS}", facts_text(record.facts, batches).encode(), "steps")
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for reference, found in drawn.items():
         for draw, parts in enumerate(found):
             tensors |= batch_tensors(parts, f"{reference}.{draw}.")

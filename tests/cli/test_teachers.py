@@ -99,7 +99,7 @@ def test_every_teacher_is_evaluated_when_training_ends(
     (tmp_path / "cached.yaml").write_text(yaml.safe_dump({"model": {"teacher": cached}, "data": {"train": train}}))
     arguments = ["-c", "small.yaml", "-c", "cached.yaml", "--model.evaluation.teacher", "true"]
     assert opdlab(*arguments) == 0
-    assert re.search("metric +┃ before +┃ after +┃ teacher-math +┃ teacher-code", capsys.readouterr().out)
+    assert re.search("metric +┃ before +┃ after +┃ teacher-code +┃ teacher-math", capsys.readouterr().out)
     folder = tmp_path / "runs/quickstart/version_0"
     results = json.loads((folder / "results.json").read_text())
     assert results["teacher"] == {}

@@ -4,6 +4,7 @@ import copy
 import csv
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from opdlab.callbacks import GateMonitor
 from opdlab.data import ReuseConfig
 from opdlab.diagnostics import StepTrace, hidden_gradient_norms
 from opdlab.objectives import Objective, SampledTokenOPD, SupportDivergence, TeacherTopK
+from opdlab.types import Rollouts
 from tests.diagnostics.synthetic import MicroBatch, micro_batch
 from tests.toy_run import Run
 
@@ -92,14 +94,15 @@ def test_a_step_in_bf16_autocast_works(make_run: Callable[..., Run]) -> None:
     assert 0.5 < norms[1].mean() / norms[0].mean() < 2
 
 
-def vocabulary_logits(model, rollouts):  # type: ignore[no-untyped-def]
+def vocabulary_logits(model: Any, rollouts: Rollouts) -> torch.Tensor:
     """Of each response token, in float64."""
     tokens = torch.cat([rollouts.prompt_tokens, rollouts.tokens], 1)
     mask = torch.cat([rollouts.prompt_mask, rollouts.mask], 1)
     places = (mask.long().cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         logits = copy.deepcopy(model).double()(tokens, attention_mask=mask.long(), position_ids=places).logits
-    return logits[:, rollouts.prompt_tokens.shape[1] - 1 : -1]
+    found: torch.Tensor = logits[:, rollouts.prompt_tokens.shape[1] - 1 : -1]
+    return found
 
 
 def shared(one: torch.Tensor, other: torch.Tensor) -> float:

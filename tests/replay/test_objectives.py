@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opdlab.callbacks import PoolRecorder
 from opdlab.errors import UsageError
-from opdlab.objectives import SampledTokenOPD, SupportDivergence, TeacherTopK
+from opdlab.objectives import Objective, SampledTokenOPD, SupportDivergence, TeacherTopK
 from opdlab.replay import Grid, RecordedStep, ReplayConfig, Replayer, read_record, record_folders
 from opdlab.replay.comparison import Row
 from opdlab.replay.objectives import chosen_objectives
@@ -52,8 +52,9 @@ def logits_of(model: Any, rollouts: Rollouts) -> Tensor:
 
 def test_another_objective_has_the_loss_and_gradient_of_the_formula(make_run: MakeRun) -> None:
     run, record = recorded(make_run, objective=TeacherTopK(k=8), gate="block32", refresh=8)
-    dropped = Named("dropped", SupportDivergence("reverse_kl", "teacher", "drop", k=4))
-    names = ("full_divergence", "teacher_topk", "sampled_token", f"{__name__}.StudentSupport", dropped)
+    dropped: Named[Objective] = Named("dropped", SupportDivergence("reverse_kl", "teacher", "drop", k=4))
+    names: list[str | Named[Objective]] = ["full_divergence", "teacher_topk", "sampled_token"]
+    names += [f"{__name__}.StudentSupport", dropped]
     replayer = Replayer(run.module, GRID, ReplayConfig(draws=2, tolerance=0.0), nullcontext, objectives=names)
     own = run.module.objective
     result = replayer.replay(record)

@@ -187,8 +187,9 @@ def test_equal_packs_are_equal_files(make_run: MakeRun, tmp_path: Path) -> None:
 def test_what_a_pack_lacks_is_left_out_and_named(make_run: MakeRun, tmp_path: Path) -> None:
     run, records = recorded(make_run, objective=TeacherTopK(k=8))
     pack(run, records, tmp_path / "run.pack")
-    wide = Named("wide", SupportDivergence("reverse_kl", "teacher", "renormalize", k=9))
-    (step,), replayer = replayed(tmp_path / "run.pack", [wide, Named("bucket", SupportDivergence(k=4))])
+    wide: Named[Objective] = Named("wide", SupportDivergence("reverse_kl", "teacher", "renormalize", k=9))
+    bucket: Named[Objective] = Named("bucket", SupportDivergence(k=4))
+    (step,), replayer = replayed(tmp_path / "run.pack", [wide, bucket])
     has = "but the record has the teacher's 8 most likely tokens without the mass of all others"
     assert replayer.skipped == {
         "wide": f"needs the teacher's 9 most likely tokens, {has}",
