@@ -38,7 +38,8 @@ def against(*paths: str) -> Callable[[F], F]:
     ids = [path if "@" in path else f"{package_of(path)} {VERSIONS[package_of(path)]} {path}" for path in paths]
 
     def decorate(test: F) -> F:
-        return pytest.mark.conformance(pytest.mark.parametrize("other", paths, ids=ids, indirect=True)(test))
+        marked: F = pytest.mark.conformance(pytest.mark.parametrize("other", paths, ids=ids, indirect=True)(test))
+        return marked
 
     return decorate
 
