@@ -26,7 +26,7 @@ def package_of(path: str) -> str:
         >>> package_of("liger_kernel.chunked_loss:LigerFusedLinearJSDLoss")
         'liger-kernel'
     """
-    return path.partition(".")[0].replace("_", "-")
+    return path.partition(":")[0].partition(".")[0].replace("_", "-")
 
 
 def against(*paths: str) -> Callable[[F], F]:

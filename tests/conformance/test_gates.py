@@ -77,7 +77,8 @@ def test_ratio_mask(other: Any, low: float, high: float) -> None:
     [
         ("ratio_mask", {"min_ratio": 0.7, "max_ratio": 1.5}, "token_k1"),
         ("sequence_ratio_mask", {"min_ratio": 0.8, "max_ratio": 1.3}, "seq_mean_k1"),
-        ("sequence_ratio_mask", {"min_ratio": 0.1, "max_ratio": 1.8, "aggregate": "product"}, "seq_sum_k1"),
+        ("sequence_ratio_mask", {"min_ratio": 0.7, "max_ratio": 2.0}, "seq_mean_k1"),
+        ("sequence_ratio_mask", {"min_ratio": 0.8, "max_ratio": 5.0, "aggregate": "product"}, "seq_sum_k1"),
     ],
     ids=str,
 )
