@@ -186,7 +186,7 @@ def test_the_pages_objective_runs_from_yaml(folder: Path) -> None:
     (page, *_) = (folder / "runs").rglob("step-*.html")
     assert "SquaredGap(margin=0.5)" in page.read_text()
     run = page.parents[1]
-    asked = ["--objectives", "teacher_topk", "--gates", "block64", "--draws", "1", "--steps", "2"]
+    asked = ["--objectives", "teacher_topk", "--gates", "block64", "--draws", "2", "--steps", "2"]
     assert main(["replay", str(run), *asked]) == 0
     with (run / "replay" / "replay.csv").open() as file:
         assert {row["objective"] for row in csv.DictReader(file)} == {"squared_gap", "teacher_topk"}

@@ -42,7 +42,8 @@ PUBLIC = {
         *("teacher_advantage", "teacher_topk_loss"),
     ],
     "opdlab.scoring": [
-        *("Head", "LowRank", "SupportTail", "TokenStatistics", "TopK", "support_logits", "support_statistics"),
+        *("Head", "LowRank", "SupportTail", "TokenStatistics", "TopK", "support_logits", "support_overlap"),
+        "support_statistics",
         "divergence_statistics",
         *("support_tail", "token_logprobs", "token_statistics", "topk_with_statistics", "topk_with_tail"),
     ],
