@@ -341,10 +341,10 @@ def test_answers_are_checked_while_the_next_are_sampled(tmp_path: Path) -> None:
     evaluator.start(SampleFolder(tmp_path, {"compared": {}}))
     model = Noting(STUDENT)
     for index in range(3):
-        evaluator.evaluate(model, one_problem(index, Slow(events)), (index,), SilentProgress())
+        evaluator.evaluate(model, one_problem(index, Slow(events)), SilentProgress())
     assert events == ["sample", "submit 0", *("sample", "submit 1", "collect 0"), *("sample", "submit 2", "collect 1")]
     with pytest.raises(MemoryError):
-        evaluator.evaluate(model, one_problem(3, Slow(events)), (3,), SilentProgress())
+        evaluator.evaluate(model, one_problem(3, Slow(events)), SilentProgress())
     assert events[-1] == "collect 2"  # sampled and verified before, so it is kept although the next batch failed
     assert [line["id"] for line in lines_of(tmp_path)] == ["0", "0", "1", "1", "2", "2"]
     assert evaluator.compute()["b/pass@1"] == 1

@@ -82,6 +82,9 @@ class Rollouts(_Rows):
         loss_mask: [B, T] bool: valid positions that count. The others are conditioned on and count in nothing: earlier
             turns, outputs of tools. None if all count. The collector narrows ``mask`` to it, see
             :func:`opdlab.rollouts.masking.mask_uncounted`.
+        sampler_logprobs: [B, T] float32, nats: log-probabilities of the tokens as the engine that sampled them computes
+            them, beside ``behavior_logprobs``, which are computed here; NaN for responses from the data, 0 at padding;
+            or None if the sampler gives none.
 
     Example:
         One prompt of two tokens, answered twice: by three tokens of which the last is the stop token, and by one.
@@ -122,6 +125,7 @@ class Rollouts(_Rows):
     teacher_ids: Tensor | None = None
     demonstration: Tensor | None = None
     loss_mask: Tensor | None = None
+    sampler_logprobs: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -323,6 +327,7 @@ def trimmed(rollouts: Rollouts, targets: Targets) -> tuple[Rollouts, Targets]:
     used = rollouts.mask.any(0)
     length = int(used.nonzero().max()) + 1 if bool(used.any()) else 1
     support, of_teacher = rollouts.behavior_support_ids, rollouts.teacher_prompt_mask
+    of_sampler = rollouts.sampler_logprobs
     if of_teacher is not None and rollouts.teacher_prompt_tokens is not None:
         left = int(of_teacher.any(0).int().argmax()) if of_teacher.numel() else 0
         rollouts = replace(
@@ -339,5 +344,6 @@ def trimmed(rollouts: Rollouts, targets: Targets) -> tuple[Rollouts, Targets]:
         mask=rollouts.mask[:, :length],
         behavior_logprobs=rollouts.behavior_logprobs[:, :length],
         loss_mask=None if rollouts.loss_mask is None else rollouts.loss_mask[:, :length],
+        sampler_logprobs=None if of_sampler is None else of_sampler[:, :length],
     )
     return cut, targets.map(lambda tensor: tensor[:, :length])
