@@ -35,7 +35,7 @@ class Evaluator(nn.Module):
         self.config = replace(config, seed=DEFAULT_SEED) if config.seed is None else config
         self.sampling = sampling
         self._own_sampler = TransformersSampler()
-        self._num_started = 0
+        self._weights = object()  # stands for the weights of this evaluation
         self.metrics = nn.ModuleDict({name: BenchmarkMetrics(config, sampling.num_samples) for name in benchmarks})
         self.folder: SampleFolder | None = None
         # Samples whose answers the verifier is still checking, and its verdicts.
@@ -48,7 +48,7 @@ class Evaluator(nn.Module):
         """
         self.close()
         self.folder = folder
-        self._num_started += 1
+        self._weights = object()
         for metrics in self.metrics.values():
             metrics.reset()  # type: ignore[operator]
 
@@ -86,7 +86,7 @@ class Evaluator(nn.Module):
             parts = ("evaluation", self.config.seed, batch.benchmark)
             streams = derive_streams(*parts, keys=ids, num_samples=num_samples)
             prompts, rows = [p.tokens for p in batch.prompts], [p.index for p in batch.prompts]
-            sampler.use(model, step, ("evaluation", self._num_started))
+            sampler.use(model, step, self._weights)
             facts: dict[str, Any] = {"progress": progress, "prompt_ids": rows}
             rollouts = sample_rollouts(sampler, model, prompts, streams, self.sampling, **facts)
             texts = model.responses(rollouts)
