@@ -63,6 +63,7 @@ PUBLIC = {
     "opdlab.policies": [
         *("AdapterConfig", "BaseTeacher", "StopTokens", "share_vocabulary", "single_token_ids", "warn_of_stop_tokens"),
         *("BehaviorPolicy", "LanguageModel", "LocalTeacher", "Sampler", "SamplingConfig", "Scored"),
+        *("Samples", "TransformersSampler", "register_sampler", "sample_rollouts", "sampler_registry"),
         *("BehaviorConfig", "NoTeacher", "Teacher", "TeacherHolder", "TeacherRequest", "check_same_vocabulary"),
         *("RoutedTeacher", "SelfTeacher", "TargetCache", "check_targets"),
     ],

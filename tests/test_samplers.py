@@ -63,7 +63,7 @@ class EngineSampler(CopyingSampler):
         logprobs = torch.zeros(rollouts.tokens.shape)
         for rows, scored in self._model.score_in_chunks(rollouts, 32):
             logprobs[rows] = scored.padded(scored.statistics().logprobs).detach()
-        signs = 1.0 - 2.0 * (rollouts.tokens % 2)  # even tokens are more likely here, odd ones less
+        signs = 1.0 - 2.0 * (rollouts.tokens % 2)  # the engine finds even tokens more likely, odd ones less
         return Samples(rollouts.tokens, rollouts.mask, logprobs + self.difference * signs)
 
 
@@ -257,7 +257,10 @@ def test_rollouts_of_an_earlier_version_have_no_log_probabilities_of_a_sampler(m
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda s: replace(s, tokens=s.tokens[1:]), r"returned tokens of shape \(1, 4\) with a mask of shape \(2, 4\)"),
+        (
+            lambda s: replace(s, tokens=s.tokens[1:]),
+            r"returned tokens of shape \(1, \d\) with a mask of shape \(2, \d\)",
+        ),
         (
             lambda s: replace(s, mask=torch.zeros_like(s.mask)),
             "up to 0 valid positions, but must return 2 responses of 1",
@@ -309,12 +312,13 @@ def test_wrong_samplers_are_refused_before_models_are_loaded(
 
 
 def test_the_name_of_a_sampler_stands_for_its_class(tmp_path: Path) -> None:
-    assert sampler_registry().names() == ["transformers"]
+    assert "transformers" in sampler_registry().names()
     given = parse_fit(["-c", "quickstart", "--model.sampler", "transformers"]).model.sampler
     path = tmp_path / "own.yaml"
     path.write_text("extends: quickstart\nmodel: {sampler: transformers}\n")
     for sampler in (given, parse_fit(["-c", str(path)]).model.sampler):
-        assert sampler.class_path == "opdlab.policies.transformers_sampler.TransformersSampler"
+        assert sampler.class_path.startswith("opdlab.policies.")
+        assert sampler.class_path.endswith(".TransformersSampler")
     assert parse_fit(["-c", str(path), "--model.sampler", "null"]).model.sampler is None
     assert parse_fit(["-c", "quickstart"]).model.sampler is None
 

@@ -102,18 +102,21 @@ def test_the_number_of_samples_does_not_change_the_first_ones(exact: LanguageMod
 
 def test_a_prompt_that_occurs_again_gets_other_samples(exact: LanguageModel, prompts: list[list[int]]) -> None:
     behavior = BehaviorPolicy(exact, replace(CONFIG, num_samples=1))
-    rollouts = behavior.sample([prompts[3]] * 4, [3] * 4, seed=0)
+    unscored = torch.arange(4)
+    rollouts = behavior.sample([prompts[3]] * 4, [3] * 4, seed=0, unscored=unscored)
     assert len({tuple(tokens) for tokens in rollouts.tokens.tolist()}) == 4
-    four = BehaviorPolicy(exact, replace(CONFIG, num_samples=4)).sample([prompts[3]], [3], seed=0)
+    four = behavior.sample([prompts[3]], [3], seed=0, num_samples=4, unscored=unscored)
     assert torch.equal(four.tokens, rollouts.tokens)
-    assert not torch.equal(behavior.sample([prompts[3]] * 4, [3] * 4, seed=1).tokens[:, :9], rollouts.tokens[:, :9])
+    other = behavior.sample([prompts[3]] * 4, [3] * 4, seed=1, unscored=unscored)
+    assert not torch.equal(other.tokens[:, :9], rollouts.tokens[:, :9])
 
 
 def test_a_demonstration_takes_the_place_of_a_sample(exact: LanguageModel, prompts: list[list[int]]) -> None:
     behavior = BehaviorPolicy(exact, CONFIG)
-    plain = responses(behavior.sample(prompts[:3], [0, 1, 2], seed=0))
+    options: dict[str, Any] = {"seed": 0, "unscored": torch.arange(9)}
+    plain = responses(behavior.sample(prompts[:3], [0, 1, 2], **options))
     given = [Given([5, 6], [True, True], count) for count in (0, 1, 3)]
-    beside = responses(behavior.sample(prompts[:3], [0, 1, 2], seed=0, given=given))
+    beside = responses(behavior.sample(prompts[:3], [0, 1, 2], given=given, **options))
     for (prompt, number), tokens in beside.items():
         assert tokens == ([5, 6, 1] if number < given[prompt].count else plain[prompt, number])
 
