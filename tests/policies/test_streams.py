@@ -73,7 +73,7 @@ def test_batches_order_and_calls_do_not_change_the_samples(
     exact: LanguageModel, prompts: list[list[int]], options: dict[str, float]
 ) -> None:
     first, *others = variants(exact, prompts, replace(CONFIG, **options)).values()
-    assert len({tuple(tokens) for tokens in first.values()}) > 20
+    assert len({tuple(tokens) for tokens in first.values()}) > 15
     for other in others:
         assert other == first
 
