@@ -232,19 +232,16 @@ def test_responses_from_the_data_are_not_corrected(make_run: MakeRun) -> None:
         assert torch.isfinite(trace.loss_shares).all()
 
 
-def test_rollouts_of_an_earlier_version_have_no_log_probabilities_of_a_sampler(make_run: MakeRun) -> None:
-    run = make_run(max_new_tokens=8)
-    run.fit(1)
-    state = run.data.train_dataloader().state_dict()
+def test_a_buffer_of_an_earlier_version_has_no_log_probabilities_of_a_sampler(make_run: MakeRun) -> None:
+    loader: Any = make_run(max_new_tokens=8).fit(1).train_dataloader
+    state = loader.state_dict()
     assert state["pools"][0]["rollouts"].pop("sampler_logprobs") is None
-    resumed = make_run(max_new_tokens=8)
-    resumed.fit(1)
-    loader = resumed.data.train_dataloader()
+    other = make_run(max_new_tokens=8, sampler=EngineSampler(), sampler_correction="tis")
+    other.fit(1)
+    loader = other.data.train_dataloader()
     loader.load_state_dict(state)
     batch = next(iter(loader))
     assert batch.rollouts.sampler_logprobs is None
-    other = make_run(max_new_tokens=8, sampler=EngineSampler(), sampler_correction="tis")
-    other.fit(1)
     with pytest.raises(
         UsageError, match="model.sampler_correction is 'tis', but the rollouts of this buffer have no lo"
     ):
