@@ -37,6 +37,7 @@ PUBLIC = {
         *("FullDivergence", "register_objective"),
     ],
     "opdlab.objectives.functional": [
+        *("Correction", "sampler_correction"),
         *("Divergence", "Estimator", "Reference", "Shape", "Tail", "clip_binds", "full_divergence", "group_reward"),
         *("policy_gradient_loss", "sampled_token_divergence", "sampled_token_loss", "support_divergence"),
         *("teacher_advantage", "teacher_topk_loss"),
