@@ -258,7 +258,8 @@ class OPDModule(EvaluationModule):
         scheduled = {} if tau is None else {"gate/tau": tau}
         age = (self.global_step - batch.rollouts.snapshot_step).float().mean()
         metrics = step_metrics(record)
-        self._warned_of_sampler = self._warned_of_sampler or sampler_gap.exceeds(metrics, self.global_step)
+        if "train/sampler_gap" in metrics and not self._warned_of_sampler:
+            self._warned_of_sampler = sampler_gap.warn_if_large(float(metrics["train/sampler_gap"]), self.global_step)
         self._metrics = {**metrics, **batch.pool_metrics, **scheduled, "rollout/age": age}
         self.log_dict(self._metrics, logger=False)
         self._metrics |= {"train/loss": loss, "epoch": self.current_epoch}

@@ -3,7 +3,6 @@
 Shapes: B rollouts, T response tokens. Log-probabilities are in nats.
 """
 
-from collections.abc import Mapping
 from typing import get_args
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -62,15 +61,14 @@ def corrected(shares: Tensor, rollouts: Rollouts, kind: Correction) -> tuple[Ten
     return shares * factors, values
 
 
-def exceeds(metrics: Mapping[str, Tensor], step: int) -> bool:
+def warn_if_large(gap: float, step: int) -> bool:
     """Warn if the mean difference of an optimizer batch is above its bound, and return whether it is.
 
     Args:
-        metrics: of :func:`opdlab.diagnostics.step_metrics`.
+        gap: ``train/sampler_gap``, nats per token.
         step: optimizer steps taken.
     """
-    gap = float(metrics.get("train/sampler_gap", 0.0))
-    if not gap > LARGEST_MEAN_GAP:
+    if gap <= LARGEST_MEAN_GAP:
         return False
     rank_zero_warn(
         f"at step {step} the log-probabilities of model.sampler differ from the snapshot's by {gap:.3g} nats a token, "
