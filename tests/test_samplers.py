@@ -88,7 +88,7 @@ def test_a_sampler_with_a_copy_of_the_weights_always_has_the_right_ones(make_run
     for sampler in (TransformersSampler(), CopyingSampler()):
         run = make_run(sampler=sampler, refresh=6, max_new_tokens=8)
         metrics: list[dict[str, float]] = []
-        options = {"limit_val_batches": 1.0, "val_check_interval": 2, "num_sanity_val_steps": 0}
+        options: dict[str, Any] = {"limit_val_batches": 1.0, "val_check_interval": 2, "num_sanity_val_steps": 0}
         trainer = run.fit(9, **options)
         metrics.append({name: float(value) for name, value in trainer.callback_metrics.items() if "val/" in name})
         runs.append((run.recorder.losses, metrics))
@@ -200,7 +200,7 @@ def test_a_correction_multiplies_losses_and_no_weights(
         torch.testing.assert_close(corrected.loss_shares, without.loss_shares * factor, rtol=1e-3, atol=0)
         losses = without.inputs.position_losses
         assert losses is not None
-        assert torch.equal(corrected.inputs.position_losses, losses)  # type: ignore[arg-type]
+        assert torch.equal(corrected.inputs.position_losses, losses)
         loss = loss + reduce_losses(losses * factor, without.gates.weights, without.loss_shares)
     assert runs[1].recorder.losses == [pytest.approx(float(loss), rel=1e-3, abs=1e-7)]
     logged = runs[1].recorder.steps[1]

@@ -70,7 +70,7 @@ def variants(model: LanguageModel, prompts: list[list[int]], config: SamplingCon
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 1.4, "top_p": 0.8}])
 def test_batches_order_and_calls_do_not_change_the_samples(
-    exact: LanguageModel, prompts: list[list[int]], options: dict[str, float]
+    exact: LanguageModel, prompts: list[list[int]], options: dict[str, Any]
 ) -> None:
     first, *others = variants(exact, prompts, replace(CONFIG, **options)).values()
     assert len({tuple(tokens) for tokens in first.values()}) > 15
