@@ -72,8 +72,9 @@ def test_every_row_is_of_a_scalar_that_is_logged(tmp_path: Path) -> None:
             tmp_path / str(number), objective=objective, tau=LinearTau(1.0, 2.0, 2), evaluation=evaluation
         )
     missing = {row.name for row in metric_rows() if not any(row.matches(name) for name in names)}
-    # Those of a cache, of several teachers and of demonstrations are logged in the tests of these.
-    assert {name for name in missing if not name.startswith("targets/")} == {"rollout/demonstration_share"}
+    # Those of a cache, of several teachers, of demonstrations and of samplers are logged in the tests of these.
+    elsewhere = ("targets/", "train/sampler_")
+    assert {name for name in missing if not name.startswith(elsewhere)} == {"rollout/demonstration_share"}
 
 
 def test_the_rows_name_what_computes_them() -> None:
