@@ -108,20 +108,24 @@ def _count(tokens: Any, stop_ids: list[int]) -> int:
 # -- what is measured --------------------------------------------------------------------------------------------------
 
 
-def sample_opdlab(model: Any, prompts: list[list[int]], arguments: argparse.Namespace) -> int:
-    """Sample with opdlab's sampler."""
-    from opdlab.policies import Sampler, SamplingConfig
+def sample_opdlab(model: Any, prompts: list[list[int]], arguments: argparse.Namespace, first: int = 0) -> int:
+    """Sample with opdlab's sampler; ``first`` is the number of the first prompt."""
+    from opdlab.policies import SamplingConfig, TransformersSampler
+    from opdlab.progress import SilentProgress
+    from opdlab.seeds import derive_streams
 
-    config = SamplingConfig(
-        num_samples=arguments.samples, max_new_tokens=_max_new_tokens(arguments), batch_size=arguments.batch_size
-    )
-    return int(Sampler(config).sample(model, prompts, arguments.seed).mask.sum())
+    config = SamplingConfig(max_new_tokens=_max_new_tokens(arguments), batch_size=arguments.batch_size)
+    keys = range(first, first + len(prompts))
+    streams = derive_streams("benchmark", arguments.seed, keys=keys, num_samples=arguments.samples)
+    sampler = TransformersSampler()
+    sampler.refresh(model, 0)
+    return int(sampler.sample(prompts, streams, config, SilentProgress()).mask.sum())
 
 
 def sample_chunks(model: Any, prompts: list[list[int]], arguments: argparse.Namespace) -> int:
     """Sample with opdlab's sampler, as many prompts at a time as fit."""
     size = max(1, arguments.batch_size // arguments.samples)
-    return sum(sample_opdlab(model, prompts[i : i + size], arguments) for i in range(0, len(prompts), size))
+    return sum(sample_opdlab(model, prompts[i : i + size], arguments, i) for i in range(0, len(prompts), size))
 
 
 def sample_generate(

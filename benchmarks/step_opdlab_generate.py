@@ -5,10 +5,10 @@ from typing import Any
 import step_opdlab
 from step_common import Run
 
-from opdlab.policies import sampler
+from opdlab.policies import transformers_sampler
 
 
 def train(run: Run) -> dict[str, Any]:
     """Train, and return the measured run."""
-    sampler.uses_own_loop = lambda model: False  # as for a model that opdlab's loop does not support
+    transformers_sampler.uses_own_loop = lambda model: False  # as for a model that opdlab's loop does not support
     return step_opdlab.train(run)

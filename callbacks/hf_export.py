@@ -67,7 +67,7 @@ class HFExport(pl.Callback):
         config = Path(run_folder) / "config.yaml"
         record = training_record(trainer, pl_module, CONFIG_NAME if config.is_file() else None)
         with naming_full_disk(folder):
-            generation_config(pl_module.student, pl_module.evaluator.sampler.config).save_pretrained(folder)
+            generation_config(pl_module.student, pl_module.evaluator.sampling).save_pretrained(folder)
             if config.is_file():
                 shutil.copyfile(config, folder / CONFIG_NAME)
         self._written = (folder, record)
@@ -151,7 +151,7 @@ def training_record(trainer: pl.Trainer, module: OPDModule, config: str | None) 
         "optimizer": ", ".join(f"{type(each).__name__}(lr={each.defaults.get('lr')})" for each in trainer.optimizers),
         "precision": str(trainer.precision),
         "rollouts": describe(module.sampling),
-        "answers": describe(module.evaluator.sampler.config),
+        "answers": describe(module.evaluator.sampling),
     }
     return TrainingRecord(
         student=module.student.path,

@@ -4,17 +4,20 @@ A run has three seeds: ``seed_everything`` for the global generators, ``data.see
 rollouts, ``model.evaluation.seed`` for the answers in evaluations. The last two are null by default and follow the
 first. The problems do not depend on them: a problem source has its own seed.
 
-Random draws are seeded by their position (buffer, pass, batch), so they need no state beyond a few counters.
+Random draws are seeded by their position (buffer, pass, batch), so they need no state beyond a few counters. Each
+rollout and each answer has a random stream of its own, :func:`derive_streams`.
 """
 
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from opdlab.errors import UsageError, require
 
@@ -81,12 +84,38 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def derive_streams(*parts: int | str, keys: Sequence[int | str], num_samples: int) -> Tensor:
+    """Return the random stream of each sample: a seed that depends on ``parts``, its key and its number.
+
+    The number is that of the sample among those of its key, so a key that occurs again gets further samples. A stream
+    does not depend on other keys, on their order, or on a process's rank.
+
+    Args:
+        *parts: what the samples belong to, such as the seed of a rollout buffer.
+        keys: one for each prompt: its number or its name.
+        num_samples: samples of each prompt.
+
+    Returns:
+        [number of keys, num_samples] long, from 0 to 2^63 - 1.
+
+    Example:
+        >>> both = derive_streams("rollouts", 7, keys=[3, 5], num_samples=2)
+        >>> torch.equal(derive_streams("rollouts", 7, keys=[5], num_samples=2), both[1:])
+        True
+        >>> len(derive_streams("rollouts", 7, keys=[3, 3], num_samples=2).unique())
+        4
+    """
+    counts: Counter[int | str] = Counter()
+    rows = []
+    for key in keys:
+        rows.append([derive_seed(*parts, key, counts[key] + number) for number in range(num_samples)])
+        counts[key] += num_samples
+    return torch.tensor(rows, dtype=torch.long).view(len(keys), num_samples)
+
+
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Run the block under ``seed``, then restore the global generators.
-
-    ``generate`` of transformers draws from the global generator and accepts no other.
-    """
+    """Run the block under ``seed``, then restore the global generators."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

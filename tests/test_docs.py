@@ -23,6 +23,7 @@ from opdlab.cli.study import parser as study_parser
 from opdlab.diagnostics import metric_table
 from opdlab.gating import DriftGate, GateStrategy, RuleGate, gate_names, gate_registry
 from opdlab.objectives.base import objective_registry
+from opdlab.policies import sampler_registry
 from opdlab.studies.study import read_study
 from tests.studies.tiny import SHORT, study_run
 from tests.test_package import PUBLIC
@@ -153,7 +154,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty current folder; what code registers is forgotten."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    for registry in (gate_registry(), objective_registry()):
+    for registry in (gate_registry(), objective_registry(), sampler_registry()):
         monkeypatch.setattr(registry, "_classes", dict(registry._classes))
     monkeypatch.setattr(metric_table, "_TABLE", dict(metric_table._TABLE))
     yield tmp_path

@@ -38,11 +38,12 @@ from opdlab.estimate import (
     optimizer_bytes_per_parameter,
     widths_of,
 )
-from opdlab.policies import LanguageModel, Sampler, SamplingConfig
+from opdlab.policies import LanguageModel, SamplingConfig
 from opdlab.policies.adapters import AdapterConfig, attach_adapter
 from opdlab.rollouts import Pool, RolloutLoader, Rollouts, Targets
 from opdlab.scoring import Head, divergence_statistics, token_statistics
 from opdlab.types import Problem, Prompt
+from tests.policies.tiny_models import sampled
 from tests.toy_run import STUDENT
 
 SHAPES = [  # hidden, intermediate, layers, heads, kv heads, head dim
@@ -310,7 +311,7 @@ def test_sampling_stays_below_its_bound(num_samples: int, prompt: int, new: int,
         student.model = Qwen3ForCausalLM(config).eval()
     sampling = SamplingConfig(num_samples=num_samples, max_new_tokens=new, batch_size=batch)
     with LiveBytes(student) as live, torch.no_grad():
-        Sampler(sampling).sample(student, [[5] * prompt] * (rows // num_samples), seed=1)
+        sampled(student, sampling, [[5] * prompt] * (rows // num_samples))
     flags = ["--model.sampling.num_samples", num_samples, "--model.sampling.max_new_tokens", new]
     flags += ["--model.sampling.batch_size", batch, "--data.max_prompt_tokens", prompt]
     flags += ["--data.reuse.prompts_per_pool", rows // num_samples, "--data.reuse.batch_size", rows]

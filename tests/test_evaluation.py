@@ -173,7 +173,6 @@ def test_any_other_setting_is_refused_by_name(
     cases = {
         ("--model.eval_sampling.temperature", "0.7"): "model.eval_sampling.temperature is 1.0 there and 0.7 now",
         ("--model.evaluation.seed", "5"): "model.evaluation.seed is 0 there and 5 now",
-        ("--data.eval_batch_size", "3"): "data.eval_batch_size is 2 there and 3 now",
         ("--model.student.path", STUDENT): "model.student.weights is ",
         ("--data.benchmarks.one.init_args.seed", "9"): "data.benchmarks.one.prompts is ",
     }
@@ -189,6 +188,17 @@ def test_any_other_setting_is_refused_by_name(
     capsys.readouterr()
     assert opdlab(*few, "plain") == EXIT_USAGE
     assert "model.evaluation.samples is 'plain', which cannot be written (" in capsys.readouterr().err
+
+
+def test_answers_do_not_depend_on_their_batch(opdlab: Callable[..., int], tmp_path: Path) -> None:
+    few = ["--model.eval_sampling.max_new_tokens", "40", SAMPLES]
+    assert opdlab(*few, "two") == 0
+    assert opdlab(*few, "five", "--data.eval_batch_size", "5") == 0
+    two, five = lines_of(tmp_path / "two"), lines_of(tmp_path / "five")
+    assert two == five
+    assert len({line["seed"] for line in two}) == len(two) == 4 * (11 + 3)
+    assert opdlab(*few, "two", "--data.eval_batch_size", "7") == 0  # it may change between two parts of an evaluation
+    assert lines_of(tmp_path / "two") == two
 
 
 def test_no_teacher_is_loaded_and_each_model_has_a_folder_of_its_own(
@@ -341,10 +351,10 @@ def test_answers_are_checked_while_the_next_are_sampled(tmp_path: Path) -> None:
     evaluator.start(SampleFolder(tmp_path, {"compared": {}}))
     model = Noting(STUDENT)
     for index in range(3):
-        evaluator.evaluate(model, one_problem(index, Slow(events)), (index,), SilentProgress())
+        evaluator.evaluate(model, one_problem(index, Slow(events)), SilentProgress())
     assert events == ["sample", "submit 0", *("sample", "submit 1", "collect 0"), *("sample", "submit 2", "collect 1")]
     with pytest.raises(MemoryError):
-        evaluator.evaluate(model, one_problem(3, Slow(events)), (3,), SilentProgress())
+        evaluator.evaluate(model, one_problem(3, Slow(events)), SilentProgress())
     assert events[-1] == "collect 2"  # sampled and verified before, so it is kept although the next batch failed
     assert [line["id"] for line in lines_of(tmp_path)] == ["0", "0", "1", "1", "2", "2"]
     assert evaluator.compute()["b/pass@1"] == 1

@@ -14,8 +14,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from opdlab.policies import LanguageModel, Sampler, SamplingConfig
+from opdlab.policies import LanguageModel, SamplingConfig
 from opdlab.policies.decoding import why_not_selectable
+from tests.policies.tiny_models import sampled
 from tests.toy_run import STUDENT
 
 ROOT = Path(__file__).parents[1]
@@ -176,7 +177,7 @@ def test_the_decoding_loop_is_on(architecture: str, caplog: pytest.LogCaptureFix
         model.model = smollm2()
     assert why_not_selectable(model.model) is None
     with caplog.at_level("INFO"):
-        samples = Sampler(SamplingConfig(num_samples=2, max_new_tokens=5)).sample(model, [[5, 6, 7], [8, 9]], seed=0)
+        samples = sampled(model, SamplingConfig(num_samples=2, max_new_tokens=5), [[5, 6, 7], [8, 9]])
     assert samples.tokens.shape[0] == 4
     assert not any("transformers' own loop" in record.getMessage() for record in caplog.records)
 
@@ -186,10 +187,9 @@ def test_a_model_that_cannot_use_the_loop_is_told_of_once(
 ) -> None:
     model = LanguageModel(STUDENT)
     monkeypatch.setattr(type(model.model), "_is_stateful", True)
-    sampler = Sampler(SamplingConfig(max_new_tokens=3))
     with caplog.at_level("INFO"):
         for seed in (0, 1):
-            sampler.sample(model, [[5, 6, 7]], seed=seed)
+            sampled(model, SamplingConfig(max_new_tokens=3), [[5, 6, 7]], seed)
     lines = [record.getMessage() for record in caplog.records if "transformers' own loop" in record.getMessage()]
     assert lines == [
         "sampling: Qwen3ForCausalLM is decoded by transformers' own loop, which is slower, because it carries more "

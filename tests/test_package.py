@@ -37,6 +37,7 @@ PUBLIC = {
         *("FullDivergence", "register_objective"),
     ],
     "opdlab.objectives.functional": [
+        *("Correction", "sampler_correction"),
         *("Divergence", "Estimator", "Reference", "Shape", "Tail", "clip_binds", "full_divergence", "group_reward"),
         *("policy_gradient_loss", "sampled_token_divergence", "sampled_token_loss", "support_divergence"),
         *("teacher_advantage", "teacher_topk_loss"),
@@ -64,6 +65,7 @@ PUBLIC = {
     "opdlab.policies": [
         *("AdapterConfig", "BaseTeacher", "StopTokens", "share_vocabulary", "single_token_ids", "warn_of_stop_tokens"),
         *("BehaviorPolicy", "LanguageModel", "LocalTeacher", "Sampler", "SamplingConfig", "Scored"),
+        *("Samples", "TransformersSampler", "register_sampler", "sample_rollouts", "sampler_registry"),
         *("BehaviorConfig", "NoTeacher", "Teacher", "TeacherHolder", "TeacherRequest", "check_same_vocabulary"),
         *("RoutedTeacher", "SelfTeacher", "TargetCache", "check_targets"),
     ],

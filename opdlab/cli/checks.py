@@ -29,10 +29,11 @@ from opdlab.errors import UsageError, first_line, require, user_line
 from opdlab.evaluation.config import EvaluationConfig
 from opdlab.module import OPDModule
 from opdlab.parser_messages import types_in_words
-from opdlab.policies import SamplingConfig
+from opdlab.policies import SamplingConfig, TransformersSampler
 from opdlab.rollouts import DemonstrationConfig, ReuseConfig
 from opdlab.training.checks import check_token_bound, check_verdicts
 from opdlab.training.resume import check_before_models, plain_settings
+from opdlab.training.sampler_gap import check_correction
 
 # Each callback has its own section of the configuration.
 CALLBACKS: Mapping[str, type[Callback]] = {
@@ -56,6 +57,9 @@ _SECTIONS: Mapping[str, Any] = {
     **CALLBACKS,
     "checkpoint": ModelCheckpoint,
 }
+
+# Classes that the configuration names and that load nothing when they are built.
+_PLUGINS = tuple(f"model.{name}" for name in ("gate", "objective", "sampler", "optimizer", "lr_scheduler"))
 
 # Options of the trainer whose values Lightning takes, though it fails on them later: the smallest one, and the fix.
 _LEAST = {
@@ -102,13 +106,15 @@ def check_config(parser: ArgumentParser, config: Namespace) -> None:
         PromptDataModule(**{**config.data.as_dict(), **made})
     made["demonstrations"].check(reuse.prompts_per_pool * parts["model.sampling"].num_samples)
     plugins = Namespace()  # type: ignore[no-untyped-call]
-    for key in ("model.gate", "model.objective", "model.optimizer", "model.lr_scheduler", "data.train"):
+    for key in (*_PLUGINS, "data.train"):
         plugins[key] = config[key]
     if not plugins.data.train.class_path.startswith("opdlab."):
         del plugins["data"]  # the source of another package may read its files when it is built
     built = build(parser, plugins, groups=False).model
     # Whether the problems have a verifier is known once they are read.
     check_verdicts(built.objective, judged=True, num_samples=parts["model.sampling"].num_samples)
+    with under("model", config.model):
+        check_correction(config.model.sampler_correction, built.sampler or TransformersSampler())
     check_optimizer(built.optimizer, built.lr_scheduler, config)
     check_trainer(config)
 

@@ -15,6 +15,7 @@ from opdlab.errors import UsageError, require
 from opdlab.gating import gate_registry
 from opdlab.objectives.base import objective_registry
 from opdlab.parser_messages import Explainer
+from opdlab.policies import sampler_registry
 from opdlab.registry import Registry, suggestion
 from opdlab.yaml_files import YamlError, load_yaml, read_yaml
 
@@ -22,6 +23,7 @@ from opdlab.yaml_files import YamlError, load_yaml, read_yaml
 _REGISTRIES: dict[str, Callable[[], Registry[Any]]] = {
     "model.gate": gate_registry,
     "model.objective": objective_registry,
+    "model.sampler": sampler_registry,
 }
 _CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 EXTENDS = "extends"
@@ -129,7 +131,8 @@ def class_path_of(key: str, name: str) -> str:
     registry = _REGISTRIES[key]()
     names = registry.names()
     classes = {registry.get(known).__name__ for known in names}
-    if "." in name or name in classes or name.startswith(("{", "[")):  # the last is a section, or not a class at all
+    # A section, or not a class at all, is for the parser.
+    if "." in name or name in classes or name == "null" or name.startswith(("{", "[")):
         return name
     cls = registry.get(name)
     return f"{cls.__module__}.{cls.__qualname__}"
@@ -139,7 +142,7 @@ def expand_names(arguments: Sequence[str]) -> list[str]:
     """Return ``arguments`` with registered names of plug-ins replaced by class paths, also after ``.help``.
 
     Raises:
-        UsageError: no gate or objective has that name.
+        UsageError: no gate, objective or sampler has that name.
 
     Example:
         >>> expand_names(["--model.gate", "token", "--model.objective=sampled_token"])[:2]

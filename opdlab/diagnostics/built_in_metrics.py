@@ -14,6 +14,7 @@ _COLLECTOR = "opdlab.rollouts.Collector.collect"
 _ROUTED, _CACHE = "opdlab.policies.RoutedTeacher", "opdlab.policies.TargetCache"
 _POSITIONS = "opdlab.diagnostics.positions.read_positions"
 _GUARD = "opdlab.callbacks.CollapseGuard"
+_SAMPLER = "opdlab.training.sampler_gap.corrected"
 _BENCHMARK, _MEAN = (
     "opdlab.evaluation.benchmark_metrics.BenchmarkMetrics",
     "opdlab.evaluation.benchmark_metrics.over_benchmarks",
@@ -90,6 +91,18 @@ _ROWS = (
     Metric("train/teacher_entropy", "teacher's entropy", "nats",
            "entropy of the teacher's next-token distribution on the same positions: a lower bound from its support, or "
            "an estimate from the sampled tokens", _GUARD, "the student's comes close to it", Chart("loss")),
+
+    # Where an engine sampled that gives log-probabilities of its own.
+    Metric("train/sampler_gap", "difference to the sampler", "nats",
+           "mean abs(logpi_b - logpi_s): the snapshot's log-probability of the sampled tokens less its sampler's own",
+           _SAMPLER, "the rounding of both: below 1e-4 in float32. A run warns above 0.05", Chart("rollout")),
+    Metric("train/sampler_gap_max", "largest difference to the sampler", "nats", "largest abs(logpi_b - logpi_s)",
+           _SAMPLER),
+    Metric("train/sampler_correction", "correction for the sampler", "",
+           "mean factor of `model.sampler_correction`", _SAMPLER, "near 1", Chart("rollout")),
+    Metric("train/sampler_correction_share", "share of corrections at the bound", "share",
+           "share of positions at which the bound of `model.sampler_correction` acts: the factor is cut to it, or 0",
+           _SAMPLER, "near 0"),
 
     Metric("rollout/demonstration_share", "share of demonstrations", "share",
            "share of the buffer's rollouts whose response comes from the data", _COLLECTOR,

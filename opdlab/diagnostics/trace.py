@@ -30,7 +30,8 @@ class StepTrace:
         inputs: of the gate: drift, teacher's log-probabilities, position losses.
         gates: output of the gate.
         loss_shares: [B, T]: factor of a position's loss, besides its weight, in the optimizer batch's loss:
-            1 over the number of tokens for ``token_mean``. 0 at masked positions.
+            1 over the number of tokens for ``token_mean``, times the correction for the sampler if there is one. 0 at
+            masked positions.
         values: [B, T] each, by name: ``entropy``, and further values of the objective.
         gradient_norms: see :func:`hidden_gradient_norms`; None if no callback requests it.
         targets: the teacher's; None for a trace that was not made by a training step.

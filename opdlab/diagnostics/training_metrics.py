@@ -55,6 +55,7 @@ def step_metrics(record: StepRecord) -> dict[str, Tensor]:
     if not drift.numel():  # the loss may leave out every token of the batch
         return {}
     means = {name: value for name, value in record.items() if name not in ("drift", "segment_drift", "weight")}
+    largest = {"train/sampler_gap_max": record["sampler_gap"].amax()} if "sampler_gap" in record else {}
     return {
         "train/drift/token_mean": drift.mean(),
         "train/drift/segment_mean": record["segment_drift"].abs().mean(),
@@ -68,4 +69,5 @@ def step_metrics(record: StepRecord) -> dict[str, Tensor]:
         "gate/share_below_0.5": (weight < 0.5).float().mean(),
         "gate/share_above_2": (weight > 2).float().mean(),
         **{f"train/{name}": value.mean() for name, value in means.items()},
+        **largest,
     }

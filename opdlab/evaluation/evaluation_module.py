@@ -17,7 +17,7 @@ from opdlab.evaluation.evaluator import Evaluator
 from opdlab.evaluation.samples import SampleFolder
 from opdlab.evaluation.settings import evaluation_settings
 from opdlab.loggers import log_scalars
-from opdlab.policies import LanguageModel, NoTeacher, SamplingConfig, Teacher, TeacherHolder
+from opdlab.policies import LanguageModel, NoTeacher, Sampler, SamplingConfig, Teacher, TeacherHolder
 from opdlab.policies.decoding import naming_step
 from opdlab.progress import Progress, SilentProgress, StoppableProgress
 from opdlab.records import package_versions
@@ -41,10 +41,16 @@ class EvaluationModule(pl.LightningModule):
         teacher: reference of the reverse KL, if that is measured; never a submodule.
         evaluation: see :class:`EvaluationConfig`.
         sampling: sampling options of the answers.
+        sampler: samples the student's answers; None for transformers'. Other models are always sampled with that.
     """
 
     def __init__(
-        self, student: LanguageModel, teacher: Teacher, evaluation: EvaluationConfig, sampling: SamplingConfig
+        self,
+        student: LanguageModel,
+        teacher: Teacher,
+        evaluation: EvaluationConfig,
+        sampling: SamplingConfig,
+        sampler: Sampler | None = None,
     ) -> None:
         super().__init__()
         evaluation.check(sampling)
@@ -55,6 +61,7 @@ class EvaluationModule(pl.LightningModule):
         self.student = student
         self._held = TeacherHolder(teacher)
         self.evaluator = Evaluator(evaluation, sampling, [])
+        self.sampler = sampler
         self._instead: _Evaluated | None = None  # evaluated instead of the student
         self.logged: dict[tuple[Logger, int], Set[str]] = {}
         """Names that a logger has at a step since before a resume."""
@@ -82,7 +89,7 @@ class EvaluationModule(pl.LightningModule):
             self.data.check_tokens(self.student.tokenizer, self.student.vocab_size)
         names = self.data.benchmarks if self.data is not None else {}
         if list(self.evaluator.metrics) != list(names):
-            self.evaluator = Evaluator(self.evaluator.config, self.evaluator.sampler.config, names).to(self.device)
+            self.evaluator = Evaluator(self.evaluator.config, self.evaluator.sampling, names).to(self.device)
 
     @contextmanager
     def evaluating(self, name: str, model: LanguageModel, subfolder: str = "") -> Iterator[None]:
@@ -114,9 +121,10 @@ class EvaluationModule(pl.LightningModule):
         teacher = self.teacher if self.evaluator.config.reverse_kl else None
         if teacher is not None:
             teacher.to(self.device)
-        place = (batch_idx, self.trainer.global_rank)
-        with naming_step(self.global_step):
-            self.evaluator.evaluate(self._evaluated.model, batch, place, self.progress, teacher)
+        model, step = self._evaluated.model, self.global_step
+        sampler = self.sampler if model is self.student else None  # an engine holds one model's shapes
+        with naming_step(step):
+            self.evaluator.evaluate(model, batch, self.progress, teacher, sampler=sampler, step=step)
 
     def on_validation_epoch_start(self) -> None:
         """Reset the metrics, and open the folder of the samples."""

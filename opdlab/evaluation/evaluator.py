@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,11 @@ from opdlab.evaluation.benchmark_metrics import MEAN, BenchmarkMetrics, over_ben
 from opdlab.evaluation.config import EvaluationConfig
 from opdlab.evaluation.samples import Sample, SampleFolder
 from opdlab.policies.language_model import LanguageModel
-from opdlab.policies.sampler import Sampler, SamplingConfig
+from opdlab.policies.sampler import Sampler, SamplingConfig, sample_rollouts
 from opdlab.policies.teacher import Teacher
+from opdlab.policies.transformers_sampler import TransformersSampler
 from opdlab.progress import Progress
-from opdlab.seeds import DEFAULT_SEED, derive_seed
+from opdlab.seeds import DEFAULT_SEED, derive_streams
 from opdlab.types import EvaluationBatch, Rollouts, StopReason, TeacherRequest, Verdicts
 
 
@@ -31,7 +33,9 @@ class Evaluator(nn.Module):
     def __init__(self, config: EvaluationConfig, sampling: SamplingConfig, benchmarks: Iterable[str]) -> None:
         super().__init__()
         self.config = replace(config, seed=DEFAULT_SEED) if config.seed is None else config
-        self.sampler = Sampler(sampling)
+        self.sampling = sampling
+        self._own_sampler = TransformersSampler()
+        self._weights = object()  # stands for the weights of this evaluation
         self.metrics = nn.ModuleDict({name: BenchmarkMetrics(config, sampling.num_samples) for name in benchmarks})
         self.folder: SampleFolder | None = None
         # Samples whose answers the verifier is still checking, and its verdicts.
@@ -44,6 +48,7 @@ class Evaluator(nn.Module):
         """
         self.close()
         self.folder = folder
+        self._weights = object()
         for metrics in self.metrics.values():
             metrics.reset()  # type: ignore[operator]
 
@@ -51,35 +56,45 @@ class Evaluator(nn.Module):
         self,
         model: LanguageModel,
         batch: EvaluationBatch,
-        seed_parts: tuple[int | str, ...],
         progress: Progress,
         teacher: Teacher | None = None,
+        *,
+        sampler: Sampler | None = None,
+        step: int = 0,
     ) -> None:
         """Sample answers to a batch of problems and submit them to the verifier, or read them from the folder.
 
+        An answer depends on the seed, its benchmark, its problem's id and its number, not on the batch.
+
         Args:
-            model: the model to sample from.
+            model: the model to sample from; its weights do not change until the next :meth:`start`.
             batch: problems.
-            seed_parts: position of the batch in the evaluation; its samples depend only on this and the seed.
             progress: shows a progress bar.
             teacher: reference of the reverse KL; None to skip it.
+            sampler: takes over the weights before the first batch; None for a :class:`TransformersSampler`.
+            step: optimizer steps that the weights have taken.
         """
-        keys = [(prompt.problem.id, i) for prompt in batch.prompts for i in range(self.sampler.config.num_samples)]
+        num_samples, ids = self.sampling.num_samples, [prompt.problem.id for prompt in batch.prompts]
+        keys = [(problem_id, number) for problem_id in ids for number in range(num_samples)]
         if self.folder is not None and (written := self.folder.take(batch.benchmark, keys)) is not None:
             self.finish()  # another benchmark's last batch may be pending
             self._count(written)
             return
         assert self.config.seed is not None  # set in the constructor
+        sampler = sampler or self._own_sampler
         try:
-            seed = derive_seed("evaluation", self.config.seed, batch.benchmark, *seed_parts)
+            parts = ("evaluation", self.config.seed, batch.benchmark)
+            streams = derive_streams(*parts, keys=ids, num_samples=num_samples)
             prompts, rows = [p.tokens for p in batch.prompts], [p.index for p in batch.prompts]
-            rollouts = self.sampler.sample(model, prompts, seed, progress, rows)
+            sampler.use(model, step, self._weights)
+            facts: dict[str, Any] = {"progress": progress, "prompt_ids": rows}
+            rollouts = sample_rollouts(sampler, model, prompts, streams, self.sampling, **facts)
             texts = model.responses(rollouts)
             verdicts = batch.submit(texts, rollouts)
             reverse_kl = _reverse_kl(model, teacher, rollouts) if teacher is not None else None
         finally:
             self.finish()  # the previous batch, also if this one failed
-        self._pending = _samples(batch, rollouts, texts, seed, reverse_kl), verdicts
+        self._pending = _samples(batch, rollouts, texts, streams, reverse_kl), verdicts
 
     def finish(self) -> None:
         """Wait for the pending verdicts, and count and write their batch."""
@@ -111,10 +126,11 @@ class Evaluator(nn.Module):
 
 
 def _samples(
-    batch: EvaluationBatch, rollouts: Rollouts, texts: list[str], seed: int, reverse_kl: list[float] | None
+    batch: EvaluationBatch, rollouts: Rollouts, texts: list[str], streams: Tensor, reverse_kl: list[float] | None
 ) -> list[Sample]:
     num_samples = len(rollouts) // len(batch.prompts)
     reasons, tokens = rollouts.stop_reasons.tolist(), rollouts.num_tokens.tolist()
+    seeds = streams.flatten().tolist()
     problems = [prompt.problem for prompt in batch.prompts for _ in range(num_samples)]
     return [
         Sample(
@@ -129,7 +145,7 @@ def _samples(
             reason=None,
             stop_reason=StopReason(reasons[row]).name.lower(),
             tokens=tokens[row],
-            seed=seed,
+            seed=seeds[row],
             reverse_kl=None if reverse_kl is None else reverse_kl[row],
         )
         for row, problem in enumerate(problems)

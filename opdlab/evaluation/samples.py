@@ -33,7 +33,7 @@ class Sample:
         reason: reason for the verdict, see :class:`opdlab.verifiers.Verdict`.
         stop_reason: ``eos`` or ``length``.
         tokens: length of the response in tokens, its stop token included.
-        seed: seed of the sample's batch.
+        seed: random stream of the sample.
         reverse_kl: nats per token of this response, if it was measured.
     """
 

@@ -35,11 +35,10 @@ def evaluation_settings(
         "model": {
             "student": {"weights": fingerprint(model)},
             "teacher": {"weights": fingerprint(teacher.model) if isinstance(teacher, LocalTeacher) else None},
-            "eval_sampling": asdict(evaluator.sampler.config),
+            "eval_sampling": asdict(evaluator.sampling),
             "evaluation": {"reverse_kl": config.reverse_kl, "seed": config.seed},
         },
         "data": {
-            "eval_batch_size": data.eval_batch_size,  # a batch's seed depends on its index
             "benchmarks": {name: benchmark_settings(prompts) for name, prompts in data.benchmarks.items()},
         },
         "trainer": {

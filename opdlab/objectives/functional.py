@@ -21,6 +21,7 @@ from opdlab.objectives.divergences import (
 )
 
 __all__ = [
+    "Correction",
     "Divergence",
     "Estimator",
     "Reference",
@@ -32,6 +33,7 @@ __all__ = [
     "policy_gradient_loss",
     "sampled_token_divergence",
     "sampled_token_loss",
+    "sampler_correction",
     "support_divergence",
     "teacher_advantage",
     "teacher_topk_loss",
@@ -39,6 +41,7 @@ __all__ = [
 
 Reference = Literal["behavior", "current"]
 Shape = Literal["identity", "clamp", "signed_log", "power"]
+Correction = Literal["none", "tis", "icepop"]
 
 
 def sampled_token_loss(
@@ -266,3 +269,47 @@ def teacher_topk_loss(student_support_logits: Tensor, teacher_support_logits: Te
     return support_divergence(
         student_support_logits, teacher_support_logits, divergence="reverse_kl", tail="renormalize"
     )
+
+
+def sampler_correction(
+    behavior_logprobs: Tensor, sampler_logprobs: Tensor, kind: Correction, *, bound: float = 2.0
+) -> tuple[Tensor, Tensor]:
+    """Return the factor of each position's loss that corrects for a sampler whose probabilities are a little different.
+
+    The ratio is ``r = exp(logpi_b - logpi_s)``, of the behavior policy as computed here and as its sampler's engine
+    computes it. ``none`` gives 1, ``tis`` (truncated importance sampling) ``min(r, bound)``, and ``icepop`` r where
+    ``1 / bound <= r <= bound`` and 0 elsewhere.
+
+    Args:
+        behavior_logprobs: [B, T], nats.
+        sampler_logprobs: [B, T], nats; NaN where no engine sampled the token, and the factor is 1.
+        kind: see above.
+        bound: largest factor, above 1.
+
+    Returns:
+        The factors, [B, T], and True where ``r`` lies outside of what ``kind`` keeps, [B, T] bool.
+
+    Raises:
+        UsageError: ``kind`` is unknown.
+
+    Example:
+        >>> own, engine = torch.tensor([[-1.0, -1.0, -3.0]]), torch.tensor([[-1.0, -3.0, -1.0]])
+        >>> sampler_correction(own, engine, "tis")
+        (tensor([[1.0000, 2.0000, 0.1353]]), tensor([[False,  True, False]]))
+        >>> sampler_correction(own, engine, "icepop")
+        (tensor([[1., 0., 0.]]), tensor([[False,  True,  True]]))
+
+    Reference:
+        Yao et al., *Your efficient RL framework secretly brings you off-policy RL training*, 2025 (truncated importance
+        sampling); Ling Team, *Every step evolves*, arXiv 2510.18855 (IcePop).
+    """
+    require_choice("sampler_correction", kind, get_args(Correction))
+    known = ~sampler_logprobs.isnan()
+    ratio = (behavior_logprobs - sampler_logprobs).exp().where(known, 1.0)
+    if kind == "none":
+        return torch.ones_like(ratio), torch.zeros_like(known)
+    above = ratio > bound
+    if kind == "tis":
+        return ratio.clamp(max=bound), above
+    outside = above | (ratio < 1 / bound)
+    return ratio.masked_fill(outside, 0.0), outside

@@ -4,7 +4,14 @@ from opdlab.policies.adapters import AdapterConfig
 from opdlab.policies.behavior import BehaviorConfig, BehaviorPolicy
 from opdlab.policies.language_model import LanguageModel, Scored
 from opdlab.policies.routed_teacher import RoutedTeacher
-from opdlab.policies.sampler import Sampler, SamplingConfig
+from opdlab.policies.sampler import (
+    Sampler,
+    Samples,
+    SamplingConfig,
+    register_sampler,
+    sample_rollouts,
+    sampler_registry,
+)
 from opdlab.policies.self_teacher import SelfTeacher
 from opdlab.policies.target_cache import TargetCache
 from opdlab.policies.teacher import (
@@ -17,6 +24,7 @@ from opdlab.policies.teacher import (
     share_vocabulary,
 )
 from opdlab.policies.tokenizers import StopTokens, check_same_vocabulary, single_token_ids, warn_of_stop_tokens
+from opdlab.policies.transformers_sampler import TransformersSampler
 from opdlab.types import TeacherRequest
 
 __all__ = [
@@ -29,6 +37,7 @@ __all__ = [
     "NoTeacher",
     "RoutedTeacher",
     "Sampler",
+    "Samples",
     "SamplingConfig",
     "Scored",
     "SelfTeacher",
@@ -37,8 +46,12 @@ __all__ = [
     "Teacher",
     "TeacherHolder",
     "TeacherRequest",
+    "TransformersSampler",
     "check_same_vocabulary",
     "check_targets",
+    "register_sampler",
+    "sample_rollouts",
+    "sampler_registry",
     "share_vocabulary",
     "single_token_ids",
     "warn_of_stop_tokens",

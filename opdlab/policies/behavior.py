@@ -1,4 +1,4 @@
-"""The behavior policy: a frozen copy of the student that samples the rollouts."""
+"""The behavior policy: a frozen copy of the student, from whose weights the rollouts are sampled."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -13,9 +13,11 @@ from opdlab.policies.demonstrations import Given, sample_beside
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.loading import DType
 from opdlab.policies.offload import Conversion, on_device, pin_memory, without_moving
-from opdlab.policies.sampler import Sampler, SamplingConfig, uses_own_loop
+from opdlab.policies.sampler import Sampler, SamplingConfig, sample_rollouts
+from opdlab.policies.transformers_sampler import TransformersSampler
 from opdlab.progress import Progress, SilentProgress
 from opdlab.scoring import topk_with_statistics
+from opdlab.seeds import derive_streams
 from opdlab.types import Rollouts, assign_rows, id_dtype
 
 
@@ -37,7 +39,9 @@ class BehaviorConfig:
 
 
 class BehaviorPolicy(nn.Module):
-    """A snapshot of the student that samples rollouts and scores them with the same code as the student.
+    """A snapshot of the student, which gives a sampler its weights and scores the rollouts as the student does.
+
+    The log-probabilities of a rollout are always the snapshot's, whatever sampled it, so a fresh rollout has drift 0.
 
     Args:
         student: copied immediately; the copy never takes a gradient. If the student has an adapter, only the adapter
@@ -48,6 +52,7 @@ class BehaviorPolicy(nn.Module):
         score_batch_size: rollouts scored at a time.
         offload: keep the weights in host memory, with a copy on the device only during :meth:`sample`. ``.to()`` then
             changes only the device used for work; the state dict is the same. Not with an adapter.
+        sampler: samples from the snapshot's weights; None for a :class:`TransformersSampler`.
 
     Raises:
         UsageError: ``dtype`` or ``offload`` is given for a student with an adapter.
@@ -60,6 +65,7 @@ class BehaviorPolicy(nn.Module):
         dtype: DType | None = None,
         score_batch_size: int = 32,
         offload: bool = False,
+        sampler: Sampler | None = None,
     ) -> None:
         super().__init__()
         for value, said, mend in (
@@ -77,8 +83,10 @@ class BehaviorPolicy(nn.Module):
             self.policy.cpu()
         if dtype is not None:
             self.policy.to(getattr(torch, dtype))
-        self.sampler = Sampler(sampling)
-        uses_own_loop(self.policy.model)  # logs at the start of a run if sampling will be slow
+        self.sampling, self.sampler = sampling, sampler or TransformersSampler()
+        self.sampler.setup(self.policy)
+        self._version = 0  # of the weights, for the sampler
+        self.register_load_state_dict_post_hook(_count_version)  # type: ignore[no-untyped-call]
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
         self.step: Tensor
         self._score_batch_size = score_batch_size
@@ -99,6 +107,7 @@ class BehaviorPolicy(nn.Module):
             step: optimizer steps that the student has taken.
         """
         self.step.fill_(step)
+        _count_version(self)
         if self.offload:
             pin_memory(self.policy, student.device)
         for tensors in ("parameters", "buffers"):  # parameters() lists tied weights once, in the same order for both
@@ -134,7 +143,7 @@ class BehaviorPolicy(nn.Module):
         Args:
             prompts: token ids of each prompt.
             prompt_ids: the prompts' rows in the prompt set.
-            seed: determines the samples.
+            seed: determines the samples, each by the prompt's row and its number among the prompt's samples.
             num_samples: responses per prompt; None for the configured number.
             first_rollout_id: id of the first rollout; the others follow consecutively.
             step: optimizer steps taken so far.
@@ -148,13 +157,16 @@ class BehaviorPolicy(nn.Module):
             ``len(prompts) * num_samples`` rollouts, in host memory.
         """
         progress = progress or SilentProgress()
-        config = self.sampler.config
-        sampler = self.sampler if num_samples is None else Sampler(replace(config, num_samples=num_samples))
+        each = self.sampling.num_samples if num_samples is None else num_samples
+        streams = derive_streams("rollouts", seed, keys=prompt_ids, num_samples=each)
         with on_device(self.policy, self._device) if self.offload else nullcontext():
+            self.sampler.use(self.policy, int(self.step), self._version)
+            facts: dict[str, Any] = {"progress": progress, "prompt_ids": prompt_ids}
+            model, config = self.policy, self.sampling
             if given is None:
-                rollouts = sampler.sample(self.policy, prompts, seed, progress, prompt_ids)
+                rollouts = sample_rollouts(self.sampler, model, prompts, streams, config, **facts)
             else:
-                rollouts = sample_beside(sampler, self.policy, prompts, given, seed, progress, prompt_ids)
+                rollouts = sample_beside(self.sampler, model, prompts, given, streams, config, **facts)
             wanted = torch.ones(len(rollouts), dtype=torch.bool)
             if unscored is not None and not top_k:
                 wanted[unscored] = False
@@ -179,3 +191,8 @@ class BehaviorPolicy(nn.Module):
             sampled_at_step=rollouts.sampled_at_step + step,
             snapshot_step=rollouts.snapshot_step + self.step.cpu(),
         )
+
+
+def _count_version(behavior: BehaviorPolicy, *_: object) -> None:
+    """Note that the snapshot's weights have changed, for the sampler."""
+    behavior._version += 1

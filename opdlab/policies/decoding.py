@@ -22,6 +22,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from opdlab.errors import UsageError
+from opdlab.policies.draws import draw, uniforms
 
 # Rows leave once this share of them is done, because the whole cache is copied whenever rows leave or enter. Half and
 # twice this value were slower on a CPU.
@@ -29,6 +30,8 @@ LEAVE_SHARE = 0.125
 # Waiting rows enter once this share of the batch is free. For rows of varied lengths a quarter also works. Rows of
 # similar length should start together, because rows that enter later are padded to the width of the others.
 ENTER_SHARE = 0.5
+# Random numbers of a row are computed for so many tokens at a time.
+LOOK_AHEAD = 32
 
 # Parts of `generate` that this loop replaces. A model that overrides one of them needs its own decoding. Names that a
 # version of transformers lacks are skipped.
@@ -114,16 +117,17 @@ def look_every(device: torch.device) -> int:
 
 
 class Decoding:
-    """A decoding loop that samples ``num_samples`` responses per prompt; pass it as ``custom_generate``.
+    """A decoding loop that samples responses from their random streams; pass it as ``custom_generate``.
 
     Args:
-        num_samples: responses per prompt.
+        streams: [number of prompts, responses per prompt] long, see :func:`opdlab.policies.draws.uniforms`.
         batch_size: rows decoded at a time.
         advance: called with the number of new tokens; when a row finishes, its unused tokens count too.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, advance: Callable[[int], None]) -> None:
-        self._num_samples, self._batch_size, self._advance = num_samples, batch_size, advance
+    def __init__(self, streams: Tensor, batch_size: int, advance: Callable[[int], None]) -> None:
+        self._streams, self._batch_size, self._advance = streams, batch_size, advance
+        self._num_samples = streams.shape[1]
 
     def __call__(
         self,
@@ -148,7 +152,7 @@ class Decoding:
             [N, max_new_tokens] long; positions after a stop token are padding.
         """
         num_rows, max_new_tokens = len(input_ids) * self._num_samples, generation_config.max_new_tokens
-        loop = _Loop(model, input_ids, logits_processor, generation_config, self._num_samples, model_kwargs)
+        loop = _Loop(model, input_ids, logits_processor, generation_config, self._streams, model_kwargs)
         rows: _Rows | None = None
         remaining: list[int] = []
         entered, done = 0, 0
@@ -197,6 +201,7 @@ class _Rows:
         tokens: [A] long, the last drawn tokens.
         remaining: [A] long, tokens still to be drawn: 0 for finished rows.
         mask: [A, at least W + 1] long, 1 for columns that a row uses; None if every row uses all columns.
+        numbers: [A, tokens] float64, random numbers of the next tokens; those of finished rows have no meaning.
     """
 
     cache: Cache
@@ -207,6 +212,7 @@ class _Rows:
     tokens: Tensor
     remaining: Tensor
     mask: Tensor | None = None
+    numbers: Tensor | None = None
 
     def select(self, rows: Sequence[int]) -> "_Rows":
         """Return some of the rows; the cache is not copied."""
@@ -230,10 +236,11 @@ class _Loop:
         prompts: Tensor,
         processor: LogitsProcessorList,
         config: GenerationConfig,
-        num_samples: int,
+        streams: Tensor,
         arguments: dict[str, Any],
     ) -> None:
-        self._model, self._prompts, self._processor, self._num_samples = model, prompts, processor, num_samples
+        self._model, self._prompts, self._processor = model, prompts, processor
+        self._num_samples, self._streams = streams.shape[1], streams.flatten().to(prompts.device)
         self._stops = torch.tensor(config.eos_token_id, device=prompts.device)
         mask = arguments.get("attention_mask")
         self._lengths = (torch.ones_like(prompts) if mask is None else mask).sum(1)
@@ -245,7 +252,7 @@ class _Loop:
         self._empty_cache = next(value for value in arguments.values() if isinstance(value, Cache))
         self.max_width = prompts.shape[1] + config.max_new_tokens
         self.failed = torch.zeros((), dtype=torch.bool, device=prompts.device)
-        size = len(prompts) * num_samples, config.max_new_tokens + 1
+        size = len(self._streams), config.max_new_tokens + 1
         self.output = prompts.new_full(size, config.pad_token_id)
 
     def _logits(self, tokens: Tensor, mask: Tensor | None, positions: Tensor, cache: Cache) -> Tensor:
@@ -283,40 +290,19 @@ class _Loop:
             self._draw(rows, logits)
 
     def _draw(self, rows: _Rows, logits: Tensor) -> None:
-        drawn = draw(self._processor(None, logits.float()).softmax(-1))
+        positions = self.output.shape[1] - 1 - rows.remaining  # [A], of the tokens that are drawn now
+        if rows.numbers is None or not rows.numbers.shape[1]:
+            ahead = torch.arange(LOOK_AHEAD, device=positions.device)
+            rows.numbers = uniforms(self._streams[rows.places][:, None], positions[:, None] + ahead)
+        drawn = draw(self._processor(None, logits.float()).softmax(-1), rows.numbers[:, 0])
+        rows.numbers = rows.numbers[:, 1:]
         self.failed |= (drawn < 0).any()
         rows.tokens = drawn.clamp(min=0)
-        self.output[rows.places, self.output.shape[1] - 1 - rows.remaining] = rows.tokens
+        self.output[rows.places, positions] = rows.tokens
         stopped = torch.isin(rows.tokens, self._stops)
         rows.remaining = (rows.remaining - 1).clamp(min=0).masked_fill(stopped, 0)
         # A finished row stays at its last position, because the next position may not exist.
         rows.lengths += rows.remaining > 0
-
-
-def draw(probabilities: Tensor) -> Tensor:
-    """Return one random index per row.
-
-    On a CPU, draw by inverting the cumulative distribution in double precision, with one random number per row.
-    ``torch.multinomial`` draws one per entry, which takes a fifth of the step time of a model with 135M parameters.
-
-    Args:
-        probabilities: [A, V], not negative; need not sum to 1.
-
-    Returns:
-        [A] long; never an index of probability 0; -1 if a row's probabilities are NaN or infinite.
-
-    Example:
-        >>> draw(torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.5]]))
-        tensor([1, 2])
-    """
-    if probabilities.device.type != "cpu":
-        broken = ~probabilities.sum(-1, keepdim=True).isfinite()  # multinomial would end the process's use of the GPU
-        return torch.multinomial(probabilities.masked_fill(broken, 1.0), 1).masked_fill(broken, -1).squeeze(1)
-    cumulative = probabilities.cumsum(-1, dtype=torch.double)
-    total = cumulative[:, -1:]
-    # rand is at most 1 - 2^-53, so the product never rounds up to the total and an index above it always exists.
-    drawn = torch.rand_like(total) * total  # [A, 1]
-    return torch.searchsorted(cumulative, drawn, right=True).masked_fill(~total.isfinite(), -1).squeeze(1)
 
 
 def _join(parts: Sequence[_Rows], max_width: int) -> _Rows:

@@ -1,17 +1,17 @@
 """Responses that the data gives, beside those that a policy samples.
 
-Shapes: B rollouts, P prompt tokens, T response tokens.
+Shapes: P prompts, n responses to each, T response tokens.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from opdlab.policies.language_model import LanguageModel
-from opdlab.policies.sampler import Sampler
+from opdlab.policies.sampler import Sampler, SamplingConfig, sample_rollouts
 from opdlab.progress import Progress
-from opdlab.seeds import derive_seed
 from opdlab.types import Rollouts, StopReason, left_padded
 
 
@@ -35,37 +35,42 @@ def sample_beside(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     given: Sequence[Given],
-    seed: int,
+    streams: Tensor,
+    config: SamplingConfig,
+    *,
     progress: Progress | None = None,
     prompt_ids: Sequence[int] | None = None,
 ) -> Rollouts:
-    """Return ``num_samples`` responses to each prompt: the given ones first, the others sampled.
+    """Return n responses to each prompt: the given ones first, the others sampled.
 
-    A stop token follows a given response, which is cut to ``max_new_tokens``. No log-probabilities are computed.
+    The sampled ones are those of the same rows without given ones, because each row has its own random stream. A stop
+    token follows a given response, which is cut to ``max_new_tokens``. No log-probabilities are computed.
 
     Args:
-        sampler: its configuration has the number of responses and their longest length.
+        sampler: uses the weights of ``model``.
         model: the policy.
-        prompts: token ids.
+        prompts: P prompts, token ids.
         given: of each prompt.
-        seed: determines the samples.
+        streams: [P, n] long: random streams of the responses; those of given ones are not used.
+        config: options of sampling.
         progress: shows a progress bar.
         prompt_ids: each prompt's row in its prompt set; None numbers the prompts from 0.
     """
-    config = sampler.config
-    each, count = config.num_samples, len(prompts) * config.num_samples
+    each, count = streams.shape[1], streams.numel()
     numbers = list(range(len(prompts))) if prompt_ids is None else list(prompt_ids)
     parts: list[tuple[list[int], Rollouts]] = []  # rows of the buffer, and the sampled rollouts for them
-    for num_sampled in sorted({each - one.count for one in given} - {0}):
-        chosen = [index for index, one in enumerate(given) if each - one.count == num_sampled]
-        part = Sampler(replace(config, num_samples=num_sampled)).sample(
+    for num_given in sorted({one.count for one in given} - {each}, reverse=True):
+        chosen = [index for index, one in enumerate(given) if one.count == num_given]
+        part = sample_rollouts(
+            sampler,
             model,
             [prompts[index] for index in chosen],
-            seed if num_sampled == each else derive_seed("beside demonstrations", seed, num_sampled),
-            progress,
-            [numbers[index] for index in chosen],
+            streams[chosen, num_given:],
+            config,
+            progress=progress,
+            prompt_ids=[numbers[index] for index in chosen],
         )
-        rows = [index * each + place for index in chosen for place in range(each - num_sampled, each)]
+        rows = [index * each + place for index in chosen for place in range(num_given, each)]
         parts.append((rows, part))
     cut = [_cut(one, model, config.max_new_tokens) for one in given]
     width = max([len(tokens) for tokens, _ in cut], default=1)
@@ -74,6 +79,7 @@ def sample_beside(
     tokens = torch.full((count, width), model.tokenizer.pad_token_id)
     mask, counted = torch.zeros(count, width, dtype=torch.bool), torch.ones(count, width, dtype=torch.bool)
     stops, demonstration = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.bool)
+    of_sampler = torch.zeros(count, width) if sampler.gives_logprobs else None
     for index, (one, (response, loss)) in enumerate(zip(given, cut, strict=True)):
         rows_of = slice(index * each, index * each + one.count)
         tokens[rows_of, : len(response)] = torch.tensor(response)
@@ -83,6 +89,10 @@ def sample_beside(
     for rows, part in parts:
         length = part.tokens.shape[1]
         tokens[rows, :length], mask[rows, :length], stops[rows] = part.tokens, part.mask, part.stop_reasons
+        if of_sampler is not None and part.sampler_logprobs is not None:
+            of_sampler[rows, :length] = part.sampler_logprobs
+    if of_sampler is not None:
+        of_sampler[mask & demonstration[:, None]] = torch.nan
     zeros = torch.zeros(count, dtype=torch.long)
     return Rollouts(
         padded,
@@ -98,6 +108,7 @@ def sample_beside(
         temperature=config.temperature,
         demonstration=demonstration,
         loss_mask=None if bool(counted.all()) else counted,
+        sampler_logprobs=of_sampler,
     )
 
 

@@ -1,33 +1,21 @@
-"""Sampling responses with transformers' ``generate``.
+"""Samplers: options of sampling, the interface and its registry, and the rollouts that they give.
 
-Shapes: B rollouts, P prompt tokens (padded on the left), T response tokens.
+Shapes: P prompts, n samples of each, N = P * n rollouts, T response tokens.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import ClassVar
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
 
 from opdlab.errors import require
-from opdlab.policies.decoding import Decoding, NonFiniteLogitsError, why_not_selectable
 from opdlab.policies.language_model import LanguageModel
 from opdlab.progress import Progress, SilentProgress
-from opdlab.seeds import derive_seed, seeded
+from opdlab.registry import Registry
 from opdlab.types import Rollouts, StopReason, left_padded
-
-Advance: TypeAlias = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -60,155 +48,169 @@ class SamplingConfig:
         require(0 < self.top_p <= 1, f"top_p is {self.top_p}, but must be above 0 and at most 1")
 
 
-def uses_own_loop(model: PreTrainedModel) -> bool:
-    """True if a model is sampled by :class:`opdlab.policies.decoding.Decoding`.
-
-    Otherwise transformers' own loop is used, and the reason is logged once per process.
-
-    Args:
-        model: a causal language model.
-    """
-    reason = why_not_selectable(model)
-    if reason is not None:
-        name = type(model).__name__
-        _say_once(f"sampling: {name} is decoded by transformers' own loop, which is slower, because {reason}")
-    return reason is None
-
-
-_say_once = functools.cache(rank_zero_info)
-
-
-class Sampler:
-    """A sampler of responses from a language model.
+@dataclass(frozen=True)
+class Samples:
+    """The output of a sampler.
 
     Args:
-        config: see :class:`SamplingConfig`.
+        tokens: [N, T] long: responses, from column 0, each up to its first stop token, that included; a prompt's are in
+            consecutive rows.
+        mask: [N, T] bool: valid positions, at least one in each row.
+        logprobs: [N, T] float32, nats: of the tokens as the sampler's own engine computes them, at the sampling
+            temperature and before top-p; or None.
+
+    Example:
+        >>> Samples(torch.tensor([[7, 1]]), torch.tensor([[True, True]])).logprobs is None
+        True
     """
 
-    def __init__(self, config: SamplingConfig) -> None:
-        self.config = config
+    tokens: Tensor
+    mask: Tensor
+    logprobs: Tensor | None = None
 
-    def sample(
-        self,
-        model: LanguageModel,
-        prompts: Sequence[Sequence[int]],
-        seed: int,
-        progress: Progress | None = None,
-        prompt_ids: Sequence[int] | None = None,
-    ) -> Rollouts:
-        """Return ``num_samples`` sampled responses to each prompt; a prompt's responses are consecutive.
+
+class Sampler(ABC):
+    """Base of all samplers, which sample responses from a language model's weights.
+
+    A sampler only chooses tokens: the behavior snapshot scores them, whatever sampled them. Its constructor is also
+    called to check a configuration, so it must not load anything; :meth:`setup` may.
+    """
+
+    gives_logprobs: ClassVar[bool] = False
+    """True if :attr:`Samples.logprobs` is never None."""
+    _in_use: tuple[LanguageModel, Hashable] | None = None
+
+    def setup(self, model: LanguageModel) -> None:
+        """Prepare for a model, once, before training; does nothing by default.
 
         Args:
-            model: the policy; it samples on its own device, in eval mode.
-            prompts: token ids.
-            seed: determines the samples, independently of earlier random numbers.
-            progress: shows a progress bar.
-            prompt_ids: each prompt's row in its prompt set; None numbers the prompts from 0.
+            model: of the shapes, tokenizer and vocabulary that will be sampled from; its weights will change.
 
-        Returns:
-            The responses, in host memory, with ids from 0. Their log-probabilities are not computed yet and are 0.
+        Raises:
+            UsageError: the sampler does not support the model.
         """
-        config = self.config
-        padded, masks = left_padded(prompts, model.tokenizer.pad_token_id)
-        total = len(prompts) * config.num_samples * config.max_new_tokens
-        with (progress or SilentProgress()).task("sampling", total) as advance:
-            if uses_own_loop(model.model):
-                loop = Decoding(config.num_samples, config.batch_size, advance)
-                with seeded(derive_seed("sample", seed, 0), model.device):
-                    tokens = self._generate(model, padded, masks, custom_generate=loop)
-            else:
-                tokens = self._decode_in_chunks(model, padded, masks, seed, advance)
-        stops = torch.isin(tokens, torch.tensor(model.stop_ids))
-        mask = stops.int().cumsum(1) - stops.int() == 0  # up to and including the first stop token
-        length, count = int(mask.sum(1).max()), len(tokens)
-        prompt_rows = torch.tensor(range(len(prompts)) if prompt_ids is None else prompt_ids)
-        padded, masks, prompt_rows = (t.repeat_interleave(config.num_samples, 0) for t in (padded, masks, prompt_rows))
-        return Rollouts(
-            padded,
-            masks,
-            tokens[:, :length],
-            mask[:, :length],
-            behavior_logprobs=torch.zeros(count, length),
-            stop_reasons=torch.where(stops.any(1), int(StopReason.EOS), int(StopReason.LENGTH)),
-            rollout_ids=torch.arange(count),
-            prompt_ids=prompt_rows,
-            sampled_at_step=torch.zeros(count, dtype=torch.long),
-            snapshot_step=torch.zeros(count, dtype=torch.long),
-            temperature=config.temperature,
-        )
+        del model
 
-    def _decode_in_chunks(
-        self, model: LanguageModel, prompts: Tensor, mask: Tensor, seed: int, advance: Advance
-    ) -> Tensor:
-        """Return responses decoded with transformers' loop, [B, T] long; it reads each prompt once per response."""
-        config = self.config
-        prompts, mask = (tensor.repeat_interleave(config.num_samples, 0) for tensor in (prompts, mask))
-        tokens = torch.full((len(prompts), config.max_new_tokens), model.tokenizer.pad_token_id)
-        for start in range(0, len(prompts), config.batch_size):
-            rows = slice(start, start + config.batch_size)
-            tick = StoppingCriteriaList([_Tick(advance)])
-            with seeded(derive_seed("sample", seed, start), model.device):
-                new = self._generate(model, prompts[rows], mask[rows], stopping_criteria=tick)[:, prompts.shape[1] :]
-            tokens[rows, : new.shape[1]] = new
-            advance(len(new) * (config.max_new_tokens - new.shape[1]))
-        return tokens
+    @abstractmethod
+    def refresh(self, model: LanguageModel, step: int) -> None:
+        """Take over the weights of a model; :meth:`sample` samples from these.
 
-    @torch.no_grad()
-    def _generate(self, model: LanguageModel, tokens: Tensor, mask: Tensor, **options: Any) -> Tensor:
-        network = model.model
-        only_tokens = _OnlyTokens(model.vocab_size, check="custom_generate" not in options)
-        config = GenerationConfig(
-            do_sample=True,
-            temperature=self.config.temperature,
-            top_p=self.config.top_p,
-            top_k=0,  # the default of transformers is 50
-            max_new_tokens=self.config.max_new_tokens,
-            eos_token_id=model.stop_ids,
-            pad_token_id=model.tokenizer.pad_token_id,
-        )
-        # The model's own penalties or top-k would change the samples without appearing in the configuration.
-        own, training = network.generation_config, network.training
-        network.generation_config = config
-        network.eval()
-        try:
-            output: Tensor = network.generate(
-                tokens.to(model.device),
-                attention_mask=mask.long().to(model.device),
-                generation_config=config,
-                logits_processor=LogitsProcessorList([only_tokens]),  # applied before temperature and top-p
-                **options,
-            )
-        finally:
-            network.generation_config = own
-            network.train(training)
-        return output.cpu()
+        Args:
+            model: on the device on which it works; its weights do not change until the samples are taken.
+            step: optimizer steps that the weights have taken.
+        """
+
+    @abstractmethod
+    def sample(
+        self, prompts: Sequence[Sequence[int]], streams: Tensor, config: SamplingConfig, progress: Progress
+    ) -> Samples:
+        """Return sampled responses.
+
+        A response must depend on its prompt, its stream and the weights alone, up to rounding: not on other prompts,
+        on their order or on the process.
+
+        Args:
+            prompts: P prompts, token ids.
+            streams: [P, n] long, in host memory: a random stream for each response, see
+                :func:`opdlab.seeds.derive_streams`.
+            config: ``num_samples`` is ignored, since ``streams`` has n.
+            progress: a task of ``N * max_new_tokens`` units, named ``sampling``, shows a progress bar.
+
+        Raises:
+            NonFiniteLogitsError: the logits are NaN or infinite.
+        """
+
+    def use(self, model: LanguageModel, step: int, version: Hashable) -> None:
+        """Call :meth:`refresh` unless this version of the model's weights is in use already.
+
+        Args:
+            model: see :meth:`refresh`.
+            step: see there.
+            version: differs whenever the model's weights may differ.
+        """
+        if self._in_use is None or self._in_use[0] is not model or self._in_use[1] != version:
+            self._in_use = None  # if the refresh fails
+            self.refresh(model, step)
+            self._in_use = model, version
 
 
-class _OnlyTokens(LogitsProcessor):  # type: ignore[misc] # transformers is not typed
-    """Gives probability 0 to the rows of the output layer beyond the model's tokens.
+_REGISTRY: Registry[Sampler] = Registry("sampler", Sampler, "opdlab.policies", "opdlab.samplers")  # type: ignore[type-abstract]
+
+
+def sampler_registry() -> Registry[Sampler]:
+    """Return the registry of samplers, for the command line."""
+    return _REGISTRY
+
+
+register_sampler = _REGISTRY.register
+"""Class decorator that registers a sampler under a name; see :meth:`opdlab.registry.Registry.register`."""
+
+
+def sample_rollouts(
+    sampler: Sampler,
+    model: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    streams: Tensor,
+    config: SamplingConfig,
+    *,
+    progress: Progress | None = None,
+    prompt_ids: Sequence[int] | None = None,
+) -> Rollouts:
+    """Return sampled responses to each prompt as rollouts; a prompt's are consecutive.
 
     Args:
-        vocab_size: number of tokens.
-        check: also raise :class:`NonFiniteLogitsError` for NaN or infinite logits, for which the device must be waited.
+        sampler: uses the weights of ``model``.
+        model: the policy.
+        prompts: P prompts, token ids.
+        streams: [P, n] long: random streams of the responses, see :func:`opdlab.seeds.derive_streams`.
+        config: options of sampling, of which ``num_samples`` is ignored.
+        progress: shows a progress bar.
+        prompt_ids: each prompt's row in its prompt set; None numbers the prompts from 0.
+
+    Returns:
+        N rollouts, in host memory, with ids from 0. Their log-probabilities are not computed yet and are 0.
+
+    Raises:
+        UsageError: the sampler returns something that is not N responses.
     """
-
-    def __init__(self, vocab_size: int, check: bool) -> None:
-        self._vocab_size, self._check = vocab_size, check
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if self._check and not bool(scores.amax(1).isfinite().all()):
-            raise NonFiniteLogitsError
-        if scores.shape[1] > self._vocab_size:
-            scores[:, self._vocab_size :] = -torch.inf
-        return scores
-
-
-class _Tick(StoppingCriteria):  # type: ignore[misc] # transformers is not typed
-    """A stopping criterion that never stops; it advances the progress bar by one token per row."""
-
-    def __init__(self, advance: Advance) -> None:
-        self._advance = advance
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-        self._advance(len(input_ids))
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    samples = sampler.sample(prompts, streams, config, progress or SilentProgress())
+    count, samples_each, mask = streams.numel(), streams.shape[1], samples.mask
+    length = int(mask.sum(1).max()) if mask.numel() else 0
+    require(
+        samples.tokens.shape == mask.shape and len(mask) == count and 0 < length <= config.max_new_tokens,
+        f"{type(sampler).__name__}.sample returned tokens of shape {tuple(samples.tokens.shape)} with a mask of shape "
+        f"{tuple(mask.shape)} and up to {length} valid positions, but must return {count} responses of 1 to "
+        f"{config.max_new_tokens} tokens",
+    )
+    require(
+        samples.logprobs is not None or not sampler.gives_logprobs,
+        f"{type(sampler).__name__}.gives_logprobs is true, but its sample returned none: return them, or set it to "
+        "false",
+    )
+    mask, tokens = mask[:, :length], samples.tokens[:, :length]
+    tokens = tokens.masked_fill(~mask, model.tokenizer.pad_token_id)
+    largest = int(tokens.max())
+    require(
+        largest < model.vocab_size,
+        f"{type(sampler).__name__}.sample returned the token {largest}, but the student has {model.vocab_size} tokens "
+        "that it may sample",
+    )
+    stopped = (torch.isin(tokens, torch.tensor(model.stop_ids)) & mask).any(1)
+    rows = torch.tensor(range(len(prompts)) if prompt_ids is None else prompt_ids)
+    padded = left_padded(prompts, model.tokenizer.pad_token_id)
+    prompt_tokens, prompt_mask, rows = (tensor.repeat_interleave(samples_each, 0) for tensor in (*padded, rows))
+    logprobs = samples.logprobs
+    return Rollouts(
+        prompt_tokens,
+        prompt_mask,
+        tokens,
+        mask,
+        behavior_logprobs=torch.zeros(count, length),
+        stop_reasons=torch.where(stopped, int(StopReason.EOS), int(StopReason.LENGTH)),
+        rollout_ids=torch.arange(count),
+        prompt_ids=rows,
+        sampled_at_step=torch.zeros(count, dtype=torch.long),
+        snapshot_step=torch.zeros(count, dtype=torch.long),
+        temperature=config.temperature,
+        sampler_logprobs=None if logprobs is None else logprobs[:, :length].float().masked_fill(~mask, 0.0),
+    )

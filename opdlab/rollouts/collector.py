@@ -80,7 +80,7 @@ class Collector:
             progress: shows progress bars.
         """
         progress = progress or SilentProgress()
-        each = self._behavior.sampler.config.num_samples if num_samples is None else num_samples
+        each = self._behavior.sampling.num_samples if num_samples is None else num_samples
         given = choose_demonstrations(prompts, each, demonstrations, seed)
         started = time.perf_counter()
         with autocast():

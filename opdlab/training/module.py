@@ -25,18 +25,21 @@ from opdlab.evaluation import EvaluationConfig, EvaluationModule
 from opdlab.gating import GateStrategy
 from opdlab.loggers import save_all
 from opdlab.objectives import Objective, Reduction, loss_shares, reduce_losses
+from opdlab.objectives.functional import Correction
 from opdlab.policies import (
     BehaviorConfig,
     BehaviorPolicy,
     LanguageModel,
+    Sampler,
     SamplingConfig,
     Teacher,
+    TransformersSampler,
     single_token_ids,
 )
 from opdlab.policies.decoding import naming_step
 from opdlab.policies.offload import keep_from_strategy
 from opdlab.rollouts import Collector, Pool
-from opdlab.training import checks, resume
+from opdlab.training import checks, resume, sampler_gap
 from opdlab.training.accumulation import AccumulationWindow, gate_inputs, score_rollouts
 from opdlab.training.refresh import RefreshSchedule
 from opdlab.training.step_timer import StepTimer
@@ -63,6 +66,12 @@ class OPDModule(EvaluationModule):
             pass. This takes about a third more time and keeps the activations of one pass at a time. Loss and gradient
             equal those of the whole batch. A row above the bound gets its own pass. The bound also applies to the
             snapshot's scoring. Not with sharded weights.
+        sampler: samples the rollouts, and the student's answers in evaluations; ``transformers``, another registered
+            name or a class path. Null means ``transformers``: in this process. Log-probabilities are always computed
+            here, from the snapshot.
+        sampler_correction: ``tis`` or ``icepop`` multiplies each position's loss by a bounded ratio of the snapshot's
+            and the sampler's probability of the token, see :func:`opdlab.objectives.functional.sampler_correction`;
+            only with a sampler that gives log-probabilities of its own.
         optimizer: called with the student's trainable parameters.
         lr_scheduler: stepped after every optimizer step; none by default.
 
@@ -84,18 +93,24 @@ class OPDModule(EvaluationModule):
         behavior: BehaviorConfig = BehaviorConfig(),  # noqa: B008 - frozen
         mask_first: Sequence[str] = (),
         max_tokens_per_pass: int | None = None,
+        sampler: Sampler | None = None,
+        sampler_correction: Correction = "none",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
-        super().__init__(student, teacher, evaluation, eval_sampling)
+        sampler = sampler or TransformersSampler()
+        super().__init__(student, teacher, evaluation, eval_sampling, sampler)
         checks.check_reduction(reduction)
+        sampler_gap.check_correction(sampler_correction, sampler)
         checks.check_token_bound(max_tokens_per_pass)
         student.max_tokens = max_tokens_per_pass
         request = checks.teacher_request(student, teacher, objective, gate)
         # After these two, because the snapshot copies the bound and the vocabulary.
-        self.behavior = BehaviorPolicy(student, sampling, **vars(behavior))
+        self.behavior = BehaviorPolicy(student, sampling, **vars(behavior), sampler=sampler)
         self.objective, self.gate, self.sampling = objective, gate, sampling
         self.reduction: Reduction = reduction
+        self.sampler_correction: Correction = sampler_correction
+        self._warned_of_sampler = False
         gate.setup(student.tokenizer)
         checks.check_known_needs(gate)
         masked_first = single_token_ids(student.tokenizer, mask_first, "mask_first")
@@ -210,11 +225,14 @@ class OPDModule(EvaluationModule):
             summed = torch.tensor(counts, dtype=torch.float64, device=self.device)
             counts = tuple(self.trainer.strategy.reduce(summed, reduce_op="sum").tolist())
         shares = loss_shares(rollouts.mask, reduction=self.reduction, num_tokens=counts[0], num_rollouts=counts[1])
+        of_sampler: dict[str, Tensor] = {}
+        if rollouts.sampler_logprobs is not None or self.sampler_correction != "none":
+            shares, of_sampler = sampler_gap.corrected(shares, rollouts, self.sampler_correction)
         loss = reduce_losses(positions.losses, gates.weights, shares)  # [B, T] each -> scalar
         if not bool(torch.isfinite(loss)):  # the only device synchronization of the step
             folder = Path(self.trainer.default_root_dir)
             checks.stop_on_non_finite(loss, self.gate, gates.weights, rollouts, batch.targets, self.global_step, folder)
-        values = {"entropy": positions.entropy, **positions.metrics}
+        values = {"entropy": positions.entropy, **positions.metrics, **of_sampler}
         record = step_record(inputs, gates, **values) | {"loss": loss.detach().view(1)}
         whole = record if alone else self._window.finish(batch, record)
         num_tokens = int(counts[0])
@@ -247,7 +265,10 @@ class OPDModule(EvaluationModule):
             return  # skip metrics that are not logged
         scheduled = {} if tau is None else {"gate/tau": tau}
         age = (self.global_step - batch.rollouts.snapshot_step).float().mean()
-        self._metrics = {**step_metrics(record), **batch.pool_metrics, **scheduled, "rollout/age": age}
+        metrics = step_metrics(record)
+        if "train/sampler_gap" in metrics and not self._warned_of_sampler:
+            self._warned_of_sampler = sampler_gap.warn_if_large(float(metrics["train/sampler_gap"]), self.global_step)
+        self._metrics = {**metrics, **batch.pool_metrics, **scheduled, "rollout/age": age}
         self.log_dict(self._metrics, logger=False)
         self._metrics |= {"train/loss": loss, "epoch": self.current_epoch}
 

@@ -76,6 +76,7 @@ def trimmed(rollouts: Rollouts, targets: Targets) -> tuple[Rollouts, Targets]:
     used = rollouts.mask.any(0)
     length = int(used.nonzero().max()) + 1 if bool(used.any()) else 1
     support, of_teacher = rollouts.behavior_support_ids, rollouts.teacher_prompt_mask
+    of_sampler = rollouts.sampler_logprobs
     if of_teacher is not None and rollouts.teacher_prompt_tokens is not None:
         left = int(of_teacher.any(0).int().argmax()) if of_teacher.numel() else 0
         rollouts = replace(
@@ -92,5 +93,6 @@ def trimmed(rollouts: Rollouts, targets: Targets) -> tuple[Rollouts, Targets]:
         mask=rollouts.mask[:, :length],
         behavior_logprobs=rollouts.behavior_logprobs[:, :length],
         loss_mask=None if rollouts.loss_mask is None else rollouts.loss_mask[:, :length],
+        sampler_logprobs=None if of_sampler is None else of_sampler[:, :length],
     )
     return cut, targets.map(lambda tensor: tensor[:, :length])

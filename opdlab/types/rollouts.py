@@ -56,6 +56,9 @@ class Rollouts(Rows):
         loss_mask: [B, T] bool: valid positions that count. The others are conditioned on and count in nothing: earlier
             turns, outputs of tools. None if all count. The collector narrows ``mask`` to it, see
             :func:`opdlab.rollouts.masking.mask_uncounted`.
+        sampler_logprobs: [B, T] float32, nats: log-probabilities of the tokens as the engine that sampled them computes
+            them, beside ``behavior_logprobs``, which are computed here; NaN for responses from the data, 0 at padding;
+            or None if the sampler gives none.
 
     Example:
         One prompt of two tokens, answered twice: by three tokens of which the last is the stop token, and by one.
@@ -96,6 +99,7 @@ class Rollouts(Rows):
     teacher_ids: Tensor | None = None
     demonstration: Tensor | None = None
     loss_mask: Tensor | None = None
+    sampler_logprobs: Tensor | None = None
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

@@ -1,5 +1,6 @@
 """The exported folder: its files besides the weights, and that other programs read it as intended."""
 
+import itertools
 import json
 import re
 import sys
@@ -19,25 +20,32 @@ from opdlab.callbacks.hf_export import generation_config
 from opdlab.cli import main
 from opdlab.errors import UsageError
 from opdlab.model_card import TrainingRecord, escaped, is_hub_id, model_card
-from opdlab.policies import LanguageModel, Sampler, SamplingConfig
-from opdlab.seeds import derive_seed
+from opdlab.policies import LanguageModel, SamplingConfig
+from opdlab.policies.draws import draw, uniforms
+from opdlab.seeds import derive_streams
+from tests.policies.tiny_models import sampled
 from tests.toy_run import STUDENT, Run
 
 
 def test_generate_samples_as_opdlab_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # With transformers' loop, which draws random numbers in the same order as the exported model; no option selects it.
-    monkeypatch.setattr("opdlab.policies.sampler.uses_own_loop", lambda model: False)
     model = LanguageModel(STUDENT)
     model.stop_ids = [1, 12]  # the tokenizer's, and one of a generation config
     model.model.generation_config.repetition_penalty = 5.0  # opdlab leaves it out, so the export must too
     sampling = SamplingConfig(num_samples=4, temperature=1.7, top_p=0.6, max_new_tokens=20)
     prompt = model.tokenizer("86 a+7 b*9\n")["input_ids"]
-    ours = Sampler(sampling).sample(model, [prompt], seed=3)
+    ours = sampled(model, sampling, [prompt], seed=3)
     model.save(tmp_path)
     generation_config(model, sampling).save_pretrained(tmp_path)
 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    torch.manual_seed(derive_seed("sample", 3, 0))
+    streams = derive_streams("rollouts", 3, keys=[0], num_samples=4).flatten()
+    positions = itertools.count()
+
+    def drawn(probabilities: torch.Tensor, num_samples: int) -> torch.Tensor:
+        return draw(probabilities, uniforms(streams, torch.tensor(next(positions))))[:, None]
+
+    # The exported model's own loop draws from the global generator; here it takes the numbers that opdlab took.
+    monkeypatch.setattr(torch, "multinomial", drawn)
     output = loaded.generate(torch.tensor([prompt] * 4), attention_mask=torch.ones(4, len(prompt), dtype=torch.long))
     theirs = output[:, len(prompt) :]
     width = min(theirs.shape[1], ours.tokens.shape[1])

@@ -18,7 +18,7 @@ from opdlab.errors import UsageError
 from opdlab.evaluation import EvaluationConfig
 from opdlab.loggers import layout
 from opdlab.objectives import SampledTokenOPD, SupportDivergence, TeacherTopK
-from opdlab.policies import LocalTeacher, Sampler, SamplingConfig
+from opdlab.policies import LocalTeacher, SamplingConfig
 from opdlab.tau import LinearTau
 from opdlab.viewer import quantities
 from tests.toy_run import Run
@@ -46,7 +46,7 @@ def logged_names(folder: Path, **options: Any) -> set[str]:
     callbacks = (*looking, EvaluationTable(), LabProgressBar())
     run, logger = Run(folder, callbacks=callbacks, max_new_tokens=48, **options), Names()
     # Long enough for some answers: where nothing is extracted, maj@n is left out.
-    run.module.evaluator.sampler = Sampler(SamplingConfig(num_samples=2, max_new_tokens=150))
+    run.module.evaluator.sampling = SamplingConfig(num_samples=2, max_new_tokens=150)
     validation: dict[str, Any] = {"limit_val_batches": 1.0, "val_check_interval": 1, "check_val_every_n_epoch": None}
     trainer = run.fit(3, logger=logger, enable_progress_bar=True, num_sanity_val_steps=0, **validation)
     assert isinstance(run.module.teacher, LocalTeacher)
@@ -72,10 +72,9 @@ def test_every_row_is_of_a_scalar_that_is_logged(tmp_path: Path) -> None:
             tmp_path / str(number), objective=objective, tau=LinearTau(1.0, 2.0, 2), evaluation=evaluation
         )
     missing = {row.name for row in metric_rows() if not any(row.matches(name) for name in names)}
-    # Those of a cache, of several teachers and of demonstrations are logged in the tests of these.
-    assert {name for name in missing if not name.startswith(("targets/", "teacher-"))} == {
-        "rollout/demonstration_share"
-    }
+    # Those of a cache, of several teachers, of demonstrations and of samplers are logged in the tests of these.
+    elsewhere = ("targets/", "teacher-", "train/sampler_")
+    assert {name for name in missing if not name.startswith(elsewhere)} == {"rollout/demonstration_share"}
 
 
 def test_the_rows_name_what_computes_them() -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from opdlab.errors import UsageError
-from opdlab.policies import AdapterConfig, BaseTeacher, LanguageModel, Sampler, SamplingConfig
-from tests.policies.tiny_models import CONFIGS, rollouts, save_random
+from opdlab.policies import AdapterConfig, BaseTeacher, LanguageModel, SamplingConfig
+from tests.policies.tiny_models import CONFIGS, rollouts, sampled, save_random
 
 # From torch.compile itself: it imports deprecated modules, and reads gradients of tensors that have none.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor")
@@ -81,8 +81,7 @@ def test_sampling_runs_as_it_is(qwen3: str, graphs: list[int]) -> None:
     model, plain = LanguageModel(qwen3, compile=True), LanguageModel(qwen3)
     model.score(rollouts())
     graphs.clear()
-    sampler = Sampler(SamplingConfig(max_new_tokens=5))
-    ours, theirs = (sampler.sample(m, [[5, 6, 7], [8, 9]], seed=0) for m in (model, plain))
+    ours, theirs = (sampled(each, SamplingConfig(max_new_tokens=5), [[5, 6, 7], [8, 9]]) for each in (model, plain))
     assert torch.equal(ours.tokens, theirs.tokens)
     assert not graphs
 

@@ -25,7 +25,8 @@ from transformers import (
 )
 
 from opdlab.policies import LanguageModel, decoding
-from opdlab.policies.decoding import Decoding, draw, why_not_selectable
+from opdlab.policies.decoding import Decoding, why_not_selectable
+from opdlab.seeds import derive_streams
 from opdlab.toy.chain import chain_problems
 from tests.policies.tiny_models import COMMON, CONFIGS, IDS
 
@@ -63,11 +64,9 @@ def decode(
     settings = {"do_sample": True, "top_k": 0, "eos_token_id": STOPS, "pad_token_id": 0, **settings}
     config = GenerationConfig(**settings)
     model.generation_config = config
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        output: Tensor = model.generate(
-            **padded(prompts), generation_config=config, custom_generate=Decoding(num_samples, batch_size, advance)
-        )
+    streams = derive_streams("decode", 0, keys=range(len(prompts)), num_samples=num_samples)
+    loop = Decoding(streams, batch_size, advance)
+    output: Tensor = model.generate(**padded(prompts), generation_config=config, custom_generate=loop)
     return output
 
 
@@ -299,27 +298,3 @@ def test_sharded_models_are_left_to_transformers(monkeypatch: pytest.MonkeyPatch
         with monkeypatch.context() as patch:
             patch.setattr(decoding, function, lambda *args: True)
             assert why_not_selectable(small_model(38)) is not None
-
-
-def test_draw_follows_the_probabilities() -> None:
-    weights = torch.tensor([0.0, 3.0, 1.0, 0.0, 5.0, 0.5, 0.0])
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        counts = draw(weights.expand(40_000, 7)).bincount(minlength=7).double()
-    expected = 40_000 * weights.double() / weights.sum()
-    assert not counts[weights == 0].any()
-    possible = weights > 0
-    # Three degrees of freedom: above 16.3 once in a thousand times.
-    assert float(((counts - expected).square() / expected)[possible].sum()) < 16.3
-
-
-@pytest.mark.parametrize(("number", "expected"), [(0.0, 1), (1 - 2**-53, 2)])
-def test_draw_at_the_ends_of_the_interval(number: float, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "rand_like", lambda like: torch.full_like(like, number))
-    for scale in (1.0, 0.7, 0.3, 1e-3):
-        assert draw(scale * torch.tensor([[0.0, 0.5, 0.5, 0.0]])).tolist() == [expected]
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_draw_marks_what_is_no_distribution(bad: float) -> None:
-    assert draw(torch.tensor([[0.5, bad], [0.0, 1.0], [bad, 0.5]])).tolist() == [-1, 1, -1]

@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, MambaConfig, Qwen3ForCausalLM
 
 from opdlab.errors import UsageError
-from opdlab.policies import LanguageModel, Sampler, SamplingConfig
+from opdlab.policies import LanguageModel, SamplingConfig
 from opdlab.toy import chain_tokenizer
 from opdlab.toy.make_models import toy_config
 from opdlab.types import Rollouts, StopReason
-from tests.policies.tiny_models import IDS, save_random
+from tests.policies.tiny_models import IDS, sampled, save_random
 
 PROMPTS = [[5, 9, 3], [7], [4, 4, 8, 12, 3]]
 CONFIG = SamplingConfig(num_samples=4, max_new_tokens=12)
@@ -55,7 +55,7 @@ def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def sample(model: LanguageModel, seed: int = 0, prompts: list[list[int]] = PROMPTS, **options: Any) -> Rollouts:
-    return Sampler(replace(CONFIG, **options)).sample(model, prompts, seed)
+    return sampled(model, replace(CONFIG, **options), prompts, seed)
 
 
 def equal(one: Rollouts, other: Rollouts) -> bool:
@@ -101,7 +101,7 @@ def test_global_generators_are_left_alone(model: LanguageModel) -> None:
 
 
 def test_samples_of_one_prompt_and_of_batches_differ(model: LanguageModel) -> None:
-    # Equal prompts in batches of their own: without a seed per batch they would all get the same samples.
+    # Equal prompts, each in a batch of its own.
     samples = sample(model, prompts=[[5]] * 8, num_samples=1, batch_size=1, max_new_tokens=8)
     assert len({tuple(row) for row in samples.tokens.tolist()}) > 4
 
@@ -276,7 +276,7 @@ def test_progress_reaches_its_total(own: LanguageModel, batch_size: int) -> None
     own.stop_ids = [1, *range(10, 38)]  # so that no response has full length
     assert sample(own, batch_size=batch_size).tokens.shape[1] < 12
     bar = _Bar()
-    Sampler(replace(CONFIG, batch_size=batch_size)).sample(own, PROMPTS, 0, bar)
+    sampled(own, replace(CONFIG, batch_size=batch_size), PROMPTS, 0, bar)
     assert bar.done == bar.total > 0
 
 

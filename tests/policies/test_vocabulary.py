@@ -33,14 +33,13 @@ from opdlab.policies import (
     BehaviorPolicy,
     LanguageModel,
     LocalTeacher,
-    Sampler,
     SamplingConfig,
     TeacherRequest,
     share_vocabulary,
 )
 from opdlab.toy import chain_tokenizer
 from opdlab.types import Rollouts
-from tests.policies.tiny_models import COMMON, IDS, save_random
+from tests.policies.tiny_models import COMMON, IDS, sampled, save_random
 from tests.test_resume import SaveAt
 from tests.toy_run import STUDENT, Run
 
@@ -81,7 +80,7 @@ def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 def test_rows_without_a_token_are_not_sampled(tmp_path: Path, top_p: float) -> None:
     model = LanguageModel(saved(tmp_path, num_rows=74))
     assert model.vocab_size == 38
-    rollouts = Sampler(replace(SAMPLING, num_samples=40, top_p=top_p)).sample(model, PROMPTS, seed=0)
+    rollouts = sampled(model, replace(SAMPLING, num_samples=40, top_p=top_p), PROMPTS)
     assert int(rollouts.tokens.max()) < 38
     if top_p == 1.0:
         assert len(set(rollouts.tokens[rollouts.mask].tolist())) > 25
@@ -278,7 +277,7 @@ def test_logits_that_are_not_finite_stop_sampling(tmp_path: Path) -> None:
     with torch.no_grad():
         model.model.model.norm.weight[0] = torch.nan
     with pytest.raises(UsageError, match="^sampling: the logits of the model are NaN or infinite: lower the learning"):
-        Sampler(SAMPLING).sample(model, PROMPTS, seed=0)
+        sampled(model, SAMPLING, PROMPTS)
 
 
 def test_the_step_is_named(make_run: MakeRun) -> None:
@@ -295,5 +294,5 @@ def test_the_step_is_named(make_run: MakeRun) -> None:
 def test_a_model_with_another_state_is_checked_too(tmp_path: Path) -> None:
     config = MambaConfig(**IDS, vocab_size=74, hidden_size=32, num_hidden_layers=1, state_size=4, initializer_range=0.3)
     model = LanguageModel(str(save_random(tmp_path, config)))
-    assert int(Sampler(SAMPLING).sample(model, PROMPTS, seed=0).tokens.max()) < 38
+    assert int(sampled(model, SAMPLING, PROMPTS).tokens.max()) < 38
     assert LanguageModel(STUDENT).vocab_size == 38

@@ -1,6 +1,6 @@
 """Tiny random models of many architectures, and rollouts for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from opdlab.policies import LanguageModel, SamplingConfig, TransformersSampler, sample_rollouts
+from opdlab.progress import Progress
+from opdlab.seeds import derive_streams
 from opdlab.toy import chain_tokenizer
 from opdlab.types import Rollouts
 
@@ -69,6 +72,20 @@ def save_random(folder: Path, config: Any, tokenizer: PreTrainedTokenizerFast | 
         model.save_pretrained(folder)
     (tokenizer or chain_tokenizer()).save_pretrained(folder)
     return folder
+
+
+def sampled(
+    model: LanguageModel,
+    config: SamplingConfig,
+    prompts: Sequence[Sequence[int]],
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Rollouts:
+    """Sample as a behavior policy does, with prompts numbered from 0."""
+    sampler = TransformersSampler()
+    sampler.refresh(model, 0)
+    streams = derive_streams("rollouts", seed, keys=range(len(prompts)), num_samples=config.num_samples)
+    return sample_rollouts(sampler, model, prompts, streams, config, progress=progress)
 
 
 PROMPT_LENGTHS, RESPONSE_LENGTHS = (5, 2, 9, 1), (7, 4, 1, 6)
