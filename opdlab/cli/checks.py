@@ -93,8 +93,8 @@ def check_config(parser: ArgumentParser, config: Namespace) -> None:
                 raise UsageError(f"{key} cannot be built, change its keys: {first_line(error)}") from error
     parts["model.evaluation"].check(parts["model.eval_sampling"])
     reuse = parts["data.reuse"]
-    processes = num_processes(config) or 1
-    reuse.check(parts["model.sampling"].num_samples, config.trainer.accumulate_grad_batches, processes)
+    sizes = parts["model.sampling"].num_samples, config.trainer.accumulate_grad_batches
+    reuse.check(*sizes)
     with under("model", config.model):
         check_token_bound(config.model.max_tokens_per_pass)
     with under("data", config.data):
@@ -112,6 +112,7 @@ def check_config(parser: ArgumentParser, config: Namespace) -> None:
     check_verdicts(built.objective, judged=True, num_samples=parts["model.sampling"].num_samples)
     check_optimizer(built.optimizer, built.lr_scheduler, config)
     check_trainer(config)
+    reuse.check(*sizes, num_processes(config) or 1)
 
 
 def num_processes(config: Namespace) -> int | None:

@@ -162,10 +162,15 @@ class RowExchange:
         group = _host_group(distributed.group.WORLD)
         old = tensor.reshape(len(tensor), -1).contiguous().view(torch.uint8)  # gloo knows few types
         new = torch.empty(len(self._places), old.shape[1], dtype=torch.uint8)
-        step = max(1, PART_BYTES // self._most)
+        step = min(max(1, PART_BYTES // self._most), old.shape[1])
+        # Made once: the allocator of the C library keeps much of what is freed in between.
+        leaving = torch.empty(len(old) * step, dtype=torch.uint8)
+        arriving = torch.empty(len(new) * step, dtype=torch.uint8)
         for start in range(0, old.shape[1], step):
-            out = old[:, start : start + step].index_select(0, self._order)
-            into = torch.empty(len(self._places), out.shape[1], dtype=torch.uint8)
+            part = old[:, start : start + step]
+            width = part.shape[1]
+            out, into = leaving[: len(old) * width].view(-1, width), arriving[: len(new) * width].view(-1, width)
+            torch.index_select(part, 0, self._order, out=out)
             distributed.all_to_all_single(into, out, self._received, self._sent, group=group)
             new[:, start : start + step].index_copy_(0, self._places, into)
         return new.view(tensor.dtype).view(len(new), *tensor.shape[1:])

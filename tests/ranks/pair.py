@@ -4,6 +4,7 @@ import io
 import multiprocessing
 import os
 import signal
+import sys
 import tempfile
 import time
 import traceback
@@ -18,7 +19,7 @@ import pytest
 import torch
 from torch import distributed
 
-_START_SECONDS = 60.0  # for the imports, beside the time of the first function
+_START_SECONDS = 120.0  # for the imports, beside the time of the first function
 _OTHERS_SECONDS = 5.0  # for the others once one has failed: they may wait for it
 
 
@@ -35,7 +36,10 @@ class Processes:
         self._connections: list[Connection] = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        # A process that has the imports and forks: torch on macOS does not bear it.
+        context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        if sys.platform == "linux":
+            multiprocessing.set_forkserver_preload(["opdlab.module"])
         self._folder = tempfile.TemporaryDirectory()
         for rank in range(self._count):
             ours, theirs = context.Pipe()
@@ -46,19 +50,19 @@ class Processes:
             self._processes.append(process)
             self._connections.append(ours)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, seconds: float = 240.0) -> list[Any]:
         """Return what a function returns in each process, by rank.
 
         Args:
             function: of a module; called as ``function(rank, *args)`` with ``torch.distributed`` initialised.
             args: can be pickled.
-            timeout: seconds. Then, and if a process has failed, the processes are killed, and the next call starts
-                others.
+            seconds: that it may take. Then, and if a process has failed, the processes are killed, and the next call
+                starts others.
 
         Raises:
             AssertionError: a process has failed, or has not returned in time.
         """
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + seconds
         if not self._processes:
             self._start()
             deadline += _START_SECONDS
@@ -113,9 +117,11 @@ def _value_of(message: bytes) -> Any:
 def _serve(rank: int, count: int, store: str, connection: Connection) -> None:
     """Run functions until the parent ends."""
     os.setsid()
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    # Lightning finds the processes by these.
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "GLOO_SOCKET_IFNAME": "lo"}
+    kept = dict(os.environ)
     torch.set_num_threads(1)
-    limit = timedelta(seconds=60)
+    limit = timedelta(seconds=240)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=count, timeout=limit)
     while True:
         try:
@@ -123,6 +129,7 @@ def _serve(rank: int, count: int, store: str, connection: Connection) -> None:
         except EOFError:
             return
         try:
+            os.environ |= kept  # Lightning removes some when a trainer has finished
             function, args = _value_of(message)
             answer = _bytes_of((True, function(rank, *args)))
         except BaseException:

@@ -1,6 +1,7 @@
 """Two processes train on the rows of one: every pass, every state, every field, whatever the number of processes."""
 
-import hashlib
+import gc
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, distributed
 
 from opdlab.errors import UsageError
+from opdlab.estimate import exchanged_bytes, gathered_bytes
 from opdlab.policies import BehaviorPolicy, LanguageModel, LocalTeacher, SamplingConfig, TeacherRequest
 from opdlab.rollouts import Collector, Pool, RolloutLoader, Rollouts, Targets
 from opdlab.rollouts.collector import with_groups
@@ -331,8 +333,66 @@ def test_the_collector_of_two_processes_fills_the_buffer_of_one(
 # -- memory ------------------------------------------------------------------------------------------------------
 
 
-def high_water_mark() -> int:
-    """Return the peak resident memory of this process since the last call, bytes."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    Path("/proc/self/clear_refs").write_text("5")
-    return int(line.split()[1]) << 10
+class Peak:
+    """The peak of this process's resident memory over a block, above what it was before, bytes."""
+
+    def __enter__(self) -> "Peak":
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")
+        self._before = self._high_water_mark()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bytes = self._high_water_mark() - self._before
+
+    @staticmethod
+    def _high_water_mark() -> int:
+        (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) << 10
+
+
+def with_hidden_states(prompts: Sequence[Prompt], *, share: range, first_rollout_id: int, **_: Any) -> Pool:
+    """Return one rollout of each prompt: 512 tokens with hidden states of size 1024, 1 MiB a rollout."""
+    size = (len(share), 512)
+    mask, ids = torch.ones(size, dtype=torch.bool), torch.arange(share.start, share.stop) + first_rollout_id
+    states = torch.ones(*size, 1024, dtype=torch.bfloat16) * ids[:, None, None]
+    rollouts = Rollouts(ids[:, None], mask[:, :1], mask.long(), mask, mask.float(), ids, ids, ids, ids, ids)
+    return Pool(rollouts, Targets(mask.float(), hidden=states))
+
+
+def memory(rank: int) -> dict[str, tuple[int, float]]:
+    """Return the peak memory and the seconds of the parts of a loader's work on 256 rollouts."""
+    prompts = [Prompt(n, Problem(str(n), "", None), (n,)) for n in range(256)]
+    sizes = {"prompts_per_pool": 256, "batch_size": 2}
+    made = RolloutLoader(prompts, with_hidden_states, rank=rank, world_size=2, **sizes)
+    found = {}
+    batches, seen = iter(made), []
+    for name, count in (("first pass", 1), ("rest of it", 127), ("second pass", 1)):
+        started = time.perf_counter()
+        with Peak() as peak:
+            parts = ((batch.rollouts.rollout_ids, batch.targets.hidden[0, 5, 7]) for batch in islice(batches, count))
+            seen += [(int(number), float(value)) for number, value in parts]
+        found[name] = peak.bytes, time.perf_counter() - started
+    assert all(number == value for number, value in seen)
+    started = time.perf_counter()
+    with Peak() as peak:
+        state = made.state_dict()
+    found["state"] = peak.bytes, time.perf_counter() - started
+    assert rank or torch.equal(state["pool"]["targets"]["hidden"][:, 3, 9], torch.arange(256).bfloat16())
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="needs Linux to measure the peak")
+def test_a_process_holds_its_share_and_what_is_under_way(pair: Processes) -> None:
+    share, small = 128 << 20, 12 << 20  # a minibatch, tokens and log-probabilities
+    for rank, found in enumerate(pair.run(memory)):
+        print(rank, {name: f"{size / 2**20:.0f} MiB, {seconds:.2f} s" for name, (size, seconds) in found.items()})
+        limits = {
+            "first pass": share + exchanged_bytes(share),
+            "rest of it": 0,
+            "second pass": exchanged_bytes(share),
+            "state": 2 * PART_BYTES if rank else gathered_bytes(2 * share, 2),
+        }
+        for name, limit in limits.items():
+            assert found[name][0] < limit + small, (name, found[name])
+        assert found["first pass"][0] > 2 * share  # what is measured is there
