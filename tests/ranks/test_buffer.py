@@ -238,13 +238,22 @@ def test_leftover_prompts_are_left_out_in_both(pair: Processes) -> None:
 
 def test_metrics_are_those_of_the_whole_buffer(pair: Processes) -> None:
     (first, _), (second, _) = pair.run(train, {}, None, 1)
-    alone = train(0, {}, None, 1)[0][0]["pool_metrics"]
     metrics = first[0]["pool_metrics"]
     assert metrics == second[0]["pool_metrics"]
-    assert metrics["time/sample_seconds"] == 4.0  # of the slower process
-    shares = [alone["rollout/length"] * 12]  # tokens of the buffer; the first process takes 1 second, the second 4
-    assert metrics["rollout/sampled_tokens_per_second"] != pytest.approx(shares[0] / 4)
-    assert metrics["rollout/accuracy"] == pytest.approx(alone["rollout/accuracy"])
+    calls: list[tuple[Any, Any]] = []
+
+    def noted(prompts: Sequence[Prompt], **options: Any) -> Pool:
+        calls.append((prompts, options))
+        return collect(prompts, **options)
+
+    alone = next(iter(RolloutLoader(PROMPTS, noted, **SIZES))).pool_metrics
+    for name in ("rollout/length", "rollout/accuracy", "targets/cache_misses"):
+        assert metrics[name] == pytest.approx(alone[name]), name
+    ((prompts, options),) = calls
+    shares = [collect(prompts, **{**options, "share": range(start, start + 3)}).metrics for start in (0, 3)]
+    assert [each["time/sample_seconds"] for each in shares] == [1.0, metrics["time/sample_seconds"]]
+    tokens = sum(each["rollout/sampled_tokens_per_second"] * each["time/sample_seconds"] for each in shares)
+    assert metrics["rollout/sampled_tokens_per_second"] == pytest.approx(tokens / 4.0)
 
 
 def refused(rank: int, without: str) -> str:
