@@ -37,7 +37,7 @@ class Processes:
 
     def _start(self) -> None:
         # A process that has the imports and forks: torch on macOS does not bear it.
-        context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+        context: Any = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
         if sys.platform == "linux":
             multiprocessing.set_forkserver_preload(["opdlab.module"])
         self._folder = tempfile.TemporaryDirectory()

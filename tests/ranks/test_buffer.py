@@ -80,7 +80,7 @@ def collect(
     )
     targets = replace(scores, log_normalizer=values[..., 4], hidden=values.bfloat16())
     if without is not None and share.start:
-        targets = replace(targets, **{without: None})
+        targets = replace(targets, **{without: None})  # type: ignore[arg-type]
     metrics = {"rollout/length": float(mask.sum(1).float().mean()), "targets/cache_misses": float(count)}
     metrics |= {"time/sample_seconds": 1.0 + share.start, "rollout/sampled_tokens_per_second": float(mask.sum())}
     drawn = rollouts.demonstration.logical_not()  # type: ignore[union-attr]
@@ -107,7 +107,9 @@ def train(
     rank: int, options: dict[str, Any], state: dict[str, Any] | None, num: int, keep: Sequence[int] = ()
 ) -> tuple[Seen, dict[int, Any]]:
     """Return ``num`` micro-batches from a state on, and the states after some of them."""
-    made, seen, states = loader(rank, **options), [], {}
+    made = loader(rank, **options)
+    seen: Seen = []
+    states: dict[int, Any] = {}
     if state is not None:
         made.load_state_dict(state)
     while len(seen) < num:
@@ -379,7 +381,10 @@ def memory(rank: int) -> dict[str, tuple[int, float]]:
     for name, count in (("first pass", 1), ("rest of it", 127), ("second pass", 1)):
         started = time.perf_counter()
         with Peak() as peak:
-            parts = ((batch.rollouts.rollout_ids, batch.targets.hidden[0, 5, 7]) for batch in islice(batches, count))
+            parts = (
+                (batch.rollouts.rollout_ids, batch.targets.state_dict()["hidden"][0, 5, 7])
+                for batch in islice(batches, count)
+            )
             seen += [(int(number), float(value)) for number, value in parts]
         found[name] = peak.bytes, time.perf_counter() - started
     assert all(number == value for number, value in seen)
