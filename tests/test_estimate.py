@@ -441,7 +441,7 @@ def test_a_share_of_the_buffer_is_counted_with_several_processes(
     gathered = shown_size(on_gpu, "gathered buffer, on the host")
     assert gathered == pytest.approx(gathered_bytes(int(whole * 2**30), processes) / 2**30, rel=0.05)
     exchanged = shown_size(on_gpu, "rows that are exchanged, on the host")
-    assert share < exchanged < 3 * share  # small, so that a part is the whole of the largest tensor
+    assert share / 3 < exchanged < 3 * share  # the largest tensor is nearly half of the share
     assert shown_size(on_gpu, "activations") < shown_size(shown("gpu"), "activations")
     if "," in options:  # devices of a CPU are a number
         return
