@@ -423,7 +423,7 @@ def test_what_rests_on_the_host_is_counted_where_it_works(
 def test_a_share_of_the_buffer_is_counted_with_several_processes(
     options: str, processes: int, opdlab: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = ["--data.reuse.prompts_per_pool", "4800", "--data.reuse.batch_size", "24"]
+    sizes = ["--data.reuse.prompts_per_pool", "48000", "--data.reuse.batch_size", "24"]
     flags = ["-c", "quickstart", *sizes, "--trainer.accelerator"]
 
     def shown(accelerator: str, *more: str) -> str:
