@@ -27,6 +27,7 @@ from opdlab.errors import UsageError
 from opdlab.packages import package_trouble, require_package
 from opdlab.policies.adapters import AdapterConfig, attach_adapter
 from opdlab.policies.loading import ADAPTER_CONFIG, adapter_base, resolve
+from opdlab.rollouts.pool import PART_BYTES
 from opdlab.scoring.head import MAX_TILE_LOGITS
 
 FLOAT = 4  # bytes of a float32
@@ -182,22 +183,36 @@ def head_bytes(shape: Shape, tokens: int, *, training: bool, tiles: int = 2) -> 
     return both + FLOAT * shape.vocab * shape.hidden if training else tiles * tile
 
 
-def gathered_bytes(buffer: int, processes: int) -> int:
-    """Return the host memory that the first process needs to gather the rollout buffers of all, beside its own.
+def exchanged_bytes(largest: int) -> int:
+    """Return the host memory that a process needs beside its rows while processes exchange the rows of a buffer.
 
-    A checkpoint inside a buffer holds the buffers of all P processes, which the first one receives: its own as bytes
-    and in a temporary copy, and all of them as bytes and as tensors, ``2 P + 3`` buffers at the peak. A single process
-    gathers nothing.
+    Tensors are exchanged one by one: the rows that it holds then, and a part of them on its way out and in.
 
     Args:
-        buffer: bytes of the buffer of a process.
+        largest: bytes of the largest tensor of its rows.
+
+    Example:
+        >>> exchanged_bytes(1000)
+        3000
+    """
+    return largest + 2 * min(largest, PART_BYTES)
+
+
+def gathered_bytes(buffer: int, processes: int) -> int:
+    """Return the host memory that the first process needs beside its rows to gather a rollout buffer.
+
+    A checkpoint inside a buffer holds the buffer of all P processes. It arrives in parts. A single process gathers
+    nothing.
+
+    Args:
+        buffer: bytes of the buffer.
         processes: P.
 
     Example:
         >>> gathered_bytes(100, 2), gathered_bytes(100, 1)
-        (700, 0)
+        (300, 0)
     """
-    return (2 * processes + 3) * buffer if processes > 1 else 0
+    return buffer + 2 * min(buffer, PART_BYTES) if processes > 1 else 0
 
 
 def optimizer_bytes_per_parameter(optimizer: Mapping[str, Any], width: int) -> float:

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import multiprocessing
 import re
 import socket
 import sys
@@ -40,9 +39,7 @@ from opdlab.estimate import (
 )
 from opdlab.policies import LanguageModel, SamplingConfig
 from opdlab.policies.adapters import AdapterConfig, attach_adapter
-from opdlab.rollouts import Pool, RolloutLoader, Rollouts, Targets
 from opdlab.scoring import Head, divergence_statistics, token_statistics
-from opdlab.types import Problem, Prompt
 from tests.policies.tiny_models import sampled
 from tests.toy_run import STUDENT
 
@@ -422,72 +419,39 @@ def test_what_rests_on_the_host_is_counted_where_it_works(
     ]
 
 
-def _high_water_mark() -> int:
-    """Return the peak resident memory of this process since the last call, bytes."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    Path("/proc/self/clear_refs").write_text("5")
-    return int(line.split()[1]) << 10
-
-
-def _checkpoint_of_one_of_two(rank: int, folder: str) -> None:
-    """Take the state of a loader inside a buffer, and write the buffer's bytes and the memory that this needed."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    size = (64, 1024)
-    mask, ids, values = torch.ones(size, dtype=torch.bool), torch.arange(64), torch.zeros(size)
-    rollouts = Rollouts(ids[:, None], mask[:, :1], mask.long(), mask, values, ids, ids, ids, ids, ids)
-    targets = Targets(values, torch.zeros(*size, 128, dtype=torch.int32), torch.zeros(*size, 128), values)
-    prompts = [Prompt(n, Problem(str(n), "", None), (n,)) for n in range(128)]
-    pools = {"prompts_per_pool": 64, "rank": rank, "world_size": 2}
-    loader = RolloutLoader(prompts, lambda *_, **__: Pool(rollouts, targets), **pools)
-    next(iter(loader))
-    torch.distributed.barrier()
-    _high_water_mark()
-    before = _high_water_mark()
-    loader.state_dict()
-    needed = _high_water_mark() - before
-    parts = (*vars(rollouts).values(), *vars(targets).values())
-    (Path(folder) / str(rank)).write_text(f"{sum(each.nbytes for each in parts if isinstance(each, Tensor))} {needed}")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").is_file(), reason="needs Linux to measure the peak")
-def test_gathering_buffers_needs_what_is_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_checkpoint_of_one_of_two, args=(n, str(tmp_path)), daemon=True) for n in (0, 1)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(timeout=120)
-        worker.kill()  # it has ended, or hangs
-    assert [worker.exitcode for worker in workers] == [0, 0]
-    (size, needed), (_, other) = (map(int, (tmp_path / rank).read_text().split()) for rank in "01")
-    assert needed == pytest.approx(gathered_bytes(size, 2), rel=0.1)
-    assert other < 2.5 * size
-
-
 @pytest.mark.parametrize(
     ("options", "processes"), [("2", 2), ("[0,1,2]", 3), ("'0,1'", 2), ("2 --trainer.num_nodes 4", 8), ("1", 1)]
 )
-def test_gathered_buffers_are_counted_with_several_processes(
+def test_a_share_of_the_buffer_is_counted_with_several_processes(
     options: str, processes: int, opdlab: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = ["-c", "quickstart", "--data.reuse.prompts_per_pool", "3200", "--trainer.devices", *options.split()]
-    assert opdlab("estimate", *flags, "--trainer.accelerator", "gpu") == 0
-    on_gpu = capsys.readouterr().out
+    sizes = ["--data.reuse.prompts_per_pool", "48000", "--data.reuse.batch_size", "24"]
+    flags = ["-c", "quickstart", *sizes, "--trainer.accelerator"]
+
+    def shown(accelerator: str, *more: str) -> str:
+        assert opdlab("estimate", *flags, accelerator, *more) == 0
+        return capsys.readouterr().out
+
+    whole = shown_size(shown("gpu"), "rollout buffer, on the host")
+    on_gpu = shown("gpu", "--trainer.devices", *options.split())
     if processes == 1:
         assert "gathered" not in on_gpu
+        assert "exchanged" not in on_gpu
         return
-    gathered = shown_size(on_gpu, "gathered buffers, on the host")
-    pool = shown_size(on_gpu, "rollout buffer, on the host")
-    assert gathered == pytest.approx((2 * processes + 3) * pool, rel=0.05)
+    share = shown_size(on_gpu, "rollout buffer, on the host")
+    assert share == pytest.approx(whole / processes, rel=0.05)
+    gathered = shown_size(on_gpu, "gathered buffer, on the host")
+    assert gathered == pytest.approx(gathered_bytes(int(whole * 2**30), processes) / 2**30, rel=0.05)
+    exchanged = shown_size(on_gpu, "rows that are exchanged, on the host")
+    assert share / 3 < exchanged < 3 * share  # the largest tensor is nearly half of the share
+    assert shown_size(on_gpu, "activations") < shown_size(shown("gpu"), "activations")
     if "," in options:  # devices of a CPU are a number
         return
-    assert opdlab("estimate", *flags, "--trainer.accelerator", "cpu") == 0
-    on_cpu = capsys.readouterr().out
+    on_cpu = shown("cpu", "--trainer.devices", *options.split())
     weights = sum(shown_size(on_cpu, part) for part in ("student weights", "gradients", "optimizer state"))
     weights += shown_size(on_cpu, "behavior snapshot") + shown_size(on_cpu, "teacher weights")
     assert shown_size(on_cpu, "peak of a checkpoint") == pytest.approx(gathered + weights, rel=0.05)
+    assert shown_size(on_cpu, "peak of an exchange") == pytest.approx(exchanged + weights, rel=0.05)
 
 
 def test_hidden_states_and_the_teachers_head_are_counted(

@@ -1,6 +1,7 @@
 """A stopped run resumes as if it had not been stopped: the same losses, bit for bit."""
 
 import csv
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -294,23 +295,22 @@ def test_the_last_evaluation_has_the_step_of_the_run_also_after_a_resume(make_ru
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_each_process_goes_on_with_its_own_rollouts(make_run: MakeRun, tmp_path: Path) -> None:
-    inside, end = tmp_path / "2.ckpt", tmp_path / "4.ckpt"
+def test_a_run_goes_on_with_another_number_of_processes(make_run: MakeRun, tmp_path: Path) -> None:
+    def run(*callbacks: Callback, devices: int, **options: Any) -> list[list[int]]:
+        made = make_run(callbacks=(Ids(tmp_path), *callbacks))
+        made.fit(6, strategy="ddp_fork" if devices > 1 else "auto", devices=devices, **options)
+        files = [(tmp_path / f"ids-{rank}").read_text().splitlines() for rank in range(devices)]
+        steps = [[json.loads(line.split(" ", 1)[1]) for line in lines] for lines in files]
+        return [list(chain(*parts)) for parts in zip(*steps, strict=True)]  # of a step, the first process's rows first
 
-    def run(*callbacks: Callback, devices: int = 2, **options: Any) -> list[dict[str, str]]:
-        made = make_run(callbacks=(Ids(tmp_path), *callbacks), data={"reuse": ReuseConfig(4, 2, 4)})
-        strategy = "ddp_fork" if devices > 1 else "auto"
-        made.fit(6, strategy=strategy, devices=devices, **options)
-        files = [tmp_path / f"ids-{rank}" for rank in range(devices)]
-        return [dict(line.split(" ", 1) for line in file.read_text().splitlines()) for file in files]
+    def cuts(devices: int) -> list[Path]:
+        return [tmp_path / f"{devices}-{step}.ckpt" for step in (2, 4)]  # inside a buffer, and where one ends
 
-    whole = run(SaveAt(inside, 2), SaveAt(end, 4))
-    assert whole[0] != whole[1]
-    assert run(ckpt_path=inside) == [{step: ids for step, ids in each.items() if int(step) > 2} for each in whole]
-    with pytest.raises(UsageError, match=r"trainer.devices \* trainer.num_nodes is 1, but 2 in ckpt_path"):
-        run(devices=1, ckpt_path=inside)
-    (alone,) = run(devices=1, ckpt_path=end)
-    assert list(alone) == ["5", "6"]
+    whole = run(*(SaveAt(path, step) for path, step in zip(cuts(1), (2, 4), strict=True)), devices=1)
+    assert run(*(SaveAt(path, step) for path, step in zip(cuts(2), (2, 4), strict=True)), devices=2) == whole
+    for before, after in ((1, 2), (2, 1)):
+        for path, step in zip(cuts(before), (2, 4), strict=True):
+            assert run(devices=after, ckpt_path=path) == whole[step:]
 
 
 def test_checkpoints_hold_only_tensors_and_plain_values(make_run: MakeRun, tmp_path: Path) -> None:

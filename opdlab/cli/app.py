@@ -246,7 +246,9 @@ class OPDCLI(LightningCLI):
         """Evaluate the untrained student, unless the run resumes from a checkpoint, which holds these results."""
         # Report invalid training problems before an evaluation that may take long.
         self.datamodule.prepare(self.model.student.tokenizer, training=True)
-        self.datamodule.reuse.check_prompts(len(self.datamodule.train_prompts or ()), self.trainer.world_size)
+        reuse, trainer = self.datamodule.reuse, self.trainer
+        reuse.check_prompts(len(self.datamodule.train_prompts or ()))
+        reuse.check(self.model.sampling.num_samples, trainer.accumulate_grad_batches, trainer.world_size)
         self.accepted = True
         if not self.resumes:
             self._save_config()

@@ -97,7 +97,8 @@ def check_config(parser: ArgumentParser, config: Namespace) -> None:
                 raise UsageError(f"{key} cannot be built, change its keys: {first_line(error)}") from error
     parts["model.evaluation"].check(parts["model.eval_sampling"])
     reuse = parts["data.reuse"]
-    reuse.check(parts["model.sampling"].num_samples, config.trainer.accumulate_grad_batches)
+    sizes = parts["model.sampling"].num_samples, config.trainer.accumulate_grad_batches
+    reuse.check(*sizes)
     with under("model", config.model):
         check_token_bound(config.model.max_tokens_per_pass)
     with under("data", config.data):
@@ -117,6 +118,17 @@ def check_config(parser: ArgumentParser, config: Namespace) -> None:
         check_correction(config.model.sampler_correction, built.sampler or TransformersSampler())
     check_optimizer(built.optimizer, built.lr_scheduler, config)
     check_trainer(config)
+    reuse.check(*sizes, num_processes(config) or 1)
+
+
+def num_processes(config: Namespace) -> int | None:
+    """Return the number of processes of a run; None if it depends on the machine, or ``trainer.devices`` is wrong."""
+    devices = config.trainer.devices
+    if isinstance(devices, str) and "," in devices:
+        devices = [part for part in devices.split(",") if part.strip()]
+    if isinstance(devices, list):
+        return len(devices) * int(config.trainer.num_nodes) or None
+    return int(devices) * int(config.trainer.num_nodes) or None if str(devices).isdigit() else None
 
 
 def check_nulls(config: Namespace) -> None:
@@ -178,9 +190,6 @@ def check_resume(parser: ArgumentParser, config: Namespace, checkpoint: Mapping[
     settings["run"]["data.seed"] = with_seeds(config).data.seed
     settings["run"]["data.max_prompt_tokens"] = config.data.max_prompt_tokens
     settings["buffer"]["data.reuse.prompts_per_pool"] = config.data.reuse.prompts_per_pool
-    devices, nodes = str(config.trainer.devices), config.trainer.num_nodes
-    if devices.isdigit() and int(devices) > 0:  # "auto" and lists depend on the machine
-        settings["buffer"]["trainer.devices * trainer.num_nodes"] = int(devices) * nodes
     trainer = config.trainer
     check_before_models(checkpoint, settings, config.data.reuse.batch_size, (trainer.max_steps, trainer.max_epochs))
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import instantiate_class
 
+from opdlab.cli.checks import num_processes
 from opdlab.cli.configured_models import (
     configured_models,
     configured_teacher,
@@ -19,6 +20,7 @@ from opdlab.estimate import (
     FLOAT,
     ModelSize,
     activation_bytes,
+    exchanged_bytes,
     gathered_bytes,
     head_bytes,
     inference_bytes,
@@ -31,7 +33,8 @@ _CASTS = "weights cast by autocast"
 _SNAPSHOT = "behavior snapshot"
 _TEACHER = "teacher weights"
 _BUFFER = "rollout buffer"
-_GATHERED = "gathered buffers"
+_EXCHANGED = "rows that are exchanged"
+_GATHERED = "gathered buffer"
 
 
 def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_cpu: bool | None = None) -> Estimate:
@@ -40,9 +43,9 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
     Args:
         config: parsed configuration.
         models: sizes of the student and of a local teacher; counted by default.
-        on_cpu: the run uses a CPU, where nothing can be offloaded, and where gathering the buffers of several
-            processes is a phase of its own; by default True only if ``trainer.accelerator`` names the CPU, so that any
-            machine shows the needs of a GPU.
+        on_cpu: the run uses a CPU, where nothing can be offloaded, and where exchanging and gathering the rows of
+            several processes are phases of their own; by default True only if ``trainer.accelerator`` names the CPU,
+            so that any machine shows the needs of a GPU.
 
     Raises:
         UsageError: a model's configuration cannot be read.
@@ -53,36 +56,35 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
     request: TeacherRequest = instantiate_class((), init).request
     result, student = Estimate(), models["student"]
     _add_resident(result, config, models, {} if on_cpu else offloaded(config, models), request)
-    num_rollouts = config.data.reuse.prompts_per_pool * config.model.sampling.num_samples
+    processes = _num_processes(config)
+    num_rollouts = -(-config.data.reuse.prompts_per_pool // processes) * config.model.sampling.num_samples
     cache = _cache(student, config, config.model.sampling, num_rollouts)
     result.add_phase("sampling", _SNAPSHOT, new={"KV cache": cache})
     _add_scoring(result, config, models, num_rollouts)
-    _add_update(result, config, student, models.get("teacher") if request.hidden else None)
+    _add_update(result, config, student, models.get("teacher") if request.hidden else None, processes)
     if config.data.benchmarks:
         _add_evaluation(result, config, models)
-    size = _add_buffer(result, config, request, models.get("teacher"), num_rollouts)
-    processes = _num_processes(config)
-    if gathered := gathered_bytes(size, processes):
-        part = (gathered, f"of the first of {processes} processes, in a checkpoint inside a buffer")
-        if on_cpu:
-            result.add_phase("a checkpoint", new={_GATHERED: part})
-        else:
-            result.host[_GATHERED] = part
+    size, largest = _add_buffer(result, config, request, models.get("teacher"), num_rollouts)
+    if processes > 1:
+        of_first = f"of the first of {processes} processes, in a checkpoint inside a buffer"
+        parts = {
+            "an exchange": {_EXCHANGED: (exchanged_bytes(largest), "one tensor at a time, before each pass")},
+            "a checkpoint": {_GATHERED: (gathered_bytes(processes * size, processes), of_first)},
+        }
+        for phase, new in parts.items():
+            if on_cpu:
+                result.add_phase(phase, new=new)
+            else:
+                result.host |= new
     return result
 
 
 def _num_processes(config: Any) -> int:
     """Return the number of processes of a run; ``auto`` and -1 are one on a CPU, and otherwise this machine's GPUs."""
-    devices, accelerator = config.trainer.devices, config.trainer.accelerator
-    if isinstance(devices, str) and "," in devices:
-        devices = [part for part in devices.split(",") if part.strip()]
-    if isinstance(devices, list):
-        each = len(devices)
-    elif str(devices) in ("auto", "-1"):
-        each = max(1, torch.cuda.device_count()) if accelerator in ("auto", "gpu", "cuda") else 1
-    else:
-        each = int(devices)
-    return each * int(config.trainer.num_nodes)
+    if (given := num_processes(config)) is not None:
+        return given
+    on_gpu = config.trainer.accelerator in ("auto", "gpu", "cuda")
+    return (max(1, torch.cuda.device_count()) if on_gpu else 1) * int(config.trainer.num_nodes)
 
 
 def _length(config: Any, *, of_teacher: bool = False) -> int:
@@ -193,8 +195,8 @@ def _tokens_of_pass(config: Any, tokens: int) -> int:
 
 def _add_buffer(
     result: Estimate, config: Any, request: TeacherRequest, teacher: ModelSize | None, num_rollouts: int
-) -> int:
-    """Add the rollout buffer, and return its bytes."""
+) -> tuple[int, int]:
+    """Add a process's share of the rollout buffer, and return its bytes and those of its largest tensor."""
     length = config.model.sampling.max_new_tokens
     k = request.top_k + request.behavior_top_k
     # Tokens (8) and mask (1); log-probabilities of snapshot and teacher, and mass; ids and logits of the support.
@@ -202,18 +204,20 @@ def _add_buffer(
     # The snapshot's tokens; the teacher's log-normalizer and tail; which ids of a union count.
     per_token += 4 * request.behavior_top_k + 2 * FLOAT * request.tail
     per_token += k if request.top_k and request.behavior_top_k else 0
+    largest = max(8, k * FLOAT)
     if request.hidden and teacher is not None:
-        per_token += teacher.shape.hidden * teacher.widths.weights
+        per_token += (largest := teacher.shape.hidden * teacher.widths.weights)
         said = f"{teacher.shape.hidden:,} hidden states"
     prompts = config.data.max_prompt_tokens + teacher_prompt(config)
     size = int(num_rollouts * (length * per_token + prompts * (8 + 1)))
     result.host[_BUFFER] = (size, f"{num_rollouts} rollouts x {length:,} tokens x {per_token:,} bytes, {said}")
-    return size
+    return size, num_rollouts * length * largest
 
 
-def _add_update(result: Estimate, config: Any, student: ModelSize, teacher: ModelSize | None) -> None:
+def _add_update(result: Estimate, config: Any, student: ModelSize, teacher: ModelSize | None, processes: int) -> None:
     """Add the update; ``teacher`` is given if the objective evaluates the teacher's head."""
-    tokens = -(-config.data.reuse.batch_size // config.trainer.accumulate_grad_batches) * _length(config)
+    parts = config.trainer.accumulate_grad_batches * processes
+    tokens = -(-config.data.reuse.batch_size // parts) * _length(config)
     at_once = _tokens_of_pass(config, tokens)
     checkpointing = bool(plugin_options(config.model.student).get("gradient_checkpointing"))
     new = {

@@ -2,7 +2,8 @@
 
 from opdlab.rollouts.collector import Collector
 from opdlab.rollouts.demonstrations import DemonstrationConfig
-from opdlab.rollouts.loader import Pool, RolloutLoader
+from opdlab.rollouts.loader import RolloutLoader
+from opdlab.rollouts.pool import Pool
 from opdlab.rollouts.reuse import ReuseConfig
 from opdlab.types import Minibatch, Rollouts, StopReason, Targets
 

@@ -12,8 +12,8 @@ from opdlab.policies import BehaviorPolicy, Teacher, check_targets
 from opdlab.policies.routed_teacher import check_teacher
 from opdlab.progress import Progress, SilentProgress
 from opdlab.rollouts.demonstrations import choose_demonstrations
-from opdlab.rollouts.loader import Pool
 from opdlab.rollouts.masking import mask_first_occurrences, mask_uncounted
+from opdlab.rollouts.pool import Pool
 from opdlab.types import EvaluationBatch, Prompt, Rollouts, StopReason, TeacherRequest, left_padded
 from opdlab.verifiers.verifier import Verifier
 
@@ -53,6 +53,7 @@ class Collector:
         prompts: Sequence[Prompt],
         *,
         seed: int,
+        share: range | None = None,
         num_samples: int | None = None,
         first_rollout_id: int = 0,
         step: int = 0,
@@ -65,14 +66,16 @@ class Collector:
         """Return sampled rollouts with targets, in host memory.
 
         Args:
-            prompts: prompts to sample from.
+            prompts: prompts of the buffer.
             seed: determines the samples.
+            share: positions of the prompts whose rollouts are returned, one process's share; None for all.
             num_samples: responses per prompt; None for the configured number.
-            first_rollout_id: id of the first rollout; the others follow consecutively.
+            first_rollout_id: id of the buffer's first rollout; the others follow consecutively.
             step: optimizer steps taken so far.
-            unscored: rows whose behavior log-probabilities the next training step fills in; None for none. Only if
-                the student equals the snapshot: the forward pass of the step then scores them. The snapshot scores
-                them nevertheless if its most likely tokens are requested, because the teacher needs these first.
+            unscored: rows of the buffer whose behavior log-probabilities the next training step fills in; None for
+                none. Only if the student equals the snapshot: the forward pass of the step then scores them. The
+                snapshot scores them nevertheless if its most likely tokens are requested, because the teacher needs
+                these first.
             verifier: checks the answers; None to skip the check.
             demonstrations: share of the rollouts that take their response from the data, 0 to 1.
             autocast: context of the snapshot's passes. It must equal that of the training step; otherwise fresh
@@ -81,7 +84,12 @@ class Collector:
         """
         progress = progress or SilentProgress()
         each = self._behavior.sampling.num_samples if num_samples is None else num_samples
-        given = choose_demonstrations(prompts, each, demonstrations, seed)
+        share = share or range(len(prompts))
+        own, buffer = slice(share.start, share.stop), prompts
+        prompts, rows = buffer[own], range(share.start * each, share.stop * each)
+        given = choose_demonstrations(buffer, each, demonstrations, seed)
+        given = given and given[own]
+        of_first = None if unscored is None else unscored[(unscored >= rows.start) & (unscored < rows.stop)]
         started = time.perf_counter()
         with autocast():
             rollouts = self._behavior.sample(
@@ -89,9 +97,9 @@ class Collector:
                 [prompt.index for prompt in prompts],
                 seed=seed,
                 num_samples=num_samples,
-                first_rollout_id=first_rollout_id,
+                first_rollout_id=first_rollout_id + rows.start,
                 step=step,
-                unscored=unscored,
+                unscored=None if of_first is None else of_first - rows.start,
                 given=given,
                 top_k=self._request.behavior_top_k,
                 progress=progress,
@@ -103,31 +111,41 @@ class Collector:
         scoring = time.perf_counter()
         masked = mask_first_occurrences(mask_uncounted(rollouts), self._masked_first)
         pad_id = self._behavior.policy.tokenizer.pad_token_id
-        masked = with_teachers(masked, prompts, self._teacher.names, pad_id)
+        masked = with_teachers(masked, prompts, self._teacher.names, pad_id, sees_other_prompts(buffer))
         # Teachers do this too; here it also holds for one that does not know of prompts of its own.
         targets = self._teacher.score(masked.as_teacher_sees(), self._request, progress)
         check_targets(self._teacher, self._request, targets)
         scored = time.perf_counter()
-        own = torch.ones(len(rollouts)).bool() if rollouts.demonstration is None else ~rollouts.demonstration
+        drawn = torch.ones(len(rollouts)).bool() if rollouts.demonstration is None else ~rollouts.demonstration
         metrics = {  # of all tokens, masked ones included
             "rollout/length": float(rollouts.num_tokens.float().mean()),
             "rollout/truncated_share": float((rollouts.stop_reasons == StopReason.LENGTH).float().mean()),
             "time/sample_seconds": sampled - started,
             "time/teacher_seconds": scored - scoring,
-            "rollout/sampled_tokens_per_second": float(rollouts.mask[own].sum()) / max(sampled - started, 1e-9),
+            "rollout/sampled_tokens_per_second": float(rollouts.mask[drawn].sum()) / max(sampled - started, 1e-9),
             **self._teacher.metrics(),
         }
         if given is not None:
-            metrics["rollout/demonstration_share"] = 1.0 - float(own.float().mean())
+            metrics["rollout/demonstration_share"] = 1.0 - float(drawn.float().mean())
         if verdicts is not None:
             correct = torch.tensor([verdict.correct for verdict in verdicts()], dtype=torch.int8)
-            if bool(own.any()):  # demonstrations say nothing about the policy
-                metrics["rollout/accuracy"] = float(correct[own].float().mean())
+            if bool(drawn.any()):  # demonstrations say nothing about the policy
+                metrics["rollout/accuracy"] = float(correct[drawn].float().mean())
             masked = with_groups(replace(masked, correct=correct))
-        return Pool(masked, targets, metrics, first_batch_unscored=unscored is not None)
+        weights = {"rollout/accuracy": float(drawn.sum())}
+        for number, name in enumerate(self._teacher.names):
+            weights[f"targets/{name}/logprob"] = float(masked.mask[masked.teacher_ids == number].sum())
+        return Pool(masked, targets, metrics, unscored is not None, weights, pad_id)
 
 
-def with_teachers(rollouts: Rollouts, prompts: Sequence[Prompt], names: Sequence[str], pad_id: int) -> Rollouts:
+def sees_other_prompts(prompts: Sequence[Prompt]) -> bool:
+    """True if the teacher sees another prompt than the student for one of the problems."""
+    return any(prompt.teacher_tokens is not None for prompt in prompts)
+
+
+def with_teachers(
+    rollouts: Rollouts, prompts: Sequence[Prompt], names: Sequence[str], pad_id: int, other_prompts: bool | None = None
+) -> Rollouts:
     """Return the rollouts with the prompts that the teacher sees, and the teacher that each problem names.
 
     Args:
@@ -135,12 +153,14 @@ def with_teachers(rollouts: Rollouts, prompts: Sequence[Prompt], names: Sequence
         prompts: in the order of the rollouts.
         names: of the teachers; empty if there is one for all.
         pad_id: token id of padding.
+        other_prompts: :func:`sees_other_prompts` of the buffer, of which ``prompts`` may be a share; None if they are
+            the buffer's.
 
     Raises:
         UsageError: a problem names none of these teachers.
     """
     each = len(rollouts) // len(prompts)
-    if any(prompt.teacher_tokens is not None for prompt in prompts):
+    if sees_other_prompts(prompts) if other_prompts is None else other_prompts:
         padded = left_padded([prompt.teacher_tokens or prompt.tokens for prompt in prompts], pad_id)
         tokens, mask = (tensor.repeat_interleave(each, 0) for tensor in padded)
         rollouts = replace(rollouts, teacher_prompt_tokens=tokens, teacher_prompt_mask=mask)

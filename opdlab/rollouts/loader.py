@@ -1,49 +1,34 @@
 """Rollout reuse: a rollout buffer that is sampled lazily, scored once, and trained on for several passes."""
 
-import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from opdlab.errors import require
+from opdlab.rollouts.pool import Pool, exchange_rows, join_shares
 from opdlab.rollouts.reuse import ReuseConfig
 from opdlab.seeds import derive_seed
-from opdlab.types import Minibatch, Prompt, Rollouts, Targets, trimmed
-
-
-@dataclass(frozen=True)
-class Pool:
-    """A rollout buffer: rollouts with their targets, in host memory.
-
-    Args:
-        rollouts: all rollouts of the buffer.
-        targets: the teacher's targets, computed once.
-        metrics: metrics of sampling and scoring, by name.
-        first_batch_unscored: True if the next training step fills in the behavior log-probabilities of the first
-            optimizer batch, see :meth:`RolloutLoader.fill_behavior`.
-    """
-
-    rollouts: Rollouts
-    targets: Targets
-    metrics: dict[str, float] = field(default_factory=dict)
-    first_batch_unscored: bool = False
+from opdlab.types import Minibatch, Prompt, trimmed
 
 
 class Collect(Protocol):
     """Function that fills a rollout buffer: :meth:`opdlab.rollouts.Collector.collect`, as the module calls it."""
 
-    def __call__(self, prompts: Sequence[Prompt], *, seed: int, first_rollout_id: int, first_batch: Tensor) -> Pool:
-        """Return a buffer of rollouts of ``prompts``.
+    def __call__(
+        self, prompts: Sequence[Prompt], *, share: range, seed: int, first_rollout_id: int, first_batch: Tensor
+    ) -> Pool:
+        """Return a buffer of rollouts of ``prompts``, or a share of it.
 
         Args:
-            prompts: prompts to sample from.
+            prompts: prompts of the buffer.
+            share: positions of the prompts whose rollouts are returned; of all prompts with one process.
             seed: determines the samples.
             first_rollout_id: id of the buffer's first rollout.
-            first_batch: [B] long, rows of the first optimizer batch: the training step may fill in their behavior
-                log-probabilities.
+            first_batch: [B] long, the buffer's rows in the first optimizer batch: the training step may fill in their
+                behavior log-probabilities.
         """
 
 
@@ -53,13 +38,13 @@ class Position:
 
     Args:
         epoch: finished passes over the prompts.
-        prompts: prompts of this pass whose buffers are finished, of all processes.
-        buffers: finished buffers of the run, of all processes.
+        prompts: prompts of this pass whose buffers are finished.
+        buffers: finished buffers of the run.
         rollouts: rollouts in these buffers.
         rows: rows of the current buffer that were trained on, over all passes; whole optimizer batches only.
 
     Example:
-        Two processes are in their first buffer, after three optimizer batches of eight rollouts.
+        A run is in its first buffer, after three optimizer batches of eight rollouts.
 
         >>> Position(rows=24)
         Position(epoch=0, prompts=0, buffers=0, rollouts=0, rows=24)
@@ -80,12 +65,16 @@ class RolloutLoader:
     length, so a buffer is sampled after the previous step and all its callbacks, including a refresh of the behavior
     policy. Lightning also saves :meth:`state_dict` in its checkpoints.
 
+    Several processes work on one buffer. Prompts, their order, seeds and optimizer batches are those of one process.
+    Each process collects the rollouts of an equal share of the prompts. Before each pass they exchange rows, so that
+    each holds the rows that it trains on: of each micro-batch, the part at its rank.
+
     Args:
-        prompts: prompts to sample from; ``rank`` and ``world_size`` select this process's share.
+        prompts: prompts to sample from.
         collect: fills a buffer.
         samples_per_prompt: rollouts that ``collect`` returns for each prompt.
-        prompts_per_pool: prompts in a buffer, per process.
-        batch_size: rollouts in an optimizer step, per process.
+        prompts_per_pool: prompts in a buffer.
+        batch_size: rollouts in an optimizer step, of all processes.
         micro_batches: equal parts of an optimizer batch: Lightning's ``accumulate_grad_batches``.
         reuse_epochs: passes over a buffer.
         seed: determines the order and the samples.
@@ -112,25 +101,25 @@ class RolloutLoader:
     ) -> None:
         self._pool_size = prompts_per_pool * samples_per_prompt
         self.reuse = ReuseConfig(prompts_per_pool, reuse_epochs, batch_size)  # checks its values
-        self.reuse.check(samples_per_prompt, micro_batches)
-        self.reuse.check_prompts(len(prompts), world_size)
+        self.reuse.check(samples_per_prompt, micro_batches, world_size)
+        self.reuse.check_prompts(len(prompts))
         self._prompts = prompts
         self._collect = collect
         self._micro_batches = micro_batches
-        self.seed, self.world_size = seed, world_size
-        self._rank = rank
-        self._prompts_per_buffer = prompts_per_pool * world_size  # of all processes; leftovers of a pass are dropped
+        self.seed = seed
+        self._rank, self._world_size = rank, world_size
         self._minibatches_per_buffer = reuse_epochs * (self._pool_size // batch_size) * micro_batches
         self._position = Position()
-        self._pool: Pool | None = None  # the buffer at the position, once it is filled
+        self._pool: Pool | None = None  # this process's rows of the buffer at the position, once it is filled
+        self._held = self._as_collected  # the buffer's rows that each process has, in the order of its tensors
 
     def __len__(self) -> int:
-        return len(self._prompts) // self._prompts_per_buffer * self._minibatches_per_buffer
+        return len(self._prompts) // self.reuse.prompts_per_pool * self._minibatches_per_buffer
 
     @property
     def num_yielded(self) -> int:
         """Return the number of minibatches of this pass over the prompts that lie before the position."""
-        left = (len(self._prompts) - self._position.prompts) // self._prompts_per_buffer
+        left = (len(self._prompts) - self._position.prompts) // self.reuse.prompts_per_pool
         rows = self._position.rows // self.reuse.batch_size * self._micro_batches
         return len(self) - left * self._minibatches_per_buffer + rows
 
@@ -138,36 +127,71 @@ class RolloutLoader:
         epoch = self._position.epoch
         while self._position.epoch == epoch:
             if self._pool is None:
-                self._pool = self._next_pool()
-            yield from self._next_optimizer_batch(self._pool)
+                self._fill()
+            yield from self._next_optimizer_batch()
 
-    def _next_pool(self) -> Pool:
-        at = self._position
+    @property
+    def _as_collected(self) -> list[Tensor]:
+        return list(torch.arange(self._pool_size).view(self._world_size, -1))
+
+    def _fill(self) -> None:
+        """Collect the buffer at the position, or this process's share of it."""
+        at, each = self._position, self.reuse.prompts_per_pool // self._world_size
         generator = torch.Generator().manual_seed(derive_seed("prompts", self.seed, at.epoch))
-        order = torch.randperm(len(self._prompts), generator=generator)[at.prompts :][self._rank :: self.world_size]
-        return self._collect(
+        order = torch.randperm(len(self._prompts), generator=generator)[at.prompts :]
+        pool = self._collect(
             [self._prompts[i] for i in order[: self.reuse.prompts_per_pool].tolist()],
-            seed=derive_seed("pool", self.seed, at.buffers + self._rank),
-            first_rollout_id=at.rollouts + self._rank * self._pool_size,
-            first_batch=self._row_order(0)[: self.reuse.batch_size],
+            share=range(self._rank * each, (self._rank + 1) * each),
+            seed=derive_seed("pool", self.seed, at.buffers),
+            first_rollout_id=at.rollouts,
+            first_batch=self._rows_of_pass(0)[0].flatten(),
         )
+        if self._world_size > 1:
+            state, weights, pad_id = pool.state_dict(), pool.weights, pool.pad_id
+            del pool  # the state alone holds the tensors
+            join_shares(state, weights, pad_id)
+            pool = Pool.from_state_dict(state)
+        self._pool, self._held = pool, self._as_collected
 
-    def _row_order(self, reuse_epoch: int) -> Tensor:
-        number = self._position.prompts // self._prompts_per_buffer  # of the buffer in this pass over the prompts
-        seed = derive_seed("rows", self.seed, self._rank, self._position.epoch, number, reuse_epoch)
-        return torch.randperm(self._pool_size, generator=torch.Generator().manual_seed(seed))
+    def _rows_of_pass(self, reuse_epoch: int) -> Tensor:
+        """Return the buffer's rows in the order of a pass, [optimizer batches, micro-batches, processes, rows]."""
+        number = self._position.prompts // self.reuse.prompts_per_pool  # of the buffer in this pass over the prompts
+        # The 0 keeps the order of earlier versions, where it was the rank.
+        seed = derive_seed("rows", self.seed, 0, self._position.epoch, number, reuse_epoch)
+        rows = torch.randperm(self._pool_size, generator=torch.Generator().manual_seed(seed))
+        size = self.reuse.batch_size // (self._micro_batches * self._world_size)
+        return rows.view(-1, self._micro_batches, self._world_size, size)
 
-    def _next_optimizer_batch(self, pool: Pool) -> Iterator[Minibatch]:
+    @staticmethod
+    def _shares(rows: Tensor) -> list[Tensor]:
+        """Return for each process the rows that it trains on in a pass, in order."""
+        return list(rows.permute(2, 0, 1, 3).flatten(1))
+
+    def _exchange(self, rows: Tensor) -> None:
+        """Exchange rows between the processes, so that each has those that it trains on in a pass."""
+        wanted = self._shares(rows)
+        if self._world_size == 1 or all(map(torch.equal, wanted, self._held)):
+            return
+        assert self._pool is not None
+        state, self._pool = self._pool.state_dict(), None  # the state alone holds the tensors
+        exchange_rows(state, self._held, wanted)
+        self._pool, self._held = Pool.from_state_dict(state), wanted
+
+    def _next_optimizer_batch(self) -> Iterator[Minibatch]:
         reuse_epoch, start = divmod(self._position.rows, self._pool_size)
-        rows = self._row_order(reuse_epoch)[start:][: self.reuse.batch_size]
+        rows = self._rows_of_pass(reuse_epoch)
+        self._exchange(rows)
+        pool = self._pool
+        assert pool is not None
         is_first = self._position.rows == 0
-        num_tokens = pool.rollouts.num_tokens[rows]
+        chunks = rows[start // self.reuse.batch_size, :, self._rank]  # [micro-batches, rows]
+        places = [self._places(chunk) for chunk in chunks]
+        num_tokens = pool.rollouts.num_tokens[torch.cat(places)]
         total, non_empty = int(num_tokens.sum()), int((num_tokens > 0).sum())
-        chunks = rows.chunk(self._micro_batches)
-        parts = tuple(trimmed(pool.rollouts.rows(part), pool.targets.rows(part)) for part in chunks)
+        parts = tuple(trimmed(pool.rollouts.rows(part), pool.targets.rows(part)) for part in places)
         for position, part in enumerate(parts):
             if position + 1 == len(parts):  # a state taken before repeats the optimizer batch
-                self._move(len(rows))
+                self._move(self.reuse.batch_size)
             yield Minibatch(
                 *part,
                 rows=chunks[position],
@@ -180,6 +204,12 @@ class RolloutLoader:
                 behavior_known=not (is_first and pool.first_batch_unscored),
             )
 
+    def _places(self, rows: Tensor) -> Tensor:
+        """Return the places of the buffer's rows in this process's tensors."""
+        places = torch.empty(self._pool_size, dtype=torch.long)
+        places[self._held[self._rank]] = torch.arange(len(self._held[self._rank]))
+        return places[rows]
+
     def _move(self, rows: int = 0) -> None:
         """Move the position by some rows, and on to the next buffer and the next pass over the prompts if it ends."""
         at = replace(self._position, rows=self._position.rows + rows)
@@ -187,11 +217,11 @@ class RolloutLoader:
             self._pool = None
             at = Position(
                 epoch=at.epoch,
-                prompts=at.prompts + self._prompts_per_buffer,
-                buffers=at.buffers + self.world_size,
-                rollouts=at.rollouts + self.world_size * self._pool_size,
+                prompts=at.prompts + self.reuse.prompts_per_pool,
+                buffers=at.buffers + 1,
+                rollouts=at.rollouts + self._pool_size,
             )
-        if at.rows == 0 and at.prompts + self._prompts_per_buffer > len(self._prompts):
+        if at.rows == 0 and at.prompts + self.reuse.prompts_per_pool > len(self._prompts):
             at = replace(at, epoch=at.epoch + 1, prompts=0)
         self._position = at
 
@@ -199,66 +229,60 @@ class RolloutLoader:
         """Store behavior log-probabilities computed by a training step in the buffer, for later passes.
 
         Args:
-            rows: [B] long, in host memory: rows of the current buffer.
+            rows: [B] long, in host memory: rows of the current buffer that this process holds.
             logprobs: [B, T] nats, detached: under the behavior policy.
         """
         if self._pool is None:  # this was the buffer's last minibatch
             return
         rollouts = self._pool.rollouts
         behavior = rollouts.behavior_logprobs.clone()
-        behavior[rows, : logprobs.shape[1]] = logprobs.cpu()
+        behavior[self._places(rows), : logprobs.shape[1]] = logprobs.cpu()
         self._pool = replace(self._pool, rollouts=replace(rollouts, behavior_logprobs=behavior))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, and the buffers of all processes if they are in use, as tensors and plain values.
+        """Return the position, and the buffer if it is in use, as tensors and plain values.
 
-        With several processes, all must call this, and only the first receives the buffers of the others.
+        It does not depend on the number of processes. All must call this, and only the first receives the buffer.
         """
         state: dict[str, Any] = asdict(self._position)
         if self._position.rows:
-            pool = self._pool
-            assert pool is not None
-            own = {
-                "rollouts": pool.rollouts.state_dict(),
-                "targets": pool.targets.state_dict(),
-                "metrics": pool.metrics,
-                "first_batch_unscored": pool.first_batch_unscored,
-            }
-            state["pools"] = _gathered(own)
+            assert self._pool is not None
+            pool = self._pool.state_dict()
+            if self._world_size > 1:
+                every, none = torch.arange(self._pool_size), torch.arange(0)
+                exchange_rows(pool, self._held, [every, *[none] * (self._world_size - 1)])
+            if self._rank == 0:
+                state["pool"] = pool
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the position and this process's buffer of :meth:`state_dict`.
+        """Restore the position, and this process's rows of the buffer, from a :meth:`state_dict`.
 
         Raises:
-            UsageError: the state is inside a buffer, and this loader's sizes or number of processes do not allow to
-                finish it.
+            UsageError: the state is inside a buffer, and this loader's sizes do not allow to finish it.
         """
         names = asdict(Position()).keys()
         require(
-            names <= state.keys(),
+            names <= state.keys() and "pools" not in state,
             "the checkpoint was written by another version of opdlab, so a run cannot go on from it: start a new run "
             "from its student",
         )
         self._position = Position(**{name: state[name] for name in names})
-        pools, self._pool = state.get("pools", []), None
-        if pools:
+        self._pool = None
+        if "pool" in state:
+            pool = Pool.from_state_dict(state["pool"])
             require(
-                len(pools) == self.world_size,
-                f"trainer.devices * trainer.num_nodes is {self.world_size}, but the checkpoint is inside a rollout "
-                f"buffer of {len(pools)} processes: resume with as many, the number may change where a buffer ends",
-            )
-            pool = pools[self._rank]
-            rollouts = Rollouts.from_state_dict(pool["rollouts"])
-            require(
-                len(rollouts) == self._pool_size,
+                len(pool.rollouts) == self._pool_size,
                 f"data.reuse.prompts_per_pool * model.sampling.num_samples is {self._pool_size}, but the checkpoint is "
-                f"inside a rollout buffer of {len(rollouts)}: resume with sizes that give as many, they may change "
-                "where a buffer ends",
+                f"inside a rollout buffer of {len(pool.rollouts)}: resume with sizes that give as many, they may "
+                "change where a buffer ends",
             )
-            check_batch_size(self.reuse.batch_size, self._position.rows, len(rollouts))
-            targets = Targets.from_state_dict(pool["targets"])
-            self._pool = Pool(rollouts, targets, pool["metrics"], pool["first_batch_unscored"])
+            check_batch_size(self.reuse.batch_size, self._position.rows, self._pool_size)
+            if self._world_size == 1:
+                self._pool, self._held = pool, self._as_collected
+            else:
+                self._held = self._shares(self._rows_of_pass(self._position.rows // self._pool_size))
+                self._pool = pool.rows(self._held[self._rank])
         self._move()  # the buffer, or the pass over the prompts, may end here with this loader's sizes
 
 
@@ -276,18 +300,3 @@ def check_batch_size(batch_size: int, rows: int, pool_size: int) -> None:
         f"data.reuse.batch_size is {batch_size}, but the checkpoint is inside a pass over a rollout buffer of which "
         f"{left} rollouts are left: choose a size that divides {left}, or resume with the size of the run",
     )
-
-
-def _gathered(value: Any) -> list[Any]:
-    """Return the values of all processes on the first one; on the others, and without processes, only their own."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return [value]
-    values = [None] * distributed.get_world_size() if distributed.get_rank() == 0 else None
-    distributed.gather_object(value, values, group=_host_group())
-    return values or [value]
-
-
-@functools.cache
-def _host_group() -> Any:
-    """Return a group of all processes that exchanges host memory: a buffer may not fit on a device."""
-    return distributed.new_group(backend="gloo")

@@ -7,13 +7,14 @@ from opdlab.errors import require
 
 @dataclass(frozen=True)
 class ReuseConfig:
-    """Sizes of the rollout buffer and its reuse, per process.
+    """Sizes of the rollout buffer and its reuse: those of the run, which its processes share equally.
 
     Args:
         prompts_per_pool: prompts per rollout buffer; a buffer has ``prompts_per_pool * sampling.num_samples`` rollouts.
+            With several processes, a multiple of their number.
         epochs: passes over a buffer before the next is sampled.
         batch_size: rollouts in an optimizer step; must divide the buffer. ``trainer.accumulate_grad_batches`` splits
-            it into that many micro-batches and does not change the step.
+            it into that many micro-batches, and the processes share each of them; neither changes the step.
     """
 
     prompts_per_pool: int = 32
@@ -25,29 +26,29 @@ class ReuseConfig:
             value = getattr(self, key)
             require(value >= 1, f"{key} is {value}, but must be at least 1")
 
-    def check_prompts(self, num_prompts: int, world_size: int = 1) -> None:
+    def check_prompts(self, num_prompts: int) -> None:
         """Raise a UsageError if there are fewer prompts than a buffer needs.
 
         Args:
             num_prompts: prompts to train on.
-            world_size: processes that share them.
         """
-        each = num_prompts // world_size
         require(
-            each >= self.prompts_per_pool,
-            f"data.reuse.prompts_per_pool is {self.prompts_per_pool}, but there are only {each} prompts"
-            f"{' for each process' if world_size > 1 else ''}: lower it",
+            num_prompts >= self.prompts_per_pool,
+            f"data.reuse.prompts_per_pool is {self.prompts_per_pool}, but there are only {num_prompts} prompts: "
+            "lower it",
         )
 
-    def check(self, samples_per_prompt: int, micro_batches: int) -> None:
+    def check(self, samples_per_prompt: int, micro_batches: int, num_processes: int = 1) -> None:
         """Raise a UsageError if the sizes do not divide.
 
         Args:
             samples_per_prompt: rollouts of each prompt.
             micro_batches: number of micro-batches of an optimizer batch.
+            num_processes: processes that share a buffer.
 
         Raises:
-            UsageError: ``batch_size`` does not divide the buffer, or ``micro_batches`` does not divide ``batch_size``.
+            UsageError: ``batch_size`` does not divide the buffer, the micro-batches and processes do not divide
+                ``batch_size``, or the processes do not divide ``prompts_per_pool``.
 
         Example:
             >>> ReuseConfig(prompts_per_pool=4, batch_size=8).check(samples_per_prompt=2, micro_batches=4)
@@ -63,4 +64,15 @@ class ReuseConfig:
             self.batch_size % micro_batches == 0,
             f"trainer.accumulate_grad_batches is {micro_batches}, which does not divide data.reuse.batch_size, which "
             f"is {self.batch_size}: choose one that does",
+        )
+        require(
+            self.batch_size % (num_processes * micro_batches) == 0,
+            f"data.reuse.batch_size is {self.batch_size}, which {num_processes} processes (trainer.devices * "
+            f"trainer.num_nodes) with trainer.accumulate_grad_batches {micro_batches} cannot share equally: choose a "
+            f"multiple of {num_processes * micro_batches}",
+        )
+        require(
+            self.prompts_per_pool % num_processes == 0,
+            f"data.reuse.prompts_per_pool is {self.prompts_per_pool}, which {num_processes} processes "
+            f"(trainer.devices * trainer.num_nodes) cannot share equally: choose a multiple of {num_processes}",
         )

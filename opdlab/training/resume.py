@@ -24,8 +24,9 @@ from opdlab.types import Rollouts
 
 _SNAPSHOTS_TOKENS = "model.objective (tokens of the snapshot in its support)"
 MAY_CHANGE = (
-    "trainer.max_steps, trainer.accumulate_grad_batches, data.reuse.epochs, data.reuse.batch_size if it divides what "
-    "is left of the pass, model.gate, model.reduction, and what concerns evaluation and logging"
+    "trainer.max_steps, trainer.accumulate_grad_batches, trainer.devices, trainer.num_nodes, data.reuse.epochs, "
+    "data.reuse.batch_size if it divides what is left of the pass, model.gate, model.reduction, and what concerns "
+    "evaluation and logging"
 )
 """What may change at any checkpoint, for messages; docs/guide/resume.md has the whole table."""
 
@@ -71,7 +72,6 @@ def run_settings(module: Any, data: PromptDataModule | None) -> dict[str, dict[s
         buffer["data.demonstrations (their tokens)"] = digest(shown)[:8] if shown else None
         buffer["data.train (the teacher's prompts)"] = digest(seen)[:8] if any(seen) else None
         buffer["data.reuse.prompts_per_pool"] = loader.reuse.prompts_per_pool
-        buffer["trainer.devices * trainer.num_nodes"] = loader.world_size
     return settings
 
 
@@ -150,10 +150,10 @@ def check_before_models(
     """
     saved, states = _kept(checkpoint)
     _check_limits(*limits, checkpoint["global_step"], checkpoint["epoch"])
-    inside = "pools" in states[0]
+    inside = "pool" in states[0]
     _check_settings(saved, settings, inside=inside)
     if inside:
-        rollouts = Rollouts.from_state_dict(states[0]["pools"][0]["rollouts"])
+        rollouts = Rollouts.from_state_dict(states[0]["pool"]["rollouts"])
         check_batch_size(batch_size, states[0]["rows"], len(rollouts))
 
 
@@ -168,7 +168,11 @@ def _kept(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], list[dict[str,
     except (TypeError, ValueError):  # a tensor
         plain = False
     require(
-        plain and isinstance(states, list) and len(states) == 1 and isinstance(states[0], dict),
+        plain
+        and isinstance(states, list)
+        and len(states) == 1
+        and isinstance(states[0], dict)
+        and "pools" not in states[0],
         "ckpt_path was written by another version of opdlab, so a run cannot go on from it: evaluate it with opdlab "
         "validate, or start a new run from its student",
     )
@@ -202,7 +206,7 @@ def go_on_from(
     loops = checkpoint["loops"]["fit_loop"]
     saved, states = _kept(checkpoint)
     _check_limits(trainer.max_steps, trainer.max_epochs, step, checkpoint["epoch"])
-    _check_settings(saved, settings, inside="pools" in states[0])
+    _check_settings(saved, settings, inside="pool" in states[0])
     if loader is not None:
         loader.load_state_dict(states[0])
         _rewind(loops, loader, trainer, step, own["micro_batches"])

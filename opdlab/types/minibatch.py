@@ -16,6 +16,8 @@ from opdlab.types.targets import Targets
 class Minibatch:
     """The input of a training step: a micro-batch, and the sizes of its optimizer batch.
 
+    With several processes, each has a part of every micro-batch; all fields but ``pool_metrics`` are of its parts.
+
     Args:
         rollouts: the B rollouts of this micro-batch.
         targets: the teacher's targets for them.
@@ -26,7 +28,7 @@ class Minibatch:
             all of them. They stay in host memory until they are needed.
         position: index of this micro-batch in ``micro_batches``.
         reuse_epoch: passes over the buffer before this one.
-        pool_metrics: metrics of the buffer's sampling and scoring, by name.
+        pool_metrics: metrics of the whole buffer's sampling and scoring, by name.
         behavior_known: False if the behavior log-probabilities of the optimizer batch are not computed yet. Then the
             student still equals the behavior policy, and the training step's log-probabilities are used.
 

@@ -271,7 +271,7 @@ def test_a_resume_is_refused_before_models_are_loaded(
         ("--model.objective sampled_token", "model.objective is opdlab.objectives"),
         ("--model.objective.k 3", "model.objective.k is 3, but"),
         ("--data.reuse.prompts_per_pool 2", "data.reuse.prompts_per_pool is 2, but"),
-        ("--trainer.devices 3", "trainer.devices * trainer.num_nodes is 3, but 1"),
+        ("--trainer.devices 3", "which 3 processes (trainer.devices * trainer.num_nodes) with"),
         ("--data.reuse.batch_size 8", "data.reuse.batch_size is 8, but the checkpoint is inside a pass"),
     ]
     capsys.readouterr()

@@ -163,6 +163,7 @@ FLAGS = [
     ("--trainer.devices 0", "trainer.devices is 0"),
     ("--trainer.devices x", "trainer.devices is x"),
     ("--trainer.devices 10000000000", "trainer.devices is 10000000000, but must be at most 4096"),
+    ("--trainer.devices 3", "data.reuse.batch_size is 32, which 3 processes (trainer.devices * trainer.num_nodes)"),
     ("--trainer.num_nodes 0", "trainer.num_nodes is 0"),
     ("--trainer.precision 7", "trainer.precision is 7, but must be one of"),
     ("--trainer.max_steps -7", "trainer.max_steps is -7"),

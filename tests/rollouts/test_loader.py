@@ -23,7 +23,10 @@ class Collector:
         self.calls: list[tuple[list[int], int]] = []
         self.unscored = unscored
 
-    def __call__(self, prompts: Sequence[Prompt], *, seed: int, first_rollout_id: int, first_batch: Tensor) -> Pool:
+    def __call__(
+        self, prompts: Sequence[Prompt], *, share: range, seed: int, first_rollout_id: int, first_batch: Tensor
+    ) -> Pool:
+        assert share == range(len(prompts))
         indices = [p.index for p in prompts for _ in range(2)]
         self.calls.append(([p.index for p in prompts], seed))
         ids = torch.arange(first_rollout_id, first_rollout_id + len(indices))
@@ -100,21 +103,11 @@ def test_prompts_are_shuffled_anew_each_epoch_and_none_twice() -> None:
     assert len({seed for _, seed in collect.calls}) == 4
 
 
-def test_rollout_ids_are_unique_over_pools_epochs_and_ranks() -> None:
-    seen: Counter[int] = Counter()
-    for rank in range(2):
-        made = loader(rank=rank, world_size=2, reuse_epochs=1)
-        for _ in range(3):
-            seen.update(flat(ids_of(list(made))))
+def test_rollout_ids_are_unique_over_pools_and_epochs() -> None:
+    made, seen = loader(reuse_epochs=1), Counter[int]()
+    for _ in range(3):
+        seen.update(flat(ids_of(list(made))))
     assert max(seen.values()) == 1
-
-
-def test_ranks_share_the_prompts() -> None:
-    collectors = [Collector(), Collector()]
-    for rank, collect in enumerate(collectors):
-        list(loader(collect, rank=rank, world_size=2))
-    parts = [{i for indices, _ in c.calls for i in indices} for c in collectors]
-    assert parts[0].isdisjoint(parts[1])
 
 
 def test_micro_batches_partition_the_batch_and_know_its_denominators() -> None:
@@ -196,15 +189,15 @@ def test_a_finished_buffer_is_not_collected_again() -> None:
     assert set(collect.calls[0][0]).isdisjoint(first.calls[0][0])
 
 
-def test_sizes_and_processes_may_change_where_a_buffer_ends() -> None:
-    ranks = [loader(rank=rank, world_size=2, prompts_per_pool=2, batch_size=2) for rank in range(2)]
-    seen = [flat(ids_of(list(islice(each, 6)))) for each in ranks]
-    alone = loader(collect := Collector(), prompts_per_pool=3, batch_size=2)
-    alone.load_state_dict(ranks[0].state_dict())
-    assert alone.num_yielded == len(alone) - 2 * 9  # two buffers of three prompts are left of 11 - 4
-    rest = list(alone)
+def test_sizes_may_change_where_a_buffer_ends() -> None:
+    made = loader()
+    seen = flat(ids_of(list(islice(made, 6))))
+    other = loader(collect := Collector(), prompts_per_pool=3, batch_size=2)
+    other.load_state_dict(made.state_dict())
+    assert other.num_yielded == len(other) - 2 * 9  # two buffers of three prompts are left of 11 - 4
+    rest = list(other)
     assert len(rest) == 2 * 9
-    assert set(flat(ids_of(rest))).isdisjoint(flat(seen))
+    assert set(flat(ids_of(rest))).isdisjoint(seen)
     taken = Counter(chain.from_iterable(indices for indices, _ in collect.calls))
     assert max(taken.values()) == 1
     assert len(taken) == 6
@@ -218,20 +211,6 @@ def test_other_sizes_at_the_end_of_a_pass_begin_the_next() -> None:
     assert resumed.num_yielded == 0
     assert len(list(resumed)) == len(resumed)
     assert len(collect.calls) == 2
-
-
-def test_each_process_goes_on_with_its_own_buffer() -> None:
-    ranks = [loader(rank=rank, world_size=2, batch_size=2, prompts_per_pool=2) for rank in range(2)]
-    for each in ranks:
-        list(islice(each, 3))
-    states = [each.state_dict() for each in ranks]
-    gathered = {**states[0], "pools": [state["pools"][0] for state in states]}
-    for rank, each in enumerate(ranks):
-        resumed = loader(rank=rank, world_size=2, batch_size=2, prompts_per_pool=2)
-        resumed.load_state_dict(gathered)
-        assert ids_of(list(resumed)) == ids_of(list(each))
-    with pytest.raises(UsageError, match=r"num_nodes is 1, but the checkpoint is inside a rollout buffer of 2 proc"):
-        loader(batch_size=2, prompts_per_pool=2).load_state_dict(gathered)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
@@ -263,12 +242,12 @@ def test_behavior_of_the_first_batch_is_filled_in_and_kept(micro_batches: int) -
 
 def test_state_holds_a_pool_only_while_it_is_in_use() -> None:
     made = loader()
-    assert "pools" not in made.state_dict()
+    assert "pool" not in made.state_dict()
     batches = iter(made)
     next(batches)
-    assert "pools" in made.state_dict()
+    assert "pool" in made.state_dict()
     list(islice(batches, 5))
-    assert "pools" not in made.state_dict()
+    assert "pool" not in made.state_dict()
 
 
 def test_a_state_of_another_size_is_refused() -> None:
@@ -281,6 +260,8 @@ def test_a_state_of_another_size_is_refused() -> None:
         loader(batch_size=8).load_state_dict(state)
     with pytest.raises(UsageError, match="another version of opdlab"):
         loader().load_state_dict({"epoch": 0, "pool_index": 0, "cursor": 1})
+    with pytest.raises(UsageError, match="another version of opdlab"):
+        loader().load_state_dict({**state, "pools": [state["pool"]]})
 
 
 @pytest.mark.parametrize(
@@ -291,6 +272,15 @@ def test_a_state_of_another_size_is_refused() -> None:
         ({"batch_size": 3}, "batch_size is 3, which does not divide a rollout buffer of 8"),
         ({"micro_batches": 3}, "accumulate_grad_batches is 3"),
         ({"reuse_epochs": 0}, "epochs is 0"),
+        (
+            {"world_size": 3},
+            r"batch_size is 4, which 3 processes \(trainer.devices \* trainer.num_nodes\) with .*_batches 1",
+        ),
+        (
+            {"world_size": 2, "micro_batches": 4},
+            "batch_size is 4, which 2 .* 4 cannot share equally: choose a multiple of 8",
+        ),
+        ({"world_size": 8, "batch_size": 8}, "prompts_per_pool is 4, which 8 .* share equally: choose a multiple of 8"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(options: dict[str, int], words: str) -> None:

@@ -59,7 +59,7 @@ def test_resume_with_holes(make_run: MakeRun, tmp_path: Path) -> None:
     whole = make_run(gate="span", mask_first=["1", "2"])
     whole.trainer_options["callbacks"].append(SaveAt(path, 2))
     whole.fit(5)
-    state = torch.load(path, weights_only=True)["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["pools"][0]
+    state = torch.load(path, weights_only=True)["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["pool"]
     saved = Rollouts.from_state_dict(state["rollouts"])
     holes = (saved.mask.int().diff(dim=1) == 1).any(1)  # valid again after a hole
     assert bool(holes.any())

@@ -185,7 +185,7 @@ def test_a_resumed_run_keeps_the_teachers_prompts(make_run: MakeRun, tmp_path: P
     whole = privileged(make_run)
     whole.trainer_options["callbacks"].append(SaveAt(path, 2))
     whole.fit(6)
-    saved = torch.load(path, weights_only=True)["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["pools"][0]
+    saved = torch.load(path, weights_only=True)["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["pool"]
     assert saved["rollouts"]["teacher_prompt_tokens"].shape[1] > saved["rollouts"]["prompt_tokens"].shape[1]
     resumed = privileged(make_run)
     resumed.fit(6, ckpt_path=path)
