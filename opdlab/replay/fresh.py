@@ -80,7 +80,7 @@ def fresh_gradients(
         autocast=autocast,
     )
     rollouts, targets = pool.rollouts, pool.targets
-    # With several processes the record has one process's share of the step; a fresh batch counts as much.
+    # A record of an earlier version has one process's share of the step; a fresh batch counts as much.
     part = float(sum(b.shares.sum() for b in record.batches)) if record.facts.num_processes > 1 else 1.0
     found = []
     for rows in torch.split(torch.arange(len(prompts)), [len(draw) for draw in draws]):
