@@ -1,6 +1,7 @@
 """What a run says when a signal, a full disk or an error of one of its processes ends it."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -72,6 +73,7 @@ class OtherProcesses:
                 self.end()  # they would wait for the one that has failed
                 if not STOP.fail(error, self._ended, _HUNG_SECONDS):
                     os.write(2, f"\nopdlab: error: {error}\n".encode())
+                    shutil.rmtree(self._folder, ignore_errors=True)
                     os._exit(error.code)
                 return
 

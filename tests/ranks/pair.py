@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import pytest
 
@@ -24,7 +24,7 @@ SECONDS = 240.0
 """Seconds that a function may take."""
 
 
-class Pair:
+class Processes:
     """Two processes; see :meth:`run`.
 
     Args:
@@ -61,7 +61,7 @@ class Pair:
     def _read(self, rank: int) -> None:
         stream = self._processes[rank].stdout
         assert stream is not None
-        with suppress(EOFError):
+        with suppress(EOFError, ValueError):  # closed
             while True:
                 self._answers[rank].put(_receive(stream))
         self._answers[rank].put((False, "the process has ended"))
@@ -95,26 +95,26 @@ class Pair:
         for process in self._processes:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.communicate()
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
     """Two processes that run functions together."""
-    made = Pair(tmp_path_factory.mktemp("pair"))
+    made = Processes(tmp_path_factory.mktemp("pair"))
     try:
         yield made
     finally:
         made.kill()
 
 
-def _send(stream: BinaryIO, value: Any) -> None:
+def _send(stream: IO[bytes], value: Any) -> None:
     data = pickle.dumps(value)
     stream.write(struct.pack("<Q", len(data)) + data)
     stream.flush()
 
 
-def _receive(stream: BinaryIO) -> Any:
+def _receive(stream: IO[bytes]) -> Any:
     head = stream.read(8)
     if len(head) < 8:
         raise EOFError
