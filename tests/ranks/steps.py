@@ -27,7 +27,6 @@ from tests.toy_run import STUDENT, TEACHER
 UNEVEN = (70, 9, 0, 25, 3, 41, 33, 17)
 """Tokens of the rollouts that count at most: those of the second process are shorter."""
 NONE_IN_THE_SECOND = (40, 9, 21, 33, 0, 0, 0, 0)
-SIGMA = 0.5
 RECORDED = 8
 """Number of the step that is recorded in the folder."""
 
@@ -39,7 +38,7 @@ class LoudestGate(RuleGate):
 
     def weight(self, inputs: GateInputs) -> Tensor:
         drift = inputs.drift.abs()
-        return 0.1 + drift / drift.amax().clamp(min=1e-9)
+        return 0.5 + drift / drift.amax().clamp(min=1e-9)
 
 
 @dataclass(frozen=True)
@@ -219,8 +218,9 @@ def take_steps(rank: int, num_processes: int, micro_batches: int, folder: Path) 
     """
     student, teacher = LanguageModel(STUDENT), LocalTeacher(TEACHER)
     generator = torch.Generator().manual_seed(0)
-    for weights in student.parameters():  # far from the teacher: gradients of tokens that cancel are rounding
-        weights.data += SIGMA * weights.std(correction=0).detach() * torch.randn(weights.shape, generator=generator)
+    for weights in student.parameters():  # far from the teacher, or gradients of tokens cancel and rounding is left
+        noise = torch.randn(weights.shape, generator=generator)
+        weights.data += 0.6 * weights.detach().std(correction=0) * noise
     still = partial(torch.optim.SGD, lr=0.0)
     sampling = SamplingConfig(num_samples=2, max_new_tokens=70)
     module = OPDModule(student, teacher, FullDivergence(), build_gate("none"), sampling=sampling, optimizer=still)
