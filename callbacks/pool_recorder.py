@@ -128,7 +128,7 @@ class PoolRecorder(StepCallback):
             parts = [part for of_all in zip(*gather_on_first(parts), strict=True) for part in of_all]
         if not self._weights:  # only the first process writes
             return
-        losses, batches = map(list, zip(*parts, strict=True))
+        losses, batches = [loss for loss, _ in parts], [batch for _, batch in parts]
         tau = traces[0].gates.tau
         facts = record.StepFacts(
             step=traces[0].step,

@@ -201,9 +201,9 @@ class OPDModule(EvaluationModule):
             gates = self.gate(inputs)
         else:  # normalised over the whole optimizer batch
             gates = self._window.gates(self.gate, batch, inputs, self.student, self.objective)
-        whole = batch if sizes is None else sizes
-        counts = {"num_tokens": whole.num_tokens, "num_rollouts": whole.num_rollouts}
-        shares = loss_shares(rollouts.mask, reduction=self.reduction, **counts)
+        whole: Minibatch | BatchSizes = batch if sizes is None else sizes
+        num_tokens, num_rollouts = whole.num_tokens, whole.num_rollouts
+        shares = loss_shares(rollouts.mask, reduction=self.reduction, num_tokens=num_tokens, num_rollouts=num_rollouts)
         loss = reduce_losses(positions.losses, gates.weights, shares)  # [B, T] each -> scalar
         if not bool(torch.isfinite(loss)):  # the only device synchronization of the step
             folder = Path(self.trainer.default_root_dir)
@@ -213,7 +213,7 @@ class OPDModule(EvaluationModule):
         record = step_record(inputs, gates, **values) | {"loss": loss.detach().view(1), "age": age}
         finished = record if alone else self._window.finish(batch, record)
         if finished is not None:
-            self._batch_tokens = whole.num_tokens
+            self._batch_tokens = num_tokens
             self._log_step(batch, finished, sizes, gates.tau)
         norms = None
         if self._wants_gradient_norms:
@@ -224,7 +224,7 @@ class OPDModule(EvaluationModule):
         # Lightning divides by the number of micro-batches and averages over processes, but the denominator already
         # covers them all.
         scaled = loss * len(batch.micro_batches) * num_processes
-        return {"loss": scaled, "trace": trace, "num_tokens": whole.num_tokens}
+        return {"loss": scaled, "trace": trace, "num_tokens": num_tokens}
 
     def request_gradient_norms(self) -> None:
         """Request :attr:`StepTrace.gradient_norms` of the next training step; call before each such step."""
