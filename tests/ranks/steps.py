@@ -84,8 +84,9 @@ def cases() -> dict[str, Case]:
         "whole vocabulary": FullDivergence(),
     }
     for reduction in get_args(Reduction):
-        for name, objective in objectives.items():
-            found[f"{name}, {reduction}"] = Case(block, objective, reduction)
+        some = ("policy gradient", "teacher's support") if reduction == "sequence_mean" else objectives
+        for name in some:
+            found[f"{name}, {reduction}"] = Case(block, objectives[name], reduction)
         for name in ("block64", "none"):
             gate = build_gate(name, tau=5.0) if name == "block64" else build_gate(name)
             found[f"{name} without a token, {reduction}"] = Case(gate, reduction=reduction, longest=NONE_IN_THE_SECOND)
@@ -134,15 +135,19 @@ class Steps:
 
     def __iter__(self) -> Iterator[Minibatch]:
         module, buffers = self._module, dict[tuple[int, ...], Buffer]()
+        requests: dict[tuple[str, tuple[str, ...]], TeacherRequest] = {}
         for number, case in enumerate(cases().values()):
             if case.longest not in buffers:
                 buffers[case.longest] = Buffer(case.longest, module)
             buffer = buffers[case.longest]
-            request = OPDModule(module.student, module.teacher, case.objective, case.gate).request
+            asked = repr(case.objective), case.gate.needs
+            if asked not in requests:
+                requests[asked] = OPDModule(module.student, module.teacher, case.objective, case.gate).request
+            case.gate.setup(module.student.tokenizer)
             # The age differs between the rows, and so between the processes.
             rollouts = replace(buffer.rollouts, snapshot_step=number - torch.tensor([0, 0, 1, 1, 2, 3, 5, 5]))
             chunks = torch.arange(len(rollouts)).view(self._micro_batches, self._num_processes, -1)[:, self._rank]
-            targets = buffer.targets(request)
+            targets = buffer.targets(requests[asked])
             parts = tuple(trimmed(rollouts.rows(rows), targets.rows(rows)) for rows in chunks)
             lengths = rollouts.num_tokens[chunks.flatten()]
             sampling = {"rollout/length": 9.0 + number / 100, "rollout/truncated_share": 0.0}  # of another buffer
