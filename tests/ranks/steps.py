@@ -212,7 +212,7 @@ class Taken:
     ages: Tensor
 
 
-def take_steps(rank: int, num_processes: int, micro_batches: int, folder: Path, dtype: torch.dtype) -> Taken:
+def take_steps(rank: int, num_processes: int, micro_batches: int, folder: Path) -> Taken:
     """Take a step for each case; the weights stay as they are.
 
     Args:
@@ -220,15 +220,12 @@ def take_steps(rank: int, num_processes: int, micro_batches: int, folder: Path, 
         num_processes: that share each micro-batch.
         micro_batches: of an optimizer batch.
         folder: for files; step :data:`RECORDED` is recorded there.
-        dtype: of the weights.
     """
     student, teacher = LanguageModel(STUDENT), LocalTeacher(TEACHER)
     generator = torch.Generator().manual_seed(0)
     for weights in student.parameters():  # far from the teacher, or gradients of tokens cancel and rounding is left
         noise = torch.randn(weights.shape, generator=generator)
         weights.data += 0.6 * weights.detach().std(correction=0) * noise
-    student.to(dtype)
-    teacher.model.to(dtype)
     still = partial(torch.optim.SGD, lr=0.0)
     sampling = SamplingConfig(num_samples=2, max_new_tokens=70)
     module = OPDModule(student, teacher, FullDivergence(), build_gate("none"), sampling=sampling, optimizer=still)

@@ -15,10 +15,10 @@ from tests.ranks.pair import Processes
 from tests.ranks.steps import RECORDED, Taken, cases, take_steps
 
 CLOCKS = ("time/update_seconds", "train/tokens_per_second")
-# With more micro-batches, passes of other shapes round otherwise, and the gate magnifies it: in float32 to 2e-6.
-WAYS = [(1, torch.float32), (2, torch.float64)]
-Whole = Callable[[torch.dtype], Taken]
-Halves = Callable[[int, torch.dtype], list[Taken]]
+# Relative errors of a gradient in float32. Passes of another shape round otherwise, and gates and k3 magnify it: with two
+# micro-batches up to 2.4e-6 was seen. A gate that is normalised by each process has 1e-2.
+ERRORS = {1: 1e-6, 2: 5e-6}
+Halves = Callable[[int], list[Taken]]
 
 
 @pytest.fixture(scope="module")
@@ -27,30 +27,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path) -> Whole:
-    """Steps of one process, by the dtype of the weights."""
+def whole(folder: Path) -> Taken:
+    """Steps of one process."""
     torch.set_num_threads(1)
-    return cache(lambda dtype: take_steps(0, 1, 1, folder / "whole", dtype))
+    return take_steps(0, 1, 1, folder / "whole")
 
 
 @pytest.fixture(scope="module")
 def halves(pair: Processes, folder: Path) -> Halves:
-    """Steps of two processes, by the number of micro-batches and the dtype of the weights."""
-    return cache(lambda number, dtype: pair.run(take_steps, 2, number, folder / f"halves-{number}", dtype))
+    """Steps of two processes, by the number of micro-batches."""
+    return cache(lambda micro_batches: pair.run(take_steps, 2, micro_batches, folder / f"halves-{micro_batches}"))
 
 
-@pytest.mark.parametrize(("micro_batches", "dtype"), WAYS)
+@pytest.mark.parametrize("micro_batches", ERRORS)
 @pytest.mark.parametrize("name", cases())
 def test_gradient_and_scalars_are_those_of_one_process(
-    whole: Whole, halves: Halves, name: str, micro_batches: int, dtype: torch.dtype
+    whole: Taken, halves: Halves, name: str, micro_batches: int
 ) -> None:
-    first, second = halves(micro_batches, dtype)
-    gradient = whole(dtype).gradients[name]
-    assert gradient.dtype == dtype
+    first, second = halves(micro_batches)
+    gradient = whole.gradients[name]
     assert float(gradient.norm()) > 0
-    assert float((first.gradients[name] - gradient).norm() / gradient.norm()) < 1e-6
+    assert float((first.gradients[name] - gradient).norm() / gradient.norm()) < ERRORS[micro_batches]
     assert torch.equal(first.gradients[name], second.gradients[name])
-    expected, logged = whole(dtype).logged[name], first.logged[name]
+    expected, logged = whole.logged[name], first.logged[name]
     assert logged.keys() == expected.keys() >= {"train/loss", "gate/gradient_cosine", "train/teacher_entropy"}
     different = {
         key: (value, logged[key])
@@ -60,23 +59,17 @@ def test_gradient_and_scalars_are_those_of_one_process(
     assert not different
 
 
-@pytest.mark.parametrize(("micro_batches", "dtype"), WAYS)
-def test_callbacks_of_each_process_see_the_whole_batch(
-    whole: Whole, halves: Halves, micro_batches: int, dtype: torch.dtype
-) -> None:
-    expected = whole(dtype)
-    assert expected.messages
-    for taken in halves(micro_batches, dtype):
-        assert taken.messages == expected.messages
-        torch.testing.assert_close(taken.ages, expected.ages, rtol=1e-5, atol=1e-3)  # sums of w - 1 cancel
+@pytest.mark.parametrize("micro_batches", ERRORS)
+def test_callbacks_of_each_process_see_the_whole_batch(whole: Taken, halves: Halves, micro_batches: int) -> None:
+    assert whole.messages
+    for taken in halves(micro_batches):
+        assert taken.messages == whole.messages
+        torch.testing.assert_close(taken.ages, whole.ages, rtol=1e-5, atol=1e-3)  # sums of w - 1 cancel
 
 
-@pytest.mark.parametrize(("micro_batches", "dtype"), WAYS)
-def test_a_record_has_the_rows_of_all_processes(
-    whole: Whole, halves: Halves, folder: Path, micro_batches: int, dtype: torch.dtype
-) -> None:
-    whole(dtype)
-    halves(micro_batches, dtype)
+@pytest.mark.parametrize("micro_batches", ERRORS)
+def test_a_record_has_the_rows_of_all_processes(whole: Taken, halves: Halves, folder: Path, micro_batches: int) -> None:
+    halves(micro_batches)
     one, both = (read_record(record_folder(folder / name, RECORDED)) for name in ("whole", f"halves-{micro_batches}"))
     assert both.facts.num_processes == 2
     assert len(both.batches) == 2 * micro_batches
