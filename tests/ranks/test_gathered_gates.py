@@ -15,8 +15,9 @@ from tests.ranks.pair import Processes
 from tests.ranks.steps import RECORDED, Taken, cases, take_steps
 
 CLOCKS = ("time/update_seconds", "train/tokens_per_second")
-# Largest relative error of a gradient in float32, by the number of micro-batches. Passes of another shape round otherwise,
-# and gates and exponentials magnify that: with two, 2.4e-6 was seen. A gate that each process normalises alone has 1e-2.
+# Largest relative error of a gradient in float32, by the number of micro-batches. Passes of another shape round in
+# another way, and gates and exponentials magnify that: with two, 2.4e-6 was seen. A gate that each process normalises
+# alone has 1e-2.
 ERRORS = {1: 1e-6, 2: 5e-6}
 Halves = Callable[[int], list[Taken]]
 
