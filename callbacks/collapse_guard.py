@@ -13,6 +13,7 @@ from torch import Tensor
 from opdlab.callbacks.progress_bar import LabProgressBar
 from opdlab.callbacks.sample_logger import rollout_texts, write_rollout_page
 from opdlab.callbacks.stop_checkpoint import StopCheckpoint
+from opdlab.collectives import sum_over_processes
 from opdlab.diagnostics import StepTrace
 from opdlab.diagnostics.collapse import (
     BufferSigns,
@@ -30,6 +31,7 @@ from opdlab.types import Minibatch
 from opdlab.viewer import choose_rollouts
 
 _Buffer = tuple[Tensor, Mapping[str, float]]
+_SIZES = (4, 4, 3)  # numbers of `step_sums`, `buffer_sums` and `entropy_sums`
 _DEAD = {
     "weights": "the gate's weights were all 0 in {} steps: nothing is trained",
     "loss": "the loss was exactly 0 in {} steps, though student and teacher differ",
@@ -48,8 +50,8 @@ class CollapseGuard(pl.Callback):
     - responses of a buffer, against the first buffer's: 4-grams repeat, responses are cut off, lengths;
     - reverse KL to the teacher on fresh rollouts: far above the run's best.
 
-    It changes nothing about training. With several processes each looks at its own share, the first one reports, and
-    all stop if one has to.
+    It changes nothing about training. With several processes the sums are those of all, so that all find the same and
+    stop together; the page has rollouts of the first one.
 
     Args:
         enabled: look at all.
@@ -80,13 +82,12 @@ class CollapseGuard(pl.Callback):
         self._streak = 0  # logged steps in a row with a wrong entropy
         self._first: BufferSigns | None = None
         self._best_reverse_kl = float("inf")
-        # Sums on the device; see `opdlab.diagnostics.collapse`.
+        # Sums on the device, of all processes after whole optimizer batches; see `opdlab.diagnostics.collapse`.
         self._dead = torch.zeros(2, dtype=torch.long)
-        self._step, self._entropy = torch.zeros(4), torch.zeros(3)
         self._buffer: _Buffer | None = None  # with the metrics of its sampling
         self._finished: list[_Buffer] = []
-        # Both as the last whole optimizer batch left them: a run that resumes inside one repeats it from its start.
-        self._whole: tuple[_Buffer | None, list[_Buffer]] = None, []
+        # Of the current optimizer batch, which a run that resumes inside it repeats from its start.
+        self._sums: list[Tensor] = []
         self._traces: list[StepTrace] = []
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -105,32 +106,33 @@ class CollapseGuard(pl.Callback):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined] # set by Lightning's logger connector
         looks = every > 0 and (trace.step + 1) % every == 0
         if batch.position == 0:
-            self._step, self._entropy, self._traces = step_sums(trace), self._entropy.new_zeros(3), []
-        else:
-            self._step = self._step + step_sums(trace)
+            self._sums, self._traces = [], []
+        self._sums.append(_micro_batch_sums(trace, looks))
+        if looks and self.stop:
+            self._traces.append(trace)  # for the page
+        if batch.position + 1 < len(batch.micro_batches):
+            return
+        sums = torch.stack(self._sums).sum(0)
+        if trainer.world_size > 1:  # at each step, because a checkpoint has the sums of the first process only
+            sums = sum_over_processes(sums)
+        step, rollouts, entropy = sums.split_with_sizes(_SIZES)
+        self._dead = self._dead.to(sums.device) + dead(step, self.limits)
+        self._add_to_buffer(trace.reuse_epoch, rollouts, batch.pool_metrics)
         if looks:
-            self._entropy = self._entropy.to(trace.gates.weights.device) + entropy_sums(trace)
-            if self.stop:
-                self._traces.append(trace)  # for the page
-        self._add_to_buffer(trace, batch.pool_metrics)
-        if batch.position + 1 == len(batch.micro_batches):
-            self._dead = self._dead.to(self._step.device) + dead(self._step, self.limits)
-            if looks:
-                self._look(trainer, pl_module)
-            self._whole = self._buffer, list(self._finished)
+            self._look(trainer, pl_module, entropy)
 
-    def _add_to_buffer(self, trace: StepTrace, metrics: Mapping[str, float]) -> None:
+    def _add_to_buffer(self, reuse_epoch: int, sums: Tensor, metrics: Mapping[str, float]) -> None:
         """Add rollouts that are seen for the first time; a buffer is finished after its first pass."""
-        if self._buffer is not None and (trace.reuse_epoch > 0 or self._buffer[1] != metrics):
+        if self._buffer is not None and (reuse_epoch > 0 or self._buffer[1] != metrics):
             self._finished.append(self._buffer)
             self._buffer = None
-        if trace.reuse_epoch == 0:
-            sums = buffer_sums(trace)
+        if reuse_epoch == 0:
             self._buffer = (sums if self._buffer is None else self._buffer[0].to(sums.device) + sums, metrics)
 
-    def _look(self, trainer: pl.Trainer, module: OPDModule) -> None:
+    def _look(self, trainer: pl.Trainer, module: OPDModule, entropy: Tensor) -> None:
+        """Look for signs, at the end of an optimizer batch with these sums of :func:`entropy_sums`."""
         finished, self._finished = self._finished, []
-        sums = {"dead": self._dead, "entropy": self._entropy, **{str(n): each for n, (each, _) in enumerate(finished)}}
+        sums = {"dead": self._dead, "entropy": entropy, **{str(n): each for n, (each, _) in enumerate(finished)}}
         host = to_host(sums)
         metrics: dict[str, float] = {}
         signs: dict[str, str] = {}
@@ -173,7 +175,7 @@ class CollapseGuard(pl.Callback):
         if not self.stop:
             return
         wrong = bool(new)
-        if trainer.world_size > 1:  # the others may have seen nothing in their share
+        if trainer.world_size > 1:  # they see the same; a process that stopped alone would leave the others waiting
             wrong = trainer.strategy.reduce_boolean_decision(wrong, all=False)
         if wrong:
             self._stop(trainer, module)
@@ -201,10 +203,9 @@ class CollapseGuard(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """Return what was found, and the sums since the last look."""
 
-        def saved(buffer: tuple[Tensor, Mapping[str, float]]) -> dict[str, Any]:
+        def saved(buffer: _Buffer) -> dict[str, Any]:
             return {"sums": buffer[0].cpu(), "metrics": dict(buffer[1])}
 
-        buffer, finished = self._whole
         return {
             "messages": list(self.messages),
             "found": list(self._found),
@@ -212,8 +213,8 @@ class CollapseGuard(pl.Callback):
             "first": None if self._first is None else asdict(self._first),
             "best_reverse_kl": self._best_reverse_kl,
             "dead": self._dead.cpu(),
-            "buffer": None if buffer is None else saved(buffer),
-            "finished": [saved(each) for each in finished],
+            "buffer": None if self._buffer is None else saved(self._buffer),
+            "finished": [saved(each) for each in self._finished],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -221,8 +222,19 @@ class CollapseGuard(pl.Callback):
         buffers = [(each["sums"], each["metrics"]) for each in (state_dict["buffer"], *state_dict["finished"]) if each]
         self._buffer = buffers.pop(0) if state_dict["buffer"] else None
         self._finished = buffers
-        self._whole = self._buffer, list(buffers)
         self.messages, self._found = list(state_dict["messages"]), list(state_dict["found"])
         self._streak, self._dead = state_dict["streak"], state_dict["dead"]
         self._first = state_dict["first"] and BufferSigns(**state_dict["first"])
         self._best_reverse_kl = state_dict["best_reverse_kl"]
+
+
+def _micro_batch_sums(trace: StepTrace, looks: bool) -> Tensor:
+    """Return the sums of a micro-batch, [11] float64 on the device: 0 where they are not needed.
+
+    Args:
+        trace: of the micro-batch.
+        looks: True if the guard looks at this step.
+    """
+    step, nothing = step_sums(trace), trace.loss_shares.new_zeros(4, dtype=torch.float64)
+    rollouts = buffer_sums(trace) if trace.reuse_epoch == 0 else nothing
+    return torch.cat([step, rollouts, entropy_sums(trace) if looks else nothing[:3]])

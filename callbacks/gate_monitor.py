@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from opdlab.callbacks.step_callback import StepCallback
+from opdlab.collectives import sum_over_processes
 from opdlab.diagnostics import StepTrace
 from opdlab.diagnostics.gate_metrics import gate_tensors, read_gates
 from opdlab.diagnostics.positions import position_tensors, read_positions
 from opdlab.diagnostics.run_history import BlockHistory, add_to_age_table, age_scalars, new_age_table, read_ages
-from opdlab.diagnostics.trace import to_host
+from opdlab.diagnostics.trace import GateTrace, gather_traces, to_host
 from opdlab.errors import require
 from opdlab.loggers import log_layout, log_media, media_writer
 from opdlab.module import OPDModule
@@ -78,9 +79,9 @@ class GateMonitor(StepCallback):
       after about three minutes. The clock affects only when they are drawn, not their content.
     - A page of TensorBoard ("Custom scalars") that groups related scalars.
 
-    Metrics cover the whole optimizer batch, independent of its micro-batches. Between logged steps only sums by age
-    are kept, on the device; at a logged step everything is copied to the host at once. Every logger gets the scalars,
-    and what else it takes (:mod:`opdlab.loggers`). With several processes, the first one's share of the batch is shown.
+    Metrics and histograms cover the whole optimizer batch, independent of its micro-batches and processes; the first
+    process writes them. Between logged steps only sums by age are kept, on the device; at a logged step everything is
+    copied to the host at once. Every logger gets the scalars, and what else it takes (:mod:`opdlab.loggers`).
 
     Args:
         every_n_steps: n, at least 1.
@@ -129,29 +130,36 @@ class GateMonitor(StepCallback):
 
     def on_trace(self, trainer: pl.Trainer, trace: StepTrace, is_last: bool) -> None:
         """Add the micro-batch to the sums by age; those that a checkpoint holds are of whole steps."""
-        if trainer.is_global_zero and trainer.loggers:
+        if trainer.loggers:
             self._recent_ages = self._recent_ages.to(trace.gates.weights.device)  # moves only once
             ages = torch.zeros_like(self._recent_ages) if self._step_ages is None else self._step_ages
             add_to_age_table(ages, trace)
             self._step_ages = None if is_last else ages
-            if is_last:
-                self._recent_ages += ages
+            if is_last:  # at each step, because a checkpoint has the sums of the first process only
+                self._recent_ages += ages if trainer.world_size == 1 else sum_over_processes(ages)
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, traces: Sequence[StepTrace]) -> None:
         """Log the step."""
-        if not trainer.is_global_zero or not trainer.loggers:
+        if not trainer.loggers:
             return
-        tensors = {**gate_tensors(traces, self.max_blocks), **position_tensors(traces), "ages": self._recent_ages}
-        if overlaps := [trace.overlap for trace in traces if trace.overlap is not None]:
-            tensors["support_overlap"] = torch.cat(overlaps)
+        whole: Sequence[StepTrace | GateTrace] = traces if trainer.world_size == 1 else gather_traces(traces)
+        overlap = _overlap(traces)
+        if trainer.world_size > 1:
+            overlap = sum_over_processes(overlap)
+        if not trainer.is_global_zero:
+            self._recent_ages.zero_()
+            return
+        tensors = {**gate_tensors(whole, self.max_blocks), **position_tensors(whole), "ages": self._recent_ages}
+        tensors["support_overlap"] = overlap
         found = to_host(tensors)
         metrics, recent, self._positions = read_gates(found), found["ages"], read_positions(found)
         self._recent_ages.zero_()
         self._ages += recent
         self._history.add(trainer.global_step, metrics.block_weights, metrics.block_drift)
         scalars = {**metrics.scalars, **self._positions, **age_scalars(recent)}
-        if "support_overlap" in found and len(found["support_overlap"]):
-            scalars["train/support_overlap"] = float(found["support_overlap"].mean())
+        total, count = found["support_overlap"].tolist()
+        if count:
+            scalars["train/support_overlap"] = total / count
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=trainer.global_step)
         log_media(trainer.loggers, trainer.global_step, histograms=metrics.histograms)
@@ -201,3 +209,10 @@ class GateMonitor(StepCallback):
         """Load the data of a run's plots."""
         self._history.load_state_dict(state_dict["history"])
         self._ages, self._recent_ages = (state_dict[name].cpu().clone() for name in ("ages", "recent_ages"))
+
+
+def _overlap(traces: Sequence[StepTrace]) -> Tensor:
+    """Return the sum of the overlaps of supports and their number, [2]."""
+    device = traces[0].inputs.mask.device
+    values = torch.cat([torch.zeros(0, device=device), *(t.overlap for t in traces if t.overlap is not None)])
+    return torch.stack([values.sum(), torch.tensor(float(len(values)), device=device)])

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from opdlab.callbacks.step_callback import StepCallback
+from opdlab.collectives import gather_on_first
 from opdlab.diagnostics import StepTrace
 from opdlab.errors import require
 from opdlab.files import naming_full_disk
@@ -28,7 +29,7 @@ class PoolRecorder(StepCallback):
     A record, ``pools/step-000016`` in the run's folder, holds the step's rollouts with the teacher's targets, its
     denominators, loss and gradient norm, and the student's weights from before the step (only the adapter's if
     the student has one). The behavior log-probabilities are those that the step has used, also if it filled them in
-    itself. With several processes the first one records its share of the step.
+    itself. With several processes the first one records the step of all.
 
     Args:
         enabled: record steps; on the command line ``save_pools`` sets it.
@@ -114,15 +115,20 @@ class PoolRecorder(StepCallback):
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, traces: Sequence[StepTrace]) -> None:
         """Write the record."""
         assert isinstance(pl_module, OPDModule)
-        if not self._weights:  # only the first process writes
-            return
-        losses, batches = [], []
+        parts: list[tuple[float, record.RecordedBatch]] = []
         for trace in traces:
             assert trace.inputs.position_losses is not None
             assert trace.targets is not None
             # The same function of the same tensors as in the step, so the same bits.
-            losses.append(float(reduce_losses(trace.inputs.position_losses, trace.gates.weights, trace.loss_shares)))
-            batches.append(record.RecordedBatch(trace.rollouts, trace.targets, trace.loss_shares))
+            loss = float(reduce_losses(trace.inputs.position_losses, trace.gates.weights, trace.loss_shares))
+            tensors = trace.rollouts.to("cpu"), trace.targets.to("cpu"), trace.loss_shares.cpu()
+            parts.append((loss, record.RecordedBatch(*tensors)))
+        if trainer.world_size > 1:
+            # In the order of one process: the first micro-batch of each, then the second.
+            parts = [part for of_all in zip(*gather_on_first(parts), strict=True) for part in of_all]
+        if not self._weights:  # only the first process writes
+            return
+        losses, batches = [loss for loss, _ in parts], [batch for _, batch in parts]
         tau = traces[0].gates.tau
         facts = record.StepFacts(
             step=traces[0].step,
@@ -165,10 +171,9 @@ class PoolRecorder(StepCallback):
         kept = "all are kept"
         if num_kept is not None:
             kept = f"{num_kept} records kept by the end, {num_kept * size / _MIB:.0f} MiB"
-        share = f"; of {trainer.world_size} processes the first one's share" if trainer.world_size > 1 else ""
         rank_zero_info(
             f"recording in {self.folder / record.FOLDER}: {size / _MIB:.1f} MiB a step, of which weights "
-            f"{sizes['weights'] / _MIB:.1f}; {kept}{share}"
+            f"{sizes['weights'] / _MIB:.1f}; {kept}"
         )
         free = shutil.disk_usage(self.folder).free
         if num_kept is not None and (num_kept - 1) * size > free:

@@ -143,6 +143,8 @@ def write_rollout_page(
     """
     parts = {name: visible(repr(part)) for name, part in (("gate", module.gate), ("objective", module.objective))}
     shown = {name: text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…" for name, text in parts.items()}
+    if trainer.world_size > 1:
+        shown["rollouts"] = f"of the first of {trainer.world_size} processes"
     page = render_page(trainer.global_step, rollouts, texts, {**shown, **facts})
     return write_page(folder, trainer.global_step, page)
 

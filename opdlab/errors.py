@@ -54,6 +54,20 @@ class FullDiskError(RuntimeError):
         self.path = path
 
 
+class OtherProcessError(RuntimeError):
+    """Error for another process of the run that has ended with an error. The command line exits with the same code.
+
+    Args:
+        rank: number of that process in the run.
+        message: of its error.
+        code: its exit code, 1 or 2.
+    """
+
+    def __init__(self, rank: int, message: str, code: int) -> None:
+        super().__init__(f"process {rank}: {message}")
+        self.code = code
+
+
 def stop_signal(error: BaseException | None) -> int | None:
     """Return the signal that an error comes from; None if it comes from none.
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from enum import Enum
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -21,7 +22,10 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 STOP_SIGNALS = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 LIFELINE = "OPDLAB_LIFELINE"
 _FIRST_PROCESS = "OPDLAB_FIRST_PROCESS"  # its number, for the processes of the same run that Lightning starts
+REPORTS = "OPDLAB_REPORTS"
+"""Environment variable with the folder in which these processes leave their errors for the first one."""
 _AGAIN_SECONDS = 0.25  # seconds until a signal that came at a bad moment is sent again
+_LOST_SECONDS = 2.0  # seconds in which a process notices that it has lost its connection to another
 _SAME_SECONDS = 1.0  # seconds; a scheduler and the process that it watches may both signal the same stop
 _LOCKING = ("logging", "threading", "queue", "weakref", "_weakrefset")  # modules that take locks, or run as hooks
 _WAITING = ("wait", "join", "get", "_wait_for_tstate_lock")  # functions in them where a thread waits for long
@@ -82,6 +86,8 @@ class StopRequest:
         """First process of the run, which ends this one: what would stop this process at once is sent there."""
         self.deadline: float | None = None
         """When the process must have ended, by :func:`time.monotonic`; None while it may go on."""
+        self.failure: Exception | None = None
+        """Error of another process, which the next signal raises, see :meth:`fail`; None once it was raised."""
         self.postponed: int | None = None
         """Signal that came where an exception would be lost; :func:`_watch_deadline` sends it again."""
         self.tries = 0
@@ -100,14 +106,20 @@ class StopRequest:
                 yield
             finally:
                 self.when, self.signum, self.forward_to, self.deadline = StopAt.ONCE, None, None, None
-                self._before, self.postponed = {}, None
+                self._before, self.postponed, self.failure = {}, None, None
 
     def handle(self, signum: int, frame: FrameType | None = None) -> None:
         """Make a request: the handler of the signals.
 
         Raises:
             Stopped: the request is followed at once.
+            Exception: the error of :meth:`fail`.
         """
+        if self.failure is not None:
+            if not _is_lost(frame):
+                failure, self.failure = self.failure, None
+                raise failure
+            return
         first, now = self.signum is None, time.monotonic()
         if not first and now - self._since < _SAME_SECONDS:
             return
@@ -123,6 +135,30 @@ class StopRequest:
             os.write(2, f"\n{note}\n".encode())
         else:
             self._follow(signum)
+
+    def fail(self, error: Exception, ended: threading.Event, seconds: float) -> bool:
+        """Raise the error of another process in the main thread, from a thread that watches the others.
+
+        A main thread that waits for the other process gets an error of its own, so it has time for that first.
+
+        Args:
+            error: is raised.
+            ended: set when the main thread ends with an error.
+            seconds: until giving up.
+
+        Returns:
+            True if the main thread ends; False if it hangs in a library.
+        """
+        if ended.wait(_LOST_SECONDS):
+            return True
+        self.failure = error
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.failure is not None:  # not raised yet, or the signal came at a bad moment
+                os.kill(os.getpid(), signal.SIGTERM)
+            if ended.wait(1.0):
+                return True
+        return False
 
     def check(self) -> None:
         """Follow a request, at a safe point; also one whose exception was lost in a library.
@@ -187,6 +223,45 @@ def tie_to_others() -> None:
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     threading.Thread(target=_watch_deadline, args=(reading, STOP), daemon=True).start()
+
+
+def report_error(message: str, code: int) -> bool:
+    """Leave the error that ends this process to the first one of its run, which prints it.
+
+    Args:
+        message: one line.
+        code: exit code of this process.
+
+    Returns:
+        False if there is no such process, so that this one has to print its error.
+    """
+    folder = os.environ.get(REPORTS)
+    if folder is None or STOP.forward_to is None:
+        return False
+    try:
+        report = Path(folder) / str(os.getpid())
+        report.with_suffix(".new").write_text(f"{code} {message}", encoding="utf-8", errors="replace")
+        report.with_suffix(".new").replace(report)
+    except OSError:  # the first process has ended
+        return False
+    return True
+
+
+def reported_error(folder: Path, pid: int, code: int) -> tuple[str, int]:
+    """Return message and exit code of a process that has ended with an error.
+
+    Args:
+        folder: of the reports.
+        pid: of the process.
+        code: with which it has ended; less than 0 for a signal.
+    """
+    with suppress(OSError, ValueError):
+        reported, _, message = (folder / str(pid)).read_text(encoding="utf-8").partition(" ")
+        return message, int(reported)
+    if code < 0:
+        name = signal.Signals(-code).name
+        return f"killed by {name}{', as a system does that lacks memory' if name == 'SIGKILL' else ''}", 1
+    return f"ended with exit code {code}", code
 
 
 def bound_exit() -> None:

@@ -50,13 +50,35 @@ def stopper(place: str, name: str = "SIGTERM", count: int = 1, rank: int = 0) ->
 
 
 class Breaker(Stopper):
-    """Raises a UsageError in one process instead of sending a signal; see :class:`Stopper`."""
+    """Raises an error in one process instead of sending a signal.
+
+    Args:
+        place: see :class:`Stopper`.
+        kind: UsageError; KeyError, which is a fault of the code; or SIGKILL, which ends the process.
+        count: see :class:`Stopper`.
+        rank: see :class:`Stopper`.
+    """
+
+    def __init__(self, place: str, kind: str = "UsageError", count: int = 1, rank: int = 0) -> None:
+        super().__init__(place, count=count, rank=rank)
+        self.kind = kind
 
     def send(self, *arguments: Any, **options: Any) -> None:
         """Count, and raise the error when it is time."""
         self.left -= 1
         if self.left == 0 and arguments[0].global_rank == self.rank:
+            if self.kind == "SIGKILL":
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise UsageError("broken on purpose") if self.kind == "UsageError" else KeyError("broken on purpose")
+
+
+class BreakingProblems(ChainProblems):
+    """Problems that only the second process cannot read, before it has joined the first one."""
+
+    def problems(self) -> list[Problem]:
+        if os.environ.get("LOCAL_RANK") == "1":
             raise UsageError("broken on purpose")
+        return super().problems()
 
 
 class StoppingProblems(ChainProblems):

@@ -16,9 +16,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
-from opdlab.errors import FullDiskError, UsageError, not_text, printable, require, signal_name, stop_signal
+from opdlab.errors import (
+    FullDiskError,
+    OtherProcessError,
+    UsageError,
+    first_line,
+    not_text,
+    printable,
+    require,
+    signal_name,
+    stop_signal,
+)
 from opdlab.out_of_memory import out_of_memory
-from opdlab.processes import STOP, bound_exit, tie_to_others
+from opdlab.processes import STOP, bound_exit, report_error, tie_to_others
 from opdlab.registry import suggestion
 from opdlab.version import __version__
 
@@ -116,11 +126,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not isinstance(error, Exception):
                 raise
             wrong = _told(error)
-            failed = str(error) if isinstance(error, FullDiskError) else out_of_memory(error)
+            failed = str(error) if isinstance(error, FullDiskError | OtherProcessError) else out_of_memory(error)
             if wrong is None and failed is None:
+                report_error(printable(f"{type(error).__name__}: {first_line(error)}"), EXIT_FAILED)
                 raise
-            print(f"opdlab: error: {printable(wrong or failed or '')}", file=sys.stderr)
-            return EXIT_USAGE if wrong is not None else EXIT_FAILED
+            code = EXIT_USAGE if wrong is not None else getattr(error, "code", EXIT_FAILED)
+            message = printable(wrong or failed or "")
+            if not report_error(message, code):
+                print(f"opdlab: error: {message}", file=sys.stderr)
+            return code
 
 
 def console() -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from opdlab.diagnostics.histograms import Binning, Histogram, bin_rows, merged_rows, read_histograms, row_totals
-from opdlab.diagnostics.trace import StepTrace
+from opdlab.diagnostics.trace import GateTrace, StepTrace
 
 WEIGHT_BINS = Binning(centre=1.0, scale=0.01)
 DRIFT_BINS = Binning(centre=0.0, scale=0.001)
@@ -112,7 +112,7 @@ def loss_effect(weights: Tensor, shares: Tensor, losses: Tensor) -> tuple[Tensor
 
 
 @torch.no_grad()
-def gate_tensors(traces: Sequence[StepTrace], max_blocks: int) -> dict[str, Tensor]:
+def gate_tensors(traces: Sequence[StepTrace | GateTrace], max_blocks: int) -> dict[str, Tensor]:
     """Return all metrics of a step, still on the device, without waiting for it.
 
     Args:
@@ -143,7 +143,7 @@ def gate_tensors(traces: Sequence[StepTrace], max_blocks: int) -> dict[str, Tens
     }
 
 
-def _positions(traces: Sequence[StepTrace]) -> tuple[Tensor, Sequence[Tensor]]:
+def _positions(traces: Sequence[StepTrace | GateTrace]) -> tuple[Tensor, Sequence[Tensor]]:
     """Return which positions are valid, [M] bool, and their values, [M] float64 each: 0 where not valid.
 
     The values: segment ids, weights, drift, segment drift, loss shares; teacher gap, position losses and gradient

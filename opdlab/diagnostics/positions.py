@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from opdlab.diagnostics.trace import StepTrace
+from opdlab.diagnostics.trace import GateTrace, StepTrace
 
 NUM_BINS = 32
 CURVES = ("divergence", "entropy", "teacher_gap", "weight")
@@ -23,7 +23,7 @@ CURVES = ("divergence", "entropy", "teacher_gap", "weight")
 
 
 @torch.no_grad()
-def position_tensors(traces: Sequence[StepTrace]) -> dict[str, Tensor]:
+def position_tensors(traces: Sequence[StepTrace | GateTrace]) -> dict[str, Tensor]:
     """Return the sums of a step by position, still on the device, without waiting for it.
 
     Args:

@@ -3,12 +3,14 @@
 Shapes: B rollouts, T response tokens, N valid positions, H hidden size. Log-probabilities are in nats.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from opdlab.collectives import gather_numbers, gather_rows
 from opdlab.gating import GateInputs, Gates
 from opdlab.objectives import Objective
 from opdlab.policies.language_model import Scored
@@ -53,6 +55,47 @@ class StepTrace:
     def age(self) -> Tensor:
         """Return each rollout's number of optimizer steps since the last refresh of its sampling snapshot; [B] long."""
         return self.step - self.rollouts.snapshot_step
+
+
+@dataclass(frozen=True)
+class GateTrace:
+    """The part of a :class:`StepTrace` that metrics of a gate need; each field is described there.
+
+    Args:
+        inputs: of the gate.
+        gates: output of the gate.
+        loss_shares: [B, T].
+        gradient_norms: [B, T] or None.
+    """
+
+    inputs: GateInputs
+    gates: Gates
+    loss_shares: Tensor
+    gradient_norms: Tensor | None = None
+
+
+@torch.no_grad()
+def gather_traces(traces: Sequence[StepTrace]) -> list[GateTrace]:
+    """Return the traces of a step's micro-batches in all processes, which call this together.
+
+    Args:
+        traces: of this process's micro-batches; the others have as many.
+    """
+    sizes = [size for trace in traces for size in trace.inputs.mask.shape]
+    shapes = gather_numbers(sizes, traces[0].inputs.mask.device)
+    found = []
+    for n, trace in enumerate(traces):
+        inputs, gates = trace.inputs.tensors(), trace.gates
+        outputs = {"weights": gates.weights, "segment_ids": gates.segment_ids, "segment_drift": gates.segment_drift}
+        own = {**inputs, **outputs, "loss_shares": trace.loss_shares}
+        if trace.gradient_norms is not None:
+            own["gradient_norms"] = trace.gradient_norms
+        for tensors in gather_rows(own, [shape[2 * n : 2 * n + 2] for shape in shapes]):
+            fields: dict[str, Any] = {name: tensors[name] for name in inputs}
+            weights = replace(gates, **{name: tensors[name] for name in outputs})
+            whole = replace(trace.inputs, **fields), weights, tensors["loss_shares"], tensors.get("gradient_norms")
+            found.append(GateTrace(*whole))
+    return found
 
 
 def hidden_gradient_norms(objective: Objective, scored: Scored, rollouts: Rollouts, targets: Targets) -> Tensor:

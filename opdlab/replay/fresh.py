@@ -131,7 +131,7 @@ def _micro_batches(
     module: OPDModule, record: RecordedStep, rollouts: Rollouts, targets: Targets
 ) -> tuple[RecordedBatch, ...]:
     """Return a draw cut into as many micro-batches as the step has, with the shares of its positions in the loss."""
-    # With several processes the record has one process's share of the step; a fresh batch counts as much.
+    # A record of an earlier version has one process's share of the step; a fresh batch counts as much.
     part = float(sum(b.shares.sum() for b in record.batches)) if record.facts.num_processes > 1 else 1.0
     num_tokens = rollouts.num_tokens
     counts = {"num_tokens": int(num_tokens.sum()), "num_rollouts": int((num_tokens > 0).sum())}

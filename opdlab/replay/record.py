@@ -39,11 +39,11 @@ class StepFacts:
     Args:
         step: optimizer steps taken before this one.
         reuse_epoch: passes over the buffer before this one.
-        losses: of each micro-batch, nats: its part of the step's loss.
+        losses: of each micro-batch of each process, nats: its part of the step's loss.
         gradient_norm: of the step's gradient before clipping; None if it was not finite.
         gate: the run's gate and its options as text.
         tau: chosen by a schedule, per nat; None without a schedule.
-        num_processes: of the run; the record has the first one's share.
+        num_processes: of the run; the record has the micro-batches of all, and in earlier versions of the first.
         num_threads: of torch.
         device: type of the device, such as ``cpu``.
         precision: the trainer's.
@@ -64,7 +64,7 @@ class StepFacts:
 
     @property
     def loss(self) -> float:
-        """Return the step's loss, nats, summed as in the log; with several processes this process's share."""
+        """Return the step's loss, nats, summed as in the log."""
         return float(torch.tensor(self.losses).sum())
 
 

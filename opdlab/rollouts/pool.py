@@ -3,7 +3,6 @@
 Shapes: W processes, N rows of a buffer, n rows that one process holds.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
@@ -11,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, distributed
 
+from opdlab.collectives import host_group
 from opdlab.errors import require
 from opdlab.types import Rollouts, Targets
 
@@ -86,7 +86,7 @@ def join_shares(state: dict[str, Any], weights: Mapping[str, float], pad_id: int
     }
     own = (shapes, len(state["rollouts"]["tokens"]), state["metrics"], weights, state["first_batch_unscored"])
     shares: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(shares, own, group=_host_group(distributed.group.WORLD))
+    distributed.all_gather_object(shares, own, group=host_group())
     for part, name in dict.fromkeys(key for share in shares for key in share[0]):
         found = [share[0].get((part, name)) for share in shares]
         require(
@@ -159,7 +159,7 @@ class RowExchange:
         Args:
             tensor: [n, …], in host memory; any type, and as wide as the tensors of the other processes.
         """
-        group = _host_group(distributed.group.WORLD)
+        group = host_group()
         old = tensor.reshape(len(tensor), -1).contiguous().view(torch.uint8)  # gloo knows few types
         new = torch.empty(len(self._places), old.shape[1], dtype=torch.uint8)
         step = min(max(1, PART_BYTES // self._most), old.shape[1])
@@ -191,10 +191,3 @@ def exchange_rows(state: dict[str, Any], before: Sequence[Tensor], after: Sequen
             if isinstance(value, Tensor):
                 state[part][name] = exchange(value)
             del value
-
-
-@functools.cache
-def _host_group(world: Any) -> Any:
-    """Return a group of all processes that exchanges host memory: a buffer may not fit on a device."""
-    del world  # another one needs another group
-    return distributed.new_group(backend="gloo")

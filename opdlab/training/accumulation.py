@@ -1,12 +1,13 @@
-"""Gradient accumulation: micro-batches are scored one by one, and gates are normalised over the optimizer batch."""
+"""One optimizer batch in several micro-batches and processes: gates and metrics are those of the whole batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
+from opdlab.collectives import gather_numbers, gather_rows
 from opdlab.diagnostics import StepRecord, merge_records
 from opdlab.gating import GateInputs, Gates, GateStrategy
 from opdlab.objectives import Objective, PositionLosses
@@ -109,12 +110,51 @@ def split_gates(gates: Gates, parts: Sequence[GateInputs]) -> list[Gates]:
     ]
 
 
-class AccumulationWindow:
-    """The state of the current optimizer batch while its micro-batches are accumulated."""
+@dataclass(frozen=True)
+class BatchSizes:
+    """Sizes of an optimizer batch in all processes.
 
-    def __init__(self) -> None:
+    Args:
+        num_tokens: valid response tokens, the denominator of ``token_mean``.
+        num_rollouts: rollouts with a valid token, the denominator of ``sequence_mean``.
+        shapes: number of rollouts and longest response of each process.
+        tokens: valid response tokens of each process.
+    """
+
+    num_tokens: int
+    num_rollouts: int
+    shapes: list[tuple[int, int]]
+    tokens: list[int]
+
+
+class AccumulationWindow:
+    """The state of the current optimizer batch while its micro-batches are accumulated.
+
+    Args:
+        num_processes: processes that share each optimizer batch. With several, all call each method together.
+    """
+
+    def __init__(self, num_processes: int = 1) -> None:
+        self._several = num_processes > 1
         self._gates: list[Gates] | None = None  # of each micro-batch, once they are computed
+        self._sizes: BatchSizes | None = None  # with several processes, once they are known
         self._records: list[StepRecord] = []
+
+    def sizes(self, batch: Minibatch, device: torch.device) -> BatchSizes:
+        """Return the sizes of a micro-batch's optimizer batch in all processes, by one exchange for all micro-batches.
+
+        Args:
+            batch: with the micro-batches of this process.
+            device: of the student.
+        """
+        if self._sizes is None:
+            masks = [rollouts.mask for rollouts, _ in batch.micro_batches]
+            lengths = torch.cat([mask.sum(1) for mask in masks])
+            own = [len(lengths), max(mask.shape[1] for mask in masks), int(lengths.sum()), int((lengths > 0).sum())]
+            rows, widths, tokens, rollouts = zip(*gather_numbers(own, device), strict=True)
+            shapes = list(zip(rows, widths, strict=True))
+            self._sizes = BatchSizes(sum(tokens), sum(rollouts), shapes, list(tokens))
+        return self._sizes
 
     def gates(
         self, gate: GateStrategy, batch: Minibatch, inputs: GateInputs, student: LanguageModel, objective: Objective
@@ -123,7 +163,8 @@ class AccumulationWindow:
 
         The student does not change while an optimizer batch is accumulated. At the first micro-batch, the others are
         therefore scored without gradient to obtain their gate inputs. This costs a forward pass, and makes accumulation
-        equal to one large batch for every gate.
+        equal to one large batch for every gate. With several processes, each gathers the gate inputs of all, computes
+        the gate on the whole batch and keeps its own rows, so a gate need not know of processes.
 
         Args:
             gate: the gate.
@@ -141,8 +182,18 @@ class AccumulationWindow:
                 with torch.no_grad():
                     sibling = replace(batch, rollouts=rollouts, targets=targets).to(student.device)
                     parts.append(score_batch(student, objective, sibling, inputs.step).inputs)
-            self._gates = split_gates(gate(join_gate_inputs(parts)), parts)
+            own = join_gate_inputs(parts)
+            self._gates = split_gates(self._gates_of_all(gate, batch, own) if self._several else gate(own), parts)
         return self._gates[batch.position]
+
+    def _gates_of_all(self, gate: GateStrategy, batch: Minibatch, own: GateInputs) -> Gates:
+        """Return this process's part of the gates of all processes' inputs."""
+        gathered = gather_rows(own.tensors(), self.sizes(batch, own.mask.device).shapes)
+        parts = []
+        for tensors in gathered:
+            fields: dict[str, Any] = tensors
+            parts.append(replace(own, **fields))
+        return split_gates(gate(join_gate_inputs(parts)), parts)[distributed.get_rank()]
 
     def finish(self, batch: Minibatch, record: StepRecord) -> StepRecord | None:
         """Add a micro-batch's record; at the last one, return the merged record and begin a new window."""
@@ -150,5 +201,18 @@ class AccumulationWindow:
         if batch.position + 1 < len(batch.micro_batches):
             self._records = records
             return None
-        self._records, self._gates = [], None
+        self._records, self._gates, self._sizes = [], None, None
         return merge_records(records)
+
+
+def record_of_all(record: StepRecord, sizes: BatchSizes) -> StepRecord:
+    """Return the joined records of an optimizer batch in all processes, which call this together.
+
+    Args:
+        record: of this process's rows: ``age`` of each rollout, and values of the valid positions.
+        sizes: of the optimizer batch.
+    """
+    positions = {name: values for name, values in record.items() if name != "age"}
+    ages = gather_rows({"age": record["age"]}, [shape[:1] for shape in sizes.shapes])
+    parts = gather_rows(positions, [(count,) for count in sizes.tokens])
+    return merge_records([part | age for part, age in zip(parts, ages, strict=True)])

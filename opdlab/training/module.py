@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from opdlab.checkpoints import CHECKPOINT_KEY
+from opdlab.collectives import sum_over_processes
 from opdlab.diagnostics import (
     StepRecord,
     StepTrace,
@@ -40,7 +41,7 @@ from opdlab.policies.decoding import naming_step
 from opdlab.policies.offload import keep_from_strategy
 from opdlab.rollouts import Collector, Pool
 from opdlab.training import checks, resume, sampler_gap
-from opdlab.training.accumulation import AccumulationWindow, gate_inputs, score_rollouts
+from opdlab.training.accumulation import AccumulationWindow, BatchSizes, gate_inputs, record_of_all, score_rollouts
 from opdlab.training.refresh import RefreshSchedule
 from opdlab.training.step_timer import StepTimer
 from opdlab.types import Minibatch, Prompt
@@ -177,7 +178,7 @@ class OPDModule(EvaluationModule):
     def on_train_start(self) -> None:
         """Begin the first optimizer batch; a run that resumes inside one repeats it from its start."""
         self._timer.begin()
-        self._window = AccumulationWindow()
+        self._window = AccumulationWindow(self.trainer.world_size)
 
     def collect(self, prompts: Sequence[Prompt], *, first_batch: Tensor, **options: Any) -> Pool:
         """Return a rollout buffer for the loader, see :meth:`opdlab.rollouts.Collector.collect`.
@@ -215,16 +216,16 @@ class OPDModule(EvaluationModule):
             # log-probabilities are stored for later passes and the snapshot need not score these rows.
             buffer: Any = self.trainer.train_dataloader
             buffer.fill_behavior(batch.rows, rollouts.behavior_logprobs)
-        alone = len(batch.micro_batches) == 1
+        num_processes = self.trainer.world_size
+        sizes = self._window.sizes(batch, self.device) if num_processes > 1 else None
+        alone = len(batch.micro_batches) == 1 and sizes is None
         if alone or self.gate.uniform:
             gates = self.gate(inputs)
         else:  # normalised over the whole optimizer batch
             gates = self._window.gates(self.gate, batch, inputs, self.student, self.objective)
-        counts: tuple[float, ...] = (batch.num_tokens, batch.num_rollouts)
-        if self.trainer.world_size > 1:
-            summed = torch.tensor(counts, dtype=torch.float64, device=self.device)
-            counts = tuple(self.trainer.strategy.reduce(summed, reduce_op="sum").tolist())
-        shares = loss_shares(rollouts.mask, reduction=self.reduction, num_tokens=counts[0], num_rollouts=counts[1])
+        whole: Minibatch | BatchSizes = batch if sizes is None else sizes
+        num_tokens, num_rollouts = whole.num_tokens, whole.num_rollouts
+        shares = loss_shares(rollouts.mask, reduction=self.reduction, num_tokens=num_tokens, num_rollouts=num_rollouts)
         of_sampler: dict[str, Tensor] = {}
         if rollouts.sampler_logprobs is not None or self.sampler_correction != "none":
             shares, of_sampler = sampler_gap.corrected(shares, rollouts, self.sampler_correction)
@@ -233,12 +234,12 @@ class OPDModule(EvaluationModule):
             folder = Path(self.trainer.default_root_dir)
             checks.stop_on_non_finite(loss, self.gate, gates.weights, rollouts, batch.targets, self.global_step, folder)
         values = {"entropy": positions.entropy, **positions.metrics, **of_sampler}
-        record = step_record(inputs, gates, **values) | {"loss": loss.detach().view(1)}
-        whole = record if alone else self._window.finish(batch, record)
-        num_tokens = int(counts[0])
-        if whole is not None:
+        age = (self.global_step - rollouts.snapshot_step).float()
+        record = step_record(inputs, gates, **values) | {"loss": loss.detach().view(1), "age": age}
+        finished = record if alone else self._window.finish(batch, record)
+        if finished is not None:
             self._batch_tokens = num_tokens
-            self._log_step(batch, whole, gates.tau)
+            self._log_step(batch, finished, sizes, gates.tau)
         norms = overlap = None
         if self._wants_gradient_norms:
             norms = hidden_gradient_norms(self.objective, scored, rollouts, batch.targets)
@@ -248,23 +249,27 @@ class OPDModule(EvaluationModule):
         trace = StepTrace(*facts, inputs, gates, shares, values, norms, batch.targets, overlap)
         # Lightning divides by the number of micro-batches and averages over processes, but the denominator already
         # covers them all.
-        scaled = loss * len(batch.micro_batches) * self.trainer.world_size
+        scaled = loss * len(batch.micro_batches) * num_processes
         return {"loss": scaled, "trace": trace, "num_tokens": num_tokens}
 
     def request_gradient_norms(self) -> None:
         """Request :attr:`StepTrace.gradient_norms` and ``overlap`` of the next training step; call before each one."""
         self._wants_gradient_norms = True
 
-    def _log_step(self, batch: Minibatch, record: StepRecord, tau: Tensor | None) -> None:
-        # Each process has its part of the loss, so the parts are summed.
-        loss = self.trainer.strategy.reduce(record.pop("loss").sum(), reduce_op="sum")
+    def _log_step(self, batch: Minibatch, record: StepRecord, sizes: BatchSizes | None, tau: Tensor | None) -> None:
+        """Log the metrics of an optimizer batch from this process's record; all processes log the same."""
+        loss = record.pop("loss").sum()
+        if sizes is not None:
+            loss = sum_over_processes(loss)
         self.log("train/loss", loss, prog_bar=True, logger=False)
         self._metrics = {}
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by Lightning's logger connector
         if every <= 0 or (self.global_step + 1) % every:
             return  # skip metrics that are not logged
+        if sizes is not None:
+            record = record_of_all(record, sizes)
+        age = record.pop("age").mean()
         scheduled = {} if tau is None else {"gate/tau": tau}
-        age = (self.global_step - batch.rollouts.snapshot_step).float().mean()
         metrics = step_metrics(record)
         if "train/sampler_gap" in metrics and not self._warned_of_sampler:
             self._warned_of_sampler = sampler_gap.warn_if_large(float(metrics["train/sampler_gap"]), self.global_step)

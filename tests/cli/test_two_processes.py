@@ -94,6 +94,34 @@ def test_an_error_of_the_first_process_leaves_no_other_behind(fit: Fit, tmp_path
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize(
+    ("kind", "message", "expected"),
+    [
+        ("UsageError", "broken on purpose", 2),
+        ("KeyError", "KeyError: 'broken on purpose'", 1),
+        ("SIGKILL", "killed by SIGKILL, as a system does that lacks memory", 1),
+    ],
+)
+def test_an_error_of_the_second_process_ends_both_with_its_line(
+    fit: Fit, tmp_path: Path, kind: str, message: str, expected: int
+) -> None:
+    values = {"place": "on_train_batch_start", "count": 2, "rank": 1, "kind": kind}
+    flag = "--trainer.callbacks"
+    code, said = fit(f"{flag}+=tests.stops.Breaker", *(f"{flag}.{key}={value}" for key, value in values.items()))
+    assert code == expected, said
+    assert said.count("opdlab: error:") == 1
+    assert said.rstrip().endswith(f"opdlab: error: process 1: {message}")
+    assert said.count("Traceback") == (kind == "KeyError")
+    assert read_json(tmp_path / "runs/quickstart/version_0/results.json")["state"] == "failed"
+
+
+def test_an_error_of_the_second_process_before_it_joins_ends_both(fit: Fit) -> None:
+    code, said = fit("--data.train=tests.stops.BreakingProblems")
+    assert code == 2, said
+    assert said.rstrip().endswith("opdlab: error: process 1: broken on purpose")
+    assert "Traceback" not in said
+
+
 def test_a_collapsed_run_ends_in_both_processes(fit: Fit, tmp_path: Path) -> None:
     limits = ["--collapse_guard.min_weight=2", "--collapse_guard.patience=1"]  # every weight counts as none
     code, said = fit("--collapse_guard.stop=true", *limits)

@@ -119,6 +119,7 @@ def _serve(rank: int, count: int, store: str, connection: Connection) -> None:
     os.setsid()
     # Lightning finds the processes by these.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # Lightning asks for them, and connects nothing
     kept = dict(os.environ)
     torch.set_num_threads(1)
     limit = timedelta(seconds=240)
