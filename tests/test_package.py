@@ -64,7 +64,7 @@ PUBLIC = {
         *("AdapterConfig", "BaseTeacher", "StopTokens", "share_vocabulary", "single_token_ids", "warn_of_stop_tokens"),
         *("BehaviorPolicy", "LanguageModel", "LocalTeacher", "Sampler", "SamplingConfig", "Scored"),
         *("BehaviorConfig", "NoTeacher", "Teacher", "TeacherHolder", "TeacherRequest", "check_same_vocabulary"),
-        *("RoutedTeacher", "SelfTeacher", "TargetCache", "check_targets"),
+        *("RoutedTeacher", "SelfTeacher", "ServedTeacher", "TargetCache", "check_targets"),
     ],
     "opdlab.data": [
         *("Benchmark", "ChatTemplate", "CleaningReport", "CleaningConfig", "DapoMath17k", "EvaluationBatch"),

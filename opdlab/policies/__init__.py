@@ -6,6 +6,7 @@ from opdlab.policies.language_model import LanguageModel, Scored
 from opdlab.policies.routed_teacher import RoutedTeacher
 from opdlab.policies.sampler import Sampler, SamplingConfig
 from opdlab.policies.self_teacher import SelfTeacher
+from opdlab.policies.served.teacher import ServedTeacher
 from opdlab.policies.target_cache import TargetCache
 from opdlab.policies.teacher import (
     BaseTeacher,
@@ -32,6 +33,7 @@ __all__ = [
     "SamplingConfig",
     "Scored",
     "SelfTeacher",
+    "ServedTeacher",
     "StopTokens",
     "TargetCache",
     "Teacher",

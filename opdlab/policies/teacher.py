@@ -4,7 +4,7 @@ Shapes: B rollouts, T response tokens, K support, N valid positions, G the teach
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -49,6 +49,24 @@ class Teacher(ABC):
 
         A teacher scores :meth:`Rollouts.as_teacher_sees`: the responses after the prompts that it sees itself.
         """
+
+    def score_in_parts(
+        self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None
+    ) -> Iterator[tuple[Tensor, Targets]]:
+        """Yield rows, [b] long, and their targets, as they are computed; all at once by default.
+
+        A part may have fewer columns than the rollouts, but has all valid positions of its rows.
+        """
+        yield torch.arange(len(rollouts)), self.score(rollouts, request, progress)
+
+    def check_request(self, request: TeacherRequest, temperature: float) -> None:
+        """Raise a UsageError if the teacher cannot compute a request; called after :meth:`bind`, before training.
+
+        Args:
+            request: what objective, gate or evaluation require.
+            temperature: of the rollouts.
+        """
+        del request, temperature
 
     def head(self, temperature: float = 1.0) -> Head:
         """Return the frozen head that computes logits from :attr:`Targets.hidden`, on the device of :meth:`to`.
@@ -132,7 +150,7 @@ def check_targets(teacher: Teacher, request: TeacherRequest, targets: Targets) -
     needed = {
         "support_ids": k,
         "support_logits": k,
-        "support_mass": k,
+        "support_mass": k and request.logprobs,
         "support_valid": request.top_k and request.behavior_top_k,
         "entropy": request.entropy,
         "log_normalizer": request.tail,
@@ -244,23 +262,13 @@ class LocalTeacher(Teacher):
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
         """Return the targets of ``rollouts``; see :meth:`Teacher.score`."""
         rollouts = rollouts.as_teacher_sees()
-        shape, k = rollouts.tokens.shape, request.top_k + request.behavior_top_k
+        shape = rollouts.tokens.shape
         require(
             not request.behavior_top_k or rollouts.behavior_support_ids is not None,
             "the request has behavior_top_k, but the rollouts have no behavior_support_ids: sample them with top_k",
         )
         vocab_size = min(self.vocab_size, request.vocab_size or self.vocab_size)
-        union = bool(request.top_k and request.behavior_top_k)
-        targets = Targets(
-            logprobs=torch.zeros(shape),
-            support_ids=torch.zeros(*shape, k, dtype=id_dtype(vocab_size)) if k else None,
-            support_logits=torch.zeros(*shape, k) if k else None,
-            support_mass=torch.zeros(shape) if k else None,
-            entropy=torch.zeros(shape) if request.entropy else None,
-            support_valid=torch.zeros(*shape, k, dtype=torch.bool) if union else None,
-            log_normalizer=torch.zeros(shape) if request.tail else None,
-            log_tail=torch.zeros(shape) if request.tail and k else None,
-        )
+        targets = blank_targets(shape, request, vocab_size)
         hidden: Tensor | None = None
         place = on_device(self.model, self._device) if self.offload else nullcontext()
         with place, (progress or SilentProgress()).task("scoring (teacher)", len(rollouts)) as advance:
@@ -290,6 +298,31 @@ class LocalTeacher(Teacher):
             f"the teacher's hidden states are kept in {name}, as it computes them; their rounding changes its "
             f"distribution by about {rounding_divergence(states, scored.head):.1g} nats a token (KL)"
         )
+
+
+def blank_targets(shape: Sequence[int], request: TeacherRequest, vocab_size: int) -> Targets:
+    """Return targets that are 0 everywhere, with all that is requested but the hidden states.
+
+    Args:
+        shape: [B, T].
+        request: what they consist of.
+        vocab_size: number of tokens.
+
+    Example:
+        >>> blank_targets((1, 2), TeacherRequest(top_k=3), 38).support_ids.shape
+        torch.Size([1, 2, 3])
+    """
+    k, union = request.top_k + request.behavior_top_k, bool(request.top_k and request.behavior_top_k)
+    return Targets(
+        logprobs=torch.zeros(*shape),
+        support_ids=torch.zeros(*shape, k, dtype=id_dtype(vocab_size)) if k else None,
+        support_logits=torch.zeros(*shape, k) if k else None,
+        support_mass=torch.zeros(*shape) if k else None,
+        entropy=torch.zeros(*shape) if request.entropy else None,
+        support_valid=torch.zeros(*shape, k, dtype=torch.bool) if union else None,
+        log_normalizer=torch.zeros(*shape) if request.tail else None,
+        log_tail=torch.zeros(*shape) if request.tail and k else None,
+    )
 
 
 def _token_targets(scored: Scored, rollouts: Rollouts, request: TeacherRequest) -> dict[str, Tensor]:

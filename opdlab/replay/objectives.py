@@ -105,12 +105,13 @@ def narrowed(rollouts: Rollouts | None, targets: Targets, request: TeacherReques
     ids, logits, mass = targets.support_ids, targets.support_logits, targets.support_mass
     lacks = [request.tail and targets.log_normalizer is None, request.hidden and targets.hidden is None]
     lacks += [request.entropy and targets.entropy is None, request.behavior_top_k > 0]
+    lacks.append(request.logprobs and targets.known_logprobs is None)
     if any(lacks):
         return None
     if not request.top_k:
         return replace(targets, support_ids=None, support_logits=None, support_mass=None, support_valid=None)
     of_both = rollouts is not None and rollouts.behavior_support_ids is not None
-    if of_both or ids is None or logits is None or mass is None or ids.shape[-1] < request.top_k:
+    if of_both or ids is None or logits is None or ids.shape[-1] < request.top_k:
         return None
     if request.tail and targets.log_tail is None:
         return None
@@ -120,7 +121,7 @@ def narrowed(rollouts: Rollouts | None, targets: Targets, request: TeacherReques
         targets,
         support_ids=ids[..., : request.top_k],
         support_logits=kept,
-        support_mass=mass * share,
+        support_mass=None if mass is None else mass * share,
         log_tail=_joined(targets.log_tail, rest),
     )
 

@@ -33,7 +33,7 @@ from opdlab.training import checks, resume
 from opdlab.training.accumulation import AccumulationWindow, gate_inputs, score_rollouts
 from opdlab.training.refresh import RefreshSchedule
 from opdlab.training.step_timer import StepTimer
-from opdlab.types import Minibatch, Prompt
+from opdlab.types import Minibatch, Prompt, TeacherRequest
 
 
 class OPDModule(EvaluationModule):
@@ -84,7 +84,9 @@ class OPDModule(EvaluationModule):
         checks.check_reduction(reduction)
         checks.check_token_bound(max_tokens_per_pass)
         student.max_tokens = max_tokens_per_pass
-        request = checks.teacher_request(student, teacher, objective, gate)
+        request = checks.teacher_request(student, teacher, objective, gate, sampling.temperature)
+        if evaluation.reverse_kl:
+            teacher.check_request(TeacherRequest(vocab_size=student.vocab_size), eval_sampling.temperature)
         # After these two, because the snapshot copies the bound and the vocabulary.
         self.behavior = BehaviorPolicy(student, sampling, **vars(behavior))
         self.objective, self.gate, self.sampling = objective, gate, sampling
