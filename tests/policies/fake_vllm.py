@@ -25,7 +25,7 @@ class FakeVLLM:
         max_logprobs: most entries that a request may want.
         max_model_len: most tokens, the sampled one included.
         token: that each request must have, or None.
-        troubles: what happens instead of the answer, by the number of the request with more than 2 entries, from 0:
+        troubles: what happens instead of the answer, by the number of the counted request, from 0:
             ``error`` (500), ``cut`` (JSON without its end), ``short`` (fewer bytes than announced), ``slow``, ``few``
             (entries missing), ``die`` (this request and all later ones find no server).
         shift: positions by which entries are moved.
@@ -33,6 +33,7 @@ class FakeVLLM:
         samples: False to leave out what the next token is sampled from.
         hot: temperature of the distribution that is sampled from.
         slow: seconds of a slow answer.
+        likeliest: ids from this one on are the most likely ones everywhere; None for the model's own logits.
     """
 
     def __init__(
@@ -49,12 +50,13 @@ class FakeVLLM:
         samples: bool = True,
         hot: float = 1.0,
         slow: float = 1.0,
+        likeliest: int | None = None,
     ) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.names, self.max_logprobs, self.max_model_len, self.token = [name], max_logprobs, max_model_len, token
         self.troubles, self.shift, self.bos, self.samples, self.hot = dict(troubles or {}), shift, bos, samples, hot
-        self.slow = slow
+        self.slow, self.likeliest = slow, likeliest
         self.counts = False
         """True once requests are counted: set it after the probe."""
         self.asked: list[list[int]] = []
@@ -65,6 +67,7 @@ class FakeVLLM:
         """Largest number of requests at a time."""
         self.dead = False
         self._under_way = 0
+        self._texts: dict[int, str] = {}
         self._lock = threading.Lock()
         fake = self
 
@@ -99,6 +102,8 @@ class FakeVLLM:
     def logprobs(self, tokens: list[int]) -> Tensor:
         with self._lock:
             logits: Tensor = self.model(torch.tensor([tokens])).logits[0].float()
+        if self.likeliest is not None:
+            logits[:, self.likeliest :] = logits.amax(1, keepdim=True) + 1
         return logits
 
     def completion(self, asked: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,8 +114,16 @@ class FakeVLLM:
         scores = logits.log_softmax(-1)
         entries: list[dict[str, Any] | None] = [None]
         for at, token in enumerate(prompt[1:]):
-            top = scores[at].topk(k).indices.tolist()
-            entries.append({str(index): self._entry(scores[at], index) for index in dict.fromkeys([token, *top])})
+            values, top = scores[at].topk(k)
+            ranks = {token: int((scores[at] > scores[at, token]).sum()) + 1}
+            ranks |= {index: rank for rank, index in enumerate(top.tolist(), 1)}
+            known = {token: float(scores[at, token]), **dict(zip(top.tolist(), values.tolist(), strict=True))}
+            entries.append(
+                {
+                    str(index): {"logprob": value, "rank": ranks[index], "decoded_token": self.decode(index)}
+                    for index, value in known.items()
+                }
+            )
         if self.shift:
             moved = entries[1:]
             entries = [None, *moved[-self.shift :], *moved[: -self.shift]]
@@ -121,9 +134,10 @@ class FakeVLLM:
             choice["logprobs"] = {"top_logprobs": [{f"token_id:{sampled}": float(following[sampled])}]}
         return {"model": asked["model"], "choices": [choice]}
 
-    def _entry(self, scores: Tensor, index: int) -> dict[str, Any]:
-        rank = int((scores > scores[index]).sum()) + 1
-        return {"logprob": float(scores[index]), "rank": rank, "decoded_token": self.tokenizer.decode([index])}
+    def decode(self, index: int) -> str:
+        if index not in self._texts:
+            self._texts[index] = self.tokenizer.decode([index])
+        return self._texts[index]
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -183,7 +197,8 @@ class _Handler(BaseHTTPRequestHandler):
         if (refused := self._refusal(asked)) is not None:
             return self._refused(*refused)
         trouble = None
-        if state.counts:
+        counts = state.counts and len(asked["prompt"]) > 2  # shorter ones only ask for the largest K
+        if counts:
             with state._lock:
                 trouble = state.troubles.pop(len(state.asked), None)
                 state.asked.append(asked["prompt"])
@@ -201,7 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
         content = json.dumps(answer).encode()
         if trouble in ("cut", "short"):
             return self._send(200, content[:-20], len(content) if trouble == "short" else None)
-        if state.counts and trouble is None:
+        if counts and trouble is None:
             with state._lock:
                 state.answered.append(asked["prompt"])
         return self._send(200, content)

@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential, wait_random
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, stop_any, wait_exponential, wait_random
 
 from opdlab.errors import UsageError, printable, require
 
@@ -24,6 +24,7 @@ _CONNECT_SECONDS = 10.0
 _LONGEST_WAIT = 30.0  # seconds between two attempts, and how long a server that failed is left out of the rotation
 _POLL_SECONDS = 0.2
 _END_SECONDS = 5.0
+_LAST_SECONDS = 30.0  # for what is under way when another request has failed for good
 _BUSY = (408, 425, 429)  # statuses below 500 after which the same request may succeed
 
 
@@ -123,6 +124,8 @@ class Servers:
         self._retry_seconds = retry_seconds
         self._turn = 0  # index of the server that is next
         self._rests_until = [0.0] * len(self.urls)  # by time.monotonic()
+        self._failed = False
+        self._attempts: set[asyncio.Task[Any] | None] = set()  # tasks that wait for a server's answer
         self.num_retries, self.num_answers, self.seconds = 0, 0, 0.0
         """Attempts after a failure, answers, and their summed seconds, since :meth:`reset_counts`."""
 
@@ -181,13 +184,31 @@ class Servers:
                         result = await self._with_retries(session, result)
                 put((index, result))
 
-            async with asyncio.TaskGroup() as group:
-                for index, ask in enumerate(asks):
-                    group.create_task(answered(index, ask))
+            tasks = {asyncio.create_task(answered(index, ask)) for index, ask in enumerate(asks)}
+            self._failed, self._attempts = False, set()
+            try:
+                await self._finish(tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _finish(self, tasks: set[asyncio.Task[None]]) -> None:
+        """Wait for tasks. If one fails, those that wait for a server go on for a while, and no others begin."""
+        done, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        failed = next((error for task in done if (error := task.exception()) is not None), None)
+        if failed is None:
+            return
+        self._failed = True
+        for task in pending - self._attempts:
+            task.cancel()
+        if last := pending & self._attempts:
+            await asyncio.wait(last, timeout=_LAST_SECONDS)
+        raise failed
 
     async def _with_retries(self, session: aiohttp.ClientSession, ask: Ask) -> Any:
         attempts = AsyncRetrying(
-            stop=stop_after_attempt(1 + self.retries),
+            stop=stop_any(stop_after_attempt(1 + self.retries), lambda _: self._failed),
             wait=wait_exponential(self._retry_seconds, _LONGEST_WAIT) + wait_random(0, self._retry_seconds),
             retry=retry_if_exception_type(_TroubleError),
             reraise=True,
@@ -197,7 +218,12 @@ class Servers:
                 with attempt:
                     if attempt.retry_state.attempt_number > 1:
                         self.num_retries += 1
-                    return await self._once(session, ask)
+                    task = asyncio.current_task()
+                    self._attempts.add(task)
+                    try:
+                        return await self._once(session, ask)
+                    finally:
+                        self._attempts.discard(task)
         except _TroubleError as error:
             times = f"{1 + self.retries} times" if self.retries else "once"
             raise ServerError(
@@ -270,8 +296,6 @@ class _Work(threading.Thread):
         except asyncio.CancelledError:
             pass
         except BaseException as error:
-            while isinstance(error, BaseExceptionGroup):  # of the task group; its first failure cancelled the others
-                error = error.exceptions[0]
             self._failed(error)
         finally:
             self._loop.run_until_complete(self._loop.shutdown_default_executor())
