@@ -56,7 +56,7 @@ def serving(teacher: LocalTeacher, **options: Any) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with serving(LocalTeacher(TEACHER), max_body=1 << 16) as made:
+    with serving(LocalTeacher(TEACHER), max_body=1 << 14) as made:
         yield made
 
 
@@ -117,7 +117,7 @@ def test_targets_are_those_of_the_local_teacher(url: str, request_: TeacherReque
 
 
 def test_large_answers_come_in_parts(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opdlab.policies.served.arrays._GOAL_BYTES", 2000)  # the real bound needs a large teacher
+    monkeypatch.setattr("opdlab.policies.served.arrays._GOAL_BYTES", 700)  # the real bound needs a large teacher
     teacher, rows, wanted = bound(url), four(rollouts()), TeacherRequest(top_k=5)
     parts = [part for part, _ in teacher.score_in_parts(rows, wanted)]
     assert len(parts) > 3
@@ -167,15 +167,12 @@ def test_a_token_is_needed(monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captur
         for wrong in ("", "wrong", "rigth", "right2"):
             monkeypatch.setenv(TOKEN_VARIABLE, wrong)
             with pytest.raises(
-                UsageError, match=rf"401: the token is missing or wrong\); give its token in {TOKEN_VAR}"
+                UsageError, match=rf"401: the token is missing or wrong\); give its token in {TOKEN_VARIABLE}"
             ):
                 bound(made)
         assert "401 the token is missing or wrong" in capfd.readouterr().err
         monkeypatch.setenv(TOKEN_VARIABLE, "right")
         bound(made)
-
-
-TOKEN_VAR = TOKEN_VARIABLE
 
 
 def packed(change: Mapping[str, torch.Tensor | None] | None = None) -> bytes:
@@ -230,14 +227,11 @@ def test_large_bodies_and_other_types_are_refused(url: str) -> None:
     assert post(url, bytes(1 << 17))[0] == 413
     status, message = post(url, packed(), **{"Content-Type": "text/plain"})
     assert (status, message) == (400, f"the body is text/plain, but must be {BINARY}")
-    with pytest.raises(UsageError, match=r"413: a body is larger than 65536 bytes: raise --max_body_mib"):
-        many = four(rollouts(), 300)
-        bound(url).score(
-            replace(
-                many, prompt_tokens=many.prompt_tokens.repeat(1, 30), prompt_mask=many.prompt_mask.repeat(1, 30) | True
-            ),
-            TeacherRequest(),
-        )
+    wide = rollouts()
+    wide = replace(wide, prompt_tokens=wide.prompt_tokens.repeat(1, 60), prompt_mask=torch.ones(4, 120).bool())
+    teacher, many = bound(url), four(wide, 8)
+    with pytest.raises(UsageError, match=r"413: a body is larger than 16384 bytes: raise --max_body_mib"):
+        teacher.score(many, TeacherRequest())
 
 
 def test_random_bytes_do_not_end_the_server(url: str) -> None:
