@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from opdlab.callbacks import CollapseGuard, GateMonitor
+from opdlab.cli import main
 from opdlab.errors import Stopped, UsageError
 from opdlab.objectives import SampledTokenOPD, SupportDivergence, TeacherTopK
 from opdlab.policies import LanguageModel, LocalTeacher, RoutedTeacher, ServedTeacher, TargetCache, TeacherRequest
@@ -410,6 +411,12 @@ def test_agreement_with_a_local_teacher_is_measured_and_logged(
     assert float(largest[4]) > 0.5
     with pytest.raises(UsageError, match="differ by .* nats in the mean"):
         bound(server, reference=STUDENT)
+
+
+def test_a_configuration_names_it(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model.teacher", "opdlab.policies.ServedTeacher", "--model.teacher.url", "[http://a:1, http://b:1]"]
+    assert main(["estimate", "-c", "quickstart", *options, "--trainer.accelerator", "cpu"]) == 0
+    assert "teacher weights" not in capsys.readouterr().out
 
 
 # -- identity ---------------------------------------------------------------------------------------------------------

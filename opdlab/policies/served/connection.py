@@ -150,6 +150,8 @@ class Servers:
         Raises:
             ServerError: a request has failed too often. What arrived before is yielded before.
         """
+        if not asks:
+            return
         found: queue.SimpleQueue[tuple[int, Any] | BaseException] = queue.SimpleQueue()
         work = _Work(self._all(asks, found.put), found.put)
         work.start()
@@ -286,7 +288,7 @@ class _Work(threading.Thread):
 
     def __init__(self, work: Any, failed: Callable[[BaseException], None]) -> None:
         super().__init__(name="requests to the teacher", daemon=True)
-        self._coroutine, self._failed = work, failed
+        self._failed = failed
         self._loop = asyncio.new_event_loop()
         self._task = self._loop.create_task(work)
 

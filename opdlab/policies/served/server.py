@@ -35,7 +35,7 @@ from opdlab.processes import catching_signals
 from opdlab.records import digest
 from opdlab.types import Rollouts, TeacherRequest
 
-_MAX_WAITING = 64  # requests whose bodies are in memory
+_MAX_WAITING = 64  # requests at a time, whose bodies are in memory
 _BODY_SECONDS = 60.0  # to receive a body
 _END_SECONDS = 20.0  # for requests under way, after a signal
 _LOOPBACK = "127.0.0.1"
@@ -97,9 +97,12 @@ class TeacherServer:
     @web.middleware
     async def _guard(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         """Refuse requests without the token, and answer every failure with one line."""
+        if self._token is not None and not self._knows_token(request):
+            return self._failed(request, 401, "the token is missing or wrong")
+        if self._waiting >= _MAX_WAITING:
+            return self._failed(request, 503, f"{_MAX_WAITING} requests are under way already")
+        self._waiting += 1
         try:
-            if self._token is not None and not self._knows_token(request):
-                return self._failed(request, 401, "the token is missing or wrong")
             return await handler(request)
         except web.HTTPException as error:
             wide = f"a body is larger than {self._max_body} bytes: raise --max_body_mib, or send less rollouts"
@@ -113,6 +116,8 @@ class TeacherServer:
         except Exception as error:
             lacks = out_of_memory(error)
             return self._failed(request, 500, lacks or f"{type(error).__name__}: {first_line(error)}")
+        finally:
+            self._waiting -= 1
 
     def _knows_token(self, request: web.Request) -> bool:
         assert self._token is not None
@@ -155,14 +160,8 @@ class TeacherServer:
         return pack_targets(self._teacher.score(rollouts, wanted))
 
     async def _in_turn(self, work: Callable[[], bytes]) -> bytes:
-        """Return the result of work that is done in the thread; one whose client has gone is not begun."""
-        if self._waiting >= _MAX_WAITING:
-            raise web.HTTPServiceUnavailable(reason=f"{_MAX_WAITING} requests are waiting already")
-        self._waiting += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._scorer, work)
-        finally:
-            self._waiting -= 1
+        """Return the result of work that is done in the thread; if the client goes away before, it is not begun."""
+        return await asyncio.get_running_loop().run_in_executor(self._scorer, work)
 
 
 def check_host(host: str, token: str | None, variable: str) -> None:
