@@ -3,8 +3,6 @@
 A server of this kind knows log-probabilities at temperature 1 of the tokens of a prompt and of the K most likely tokens
 at each of its positions. What follows from them is served: everything at temperature 1 but hidden states and entropy;
 at another temperature the ratios of the K probabilities, which is what ``renormalize`` compares.
-
-Shapes: T response tokens, K support, W entries of a position.
 """
 
 import json
@@ -17,12 +15,11 @@ import torch
 from torch import Tensor
 
 from opdlab.errors import UsageError, require
-from opdlab.policies.served.connection import Ask, BadAnswerError, RefusedError, ServerError, Servers
+from opdlab.policies.served.connection import Ask, RefusedError, ServerError, Servers
+from opdlab.policies.served.prompt_scores import most_likely, read_entries, read_scores, targets_of
 from opdlab.records import digest
-from opdlab.types import Rollouts, Targets, TeacherRequest, id_dtype
+from opdlab.types import Rollouts, Targets, TeacherRequest
 
-MIN_TAIL = 1e-6
-"""Smallest probability outside a support: 1 less the sum of float32 probabilities is not known better."""
 _PATH = "/v1/completions"
 _SPARE = (8, 4, 2, 1, 0)  # more tokens than K, of which those that the student lacks are dropped
 _FINGERPRINT_STEPS = 16  # a nat is divided into, because the same server repeats its numbers up to rounding
@@ -176,164 +173,57 @@ class Completions:
         Raises:
             ServerError: they do not.
         """
-        middle, largest, values = len(tokens) // 2, None, []
+        differences, values = [], []
         for server, url in enumerate(self._servers.urls):
-            entries = self._servers.ask(self._ask(tokens, 1, partial(read_entries, num=len(tokens)), server))
+            entries = self._entries(tokens, server)
             _check_positions(entries, tokens, url)
             _check_texts(entries, tokens, texts, url)
-            values.append([float(entries[at][str(token)]["logprob"]) for at, token in enumerate(tokens) if at])
+            values.append([_logprob(entries[at], token, url) for at, token in enumerate(tokens) if at])
             worst = max(abs(mine - first) for mine, first in zip(values[-1], values[0], strict=True))
             require(
                 worst < 1.0,
                 f"the servers {self._servers.urls[0]} and {url} give log-probabilities that differ by {worst:.2g} "
                 "nats: all must serve the same weights",
             )
-            sampled = self._servers.ask(
-                self._ask(
-                    tokens[:middle], 1, _read_next, server, logprobs=1, return_tokens_as_token_ids=True, temperature=1.0
-                )
-            )
-            for token, logprob in sampled.items():
-                follow = [*tokens[:middle], token, *tokens[middle + 1 :]]
-                again = self._servers.ask(self._ask(follow, 1, partial(read_entries, num=len(follow)), server))
-                shifts = {
-                    shift: abs(float(again[middle + shift].get(str(token), {"logprob": -1e4})["logprob"]) - logprob)
-                    for shift in (-1, 0, 1)
-                }
-                best = min(shifts, key=shifts.__getitem__)
-                require(
-                    best == 0 or shifts[0] - shifts[best] < 0.1,
-                    f"the server {url} samples a token with log-probability {logprob:.3f}, but gives this number at "
-                    f"position {best:+d} of the prompt beside it: its prompt_logprobs are shifted",
-                )
-                require(
-                    shifts[0] < 1.0,
-                    f"the server {url} gives log-probabilities that differ by {shifts[0]:.2g} nats from those that it "
-                    "samples from: start it without options that change log-probabilities",
-                )
-                largest = max(largest or 0.0, shifts[0])
+            differences += self._next_differences(tokens, server)
         self._probe = values[0]
-        return largest
+        return max(differences, default=None)
+
+    def _entries(self, tokens: Sequence[int], server: int) -> list[dict[str, Any]]:
+        entries: list[dict[str, Any]] = self._servers.ask(
+            self._ask(tokens, 1, partial(read_entries, num=len(tokens)), server)
+        )
+        return entries
+
+    def _next_differences(self, tokens: Sequence[int], server: int) -> list[float]:
+        """Return how far what a server samples from is from what it gives for the same token in a prompt, nats."""
+        middle, url, differences = len(tokens) // 2, self._servers.urls[server], []
+        options = {"logprobs": 1, "return_tokens_as_token_ids": True}
+        sampled = self._servers.ask(self._ask(tokens[:middle], 1, _read_next, server, **options))
+        for token, logprob in sampled.items():
+            entries = self._entries([*tokens[:middle], token, *tokens[middle + 1 :]], server)
+            shifts = {
+                shift: abs(_logprob(entries[middle + shift], token, url) - logprob)
+                for shift in (-1, 0, 1)
+                if not shift or str(token) in entries[middle + shift]
+            }
+            best = min(shifts, key=shifts.__getitem__)
+            require(
+                best == 0 or shifts[0] - shifts[best] < 0.1,
+                f"the server {url} samples a token with log-probability {logprob:.3f}, but gives this number at "
+                f"position {best:+d} of the prompt beside it: its prompt_logprobs are shifted",
+            )
+            require(
+                shifts[0] < 1.0,
+                f"the server {url} gives log-probabilities that differ by {shifts[0]:.2g} nats from those that it "
+                "samples from: start it without options that change log-probabilities",
+            )
+            differences.append(shifts[0])
+        return differences
 
     def fingerprint(self) -> str:
         """Return a digest of the model's name and of the probe's log-probabilities, rounded to a sixteenth nat."""
         return digest([self._model, self.vocab_size, [round(value * _FINGERPRINT_STEPS) for value in self._probe]])
-
-
-def read_entries(content: bytes, num: int) -> list[dict[str, Any]]:
-    """Return the entries of ``prompt_logprobs``, one a token of the prompt; the first is empty.
-
-    Args:
-        content: of an answer.
-        num: tokens of the prompt.
-
-    Raises:
-        BadAnswerError: the answer is cut off, or has another number of entries.
-    """
-    try:
-        entries = json.loads(content)["choices"][0]["prompt_logprobs"]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
-        raise BadAnswerError(f"no JSON with choices[0].prompt_logprobs ({len(content)} bytes)") from error
-    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries[1:]):
-        raise BadAnswerError("prompt_logprobs is no list of a null and of mappings: is it a server of vLLM?")
-    if len(entries) != num or not all(entries[1:]):
-        raise BadAnswerError(
-            f"prompt_logprobs has {sum(map(bool, entries)) + 1} entries for {num} tokens; with less, start vLLM with "
-            "--no-enable-prefix-caching"
-        )
-    return [{}, *entries[1:]]
-
-
-def read_scores(content: bytes, tokens: Sequence[int], start: int) -> tuple[Any, Any, Any]:
-    """Return the entries of the tokens from ``start`` on as arrays.
-
-    Args:
-        content: of an answer.
-        tokens: of the prompt.
-        start: at least 1.
-
-    Returns:
-        Ids, [T, W] int64; their log-probabilities, [T, W] float64 nats, -inf where a position has less than W entries;
-        and those of the tokens themselves, [T].
-
-    Raises:
-        BadAnswerError: the answer is cut off, or lacks a token.
-
-    Example:
-        >>> scores = [None, {"7": {"logprob": -1.0}, "4": {"logprob": -0.5}}]
-        >>> read_scores(json.dumps({"choices": [{"prompt_logprobs": scores}]}).encode(), [3, 7], 1)
-        (array([[7, 4]]), array([[-1. , -0.5]]), array([-1.]))
-    """
-    entries = read_entries(content, len(tokens))[start:]
-    width = max(map(len, entries))
-    ids = np.full((len(entries), width), np.iinfo(np.int64).max)
-    logprobs, own = np.full(ids.shape, -np.inf), np.empty(len(entries))
-    try:
-        for place, (entry, token) in enumerate(zip(entries, tokens[start:], strict=True)):
-            ids[place, : len(entry)] = [int(name) for name in entry]
-            logprobs[place, : len(entry)] = [each["logprob"] for each in entry.values()]
-            own[place] = entry[str(token)]["logprob"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadAnswerError(f"the entry of prompt token {start + place} has no log-probability of it") from error
-    if not np.isfinite(own).all() or np.isnan(logprobs).any() or own.max(initial=0.0) > 1e-3:
-        raise BadAnswerError("a log-probability is no number, or above 0")
-    return ids, logprobs, own
-
-
-def most_likely(ids: Any, logprobs: Any, k: int, vocab_size: int) -> tuple[Any, Any]:
-    """Return the columns of the K most likely tokens that the student has, and where there are K.
-
-    Args:
-        ids: [T, W].
-        logprobs: [T, W], nats.
-        k: K.
-        vocab_size: number of the student's tokens; ids from it on are dropped.
-
-    Returns:
-        Columns, [T, K], most likely first; and a mask, [T].
-
-    Example:
-        >>> most_likely(np.array([[7, 99, 4]]), np.array([[-2.0, -0.1, -0.5]]), 2, vocab_size=50)
-        (array([[2, 0]]), array([ True]))
-    """
-    kept = np.where(ids < vocab_size, logprobs, -np.inf)
-    enough = (kept > -np.inf).sum(1) >= k
-    return np.argsort(-kept, axis=1, kind="stable")[:, :k], enough
-
-
-def targets_of(
-    ids: Any, logprobs: Any, own: Any, valid: Tensor, request: TeacherRequest, temperature: float, vocab_size: int
-) -> Targets:
-    """Return the targets of one rollout, [1, T, …].
-
-    Logits are log-probabilities at temperature 1, divided by the temperature; so the log-normalizer is 0 at 1.
-
-    Args:
-        ids: [T, K].
-        logprobs: [T, K], nats, at temperature 1.
-        own: [T], nats, of the sampled tokens.
-        valid: [T] bool.
-        request: what is wanted.
-        temperature: of the rollouts.
-        vocab_size: number of the student's tokens.
-    """
-    k = ids.shape[1]
-    inside = np.minimum(np.exp(logprobs).sum(1), 1.0)
-    columns: dict[str, Any] = {
-        "logprobs": own if temperature == 1 else own * np.nan,
-        "support_ids": np.minimum(ids, vocab_size - 1) if k else None,
-        "support_logits": logprobs / temperature if k else None,
-        "support_mass": inside if k and temperature == 1 else None,
-        "log_normalizer": np.zeros(len(own)) if request.tail else None,
-        "log_tail": np.log(np.maximum(1 - inside, MIN_TAIL)) if request.tail and k else None,
-    }
-    found = {}
-    for name, values in columns.items():
-        if values is not None:
-            tensor = torch.from_numpy(np.ascontiguousarray(values))
-            tensor = tensor.masked_fill(~valid.view(-1, *[1] * (tensor.ndim - 1)), 0)
-            found[name] = tensor.to(id_dtype(vocab_size) if name == "support_ids" else torch.float32)[None]
-    return Targets(**found)
 
 
 def _read_next(content: bytes) -> dict[int, float]:
@@ -344,6 +234,16 @@ def _read_next(content: bytes) -> dict[int, float]:
         return {}
     names = {name: value for name, value in first[0].items() if name.startswith("token_id:")}
     return {int(name.removeprefix("token_id:")): float(value) for name, value in names.items()}
+
+
+def _logprob(entry: Mapping[str, Any], token: int, url: str) -> float:
+    """Return a token's log-probability in an entry."""
+    try:
+        return float(entry[str(token)]["logprob"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ServerError(
+            f"the teacher's server {url} gives no log-probability of token {token} at its place"
+        ) from error
 
 
 def _check_positions(entries: Sequence[Mapping[str, Any]], tokens: Sequence[int], url: str) -> None:

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import queue
-import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, suppress
@@ -17,13 +16,13 @@ import aiohttp
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, stop_any, wait_exponential, wait_random
 
 from opdlab.errors import UsageError, printable, require
+from opdlab.policies.served.loop_thread import LoopThread
 
 TOKEN_VARIABLE = "OPDLAB_TEACHER_TOKEN"
 """Environment variable with the token of a server. It is no option, because saved configurations show options."""
 _CONNECT_SECONDS = 10.0
 _LONGEST_WAIT = 30.0  # seconds between two attempts, and how long a server that failed is left out of the rotation
 _POLL_SECONDS = 0.2
-_END_SECONDS = 5.0
 _LAST_SECONDS = 30.0  # for what is under way when another request has failed for good
 _BUSY = (408, 425, 429)  # statuses below 500 after which the same request may succeed
 
@@ -36,14 +35,15 @@ class RefusedError(ServerError):
     """Error for a request that a server refuses, and would refuse again.
 
     Args:
+        owner: of the server, for the message.
         url: the server.
         status: of the answer.
         said: the server's message.
         why: what the request is for, and the mend.
     """
 
-    def __init__(self, url: str, status: int, said: str, why: str = "") -> None:
-        super().__init__(f"the teacher's server {url} refuses a request ({status}: {said}){why}")
+    def __init__(self, owner: str, url: str, status: int, said: str, why: str = "") -> None:
+        super().__init__(f"{owner} {url} refuses a request ({status}: {said}){why}")
         self.url, self.status, self.said = url, status, said
 
 
@@ -92,6 +92,7 @@ class Servers:
         timeout: of one attempt, seconds.
         retries: how often a request is sent again.
         retry_seconds: until the first of these attempts; each further wait is twice as long, up to half a minute.
+        owner: of the servers, for messages.
 
     Raises:
         UsageError: a value is out of range.
@@ -112,6 +113,7 @@ class Servers:
         timeout: float = 600.0,
         retries: int = 6,
         retry_seconds: float = 1.0,
+        owner: str = "the teacher's server",
     ) -> None:
         require(bool(urls), "url is an empty list, but must name a server")
         self.urls = [_checked(url) for url in urls]
@@ -121,7 +123,7 @@ class Servers:
         require(retries >= 0, f"retries is {retries}, but must be at least 0")
         require(retry_seconds >= 0, f"retry_seconds is {retry_seconds}, but must be at least 0")
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
-        self._retry_seconds = retry_seconds
+        self._retry_seconds, self._owner = retry_seconds, owner
         self._turn = 0  # index of the server that is next
         self._rests_until = [0.0] * len(self.urls)  # by time.monotonic()
         self._failed = False
@@ -153,7 +155,7 @@ class Servers:
         if not asks:
             return
         found: queue.SimpleQueue[tuple[int, Any] | BaseException] = queue.SimpleQueue()
-        work = _Work(self._all(asks, found.put), found.put)
+        work = LoopThread(self._all(asks, found.put), found.put)
         work.start()
         try:
             left = len(asks)
@@ -255,7 +257,7 @@ class Servers:
             raise self._trouble(index, f"answers {status}: {_message(content)}")
         if status != 200:
             named = f"; give its token in {TOKEN_VARIABLE}" if status in (401, 403) else ask.why
-            raise RefusedError(url, status, _message(content), named)
+            raise RefusedError(self._owner, url, status, _message(content), named)
         try:
             result = await asyncio.to_thread(ask.read, content)
         except BadAnswerError as error:
@@ -275,40 +277,7 @@ class Servers:
 
     def _trouble(self, index: int, what: str) -> _TroubleError:
         self._rests_until[index] = time.monotonic() + _LONGEST_WAIT
-        return _TroubleError(f"the teacher's server {self.urls[index]} {what}")
-
-
-class _Work(threading.Thread):
-    """A thread that runs a coroutine in an event loop of its own.
-
-    Args:
-        work: the coroutine.
-        failed: receives the exception that ends it.
-    """
-
-    def __init__(self, work: Any, failed: Callable[[BaseException], None]) -> None:
-        super().__init__(name="requests to the teacher", daemon=True)
-        self._failed = failed
-        self._loop = asyncio.new_event_loop()
-        self._task = self._loop.create_task(work)
-
-    def run(self) -> None:
-        try:
-            self._loop.run_until_complete(self._task)
-        except asyncio.CancelledError:
-            pass
-        except BaseException as error:
-            self._failed(error)
-        finally:
-            self._loop.run_until_complete(self._loop.shutdown_default_executor())
-            self._loop.close()
-
-    def end(self) -> None:
-        """Cancel what is under way, and wait for the end of the thread."""
-        if self.is_alive():
-            with suppress(RuntimeError):  # the loop has just been closed
-                self._loop.call_soon_threadsafe(self._task.cancel)
-        self.join(_END_SECONDS)
+        return _TroubleError(f"{self._owner} {self.urls[index]} {what}")
 
 
 def access_token() -> str | None:

@@ -17,9 +17,10 @@ from opdlab.errors import UsageError, require
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.routed_teacher import put_rows
 from opdlab.policies.served.arrays import Arrays
-from opdlab.policies.served.completions import MIN_TAIL, Completions
+from opdlab.policies.served.completions import Completions
 from opdlab.policies.served.connection import Ask, BadAnswerError, Servers
 from opdlab.policies.served.probe import agreement, probe_rollouts, probe_tokens, self_difference
+from opdlab.policies.served.prompt_scores import MIN_TAIL
 from opdlab.policies.served.wire import MODELS_PATH
 from opdlab.policies.teacher import LocalTeacher, Teacher, blank_targets
 from opdlab.policies.tokenizers import check_same_vocabulary
