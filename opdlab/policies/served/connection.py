@@ -231,8 +231,8 @@ class Servers:
         except _TroubleError as error:
             times = f"{1 + self.retries} times" if self.retries else "once"
             raise ServerError(
-                f"{error}; the request was sent {times}: look at the server's log, start it again, and go on from the "
-                "last checkpoint"
+                f"{error}; the request was sent {times}: look at the server's log and start it; a run that has begun "
+                "goes on with --ckpt_path last"
             ) from error
         raise AssertionError("the loop returns or raises")
 

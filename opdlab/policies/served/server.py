@@ -105,7 +105,7 @@ class TeacherServer:
         try:
             return await handler(request)
         except web.HTTPException as error:
-            wide = f"a body is larger than {self._max_body} bytes: raise --max_body_mib, or send less rollouts"
+            wide = f"a body is larger than {self._max_body} bytes: raise --max_body_mib, or send fewer rollouts"
             return self._failed(request, error.status, wide if error.status == 413 else error.reason)
         except UsageError as error:
             return self._failed(request, 400, str(error))
