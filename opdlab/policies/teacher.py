@@ -150,7 +150,8 @@ def check_targets(teacher: Teacher, request: TeacherRequest, targets: Targets) -
     needed = {
         "support_ids": k,
         "support_logits": k,
-        "support_mass": k and request.logprobs,
+        # A teacher that knows probabilities only relative to each other returns the logits without the mass.
+        "support_mass": k and (request.logprobs or targets.support_logits is None),
         "support_valid": request.top_k and request.behavior_top_k,
         "entropy": request.entropy,
         "log_normalizer": request.tail,

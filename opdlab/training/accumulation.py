@@ -62,7 +62,8 @@ def score_batch(student: LanguageModel, objective: Objective, batch: Minibatch, 
 def gate_inputs(rollouts: Rollouts, targets: Targets, positions: PositionLosses, step: int = 0) -> GateInputs:
     """Return the gate's inputs for a scored micro-batch after ``step`` optimizer steps."""
     divergence = positions.divergence
-    of_teacher = targets.known_logprobs
+    # Targets.known_logprobs, without another call in each step.
+    of_teacher = None if targets.support_logits is not None and targets.support_mass is None else targets.logprobs
     if divergence is None and of_teacher is not None:
         divergence = sampled_token_divergence(positions.logprobs, of_teacher, estimator="k3")
     compatible_mass, ids = None, rollouts.behavior_support_ids
