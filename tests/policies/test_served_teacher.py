@@ -136,13 +136,12 @@ def test_ids_that_the_student_lacks_are_dropped(tmp_path: Path) -> None:
         assert len(wide.asked) == 8  # 20 are not enough beside 10 that the student lacks
         theirs = LocalTeacher(str(folder)).score(rollouts(), wanted)
         assert ours.support_ids is not None
-        assert torch.equal(ours.support_ids.long(), theirs.support_ids.long())  # type: ignore[union-attr]
-        torch.testing.assert_close(
-            ours.support_logits.log_softmax(-1),
-            theirs.support_logits.log_softmax(-1),
-            atol=2e-5,
-            rtol=1e-5,  # type: ignore[union-attr]
-        )
+        assert ours.support_logits is not None
+        assert theirs.support_ids is not None
+        assert theirs.support_logits is not None
+        assert torch.equal(ours.support_ids.long(), theirs.support_ids.long())
+        ratios = ours.support_logits.log_softmax(-1), theirs.support_logits.log_softmax(-1)
+        torch.testing.assert_close(*ratios, atol=2e-5, rtol=1e-5)
         with pytest.raises(UsageError, match=r"max allowed: 20\); of its 20 .* --max-logprobs 40 or more"):
             bound(narrow).score(rollouts(), wanted)
 
@@ -246,14 +245,12 @@ def test_at_another_temperature_what_is_not_known_is_not_logged(server: FakeVLLM
 def four(base: Rollouts, times: int = 3) -> Rollouts:
     """Twelve different rollouts."""
     parts = [replace(base, tokens=base.tokens.roll(step, 1)) for step in range(times)]
-    return replace(
-        parts[0],
-        **{
-            name: torch.cat([getattr(part, name) for part in parts])
-            for name, value in vars(parts[0]).items()
-            if isinstance(value, torch.Tensor)
-        },
-    )
+    joined: dict[str, Any] = {
+        name: torch.cat([getattr(part, name) for part in parts])
+        for name, value in vars(base).items()
+        if isinstance(value, torch.Tensor)
+    }
+    return replace(base, **joined)
 
 
 @pytest.mark.parametrize("trouble", ["error", "cut", "short", "slow", "few"])

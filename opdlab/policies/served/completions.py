@@ -198,7 +198,7 @@ class Completions:
     def _next_differences(self, tokens: Sequence[int], server: int) -> list[float]:
         """Return how far what a server samples from is from what it gives for the same token in a prompt, nats."""
         middle, url, differences = len(tokens) // 2, self._servers.urls[server], []
-        options = {"logprobs": 1, "return_tokens_as_token_ids": True}
+        options: dict[str, Any] = {"logprobs": 1, "return_tokens_as_token_ids": True}
         sampled = self._servers.ask(self._ask(tokens[:middle], 1, _read_next, server, **options))
         for token, logprob in sampled.items():
             entries = self._entries([*tokens[:middle], token, *tokens[middle + 1 :]], server)

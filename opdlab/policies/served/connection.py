@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, stop_any, wait_exponential, wait_random
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential, wait_random
 
 from opdlab.errors import UsageError, printable, require
 from opdlab.policies.served.loop_thread import LoopThread
@@ -212,7 +212,7 @@ class Servers:
 
     async def _with_retries(self, session: aiohttp.ClientSession, ask: Ask) -> Any:
         attempts = AsyncRetrying(
-            stop=stop_any(stop_after_attempt(1 + self.retries), lambda _: self._failed),
+            stop=lambda state: self._failed or state.attempt_number > self.retries,
             wait=wait_exponential(self._retry_seconds, _LONGEST_WAIT) + wait_random(0, self._retry_seconds),
             retry=retry_if_exception_type(_TroubleError),
             reraise=True,
