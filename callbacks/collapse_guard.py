@@ -1,5 +1,6 @@
 """A guard that says when training has gone wrong, and may stop it."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -141,7 +142,8 @@ class CollapseGuard(pl.Callback):
                 signs[name] = text.format(count)
         num, student, teacher = host["entropy"].tolist()
         if num:
-            metrics["train/teacher_entropy"] = teacher / num
+            if not math.isnan(teacher):
+                metrics["train/teacher_entropy"] = teacher / num
             wrong = entropy_sign(student / num, teacher / num, module.student.vocab_size, self.limits)
             self._streak = self._streak + 1 if wrong else 0
             if wrong and self._streak >= self.limits.patience:
@@ -154,7 +156,9 @@ class CollapseGuard(pl.Callback):
                 repeated=repeats / max(grams, 1),
                 reverse_kl=gap / max(tokens, 1),
             )
-            metrics |= {"rollout/repeated_share": now.repeated, "rollout/reverse_kl": now.reverse_kl}
+            metrics["rollout/repeated_share"] = now.repeated
+            if not math.isnan(now.reverse_kl):  # the teacher knows the sampled tokens
+                metrics["rollout/reverse_kl"] = now.reverse_kl
             self._first = self._first or now
             signs |= buffer_signs(now, self._first, self._best_reverse_kl, self.limits)
             self._best_reverse_kl = min(self._best_reverse_kl, now.reverse_kl)

@@ -18,6 +18,7 @@ from opdlab.cli import main
 from opdlab.cli.config_files import expand_names
 from opdlab.cli.parsing import fit_parser
 from opdlab.cli.replay import parser as replay_parser
+from opdlab.cli.serve_teacher import parser as serve_parser
 from opdlab.cli.study import find_study, plain_config, plan_study
 from opdlab.cli.study import parser as study_parser
 from opdlab.diagnostics import metric_table
@@ -209,7 +210,7 @@ def commands(page: Path) -> Iterator[str]:
     text = page.read_text()
     lines = "\n".join(blocks(page, "sh", "bash")).replace("\\\n", " ").splitlines()
     for line in [*lines, *re.findall(r"`(opdlab [^`\n]*)`", FENCE.sub("", text))]:
-        found = re.match(r"(?:\w+=\S+ )*(opdlab (?:gates|objectives|\w+ .*))", line)
+        found = re.match(r"(?:\w+=\S+ )*(opdlab (?:gates|objectives|[\w-]+ .*))", line)
         if found and not re.search(r"…|\||NAME|FILE|: error:", found[1]):
             yield found[1]
 
@@ -230,8 +231,8 @@ def test_command_lines_parse(page: Path, folder: Path, capsys: pytest.CaptureFix
         if subcommand in ("gates", "objectives"):
             assert main([subcommand]) == 0
             continue
-        if subcommand == "replay":
-            replay_parser().parse_args(arguments)
+        if subcommand in ("replay", "serve-teacher"):
+            {"replay": replay_parser, "serve-teacher": serve_parser}[subcommand]().parse_args(arguments)
             continue
         if subcommand == "study":
             options = study_parser().parse_args(arguments)

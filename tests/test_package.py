@@ -67,7 +67,7 @@ PUBLIC = {
         *("BehaviorPolicy", "LanguageModel", "LocalTeacher", "Sampler", "SamplingConfig", "Scored"),
         *("Samples", "TransformersSampler", "register_sampler", "sample_rollouts", "sampler_registry"),
         *("BehaviorConfig", "NoTeacher", "Teacher", "TeacherHolder", "TeacherRequest", "check_same_vocabulary"),
-        *("RoutedTeacher", "SelfTeacher", "TargetCache", "check_targets"),
+        *("RoutedTeacher", "SelfTeacher", "ServedTeacher", "TargetCache", "check_targets"),
     ],
     "opdlab.data": [
         *("Benchmark", "ChatTemplate", "CleaningReport", "CleaningConfig", "DapoMath17k", "EvaluationBatch"),

@@ -12,6 +12,7 @@ _SAMPLED, _SUPPORT = "opdlab.objectives.SampledTokenOPD", "opdlab.objectives.Sup
 _EFFECT, _AGES = "opdlab.diagnostics.gate_metrics.gate_tensors", "opdlab.diagnostics.run_history.age_scalars"
 _COLLECTOR = "opdlab.rollouts.Collector.collect"
 _ROUTED, _CACHE = "opdlab.policies.RoutedTeacher", "opdlab.policies.TargetCache"
+_SERVED = "opdlab.policies.ServedTeacher"
 _POSITIONS = "opdlab.diagnostics.positions.read_positions"
 _GUARD = "opdlab.callbacks.CollapseGuard"
 _SAMPLER = "opdlab.training.sampler_gap.corrected"
@@ -118,6 +119,11 @@ _ROWS = (
            "0 for new responses; all demonstrations from the second pass over the prompts on"),
     Metric("targets/cache_misses", "targets not on disk", "", "rollouts of the buffer that the teacher has scored",
            _CACHE),
+    Metric("targets/retries", "repeated requests to the teacher", "",
+           "requests to the teacher's servers that were sent again for this buffer", _SERVED, "0"),
+    Metric("targets/request_seconds", "time of a request to the teacher", "s",
+           "mean time from sending a request to a teacher's server to having read its answer", _SERVED,
+           "steady; rises with `model.teacher.concurrency` once the servers are busy"),
 
     # The gate's weights over the valid positions.
     Metric("gate/mean", "mean weight", "", "mean weight", _STEP,

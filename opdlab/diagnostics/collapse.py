@@ -65,6 +65,7 @@ def step_sums(trace: StepTrace) -> Tensor:
     """
     inputs, weights, mask = trace.inputs, trace.gates.weights, trace.inputs.mask
     gap, losses = inputs.teacher_gap, inputs.position_losses
+    gap = inputs.divergence if gap is None else gap  # of a teacher that does not know the sampled tokens
     assert gap is not None
     assert losses is not None
     # The weight of a masked position is 0, but its loss may be anything.
@@ -90,12 +91,13 @@ def dead(sums: Tensor, limits: CollapseLimits) -> Tensor:
 def buffer_sums(trace: StepTrace) -> Tensor:
     """Return sums over a micro-batch's rollouts, for the first pass over a buffer; [4] float64, on the device.
 
-    They are: valid positions, behavior less teacher log-probability, 4-grams that repeat an earlier one of their
-    response, 4-grams. 4-grams are compared by a hash of 64 bits.
+    They are: valid positions, behavior less teacher log-probability (NaN if the teacher does not know it), 4-grams that
+    repeat an earlier one of their response, 4-grams. 4-grams are compared by a hash of 64 bits.
     """
     inputs, mask = trace.inputs, trace.inputs.mask
-    assert inputs.teacher_logprobs is not None
-    gap = (inputs.behavior_logprobs - inputs.teacher_logprobs).masked_fill(~mask, 0.0)
+    of_teacher = inputs.teacher_logprobs
+    of_teacher = inputs.behavior_logprobs * torch.nan if of_teacher is None else of_teacher
+    gap = (inputs.behavior_logprobs - of_teacher).masked_fill(~mask, 0.0)
     repeats = grams = mask.new_zeros((), dtype=torch.long)
     if mask.shape[1] >= _NGRAM:
         factors = torch.tensor([pow(1_000_003, n) for n in range(_NGRAM)], device=mask.device)
@@ -114,7 +116,7 @@ def entropy_sums(trace: StepTrace) -> Tensor:
     The teacher's entropy is taken from its targets. If they have none, from its support: the entropy of the
     support's tokens and of one more outcome for all others, a lower bound. Without a support it is the estimate
     ``-(q(y) / pi_b(y)) log q(y)`` from the sampled tokens y, whose expectation is the entropy; ratios above 10 are
-    clipped, so that it errs towards 0.
+    clipped, so that it errs towards 0. NaN if the targets have none of these.
     """
     targets, mask = trace.targets, trace.inputs.mask
     assert targets is not None
@@ -127,6 +129,8 @@ def entropy_sums(trace: StepTrace) -> Tensor:
             logits = logits.masked_fill(~valid & mask[..., None], -torch.inf)
         inside = torch.special.entr(logits.softmax(-1)).sum(-1)
         teacher = mass * inside + torch.special.entr(mass) + torch.special.entr(1 - mass)
+    elif targets.known_logprobs is None:
+        teacher = torch.full_like(trace.values["entropy"], torch.nan)
     else:
         logprobs = targets.logprobs.clamp(min=-1e4)
         teacher = -(logprobs - trace.inputs.behavior_logprobs).exp().clamp(max=_MAX_RATIO) * logprobs

@@ -78,6 +78,7 @@ class SupportDivergence(Objective):
             top_k=0 if self.support == "student" else self.k,
             behavior_top_k=0 if self.support == "teacher" else self.k,
             tail=self.tail != "renormalize",
+            logprobs=False,
         )
 
     @property
@@ -97,7 +98,6 @@ class SupportDivergence(Objective):
         """Return the loss of every position; see :meth:`Objective.position_losses`."""
         of_teacher, valid, at = targets.support_logits, targets.support_valid, student.mask
         assert of_teacher is not None
-        assert targets.support_mass is not None
         counted = None if valid is None else valid[at]
         assert targets.support_ids is not None
         if self.tail == "renormalize":
@@ -122,7 +122,9 @@ class SupportDivergence(Objective):
         support = logits.detach()
         inside = support if counted is None else support.masked_fill(~counted, -torch.inf)
         mass = (inside.logsumexp(-1) - statistics.log_normalizer.detach()).exp()  # [N, K] -> [N]
-        metrics = {"teacher_support_mass": targets.support_mass, "student_support_mass": student.padded(mass)}
+        metrics = {"student_support_mass": student.padded(mass)}
+        if targets.support_mass is not None:
+            metrics = {"teacher_support_mass": targets.support_mass, **metrics}
         if self.support != "student":  # the teacher's most likely token is first
             metrics["top1_agreement"] = student.padded((support[:, 0] >= statistics.max_logit).float())
         if valid is not None:  # ids that stand in the union twice are in both supports

@@ -13,6 +13,7 @@ from opdlab.policies.sampler import (
     sampler_registry,
 )
 from opdlab.policies.self_teacher import SelfTeacher
+from opdlab.policies.served.teacher import ServedTeacher
 from opdlab.policies.target_cache import TargetCache
 from opdlab.policies.teacher import (
     BaseTeacher,
@@ -41,6 +42,7 @@ __all__ = [
     "SamplingConfig",
     "Scored",
     "SelfTeacher",
+    "ServedTeacher",
     "StopTokens",
     "TargetCache",
     "Teacher",

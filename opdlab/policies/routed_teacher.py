@@ -117,6 +117,11 @@ class RoutedTeacher(Teacher):
         for teacher in self._teachers.values():
             teacher.after_step(student)
 
+    def check_request(self, request: TeacherRequest, temperature: float) -> None:
+        """Let each teacher that is kept refuse what it cannot compute."""
+        for teacher in self._teachers.values():
+            teacher.check_request(request, temperature)
+
     def metrics(self) -> dict[str, float]:
         """Return the share, mean log-probability and time of each teacher; see :meth:`Teacher.metrics`."""
         return dict(self._metrics)
@@ -171,6 +176,7 @@ class RoutedTeacher(Teacher):
         ids = rollouts.teacher_ids.cpu()
         rollouts = rollouts.as_teacher_sees()
         merged: dict[str, Tensor] = {}
+        lacking: set[str] = set()  # what some teacher cannot compute
         self._metrics = {}
         for number, name in enumerate(self.names):
             rows = (ids == number).nonzero().view(-1)
@@ -178,14 +184,16 @@ class RoutedTeacher(Teacher):
                 continue
             started = time.perf_counter()
             part = self._score(name, rollouts.rows(rows), request, progress)
-            put_rows(merged, rows, part, len(rollouts))
+            put_rows(merged, rows, part, len(rollouts), rollouts.tokens.shape[1])
+            lacking.update(field.name for field in fields(part) if getattr(part, field.name) is None)
             tokens = float(rollouts.mask[rows].sum())
             self._metrics |= {
                 f"targets/{name}/share": len(rows) / len(rollouts),
-                f"targets/{name}/logprob": float(part.logprobs.sum()) / max(tokens, 1.0),
                 f"targets/{name}/seconds": time.perf_counter() - started,
             }
-        return Targets(**merged)
+            if part.known_logprobs is not None:
+                self._metrics[f"targets/{name}/logprob"] = float(part.logprobs.sum()) / max(tokens, 1.0)
+        return Targets(**{name: value for name, value in merged.items() if name not in lacking})
 
     def _score(self, name: str, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None) -> Targets:
         with self._loaded(name) as teacher:

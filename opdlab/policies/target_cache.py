@@ -106,6 +106,10 @@ class TargetCache(Teacher):
         """Return the teacher's digest."""
         return self.teacher.weights_digest()
 
+    def check_request(self, request: TeacherRequest, temperature: float) -> None:
+        """Let the teacher refuse what it cannot compute."""
+        self.teacher.check_request(request, temperature)
+
     def fingerprint(self) -> str:
         """Return the teacher's fingerprint."""
         return self.teacher.fingerprint()
@@ -138,16 +142,19 @@ class TargetCache(Teacher):
         }
         if missing or not keys:
             rows = torch.tensor(missing, dtype=torch.long)
-            part = self.teacher.score(rollouts.rows(rows), request, progress)
+            # Each part is on disk before the next one is waited for, so a failure loses nothing that is scored.
+            for of_part, part in self.teacher.score_in_parts(rollouts.rows(rows), request, progress):
+                put_rows(merged, rows[of_part], part, *rollouts.tokens.shape)
+                for place, row in enumerate(rows[of_part].tolist()):
+                    self._write(keys[row], part.rows(torch.tensor([place])), lengths[row])
             self._metrics |= self.teacher.metrics()
-            put_rows(merged, rows, part, *rollouts.tokens.shape)
-            for place, row in enumerate(missing):
-                self._write(keys[row], part.rows(torch.tensor([place])), lengths[row])
         return Targets(**merged)
 
     def _keys(self, rollouts: Rollouts, request: TeacherRequest, lengths: list[int]) -> list[str]:
         """Return the key of each rollout: what its targets depend on."""
-        common = [_FORMAT, self._fingerprint, rollouts.temperature, asdict(request)]
+        asked = asdict(request)
+        del asked["logprobs"]  # says what may be missing, which depends on the teacher
+        common = [_FORMAT, self._fingerprint, rollouts.temperature, asked]
         start = hashlib.blake2b(digest(common).encode(), digest_size=_DIGEST_BYTES)
         keys = []
         for row, length in enumerate(lengths):

@@ -51,6 +51,24 @@ class Teacher(ABC):
         A teacher scores :meth:`Rollouts.as_teacher_sees`: the responses after the prompts that it sees itself.
         """
 
+    def score_in_parts(
+        self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None
+    ) -> Iterator[tuple[Tensor, Targets]]:
+        """Yield rows, [b] long, and their targets, as they are computed; all at once by default.
+
+        A part may have fewer columns than the rollouts, but has all valid positions of its rows.
+        """
+        yield torch.arange(len(rollouts)), self.score(rollouts, request, progress)
+
+    def check_request(self, request: TeacherRequest, temperature: float) -> None:
+        """Raise a UsageError if the teacher cannot compute a request; called after :meth:`bind`, before training.
+
+        Args:
+            request: what objective, gate or evaluation require.
+            temperature: of the rollouts.
+        """
+        del request, temperature
+
     def head(self, temperature: float = 1.0) -> Head:
         """Return the frozen head that computes logits from :attr:`Targets.hidden`, on the device of :meth:`to`.
 
@@ -140,7 +158,8 @@ def check_targets(teacher: Teacher, request: TeacherRequest, targets: Targets) -
     needed = {
         "support_ids": k,
         "support_logits": k,
-        "support_mass": k,
+        # A teacher that knows probabilities only relative to each other returns the logits without the mass.
+        "support_mass": k and (request.logprobs or targets.support_logits is None),
         "support_valid": request.top_k and request.behavior_top_k,
         "entropy": request.entropy,
         "log_normalizer": request.tail,
@@ -315,18 +334,8 @@ def targets_of(
         request: the required outputs.
         vocab_size: number of tokens over which the teacher's distribution is taken.
     """
-    shape, k = rollouts.tokens.shape, request.top_k + request.behavior_top_k
-    union = bool(request.top_k and request.behavior_top_k)
-    targets = Targets(
-        logprobs=torch.zeros(shape),
-        support_ids=torch.zeros(*shape, k, dtype=id_dtype(vocab_size)) if k else None,
-        support_logits=torch.zeros(*shape, k) if k else None,
-        support_mass=torch.zeros(shape) if k else None,
-        entropy=torch.zeros(shape) if request.entropy else None,
-        support_valid=torch.zeros(*shape, k, dtype=torch.bool) if union else None,
-        log_normalizer=torch.zeros(shape) if request.tail else None,
-        log_tail=torch.zeros(shape) if request.tail and k else None,
-    )
+    shape = rollouts.tokens.shape
+    targets = blank_targets(shape, request, vocab_size)
     hidden: Tensor | None = None
     for rows, of_model in chunks:
         scored = replace(of_model, head=replace(of_model.head, vocab_size=vocab_size))
@@ -338,6 +347,31 @@ def targets_of(
             hidden = states.new_zeros(*shape, states.shape[-1]) if hidden is None else hidden
             hidden[rows, : states.shape[1]] = states
     return replace(targets, hidden=hidden)
+
+
+def blank_targets(shape: Sequence[int], request: TeacherRequest, vocab_size: int) -> Targets:
+    """Return targets that are 0 everywhere, with all that is requested but the hidden states.
+
+    Args:
+        shape: [B, T].
+        request: what they consist of.
+        vocab_size: number of tokens.
+
+    Example:
+        >>> blank_targets((1, 2), TeacherRequest(top_k=3), 38).support_ids.shape
+        torch.Size([1, 2, 3])
+    """
+    k, union = request.top_k + request.behavior_top_k, bool(request.top_k and request.behavior_top_k)
+    return Targets(
+        logprobs=torch.zeros(*shape),
+        support_ids=torch.zeros(*shape, k, dtype=id_dtype(vocab_size)) if k else None,
+        support_logits=torch.zeros(*shape, k) if k else None,
+        support_mass=torch.zeros(*shape) if k else None,
+        entropy=torch.zeros(*shape) if request.entropy else None,
+        support_valid=torch.zeros(*shape, k, dtype=torch.bool) if union else None,
+        log_normalizer=torch.zeros(*shape) if request.tail else None,
+        log_tail=torch.zeros(*shape) if request.tail and k else None,
+    )
 
 
 def _token_targets(scored: Scored, rollouts: Rollouts, request: TeacherRequest) -> dict[str, Tensor]:

@@ -167,7 +167,8 @@ def narrowed(rollouts: Rollouts, targets: Targets, request: TeacherRequest) -> T
         >>> found.support_ids, found.support_mass
         (tensor([[[7, 4]]]), tensor([[0.9100]]))
     """
-    if (request.tail and targets.log_normalizer is None) or (request.hidden and targets.hidden is None):
+    lacks = [request.tail and targets.log_normalizer is None, request.hidden and targets.hidden is None]
+    if any(lacks) or (request.logprobs and targets.known_logprobs is None):
         return None
     targets = replace(targets, hidden=targets.hidden if request.hidden else None)
     num_top, num_given = request.top_k, request.behavior_top_k
@@ -178,7 +179,7 @@ def narrowed(rollouts: Rollouts, targets: Targets, request: TeacherRequest) -> T
         return plain
     has_given, has_top = _num_columns(rollouts, targets)
     ids, logits, mass = targets.support_ids, targets.support_logits, targets.support_mass
-    if num_top > has_top or num_given > has_given or ids is None or logits is None or mass is None:
+    if num_top > has_top or num_given > has_given or ids is None or logits is None:
         return None
     if request.tail and targets.log_tail is None:
         return None
@@ -199,7 +200,7 @@ def narrowed(rollouts: Rollouts, targets: Targets, request: TeacherRequest) -> T
         plain,
         support_ids=kept.to(ids.dtype),
         support_logits=chosen(logits),
-        support_mass=mass * share,
+        support_mass=None if mass is None else mass * share,
         support_valid=valid if num_top and num_given else None,
         log_tail=log_tail,
     )

@@ -63,8 +63,10 @@ def score_batch(student: LanguageModel, objective: Objective, batch: Minibatch, 
 def gate_inputs(rollouts: Rollouts, targets: Targets, positions: PositionLosses, step: int = 0) -> GateInputs:
     """Return the gate's inputs for a scored micro-batch after ``step`` optimizer steps."""
     divergence = positions.divergence
-    if divergence is None:
-        divergence = sampled_token_divergence(positions.logprobs, targets.logprobs, estimator="k3")
+    # Targets.known_logprobs, without another call in each step.
+    of_teacher = None if targets.support_logits is not None and targets.support_mass is None else targets.logprobs
+    if divergence is None and of_teacher is not None:
+        divergence = sampled_token_divergence(positions.logprobs, of_teacher, estimator="k3")
     compatible_mass, ids = None, rollouts.behavior_support_ids
     if ids is not None and targets.support_logits is not None and targets.log_normalizer is not None:
         # In a union of supports, the behavior policy's tokens come last.
@@ -75,7 +77,7 @@ def gate_inputs(rollouts: Rollouts, targets: Targets, positions: PositionLosses,
         mask=rollouts.mask,
         behavior_logprobs=rollouts.behavior_logprobs,
         current_logprobs=positions.logprobs,
-        teacher_logprobs=targets.logprobs,
+        teacher_logprobs=of_teacher,
         position_losses=positions.losses.detach(),
         entropy=positions.entropy,
         teacher_entropy=targets.entropy,

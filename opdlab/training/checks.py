@@ -57,12 +57,19 @@ def check_known_needs(gate: GateStrategy) -> None:
 
 
 def teacher_request(
-    student: LanguageModel, teacher: Teacher, objective: Objective, gate: GateStrategy
+    student: LanguageModel, teacher: Teacher, objective: Objective, gate: GateStrategy, temperature: float = 1.0
 ) -> TeacherRequest:
     """Bind the teacher to the student, and return the outputs that objective and gate require of it.
 
+    Args:
+        student: the module's student.
+        teacher: the module's teacher.
+        objective: the module's objective.
+        gate: the module's gate.
+        temperature: of the rollouts.
+
     Raises:
-        UsageError: the vocabularies differ, or K is larger than the shared one.
+        UsageError: the vocabularies differ, K is larger than the shared one, or the teacher cannot compute the outputs.
     """
     if isinstance(teacher, NoTeacher):
         return TeacherRequest()
@@ -80,7 +87,10 @@ def teacher_request(
     )
     entropy = request.entropy or "teacher_entropy" in gate.needs
     tail = request.tail or "compatible_mass" in gate.needs
-    return replace(request, vocab_size=shared, entropy=entropy, tail=tail)
+    logprobs = request.logprobs or "teacher_logprobs" in gate.needs
+    request = replace(request, vocab_size=shared, entropy=entropy, tail=tail, logprobs=logprobs)
+    teacher.check_request(request, temperature)
+    return request
 
 
 def check_trainer(trainer: pl.Trainer, max_tokens: int | None, whole_weights: bool) -> None:

@@ -44,7 +44,7 @@ from opdlab.training import checks, resume, sampler_gap
 from opdlab.training.accumulation import AccumulationWindow, BatchSizes, gate_inputs, record_of_all, score_rollouts
 from opdlab.training.refresh import RefreshSchedule
 from opdlab.training.step_timer import StepTimer
-from opdlab.types import Minibatch, Prompt
+from opdlab.types import Minibatch, Prompt, TeacherRequest
 
 
 class OPDModule(EvaluationModule):
@@ -105,7 +105,9 @@ class OPDModule(EvaluationModule):
         sampler_gap.check_correction(sampler_correction, sampler)
         checks.check_token_bound(max_tokens_per_pass)
         student.max_tokens = max_tokens_per_pass
-        request = checks.teacher_request(student, teacher, objective, gate)
+        request = checks.teacher_request(student, teacher, objective, gate, sampling.temperature)
+        if evaluation.reverse_kl:
+            teacher.check_request(TeacherRequest(vocab_size=student.vocab_size), eval_sampling.temperature)
         # After these two, because the snapshot copies the bound and the vocabulary.
         self.behavior = BehaviorPolicy(student, sampling, **vars(behavior), sampler=sampler)
         self.objective, self.gate, self.sampling = objective, gate, sampling

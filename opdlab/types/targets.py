@@ -17,7 +17,8 @@ class Targets(Rows):
     """The teacher's scores of rollouts, computed once per rollout buffer and never changed.
 
     Args:
-        logprobs: [B, T] float32, nats: of the sampled tokens; 0 at masked positions.
+        logprobs: [B, T] float32, nats: of the sampled tokens; 0 at masked positions. NaN if the teacher cannot compute
+            them and the request does not require them; then ``support_mass`` is None, see :attr:`known_logprobs`.
         support_ids: [B, T, K]: the tokens on which student and teacher are compared, or None if none are requested: the
             teacher's most likely ones, most likely first; or the behavior policy's; or both, the teacher's first. The
             dtype is the smallest that holds every id (:func:`id_dtype`); many operations do not support it, so call
@@ -53,10 +54,21 @@ class Targets(Rows):
     log_tail: Tensor | None = None
     hidden: Tensor | None = None
 
+    @property
+    def known_logprobs(self) -> Tensor | None:
+        """Return ``logprobs``; None if the teacher knows probabilities only relative to others of the support.
+
+        Example:
+            >>> ratios = Targets(torch.full((1, 1), torch.nan), torch.zeros(1, 1, 2), torch.zeros(1, 1, 2))
+            >>> ratios.known_logprobs, Targets(torch.zeros(1, 1)).known_logprobs
+            (None, tensor([[0.]]))
+        """
+        return None if self.support_logits is not None and self.support_mass is None else self.logprobs
+
 
 @dataclass(frozen=True)
 class TeacherRequest:
-    """The required teacher outputs, besides the log-probability of every sampled token.
+    """The required teacher outputs.
 
     Args:
         top_k: K, number of the teacher's most likely tokens whose ids and logits are required; 0 for none.
@@ -67,6 +79,8 @@ class TeacherRequest:
             logits under the teacher are required; 0 for none. With ``top_k`` too, the support is the union.
         tail: True if ``log_normalizer`` and, with a support, ``log_tail`` are required.
         hidden: True if the hidden states are required.
+        logprobs: True if the log-probabilities of the sampled tokens and the mass of the support are required; False if
+            they are only logged, so that a teacher that cannot compute them may leave them out.
 
     Example:
         >>> TeacherRequest(top_k=32).top_k
@@ -79,6 +93,7 @@ class TeacherRequest:
     behavior_top_k: int = 0
     tail: bool = False
     hidden: bool = False
+    logprobs: bool = True
 
 
 def id_dtype(vocab_size: int) -> torch.dtype:

@@ -200,7 +200,7 @@ def test_teacher_topk_is_a_named_case() -> None:
     named, found, scored = TeacherTopK(k=K), pool("teacher", tail=False), world().scored
     assert scored is not None
     case = SupportDivergence("reverse_kl", "teacher", "renormalize", K)
-    assert named.request == case.request == TeacherRequest(top_k=K)
+    assert named.request == case.request == TeacherRequest(top_k=K, logprobs=False)
     ours, theirs = (each.position_losses(scored, *parts(found)) for each in (named, case))
     assert torch.equal(ours.losses, theirs.losses)
     ids, of_teacher = found.targets.support_ids, found.targets.support_logits
