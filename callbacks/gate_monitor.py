@@ -16,7 +16,7 @@ from opdlab.diagnostics.positions import position_tensors, read_positions
 from opdlab.diagnostics.run_history import BlockHistory, add_to_age_table, age_scalars, new_age_table, read_ages
 from opdlab.diagnostics.trace import to_host
 from opdlab.errors import require
-from opdlab.loggers import log_layout, log_media, media_writer
+from opdlab.loggers import log_layout, log_media, log_scalars, media_writer
 from opdlab.module import OPDModule
 
 
@@ -152,8 +152,7 @@ class GateMonitor(StepCallback):
         scalars = {**metrics.scalars, **self._positions, **age_scalars(recent)}
         if "support_overlap" in found and len(found["support_overlap"]):
             scalars["train/support_overlap"] = float(found["support_overlap"].mean())
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=trainer.global_step)
+        log_scalars(trainer.loggers, scalars, trainer.global_step)
         log_media(trainer.loggers, trainer.global_step, histograms=metrics.histograms)
         if self._time.may_draw():
             self._draw(trainer)
