@@ -27,6 +27,7 @@ from opdlab.diagnostics.collapse import (
     step_sums,
 )
 from opdlab.diagnostics.trace import to_host
+from opdlab.loggers import log_scalars
 from opdlab.module import OPDModule
 from opdlab.types import Minibatch
 from opdlab.viewer import choose_rollouts
@@ -163,8 +164,7 @@ class CollapseGuard(pl.Callback):
             signs |= buffer_signs(now, self._first, self._best_reverse_kl, self.limits)
             self._best_reverse_kl = min(self._best_reverse_kl, now.reverse_kl)
         if trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.global_step)
+            log_scalars(trainer.loggers, metrics, trainer.global_step)
         self._report(trainer, module, signs)
 
     def _report(self, trainer: pl.Trainer, module: OPDModule, signs: Mapping[str, str]) -> None:

@@ -17,7 +17,7 @@ from opdlab.diagnostics.positions import position_tensors, read_positions
 from opdlab.diagnostics.run_history import BlockHistory, add_to_age_table, age_scalars, new_age_table, read_ages
 from opdlab.diagnostics.trace import GateTrace, gather_traces, to_host
 from opdlab.errors import require
-from opdlab.loggers import log_layout, log_media, media_writer
+from opdlab.loggers import log_layout, log_media, log_scalars, media_writer
 from opdlab.module import OPDModule
 
 
@@ -160,8 +160,7 @@ class GateMonitor(StepCallback):
         total, count = found["support_overlap"].tolist()
         if count:
             scalars["train/support_overlap"] = total / count
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=trainer.global_step)
+        log_scalars(trainer.loggers, scalars, trainer.global_step)
         log_media(trainer.loggers, trainer.global_step, histograms=metrics.histograms)
         if self._time.may_draw():
             self._draw(trainer)

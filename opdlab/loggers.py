@@ -167,22 +167,24 @@ def log_media(
 
 
 def log_scalars(
-    loggers: Sequence[Logger], metrics: Mapping[str, Any], step: int, known: Mapping[tuple[Logger, int], Container[str]]
+    loggers: Sequence[Logger],
+    metrics: Mapping[str, Any],
+    step: int,
+    known: Mapping[tuple[Logger, int], Container[str]] | None = None,
 ) -> None:
-    """Write scalars at once, each to the loggers that do not have it at this step.
+    """Write scalars, each to the loggers that do not have it at this step; :func:`save_all` brings them to the disk.
 
     Args:
         loggers: of the trainer.
         metrics: numbers or scalar tensors by name.
         step: optimizer steps taken.
-        known: names that a logger has at a step already.
+        known: names that a logger has at a step already; None if it has none of these.
     """
     values = {name: float(value) for name, value in metrics.items()} if loggers else {}
     for logger in loggers:
-        there = known.get((logger, step), ())
+        there = known.get((logger, step), ()) if known else ()
         with _naming_folder(logger):
             logger.log_metrics({name: value for name, value in values.items() if name not in there}, step=step)
-            logger.save()
 
 
 def save_all(loggers: Sequence[Any]) -> None:

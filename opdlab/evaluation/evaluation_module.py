@@ -16,7 +16,7 @@ from opdlab.evaluation.config import EvaluationConfig
 from opdlab.evaluation.evaluator import Evaluator
 from opdlab.evaluation.samples import SampleFolder
 from opdlab.evaluation.settings import evaluation_settings
-from opdlab.loggers import log_scalars
+from opdlab.loggers import log_scalars, save_all
 from opdlab.policies import LanguageModel, NoTeacher, Sampler, SamplingConfig, Teacher, TeacherHolder
 from opdlab.policies.decoding import naming_step
 from opdlab.progress import Progress, SilentProgress, StoppableProgress
@@ -160,6 +160,7 @@ class EvaluationModule(pl.LightningModule):
         """
         if self.trainer.is_global_zero:
             log_scalars(self.trainer.loggers, metrics, step, self.logged)
+            save_all(self.trainer.loggers)
 
     # Testing runs the same hooks as validation.
     test_step = validation_step

@@ -267,7 +267,7 @@ OTHERS = [
     ("study ru", "no 'ru'; did you mean 'run'?"),
     ("replay nowhere", "'nowhere' is not a folder"),
     ("replay . --draws x", "--draws"),
-    ("replay . --gates syntax.Gate", "'.' is not a run's folder"),
+    ("replay . --gates syntax.Gate", "importing --gates syntax.Gate fails, change"),
     ("validate -c quickstart --model.gaet x", "unknown key 'model.gaet'; did you mean 'model.gate'?"),
     ("test -c nowhere", "no configuration file 'nowhere'"),
     (f"estimate -c quickstart --model.student.dtype f8 --model.student.path {NO_MODEL}", "model.student.dtype is f8"),
