@@ -146,7 +146,9 @@ def measure(rows: int, length: int, device: torch.device, budget: float) -> dict
         loggers = (TensorBoardLogger(folder), MetricsFile(Path(folder) / "metrics.csv"))
         steps = itertools.count(1)
         work["written"] = lambda: [logger.log_metrics(scalars, step=next(steps)) for logger in loggers]
-        return {name: seconds_of(function, device, budget) for name, function in work.items()}
+        seconds = {name: seconds_of(function, device, budget) for name, function in work.items()}
+        loggers[0].experiment.close()  # its thread must not write into a folder that is gone
+        return seconds
 
 
 def update_nanoseconds(device: torch.device, budget: float) -> float:

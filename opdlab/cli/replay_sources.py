@@ -14,7 +14,7 @@ from lightning.pytorch import seed_everything
 from opdlab.cli.building import build
 from opdlab.cli.estimate import refuse_oversized
 from opdlab.cli.parsing import fit_parser, parse_fit
-from opdlab.errors import UsageError, require, user_code
+from opdlab.errors import UsageError, first_line, require, user_code
 from opdlab.module import OPDModule
 from opdlab.objectives import Objective
 from opdlab.policies import Teacher
@@ -245,5 +245,8 @@ def _described(sections: dict[str, Any]) -> Any:
     for key, section in sections.items():
         plain = section if isinstance(section, Namespace) else dict_to_namespace(section)
         described[f"model.{key}"] = plain
-    with user_code("importing a class of the run"):
-        return build(fit_parser(), described, groups=False).model
+    try:
+        with user_code("importing a class of the run"):
+            return build(fit_parser(), described, groups=False).model
+    except ValueError as error:  # the base class is checked before anything is built
+        raise UsageError(f"the run's {' and '.join(sections)} cannot be built: {first_line(error)}") from error

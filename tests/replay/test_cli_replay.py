@@ -1,8 +1,11 @@
 """``opdlab replay`` through the command line, in this process."""
 
 import csv
+import hashlib
+import json
 import re
 import shutil
+import zipfile
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -10,6 +13,7 @@ import pytest
 import yaml
 
 from opdlab.cli import EXIT_USAGE, main
+from opdlab.replay.pack import ABOUT, FORMAT, MARK
 
 
 def test_a_replay_leaves_tables_and_pictures(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,6 +108,38 @@ def test_a_gate_that_the_record_cannot_serve_is_named(run: Path, capsys: pytest.
     Path("judges.py").write_text(code)
     assert main(["replay", str(run), "--steps", "2", "--gates", "judges.Judge", "--draws", "2"]) == 0
     assert "left out: Judge, which needs verdict, which the record does not have" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("key", "section"),
+    [
+        ("objective", {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "ran"]}}),
+        (
+            "gate",
+            {
+                "class_path": "opdlab.strategies.TokenGate",
+                "init_args": {"tau": {"class_path": "subprocess.Popen", "init_args": {"args": ["touch", "ran"]}}},
+            },
+        ),
+    ],
+)
+def test_a_pack_that_names_another_class_runs_nothing(
+    run: Path, capsys: pytest.CaptureFixture[str], key: str, section: dict[str, object]
+) -> None:
+    assert main(["replay", str(run), "--pack", "good.pack", "--steps", "2", "--draws", "2"]) == 0
+    with zipfile.ZipFile("good.pack") as good, zipfile.ZipFile("other.pack", "w") as other:
+        for name in good.namelist():
+            if name != ABOUT:
+                other.writestr(name, good.read(name))
+        about = json.loads(good.read(ABOUT))
+        about["model"][key] = section
+        other.writestr(ABOUT, text := json.dumps(about).encode())
+        other.comment = f"{MARK} {FORMAT} {hashlib.sha256(text).hexdigest()}".encode()
+    assert main(["replay", "other.pack", "--gates", "token"]) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert " cannot be built: " in error
+    assert "Traceback" not in error
+    assert not Path("ran").exists()
 
 
 @pytest.mark.parametrize(
