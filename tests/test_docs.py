@@ -210,7 +210,7 @@ def commands(page: Path) -> Iterator[str]:
     text = page.read_text()
     lines = "\n".join(blocks(page, "sh", "bash")).replace("\\\n", " ").splitlines()
     for line in [*lines, *re.findall(r"`(opdlab [^`\n]*)`", FENCE.sub("", text))]:
-        found = re.match(r"(?:\w+=\S+ )*(opdlab (?:gates|objectives|[\w-]+ .*))", line)
+        found = re.match(r"(?:\w+=\S+ )*(opdlab (?:gates|objectives|\w[\w-]* .*))", line)
         if found and not re.search(r"…|\||NAME|FILE|: error:", found[1]):
             yield found[1]
 

@@ -55,6 +55,11 @@ ATTRIBUTES = {
         "_ChildProcessObserver(None, [])",
         "processes that have stopped together are not killed",
     ),
+    "_SubprocessScriptLauncher": (
+        "lightning.pytorch.strategies.launchers.subprocess_script",
+        "",
+        "which processes Lightning has started, and how they ended",
+    ),
     "_last_checkpoint_saved": ("lightning.pytorch.callbacks", "ModelCheckpoint()", "no checkpoint twice"),
     "_last_global_step_saved": ("lightning.pytorch.callbacks", "ModelCheckpoint()", "no checkpoint twice"),
     "_init_progress": ("lightning.pytorch.callbacks", "RichProgressBar", "the line below the bars"),

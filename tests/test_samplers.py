@@ -235,7 +235,7 @@ def test_responses_from_the_data_are_not_corrected(make_run: MakeRun) -> None:
 def test_a_buffer_of_an_earlier_version_has_no_log_probabilities_of_a_sampler(make_run: MakeRun) -> None:
     loader: Any = make_run(max_new_tokens=8).fit(1).train_dataloader
     state = loader.state_dict()
-    assert state["pools"][0]["rollouts"].pop("sampler_logprobs") is None
+    assert state["pool"]["rollouts"].pop("sampler_logprobs") is None
     other = make_run(max_new_tokens=8, sampler=EngineSampler(), sampler_correction="tis")
     other.fit(1)
     loader = other.data.train_dataloader()

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import subprocess_script
 
 from opdlab.callbacks.stop_checkpoint import let_others_end
 from opdlab.checkpoints import newest_checkpoint
@@ -41,7 +41,7 @@ class OtherProcesses:
 
     def __init__(self, trainer: Trainer) -> None:
         launcher = trainer.strategy.launcher
-        self._launcher = launcher if isinstance(launcher, _SubprocessScriptLauncher) else None
+        self._launcher = launcher if isinstance(launcher, subprocess_script._SubprocessScriptLauncher) else None
         self._first_rank = trainer.global_rank
         self._ended = threading.Event()
 

@@ -354,6 +354,7 @@ def test_the_layout_can_be_read(make_run: MakeRun, tmp_path: Path) -> None:
 def test_every_scalar_has_a_chart_and_every_chart_a_scalar(make_run: MakeRun, tmp_path: Path) -> None:
     """Regular expressions match from a tag's start, as in TensorBoard's plugin."""
     tags: set[str] = {"rollout/accuracy", "val/mean/pass@1", "val/toy/pass@8", "val/toy/length", "train/reward_share"}
+    tags |= {"train/sampler_gap", "train/sampler_gap_max"}  # of a sampler with log-probabilities of its own
     objectives = (None, SampledTokenOPD(baseline="support_kl", k=4), SupportDivergence(support="union", k=4))
     for number, objective in enumerate(objectives):
         folder = tmp_path / str(number)
@@ -441,7 +442,7 @@ def test_one_copy_at_a_monitored_step_and_none_at_others(
     for trace in [trace for parts in kept.steps.values() for trace in parts]:
         position = len(copies) % 2
         step = trace.step + position
-        trainer: Any = SimpleNamespace(is_global_zero=True, loggers=[DummyLogger()], global_step=step)
+        trainer: Any = SimpleNamespace(is_global_zero=True, loggers=[DummyLogger()], global_step=step, world_size=1)
         batch = SimpleNamespace(position=position, micro_batches=(1, 2))
         before = num_copies
         monitor.on_train_batch_end(trainer, run.module, {"trace": without_values(trace, mode)}, batch, 0)

@@ -19,6 +19,7 @@ CLOCKS = ("time/update_seconds", "train/tokens_per_second")
 # another way, and gates and exponentials magnify that: with two, 2.4e-6 was seen. A gate that each process normalises
 # alone has 1e-2.
 ERRORS = {1: 1e-6, 2: 5e-6}
+OF_K3 = 5e-6  # its gradient is an exponential of a log-ratio, whose rounding a large ratio magnifies: 1.9e-6 was seen
 Halves = Callable[[int], list[Taken]]
 
 
@@ -48,7 +49,8 @@ def test_gradient_and_scalars_are_those_of_one_process(
     first, second = halves(micro_batches)
     gradient = whole.gradients[name]
     assert float(gradient.norm()) > 0
-    assert float((first.gradients[name] - gradient).norm() / gradient.norm()) < ERRORS[micro_batches]
+    limit = OF_K3 if name.startswith("k3") else ERRORS[micro_batches]
+    assert float((first.gradients[name] - gradient).norm() / gradient.norm()) < limit
     assert torch.equal(first.gradients[name], second.gradients[name])
     expected, logged = whole.logged[name], first.logged[name]
     assert logged.keys() == expected.keys() >= {"train/loss", "gate/gradient_cosine", "train/teacher_entropy"}
