@@ -51,7 +51,7 @@ def said(folder: Path, tokenizer: PreTrainedTokenizerBase, *rows: dict[str, Any]
 
 @pytest.mark.parametrize("make", [chain_tokenizer, without_unknown_token])
 def test_each_kind_is_counted_with_its_first_row(tmp_path: Path, make: Any) -> None:
-    rows = [{}, {"hint": "\u00e9"}, {"problem": "1 \u2212 1"}, {"problem": "1 \u2212 2"}]
+    rows: list[dict[str, Any]] = [{}, {"hint": "\u00e9"}, {"problem": "1 \u2212 1"}, {"problem": "1 \u2212 2"}]
     rows += [{"solution": "2\U0001f600"}, {"solution": [{"content": "1"}, {"content": "2\u00e9", "loss": False}]}]
     of_benchmark, of_training = said(tmp_path, make(), *rows)
     place = f"{tmp_path}/rows.jsonl has characters that the student's tokenizer does not know"
