@@ -17,11 +17,10 @@ from torch import Tensor
 from opdlab.errors import UsageError, require
 from opdlab.files import naming_full_disk, replacing
 from opdlab.policies.language_model import LanguageModel
-from opdlab.policies.routed_teacher import put_rows
 from opdlab.policies.teacher import Teacher
 from opdlab.progress import Progress
 from opdlab.records import digest
-from opdlab.types import Rollouts, Targets, TeacherRequest
+from opdlab.types import MergedTargets, Rollouts, Targets, TeacherRequest
 
 _FORMAT = 2
 _DIGEST_BYTES = 20
@@ -128,14 +127,14 @@ class TargetCache(Teacher):
         self._fingerprint = self._fingerprint or self.teacher.fingerprint()
         lengths = _lengths(rollouts)
         keys = self._keys(rollouts, request, lengths)
-        merged: dict[str, Tensor] = {}
+        merged = MergedTargets(*rollouts.tokens.shape)
         missing = []
         for row, (key, length) in enumerate(zip(keys, lengths, strict=True)):
             found = self._read(key, length)
             if found is None:
                 missing.append(row)
             else:
-                put_rows(merged, torch.tensor([row]), found, *rollouts.tokens.shape)
+                merged.put(torch.tensor([row]), found)
         self._metrics = {
             "targets/cache_hits": float(len(keys) - len(missing)),
             "targets/cache_misses": float(len(missing)),
@@ -144,11 +143,11 @@ class TargetCache(Teacher):
             rows = torch.tensor(missing, dtype=torch.long)
             # Each part is on disk before the next one is waited for, so a failure loses nothing that is scored.
             for of_part, part in self.teacher.score_in_parts(rollouts.rows(rows), request, progress):
-                put_rows(merged, rows[of_part], part, *rollouts.tokens.shape)
+                merged.put(rows[of_part], part)
                 for place, row in enumerate(rows[of_part].tolist()):
                     self._write(keys[row], part.rows(torch.tensor([place])), lengths[row])
             self._metrics |= self.teacher.metrics()
-        return Targets(**merged)
+        return merged.targets()
 
     def _keys(self, rollouts: Rollouts, request: TeacherRequest, lengths: list[int]) -> list[str]:
         """Return the key of each rollout: what its targets depend on."""
