@@ -1,9 +1,11 @@
 """The table at the end of a run: before, after, teacher."""
 
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from typing import Any
 
 import lightning.pytorch as pl
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
@@ -71,18 +73,43 @@ class EvaluationTable(pl.Callback):
         ]
         return {name: {key: _cell(figures, key) for key in keys} for name, figures in columns.items() if figures}
 
-    def table(self, trained: bool = True) -> Table:
-        """Return the table, one row per metric; see :meth:`cells`."""
+    def tables(self, width: int, trained: bool = True) -> list[Table]:
+        """Return the table, one row per metric; see :meth:`cells`.
+
+        Columns that do not fit beside each other are in a further table, so that no cell is cut.
+
+        Args:
+            width: of the console, characters.
+            trained: see :meth:`cells`.
+        """
+        groups: list[list[str]] = []
+        free = 0  # characters left in the last table
         columns = self.cells(trained)
-        table = Table("metric", *columns)
-        for key in next(iter(columns.values()), {}):
-            table.add_row(key, *(column[key] for column in columns.values()))
-        return table
+        metrics = list(next(iter(columns.values()), {}))
+        for name, cells in columns.items():
+            wide = _width([name, *cells.values()])
+            if not groups or free < wide:
+                groups, free = [*groups, []], width - 1 - _width(["metric", *metrics])
+            groups[-1].append(name)
+            free -= wide
+        made = []
+        for names in groups:
+            made.append(Table("metric", *names))
+            for key in metrics:
+                made[-1].add_row(key, *(columns[name][key] for name in names))
+        return made
 
     def print(self, trained: bool = True) -> None:
         """Print the table, if there was an evaluation."""
         if self.after:
-            Console().print(self.table(trained))
+            console = Console()
+            for table in self.tables(console.width, trained):
+                console.print(table)
+
+
+def _width(cells: Iterable[str]) -> int:
+    """Return the characters that a column takes, with the space beside it and one line."""
+    return max(map(cell_len, cells)) + 3
 
 
 def _is_error(key: str) -> bool:

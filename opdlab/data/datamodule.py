@@ -20,7 +20,7 @@ from opdlab.policies.routed_teacher import check_teacher
 from opdlab.rollouts import DemonstrationConfig, Pool, ReuseConfig, RolloutLoader
 from opdlab.rollouts.demonstrations import MEND
 from opdlab.seeds import DEFAULT_SEED
-from opdlab.types import EvaluationBatch, Prompt
+from opdlab.types import EvaluationBatch, Problem, Prompt
 from opdlab.verifiers.verifier import Verifier
 
 
@@ -121,6 +121,7 @@ class PromptDataModule(pl.LightningDataModule):
                 )
                 dropped = f", {prompts.num_too_long} dropped as too long" if prompts.num_too_long else ""
                 rank_zero_info(f"{name}: {len(prompts)} prompts from {source.name}{dropped}")
+                _warn_of_unknown(f"data.benchmarks.{name}", source, prompts)
                 self.benchmarks[name] = prompts
         if training and self.train_prompts is None:
             source = self.train_source
@@ -149,6 +150,7 @@ class PromptDataModule(pl.LightningDataModule):
                     f"train: {report.same_id} problems from {source.name} have the id of an earlier one, and are left "
                     "out: give each problem its own id, or set data.clean.deduplicate to false"
                 )
+            _warn_of_unknown("data.train", source, found, demonstrations=self.demonstrations.share > 0)
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
         """Raise a UsageError if a prompt has a token for which the student or the teacher has no row.
@@ -164,11 +166,10 @@ class PromptDataModule(pl.LightningDataModule):
                 tokens = (*prompt.tokens, *(prompt.teacher_tokens or ()), *(prompt.demonstration or ()))
                 if (index := max(tokens)) >= vocab_size:
                     problem, token = prompt.problem, tokenizer.convert_ids_to_tokens(index)
-                    row = next((n for n, each in enumerate(source.problems(), 1) if each == problem), "?")
                     raise UsageError(
-                        f"data.{key}: row {row} of {source.name} (id '{problem.id}') has a prompt with the token "
-                        f"{token!r} (id {index}), but the models have rows for {vocab_size} tokens only: leave the "
-                        "problem out, or give models with a row for the token"
+                        f"data.{key}: row {_row_of(problem, source)} of {source.name} (id '{problem.id}') has a prompt "
+                        f"with the token {token!r} (id {index}), but the models have rows for {vocab_size} tokens "
+                        "only: leave the problem out, or give models with a row for the token"
                     )
 
     def check_teachers(self, names: Sequence[str]) -> None:
@@ -182,7 +183,7 @@ class PromptDataModule(pl.LightningDataModule):
             try:
                 check_teacher(prompt.problem, names)
             except UsageError as error:
-                row = next((n for n, each in enumerate(source.problems(), 1) if each == prompt.problem), "?")
+                row = _row_of(prompt.problem, source)
                 raise UsageError(f"data.train: row {row} of {source.name}, {error}") from None
 
     def train_dataloader(self) -> RolloutLoader:
@@ -223,3 +224,35 @@ class PromptDataModule(pl.LightningDataModule):
         return loaders
 
     test_dataloader = val_dataloader
+
+
+def _row_of(problem: Problem, source: ProblemSource) -> int | str:
+    """Return the number of a problem's row, from 1, for a message."""
+    return next((number for number, each in enumerate(source.problems(), 1) if each == problem), "?")
+
+
+def _warn_of_unknown(key: str, source: ProblemSource, prompts: PromptSet, demonstrations: bool = False) -> None:
+    """Warn of the texts that the tokenizer does not know as a whole, with an example of each kind.
+
+    Args:
+        key: of the source in the configuration.
+        source: the source.
+        prompts: its prompts.
+        demonstrations: False if no demonstration is trained on.
+    """
+    fields = {"prompts": source.problem_field, "demonstrations": source.demonstration_field}
+    said = []
+    for each in prompts.unknown:
+        if each.kind == "demonstrations" and not demonstrations:
+            continue
+        field = f", field '{name}'" if (name := fields.get(each.kind)) else ""
+        piece = repr(each.piece) if each.piece else "one of its template"
+        said.append(
+            f"in {each.count} of {len(prompts)} {each.kind} (the first: {piece} in row "
+            f"{_row_of(each.problem, source)}, id '{each.problem.id}'{field})"
+        )
+    if said:
+        rank_zero_warn(
+            f"{key}: {source.name} has characters that the student's tokenizer does not know, and replaces or leaves "
+            f"out, {' and '.join(said)}: change these texts, or leave these rows out"
+        )

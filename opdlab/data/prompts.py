@@ -8,6 +8,7 @@ from itertools import chain, compress, islice
 from transformers import PreTrainedTokenizerBase
 
 from opdlab.data.templates import DefaultTemplate, Template
+from opdlab.data.unknown import UnknownText, UnknownTexts
 from opdlab.errors import UsageError, require
 from opdlab.types import Message, Problem, Prompt
 from opdlab.verifiers.verifier import Verifier
@@ -33,6 +34,8 @@ class ProblemSource(ABC):
     ) -> None:
         self.template: Template = template or DefaultTemplate()
         self.verifier, self.teacher_template = verifier, teacher_template
+        self.problem_field: str | None = None
+        """Field of the problems, for messages; None for a source without fields."""
         self.demonstration_field: str | None = None
         """Field of the demonstrations, which the data module sets; a source without fields ignores it."""
 
@@ -58,12 +61,14 @@ class PromptSet:
         num_too_long: number of problems dropped because their prompt has more tokens than allowed.
         verifier: verifier of the source.
         num_teacher_too_long: number of other problems dropped because the teacher's prompt has too many tokens.
+        unknown: texts of the prompts with characters that the tokenizer does not know.
     """
 
     prompts: tuple[Prompt, ...]
     num_too_long: int
     verifier: Verifier | None
     num_teacher_too_long: int = 0
+    unknown: tuple[UnknownText, ...] = ()
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -92,6 +97,7 @@ def prompt_set(
     prompts: list[Prompt] = []
     too_long: list[int] = []  # token counts
     teacher_too_long: list[int] = []
+    unknown = UnknownTexts(tokenizer)
     while chunk := list(islice(remaining, _CHUNK)):
         tokenized = _tokenized(chunk, source, source.template, tokenizer)
         of_teacher: Sequence[tuple[int, ...] | None] = [None] * len(chunk)
@@ -109,6 +115,7 @@ def prompt_set(
                 teacher_too_long.append(len(seen))
             else:
                 prompts.append(Prompt(len(prompts), problem, tokens, seen, *_demonstration(problem, tokenizer)))
+                _look(prompts[-1], unknown)
     require(bool(prompts or too_long or teacher_too_long), f"{source.name} holds no problems: give a source with one")
     for key, limit, lengths, kind in (
         ("max_teacher_prompt_tokens", max_teacher_prompt_tokens, teacher_too_long, "prompt that the teacher sees"),
@@ -119,7 +126,19 @@ def prompt_set(
             f"data.{key} is {limit}, but every {kind} of {source.name} is longer (the shortest has "
             f"{min(lengths, default=0)} tokens): raise it",
         )
-    return PromptSet(tuple(prompts), len(too_long), source.verifier, len(teacher_too_long))
+    return PromptSet(tuple(prompts), len(too_long), source.verifier, len(teacher_too_long), unknown.found)
+
+
+def _look(prompt: Prompt, unknown: UnknownTexts) -> None:
+    """Look for characters that the tokenizer does not know in all that becomes tokens."""
+    problem = prompt.problem
+    turns = [turn.content for turn in problem.messages] or [problem.text]
+    unknown.look("prompts", problem, turns, prompt.tokens)
+    if prompt.teacher_tokens is not None:
+        seen = turns if problem.teacher_text is None else [*turns[:-1], problem.teacher_text]
+        unknown.look("prompts that the teacher sees", problem, seen, prompt.teacher_tokens)
+    if prompt.demonstration is not None:
+        unknown.look("demonstrations", problem, [part.text for part in problem.demonstration], prompt.demonstration)
 
 
 def _tokenized(

@@ -64,6 +64,7 @@ class RowProblems(ProblemSource):
         teacher_field: str | None = None,
     ) -> None:
         super().__init__(template, verifier, teacher_template)
+        self.problem_field = problem_field
         if teacher_text is not None:
             check_fields(teacher_text, "teacher_text")
         require(limit is None or limit >= 1, f"limit is {limit}, but must be at least 1, or null for all rows")

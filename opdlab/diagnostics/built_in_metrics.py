@@ -77,7 +77,7 @@ _ROWS = (
            "log of SmolLM2", _MASS),
     Metric("train/support_overlap", "overlap of the supports", "share",
            "share of the teacher's top K tokens that are also among the student's: with the union as support those of "
-           "the snapshot that sampled; with the student's support the same, on some positions, once per buffer; with "
+           "the snapshot that sampled; with the student's support the same, on two positions of each rollout; with "
            "the teacher's support those of the current student, on up to 256 positions of the steps that "
            "`gate_monitor` logs", _SUPPORT, "rises towards 1; below 0.5 the two hardly compare the same tokens",
            _MASS),
@@ -115,6 +115,14 @@ _ROWS = (
     Metric("targets/<name>/logprob", "log-probability under a teacher", "nats",
            "mean log-probability of the tokens that it scores", _ROUTED, "rises towards 0"),
     Metric("targets/<name>/seconds", "time of a teacher", "s", "time to load it and to score with it", _ROUTED),
+    Metric("targets/<name>/cache_hits", "a teacher's targets from disk", "", "`targets/cache_hits` of this teacher",
+           _ROUTED),
+    Metric("targets/<name>/cache_misses", "a teacher's targets not on disk", "",
+           "`targets/cache_misses` of this teacher", _ROUTED),
+    Metric("targets/<name>/retries", "repeated requests to one of several teachers", "",
+           "`targets/retries` of this teacher", _ROUTED, "0"),
+    Metric("targets/<name>/request_seconds", "time of a request to one of several teachers", "s",
+           "`targets/request_seconds` of this teacher", _ROUTED),
     Metric("targets/cache_hits", "targets from disk", "", "rollouts of the buffer whose targets were on disk", _CACHE,
            "0 for new responses; all demonstrations from the second pass over the prompts on"),
     Metric("targets/cache_misses", "targets not on disk", "", "rollouts of the buffer that the teacher has scored",

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from opdlab.policies.tokenizers import StopTokens, check_same_vocabulary
 from opdlab.progress import Progress
 from opdlab.records import digest
 from opdlab.registry import suggestion
-from opdlab.types import Problem, Rollouts, Targets, TeacherRequest
+from opdlab.types import MergedTargets, Problem, Rollouts, Targets, TeacherRequest
 
 
 def check_teacher(problem: Problem, names: Sequence[str]) -> None:
@@ -175,46 +174,23 @@ class RoutedTeacher(Teacher):
         assert rollouts.teacher_ids is not None
         ids = rollouts.teacher_ids.cpu()
         rollouts = rollouts.as_teacher_sees()
-        merged: dict[str, Tensor] = {}
-        lacking: set[str] = set()  # what some teacher cannot compute
+        merged = MergedTargets(*rollouts.tokens.shape)
         self._metrics = {}
         for number, name in enumerate(self.names):
             rows = (ids == number).nonzero().view(-1)
-            if not len(rows):
-                continue
-            started = time.perf_counter()
-            part = self._score(name, rollouts.rows(rows), request, progress)
-            put_rows(merged, rows, part, len(rollouts), rollouts.tokens.shape[1])
-            lacking.update(field.name for field in fields(part) if getattr(part, field.name) is None)
-            tokens = float(rollouts.mask[rows].sum())
-            self._metrics |= {
-                f"targets/{name}/share": len(rows) / len(rollouts),
-                f"targets/{name}/seconds": time.perf_counter() - started,
-            }
-            if part.known_logprobs is not None:
-                self._metrics[f"targets/{name}/logprob"] = float(part.logprobs.sum()) / max(tokens, 1.0)
-        return Targets(**{name: value for name, value in merged.items() if name not in lacking})
+            if len(rows) or not len(rollouts):
+                merged.put(rows, self._score(name, rollouts.rows(rows), request, progress))
+                self._metrics[f"targets/{name}/share"] = len(rows) / max(len(rollouts), 1)
+        return merged.targets()
 
     def _score(self, name: str, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None) -> Targets:
+        """Return the targets of one teacher, and add its metrics, under its name."""
+        started = time.perf_counter()
         with self._loaded(name) as teacher:
-            return teacher.score(rollouts, request, progress)
-
-
-def put_rows(merged: dict[str, Tensor], rows: Tensor, part: Targets, count: int, width: int | None = None) -> None:
-    """Put the targets of some rows into those of all rows.
-
-    Args:
-        merged: of all rows, by field; changed in place.
-        rows: [b] long, the rows of ``part``.
-        part: b rows of any number of columns up to ``width``.
-        count: number of all rows.
-        width: number of columns of all rows; None for those of ``part``.
-    """
-    for field in fields(part):
-        value = getattr(part, field.name)
-        if value is None:
-            continue
-        size = (count, width or value.shape[1], *value.shape[2:])
-        into = merged.setdefault(field.name, torch.zeros(size, dtype=value.dtype))
-        bits = torch.int16 if value.dtype == torch.uint16 else value.dtype  # torch cannot assign rows of uint16
-        into.view(bits)[rows, : value.shape[1]] = value.view(bits)
+            targets = teacher.score(rollouts, request, progress)
+            of_teacher = {key.removeprefix("targets/"): value for key, value in teacher.metrics().items()}
+        of_teacher["seconds"] = time.perf_counter() - started
+        if targets.known_logprobs is not None:
+            of_teacher["logprob"] = float(targets.logprobs.sum()) / max(float(rollouts.mask.sum()), 1.0)
+        self._metrics |= {f"targets/{name}/{key}": value for key, value in of_teacher.items()}
+        return targets

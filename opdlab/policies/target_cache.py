@@ -17,16 +17,16 @@ from torch import Tensor
 from opdlab.errors import UsageError, require
 from opdlab.files import naming_full_disk, replacing
 from opdlab.policies.language_model import LanguageModel
-from opdlab.policies.routed_teacher import put_rows
 from opdlab.policies.teacher import Teacher
 from opdlab.progress import Progress
 from opdlab.records import digest
-from opdlab.types import Rollouts, Targets, TeacherRequest
+from opdlab.types import MergedTargets, Rollouts, Targets, TeacherRequest
 
 _FORMAT = 2
 _DIGEST_BYTES = 20
 _CONTENT = "content"  # key of the digest of a file's tensors in its header
 _MIB = 1 << 20
+_COUNTED = 1000  # files after which the number of the others is estimated
 
 
 class TargetCache(Teacher):
@@ -69,11 +69,11 @@ class TargetCache(Teacher):
                 self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._unusable(error) from error
-        sizes = list(_sizes(self.folder))
-        if sizes:
+        count, size, exact = _held(self.folder)
+        if count:
             rank_zero_info(
-                f"targets on disk: {len(sizes):,} rollouts, {sum(sizes) / _MIB:,.1f} MiB in {self.folder}; nothing "
-                "there is deleted: remove the folder to free it"
+                f"targets on disk: {'' if exact else 'about '}{count:,} rollouts, {size / _MIB:,.1f} MiB in "
+                f"{self.folder}; nothing there is deleted: remove the folder to free it"
             )
 
     def to(self, device: torch.device) -> None:
@@ -128,14 +128,14 @@ class TargetCache(Teacher):
         self._fingerprint = self._fingerprint or self.teacher.fingerprint()
         lengths = _lengths(rollouts)
         keys = self._keys(rollouts, request, lengths)
-        merged: dict[str, Tensor] = {}
+        merged = MergedTargets(*rollouts.tokens.shape)
         missing = []
         for row, (key, length) in enumerate(zip(keys, lengths, strict=True)):
             found = self._read(key, length)
             if found is None:
                 missing.append(row)
             else:
-                put_rows(merged, torch.tensor([row]), found, *rollouts.tokens.shape)
+                merged.put(torch.tensor([row]), found)
         self._metrics = {
             "targets/cache_hits": float(len(keys) - len(missing)),
             "targets/cache_misses": float(len(missing)),
@@ -144,11 +144,11 @@ class TargetCache(Teacher):
             rows = torch.tensor(missing, dtype=torch.long)
             # Each part is on disk before the next one is waited for, so a failure loses nothing that is scored.
             for of_part, part in self.teacher.score_in_parts(rollouts.rows(rows), request, progress):
-                put_rows(merged, rows[of_part], part, *rollouts.tokens.shape)
+                merged.put(rows[of_part], part)
                 for place, row in enumerate(rows[of_part].tolist()):
                     self._write(keys[row], part.rows(torch.tensor([place])), lengths[row])
             self._metrics |= self.teacher.metrics()
-        return Targets(**merged)
+        return merged.targets()
 
     def _keys(self, rollouts: Rollouts, request: TeacherRequest, lengths: list[int]) -> list[str]:
         """Return the key of each rollout: what its targets depend on."""
@@ -215,13 +215,27 @@ def _content(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def _sizes(folder: Path) -> Iterator[int]:
-    """Yield the bytes of each file of targets in a folder."""
-    for part in (each for each in os.scandir(folder) if each.is_dir()):
+def _held(folder: Path) -> tuple[int, float, bool]:
+    """Return the number of files of targets in a folder, their bytes, and whether these are exact.
+
+    The keys are digests, so the files are spread evenly over the folders in it: if there are many, some of these
+    folders say how many there are in all.
+    """
+    parts = [each.path for each in os.scandir(folder) if each.is_dir()]
+    count, sizes, read = 0, list[int](), 0
+    for part in parts:
+        if count >= _COUNTED:
+            break
+        read += 1
         for file in os.scandir(part):
             if file.name.endswith(".safetensors"):
-                with suppress(FileNotFoundError):  # another process has removed it
-                    yield file.stat().st_size
+                count += 1
+                if len(sizes) < _COUNTED:
+                    with suppress(FileNotFoundError):  # another process has removed it
+                        sizes.append(file.stat().st_size)
+    mean = sum(sizes) / max(len(sizes), 1)
+    all_ = round(count * len(parts) / max(read, 1))
+    return all_, all_ * mean, read == len(parts)
 
 
 def _lengths(rollouts: Rollouts) -> list[int]:

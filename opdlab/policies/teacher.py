@@ -26,7 +26,6 @@ from opdlab.scoring import Head, divergence_statistics, support_overlap, topk_wi
 from opdlab.types import Rollouts, Targets, TeacherRequest, assign_rows, id_dtype
 
 _MEASURED_POSITIONS = 256  # for the error of rounded hidden states
-_OVERLAP_POSITIONS = 64  # of each pass, for the overlap of supports
 
 
 class Teacher(ABC):
@@ -243,7 +242,6 @@ class LocalTeacher(Teacher):
         self._batch_size, self.offload, self._device = batch_size, offload, model.device
         self._head: tuple[torch.device, Head] | None = None  # of an offloaded teacher, with its device
         self._has_told_rounding = False
-        self._overlaps: list[Tensor] = []  # of supports, in the last call of `score`
 
     def to(self, device: torch.device) -> None:
         """Move the weights; if offloaded, set the device on which they are used."""
@@ -272,11 +270,6 @@ class LocalTeacher(Teacher):
             self._head = self._device, head.on(self._device)
         return replace(self._head[1], temperature=temperature)
 
-    def metrics(self) -> dict[str, float]:
-        """Return the overlap of the teacher's most likely tokens with the snapshot's, if these are the support."""
-        found = torch.cat(self._overlaps) if self._overlaps else torch.zeros(0)
-        return {"train/support_overlap": float(found.mean())} if len(found) else {}
-
     @torch.no_grad()
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
         """Return the targets of ``rollouts``; see :meth:`Teacher.score`."""
@@ -285,7 +278,7 @@ class LocalTeacher(Teacher):
             not request.behavior_top_k or rollouts.behavior_support_ids is not None,
             "the request has behavior_top_k, but the rollouts have no behavior_support_ids: sample them with top_k",
         )
-        vocab_size, self._overlaps = min(self.vocab_size, request.vocab_size or self.vocab_size), []
+        vocab_size = min(self.vocab_size, request.vocab_size or self.vocab_size)
         place = on_device(self.model, self._device) if self.offload else nullcontext()
         with place, (progress or SilentProgress()).task("scoring (teacher)", len(rollouts)) as advance:
 
@@ -293,8 +286,6 @@ class LocalTeacher(Teacher):
                 for rows, scored in self.model.score_in_chunks(rollouts, self._batch_size):
                     if request.hidden:
                         self._tell_rounding(scored)
-                    if request.behavior_top_k and not request.top_k:  # a union has the overlap
-                        self._overlaps.append(_overlap(scored, rollouts.rows(rows), vocab_size))
                     yield rows, scored
                     advance(len(rows))
 
@@ -313,13 +304,6 @@ class LocalTeacher(Teacher):
             f"the teacher's hidden states are kept in {name}, as it computes them; their rounding changes its "
             f"distribution by about {rounding_divergence(states, scored.head):.1g} nats a token (KL)"
         )
-
-
-def _overlap(scored: Scored, rollouts: Rollouts, vocab_size: int) -> Tensor:
-    """Return the overlap of the teacher's most likely tokens with the snapshot's at a few positions, on the host."""
-    assert rollouts.behavior_support_ids is not None
-    ids, head = rollouts.behavior_support_ids.long().to(scored.mask.device), replace(scored.head, vocab_size=vocab_size)
-    return support_overlap(scored.hidden, head, ids[scored.mask], _OVERLAP_POSITIONS).cpu()
 
 
 @torch.no_grad()
@@ -371,6 +355,7 @@ def blank_targets(shape: Sequence[int], request: TeacherRequest, vocab_size: int
         support_valid=torch.zeros(*shape, k, dtype=torch.bool) if union else None,
         log_normalizer=torch.zeros(*shape) if request.tail else None,
         log_tail=torch.zeros(*shape) if request.tail and k else None,
+        support_overlap=torch.zeros(*shape) if request.behavior_top_k and not request.top_k else None,
     )
 
 
@@ -396,8 +381,31 @@ def _token_targets(scored: Scored, rollouts: Rollouts, request: TeacherRequest) 
         inside = found["support_logits"].masked_fill(~valid, -torch.inf).logsumexp(-1)
         found["support_mass"] = (inside - statistics.log_normalizer).exp()
         found["support_ids"] = found["support_ids"].int()
+    if given is not None and not request.top_k:  # a union has the overlap
+        found["support_overlap"] = _overlap(scored, given)
     of_tokens = {"logprobs": statistics.logprobs, "entropy": statistics.entropy}
     return {**found, **of_tokens, "log_normalizer": statistics.log_normalizer}
+
+
+def _overlap(scored: Scored, support: Tensor) -> Tensor:
+    """Return the overlap of a support with the teacher's most likely tokens at two positions of each rollout.
+
+    The positions depend on the rollout alone, not on those that it is scored with.
+
+    Args:
+        scored: of N valid positions.
+        support: [N, K] long, token ids.
+
+    Returns:
+        [N] float32, -1 at the other positions.
+    """
+    rank, length = scored.mask.cumsum(1) - 1, scored.mask.sum(1, keepdim=True)
+    measured = ((rank == length // 4) | (rank == 3 * length // 4))[scored.mask]
+    overlap = torch.full((len(support),), -1.0, device=support.device)
+    if bool(measured.any()):
+        most = int(measured.sum())
+        overlap[measured] = support_overlap(scored.hidden[measured], scored.head, support[measured], most)
+    return overlap
 
 
 class BaseTeacher(LocalTeacher):

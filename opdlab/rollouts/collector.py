@@ -133,6 +133,11 @@ class Collector:
                 metrics["rollout/accuracy"] = float(correct[drawn].float().mean())
             masked = with_groups(replace(masked, correct=correct))
         weights = {"rollout/accuracy": float(drawn.sum())}
+        if targets.support_overlap is not None:
+            measured = targets.support_overlap[masked.mask.bool() & (targets.support_overlap >= 0)]
+            weights["train/support_overlap"] = float(len(measured))
+            metrics |= {"train/support_overlap": float(measured.mean())} if len(measured) else {}
+            targets = replace(targets, support_overlap=None)  # a metric only
         for number, name in enumerate(self._teacher.names):
             weights[f"targets/{name}/logprob"] = float(masked.mask[masked.teacher_ids == number].sum())
         return Pool(masked, targets, metrics, unscored is not None, weights, pad_id)

@@ -18,7 +18,7 @@ PART_BYTES = 1 << 25
 """Bytes that a process exchanges at a time; beside its rows, it has as many on their way out and on their way in."""
 _PARTS = ("rollouts", "targets")
 _LEFT_PADDED = ("prompt_tokens", "prompt_mask", "teacher_prompt_tokens", "teacher_prompt_mask")
-_ADDED_UP = ("targets/cache_hits", "targets/cache_misses")
+_ADDED_UP = ("cache_hits", "cache_misses")  # ends of names of metrics of the teacher
 _RATE, _RATE_SECONDS = "rollout/sampled_tokens_per_second", "time/sample_seconds"
 
 
@@ -119,7 +119,7 @@ def _joined_metrics(shares: Sequence[tuple[int, Mapping[str, float], Mapping[str
         values = [metrics.get(name, 0.0) for _, metrics, _ in shares]
         if name.startswith("time/") or name.endswith("/seconds"):
             joined[name] = max(values)
-        elif name in _ADDED_UP:
+        elif name.startswith("targets/") and name.endswith(_ADDED_UP):
             joined[name] = sum(values)
         else:
             weights = [weights.get(name, float(rows)) for rows, _, weights in shares]

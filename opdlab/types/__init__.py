@@ -7,10 +7,11 @@ the teacher adds targets, and a training step receives a minibatch of both.
 from opdlab.types.minibatch import Minibatch, trimmed
 from opdlab.types.problems import EvaluationBatch, Message, Part, Problem, Prompt, Verdicts
 from opdlab.types.rollouts import Rollouts, StopReason, left_padded
-from opdlab.types.targets import Targets, TeacherRequest, assign_rows, id_dtype
+from opdlab.types.targets import MergedTargets, Targets, TeacherRequest, assign_rows, id_dtype
 
 __all__ = [
     "EvaluationBatch",
+    "MergedTargets",
     "Message",
     "Minibatch",
     "Part",

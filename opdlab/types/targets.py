@@ -4,12 +4,14 @@ Shapes: B rollouts, T response tokens, K support, G the teacher's hidden size. L
 sampling temperature.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
 
 from opdlab.types.rows import Rows
+
+_ABSENT = "absent"  # in the metadata of a field: its value in rows whose teacher leaves the field out
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Targets(Rows):
         log_normalizer: [B, T] float32: log-sum-exp of the teacher's logits over the vocabulary, or None.
         log_tail: [B, T] float32: log-sum-exp of its logits outside the support, or None.
         hidden: [B, T, G]: the teacher's last hidden states, from which its head makes the logits, or None.
+        support_overlap: [B, T] float32: share of a support of the behavior policy's tokens that is among the teacher's
+            most likely ones, on a few positions of each rollout; -1 on the other valid positions. Or None.
 
     Example:
         A support of two tokens at each of the three positions of one rollout.
@@ -49,10 +53,11 @@ class Targets(Rows):
     support_logits: Tensor | None = None
     support_mass: Tensor | None = None
     entropy: Tensor | None = None
-    support_valid: Tensor | None = None
+    support_valid: Tensor | None = field(default=None, metadata={_ABSENT: True})
     log_normalizer: Tensor | None = None
     log_tail: Tensor | None = None
     hidden: Tensor | None = None
+    support_overlap: Tensor | None = field(default=None, metadata={_ABSENT: -1.0})
 
     @property
     def known_logprobs(self) -> Tensor | None:
@@ -94,6 +99,58 @@ class TeacherRequest:
     tail: bool = False
     hidden: bool = False
     logprobs: bool = True
+
+
+class MergedTargets:
+    """The targets of rollouts, put together from those of parts.
+
+    A field that the targets of a part lack is None for all rollouts, because its teacher cannot compute it. Two fields
+    have a value that says the same: ids are unique, and the overlap is not measured.
+
+    Args:
+        count: B, number of rollouts.
+        width: T, number of columns.
+
+    Example:
+        >>> merged = MergedTargets(2, 3)
+        >>> merged.put(torch.tensor([1]), Targets(torch.ones(1, 2)))
+        >>> merged.put(torch.tensor([0]), Targets(torch.ones(1, 3), entropy=torch.ones(1, 3)))
+        >>> merged.targets()
+        Targets(logprobs=tensor([[1., 1., 1.],
+                [1., 1., 0.]]), support_ids=None, ..., entropy=None, ...)
+    """
+
+    def __init__(self, count: int, width: int) -> None:
+        self._size = (count, width)
+        self._found: dict[str, Tensor] = {}
+        self._lacking: set[str] = set()
+
+    def put(self, rows: Tensor, part: Targets) -> None:
+        """Add the targets of a part.
+
+        Args:
+            rows: [b] long, the rows of ``part``.
+            part: b rows of at most T columns.
+        """
+        for each in fields(part):
+            value, absent = getattr(part, each.name), each.metadata.get(_ABSENT)
+            if value is not None:
+                size = (*self._size, *value.shape[2:])
+                into = self._found.get(each.name)
+                if into is None:
+                    into = torch.full(size, absent or 0, dtype=value.dtype)
+                elif value.dtype.itemsize > into.dtype.itemsize:
+                    into = into.to(value.dtype)
+                self._found[each.name] = into
+                bits = torch.int16 if into.dtype == torch.uint16 else into.dtype  # as in assign_rows
+                view, width = into.view(bits), value.shape[1]
+                view[rows, :width], view[rows, width:] = value.to(into.dtype).view(bits), 0
+            elif absent is None:
+                self._lacking.add(each.name)
+
+    def targets(self) -> Targets:
+        """Return the targets of all rollouts."""
+        return Targets(**{name: value for name, value in self._found.items() if name not in self._lacking})
 
 
 def id_dtype(vocab_size: int) -> torch.dtype:

@@ -1,6 +1,6 @@
 """Targets on disk: found again by everything they depend on, and by nothing less."""
 
-import subprocess
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -21,6 +21,7 @@ from opdlab.policies import (
     TeacherRequest,
 )
 from opdlab.rollouts import Rollouts, Targets
+from tests.children import run_child
 from tests.policies.test_routed_teacher import some_rollouts
 from tests.toy_run import STUDENT, TEACHER, Run
 
@@ -176,6 +177,26 @@ def test_a_line_says_how_large_the_folder_is(tmp_path: Path, caplog: pytest.LogC
     assert f"targets on disk: 4 rollouts, 0.0 MiB in {tmp_path}; nothing there is deleted" in caplog.text
 
 
+def test_many_files_are_not_all_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part in range(32):
+        (tmp_path / f"{part:02x}").mkdir()
+        for number in range(100):
+            (tmp_path / f"{part:02x}" / f"{number}.safetensors").write_bytes(bytes(4096))
+    read: list[str] = []
+    scan = os.scandir
+
+    def watched(path: Any) -> Any:
+        read.append(str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", watched)  # shows in no result
+    cache(tmp_path)
+    assert f"targets on disk: about 3,200 rollouts, 12.5 MiB in {tmp_path}; nothing" in caplog.text
+    assert sum(str(tmp_path) in path for path in read) == 11  # the folder, and ten of those in it
+
+
 @pytest.mark.parametrize("content", [b"", b"cut off", None, "flipped"])
 def test_damaged_files_are_scored_again(tmp_path: Path, content: bytes | str | None) -> None:
     teacher = cache(tmp_path, batch_size=1)  # a row's numbers do not depend on the others
@@ -193,21 +214,17 @@ def test_damaged_files_are_scored_again(tmp_path: Path, content: bytes | str | N
 
 
 def test_processes_share_a_folder(tmp_path: Path) -> None:
+    # Two processes, which load the libraries once.
     code = (
-        "import sys\nfrom pathlib import Path\nfrom tests.policies.test_target_cache import REQUEST, cache, rollouts\n"
-        "teacher = cache(Path(sys.argv[1]))\nfor _ in range(5):\n"
+        "import os, sys\nfrom pathlib import Path\n"
+        "from tests.policies.test_target_cache import REQUEST, cache, rollouts\n"
+        "other = os.fork()\nteacher = cache(Path(sys.argv[1]))\nfor _ in range(5):\n"
         "    for file in Path(sys.argv[1]).rglob('*.safetensors'):\n        file.unlink(missing_ok=True)\n"
         "    teacher.score(rollouts(), REQUEST)\n"
+        "sys.exit(other and os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))\n"
     )
     # Both write and remove the same four files all the time, and may score them in other batches.
-    others = [
-        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[2]) for _ in range(2)
-    ]
-    try:
-        assert [other.wait(timeout=300) for other in others] == [0, 0]
-    finally:
-        for other in others:
-            other.kill()
+    run_child([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[2], check=True)
     found, scored = cache(tmp_path).score(rollouts(), REQUEST), LocalTeacher(TEACHER).score(rollouts(), REQUEST)
     for name in ("logprobs", "support_logits", "entropy"):
         torch.testing.assert_close(getattr(found, name), getattr(scored, name), rtol=0, atol=1e-4)

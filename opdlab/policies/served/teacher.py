@@ -15,7 +15,6 @@ from torch import Tensor
 
 from opdlab.errors import UsageError, require
 from opdlab.policies.language_model import LanguageModel
-from opdlab.policies.routed_teacher import put_rows
 from opdlab.policies.served.arrays import Arrays
 from opdlab.policies.served.completions import Completions
 from opdlab.policies.served.connection import Ask, BadAnswerError, Servers
@@ -28,7 +27,7 @@ from opdlab.progress import Progress, SilentProgress
 from opdlab.records import digest
 from opdlab.registry import suggestion
 from opdlab.scoring import Head
-from opdlab.types import Rollouts, Targets, TeacherRequest
+from opdlab.types import MergedTargets, Rollouts, Targets, TeacherRequest
 
 
 class ServedTeacher(Teacher):
@@ -175,10 +174,10 @@ class ServedTeacher(Teacher):
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
         """Return the targets of ``rollouts``; see :meth:`Teacher.score`."""
         rollouts = rollouts.as_teacher_sees()
-        merged: dict[str, Tensor] = {}
+        merged = MergedTargets(*rollouts.tokens.shape)
         for rows, part in self.score_in_parts(rollouts, request, progress):
-            put_rows(merged, rows, part, *rollouts.tokens.shape)
-        return Targets(**merged)
+            merged.put(rows, part)
+        return merged.targets()
 
     def score_in_parts(
         self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None

@@ -156,7 +156,7 @@ def answer_bytes(request: TeacherRequest, num_positions: int, hidden_bytes: int)
         hidden_bytes: of one hidden state.
     """
     k = request.top_k + request.behavior_top_k
-    numbers = 1 + request.entropy + 2 * request.tail + bool(k)
+    numbers = 1 + request.entropy + 2 * request.tail + bool(k) + bool(request.behavior_top_k)
     return num_positions * (4 * numbers + 9 * k + hidden_bytes * request.hidden)
 
 
