@@ -1,7 +1,7 @@
 """Several teachers, of which the data names one for each problem."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
@@ -74,13 +74,15 @@ class RoutedTeacher(Teacher):
         return LocalTeacher(path, **self._options)
 
     @contextmanager
-    def _loaded(self, name: str) -> Iterator[Teacher]:
-        """Yield a teacher, on the device; one that is not kept is freed afterwards."""
+    def _loaded(self, name: str, student: LanguageModel | None = None) -> Iterator[Teacher]:
+        """Yield a teacher, on the device and bound to a given student; one that is not kept is freed afterwards."""
         teacher = self._teachers.get(name)
         if teacher is None:
             teacher = self._local(self._paths[name])
             if self._keep_loaded:
                 self._teachers[name] = teacher
+        if student is not None:
+            teacher.bind(student)  # before any other call: a SelfTeacher has no weights until then
         teacher.to(self._device)
         yield teacher
         del teacher
@@ -96,8 +98,7 @@ class RoutedTeacher(Teacher):
 
     def _bind(self, name: str, student: LanguageModel) -> tuple[int, StopTokens | None]:
         """Bind one teacher, and return its number of tokens and its stop tokens."""
-        with self._loaded(name) as teacher:
-            teacher.bind(student)
+        with self._loaded(name, student) as teacher:
             try:
                 check_same_vocabulary(student.tokenizer, teacher.tokenizer)
             except UsageError as error:
@@ -173,10 +174,14 @@ class RoutedTeacher(Teacher):
             "model.evaluation.reverse_kl to false, or take one teacher",
         )
         assert rollouts.teacher_ids is not None
+        return merged_rows(self._parts(rollouts.as_teacher_sees(), request, progress), *rollouts.tokens.shape)
+
+    def _parts(
+        self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None
+    ) -> Iterator[tuple[Tensor, Targets]]:
+        """Yield the rows of each teacher and their targets, and keep its metrics."""
+        assert rollouts.teacher_ids is not None
         ids = rollouts.teacher_ids.cpu()
-        rollouts = rollouts.as_teacher_sees()
-        merged: dict[str, Tensor] = {}
-        lacking: set[str] = set()  # what some teacher cannot compute
         self._metrics = {}
         for number, name in enumerate(self.names):
             rows = (ids == number).nonzero().view(-1)
@@ -184,37 +189,49 @@ class RoutedTeacher(Teacher):
                 continue
             started = time.perf_counter()
             part = self._score(name, rollouts.rows(rows), request, progress)
-            put_rows(merged, rows, part, len(rollouts), rollouts.tokens.shape[1])
-            lacking.update(field.name for field in fields(part) if getattr(part, field.name) is None)
-            tokens = float(rollouts.mask[rows].sum())
             self._metrics |= {
                 f"targets/{name}/share": len(rows) / len(rollouts),
                 f"targets/{name}/seconds": time.perf_counter() - started,
             }
             if part.known_logprobs is not None:
+                tokens = float(rollouts.mask[rows].sum())
                 self._metrics[f"targets/{name}/logprob"] = float(part.logprobs.sum()) / max(tokens, 1.0)
-        return Targets(**{name: value for name, value in merged.items() if name not in lacking})
+            yield rows, part
 
     def _score(self, name: str, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None) -> Targets:
         with self._loaded(name) as teacher:
             return teacher.score(rollouts, request, progress)
 
 
-def put_rows(merged: dict[str, Tensor], rows: Tensor, part: Targets, count: int, width: int | None = None) -> None:
-    """Put the targets of some rows into those of all rows.
+def merged_rows(parts: Iterable[tuple[Tensor, Targets]], count: int, width: int) -> Targets:
+    """Return the targets of all rows, without what some rows lack.
 
     Args:
-        merged: of all rows, by field; changed in place.
-        rows: [b] long, the rows of ``part``.
-        part: b rows of any number of columns up to ``width``.
-        count: number of all rows.
-        width: number of columns of all rows; None for those of ``part``.
+        parts: rows, [b] long, and their targets, of any number of columns up to ``width``; taken one at a time.
+        count: number of all rows; each is in one part.
+        width: number of columns.
+
+    Example:
+        Only the first of two teachers can compute an entropy.
+
+        >>> first, second = torch.tensor([[-0.5]]), torch.tensor([[-1.0, -2.0]])
+        >>> whole = merged_rows(
+        ...     [(torch.tensor([1]), Targets(first, entropy=first)), (torch.tensor([0]), Targets(second))], 2, 2
+        ... )
+        >>> whole.logprobs, whole.entropy
+        (tensor([[-1.0000, -2.0000],
+                [-0.5000,  0.0000]]), None)
     """
-    for field in fields(part):
-        value = getattr(part, field.name)
-        if value is None:
-            continue
-        size = (count, width or value.shape[1], *value.shape[2:])
-        into = merged.setdefault(field.name, torch.zeros(size, dtype=value.dtype))
-        bits = torch.int16 if value.dtype == torch.uint16 else value.dtype  # torch cannot assign rows of uint16
-        into.view(bits)[rows, : value.shape[1]] = value.view(bits)
+    merged: dict[str, Tensor] = {}
+    lacking: set[str] = set()
+    for rows, part in parts:
+        for field in fields(part):
+            value = getattr(part, field.name)
+            if value is None:
+                lacking.add(field.name)
+                continue
+            size = (count, width, *value.shape[2:])
+            into = merged.setdefault(field.name, torch.zeros(size, dtype=value.dtype))
+            bits = torch.int16 if value.dtype == torch.uint16 else value.dtype  # torch cannot assign rows of uint16
+            into.view(bits)[rows, : value.shape[1]] = value.view(bits)
+    return Targets(**{name: value for name, value in merged.items() if name not in lacking})

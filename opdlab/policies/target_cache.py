@@ -17,7 +17,7 @@ from torch import Tensor
 from opdlab.errors import UsageError, require
 from opdlab.files import naming_full_disk, replacing
 from opdlab.policies.language_model import LanguageModel
-from opdlab.policies.routed_teacher import put_rows
+from opdlab.policies.routed_teacher import merged_rows
 from opdlab.policies.teacher import Teacher
 from opdlab.progress import Progress
 from opdlab.records import digest
@@ -53,6 +53,7 @@ class TargetCache(Teacher):
             f"teacher is a {type(teacher).__name__} that follows the student's weights, so its targets cannot be kept: "
             "leave the TargetCache out, or set the teacher's decay to null",
         )
+        require(bool(folder), "folder is empty, but must be the folder of the targets, such as ./targets")
         self.teacher, self.folder = teacher, Path(folder).expanduser()
         self.names, self.offload = teacher.names, teacher.offload
         self._fingerprint = ""
@@ -128,14 +129,24 @@ class TargetCache(Teacher):
         self._fingerprint = self._fingerprint or self.teacher.fingerprint()
         lengths = _lengths(rollouts)
         keys = self._keys(rollouts, request, lengths)
-        merged: dict[str, Tensor] = {}
+        return merged_rows(self._parts(rollouts, request, keys, lengths, progress), *rollouts.tokens.shape)
+
+    def _parts(
+        self,
+        rollouts: Rollouts,
+        request: TeacherRequest,
+        keys: list[str],
+        lengths: list[int],
+        progress: Progress | None,
+    ) -> Iterator[tuple[Tensor, Targets]]:
+        """Yield rows and their targets: those on disk, and then the others as they are scored and written."""
         missing = []
         for row, (key, length) in enumerate(zip(keys, lengths, strict=True)):
             found = self._read(key, length)
             if found is None:
                 missing.append(row)
             else:
-                put_rows(merged, torch.tensor([row]), found, *rollouts.tokens.shape)
+                yield torch.tensor([row]), found
         self._metrics = {
             "targets/cache_hits": float(len(keys) - len(missing)),
             "targets/cache_misses": float(len(missing)),
@@ -144,11 +155,10 @@ class TargetCache(Teacher):
             rows = torch.tensor(missing, dtype=torch.long)
             # Each part is on disk before the next one is waited for, so a failure loses nothing that is scored.
             for of_part, part in self.teacher.score_in_parts(rollouts.rows(rows), request, progress):
-                put_rows(merged, rows[of_part], part, *rollouts.tokens.shape)
                 for place, row in enumerate(rows[of_part].tolist()):
                     self._write(keys[row], part.rows(torch.tensor([place])), lengths[row])
+                yield rows[of_part], part
             self._metrics |= self.teacher.metrics()
-        return Targets(**merged)
 
     def _keys(self, rollouts: Rollouts, request: TeacherRequest, lengths: list[int]) -> list[str]:
         """Return the key of each rollout: what its targets depend on."""

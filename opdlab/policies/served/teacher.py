@@ -15,7 +15,7 @@ from torch import Tensor
 
 from opdlab.errors import UsageError, require
 from opdlab.policies.language_model import LanguageModel
-from opdlab.policies.routed_teacher import put_rows
+from opdlab.policies.routed_teacher import merged_rows
 from opdlab.policies.served.arrays import Arrays
 from opdlab.policies.served.completions import Completions
 from opdlab.policies.served.connection import Ask, BadAnswerError, Servers
@@ -175,10 +175,7 @@ class ServedTeacher(Teacher):
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
         """Return the targets of ``rollouts``; see :meth:`Teacher.score`."""
         rollouts = rollouts.as_teacher_sees()
-        merged: dict[str, Tensor] = {}
-        for rows, part in self.score_in_parts(rollouts, request, progress):
-            put_rows(merged, rows, part, *rollouts.tokens.shape)
-        return Targets(**merged)
+        return merged_rows(self.score_in_parts(rollouts, request, progress), *rollouts.tokens.shape)
 
     def score_in_parts(
         self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None
