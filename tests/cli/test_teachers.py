@@ -131,6 +131,11 @@ def test_the_estimate_counts_teachers(tmp_path: Path) -> None:
     narrow = ["--model.student.dtype", "bfloat16", "--model.teacher", "opdlab.policies.SelfTeacher"]
     averaged, _ = parts(*narrow, "--model.teacher.decay", "0.9")
     assert averaged["teacher weights"] == 3 * averaged["student weights"]  # the average in float32 too
+    with_own = {"teachers": {"math": TEACHER, "own": {"class_path": "opdlab.policies.SelfTeacher"}}}
+    teacher = {"class_path": "opdlab.policies.RoutedTeacher", "init_args": with_own}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"model": {"teacher": teacher}}))
+    beside, _ = parts("-c", str(tmp_path / "own.yaml"))
+    assert beside["teacher weights"] == plain["teacher weights"] + plain["student weights"]
     teachers = {"teachers": {"math": TEACHER, "code": TEACHER}}
     for keep, number in ((True, 2), (False, 1)):
         teacher = {"class_path": "opdlab.policies.RoutedTeacher", "init_args": {**teachers, "keep_loaded": keep}}
