@@ -89,7 +89,7 @@ def private(name: str) -> bool:
 
 def definitions(cls: ast.ClassDef) -> set[str]:
     """Return the private attributes that a class sets: methods, class variables, `self._name = …`."""
-    found = {node.name for node in cls.body if isinstance(node, ast.FunctionDef)}
+    found = {node.name for node in cls.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
     for node in ast.walk(cls):
         if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
             found |= {node.id} if isinstance(node, ast.Name) else set()

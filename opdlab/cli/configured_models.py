@@ -36,13 +36,15 @@ def _is_own(config: Any) -> bool:
 
 
 def _routed(config: Any) -> dict[str, ModelSize]:
-    """Return the sizes of the teachers of a RoutedTeacher that are local models, by name."""
+    """Return the sizes of the teachers of a RoutedTeacher that are models in this process, by name."""
     options = plugin_options(configured_teacher(config))
     teachers, sizes = options.pop("teachers", None), {}
     for name, given in (teachers or {}).items():
         own = {"path": given, **options} if isinstance(given, str) else dict(given.get("init_args") or {})
         if "path" in own:
             sizes[name] = model_size({"dtype": "float32", **own}, None)
+        elif str(given.get("class_path")).endswith(".SelfTeacher"):
+            sizes[name] = model_size(plugin_options(config.model.student), config.trainer.precision)
     return sizes
 
 

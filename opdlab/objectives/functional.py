@@ -136,7 +136,10 @@ def teacher_advantage(
     require_choice("reference", reference, get_args(Reference))
     require_choice("shape", shape, get_args(Shape))
     require(clamp is None or clamp > 0, f"advantage_clamp is {clamp}, but must be above 0, or null for none")
-    require(power > 0, f"power is {power}, but must be above 0; near 0, it is the log-ratio scaled by power")
+    require(
+        0 < power < float("inf"),
+        f"power is {power}, but must be above 0 and finite; near 0, it is the log-ratio scaled by power",
+    )
     minuend = behavior_logprobs if reference == "behavior" else logprobs
     if shape == "power":
         return ((power * teacher_logprobs).exp() - (power * minuend).exp()).detach()

@@ -50,7 +50,7 @@ class SampledTokenOPD(Objective):
             equal by chance.
         k: size of the support of ``support_kl``.
         reward_weight: weight of the verifier's reward, see :func:`~opdlab.objectives.functional.group_reward`; 0 for
-            none. It needs a verifier and at least two samples of a prompt.
+            none. It needs a verifier and at least two sampled responses to a prompt, beside demonstrations.
         reward_scaled: divide the reward by its standard deviation among the samples of a prompt.
 
     Raises:

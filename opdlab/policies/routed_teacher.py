@@ -73,13 +73,15 @@ class RoutedTeacher(Teacher):
         return LocalTeacher(path, **self._options)
 
     @contextmanager
-    def _loaded(self, name: str) -> Iterator[Teacher]:
-        """Yield a teacher, on the device; one that is not kept is freed afterwards."""
+    def _loaded(self, name: str, student: LanguageModel | None = None) -> Iterator[Teacher]:
+        """Yield a teacher, on the device and bound to a given student; one that is not kept is freed afterwards."""
         teacher = self._teachers.get(name)
         if teacher is None:
             teacher = self._local(self._paths[name])
             if self._keep_loaded:
                 self._teachers[name] = teacher
+        if student is not None:
+            teacher.bind(student)  # before any other call: a SelfTeacher has no weights until then
         teacher.to(self._device)
         yield teacher
         del teacher
@@ -95,8 +97,7 @@ class RoutedTeacher(Teacher):
 
     def _bind(self, name: str, student: LanguageModel) -> tuple[int, StopTokens | None]:
         """Bind one teacher, and return its number of tokens and its stop tokens."""
-        with self._loaded(name) as teacher:
-            teacher.bind(student)
+        with self._loaded(name, student) as teacher:
             try:
                 check_same_vocabulary(student.tokenizer, teacher.tokenizer)
             except UsageError as error:

@@ -53,6 +53,7 @@ class TargetCache(Teacher):
             f"teacher is a {type(teacher).__name__} that follows the student's weights, so its targets cannot be kept: "
             "leave the TargetCache out, or set the teacher's decay to null",
         )
+        require(bool(folder), "folder is empty, but must be the folder of the targets, such as ./targets")
         self.teacher, self.folder = teacher, Path(folder).expanduser()
         self.names, self.offload = teacher.names, teacher.offload
         self._fingerprint = ""

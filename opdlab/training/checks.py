@@ -1,5 +1,6 @@
 """Checks of a module, of checkpoints and of losses; each raises an error with a clear message."""
 
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +15,7 @@ from opdlab.data import PromptSet
 from opdlab.errors import UsageError, require
 from opdlab.gating import GateInputs, GateStrategy
 from opdlab.objectives import Objective, Reduction, SampledTokenOPD
-from opdlab.policies import LanguageModel, NoTeacher, SelfTeacher, Teacher, share_vocabulary
+from opdlab.policies import LanguageModel, NoTeacher, SelfTeacher, TargetCache, Teacher, share_vocabulary
 from opdlab.policies.loading import non_finite
 from opdlab.registry import suggestion
 from opdlab.types import Rollouts, Targets, TeacherRequest
@@ -114,13 +115,14 @@ def check_trainer(trainer: pl.Trainer, max_tokens: int | None, whole_weights: bo
     )
 
 
-def check_verdicts(objective: Objective, judged: bool, num_samples: int) -> None:
+def check_verdicts(objective: Objective, judged: bool, num_samples: int, demonstrations: float) -> None:
     """Raise a UsageError if an objective needs verdicts, or several of a prompt, which a run does not have.
 
     Args:
         objective: the module's objective.
         judged: True if the training problems have a verifier.
         num_samples: rollouts of each prompt.
+        demonstrations: share of the rollouts that take their response from the data, whose verdicts are not compared.
     """
     name, needs = type(objective).__name__, objective.needs
     weight = getattr(objective, "reward_weight", None)
@@ -130,10 +132,19 @@ def check_verdicts(objective: Objective, judged: bool, num_samples: int) -> None
         f"{reader}, which needs the verifier's verdict on each rollout, but data.train has no verifier: give it one, "
         f"or {'set reward_weight to 0' if weight else 'take another objective'}",
     )
+    if not {"group_accuracy", "group_size"} & set(needs):
+        return
     require(
-        num_samples >= 2 or not {"group_accuracy", "group_size"} & set(needs),
+        num_samples >= 2,
         f"{reader}, which compares the verdicts of one prompt's rollouts, but model.sampling.num_samples is "
         f"{num_samples}: raise it to 2 or more",
+    )
+    sampled = num_samples - math.floor(demonstrations * num_samples)
+    require(
+        sampled >= 2,
+        f"{reader}, which compares the verdicts of one prompt's sampled rollouts, but data.demonstrations.share is "
+        f"{demonstrations}, which leaves {sampled} of {num_samples} to be sampled: lower it, or raise "
+        "model.sampling.num_samples",
     )
 
 
@@ -167,7 +178,8 @@ def check_own_teacher(teacher: Teacher, trainer: pl.Trainer, whole_weights: bool
         f"model.teacher is a {type(teacher).__name__} that follows the student's weights, but with trainer.strategy "
         f"{type(trainer.strategy).__name__} no process has them all: take the strategy ddp, or set its decay to null",
     )
-    if isinstance(teacher, SelfTeacher) and prompts and all(each.teacher_tokens is None for each in prompts.prompts):
+    scorer = teacher.teacher if isinstance(teacher, TargetCache) else teacher
+    if isinstance(scorer, SelfTeacher) and prompts and all(each.teacher_tokens is None for each in prompts.prompts):
         rank_zero_warn(
             "model.teacher is a SelfTeacher that sees the student's prompts, so it starts as the student's equal and "
             "teaches it nothing: give data.train a teacher_text, such as '{problem} {solution}'"

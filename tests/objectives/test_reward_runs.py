@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from opdlab.cli import EXIT_USAGE, main
+from opdlab.data import DemonstrationConfig
 from opdlab.errors import UsageError
 from opdlab.objectives import SampledTokenOPD
 from opdlab.types import Rollouts
@@ -72,9 +73,20 @@ def test_a_reward_needs_a_verifier_and_several_samples(make_run: MakeRun) -> Non
     run = make_run(objective=SampledTokenOPD(reward_weight=0.5), sampling={"num_samples": 1})
     with pytest.raises(UsageError, match="model.sampling.num_samples is 1: raise it to 2 or more"):
         run.fit(1)
+    demonstrated = {"demonstrations": DemonstrationConfig(0.5, "solution")}  # of which no verdict is compared
+    run = make_run(objective=SampledTokenOPD(reward_weight=0.5), data=demonstrated)
+    with pytest.raises(UsageError, match="data.demonstrations.share is 0.5, which leaves 1 of 2 to be sampled: lower"):
+        run.fit(1)
 
 
 def test_one_sample_is_refused_before_models_are_loaded(capsys: pytest.CaptureFixture[str]) -> None:
     options = "--model.objective sampled_token --model.objective.reward_weight 1 --model.sampling.num_samples 1"
-    assert main(["fit", "-c", "quickstart", "--model.student.path", "nowhere", *options.split()]) == EXIT_USAGE
+    call = ["fit", "-c", "quickstart", "--model.student.path", "nowhere", *options.split()]
+    assert main(call) == EXIT_USAGE
     assert "model.sampling.num_samples is 1: raise it to 2 or more" in capsys.readouterr().err
+    shared = "--data.demonstrations.share 1 --data.demonstrations.field solution --model.sampling.num_samples 8"
+    assert (
+        main(["fit", "-c", "quickstart", "--model.student.path", "nowhere", *options.split(), *shared.split()])
+        == EXIT_USAGE
+    )
+    assert "share is 1.0, which leaves 0 of 8 to be sampled: lower it" in capsys.readouterr().err

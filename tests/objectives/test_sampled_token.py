@@ -106,6 +106,7 @@ def test_clip_share_counts_the_positions_without_gradient(dual_clip: float | Non
         loss = policy_gradient_loss(logprobs, behavior, advantage, dual_clip=dual_clip)
         (gradient,) = torch.autograd.grad(loss.sum(), logprobs)
         assert torch.equal(clip_binds(logprobs, behavior, advantage, 0.2, dual_clip), gradient == 0)
+    assert not clip_binds(behavior + drift, behavior, torch.zeros_like(drift), 0.2, dual_clip).any()
     seen, _, (_, rollouts, _) = apply(SampledTokenOPD(dual_clip=dual_clip))
     logprobs = seen.logprobs.clone().requires_grad_()
     advantage = seen.metrics["advantage"]
@@ -159,6 +160,8 @@ def test_support_kl_is_the_reverse_kl_with_a_bucket(k: int) -> None:
     expected = sum((x * (x / y).log()).sum(-1) for x, y in zip(a, b, strict=True))
     assert isinstance(expected, Tensor)
     torch.testing.assert_close(seen.metrics["baseline"][valid].double(), expected, rtol=1e-4, atol=1e-5)
+    assert seen.divergence is not None
+    assert torch.equal(seen.divergence, seen.metrics["baseline"])
     whole = (p * (p / q).log()).sum(-1)
     assert bool((expected <= whole + 1e-9).all())
     if k == 39:  # all but one token: the mean of the advantage over fresh samples is then 0
@@ -275,6 +278,7 @@ def test_rollouts_without_verdicts_are_refused() -> None:
         ({"baseline": "support"}, "baseline is 'support'; did you mean 'support_kl'?"),
         ({"shape": "clamp"}, "shape is clamp, which needs a bound: give advantage_clamp"),
         ({"shape": "power", "power": 0.0}, "power is 0.0, but must be above 0"),
+        ({"shape": "power", "power": math.inf}, "power is inf, but must be above 0 and finite"),
         ({"baseline": "support_kl", "k": 0}, "k is 0, but must be at least 1"),
         ({"reward_weight": -1.0}, "reward_weight is -1.0, but must be at least 0 and finite"),
         ({"reward_weight": math.nan}, "reward_weight is nan, but must be at least 0 and finite"),

@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from opdlab.data import JsonlProblems
 from opdlab.errors import UsageError
-from opdlab.policies import LanguageModel, LocalTeacher, RoutedTeacher, TeacherRequest
+from opdlab.policies import LanguageModel, LocalTeacher, RoutedTeacher, SelfTeacher, TargetCache, TeacherRequest
+from opdlab.policies.tokenizers import StopTokens
 from opdlab.rollouts import Rollouts
 from opdlab.toy import ChainProblems
+from tests.test_resume import SaveAt
 from tests.toy_run import STUDENT, TEACHER, Run
 
 MakeRun = Callable[..., Run]
@@ -81,6 +84,29 @@ def test_a_run_logs_each_teacher(make_run: MakeRun, tmp_path: Path) -> None:
     assert teacher.metrics()["targets/poor/share"] == 0.75
 
 
+def test_the_student_may_be_one_of_the_teachers(make_run: MakeRun, tmp_path: Path) -> None:
+    path, file = tmp_path / "inside.ckpt", routed_file(tmp_path, ["good", "own"] * 8)
+    train = JsonlProblems(file, teacher_field="kind", teacher_text="{answer}\n{problem}")
+
+    def run(*callbacks: Callback) -> Run:
+        teacher = RoutedTeacher({"good": TEACHER, "own": SelfTeacher(decay=0.5)})
+        return make_run(teacher=teacher, data={"train": train}, callbacks=callbacks, max_new_tokens=8)
+
+    whole, resumed = run(SaveAt(path, 2)), run()
+    start = {name: weight.clone() for name, weight in whole.module.teacher.state_dict().items()}
+    whole.fit(5)
+    found = whole.module.teacher.state_dict()
+    assert {name.split("/")[0] for name in found} == {"own"}
+    assert not any(torch.equal(weight, start[name]) for name, weight in found.items())
+    for weight in resumed.module.teacher.state_dict().values():  # every value must come from the checkpoint
+        weight.add_(1.0)
+    resumed.fit(5, ckpt_path=path)
+    assert resumed.recorder.losses == whole.recorder.losses[2:]
+    assert all(torch.equal(weight, found[name]) for name, weight in resumed.module.teacher.state_dict().items())
+    with pytest.raises(UsageError, match="teacher is a RoutedTeacher that follows the student's weights"):
+        TargetCache(RoutedTeacher({"own": SelfTeacher(decay=0.5)}), str(tmp_path / "targets"))
+
+
 @pytest.mark.parametrize(
     ("names", "field", "message"),
     [
@@ -110,6 +136,18 @@ def test_wrong_use_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
     teacher.bind(LanguageModel(STUDENT))
     with pytest.raises(UsageError, match="model.teacher is a RoutedTeacher, .* asks for hidden states"):
         teacher.score(some_rollouts([0] * 4), TeacherRequest(hidden=True))
+
+
+def test_the_vocabulary_is_what_all_have_and_other_stop_tokens_are_known() -> None:
+    teachers = {str(size): LocalTeacher(TEACHER) for size in (38, 36, 37)}
+    for size, each in teachers.items():
+        each.vocab_size = int(size)
+    routed, student = RoutedTeacher({**teachers}), LanguageModel(STUDENT)
+    # A warning says so if one of them has other stop tokens than the student.
+    teachers["36"].stop_tokens = StopTokens(frozenset([1]), frozenset([5]))
+    routed.bind(student)
+    assert routed.vocab_size == 36
+    assert routed.stop_tokens == teachers["36"].stop_tokens != student.stop_tokens
 
 
 def test_other_vocabularies_are_refused_by_name() -> None:

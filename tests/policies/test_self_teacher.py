@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from opdlab.errors import UsageError
-from opdlab.policies import AdapterConfig, LanguageModel, SelfTeacher
+from opdlab.policies import AdapterConfig, LanguageModel, SelfTeacher, TargetCache
 from opdlab.toy import ChainProblems
 from tests.test_resume import SaveAt
 from tests.toy_run import STUDENT, Run
@@ -116,8 +116,10 @@ def test_wrong_use_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
         self_run(make_run, None, adapter=False).fit(6, ckpt_path=path)
 
 
-def test_an_equal_teacher_is_warned_of(make_run: MakeRun) -> None:
-    run = make_run(teacher=SelfTeacher(), max_new_tokens=8)
+@pytest.mark.parametrize("kept", [False, True])
+def test_an_equal_teacher_is_warned_of(make_run: MakeRun, tmp_path: Path, kept: bool) -> None:
+    teacher = TargetCache(SelfTeacher(), str(tmp_path / "targets")) if kept else SelfTeacher()
+    run = make_run(teacher=teacher, max_new_tokens=8)
     with pytest.warns(UserWarning, match="starts as the student's equal and teaches it nothing"):
         run.fit(1)
     assert run.recorder.losses[0] == pytest.approx(0, abs=1e-6)

@@ -1,8 +1,10 @@
 """Targets on disk: found again by everything they depend on, and by nothing less."""
 
+import errno
 import os
+import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from opdlab.errors import UsageError
+from opdlab.errors import FullDiskError, UsageError
 from opdlab.policies import (
     LanguageModel,
     LocalTeacher,
@@ -105,6 +107,8 @@ def test_other_teachers_and_requests_have_their_own_targets(tmp_path: Path) -> N
     for request in (TeacherRequest(top_k=4, entropy=True), TeacherRequest(top_k=3), TeacherRequest(vocab_size=37)):
         teacher.score(rollouts(), request)
         assert hits(teacher) == (0, 4)
+    teacher.score(rollouts(), replace(REQUEST, logprobs=False))  # all that may be missing is there
+    assert hits(teacher) == (4, 0)
 
 
 def test_parts_of_a_key_have_their_lengths(tmp_path: Path) -> None:
@@ -122,8 +126,67 @@ def test_the_teacher_of_a_rollout_is_in_its_key(tmp_path: Path) -> None:
     teacher.score(some_rollouts([0, 1, 0, 1]), REQUEST)
     targets = teacher.score(some_rollouts([0, 1, 1, 0]), REQUEST)
     assert hits(teacher) == (2, 2)
+    assert teacher.metrics()["targets/good/share"] == teacher.metrics()["targets/poor/share"] == 0.5  # of the others
     other = LocalTeacher(STUDENT).score(rollouts().rows(torch.tensor([2])), REQUEST)
     assert torch.equal(targets.logprobs[2, :1], other.logprobs[0, :1])
+
+
+class WithoutMass(LocalTeacher):
+    """Knows probabilities only relative to others of the support."""
+
+    def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Any = None) -> Targets:
+        targets = super().score(rollouts, request, progress)
+        return replace(targets, logprobs=targets.logprobs * torch.nan, support_mass=None)
+
+
+def test_what_one_teacher_cannot_compute_is_left_out(tmp_path: Path) -> None:
+    routed = RoutedTeacher({"good": LocalTeacher(TEACHER), "poor": WithoutMass(STUDENT)})
+    teacher = TargetCache(routed, str(tmp_path))
+    teacher.bind(LanguageModel(STUDENT))
+    assert teacher.score(some_rollouts([0] * 4), REQUEST).known_logprobs is not None
+    for ids, found in (([0, 0, 1, 1], (2, 2)), ([0, 0, 1, 1], (4, 0))):
+        targets = teacher.score(some_rollouts(ids), REQUEST)
+        assert hits(teacher) == found
+        assert (targets.support_mass, targets.known_logprobs) == (None, None)
+        assert targets.support_logits is not None
+
+
+class Failing(LocalTeacher):
+    """Fails after its first part, as servers do."""
+
+    def score_in_parts(
+        self, rollouts: Rollouts, request: TeacherRequest, progress: Any = None
+    ) -> Iterator[tuple[torch.Tensor, Targets]]:
+        rows = torch.tensor([3, 1])
+        yield rows, self.score(rollouts.rows(rows), request)
+        raise UsageError("no server answers")
+
+
+def test_what_is_scored_before_a_failure_is_kept(tmp_path: Path) -> None:
+    teacher = TargetCache(Failing(TEACHER, batch_size=1), str(tmp_path))
+    teacher.bind(LanguageModel(STUDENT))
+    with pytest.raises(UsageError, match="no server answers"):
+        teacher.score(rollouts(), REQUEST)
+    again = cache(tmp_path, batch_size=1)  # a row's numbers do not depend on the others
+    assert_equal(again.score(rollouts(), REQUEST), LocalTeacher(TEACHER, batch_size=1).score(rollouts(), REQUEST))
+    assert hits(again) == (2, 2)
+
+
+def test_a_full_disk_ends_the_run_and_keeps_what_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, left, fsync = cache(tmp_path, batch_size=1), iter(range(2)), os.fsync
+
+    def full(descriptor: int) -> None:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode) and next(left, None) is None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(FullDiskError, match=r"/.*\.safetensors cannot be written, because the disk is full"):
+            teacher.score(rollouts(), REQUEST)
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 2
+    assert_equal(teacher.score(rollouts(), REQUEST), LocalTeacher(TEACHER, batch_size=1).score(rollouts(), REQUEST))
+    assert hits(teacher) == (2, 2)
 
 
 def test_the_snapshots_tokens_are_in_the_key(tmp_path: Path) -> None:
@@ -246,9 +309,11 @@ def test_a_run_from_the_cache_is_the_same_run(make_run: MakeRun, tmp_path: Path)
     assert first.recorder.steps[1]["targets/cache_misses"] == 16
 
 
-def test_teachers_that_change_are_refused(tmp_path: Path) -> None:
+def test_teachers_that_change_and_other_wrong_use_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="SelfTeacher that follows the student's weights, so its targets"):
         TargetCache(SelfTeacher(decay=0.9), str(tmp_path))
+    with pytest.raises(UsageError, match="folder is empty, but must be the folder of the targets"):
+        TargetCache(SelfTeacher(), "")
     frozen = TargetCache(SelfTeacher(), str(tmp_path))
     frozen.bind(LanguageModel(STUDENT))
     frozen.score(rollouts(), REQUEST)

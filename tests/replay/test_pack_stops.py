@@ -10,6 +10,7 @@ import pytest
 from opdlab.cli import main
 from opdlab.files import PARTIAL
 from opdlab.replay import pack
+from opdlab.replay.record import save_tensors
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +49,7 @@ def test_a_stopped_pack_leaves_nothing(
         return wrapped
 
     # Weights, rollouts and fresh rollouts of the step are written, and the file gets its name.
-    monkeypatch.setattr(pack, "save_tensors", sending(pack.save_tensors))
+    monkeypatch.setattr(pack, "save_tensors", sending(save_tensors))
     monkeypatch.setattr(Path, "replace", sending(Path.replace))
     arguments = ["--pack", "packs/run.pack", "--steps", "2", "--draws", "2"]
     assert main(["replay", str(run), *arguments]) == 128 + getattr(signal, name)

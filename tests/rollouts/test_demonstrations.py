@@ -18,6 +18,7 @@ from opdlab.objectives import SampledTokenOPD
 from opdlab.policies import BehaviorPolicy, LanguageModel, LocalTeacher, SamplingConfig, TeacherRequest
 from opdlab.replay import read_record, record_folders
 from opdlab.rollouts import Collector, Pool, StopReason
+from opdlab.rollouts.demonstrations import choose_demonstrations
 from opdlab.toy import ChainProblems, chain_tokenizer
 from opdlab.types import Part, Problem, Prompt
 from opdlab.verifiers import BoxedVerifier
@@ -95,6 +96,13 @@ def test_a_share_of_the_buffer_comes_from_the_data(
             torch.testing.assert_close(values[row][rollouts.mask[row]], expected, rtol=0, atol=1e-4)
 
 
+def test_a_share_is_rounded_and_the_seed_chooses_the_prompts() -> None:
+    given = prompts("1", "2", "3", "4")
+    counts = [[one.count for one in choose_demonstrations(given, 2, 0.6, seed) or ()] for seed in range(20)]
+    assert {tuple(sorted(each)) for each in counts} == {(1, 1, 1, 2)}  # 4.8 rollouts
+    assert {each.index(2) for each in counts} == set(range(4))
+
+
 def test_share_zero_is_the_run_without(student: LanguageModel, teacher: LocalTeacher) -> None:
     without = collected(student, teacher, [replace(each, demonstration=None) for each in prompts("1", "2")], 0.0)
     assert without.rollouts.demonstration is None
@@ -106,6 +114,16 @@ def test_stop_tokens_and_length(student: LanguageModel, teacher: LocalTeacher) -
     pool = collected(student, teacher, prompts("1" * 11, "1" * 12, "2<eos>34"), 1.0)
     assert [text_of(pool, row) for row in (0, 2, 4)] == [[*encode("1" * 11), EOS], encode("1" * 12), encode("2<eos>")]
     assert pool.rollouts.stop_reasons[::2].tolist() == [StopReason.EOS, StopReason.LENGTH, StopReason.EOS]
+
+
+@pytest.mark.parametrize(("stop_ids", "appended"), [([EOS, 29, 33], EOS), ([29, 33], 29)])
+def test_the_tokenizers_stop_token_is_appended(
+    student: LanguageModel, teacher: LocalTeacher, monkeypatch: pytest.MonkeyPatch, stop_ids: list[int], appended: int
+) -> None:
+    monkeypatch.setattr(student, "stop_ids", stop_ids)
+    pool = collected(student, teacher, prompts("1"), 1.0)
+    assert text_of(pool, 0) == [*encode("1"), appended]
+    assert pool.rollouts.stop_reasons.tolist() == [StopReason.EOS] * 2
 
 
 def test_accuracy_is_that_of_sampled_rollouts(student: LanguageModel, teacher: LocalTeacher) -> None:
