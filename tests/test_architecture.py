@@ -3,6 +3,7 @@
 import ast
 import sys
 from collections.abc import Callable, Container, Iterator, Mapping
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from types import FrameType
@@ -22,6 +23,7 @@ FACE = "opdlab"
 TABLES = {FACE, "opdlab.cli", "opdlab.cli.commands"}
 
 
+@cache
 def modules() -> dict[str, Path]:
     """Return every file of the package by the name of its module."""
     found = {}
@@ -55,6 +57,7 @@ def imports_of(tree: ast.AST, package: str, known: Container[str]) -> Iterator[s
                 yield str(node.args[0].value)
 
 
+@cache
 def file_graph() -> dict[str, set[str]]:
     """Return the modules that each module imports."""
     files, graph = modules(), {}
@@ -118,15 +121,21 @@ class CalledFunctions:
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> None:
         code = frame.f_code
-        file = Path(code.co_filename).resolve()
-        if code.co_name.startswith("<") or not any(file.is_relative_to(ROOT / folder) for folder in PACKAGES):
+        if event not in ("call", "return") or code.co_name.startswith("<") or (file := _own(code.co_filename)) is None:
             return
         if event == "call":
-            self.functions.add((str(file.relative_to(ROOT)), code.co_qualname))
+            self.functions.add((file, code.co_qualname))
             self._chain.append(code.co_qualname)
             self.longest = max(self.longest, list(self._chain), key=len)
-        elif event == "return":
+        else:
             self._chain.pop()
+
+
+@cache
+def _own(name: str) -> str | None:
+    """Return the path of a file of the package below its root; None for other files."""
+    file = Path(name).resolve()
+    return str(file.relative_to(ROOT)) if any(file.is_relative_to(ROOT / each) for each in PACKAGES) else None
 
 
 def test_a_training_step_is_a_short_way(make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,7 +167,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_python_code_runs(page: Path, folder: Path) -> None:
     code_blocks = blocks(page, "python")
     if any("runs/quickstart" in code for code in code_blocks):
-        assert main(["fit", "-c", "quickstart", "--trainer.max_steps", "1"]) == 0
+        few = "--data.benchmarks.toy.num_problems 4 --model.eval_sampling.max_new_tokens 24 --model.sampling"
+        assert main(["fit", "-c", "quickstart", *f"{few}.max_new_tokens 24 --trainer.max_steps 1".split()]) == 0
     for number, code in enumerate(code_blocks):
         # In a file, so that testers find the class by its path, and later blocks what a block with a file's name has.
         named = re.match(r"# (\w+)\.py\b", code)

@@ -5,6 +5,7 @@ valid ends with a line about the student. Such a call is not counted. ``pytest -
 """
 
 import copy
+import json
 import random
 import re
 import shlex
@@ -393,13 +394,35 @@ PROCESSES = (
 )
 
 
+# Loads the libraries once; each call is then a process of its own, which ends as any other. Its texts go to two files.
+_CALLER = """
+import json, os, sys
+import opdlab.cli.app, opdlab.cli.replay
+from opdlab.cli.commands import console
+codes = []
+for number, words in enumerate(json.loads(sys.argv[1])):
+    if (child := os.fork()) == 0:
+        for descriptor in (1, 2):
+            os.dup2(os.open(f"{number}.{descriptor}", os.O_WRONLY | os.O_CREAT), descriptor)
+        sys.argv = ["opdlab", *words]
+        console()
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(codes))
+"""
+
+
 def test_wrong_calls_as_processes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in PROCESSES:
-        command = [sys.executable, "-m", "opdlab", *shlex.split(arguments.replace("$'\\x1b'", "'\x1b'"))]
-        done = run_child(command, cwd=folder)
-        assert done.returncode == EXIT_USAGE, (arguments, done.stderr)
-        assert done.stdout == ""
-        (line,) = done.stderr.splitlines()
+    calls = [shlex.split(arguments.replace("$'\\x1b'", "'\x1b'")) for arguments in PROCESSES]
+    done = run_child([sys.executable, "-c", _CALLER, json.dumps(calls)], cwd=folder, check=True)
+    texts = [((folder / f"{n}.1").read_text(), (folder / f"{n}.2").read_text()) for n in range(len(calls))]
+    ended = list(zip(PROCESSES, calls, json.loads(done.stdout), texts, strict=True))
+    for arguments, words, *_ in (ended[0], ended[-1]):  # as a user starts them: one loads no library, one loads all
+        alone = run_child([sys.executable, "-m", "opdlab", *words], cwd=folder)
+        ended.append((arguments, words, alone.returncode, (alone.stdout, alone.stderr)))
+    for arguments, _, code, (out, error) in ended:
+        assert code == EXIT_USAGE, (arguments, error)
+        assert out == ""
+        (line,) = error.splitlines()
         assert line.startswith("opdlab: error: ")
         assert line.isprintable()
         assert WAY_OUT.search(line), line

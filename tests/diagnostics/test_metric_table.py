@@ -47,7 +47,7 @@ def logged_names(folder: Path, **options: Any) -> set[str]:
     run, logger = Run(folder, callbacks=callbacks, max_new_tokens=48, **options), Names()
     # Long enough for some answers: where nothing is extracted, maj@n is left out.
     run.module.evaluator.sampling = SamplingConfig(num_samples=2, max_new_tokens=150)
-    validation: dict[str, Any] = {"limit_val_batches": 1.0, "val_check_interval": 1, "check_val_every_n_epoch": None}
+    validation: dict[str, Any] = {"limit_val_batches": 1.0, "val_check_interval": 3, "check_val_every_n_epoch": None}
     trainer = run.fit(3, logger=logger, enable_progress_bar=True, num_sanity_val_steps=0, **validation)
     assert isinstance(run.module.teacher, LocalTeacher)
     with run.module.evaluating("teacher", run.module.teacher.model):

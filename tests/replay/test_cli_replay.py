@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -110,6 +111,15 @@ def test_a_gate_that_the_record_cannot_serve_is_named(run: Path, capsys: pytest.
     assert "left out: Judge, which needs verdict, which the record does not have" in capsys.readouterr().out
 
 
+@pytest.fixture(scope="module")
+def good_pack(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("packs") / "good.pack"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", list(sys.path))
+        assert main(["replay", str(trained), "--pack", str(path), "--steps", "2", "--draws", "2"]) == 0
+    return path
+
+
 @pytest.mark.parametrize(
     ("key", "section"),
     [
@@ -124,10 +134,16 @@ def test_a_gate_that_the_record_cannot_serve_is_named(run: Path, capsys: pytest.
     ],
 )
 def test_a_pack_that_names_another_class_runs_nothing(
-    run: Path, capsys: pytest.CaptureFixture[str], key: str, section: dict[str, object]
+    good_pack: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    key: str,
+    section: dict[str, object],
 ) -> None:
-    assert main(["replay", str(run), "--pack", "good.pack", "--steps", "2", "--draws", "2"]) == 0
-    with zipfile.ZipFile("good.pack") as good, zipfile.ZipFile("other.pack", "w") as other:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with zipfile.ZipFile(good_pack) as good, zipfile.ZipFile("other.pack", "w") as other:
         for name in good.namelist():
             if name != ABOUT:
                 other.writestr(name, good.read(name))

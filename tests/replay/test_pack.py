@@ -29,6 +29,7 @@ from opdlab.toy import ChainProblems
 from tests.toy_run import STUDENT, TEACHER, Run
 
 MakeRun = Callable[..., Run]
+Packed = tuple[Run, list[RecordedStep], Path, dict[str, int]]
 GRID = Grid(("tip",), ("signed_mean",), ("mean",), (5.0,))  # and the run's own, block32
 SAMPLING = Sampling(draws=2)
 LORA = AdapterConfig(r=2, target_modules=["q_proj", "lm_head"])
@@ -169,19 +170,26 @@ def test_a_pack_replays_as_its_run(
     assert len({step.replayed_loss for step in found}) == len(steps)
 
 
-def test_trained_weights_are_not_written_twice(make_run: MakeRun, tmp_path: Path) -> None:
-    run, records = recorded(make_run)
-    sizes = pack(run, records, tmp_path / "run.pack")
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    """A run with its recorded step, the pack of it, and its sizes."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("small")
+    run, records = recorded(lambda **options: Run(folder, **options), (1,))
+    return run, records, folder / "run.pack", pack(run, records, folder / "run.pack")
+
+
+def test_trained_weights_are_not_written_twice(small: Packed) -> None:
+    *_, path, sizes = small
     assert sizes["weights"] > 10 * sizes["student"]
-    with zipfile.ZipFile(tmp_path / "run.pack") as archive:
+    with zipfile.ZipFile(path) as archive:
         assert {Path(name).suffix for name in archive.namelist()} == {".json", ".safetensors"}
 
 
-def test_equal_packs_are_equal_files(make_run: MakeRun, tmp_path: Path) -> None:
-    run, records = recorded(make_run)
-    for name in ("one", "two"):
-        pack(run, records, tmp_path / name)
-    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+def test_equal_packs_are_equal_files(small: Packed, tmp_path: Path) -> None:
+    run, records, path, _ = small
+    pack(run, records, tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
 
 
 def test_what_a_pack_lacks_is_left_out_and_named(make_run: MakeRun, tmp_path: Path) -> None:
@@ -198,8 +206,8 @@ def test_what_a_pack_lacks_is_left_out_and_named(make_run: MakeRun, tmp_path: Pa
     assert not step.others
 
 
-def test_an_error_leaves_an_earlier_pack(make_run: MakeRun, tmp_path: Path) -> None:
-    run, records = recorded(make_run)
+def test_an_error_leaves_an_earlier_pack(small: Packed, tmp_path: Path) -> None:
+    run, records, *_ = small
     folder = tmp_path / "packs"
     folder.mkdir()
     (folder / "run.pack").write_bytes(b"earlier")
@@ -221,12 +229,8 @@ def test_a_teacher_that_follows_the_student_is_refused(make_run: MakeRun) -> Non
 
 
 @pytest.fixture(scope="module")
-def small_pack(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("small")
-    run, records = recorded(lambda **options: Run(folder, **options), (1,))
-    pack(run, records, folder / "run.pack")
-    return (folder / "run.pack").read_bytes()
+def small_pack(small: Packed) -> bytes:
+    return small[2].read_bytes()
 
 
 def rewritten(content: bytes, path: Path, **changes: Any) -> None:
