@@ -53,7 +53,17 @@ PUBLIC = {
         *("BoxedVerifier", "ExactMatchVerifier", "MathVerifier", "NumericVerifier", "Verdict", "Verifier"),
     ],
     "opdlab.types": [
-        *("EvaluationBatch", "Message", "Minibatch", "Problem", "Prompt", "Rollouts", "StopReason", "Targets"),
+        *(
+            "EvaluationBatch",
+            "MergedTargets",
+            "Message",
+            "Minibatch",
+            "Problem",
+            "Prompt",
+            "Rollouts",
+            "StopReason",
+            "Targets",
+        ),
         "TeacherRequest",
         *("Part", "Verdicts", "assign_rows", "id_dtype", "left_padded", "trimmed"),
     ],

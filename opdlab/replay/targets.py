@@ -151,7 +151,8 @@ def _num_columns(rollouts: Rollouts, targets: Targets) -> tuple[int, int]:
 def narrowed(rollouts: Rollouts, targets: Targets, request: TeacherRequest) -> Targets | None:
     """Return what a request needs of recorded targets, or None if they do not have all of it.
 
-    The first k of K most likely tokens are the k most likely ones; the others join the tail.
+    The first k of K most likely tokens are the k most likely ones; the others join the tail. The overlap of
+    supports, of which a buffer measures a sample when it is collected, is left out.
 
     Args:
         rollouts: of the targets, as recorded.
@@ -172,9 +173,8 @@ def narrowed(rollouts: Rollouts, targets: Targets, request: TeacherRequest) -> T
         return None
     targets = replace(targets, hidden=targets.hidden if request.hidden else None)
     num_top, num_given = request.top_k, request.behavior_top_k
-    plain = replace(
-        targets, support_ids=None, support_logits=None, support_mass=None, support_valid=None, log_tail=None
-    )
+    without = ("support_ids", "support_logits", "support_mass", "support_valid", "support_overlap", "log_tail")
+    plain = replace(targets, **dict.fromkeys(without))
     if not num_top + num_given:
         return plain
     has_given, has_top = _num_columns(rollouts, targets)
@@ -216,4 +216,4 @@ def _from_hidden(teacher: Teacher, rollouts: Rollouts, targets: Targets, request
     found = targets_of([(torch.arange(len(rollouts)), scored)], rollouts, replace(request, hidden=False), vocab_size)
     entropy = found.entropy if targets.entropy is None else targets.entropy
     hidden = targets.hidden if request.hidden else None
-    return replace(found, logprobs=targets.logprobs, entropy=entropy, hidden=hidden)
+    return replace(found, logprobs=targets.logprobs, entropy=entropy, hidden=hidden, support_overlap=None)

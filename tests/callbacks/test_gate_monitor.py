@@ -354,7 +354,8 @@ def test_the_layout_can_be_read(make_run: MakeRun, tmp_path: Path) -> None:
 def test_every_scalar_has_a_chart_and_every_chart_a_scalar(make_run: MakeRun, tmp_path: Path) -> None:
     """Regular expressions match from a tag's start, as in TensorBoard's plugin."""
     tags: set[str] = {"rollout/accuracy", "val/mean/pass@1", "val/toy/pass@8", "val/toy/length", "train/reward_share"}
-    tags |= {"train/sampler_gap", "train/sampler_gap_max"}  # of a sampler with log-probabilities of its own
+    # Of a sampler with log-probabilities of its own.
+    tags |= {f"train/sampler_{name}" for name in ("gap", "gap_max", "correction", "correction_share")}
     objectives = (None, SampledTokenOPD(baseline="support_kl", k=4), SupportDivergence(support="union", k=4))
     for number, objective in enumerate(objectives):
         folder = tmp_path / str(number)
