@@ -54,7 +54,7 @@ PUBLIC = {
     ],
     "opdlab.types": [
         *("EvaluationBatch", "Message", "Minibatch", "Problem", "Prompt", "Rollouts", "StopReason", "Targets"),
-        "TeacherRequest",
+        *("MergedTargets", "TeacherRequest"),
         *("Part", "Verdicts", "assign_rows", "id_dtype", "left_padded", "trimmed"),
     ],
     "opdlab.rollouts": [

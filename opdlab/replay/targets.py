@@ -216,4 +216,4 @@ def _from_hidden(teacher: Teacher, rollouts: Rollouts, targets: Targets, request
     found = targets_of([(torch.arange(len(rollouts)), scored)], rollouts, replace(request, hidden=False), vocab_size)
     entropy = found.entropy if targets.entropy is None else targets.entropy
     hidden = targets.hidden if request.hidden else None
-    return replace(found, logprobs=targets.logprobs, entropy=entropy, hidden=hidden)
+    return replace(found, logprobs=targets.logprobs, entropy=entropy, hidden=hidden, support_overlap=None)
