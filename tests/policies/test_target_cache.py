@@ -1,6 +1,7 @@
 """Targets on disk: found again by everything they depend on, and by nothing less."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -21,7 +22,6 @@ from opdlab.policies import (
     TeacherRequest,
 )
 from opdlab.rollouts import Rollouts, Targets
-from tests.children import run_child
 from tests.policies.test_routed_teacher import some_rollouts
 from tests.toy_run import STUDENT, TEACHER, Run
 
@@ -214,17 +214,21 @@ def test_damaged_files_are_scored_again(tmp_path: Path, content: bytes | str | N
 
 
 def test_processes_share_a_folder(tmp_path: Path) -> None:
-    # Two processes, which load the libraries once.
     code = (
-        "import os, sys\nfrom pathlib import Path\n"
-        "from tests.policies.test_target_cache import REQUEST, cache, rollouts\n"
-        "other = os.fork()\nteacher = cache(Path(sys.argv[1]))\nfor _ in range(5):\n"
+        "import sys\nfrom pathlib import Path\nfrom tests.policies.test_target_cache import REQUEST, cache, rollouts\n"
+        "teacher = cache(Path(sys.argv[1]))\nfor _ in range(5):\n"
         "    for file in Path(sys.argv[1]).rglob('*.safetensors'):\n        file.unlink(missing_ok=True)\n"
         "    teacher.score(rollouts(), REQUEST)\n"
-        "sys.exit(other and os.waitstatus_to_exitcode(os.waitpid(other, 0)[1]))\n"
     )
     # Both write and remove the same four files all the time, and may score them in other batches.
-    run_child([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[2], check=True)
+    others = [
+        subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[2]) for _ in range(2)
+    ]
+    try:
+        assert [other.wait(timeout=300) for other in others] == [0, 0]
+    finally:
+        for other in others:
+            other.kill()
     found, scored = cache(tmp_path).score(rollouts(), REQUEST), LocalTeacher(TEACHER).score(rollouts(), REQUEST)
     for name in ("logprobs", "support_logits", "entropy"):
         torch.testing.assert_close(getattr(found, name), getattr(scored, name), rtol=0, atol=1e-4)
