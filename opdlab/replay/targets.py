@@ -173,8 +173,9 @@ def narrowed(rollouts: Rollouts, targets: Targets, request: TeacherRequest) -> T
         return None
     targets = replace(targets, hidden=targets.hidden if request.hidden else None)
     num_top, num_given = request.top_k, request.behavior_top_k
-    without = ("support_ids", "support_logits", "support_mass", "support_valid", "support_overlap", "log_tail")
-    plain = replace(targets, **dict.fromkeys(without))
+    plain = Targets(
+        targets.logprobs, entropy=targets.entropy, log_normalizer=targets.log_normalizer, hidden=targets.hidden
+    )
     if not num_top + num_given:
         return plain
     has_given, has_top = _num_columns(rollouts, targets)
