@@ -2,6 +2,8 @@
 
 from opdlab.policies.adapters import AdapterConfig
 from opdlab.policies.behavior import BehaviorConfig, BehaviorPolicy
+from opdlab.policies.engines.server_sampler import VLLMServerSampler
+from opdlab.policies.engines.vllm_sampler import VLLMSampler
 from opdlab.policies.language_model import LanguageModel, Scored
 from opdlab.policies.routed_teacher import RoutedTeacher
 from opdlab.policies.sampler import (
@@ -49,6 +51,8 @@ __all__ = [
     "TeacherHolder",
     "TeacherRequest",
     "TransformersSampler",
+    "VLLMSampler",
+    "VLLMServerSampler",
     "check_same_vocabulary",
     "check_targets",
     "register_sampler",
