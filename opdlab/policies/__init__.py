@@ -2,6 +2,7 @@
 
 from opdlab.policies.adapters import AdapterConfig
 from opdlab.policies.behavior import BehaviorConfig, BehaviorPolicy
+from opdlab.policies.engines.engine_sampler import EngineSampler
 from opdlab.policies.engines.server_sampler import VLLMServerSampler
 from opdlab.policies.engines.vllm_sampler import VLLMSampler
 from opdlab.policies.language_model import LanguageModel, Scored
@@ -35,6 +36,7 @@ __all__ = [
     "BaseTeacher",
     "BehaviorConfig",
     "BehaviorPolicy",
+    "EngineSampler",
     "LanguageModel",
     "LocalTeacher",
     "NoTeacher",

@@ -127,15 +127,18 @@ class FakeVLLM:
             logits[:, self.likeliest :] = logits.amax(1, keepdim=True) + 1
         return logits
 
-    @torch.no_grad()
     def reload(self, folder: str) -> None:
         given: dict[str, Tensor] = {}
         for path in Path(folder).glob("*.safetensors"):
             given |= load_file(path)
+        self.loaded.append(folder)
+        self.take(given)
+
+    @torch.no_grad()
+    def take(self, given: dict[str, Tensor]) -> None:
         if self.forgets == "head":
             given.pop("lm_head.weight", None)
         with self._lock:
-            self.loaded.append(folder)
             for name, tensor in self.model.state_dict().items():
                 if name in given and self.forgets != "all":
                     tensor.copy_(given[name])
