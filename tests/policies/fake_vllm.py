@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TEACHER_FOLDER = Path(__file__).parents[2] / "opdlab/toy/models/teacher"
@@ -70,8 +71,9 @@ class FakeVLLM:
         self.model.lm_head.weight = torch.nn.Parameter(self.model.lm_head.weight.detach().clone())
         self.start = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.dev, self.processed, self.forgets, self.keeps_cache = dev, processed, forgets, keeps_cache
-        self.cache: dict[tuple[int, ...], Tensor] = {}
-        """Logits behind a prompt, by the weights of when it was first read."""
+        self.now = self.start
+        self.cache: dict[tuple[int, ...], dict[str, Tensor]] = {}
+        """The weights of when a prompt was first read."""
         self.loaded: list[str] = []
         """Folders of the reloads."""
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -142,10 +144,12 @@ class FakeVLLM:
             for name, tensor in self.model.state_dict().items():
                 if name in given and self.forgets != "all":
                     tensor.copy_(given[name])
+            self.now = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
 
     def restart(self) -> None:
         with self._lock:
             self.model.load_state_dict(self.start)
+            self.now = self.start
 
     def sampled(self, asked: Mapping[str, Any], trouble: str | None) -> dict[str, Any]:
         """Return a response; options that are not given have defaults that change it."""
@@ -154,16 +158,18 @@ class FakeVLLM:
         bias = torch.zeros(self.model.config.vocab_size)
         for index, value in (asked.get("logit_bias") or {}).items():
             bias[int(index)] = value
+        weights = self.cache.setdefault(tuple(prompt), self.now)
         while len(tokens) < asked["max_tokens"]:
-            logits = self.logprobs([*prompt, *tokens])[-1]
-            if not tokens:
-                logits = self.cache.setdefault(tuple(prompt), logits)
+            with torch.no_grad():
+                row = torch.tensor([[*prompt, *tokens]])
+                logits = functional_call(self.model, weights, (row,)).logits[0, -1].float()
             scores = (logits + bias) / max(asked.get("temperature", 0.5), 0.01)
-            ranked = scores.softmax(-1).sort(descending=True)
-            outside = ranked.values.cumsum(0) - ranked.values >= asked.get("top_p", 0.5)
-            scores = scores.index_fill(0, ranked.indices[outside], -torch.inf)
+            if (top_p := asked.get("top_p", 0.5)) < 1:
+                ranked = scores.softmax(-1).sort(descending=True)
+                outside = ranked.values.cumsum(0) - ranked.values >= top_p
+                scores = scores.index_fill(0, ranked.indices[outside], -torch.inf)
             if asked.get("top_k", 1) or asked.get("repetition_penalty") != 1 or not asked["ignore_eos"]:
-                scores = scores.index_fill(0, scores.argmax()[None], torch.inf)
+                scores = torch.full_like(scores, -torch.inf).index_fill(0, scores.argmax()[None], 0.0)
             token = int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
             tokens.append(token)
             numbers.append(float((scores if self.processed else logits).log_softmax(-1)[token]))
@@ -296,7 +302,8 @@ class _Handler(BaseHTTPRequestHandler):
         if (refused := self._refusal(asked)) is not None:
             return self._refused(*refused)
         trouble = None
-        counts = state.counts and len(asked["prompt"]) > 2  # shorter ones only ask for the largest K
+        # Short ones that sample nothing only ask for the largest K.
+        counts = state.counts and (len(asked["prompt"]) > 2 or asked.get("return_token_ids"))
         if counts:
             with state._lock:
                 trouble = state.troubles.pop(len(state.asked), None)

@@ -112,7 +112,7 @@ def test_stops_marks_and_log_probabilities(model: LanguageModel, folder: Path, t
 def test_first_tokens_follow_the_models_probabilities(
     model: LanguageModel, folder: Path, tmp_path: Path, temperature: float, top_p: float
 ) -> None:
-    streams = derive_streams("rollouts", 1, keys=[0], num_samples=1200)
+    streams = derive_streams("rollouts", 1, keys=[0], num_samples=800)
     with servers(folder, {}) as (server,):
         sampler = ready(tmp_path, model, server)
         samples = sample(sampler, [[5, 9, 3]], streams, max_new_tokens=1, temperature=temperature, top_p=top_p)
@@ -129,8 +129,7 @@ def test_a_stream_gives_the_same_response_in_any_batch(model: LanguageModel, fol
     with servers(folder, {}, {}) as both:
         sampler = ready(tmp_path, model, *both, concurrency=4)
         whole = rows(sample(sampler))
-        for server in both:
-            assert 1 < server.most <= 4
+        assert 1 < max(server.most for server in both) <= 4
         turned = rows(sample(sampler, PROMPTS[::-1], STREAMS.flip(0)))
         assert turned == whole[6:] + whole[3:6] + whole[:3]
         alone = ready(tmp_path, model, both[0], concurrency=1)
@@ -259,11 +258,11 @@ def test_weights_that_are_no_numbers_are_not_handed_over(model: LanguageModel, f
 
 @pytest.mark.parametrize("trouble", ["error", "cut", "short", "few", "stop", "slow"])
 def test_only_what_failed_is_asked_again(model: LanguageModel, folder: Path, tmp_path: Path, trouble: str) -> None:
-    model.stop_ids = [1, 6, 20]
+    model.stop_ids = [1, *range(10, 24)]
     with servers(folder, {}) as (server,):
-        sampler = ready(tmp_path, model, server, concurrency=2, timeout=0.5 if trouble == "slow" else 20.0)
+        sampler = ready(tmp_path, model, server, concurrency=2, timeout=2.0 if trouble == "slow" else 20.0)
         whole = rows(sample(sampler))
-        server.troubles, server.asked, server.slow = {2: trouble, 4: trouble}, [], 1.0
+        server.troubles, server.asked, server.slow = {2: trouble, 4: trouble}, [], 3.0
         assert rows(sample(sampler)) == whole
     assert len(server.asked) == 9 + 2 + 1  # and the probe
 
@@ -273,9 +272,10 @@ def test_another_server_takes_over(model: LanguageModel, folder: Path, tmp_path:
         sampler = ready(tmp_path, model, good, bad, retries=3)
         whole = rows(sample(sampler))
         bad.troubles, bad.asked = {1: "die"}, []
+        assert rows(sample(sampler)) == whole
+        model.model.lm_head.weight.data.mul_(1.1)
         with pytest.raises(UsageError, match=f"the sampler's server {bad.url} does not answer"):
-            sample(sampler)  # all responses are there, but nobody can say that its weights are right
-        assert rows(sample(ready(tmp_path, model, good))) == whole
+            sampler.refresh(model, 1)
 
 
 def test_a_server_that_dies_in_a_buffer_is_one_line_and_nothing_is_lost(

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def test_a_missing_package_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("opdlab.packages.find_spec", lambda name: None)
+    monkeypatch.setattr("opdlab.packages.find_spec", lambda name: None if name == "vllm" else find_spec(name))
     assert main(["fit", "-c", "quickstart", "--model.sampler", "vllm", "--trainer.max_steps", "1"]) == EXIT_USAGE
     said = capsys.readouterr().err
     assert "model.sampler needs vllm, which is not installed: pip install 'opdlab[vllm]'" in said

@@ -29,7 +29,7 @@ class EngineSampler(Sampler):
 
     gives_logprobs = True
     _first: ProbeResult | None = None
-    _last: ProbeResult | None = None
+    _last: Sequence[ProbeResult] = ()  # of each engine
     _asked: Sequence[EngineRequest] = ()  # for the last probe
     _kept: dict[EngineRequest, EngineAnswer]
     _stops: tuple[int, ...] = ()
@@ -39,9 +39,13 @@ class EngineSampler(Sampler):
     def __init__(self) -> None:
         self._kept = {}
 
+    def _engines(self) -> Sequence[int]:
+        """Return the numbers of the engines, each of which has a copy of the weights."""
+        return (0,)
+
     @abstractmethod
-    def _name(self) -> str:
-        """Return what the engine is called in messages."""
+    def _name(self, engine: int | None = None) -> str:
+        """Return what an engine, or all of them, are called in messages."""
 
     @abstractmethod
     def _take_over(self, model: LanguageModel, *, anew: bool) -> bool:
@@ -57,10 +61,14 @@ class EngineSampler(Sampler):
         """Return the engine's largest number of tokens of prompt and response; None if it is not known."""
 
     @abstractmethod
-    def _answers(self, requests: Sequence[EngineRequest]) -> Generator[tuple[int, EngineAnswer] | None]:
+    def _answers(
+        self, requests: Sequence[EngineRequest], engine: int | None = None
+    ) -> Generator[tuple[int, EngineAnswer] | None]:
         """Yield the index and the answer of each request as they arrive, and None so that signals are looked for.
 
-        Answers are free of faults, see :meth:`EngineAnswer.fault`.
+        Args:
+            requests: answers to them have no faults, see :meth:`EngineAnswer.fault`.
+            engine: that answers; None for any.
         """
 
     # -- weights -----------------------------------------------------------------------------------------------------
@@ -78,31 +86,34 @@ class EngineSampler(Sampler):
         if not bool(local_logprobs(model, probe_requests(model, ())[0].prompt).isfinite().all()):
             raise NonFiniteLogitsError(step)
         taken = self._take_over(model, anew=False)
-        result = self._probe(model)
-        if not taken and result.mean > limit(self._first):  # it was started anew with other weights
+        results, bound = self._probe(model), limit(self._first)
+        if not taken and max(result.worst for result in results) > bound:  # an engine was started anew
             self._take_over(model, anew=True)
-            result = self._probe(model)
-        require(
-            result.mean <= limit(self._first),
-            f"model.sampler: after the refresh at step {step}, {self._name()} gives the tokens of a probe other "
-            f"log-probabilities than the student: {result.mean:.2g} nats apart in the mean, at most "
-            f"{result.largest:.2g}; likely: {result.likely_cause(self._last)}",
-        )
-        if self._first is None:
-            self._first = result
-            rank_zero_info(
-                f"model.sampler: log-probabilities of a probe agree with {self._name()} to {result.mean:.1g} nats in "
-                f"the mean, at most {result.largest:.1g}"
+            results = self._probe(model)
+        for engine, result in zip(self._engines(), results, strict=True):
+            last = self._last[engine] if self._last else None
+            largest = float((result.engine - result.model).abs().max())
+            require(
+                result.worst <= bound,
+                f"model.sampler: after the refresh at step {step}, {self._name(engine)} gives the tokens of a probe "
+                f"other log-probabilities than the student: {result.worst:.2g} nats apart in the mean, at most "
+                f"{largest:.2g}; likely: {result.likely_cause(last, bound)}",
             )
-        self._last = result
+        if self._first is None:
+            self._first = max(results, key=lambda result: result.worst)
+            rank_zero_info(
+                f"model.sampler: {self._name()} and the student give a probe log-probabilities that are "
+                f"{self._first.worst:.1g} nats apart in the mean"
+            )
+        self._last = results
 
-    def _probe(self, model: LanguageModel) -> ProbeResult:
+    def _probe(self, model: LanguageModel) -> list[ProbeResult]:
         self._asked = requests = probe_requests(model, self._excluded)
-        return probe_result(model, requests, self._all_answers(requests))
+        return [probe_result(model, requests, self._all_answers(requests, engine)) for engine in self._engines()]
 
-    def _all_answers(self, requests: Sequence[EngineRequest]) -> list[EngineAnswer]:
+    def _all_answers(self, requests: Sequence[EngineRequest], engine: int) -> list[EngineAnswer]:
         found: dict[int, EngineAnswer] = {}
-        with closing(self._answers(requests)) as answers:
+        with closing(self._answers(requests, engine)) as answers:
             for each in answers:
                 if each is not None:
                     found[each[0]] = each[1]
@@ -176,9 +187,9 @@ class EngineSampler(Sampler):
 
     def knows_logprobs(self, config: SamplingConfig) -> bool:
         """True if the engine's log-probabilities are those at the temperature and before top-p."""
-        if self._last is None:
+        if not self._last:
             return True
-        raw = self._last.mode == "raw"
+        raw = any(result.mode == "raw" for result in self._last)
         known = config.temperature == 1 if raw else config.top_p == 1
         if not known and not self._said_unknown:
             self._said_unknown = True

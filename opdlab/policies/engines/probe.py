@@ -1,7 +1,7 @@
 """Comparison of an engine with the model whose weights it has taken over, on a few tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -42,25 +42,27 @@ class ProbeResult:
     mode: Mode
 
     @property
-    def mean(self) -> float:
-        """Return the mean of the absolute differences."""
-        return float((self.engine - self.model).abs().mean())
+    def means(self) -> tuple[float, float]:
+        """Return the mean absolute differences of the prompt's tokens and of the sampled ones."""
+        differences = (self.engine - self.model).abs()
+        first, second = differences.split([len(differences) - self.num_sampled, self.num_sampled])
+        return float(first.mean()), float(second.mean())
 
     @property
-    def largest(self) -> float:
-        """Return the largest absolute difference."""
-        return float((self.engine - self.model).abs().max())
+    def worst(self) -> float:
+        """Return the larger one of :attr:`means`."""
+        return max(self.means)
 
-    def likely_cause(self, before: "ProbeResult | None") -> str:
+    def likely_cause(self, before: "ProbeResult | None", bound: float) -> str:
         """Return what probably explains a difference.
 
         Args:
             before: the probe after the last refresh, if there was one.
+            bound: of a mean that is no more than rounding.
         """
-        differences = (self.engine - self.model).abs().split([len(self.engine) - self.num_sampled, self.num_sampled])
         if before is not None and torch.equal(before.engine, self.engine):
             return "it still has the weights of the last refresh"
-        if float(differences[0].mean()) < MAX_MEAN_DIFFERENCE / 8 and float(differences[1].mean()) > _LEAST_LIMIT:
+        if self.means[0] <= bound < self.means[1]:
             return "its cache of prompts is of earlier weights, or it changes the logits that it samples from"
         return (
             "a reload that leaves weights out (lm_head.weight of tied embeddings), other weights than the student's, "
@@ -77,16 +79,28 @@ def limit(first: ProbeResult | None) -> float:
     """
     if first is None:
         return MAX_MEAN_DIFFERENCE
-    return min(MAX_MEAN_DIFFERENCE, max(_LEAST_LIMIT, _TIMES_FIRST * first.mean))
+    return min(MAX_MEAN_DIFFERENCE, max(_LEAST_LIMIT, _TIMES_FIRST * first.worst))
 
 
 @torch.no_grad()
-def local_logprobs(model: LanguageModel, tokens: Sequence[int], temperature: float = 1.0) -> Tensor:
-    """Return a model's log-probabilities of tokens from the second on, nats, in host memory."""
+def local_logprobs(
+    model: LanguageModel, tokens: Sequence[int], temperature: float = 1.0, all_rows: bool = True
+) -> Tensor:
+    """Return a model's log-probabilities of tokens from the second on, nats, in host memory.
+
+    Args:
+        model: scores the tokens.
+        tokens: ids.
+        temperature: divides the logits.
+        all_rows: also of rows of the output layer that are no tokens, as an engine scores a prompt.
+    """
     row = torch.tensor(tokens, device=model.device)[None]
     mask, zeros = torch.ones_like(row, dtype=torch.bool), torch.zeros(1, dtype=torch.long, device=model.device)
     parts = row[:, :1], mask[:, :1], row[:, 1:], mask[:, 1:], torch.zeros_like(row[:, 1:]).float()
-    return model.score(Rollouts(*parts, *5 * (zeros,), temperature)).statistics().logprobs.float().cpu()
+    scored = model.score(Rollouts(*parts, *5 * (zeros,), temperature))
+    if all_rows:
+        scored = replace(scored, head=replace(scored.head, vocab_size=None))
+    return scored.statistics().logprobs.float().cpu()
 
 
 def probe_result(
@@ -102,7 +116,7 @@ def probe_result(
     scored, sampled = answers
     tokens, count = [*requests[0].prompt, *sampled.tokens], len(sampled.tokens)
     raw, theirs = local_logprobs(model, tokens), torch.tensor(sampled.logprobs)
-    processed = local_logprobs(model, tokens, _TEMPERATURE)[-count:]
+    processed = local_logprobs(model, tokens, _TEMPERATURE, all_rows=False)[-count:]
     differences = [float((theirs - each).abs().mean()) for each in (raw[-count:], processed)]
     # Where the distribution is flat, both are alike.
     mode: Mode = "processed" if differences[0] - differences[1] > _LEAST_LIMIT / 2 else "raw"

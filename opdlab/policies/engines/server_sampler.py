@@ -7,6 +7,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import distributed
 
 from opdlab.errors import UsageError, require
@@ -19,7 +20,7 @@ from opdlab.policies.engines.weights import plain_model, write_weights
 from opdlab.policies.fingerprints import fingerprint
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.sampler import register_sampler
-from opdlab.policies.served.connection import Ask, BadAnswerError, Servers
+from opdlab.policies.served.connection import Ask, BadAnswerError, ServerError, Servers
 from opdlab.policies.served.models import find_model
 from opdlab.policies.served.prompt_scores import read_entries
 from opdlab.processes import STOP
@@ -93,8 +94,12 @@ class VLLMServerSampler(EngineSampler):
         self._model_name = ""
         self._length: int | None = None
 
-    def _name(self) -> str:
-        return "the server " + " and ".join(self._servers.urls)
+    def _engines(self) -> Sequence[int]:
+        return range(len(self._servers.urls))
+
+    def _name(self, engine: int | None = None) -> str:
+        urls = self._servers.urls
+        return "the server " + (" and ".join(urls) if engine is None else urls[engine])
 
     def _max_length(self) -> int | None:
         return self._length
@@ -172,26 +177,39 @@ class VLLMServerSampler(EngineSampler):
         self._servers.ask(Ask(_RESET, _read_reset, lambda: b"", server=server, why=_DEV_MODE))
 
     def _check_weights(self) -> None:
-        """Raise a UsageError if a server gives the probe other log-probabilities than after the refresh."""
-        assert self._last is not None
-        request, numbers = self._asked[0], self._last.engine[: len(self._last.engine) - self._last.num_sampled]
+        """Raise a UsageError if a server gives the probe other log-probabilities than after the refresh.
+
+        A server that has died is left out if others have answered.
+        """
+        dead: list[ServerError] = []
         for server, url in enumerate(self._servers.urls):
-            answer = self._servers.ask(self._ask(request, server=server))
-            worst = max(abs(mine - float(old)) for mine, old in zip(answer.prompt_logprobs, numbers, strict=True))
-            require(
-                worst <= 4 * limit(self._first),
-                f"model.sampler: the server {url} gives a probe log-probabilities that differ by {worst:.2g} nats from "
-                "those after the refresh, so its weights have changed while it sampled: it was started anew, or "
-                "another run uses it; go on with --ckpt_path last",
+            try:
+                answer = self._all_answers(self._asked[:1], server)[0]
+            except ServerError as error:
+                dead.append(error)
+                continue
+            differences = (
+                torch.tensor(answer.prompt_logprobs) - self._last[server].engine[: len(answer.prompt_logprobs)]
             )
+            mean = float(differences.abs().mean())
+            require(
+                mean <= limit(self._first),
+                f"model.sampler: the server {url} gives a probe log-probabilities that are {mean:.2g} nats from those "
+                "after the refresh, so its weights have changed while it sampled: it was started anew, or another run "
+                "uses it; go on with --ckpt_path last",
+            )
+        if len(dead) == len(self._servers.urls):
+            raise dead[0]
 
     # -- samples -----------------------------------------------------------------------------------------------------
 
-    def _answers(self, requests: Sequence[EngineRequest]) -> Generator[tuple[int, EngineAnswer] | None]:
-        with closing(self._servers.ask_all([self._ask(request) for request in requests])) as answers:
+    def _answers(
+        self, requests: Sequence[EngineRequest], engine: int | None = None
+    ) -> Generator[tuple[int, EngineAnswer] | None]:
+        with closing(self._servers.ask_all([self._ask(request, engine) for request in requests])) as answers:
             yield from answers
 
-    def _ask(self, request: EngineRequest, server: int | None = None) -> Ask:
+    def _ask(self, request: EngineRequest, server: int | None) -> Ask:
         def body() -> bytes:
             content = {"model": self._model_name, "prompt": list(request.prompt), "return_token_ids": True}
             return json.dumps({**content, **request.options()}).encode()

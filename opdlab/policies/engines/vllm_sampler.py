@@ -2,10 +2,12 @@
 
 import os
 import random
+import shutil
+import weakref
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from typing import Any, Literal
 
 import numpy as np
@@ -89,7 +91,8 @@ class VLLMSampler(EngineSampler):
         self._folder: Path | None = None  # for weights that the engine can only read from files
         self._count = 0  # of requests, whose number is their name
 
-    def _name(self) -> str:
+    def _name(self, engine: int | None = None) -> str:
+        del engine
         return "vLLM in this process"
 
     def _max_length(self) -> int | None:
@@ -129,12 +132,14 @@ class VLLMSampler(EngineSampler):
             **_of_processes(),
             **self._options,
         }
-        folder = TemporaryDirectory(prefix="opdlab-vllm-")
-        by_name = write_weights(plain, Path(folder.name))
+        folder = Path(mkdtemp(prefix="opdlab-vllm-"))
+        remove = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        by_name = write_weights(plain, folder)
         try:
             with _kept_generators():
-                self._engine = LLM(model=folder.name, **options)
+                self._engine = LLM(model=str(folder), **options)
         except Exception as error:  # vLLM raises many types
+            remove()
             if out_of_memory(error) is not None:
                 raise
             raise UsageError(
@@ -142,10 +147,9 @@ class VLLMSampler(EngineSampler):
                 "model.sampler.max_model_len, gpu_memory_utilization or options, or set model.sampler to transformers"
             ) from error
         if by_name:
-            folder.cleanup()
+            remove()
         else:
-            self._folder = Path(folder.name)
-            self._keeper = folder
+            self._folder = folder
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
@@ -183,29 +187,31 @@ class VLLMSampler(EngineSampler):
 
     # -- samples -----------------------------------------------------------------------------------------------------
 
-    def _answers(self, requests: Sequence[EngineRequest]) -> Generator[tuple[int, EngineAnswer] | None]:
+    def _answers(
+        self, requests: Sequence[EngineRequest], engine: int | None = None
+    ) -> Generator[tuple[int, EngineAnswer] | None]:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         self._wake()
-        engine, waiting = self._engine.llm_engine, {}
+        llm_engine, waiting = self._engine.llm_engine, {}
         try:
             for index, request in enumerate(requests):
                 options = {**request.options(), "detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
                 if request.excluded:
                     options["logit_bias"] = {int(token): bias for token, bias in options["logit_bias"].items()}
                 name, self._count = str(self._count), self._count + 1
-                engine.add_request(name, {"prompt_token_ids": list(request.prompt)}, SamplingParams(**options))
+                llm_engine.add_request(name, {"prompt_token_ids": list(request.prompt)}, SamplingParams(**options))
                 waiting[name] = index
             while waiting:
-                outputs = [output for output in engine.step() if output.finished]
+                outputs = [output for output in llm_engine.step() if output.finished]
                 yield None
                 for output in outputs:
                     index = waiting.pop(output.request_id)
                     yield index, checked(_answer(output), requests[index], self._name())
         finally:
             if waiting:
-                engine.abort_request(list(waiting))
+                llm_engine.abort_request(list(waiting))
 
 
 def _answer(output: Any) -> EngineAnswer:
