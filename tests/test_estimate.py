@@ -529,7 +529,13 @@ def test_the_verdict_names_phase_and_part() -> None:
 
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_vllms_share_is_counted_while_it_is_awake(level: int) -> None:
-    options = "--model.sampler vllm --model.sampler.gpu_memory_utilization 0.5 --model.sampler.sleep_level".split()
+    options = [
+        "--model.sampler",
+        "vllm",
+        "--model.sampler.gpu_memory_utilization",
+        "0.5",
+        "--model.sampler.sleep_level",
+    ]
     config = configured(*options, level)
     result, plain = estimate(config, on_cpu=False), estimate(configured(), on_cpu=False)
     total = 8 << 30

@@ -160,7 +160,7 @@ class FakeVLLM:
             bias[int(index)] = value
         weights = self.cache.setdefault(tuple(prompt), self.now)
         while len(tokens) < asked["max_tokens"]:
-            with torch.no_grad():
+            with torch.no_grad(), self._lock:
                 row = torch.tensor([[*prompt, *tokens]])
                 logits = functional_call(self.model, weights, (row,)).logits[0, -1].float()
             scores = (logits + bias) / max(asked.get("temperature", 0.5), 0.01)

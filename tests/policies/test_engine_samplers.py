@@ -172,6 +172,7 @@ def test_log_probabilities_are_at_the_temperature_and_before_top_p_or_none(
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("peft_pair")
 def test_weights_are_written_with_the_output_layer_and_merged(tmp_path: Path) -> None:
     tied = LanguageModel(STUDENT)
     assert write_weights(tied, tmp_path / "tied")

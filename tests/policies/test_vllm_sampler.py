@@ -72,6 +72,7 @@ def test_options_reach_the_engine(model: LanguageModel) -> None:
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
 
 
+@pytest.mark.usefixtures("peft_pair")
 @pytest.mark.parametrize("adapter", [None, AdapterConfig(r=2)])
 def test_weights_are_handed_over_after_each_refresh(adapter: AdapterConfig | None) -> None:
     student = LanguageModel(STUDENT, adapter=adapter)

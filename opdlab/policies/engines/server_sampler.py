@@ -11,7 +11,6 @@ import torch
 from torch import distributed
 
 from opdlab.errors import UsageError, require
-from opdlab.files import replacing
 from opdlab.locks import locked
 from opdlab.policies.engines.engine_sampler import EngineSampler
 from opdlab.policies.engines.probe import limit
@@ -24,7 +23,7 @@ from opdlab.policies.served.connection import Ask, BadAnswerError, ServerError, 
 from opdlab.policies.served.models import find_model
 from opdlab.policies.served.prompt_scores import read_entries
 from opdlab.processes import STOP
-from opdlab.records import digest, read_json
+from opdlab.records import digest, read_json, write_json
 
 TOKEN_VARIABLE = "OPDLAB_SAMPLER_TOKEN"
 """Environment variable with the token of the servers: no option, because saved configurations show options."""
@@ -121,12 +120,13 @@ class VLLMServerSampler(EngineSampler):
 
     # -- weights -----------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # evaluations run in it, and merging an adapter copies the model
     def _take_over(self, model: LanguageModel, *, anew: bool) -> bool:
         self._choose_server()
         found, new = fingerprint(model), False
         with self._turn():
             record = read_json(self._folder / _LOADED)
-            if anew or record is None or record.get("weights") != found:
+            if anew or record.get("weights") != found:
                 write_weights(plain_model(model), self._folder / "weights")
                 record = {"weights": found, "servers": []}
             for server, url in enumerate(self._servers.urls):
@@ -134,8 +134,7 @@ class VLLMServerSampler(EngineSampler):
                     self._load(server)
                     record["servers"].append(url)
                     new = True
-            with replacing(self._folder / _LOADED) as file:
-                file.write(json.dumps(record).encode())
+            write_json(self._folder / _LOADED, record)
         return new
 
     def _choose_server(self) -> None:

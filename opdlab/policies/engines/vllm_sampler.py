@@ -90,6 +90,7 @@ class VLLMSampler(EngineSampler):
         self._engine: Any = None
         self._folder: Path | None = None  # for weights that the engine can only read from files
         self._count = 0  # of requests, whose number is their name
+        self._device_type = "cpu"
 
     def _name(self, engine: int | None = None) -> str:
         del engine
@@ -154,20 +155,20 @@ class VLLMSampler(EngineSampler):
     # -- weights -----------------------------------------------------------------------------------------------------
 
     def _take_over(self, model: LanguageModel, *, anew: bool) -> bool:
-        plain = plain_model(model)
-        if self._engine is None:
-            self._start(plain)
-        self._wake()
-        if self._folder is None:
-            handed = {"weights_iterator": named_weights(plain)}
-        else:
-            write_weights(plain, self._folder)
-            handed = {"weights_path": str(self._folder)}  # type: ignore[dict-item]
-        self._engine.collective_rpc("reload_weights", kwargs=handed)
-        require(
-            bool(self._engine.reset_prefix_cache()),
-            "model.sampler: vLLM cannot empty its cache of prompts, because it still samples",
-        )
+        del anew
+        with _modes_of_vllm(model.device.type):
+            plain = plain_model(model)
+            if self._engine is None:
+                self._start(plain)
+            self._wake()
+            handed: dict[str, Any] = {"weights_iterator": named_weights(plain)}
+            if self._folder is not None:
+                write_weights(plain, self._folder)
+                handed = {"weights_path": str(self._folder)}
+            self._engine.collective_rpc("reload_weights", kwargs=handed)
+            emptied = self._engine.reset_prefix_cache()
+        self._device_type = model.device.type
+        require(bool(emptied), "model.sampler: vLLM cannot empty its cache of prompts, because it still samples")
         return True
 
     def release(self) -> None:
@@ -193,18 +194,21 @@ class VLLMSampler(EngineSampler):
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        self._wake()
-        llm_engine, waiting = self._engine.llm_engine, {}
+        llm_engine: Any = self._engine.llm_engine
+        waiting: dict[str, int] = {}
         try:
-            for index, request in enumerate(requests):
-                options = {**request.options(), "detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
-                if request.excluded:
-                    options["logit_bias"] = {int(token): bias for token, bias in options["logit_bias"].items()}
-                name, self._count = str(self._count), self._count + 1
-                llm_engine.add_request(name, {"prompt_token_ids": list(request.prompt)}, SamplingParams(**options))
-                waiting[name] = index
+            with _modes_of_vllm(self._device_type):
+                self._wake()
+                for index, request in enumerate(requests):
+                    options = {**request.options(), "detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
+                    if request.excluded:
+                        options["logit_bias"] = {int(token): bias for token, bias in options["logit_bias"].items()}
+                    name, self._count = str(self._count), self._count + 1
+                    llm_engine.add_request(name, {"prompt_token_ids": list(request.prompt)}, SamplingParams(**options))
+                    waiting[name] = index
             while waiting:
-                outputs = [output for output in llm_engine.step() if output.finished]
+                with _modes_of_vllm(self._device_type):
+                    outputs = [output for output in llm_engine.step() if output.finished]
                 yield None
                 for output in outputs:
                     index = waiting.pop(output.request_id)
@@ -231,6 +235,13 @@ def _of_processes() -> dict[str, Any]:
     os.environ.setdefault("WORLD_SIZE", str(distributed.get_world_size()))
     os.environ.setdefault("LOCAL_RANK", "0")
     return {"distributed_executor_backend": "external_launcher"}
+
+
+@contextmanager
+def _modes_of_vllm(device_type: str) -> Iterator[None]:
+    """Run a block outside of the modes of an evaluation: inference mode, whose tensors vLLM cannot change, autocast."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type, enabled=False):
+        yield
 
 
 @contextmanager
