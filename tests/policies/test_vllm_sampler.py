@@ -48,9 +48,9 @@ def ready(model: LanguageModel, **options: Any) -> VLLMSampler:
 
 
 def test_the_likeliest_tokens_are_those_of_the_loop_here(model: LanguageModel) -> None:
-    model.stop_ids = [1, 6, 20]
     here = TransformersSampler()
     here.refresh(model, 0)
+    model.stop_ids = [1, rows(sample(here, temperature=0.01))[0][4]]
     state = torch.get_rng_state()
     theirs = sample(ready(model), temperature=0.01)
     assert torch.equal(torch.get_rng_state(), state)
@@ -97,7 +97,7 @@ def test_a_reload_that_leaves_something_out_is_found(model: LanguageModel, monke
     with torch.no_grad():
         model.model.lm_head.weight.add_(0.1)
         model.model.lm_head.weight[::2].mul_(2)
-    with pytest.raises(UsageError, match="after the refresh at step 2, vLLM in this process gives .* lm_head.weight"):
+    with pytest.raises(UsageError, match="after the refresh at step 2, vLLM in this process gives .*lm_head.weight"):
         sampler.refresh(model, 2)
 
 

@@ -209,9 +209,9 @@ class VLLMSampler(EngineSampler):
             while waiting:
                 with _modes_of_vllm(self._device_type):
                     outputs = [output for output in llm_engine.step() if output.finished]
+                    done = [(waiting.pop(output.request_id), output) for output in outputs]
                 yield None
-                for output in outputs:
-                    index = waiting.pop(output.request_id)
+                for index, output in done:
                     yield index, checked(_answer(output), requests[index], self._name())
         finally:
             if waiting:
