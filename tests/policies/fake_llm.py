@@ -25,7 +25,7 @@ class FakeLLM:
         self.fake = FakeVLLM(Path(model), processed=options["logprobs_mode"] == "processed_logprobs")
         self.fake._server.server_close()
         self.options, self.model_config = options, SimpleNamespace(max_model_len=options.get("max_model_len") or 256)
-        self.llm_engine, self.waiting, self.asleep = self, {}, 0
+        self.llm_engine, self.waiting, self.asleep, self.count = self, {}, 0, 0
         self.calls: list[str] = []
         self.names: list[set[str]] = []
         FakeLLM.made.append(self)
@@ -57,15 +57,21 @@ class FakeLLM:
         self.asleep = 0
         self.calls.append("wake")
 
-    def add_request(self, name: str, prompt: dict[str, Any], params: Any) -> None:
+    def enqueue(self, prompts: list[dict[str, Any]], params: list[Any], use_tqdm: bool) -> list[str]:
         assert not self.asleep
-        assert name not in self.waiting
-        self.waiting[name] = {**vars(params), "prompt": prompt["prompt_token_ids"], "model": "toy"}
+        assert not use_tqdm
+        names = []
+        for prompt, each in zip(prompts, params, strict=True):
+            self.count += 1
+            self.waiting[str(self.count)] = {**vars(each), "prompt": prompt["prompt_token_ids"], "model": "toy"}
+            names.append(f"{self.count}-{self.count:08x}")
+        return names
 
-    def abort_request(self, names: list[str]) -> None:
+    def abort_request(self, names: list[str], internal: bool) -> None:
+        assert internal
         self.calls.append("abort")
         for name in names:
-            del self.waiting[name]
+            del self.waiting[name.partition("-")[0]]
 
     def step(self) -> list[Any]:
         return [self._output(name, self.waiting.pop(name)) for name in list(self.waiting)[:-3:-1]]
@@ -93,9 +99,7 @@ class FakeLLM:
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the stand-in in the place of the package until a test ends."""
     FakeLLM.made.clear()
-    package, parameters = ModuleType("vllm"), ModuleType("vllm.sampling_params")
+    package = ModuleType("vllm")
     package.__spec__ = ModuleSpec("vllm", None, origin="fake")
     package.__dict__.update(LLM=FakeLLM, SamplingParams=lambda **options: SimpleNamespace(**options))
-    parameters.__dict__.update(RequestOutputKind=SimpleNamespace(FINAL_ONLY=2))
-    for module in (package, parameters):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setitem(sys.modules, "vllm", package)

@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -235,6 +237,31 @@ def test_equal_weights_are_loaded_once_and_again_after_a_restart(
         other.refresh(model, 0)
         assert [len(server.loaded) for server in both] == [2, 2]
         assert rows(sample(sampler)) == rows(sample(other))
+
+
+def test_processes_that_refresh_at_once_write_and_load_once(folder: Path, tmp_path: Path) -> None:
+    models = [random_model(tmp_path / f"model{number}", spread=0.15) for number in range(2)]
+    with servers(folder, {}) as (server,), ThreadPoolExecutor(2) as pool:
+        made = list(pool.map(lambda model: ready(tmp_path, model, server), models))
+        assert len(server.loaded) == 1
+        assert rows(sample(made[0])) == rows(sample(made[1]))
+
+
+def test_each_process_may_have_its_own_server(
+    model: LanguageModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = 2
+    fake = SimpleNamespace(is_initialized=lambda: True, get_world_size=lambda: count, get_rank=lambda: 1)
+    monkeypatch.setattr("opdlab.policies.engines.server_sampler.distributed", fake)
+    with servers(folder, {}, {}) as both:
+        sample(ready(tmp_path, model, *both, per_process=True))
+        assert [len(server.loaded) for server in both] == [0, 1]
+        assert [len(server.asked) for server in both] == [0, 9 + 1]
+        count = 3
+        with pytest.raises(
+            UsageError, match="url names 2 servers and per_process is true, but the run has 3 processes"
+        ):
+            ready(tmp_path, model, *both, per_process=True)
 
 
 def test_weights_that_change_while_sampling_are_found(model: LanguageModel, folder: Path, tmp_path: Path) -> None:

@@ -69,6 +69,8 @@ def test_options_reach_the_engine(model: LanguageModel) -> None:
     given = FakeLLM.made[0].options
     assert (given["gpu_memory_utilization"], given["dtype"], given["max_num_seqs"]) == (0.4, "bfloat16", 8)
     assert (given["logprobs_mode"], given["enable_sleep_mode"]) == ("processed_logprobs", False)
+    ready(model)
+    assert FakeLLM.made[1].options["dtype"] == "float32"
     assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
 
 

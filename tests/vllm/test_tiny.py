@@ -154,12 +154,12 @@ def test_what_is_called_of_vllm_is_there() -> None:
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
     names = set(EngineRequest((5, 9), 4, 7, excluded=(1,), prompt_logprobs=True).options())
-    assert names | {"detokenize", "output_kind"} <= set(inspect.signature(vllm.SamplingParams).parameters)
+    assert names | {"detokenize"} <= set(inspect.signature(vllm.SamplingParams).parameters)
     assert names | {"prompt", "return_token_ids"} <= set(CompletionRequest.model_fields)
-    for method in ("collective_rpc", "reset_prefix_cache", "sleep", "wake_up"):
+    for method in ("enqueue", "collective_rpc", "reset_prefix_cache", "sleep", "wake_up"):
         assert callable(getattr(vllm.LLM, method))
-    for method in ("add_request", "step", "abort_request"):
-        assert callable(getattr(vllm.LLMEngine, method))
+    assert callable(vllm.LLMEngine.step)
+    assert "internal" in inspect.signature(vllm.LLMEngine.abort_request).parameters
     options = {"seed", "logprobs_mode", "generation_config", "enable_sleep_mode", "distributed_executor_backend"}
     options |= {"gpu_memory_utilization", "max_model_len", "dtype", "enforce_eager"}
     assert options <= {field.name for field in dataclasses.fields(EngineArgs)}

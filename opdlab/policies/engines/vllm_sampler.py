@@ -82,14 +82,13 @@ class VLLMSampler(EngineSampler):
         self._options: dict[str, Any] = {
             "gpu_memory_utilization": gpu_memory_utilization,
             "max_model_len": max_model_len,
-            "dtype": dtype,
             "enforce_eager": enforce_eager,
+            **({} if dtype == "auto" else {"dtype": dtype}),  # vLLM's own auto would narrow float32
             **(options or {}),
         }
         self._sleep_level, self._sleeps, self._asleep = sleep_level, False, False
         self._engine: Any = None
         self._folder: Path | None = None  # for weights that the engine can only read from files
-        self._count = 0  # of requests, whose number is their name
         self._device_type = "cpu"
 
     def _name(self, engine: int | None = None) -> str:
@@ -127,6 +126,7 @@ class VLLMSampler(EngineSampler):
         self._sleeps = self._sleep_level > 0 and plain.device.type == "cuda"
         options = {
             "seed": 0,
+            "dtype": str(next(plain.parameters()).dtype).removeprefix("torch."),
             "logprobs_mode": "processed_logprobs",
             "generation_config": "vllm",
             "enable_sleep_mode": self._sleeps,
@@ -192,30 +192,30 @@ class VLLMSampler(EngineSampler):
         self, requests: Sequence[EngineRequest], engine: int | None = None
     ) -> Generator[tuple[int, EngineAnswer] | None]:
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
 
+        params = []
+        for request in requests:
+            options = {**request.options(), "detokenize": False}
+            options["logit_bias"] = {int(token): bias for token, bias in options.get("logit_bias", {}).items()} or None
+            params.append(SamplingParams(**options))
+        prompts = [{"prompt_token_ids": list(request.prompt)} for request in requests]
         llm_engine: Any = self._engine.llm_engine
-        waiting: dict[str, int] = {}
+        waiting: dict[str, tuple[int, str]] = {}  # index and name inside of the engine, which ends in random characters
         try:
             with _modes_of_vllm(self._device_type):
                 self._wake()
-                for index, request in enumerate(requests):
-                    options = {**request.options(), "detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
-                    if request.excluded:
-                        options["logit_bias"] = {int(token): bias for token, bias in options["logit_bias"].items()}
-                    name, self._count = str(self._count), self._count + 1
-                    llm_engine.add_request(name, {"prompt_token_ids": list(request.prompt)}, SamplingParams(**options))
-                    waiting[name] = index
+                names = self._engine.enqueue(prompts, params, use_tqdm=False) if prompts else []
+                waiting |= {name.partition("-")[0]: (index, name) for index, name in enumerate(names)}
             while waiting:
                 with _modes_of_vllm(self._device_type):
                     outputs = [output for output in llm_engine.step() if output.finished]
-                    done = [(waiting.pop(output.request_id), output) for output in outputs]
+                done = [(waiting.pop(output.request_id)[0], output) for output in outputs]
                 yield None
                 for index, output in done:
                     yield index, checked(_answer(output), requests[index], self._name())
         finally:
             if waiting:
-                llm_engine.abort_request(list(waiting))
+                llm_engine.abort_request([name for _, name in waiting.values()], internal=True)
 
 
 def _answer(output: Any) -> EngineAnswer:
