@@ -170,8 +170,8 @@ class EngineSampler(Sampler):
                     continue
                 kept[missing[each[0]]] = each[1]
                 advance(config.max_new_tokens)
-        self._check_weights()
         self._kept = {}
+        self._check_weights()
         return self._samples([kept[request] for request in requests], config)
 
     def _check_weights(self) -> None:

@@ -191,12 +191,13 @@ class VLLMServerSampler(EngineSampler):
                 torch.tensor(answer.prompt_logprobs) - self._last[server].engine[: len(answer.prompt_logprobs)]
             )
             mean = float(differences.abs().mean())
-            require(
-                mean <= limit(self._first),
-                f"model.sampler: the server {url} gives a probe log-probabilities that are {mean:.2g} nats from those "
-                "after the refresh, so its weights have changed while it sampled: it was started anew, or another run "
-                "uses it; go on with --ckpt_path last",
-            )
+            if mean > limit(self._first):
+                self._in_use = None
+                raise UsageError(
+                    f"model.sampler: the server {url} gives a probe log-probabilities that are {mean:.2g} nats from "
+                    "those after the refresh, so its weights have changed while it sampled: it was started anew, or "
+                    "another run uses it; go on with --ckpt_path last"
+                )
         if len(dead) == len(self._servers.urls):
             raise dead[0]
 
