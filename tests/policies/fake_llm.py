@@ -25,7 +25,8 @@ class FakeLLM:
         self.fake = FakeVLLM(Path(model), processed=options["logprobs_mode"] == "processed_logprobs")
         self.fake._server.server_close()
         self.options, self.model_config = options, SimpleNamespace(max_model_len=options.get("max_model_len") or 256)
-        self.llm_engine, self.waiting, self.asleep, self.count = self, {}, 0, 0
+        self.llm_engine, self.asleep, self.count = self, 0, 0
+        self.waiting: dict[str, dict[str, Any]] = {}
         self.calls: list[str] = []
         self.names: list[set[str]] = []
         FakeLLM.made.append(self)

@@ -153,7 +153,9 @@ class FakeVLLM:
 
     def sampled(self, asked: Mapping[str, Any], trouble: str | None) -> dict[str, Any]:
         """Return a response; options that are not given have defaults that change it."""
-        prompt, tokens, numbers = list(asked["prompt"]), [], []
+        prompt = list(asked["prompt"])
+        tokens: list[int] = []
+        numbers: list[float] = []
         generator = torch.Generator().manual_seed(asked.get("seed", 0))
         bias = torch.zeros(self.model.config.vocab_size)
         for index, value in (asked.get("logit_bias") or {}).items():

@@ -45,8 +45,7 @@ class ProbeResult:
     def means(self) -> tuple[float, float]:
         """Return the mean absolute differences of the prompt's tokens and of the sampled ones."""
         differences = (self.engine - self.model).abs()
-        first, second = differences.split([len(differences) - self.num_sampled, self.num_sampled])
-        return float(first.mean()), float(second.mean())
+        return float(differences[: -self.num_sampled].mean()), float(differences[-self.num_sampled :].mean())
 
     @property
     def worst(self) -> float:
