@@ -541,7 +541,7 @@ def test_vllms_share_is_counted_while_it_is_awake(level: int) -> None:
     total = 8 << 30
     awake = {phase for phase in result.phases if result.peak(phase, total) - result.peak(phase) == total // 2}
     assert awake == ({"sampling", "evaluation"} if level else set(result.phases))
-    assert not [name for name in result.parts if name.startswith("KV cache")]
+    assert not [name for name in result.parts if name.startswith("KV cache") and "teacher" not in name]
     assert result.peak("update") == plain.peak("update")
     assert ("vLLM's weights" in result.host) == (level == 1)
     line = result.verdict(DeviceMemory("card", total, 4 << 30))
@@ -557,7 +557,7 @@ def test_vllm_on_a_cpu_and_on_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.parts["vLLM's cache"][0] == 2 << 30
     assert all("vLLM's weights" in parts for parts in result.phases.values())
     served = estimate(configured("--model.sampler", "vllm_server", "--model.sampler.url", "http://host:8000"))
-    assert not [name for name in served.parts if "vLLM" in name or name.startswith("KV cache")]
+    assert not [name for name in served.parts if "vLLM" in name or name in ("KV cache", "KV cache of evaluation")]
     assert "sampling" in served.phases
 
 

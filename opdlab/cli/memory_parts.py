@@ -164,15 +164,15 @@ def _add_evaluation(result: Estimate, config: Any, models: Mapping[str, ModelSiz
     if "teacher" in models and options.teacher:
         caches[teachers] = _cache(models["teacher"], config, sampling, wanted)
     casts = [_CASTS] if _CASTS in result.parts else []  # autocast caches copies of all trainable weights
-    if _TEACHER not in result.host:
-        largest = {own: max(caches.values())} if caches else {}
-        result.add_phase("evaluation", *casts, *(engine or ()), new=largest)
+    offloaded = [_TEACHER] if _TEACHER in result.host else []
+    if engine is None and not offloaded:
+        result.add_phase("evaluation", *casts, new={own: max(caches.values())})
         return
-    measured = [_TEACHER] if options.reverse_kl else []  # the teacher scores each batch of answers
+    measured = offloaded if options.reverse_kl else []  # the teacher scores each batch of answers
     new = {own: caches.pop(own)} if own in caches else {}
     result.add_phase("evaluation", *measured, *casts, *(engine or ()), new=new)
     if caches:
-        result.add_phase("the teacher's evaluation", _TEACHER, *casts, new=caches)
+        result.add_phase("the teacher's evaluation", *offloaded, *casts, new=caches)
 
 
 def _add_scoring(result: Estimate, config: Any, models: Mapping[str, ModelSize], num_rollouts: int) -> None:
