@@ -175,8 +175,10 @@ class FakeVLLM:
             token = int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
             tokens.append(token)
             numbers.append(float((scores if self.processed else logits).log_softmax(-1)[token]))
-            if token in asked["stop_token_ids"] and trouble != "stop":
+            if token in asked["stop_token_ids"]:
                 break
+        if trouble == "stop":
+            tokens, numbers = [asked["stop_token_ids"][0], *tokens], [numbers[0], *numbers]
         if trouble == "few":
             tokens, numbers = tokens[:-1], numbers[:-1]
         finish = "stop" if tokens and tokens[-1] in asked["stop_token_ids"] else "length"
