@@ -527,6 +527,40 @@ def test_the_verdict_names_phase_and_part() -> None:
     assert "the peak of sampling, 9.00 GiB with the rollout buffer, does not fit" in result.verdict(host)
 
 
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_vllms_share_is_counted_while_it_is_awake(level: int) -> None:
+    options = [
+        "--model.sampler",
+        "vllm",
+        "--model.sampler.gpu_memory_utilization",
+        "0.5",
+        "--model.sampler.sleep_level",
+    ]
+    config = configured(*options, level)
+    result, plain = estimate(config, on_cpu=False), estimate(configured(), on_cpu=False)
+    total = 8 << 30
+    awake = {phase for phase in result.phases if result.peak(phase, total) - result.peak(phase) == total // 2}
+    assert awake == ({"sampling", "evaluation"} if level else set(result.phases))
+    assert not [name for name in result.parts if name.startswith("KV cache") and "teacher" not in name]
+    assert result.peak("update") == plain.peak("update")
+    assert ("vLLM's weights" in result.host) == (level == 1)
+    line = result.verdict(DeviceMemory("card", total, 4 << 30))
+    assert "the peak of" in line
+    assert line.endswith("does not fit; its largest part is vLLM's share")
+    columns = [str(cell) for cell in result.table().columns[1].cells]
+    assert "50%" in columns
+
+
+def test_vllm_on_a_cpu_and_on_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+    result = estimate(configured("--model.sampler", "vllm"), on_cpu=True)
+    assert result.parts["vLLM's cache"][0] == 2 << 30
+    assert all("vLLM's weights" in parts for parts in result.phases.values())
+    served = estimate(configured("--model.sampler", "vllm_server", "--model.sampler.url", "http://host:8000"))
+    assert not [name for name in served.parts if "vLLM" in name or name in ("KV cache", "KV cache of evaluation")]
+    assert "sampling" in served.phases
+
+
 @pytest.mark.parametrize("accelerator", ["auto", "cpu"])
 def test_the_verdict_on_a_cpu_knows_no_offloading(
     accelerator: str, opdlab: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

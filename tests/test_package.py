@@ -78,6 +78,7 @@ PUBLIC = {
         *("Samples", "TransformersSampler", "register_sampler", "sample_rollouts", "sampler_registry"),
         *("BehaviorConfig", "NoTeacher", "Teacher", "TeacherHolder", "TeacherRequest", "check_same_vocabulary"),
         *("RoutedTeacher", "SelfTeacher", "ServedTeacher", "TargetCache", "check_targets"),
+        *("EngineSampler", "VLLMSampler", "VLLMServerSampler"),
     ],
     "opdlab.data": [
         *("Benchmark", "ChatTemplate", "CleaningReport", "CleaningConfig", "DapoMath17k", "EvaluationBatch"),

@@ -14,6 +14,7 @@ from opdlab.cli.configured_models import (
     teacher_prompt,
     teacher_weights,
 )
+from opdlab.cli.memory_engine import add_engine
 from opdlab.cli.memory_table import Estimate
 from opdlab.estimate import (
     DIVERGENCE_TILES,
@@ -58,12 +59,13 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
     _add_resident(result, config, models, {} if on_cpu else offloaded(config, models), request)
     processes = _num_processes(config)
     num_rollouts = -(-config.data.reuse.prompts_per_pool // processes) * config.model.sampling.num_samples
-    cache = _cache(student, config, config.model.sampling, num_rollouts)
-    result.add_phase("sampling", _SNAPSHOT, new={"KV cache": cache})
+    engine = add_engine(result, config, student, on_cpu)
+    cache = {} if engine is not None else {"KV cache": _cache(student, config, config.model.sampling, num_rollouts)}
+    result.add_phase("sampling", _SNAPSHOT, *(engine or ()), new=cache)
     _add_scoring(result, config, models, num_rollouts)
     _add_update(result, config, student, models.get("teacher") if request.hidden else None, processes)
     if config.data.benchmarks:
-        _add_evaluation(result, config, models)
+        _add_evaluation(result, config, models, engine)
     size, largest = _add_buffer(result, config, request, models.get("teacher"), num_rollouts)
     if processes > 1:
         of_first = f"of the first of {processes} processes, in a checkpoint inside a buffer"
@@ -154,21 +156,23 @@ def _cache(model: ModelSize, config: Any, sampling: Any, wanted: int) -> tuple[i
     return cache + reading + logits, f"{batch} responses x {length:,} tokens"
 
 
-def _add_evaluation(result: Estimate, config: Any, models: Mapping[str, ModelSize]) -> None:
+def _add_evaluation(result: Estimate, config: Any, models: Mapping[str, ModelSize], engine: list[str] | None) -> None:
     sampling, options = config.model.eval_sampling, config.model.evaluation
     wanted = config.data.eval_batch_size * sampling.num_samples
     own, teachers = "KV cache of evaluation", "KV cache of the teacher's evaluation"
-    caches = {own: _cache(models["student"], config, sampling, wanted)}
+    caches = {} if engine is not None else {own: _cache(models["student"], config, sampling, wanted)}
     if "teacher" in models and options.teacher:
         caches[teachers] = _cache(models["teacher"], config, sampling, wanted)
     casts = [_CASTS] if _CASTS in result.parts else []  # autocast caches copies of all trainable weights
-    if _TEACHER not in result.host:
+    offloaded = [_TEACHER] if _TEACHER in result.host else []
+    if engine is None and not offloaded:
         result.add_phase("evaluation", *casts, new={own: max(caches.values())})
         return
-    measured = [_TEACHER] if options.reverse_kl else []  # the teacher scores each batch of answers
-    result.add_phase("evaluation", *measured, *casts, new={own: caches.pop(own)})
+    measured = offloaded if options.reverse_kl else []  # the teacher scores each batch of answers
+    new = {own: caches.pop(own)} if own in caches else {}
+    result.add_phase("evaluation", *measured, *casts, *(engine or ()), new=new)
     if caches:
-        result.add_phase("the teacher's evaluation", _TEACHER, *casts, new=caches)
+        result.add_phase("the teacher's evaluation", *offloaded, *casts, new=caches)
 
 
 def _add_scoring(result: Estimate, config: Any, models: Mapping[str, ModelSize], num_rollouts: int) -> None:

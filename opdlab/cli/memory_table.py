@@ -34,12 +34,14 @@ class Estimate:
         phases: names of the parts that are alive, by phase.
         host: parts that are in the host's memory on any device.
         resident: names of the parts that are on the device in all phases.
+        shares: parts that take a share of the device's memory: the share and a remark, by part.
     """
 
     parts: dict[str, tuple[int, str]] = field(default_factory=dict)
     phases: dict[str, list[str]] = field(default_factory=dict)
     host: dict[str, tuple[int, str]] = field(default_factory=dict)
     resident: list[str] = field(default_factory=list)
+    shares: dict[str, tuple[float, str]] = field(default_factory=dict)
 
     def add_phase(self, phase: str, *used: str, new: Mapping[str, tuple[int, str]]) -> None:
         """Add a phase that uses the parts that are always on the device, ``used``, and ``new`` parts.
@@ -52,9 +54,17 @@ class Estimate:
         self.parts |= new
         self.phases[phase] = list(dict.fromkeys([*self.resident, *used, *new]))
 
-    def peak(self, phase: str) -> int:
-        """Return the bytes alive in a phase."""
-        return sum(self.parts[name][0] for name in self.phases[phase])
+    def peak(self, phase: str, total: int = 0) -> int:
+        """Return the bytes alive in a phase.
+
+        Args:
+            phase: its name.
+            total: memory of the device, for parts that take a share of it; 0 leaves them out.
+        """
+        return sum(self._size(name, total) for name in self.phases[phase])
+
+    def _size(self, name: str, total: int) -> int:
+        return int(self.shares[name][0] * total) if name in self.shares else self.parts[name][0]
 
     def table(self) -> Table:
         """Return the table of parts and phases."""
@@ -63,6 +73,8 @@ class Estimate:
             table.add_row(name, gib(size), remark)
         for name, (size, remark) in self.host.items():
             table.add_row(f"{name}, on the host", gib(size), remark)
+        for name, (share, remark) in self.shares.items():
+            table.add_row(name, f"{share:.0%}", f"of the GPU's memory, {remark}")
         table.add_section()
         always = set.intersection(*map(set, self.phases.values()))
         for phase, parts in self.phases.items():
@@ -77,13 +89,13 @@ class Estimate:
             device: device to compare with. For host memory, every phase also counts the parts in ``host``.
         """
         beside = {name: size for name, (size, _) in self.host.items() if device.is_host}
-        phase = max(self.phases, key=self.peak)
-        peak = self.peak(phase) + sum(beside.values())
+        phase = max(self.phases, key=lambda name: self.peak(name, device.total))
+        peak = self.peak(phase, device.total) + sum(beside.values())
         size = f"{gib(peak)} GiB" + (f" with the {' and the '.join(beside)}" if beside else "")
         line = f"{device.name} has {gib(device.free)} GiB free of {gib(device.total)}: "
         if peak <= device.free:
             return line + f"the largest peak, {size} in {phase}, fits"
-        largest = max(self.phases[phase], key=lambda name: self.parts[name][0])
+        largest = max(self.phases[phase], key=lambda name: self._size(name, device.total))
         return line + f"the peak of {phase}, {size}, does not fit; its largest part is {largest}"
 
 

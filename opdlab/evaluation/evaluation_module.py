@@ -135,6 +135,8 @@ class EvaluationModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log every benchmark's metrics and their mean, and write them to the folder of the samples."""
+        if self.sampler is not None:
+            self.sampler.release()
         self.evaluator.finish()
         metrics = self.evaluator.compute()
         named = {f"{self._evaluated.name}/{key}": value for key, value in metrics.items()}

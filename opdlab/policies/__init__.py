@@ -2,6 +2,9 @@
 
 from opdlab.policies.adapters import AdapterConfig
 from opdlab.policies.behavior import BehaviorConfig, BehaviorPolicy
+from opdlab.policies.engines.engine_sampler import EngineSampler
+from opdlab.policies.engines.server_sampler import VLLMServerSampler
+from opdlab.policies.engines.vllm_sampler import VLLMSampler
 from opdlab.policies.language_model import LanguageModel, Scored
 from opdlab.policies.routed_teacher import RoutedTeacher
 from opdlab.policies.sampler import (
@@ -33,6 +36,7 @@ __all__ = [
     "BaseTeacher",
     "BehaviorConfig",
     "BehaviorPolicy",
+    "EngineSampler",
     "LanguageModel",
     "LocalTeacher",
     "NoTeacher",
@@ -49,6 +53,8 @@ __all__ = [
     "TeacherHolder",
     "TeacherRequest",
     "TransformersSampler",
+    "VLLMSampler",
+    "VLLMServerSampler",
     "check_same_vocabulary",
     "check_targets",
     "register_sampler",

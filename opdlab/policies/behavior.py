@@ -167,6 +167,7 @@ class BehaviorPolicy(nn.Module):
                 rollouts = sample_rollouts(self.sampler, model, prompts, streams, config, **facts)
             else:
                 rollouts = sample_beside(self.sampler, model, prompts, given, streams, config, **facts)
+            self.sampler.release()
             wanted = torch.ones(len(rollouts), dtype=torch.bool)
             if unscored is not None and not top_k:
                 wanted[unscored] = False

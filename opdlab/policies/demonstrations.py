@@ -79,7 +79,7 @@ def sample_beside(
     tokens = torch.full((count, width), model.tokenizer.pad_token_id)
     mask, counted = torch.zeros(count, width, dtype=torch.bool), torch.ones(count, width, dtype=torch.bool)
     stops, demonstration = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.bool)
-    of_sampler = torch.zeros(count, width) if sampler.gives_logprobs else None
+    of_sampler = torch.zeros(count, width) if sampler.knows_logprobs(config) else None
     for index, (one, (response, loss)) in enumerate(zip(given, cut, strict=True)):
         rows_of = slice(index * each, index * each + one.count)
         tokens[rows_of, : len(response)] = torch.tensor(response)

@@ -77,7 +77,7 @@ class Sampler(ABC):
     """
 
     gives_logprobs: ClassVar[bool] = False
-    """True if :attr:`Samples.logprobs` is never None."""
+    """True if :attr:`Samples.logprobs` is not None wherever :meth:`knows_logprobs` is true."""
     _in_use: tuple[LanguageModel, Hashable] | None = None
 
     def setup(self, model: LanguageModel) -> None:
@@ -119,6 +119,15 @@ class Sampler(ABC):
         Raises:
             NonFiniteLogitsError: the logits are NaN or infinite.
         """
+
+    def knows_logprobs(self, config: SamplingConfig) -> bool:
+        """True if the samples that are taken with some options have log-probabilities; by default always or never."""
+        del config
+        return self.gives_logprobs
+
+    def release(self) -> None:
+        """Free the memory that only sampling needs, until the next call; does nothing by default."""
+        return
 
     def use(self, model: LanguageModel, step: int, version: Hashable) -> None:
         """Call :meth:`refresh` unless this version of the model's weights is in use already.
@@ -183,7 +192,7 @@ def sample_rollouts(
         f"{config.max_new_tokens} tokens",
     )
     require(
-        samples.logprobs is not None or not sampler.gives_logprobs,
+        samples.logprobs is not None or not sampler.knows_logprobs(config),
         f"{type(sampler).__name__}.gives_logprobs is true, but its sample returned none: return them, or set it to "
         "false",
     )

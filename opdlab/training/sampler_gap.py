@@ -50,7 +50,8 @@ def corrected(shares: Tensor, rollouts: Rollouts, kind: Correction) -> tuple[Ten
         require(
             kind == "none",
             f"model.sampler_correction is '{kind}', but the rollouts of this buffer have no log-probabilities of their "
-            "sampler: set it to none until the buffer ends",
+            "sampler, which knows none at their temperature and top_p, or took them before it was chosen: set it to "
+            "none",
         )
         return shares, {}
     values = {"sampler_gap": (rollouts.behavior_logprobs - engine).abs().masked_fill(engine.isnan(), 0.0)}

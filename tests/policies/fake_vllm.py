@@ -1,4 +1,8 @@
-"""A small server that speaks vLLM's JSON, backed by a model of transformers, with troubles on demand."""
+"""A small server that speaks vLLM's JSON, backed by a model of transformers, with troubles on demand.
+
+It scores prompts, samples, loads weights from a folder, and has a cache of prompts that outlives the weights until it
+is emptied. As in vLLM, weights that a reload does not give stay as they were, the output layer's too.
+"""
 
 import json
 import threading
@@ -10,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.func import functional_call
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TEACHER_FOLDER = Path(__file__).parents[2] / "opdlab/toy/models/teacher"
@@ -27,13 +33,18 @@ class FakeVLLM:
         token: that each request must have, or None.
         troubles: what happens instead of the answer, by the number of the counted request, from 0:
             ``error`` (500), ``cut`` (JSON without its end), ``short`` (fewer bytes than announced), ``slow``, ``few``
-            (entries missing), ``die`` (this request and all later ones find no server).
+            (entries missing, or a response that ends early), ``stop`` (a response that goes on after a stop token),
+            ``die`` (this request and all later ones find no server), ``restart`` (the first weights are back).
         shift: positions by which entries are moved.
         bos: True to put a token before each prompt.
         samples: False to leave out what the next token is sampled from.
         hot: temperature of the distribution that is sampled from.
         slow: seconds of a slow answer.
         likeliest: ids from this one on are the most likely ones everywhere; None for the model's own logits.
+        dev: False for a server without VLLM_SERVER_DEV_MODE.
+        processed: True for log-probabilities after temperature and top-p.
+        forgets: weights that a reload does not take: ``head``, ``all``, or nothing.
+        keeps_cache: True if the cache of prompts is never emptied.
     """
 
     def __init__(
@@ -51,8 +62,20 @@ class FakeVLLM:
         hot: float = 1.0,
         slow: float = 1.0,
         likeliest: int | None = None,
+        dev: bool = True,
+        processed: bool = False,
+        forgets: str = "",
+        keeps_cache: bool = False,
     ) -> None:
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        self.model.lm_head.weight = torch.nn.Parameter(self.model.lm_head.weight.detach().clone())
+        self.start = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.dev, self.processed, self.forgets, self.keeps_cache = dev, processed, forgets, keeps_cache
+        self.now = self.start
+        self.cache: dict[tuple[int, ...], dict[str, Tensor]] = {}
+        """The weights of when a prompt was first read."""
+        self.loaded: list[str] = []
+        """Folders of the reloads."""
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.names, self.max_logprobs, self.max_model_len, self.token = [name], max_logprobs, max_model_len, token
         self.troubles, self.shift, self.bos, self.samples, self.hot = dict(troubles or {}), shift, bos, samples, hot
@@ -106,7 +129,75 @@ class FakeVLLM:
             logits[:, self.likeliest :] = logits.amax(1, keepdim=True) + 1
         return logits
 
-    def completion(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+    def reload(self, folder: str) -> None:
+        given: dict[str, Tensor] = {}
+        for path in Path(folder).glob("*.safetensors"):
+            given |= load_file(path)
+        self.loaded.append(folder)
+        self.take(given)
+
+    @torch.no_grad()
+    def take(self, given: dict[str, Tensor]) -> None:
+        if self.forgets == "head":
+            given.pop("lm_head.weight", None)
+        with self._lock:
+            for name, tensor in self.model.state_dict().items():
+                if name in given and self.forgets != "all":
+                    tensor.copy_(given[name])
+            self.now = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+
+    def restart(self) -> None:
+        with self._lock:
+            self.model.load_state_dict(self.start)
+            self.now = self.start
+
+    def sampled(self, asked: Mapping[str, Any], trouble: str | None) -> dict[str, Any]:
+        """Return a response; options that are not given have defaults that change it."""
+        prompt = list(asked["prompt"])
+        tokens: list[int] = []
+        numbers: list[float] = []
+        generator = torch.Generator().manual_seed(asked.get("seed", 0))
+        bias = torch.zeros(self.model.config.vocab_size)
+        for index, value in (asked.get("logit_bias") or {}).items():
+            bias[int(index)] = value
+        weights = self.cache.setdefault(tuple(prompt), self.now)
+        while len(tokens) < asked["max_tokens"]:
+            with torch.no_grad(), self._lock:
+                row = torch.tensor([[*prompt, *tokens]])
+                logits = functional_call(self.model, weights, (row,)).logits[0, -1].float()
+            scores = (logits + bias) / max(asked.get("temperature", 0.5), 0.01)
+            if (top_p := asked.get("top_p", 0.5)) < 1:
+                ranked = scores.softmax(-1).sort(descending=True)
+                outside = ranked.values.cumsum(0) - ranked.values >= top_p
+                scores = scores.index_fill(0, ranked.indices[outside], -torch.inf)
+            if asked.get("top_k", 1) or asked.get("repetition_penalty") != 1 or not asked["ignore_eos"]:
+                scores = torch.full_like(scores, -torch.inf).index_fill(0, scores.argmax()[None], 0.0)
+            token = int(torch.multinomial(scores.softmax(-1), 1, generator=generator))
+            tokens.append(token)
+            numbers.append(float((scores if self.processed else logits).log_softmax(-1)[token]))
+            if token in asked["stop_token_ids"]:
+                break
+        if trouble == "stop":
+            tokens, numbers = [asked["stop_token_ids"][0], *tokens], [numbers[0], *numbers]
+        if trouble == "few":
+            tokens, numbers = tokens[:-1], numbers[:-1]
+        finish = "stop" if tokens and tokens[-1] in asked["stop_token_ids"] else "length"
+        logprobs = {"token_logprobs": numbers, "tokens": [f"token_id:{token}" for token in tokens]}
+        choice = {"text": "", "token_ids": tokens, "finish_reason": finish, "logprobs": logprobs}
+        return {"model": asked["model"], "choices": [choice]}
+
+    def completion(self, asked: Mapping[str, Any], trouble: str | None = None) -> dict[str, Any]:
+        response: dict[str, Any] = {"choices": [{}]}
+        if asked.get("return_token_ids"):
+            response = self.sampled(asked, trouble)
+            if not asked.get("prompt_logprobs"):
+                return response
+            asked = {name: value for name, value in asked.items() if name != "logprobs"}
+        scored = self.scored(asked)
+        scored["choices"][0] = {**scored["choices"][0], **response["choices"][0]}
+        return scored
+
+    def scored(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         prompt, k = list(asked["prompt"]), int(asked["prompt_logprobs"])
         if self.bos:
             prompt = [0, *prompt]
@@ -169,6 +260,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         state = self.server_state
+        if self.path != "/v1/completions":
+            content = self.rfile.read(int(self.headers["Content-Length"] or 0))
+            return self._control(content)
         with state._lock:
             state._under_way += 1
             state.most = max(state.most, state._under_way)
@@ -177,9 +271,24 @@ class _Handler(BaseHTTPRequestHandler):
         finally:
             with state._lock:
                 state._under_way -= 1
+        return None
+
+    def _control(self, content: bytes) -> None:
+        state = self.server_state
+        if not state.dev or not self._knows_token():
+            return self._refused(*((404, "Not Found") if self._knows_token() else (401, "Unauthorized")))
+        if self.path == "/collective_rpc":
+            asked = json.loads(content)
+            assert asked["method"] == "reload_weights"
+            state.reload(asked["kwargs"]["weights_path"])
+            return self._send(200, b'{"results": [null]}')
+        assert self.path == "/reset_prefix_cache"
+        if not state.keeps_cache:
+            state.cache.clear()
+        return self._send(200, b'{"success": true}')
 
     def _refusal(self, asked: Mapping[str, Any]) -> tuple[int, str] | None:
-        state, k = self.server_state, asked["prompt_logprobs"]
+        state, k = self.server_state, asked.get("prompt_logprobs") or 0
         if not self._knows_token():
             return 401, "Unauthorized"
         if asked["model"] not in state.names:
@@ -188,7 +297,7 @@ class _Handler(BaseHTTPRequestHandler):
             return 400, "max_tokens must be at least 1"
         if k > state.max_logprobs:
             return 400, f"Requested prompt logprobs of {k}, which is greater than max allowed: {state.max_logprobs}"
-        if state.max_model_len is not None and len(asked["prompt"]) >= state.max_model_len:
+        if state.max_model_len is not None and len(asked["prompt"]) + asked["max_tokens"] > state.max_model_len:
             return 400, "This model's maximum context length is too small"
         return None
 
@@ -197,7 +306,8 @@ class _Handler(BaseHTTPRequestHandler):
         if (refused := self._refusal(asked)) is not None:
             return self._refused(*refused)
         trouble = None
-        counts = state.counts and len(asked["prompt"]) > 2  # shorter ones only ask for the largest K
+        # Short ones that sample nothing only ask for the largest K.
+        counts = state.counts and (len(asked["prompt"]) > 2 or asked.get("return_token_ids"))
         if counts:
             with state._lock:
                 trouble = state.troubles.pop(len(state.asked), None)
@@ -209,9 +319,11 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         if trouble == "error":
             return self._refused(500, "EngineCore encountered an issue")
+        if trouble == "restart":
+            state.restart()
         time.sleep(state.slow if trouble == "slow" else 0)
-        answer = state.completion(asked)
-        if trouble == "few":
+        answer = state.completion(asked, trouble)
+        if trouble == "few" and asked.get("prompt_logprobs"):
             del answer["choices"][0]["prompt_logprobs"][1]
         content = json.dumps(answer).encode()
         if trouble in ("cut", "short"):

@@ -19,7 +19,7 @@ from opdlab.errors import UsageError, printable, require
 from opdlab.policies.served.loop_thread import LoopThread
 
 TOKEN_VARIABLE = "OPDLAB_TEACHER_TOKEN"
-"""Environment variable with the token of a server. It is no option, because saved configurations show options."""
+"""Environment variable with the token of a teacher's server: no option, because saved configurations show options."""
 _CONNECT_SECONDS = 10.0
 _LONGEST_WAIT = 30.0  # seconds between two attempts, and how long a server that failed is left out of the rotation
 _POLL_SECONDS = 0.2
@@ -93,6 +93,7 @@ class Servers:
         retries: how often a request is sent again.
         retry_seconds: until the first of these attempts; each further wait is twice as long, up to half a minute.
         owner: of the servers, for messages.
+        token_variable: environment variable with the servers' token.
 
     Raises:
         UsageError: a value is out of range.
@@ -114,6 +115,7 @@ class Servers:
         retries: int = 6,
         retry_seconds: float = 1.0,
         owner: str = "the teacher's server",
+        token_variable: str = TOKEN_VARIABLE,
     ) -> None:
         require(bool(urls), "url is an empty list, but must name a server")
         self.urls = [_checked(url) for url in urls]
@@ -123,7 +125,7 @@ class Servers:
         require(retries >= 0, f"retries is {retries}, but must be at least 0")
         require(retry_seconds >= 0, f"retry_seconds is {retry_seconds}, but must be at least 0")
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
-        self._retry_seconds, self._owner = retry_seconds, owner
+        self._retry_seconds, self._owner, self._token_variable = retry_seconds, owner, token_variable
         self._turn = 0  # index of the server that is next
         self._rests_until = [0.0] * len(self.urls)  # by time.monotonic()
         self._failed = False
@@ -174,7 +176,7 @@ class Servers:
 
     async def _all(self, asks: Sequence[Ask], put: Callable[[tuple[int, Any]], None]) -> None:
         limit = asyncio.Semaphore(self.concurrency)
-        headers = {"Authorization": f"Bearer {token}"} if (token := access_token()) else {}
+        headers = {"Authorization": f"Bearer {token}"} if (token := access_token(self._token_variable)) else {}
         async with aiohttp.ClientSession(
             headers=headers,
             timeout=aiohttp.ClientTimeout(total=self.timeout, sock_connect=_CONNECT_SECONDS),
@@ -256,7 +258,7 @@ class Servers:
         if status >= 500 or status in _BUSY:
             raise self._trouble(index, f"answers {status}: {_message(content)}")
         if status != 200:
-            named = f"; give its token in {TOKEN_VARIABLE}" if status in (401, 403) else ask.why
+            named = f"; give its token in {self._token_variable}" if status in (401, 403) else ask.why
             raise RefusedError(self._owner, url, status, _message(content), named)
         try:
             result = await asyncio.to_thread(ask.read, content)
@@ -280,16 +282,16 @@ class Servers:
         return _TroubleError(f"{self._owner} {self.urls[index]} {what}")
 
 
-def access_token() -> str | None:
-    """Return the token of :data:`TOKEN_VARIABLE`; None without one.
+def access_token(variable: str = TOKEN_VARIABLE) -> str | None:
+    """Return the token in an environment variable; None without one.
 
     Raises:
         UsageError: it cannot be sent in a header.
     """
-    token = os.environ.get(TOKEN_VARIABLE, "").strip()
+    token = os.environ.get(variable, "").strip()
     require(
         token.isascii() and (token.isprintable() or not token) and " " not in token,
-        f"the token in {TOKEN_VARIABLE} has characters that cannot be sent: give letters, digits and punctuation",
+        f"the token in {variable} has characters that cannot be sent: give letters, digits and punctuation",
     )
     return token or None
 

@@ -18,7 +18,7 @@ class LoopThread(threading.Thread):
     """
 
     def __init__(self, work: Any, failed: Callable[[BaseException], None]) -> None:
-        super().__init__(name="requests to the teacher", daemon=True)
+        super().__init__(name="requests to servers", daemon=True)
         self._failed = failed
         self._loop = asyncio.new_event_loop()
         self._task = self._loop.create_task(work)

@@ -3,11 +3,9 @@
 Shapes: B rollouts, T response tokens.
 """
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -17,15 +15,14 @@ from opdlab.errors import UsageError, require
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.served.arrays import Arrays
 from opdlab.policies.served.completions import Completions
-from opdlab.policies.served.connection import Ask, BadAnswerError, Servers
+from opdlab.policies.served.connection import Servers
+from opdlab.policies.served.models import find_model
 from opdlab.policies.served.probe import agreement, probe_rollouts, probe_tokens, self_difference
 from opdlab.policies.served.prompt_scores import MIN_TAIL
-from opdlab.policies.served.wire import MODELS_PATH
 from opdlab.policies.teacher import LocalTeacher, Teacher, blank_targets
 from opdlab.policies.tokenizers import check_same_vocabulary
 from opdlab.progress import Progress, SilentProgress
 from opdlab.records import digest
-from opdlab.registry import suggestion
 from opdlab.scoring import Head
 from opdlab.types import MergedTargets, Rollouts, Targets, TeacherRequest
 
@@ -85,7 +82,9 @@ class ServedTeacher(Teacher):
             UsageError: a server does not answer, serves another model, or scores other tokens than it is sent.
         """
         self.tokenizer = student.tokenizer
-        found = [self._find_model(server) for server in range(len(self._servers.urls))]
+        found = [
+            find_model(self._servers, server, self._model, "model.teacher") for server in range(len(self._servers.urls))
+        ]
         name, about = found[0]
         kinds = {"opdlab" in each for _, each in found}
         require(len(kinds) == 1, f"url names servers of vLLM and of opdlab: {', '.join(self._servers.urls)}")
@@ -103,29 +102,6 @@ class ServedTeacher(Teacher):
             self._client = Completions(self._servers, name, student.vocab_size, min(lengths, default=None))
         self.vocab_size = self._client.vocab_size
         self._check_probe(student, name)
-
-    def _find_model(self, server: int) -> tuple[str, Mapping[str, Any]]:
-        """Return the name of the model on a server, and what the server says of it."""
-
-        def read(content: bytes) -> dict[str, dict[str, Any]]:
-            try:
-                return {str(each["id"]): each for each in json.loads(content)["data"]}
-            except (ValueError, KeyError, TypeError) as error:
-                raise BadAnswerError("it lists no models") from error
-
-        models, url = self._servers.ask(Ask(MODELS_PATH, read, server=server)), self._servers.urls[server]
-        if self._model is None:
-            require(
-                len(models) == 1,
-                f"{url} serves {len(models)} models, {', '.join(models)}: name one of them in model.teacher.model",
-            )
-        name = next(iter(models)) if self._model is None else self._model
-        require(
-            name in models,
-            f"model.teacher.model is '{name}', but {url} serves {', '.join(models)}{suggestion(name, models) or ';'} "
-            "give one of them, or leave model out",
-        )
-        return name, models[name]
 
     def _check_probe(self, student: LanguageModel, name: str) -> None:
         """Score the probe, compare what must be equal, and say how large the differences are."""
