@@ -30,6 +30,11 @@ def configured_teacher(config: Any) -> Any:
     return section.init_args.teacher if str(section.class_path).endswith(".TargetCache") else section
 
 
+def shards_teacher(config: Any) -> bool:
+    """True if the teacher is one model, whose weights a strategy shards if it shards the student's."""
+    return not _routed(config)
+
+
 def _is_own(config: Any) -> bool:
     """True if the teacher is the student itself."""
     return str(configured_teacher(config).class_path).endswith(".SelfTeacher")
