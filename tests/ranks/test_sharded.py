@@ -232,7 +232,6 @@ def test_an_adapter_is_trained_and_exported(pair: Processes, tmp_path: Path, mer
     close(both.weights, alone.weights, 1e-4)
 
     ours, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("both", "alone"))
-        return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(LanguageModel(STUDENT).path[10:]), folder)
 
     torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
 

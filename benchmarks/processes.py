@@ -1,0 +1,164 @@
+"""One experiment on one process and on several: the first losses of the paper's six variants on the toy pair.
+
+Each variant trains with the quickstart's sizes and a learning rate of 5e-4, on one process, on two with ``ddp`` and on
+two with ``model_parallel``, which shards the weights with FSDP2. The table has the largest relative difference from one
+process's losses. All run on the CPU, each process on one thread; two processes need two cores.
+
+``python benchmarks/processes.py --steps 20 --json processes.json``
+"""
+
+import argparse
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from common import REPOSITORY, machine, versions
+from rich.console import Console
+from rich.table import Table
+
+SETUPS = {"one process": (1, "auto"), "DDP, 2": (2, "ddp"), "FSDP2, 2": (2, "model_parallel")}
+VARIANTS = {
+    f"{objective} + {gate}": (objective, gate) for objective in ("OPD", "LSM") for gate in ("none", "block64", "span")
+}
+LIMIT = 280.0  # seconds of a setup
+
+
+def train(objective: str, gate: str, steps: int, devices: int, strategy: str, folder: str) -> list[float]:
+    """Return the losses of the first steps of a variant; this is the child."""
+    import torch
+    from lightning.pytorch import Callback, Trainer, seed_everything
+
+    from opdlab.callbacks import BehaviorRefresh
+    from opdlab.data import PromptDataModule, ReuseConfig
+    from opdlab.gating import build_gate
+    from opdlab.module import OPDModule
+    from opdlab.objectives import SampledTokenOPD, TeacherTopK
+    from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig
+    from opdlab.toy import ChainProblems
+
+    losses: list[float] = []
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            losses.append(float(trainer.callback_metrics["train/loss"]))
+
+    warnings.simplefilter("ignore")
+    seed_everything(0, verbose=False)
+    module = OPDModule(
+        LanguageModel("package://opdlab.toy/models/student"),
+        LocalTeacher("package://opdlab.toy/models/teacher"),
+        SampledTokenOPD() if objective == "OPD" else TeacherTopK(k=32),
+        build_gate(gate) if gate == "none" else build_gate(gate, tau=1.0),
+        SamplingConfig(num_samples=2, max_new_tokens=176, batch_size=64),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=5e-4, betas=(0.9, 0.95), weight_decay=0.01),
+        lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=10),
+    )
+    data = PromptDataModule(ChainProblems(2048), reuse=ReuseConfig(32, 4, 32), max_prompt_tokens=64, seed=0)
+    trainer = Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        devices=devices,
+        strategy=strategy,
+        max_steps=steps,
+        max_epochs=-1,
+        gradient_clip_val=1.0,
+        limit_val_batches=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[BehaviorRefresh(every_n_steps=8), Losses()],
+    )
+    trainer.fit(module, datamodule=data)
+    return losses
+
+
+def child(setup: str, steps: int) -> None:
+    """Train every variant, and print the losses as JSON from the first process."""
+    devices, strategy = SETUPS[setup]
+    kept = dict(os.environ)
+    found = {}
+    for name, (objective, gate) in VARIANTS.items():
+        os.environ |= kept  # Lightning removes some when a trainer has finished
+        with tempfile.TemporaryDirectory() as folder:
+            found[name] = train(objective, gate, steps, devices, strategy, folder)
+    if kept.get("RANK", "0") == "0":
+        print(json.dumps(found))
+
+
+def run(setup: str, steps: int) -> dict[str, list[float]]:
+    """Return the losses of every variant; the processes of the setup end with this call."""
+    count, _ = SETUPS[setup]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(REPOSITORY)}
+    shared |= {"CUDA_VISIBLE_DEVICES": ""}
+    several = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    several |= {"GLOO_SOCKET_IFNAME": "lo"}
+    command, children = [sys.executable, __file__, "--child", setup, "--steps", str(steps)], []
+    deadline = time.monotonic() + LIMIT
+    with tempfile.TemporaryFile() as errors:
+        try:
+            for rank in range(count):
+                of_rank = several | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
+                environment = os.environ | shared | of_rank
+                children.append(
+                    subprocess.Popen(
+                        command, env=environment, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
+                    )
+                )
+            outputs = [each.communicate(timeout=max(1.0, deadline - time.monotonic()))[0] for each in children]
+        finally:
+            for each in children:
+                with suppress(ProcessLookupError):
+                    os.killpg(each.pid, signal.SIGKILL)
+        errors.seek(0)
+        if any(each.returncode for each in children):
+            raise SystemExit(f"{setup}: {errors.read().decode(errors='replace')[-4000:]}")
+    losses: dict[str, list[float]] = json.loads(outputs[0].splitlines()[-1])
+    return losses
+
+
+def difference(ours: list[float], theirs: list[float]) -> float:
+    """Return the largest relative difference."""
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+
+
+def main() -> int:
+    """Train on every setup, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
+    parser.add_argument("--json", type=Path, help="write all losses to this file")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        child(arguments.child, arguments.steps)
+        return 0
+    found = {setup: run(setup, arguments.steps) for setup in SETUPS}
+    alone, *others = SETUPS
+    table = Table("variant", "first and last loss", *others, title=f"{arguments.steps} losses, largest difference")
+    largest = 0.0
+    for name, losses in found[alone].items():
+        differences = [difference(found[setup][name], losses) for setup in others]
+        largest = max(largest, *differences)
+        table.add_row(name, f"{losses[0]:.5f}, {losses[-1]:.5f}", *(f"{value:.1e}" for value in differences))
+    Console().print(table)
+    print(f"largest relative difference from one process: {largest:.1e}")
+    if arguments.json is not None:
+        facts = {"losses": found, "machine": machine(), "versions": versions("torch", "lightning", "transformers")}
+        arguments.json.write_text(json.dumps(facts, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
