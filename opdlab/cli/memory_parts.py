@@ -66,8 +66,9 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
         _add_evaluation(result, config, models)
     sharded = 0  # bytes of weights and optimizer state that are gathered for a checkpoint
     if processes > 1 and shards_weights(config):
-        sharded, compared = checkpoint_bytes(result, student), bool(config.model.evaluation.reverse_kl)
-        add_sharding(result, models, processes, teacher=shards_teacher(config), compared=compared)
+        sharded, options = checkpoint_bytes(result, student), config.model.evaluation
+        asked = {"evaluated": bool(options.teacher), "compared": bool(options.reverse_kl)}
+        add_sharding(result, models, processes, teacher=shards_teacher(config), **asked)
     size, largest = _add_buffer(result, config, request, models.get("teacher"), num_rollouts)
     if processes > 1:
         of_first = f"of the first of {processes} processes, in a checkpoint inside a buffer"

@@ -10,7 +10,13 @@ SNAPSHOT, TEACHER = "behavior snapshot", "teacher weights"
 
 
 def add_sharding(
-    result: Estimate, models: Mapping[str, ModelSize], processes: int, *, teacher: bool, compared: bool
+    result: Estimate,
+    models: Mapping[str, ModelSize],
+    processes: int,
+    *,
+    teacher: bool,
+    evaluated: bool,
+    compared: bool,
 ) -> None:
     """Divide an estimate's weights, gradients and optimizer state by the processes, and add what is gathered.
 
@@ -19,6 +25,7 @@ def add_sharding(
         models: sizes of the student and of a local teacher.
         processes: P.
         teacher: True if the teacher's weights are sharded too.
+        evaluated: True if evaluations sample from the teacher too.
         compared: True if evaluations compare with the teacher.
     """
     student, shared = models["student"], [STUDENT, GRADIENTS, OPTIMIZER, SNAPSHOT]
@@ -32,7 +39,8 @@ def add_sharding(
         result.parts[part] = -(-size // processes), f"{remark}, shared by {processes} processes"
     layers = "embeddings, head, two layers, and a buffer"
     _add(result, ("sampling", "behavior scoring"), "gathered snapshot", snapshot, "all weights")
-    _add(result, ("evaluation",), "gathered student", student.bytes, "all weights")
+    answering = [student, *([models["teacher"]] if evaluated and TEACHER in shared else [])]
+    _add(result, ("evaluation",), "gathered model", max(model.bytes for model in answering), "the one that answers")
     _add(result, ("update",), "gathered weights", gathered_weights(student), layers)
     _add(result, ("update",), "gathered gradients", gathered_gradients(student), "embeddings, a layer, and a buffer")
     if TEACHER in shared:

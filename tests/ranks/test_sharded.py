@@ -155,7 +155,7 @@ def test_a_run_resumes_inside_a_buffer_with_sharded_weights_and_without(pair: Pr
     moved, _ = pair.run(train, tmp_path, {}, 6, folders["alone"] / SAVED)
     back = train(0, tmp_path, {}, 6, folders["both"] / SAVED)
     for found in (moved, back):
-        assert found.losses == pytest.approx(alone.losses[2:], rel=1e-5)
+        assert found.losses == pytest.approx(alone.losses[2:], rel=1e-4)
         close(found.weights, alone.weights, 1e-4)
 
 
@@ -191,8 +191,7 @@ def train_with_cache(rank: int, folder: Path) -> Trained:
 def test_a_process_without_rollouts_to_score_waits_for_the_other(pair: Processes, tmp_path: Path) -> None:
     first, _ = pair.run(train_with_cache, tmp_path)
     files = list((tmp_path / "kept").rglob("*.safetensors"))
-    assert len(files) == 16
-    files[0].unlink()
+    files[0].unlink()  # of a rollout that one process has
     again, _ = pair.run(train_with_cache, tmp_path)
     assert again.losses == first.losses
 
@@ -231,9 +230,9 @@ def test_an_adapter_is_trained_and_exported(pair: Processes, tmp_path: Path, mer
     assert all("lora_" in name or name == "behavior.step" for name in both.weights)
     close(both.weights, alone.weights, 1e-4)
 
-    ours, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("both", "alone"))
-
-    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
+    load: Any = AutoModelForCausalLM.from_pretrained if merge else lambda folder: LanguageModel(str(folder)).model
+    ours, theirs = (logits(load(tmp_path / name)) for name in ("both", "alone"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 # -- refused -----------------------------------------------------------------------------------------------------
