@@ -9,6 +9,7 @@ Gathering is collective: all processes must run the same number of passes. Where
 loops end at different times, :meth:`Sharding.whole` gathers all weights before.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from opdlab.collectives import gather_numbers
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # of a module
+
+
+def _is_fsdps(hook: Any) -> bool:
+    """True if a hook is a method of FSDP2's state of a module."""
+    return type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp")
 
 
 class Sharding:
@@ -54,23 +62,27 @@ class Sharding:
     def whole(self) -> Iterator[None]:
         """Hold all weights in each process, so that passes inside exchange nothing. All processes enter together.
 
-        Parameters are plain tensors inside. A state dict would shard them again.
+        Parameters are plain tensors inside, and passes are those of a plain model, without gradient. A state dict would
+        shard the parameters again.
         """
         if self.is_whole:
             yield
             return
         self.is_whole = True
+        groups = [self._root, *self._layers]
         with torch.inference_mode(False), torch.no_grad():
-            for layer in self._layers:
-                layer.set_reshard_after_forward(False, recurse=False)
-            for group in (self._root, *self._layers):
+            for group in groups:
                 group.unshard()
+        # FSDP2's hooks take time at each token, and note each pass of a layer until the next backward pass.
+        taken_off = [(group, name, getattr(group, name)) for group in groups for name in _HOOKS]
+        for group, name, hooks in taken_off:
+            setattr(group, name, OrderedDict((key, hook) for key, hook in hooks.items() if not _is_fsdps(hook)))
         try:
             yield
         finally:
             self.is_whole = False
-            for layer in self._layers:
-                layer.set_reshard_after_forward(True, recurse=False)
+            for group, name, hooks in taken_off:
+                setattr(group, name, hooks)
             self.release()
 
     def release(self) -> None:

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
 
 from opdlab.callbacks import HFExport
@@ -194,6 +195,29 @@ def test_a_process_without_rollouts_to_score_waits_for_the_other(pair: Processes
     files[0].unlink()  # of a rollout that one process has
     again, _ = pair.run(train_with_cache, tmp_path)
     assert again.losses == first.losses
+
+
+def passes(rank: int) -> tuple[list[bool], list[bool]]:
+    """Return whether the weights are plain tensors: inside, after other numbers of passes; and outside."""
+    model, tokens = LanguageModel(STUDENT), torch.ones(1, 4, dtype=torch.long)
+    model.shard(init_device_mesh("cpu", (2,)))
+
+    def plain() -> bool:
+        return all(type(weight) is torch.nn.Parameter for weight in model.parameters())
+
+    with torch.no_grad(), model.whole():
+        found = [plain() for _ in range(3 * rank + 1) if model.model(tokens).logits.isfinite().all()]
+        with model.whole():
+            found.append(plain())
+        found.append(plain())
+    before = plain()
+    with torch.no_grad():
+        model(input_ids=tokens)  # all of them again, together
+    return found, [before]
+
+
+def test_processes_with_whole_weights_run_as_many_passes_as_they_like(pair: Processes) -> None:
+    assert pair.run(passes) == [([True] * 3, [False]), ([True] * 6, [False])]
 
 
 # -- export ------------------------------------------------------------------------------------------------------
