@@ -91,12 +91,13 @@ def train(objective: str, gate: str, rate: float, steps: int, devices: int, stra
     return found
 
 
-def child(setup: str, rate: float, steps: int) -> None:
-    """Train every variant, and print the losses as JSON from the first process."""
+def child(setup: str, variants: list[str], rate: float, steps: int) -> None:
+    """Train variants, and print the losses as JSON from the first process."""
     devices, strategy = SETUPS[setup]
     kept = dict(os.environ)
     found = {}
-    for name, (objective, gate) in VARIANTS.items():
+    for name in variants:
+        objective, gate = VARIANTS[name]
         os.environ |= kept  # Lightning removes some when a trainer has finished
         with tempfile.TemporaryDirectory() as folder:
             found[name] = train(objective, gate, rate, steps, devices, strategy, folder)
@@ -104,8 +105,8 @@ def child(setup: str, rate: float, steps: int) -> None:
         print(json.dumps(found))
 
 
-def run(setup: str, rate: float, steps: int) -> dict[str, Steps]:
-    """Return the steps of every variant; the processes of the setup end with this call."""
+def run(setup: str, variants: list[str], rate: float, steps: int) -> dict[str, Steps]:
+    """Return the steps of variants; the processes of the setup end with this call."""
     count, _ = SETUPS[setup]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -114,7 +115,8 @@ def run(setup: str, rate: float, steps: int) -> dict[str, Steps]:
     shared |= {"CUDA_VISIBLE_DEVICES": ""}
     several = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     several |= {"GLOO_SOCKET_IFNAME": "lo"}
-    command, children = [sys.executable, __file__, "--child", setup, "--lr", str(rate), "--steps", str(steps)], []
+    options = ["--only", *variants, "--lr", str(rate), "--steps", str(steps)]
+    command, children = [sys.executable, __file__, "--child", setup, *options], []
     deadline = time.monotonic() + LIMIT
     with tempfile.TemporaryFile() as errors:
         try:
@@ -150,14 +152,15 @@ def main() -> int:
     """Train on every setup, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants")
     parser.add_argument("--lr", type=float, default=2e-4, help="learning rate")
     parser.add_argument("--json", type=Path, help="write all losses to this file")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
-        child(arguments.child, arguments.lr, arguments.steps)
+        child(arguments.child, arguments.only, arguments.lr, arguments.steps)
         return 0
-    found = {setup: run(setup, arguments.lr, arguments.steps) for setup in SETUPS}
+    found = {setup: run(setup, arguments.only, arguments.lr, arguments.steps) for setup in SETUPS}
     alone, *others = SETUPS
     table = Table("variant", "first and last loss", *others, title=f"{arguments.steps} losses, largest difference")
     largest = 0.0

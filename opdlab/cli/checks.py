@@ -23,7 +23,7 @@ from torch import nn
 
 from opdlab.callbacks import BehaviorRefresh, CollapseGuard, GateMonitor, HFExport, PoolRecorder, SampleLogger
 from opdlab.cli.building import build, sections, under, with_seeds
-from opdlab.cli.configured_models import configured_teacher, plugin_options
+from opdlab.cli.sharding_checks import check_sharding
 from opdlab.data import PromptDataModule
 from opdlab.data.cleaning import CleaningConfig
 from opdlab.errors import UsageError, first_line, require, user_line
@@ -32,10 +32,9 @@ from opdlab.module import OPDModule
 from opdlab.parser_messages import types_in_words
 from opdlab.policies import SamplingConfig, TransformersSampler
 from opdlab.rollouts import DemonstrationConfig, ReuseConfig
-from opdlab.training.checks import check_sharded, check_token_bound, check_verdicts
+from opdlab.training.checks import check_token_bound, check_verdicts
 from opdlab.training.resume import check_before_models, plain_settings
 from opdlab.training.sampler_gap import check_correction
-from opdlab.training.sharded_strategy import NAME, ShardedStrategy, check_strategy
 
 # Each callback has its own section of the configuration.
 CALLBACKS: Mapping[str, type[Callback]] = {
@@ -244,28 +243,6 @@ def check_trainer(config: Namespace, *, here: bool = False) -> None:
     key = min(places, key=places.__getitem__, default=next(by_value, "accelerator"))
     said = f"trainer.{key} is {options[key]}: {text}; `opdlab fit --help` lists what it takes"
     raise UsageError(said) from error
-
-
-def shards_weights(config: Namespace) -> bool:
-    """True if the strategy shards the weights over the processes."""
-    strategy = config.trainer.strategy
-    return strategy == NAME or str(getattr(strategy, "class_path", "")).endswith(f".{ShardedStrategy.__name__}")
-
-
-def check_sharding(config: Namespace) -> None:
-    """Refuse a strategy that is not supported, and options that do not go with sharded weights.
-
-    Raises:
-        UsageError: naming the key, and what to take instead.
-    """
-    strategy, model = config.trainer.strategy, config.model
-    check_strategy(str(getattr(strategy, "class_path", strategy)))
-    if not shards_weights(config):
-        return
-    options = {"max_tokens_per_pass": model.max_tokens_per_pass, "behavior.offload": model.behavior.offload}
-    for role, section in (("student", model.student), ("teacher", configured_teacher(config))):
-        options |= {f"{role}.{name}": value for name, value in plugin_options(section).items()}
-    check_sharded(options, config.trainer.precision)
 
 
 def _trainer_error(options: Mapping[str, Any]) -> Exception | None:

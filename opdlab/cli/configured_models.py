@@ -18,7 +18,7 @@ def configured_models(config: Any) -> Iterator[tuple[str, ModelSize]]:
     teacher = plugin_options(configured_teacher(config))
     if "path" in teacher and "dtype" in teacher:  # a local teacher; the trainer does not cast it
         yield "teacher", model_size(teacher, None)
-    elif _is_own(config):
+    elif is_own_teacher(config):
         yield "teacher", model_size(plugin_options(config.model.student), config.trainer.precision)
     elif routed := _routed(config):
         yield "teacher", max(routed.values(), key=lambda size: size.bytes)
@@ -35,7 +35,7 @@ def shards_teacher(config: Any) -> bool:
     return not _routed(config)
 
 
-def _is_own(config: Any) -> bool:
+def is_own_teacher(config: Any) -> bool:
     """True if the teacher is the student itself."""
     return str(configured_teacher(config).class_path).endswith(".SelfTeacher")
 
@@ -53,7 +53,7 @@ def _routed(config: Any) -> dict[str, ModelSize]:
 
 def teacher_weights(config: Any, models: Mapping[str, ModelSize]) -> tuple[int, str] | None:
     """Return the bytes of the teacher's weights and what they are; None if they are not the plain model's."""
-    if _is_own(config):
+    if is_own_teacher(config):
         return _own_weights(config, models["student"])
     if routed := _routed(config):
         kept = plugin_options(configured_teacher(config)).get("keep_loaded", True)

@@ -31,7 +31,7 @@ class BehaviorConfig:
             rollouts equals the rounding error instead of 0.
         score_batch_size: rollouts scored at a time.
         offload: keep the weights in host memory, with a copy on the device only during sampling and scoring. No effect
-            on a CPU. Not with an adapter, FSDP or DeepSpeed.
+            on a CPU. Not with an adapter or with sharded weights.
     """
 
     dtype: DType | None = None

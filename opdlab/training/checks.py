@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -121,11 +121,16 @@ def check_trainer(trainer: pl.Trainer, student: LanguageModel, teacher: Teacher)
     if isinstance(trainer.strategy, ShardedStrategy):
         bound = student.max_tokens
         check_sharded({"max_tokens_per_pass": bound, "teacher.offload": teacher.offload}, trainer.precision)
-        require(
-            not teacher.state_dict(),
-            f"model.teacher is {type(teacher).__name__}, whose weights are in checkpoints, but {BY_SHARDING}: take the "
-            "strategy ddp, or another teacher",
-        )
+        if teacher.state_dict():
+            refuse_kept_teacher(type(teacher).__name__)
+
+
+def refuse_kept_teacher(name: str) -> NoReturn:
+    """Raise a UsageError for a teacher, by the name of its class, whose weights checkpoints hold."""
+    raise UsageError(
+        f"model.teacher is {name}, whose weights are in checkpoints, but {BY_SHARDING}: take the strategy ddp, or "
+        "another teacher"
+    )
 
 
 def check_sharded(options: Mapping[str, Any], precision: Any) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from opdlab.cli import EXIT_USAGE, main
 
-FIT = ["fit", "-c", "quickstart", "--model.student.path", "/nowhere", "--model.teacher.path", "/nowhere"]
+FIT = ["fit", "-c", "quickstart", "--model.student.path", "/nowhere"]
 SHARDED = ["--trainer.strategy", "model_parallel"]
 
 
@@ -45,6 +45,8 @@ def test_other_ways_to_shard_are_refused(
         ("model.student.compile", "true", "model.student.compile is true"),
         ("model.teacher.quantization", "4bit", "model.teacher.quantization is 4bit"),
         ("trainer.precision", "16-mixed", "trainer.precision is 16-mixed"),
+        ("save_pools", "true", "save_pools is true"),
+        ("model.teacher", "SelfTeacher", "model.teacher is SelfTeacher, whose weights are in checkpoints"),
     ],
 )
 def test_options_for_whole_weights_are_refused(
