@@ -39,7 +39,9 @@ def fingerprint(model: LanguageModel) -> str:
     # named_parameters() lists tied weights once.
     for name, tensor in sorted([*model.model.named_parameters(), *model.model.named_buffers()]):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        raw = whole(tensor.detach()).cpu().contiguous().view(-1).view(torch.uint8)
+        own = whole(tensor.detach())
+        # FSDP2 could not free memory that numpy has seen.
+        raw = (own if model.sharding is None else own.clone()).cpu().contiguous().view(-1).view(torch.uint8)
         total.update(raw.numpy().data)
     return total.hexdigest()
 
