@@ -97,7 +97,7 @@ class Sampler(ABC):
 
         Args:
             model: on the device on which it works; its weights do not change until the samples are taken. Weights that
-                are sharded over processes are gathered: take them from its parameters, not from a state dict.
+                are sharded over processes are gathered. They are freed afterwards: copy what is kept.
             step: optimizer steps that the weights have taken.
         """
 

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 
 from opdlab.collectives import gather_numbers
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks")  # of a module
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks")  # of a module
 
 
 def _is_fsdps(hook: Any) -> bool:
-    """True if a hook is a method of FSDP2's state of a module."""
-    return type(getattr(hook, "__self__", None)).__module__.startswith("torch.distributed.fsdp")
+    """True if a hook is a function of FSDP2, or a method of its state of a module."""
+    origin = type(hook.__self__) if hasattr(hook, "__self__") else hook
+    return str(getattr(origin, "__module__", "")).startswith("torch.distributed.fsdp")
 
 
 class Sharding:
@@ -62,8 +63,8 @@ class Sharding:
     def whole(self) -> Iterator[None]:
         """Hold all weights in each process, so that passes inside exchange nothing. All processes enter together.
 
-        Parameters are plain tensors inside, and passes are those of a plain model, without gradient. A state dict would
-        shard the parameters again.
+        Parameters are plain tensors inside, passes are those of a plain model, without gradient, and a process may take
+        a state dict alone.
         """
         if self.is_whole:
             yield
@@ -73,16 +74,18 @@ class Sharding:
         with torch.inference_mode(False), torch.no_grad():
             for group in groups:
                 group.unshard()
-        # FSDP2's hooks take time at each token, and note each pass of a layer until the next backward pass.
-        taken_off = [(group, name, getattr(group, name)) for group in groups for name in _HOOKS]
-        for group, name, hooks in taken_off:
-            setattr(group, name, OrderedDict((key, hook) for key, hook in hooks.items() if not _is_fsdps(hook)))
+        # FSDP2's hooks take time at each token, note each pass of a layer until the next backward pass, and shard the
+        # weights again where a state dict is taken.
+        modules = list(self._root.modules())
+        taken_off = [(module, name, getattr(module, name)) for module in modules for name in _HOOKS]
+        for module, name, hooks in taken_off:
+            setattr(module, name, OrderedDict((key, hook) for key, hook in hooks.items() if not _is_fsdps(hook)))
         try:
             yield
         finally:
             self.is_whole = False
-            for group, name, hooks in taken_off:
-                setattr(group, name, hooks)
+            for module, name, hooks in taken_off:
+                setattr(module, name, hooks)
             self.release()
 
     def release(self) -> None:

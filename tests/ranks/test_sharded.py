@@ -209,6 +209,8 @@ def passes(rank: int) -> tuple[list[bool], list[bool]]:
         found = [plain() for _ in range(3 * rank + 1) if model.model(tokens).logits.isfinite().all()]
         with model.whole():
             found.append(plain())
+        if rank:  # alone
+            assert not any(hasattr(weight, "full_tensor") for weight in model.state_dict().values())
         found.append(plain())
     before = plain()
     with torch.no_grad():
