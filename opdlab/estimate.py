@@ -351,5 +351,5 @@ def model_size(options: Mapping[str, Any], precision: str | int | None) -> Model
     packed = _PACKED.get(str(options.get("quantization")))
     layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers_of(model)]
     widths, outside = widths_of(options["dtype"], precision), count - sum(layers)
-    sizes = {"packed": packed, "rounded": rounded, "layer": max(layers, default=0), "outside": outside}
-    return ModelSize(path, count, trainable, Shape.of(model), widths, **sizes)
+    largest = max(layers, default=0)
+    return ModelSize(path, count, trainable, Shape.of(model), widths, packed, rounded, largest, outside)

@@ -10,8 +10,12 @@ from opdlab.training.sharded_strategy import NAME, ShardedStrategy, check_strate
 
 def shards_weights(config: Namespace) -> bool:
     """True if the strategy shards the weights over the processes."""
-    strategy = config.trainer.strategy
-    return strategy == NAME or str(getattr(strategy, "class_path", "")).endswith(f".{ShardedStrategy.__name__}")
+    name = _name_of(config)
+    return name == NAME or name.endswith(f".{ShardedStrategy.__name__}")
+
+
+def _name_of(config: Namespace) -> str:
+    return str(getattr(config.trainer.strategy, "class_path", config.trainer.strategy))
 
 
 def check_sharding(config: Namespace) -> None:
@@ -20,10 +24,10 @@ def check_sharding(config: Namespace) -> None:
     Raises:
         UsageError: naming the key, and what to take instead.
     """
-    strategy, model = config.trainer.strategy, config.model
-    check_strategy(str(getattr(strategy, "class_path", strategy)))
+    check_strategy(_name_of(config))
     if not shards_weights(config):
         return
+    model = config.model
     options = {"max_tokens_per_pass": model.max_tokens_per_pass, "behavior.offload": model.behavior.offload}
     for role, section in (("student", model.student), ("teacher", configured_teacher(config))):
         options |= {f"{role}.{name}": value for name, value in plugin_options(section).items()}

@@ -127,9 +127,8 @@ def sharded_like(tensor: Tensor, like: Tensor) -> Tensor:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    mesh: Any = like.device_mesh  # type: ignore[attr-defined]
-    placements: Any = like.placements  # type: ignore[attr-defined]
-    return distribute_tensor(tensor.to(like.device), mesh, placements, src_data_rank=None)
+    sharded: Any = like
+    return distribute_tensor(tensor.to(like.device), sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
 @torch.no_grad()

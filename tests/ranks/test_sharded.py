@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM
@@ -18,7 +19,7 @@ from opdlab.evaluation import EvaluationConfig
 from opdlab.module import OPDModule
 from opdlab.objectives import FullDivergence, SampledTokenOPD, TeacherTopK
 from opdlab.policies import AdapterConfig, LanguageModel, LocalTeacher, SelfTeacher, TargetCache
-from opdlab.policies.sharding import whole_state
+from opdlab.policies.sharding import local, whole_state
 from tests.ranks.pair import Processes
 from tests.ranks.steps import take_steps
 from tests.toy_run import STUDENT, TEACHER, Run
@@ -108,7 +109,7 @@ def train(rank: int, folder: Path, options: dict[str, Any], steps: int = 6, chec
     weights = whole_state(made.module, keep=True)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     whole = sum(weight.numel() for weight in LanguageModel(STUDENT).parameters())
-    held = sum(getattr(weight, "to_local", lambda w=weight: w)().numel() for weight in made.module.student.parameters())
+    held = sum(local(weight).numel() for weight in made.module.student.parameters())
     return Trained(made.recorder.losses, metrics, weights, held / whole)
 
 
@@ -284,6 +285,6 @@ def test_what_needs_whole_weights_is_refused(pair: Processes, tmp_path: Path) ->
 
 def test_other_sharding_is_refused(make_run: Callable[..., Run]) -> None:
     module: OPDModule = make_run().module
-    module.trainer = pl.Trainer(accelerator="cpu", strategy=pl.strategies.ModelParallelStrategy(), logger=False)
+    module.trainer = pl.Trainer(accelerator="cpu", strategy=ModelParallelStrategy(), logger=False)
     with pytest.raises(UsageError, match="trainer.strategy is ModelParallelStrategy, which .* take model_parallel, "):
         module.setup("fit")
