@@ -60,10 +60,14 @@ class HFExport(pl.Callback):
         """Write the folder, from one process; also when a run resumes at its last step, where nothing is trained."""
         assert isinstance(pl_module, OPDModule)
         run_folder = trainer.log_dir or trainer.default_root_dir  # all processes take part, so outside the branch
-        if not self.enabled or not trainer.is_global_zero:
+        if not self.enabled:
+            return
+        weights = pl_module.student.whole_weights(keep=trainer.is_global_zero)  # here too
+        if not trainer.is_global_zero:
             return
         folder = Path(self.folder or Path(run_folder) / "student")
-        pl_module.student.save(folder, merge=self.merge)
+        pl_module.student.save(folder, self.merge, weights)
+        del weights
         config = Path(run_folder) / "config.yaml"
         record = training_record(trainer, pl_module, CONFIG_NAME if config.is_file() else None)
         with naming_full_disk(folder):

@@ -26,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from opdlab.errors import UsageError
 from opdlab.packages import package_trouble, require_package
 from opdlab.policies.adapters import AdapterConfig, attach_adapter
+from opdlab.policies.compiling import layers_of
 from opdlab.policies.loading import ADAPTER_CONFIG, adapter_base, resolve
 from opdlab.rollouts.pool import PART_BYTES
 from opdlab.scoring.head import MAX_TILE_LOGITS
@@ -258,6 +259,8 @@ class ModelSize:
         widths: bytes per number.
         packed: bytes per parameter if quantization packs them, else None.
         rounded: number of parameters with each tensor rounded up to a power of two, as torch allocates pinned memory.
+        layer: number of parameters of the largest layer.
+        outside: number of parameters outside the layers.
     """
 
     path: str
@@ -267,6 +270,8 @@ class ModelSize:
     widths: Widths
     packed: float | None = None
     rounded: int = 0
+    layer: int = 0
+    outside: int = 0
 
     @property
     def has_adapter(self) -> bool:
@@ -344,4 +349,7 @@ def model_size(options: Mapping[str, Any], precision: str | int | None) -> Model
     rounded = sum(1 << (parameter.numel() - 1).bit_length() for parameter in model.parameters())
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     packed = _PACKED.get(str(options.get("quantization")))
-    return ModelSize(path, count, trainable, Shape.of(model), widths_of(options["dtype"], precision), packed, rounded)
+    layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers_of(model)]
+    widths, outside = widths_of(options["dtype"], precision), count - sum(layers)
+    largest = max(layers, default=0)
+    return ModelSize(path, count, trainable, Shape.of(model), widths, packed, rounded, largest, outside)

@@ -454,6 +454,42 @@ def test_a_share_of_the_buffer_is_counted_with_several_processes(
     assert shown_size(on_cpu, "peak of an exchange") == pytest.approx(exchanged + weights, rel=0.05)
 
 
+WEIGHTS = ("student weights", "gradients", "optimizer state", "behavior snapshot", "teacher weights")
+
+
+def sharded(*more: str, strategy: str = "model_parallel", devices: int = 4) -> Estimate:
+    flags = ["--trainer.devices", str(devices), "--trainer.strategy", strategy, "--model.evaluation.reverse_kl", "true"]
+    return estimate(parse_fit(["-c", "quickstart", *flags, *more], "estimate"), on_cpu=False)
+
+
+def test_sharded_weights_are_divided_and_what_is_gathered_is_added() -> None:
+    whole, shared = sharded(strategy="ddp"), sharded()
+    sizes = {part: (whole.parts[part][0], shared.parts[part][0]) for part in WEIGHTS}
+    assert all(share == -(-size // 4) for size, share in sizes.values())
+    assert shared.parts["gathered snapshot"][0] == sizes["behavior snapshot"][0]
+    assert shared.parts["gathered model"][0] == sizes["student weights"][0]
+    gathered = {
+        phase: {part for part in parts if part.startswith("gathered")} for phase, parts in shared.phases.items()
+    }
+    assert gathered == {
+        "sampling": {"gathered snapshot"},
+        "behavior scoring": {"gathered snapshot"},
+        "teacher scoring": {"gathered layers of teacher"},
+        "update": {"gathered weights", "gathered gradients"},
+        "evaluation": {"gathered model", "gathered teacher"},
+    }
+    assert 0 < shared.parts["gathered gradients"][0] < shared.parts["gathered weights"][0]
+    # In a checkpoint: student, snapshot and two moments of AdamW, whole.
+    assert shared.host["gathered weights and optimizer state"][0] == 4 * sizes["student weights"][0]
+    assert sharded(devices=1).parts.keys() == sharded(devices=1, strategy="ddp").parts.keys()
+
+
+def test_an_adapters_snapshot_has_shards_of_its_own() -> None:
+    shared = sharded("--model.student.adapter.r", "4")
+    assert shared.parts["behavior snapshot"][0] == shared.parts["student weights"][0]
+    assert shared.host["gathered weights and optimizer state"][0] < shared.parts["student weights"][0]
+
+
 def test_hidden_states_and_the_teachers_head_are_counted(
     opdlab: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

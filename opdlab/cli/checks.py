@@ -23,6 +23,7 @@ from torch import nn
 
 from opdlab.callbacks import BehaviorRefresh, CollapseGuard, GateMonitor, HFExport, PoolRecorder, SampleLogger
 from opdlab.cli.building import build, sections, under, with_seeds
+from opdlab.cli.sharding_checks import check_sharding
 from opdlab.data import PromptDataModule
 from opdlab.data.cleaning import CleaningConfig
 from opdlab.errors import UsageError, first_line, require, user_line
@@ -220,6 +221,7 @@ def check_trainer(config: Namespace, *, here: bool = False) -> None:
     Raises:
         UsageError: an option is invalid.
     """
+    check_sharding(config)
     options = {key: value for key, value in config.trainer.as_dict().items() if not isinstance(value, dict)}
     for key, (least, fix) in _LEAST.items():
         value = options[key]

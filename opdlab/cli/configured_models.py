@@ -18,7 +18,7 @@ def configured_models(config: Any) -> Iterator[tuple[str, ModelSize]]:
     teacher = plugin_options(configured_teacher(config))
     if "path" in teacher and "dtype" in teacher:  # a local teacher; the trainer does not cast it
         yield "teacher", model_size(teacher, None)
-    elif _is_own(config):
+    elif is_own_teacher(config):
         yield "teacher", model_size(plugin_options(config.model.student), config.trainer.precision)
     elif routed := _routed(config):
         yield "teacher", max(routed.values(), key=lambda size: size.bytes)
@@ -30,7 +30,12 @@ def configured_teacher(config: Any) -> Any:
     return section.init_args.teacher if str(section.class_path).endswith(".TargetCache") else section
 
 
-def _is_own(config: Any) -> bool:
+def shards_teacher(config: Any) -> bool:
+    """True if the teacher is one model, whose weights a strategy shards if it shards the student's."""
+    return not _routed(config)
+
+
+def is_own_teacher(config: Any) -> bool:
     """True if the teacher is the student itself."""
     return str(configured_teacher(config).class_path).endswith(".SelfTeacher")
 
@@ -50,7 +55,7 @@ def _routed(config: Any) -> dict[str, ModelSize]:
 
 def teacher_weights(config: Any, models: Mapping[str, ModelSize]) -> tuple[int, str] | None:
     """Return the bytes of the teacher's weights and what they are; None if they are not the plain model's."""
-    if _is_own(config):
+    if is_own_teacher(config):
         return _own_weights(config, models["student"])
     if routed := _routed(config):
         kept = plugin_options(configured_teacher(config)).get("keep_loaded", True)

@@ -25,7 +25,7 @@ def estimate_command(arguments: Sequence[str]) -> int:
     models = dict(configured_models(config))
     result = estimate(config, models)
     Console().print(result.table())
-    print("left out: the device's own context, fragmentation, short-lived results; model parallelism is not looked at")
+    print("left out: the device's own context, fragmentation, short-lived results")
     accelerator = config.trainer.accelerator
     if (device := device_memory(accelerator)) is None:
         return 0

@@ -11,11 +11,14 @@ from opdlab.cli.configured_models import (
     configured_models,
     configured_teacher,
     plugin_options,
+    shards_teacher,
     teacher_prompt,
     teacher_weights,
 )
 from opdlab.cli.memory_engine import add_engine
 from opdlab.cli.memory_table import Estimate
+from opdlab.cli.sharded_parts import GRADIENTS, OPTIMIZER, SNAPSHOT, STUDENT, TEACHER, add_sharding, checkpoint_bytes
+from opdlab.cli.sharding_checks import shards_weights
 from opdlab.estimate import (
     DIVERGENCE_TILES,
     FLOAT,
@@ -31,8 +34,6 @@ from opdlab.estimate import (
 from opdlab.types import TeacherRequest
 
 _CASTS = "weights cast by autocast"
-_SNAPSHOT = "behavior snapshot"
-_TEACHER = "teacher weights"
 _BUFFER = "rollout buffer"
 _EXCHANGED = "rows that are exchanged"
 _GATHERED = "gathered buffer"
@@ -61,11 +62,16 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
     num_rollouts = -(-config.data.reuse.prompts_per_pool // processes) * config.model.sampling.num_samples
     engine = add_engine(result, config, student, on_cpu)
     cache = {} if engine is not None else {"KV cache": _cache(student, config, config.model.sampling, num_rollouts)}
-    result.add_phase("sampling", _SNAPSHOT, *(engine or ()), new=cache)
+    result.add_phase("sampling", SNAPSHOT, *(engine or ()), new=cache)
     _add_scoring(result, config, models, num_rollouts)
     _add_update(result, config, student, models.get("teacher") if request.hidden else None, processes)
     if config.data.benchmarks:
         _add_evaluation(result, config, models, engine)
+    sharded = 0  # bytes of weights and optimizer state that are gathered for a checkpoint
+    if processes > 1 and shards_weights(config):
+        sharded, options = checkpoint_bytes(result, student), config.model.evaluation
+        asked = {"evaluated": bool(options.teacher), "compared": bool(options.reverse_kl)}
+        add_sharding(result, models, processes, teacher=shards_teacher(config), **asked)
     size, largest = _add_buffer(result, config, request, models.get("teacher"), num_rollouts)
     if processes > 1:
         of_first = f"of the first of {processes} processes, in a checkpoint inside a buffer"
@@ -73,6 +79,9 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
             "an exchange": {_EXCHANGED: (exchanged_bytes(largest), "one tensor at a time, before each pass")},
             "a checkpoint": {_GATHERED: (gathered_bytes(processes * size, processes), of_first)},
         }
+        if sharded:
+            said = f"of the first of {processes} processes, in a checkpoint"
+            parts["a checkpoint"]["gathered weights and optimizer state"] = sharded, said
         for phase, new in parts.items():
             if on_cpu:
                 result.add_phase(phase, new=new)
@@ -98,7 +107,7 @@ def offloaded(config: Any, models: Mapping[str, ModelSize]) -> dict[str, str]:
     """Return the parts that are offloaded, by the option that asks for it."""
     teacher = "teacher" in models and plugin_options(configured_teacher(config)).get("offload")
     wanted = {"model.behavior.offload": config.model.behavior.get("offload"), "model.teacher.offload": teacher}
-    parts = {"model.behavior.offload": _SNAPSHOT, "model.teacher.offload": _TEACHER}
+    parts = {"model.behavior.offload": SNAPSHOT, "model.teacher.offload": TEACHER}
     return {name: parts[name] for name, on in wanted.items() if on}
 
 
@@ -121,24 +130,24 @@ def _add_resident(
         for role, model in models.items()
     }
     result.parts = {
-        "student weights": weights["student"],
-        "gradients": (student.trainable * width, f"{student.trainable:,} x {width} bytes"),
-        "optimizer state": (
+        STUDENT: weights["student"],
+        GRADIENTS: (student.trainable * width, f"{student.trainable:,} x {width} bytes"),
+        OPTIMIZER: (
             int(student.trainable * each),
             f"{optimizer.class_path.rpartition('.')[2]}: {each:.3g} bytes each",
         ),
-        _SNAPSHOT: (
+        SNAPSHOT: (
             (student.trainable * width, "the adapter alone")  # the base weights are shared
             if student.has_adapter
             else (student.parameters * snapshot, f"{snapshot} bytes each")
         ),
     }
-    pinned = {_SNAPSHOT: student.rounded * snapshot}
+    pinned = {SNAPSHOT: student.rounded * snapshot}
     if (teacher := models.get("teacher")) is not None:
-        result.parts[_TEACHER] = teacher_weights(config, models) or weights["teacher"]
-        pinned[_TEACHER] = teacher.rounded * teacher.widths.weights
+        result.parts[TEACHER] = teacher_weights(config, models) or weights["teacher"]
+        pinned[TEACHER] = teacher.rounded * teacher.widths.weights
     result.host = {part: (pinned[part], "offloaded: pinned in powers of two") for part in offloaded.values()}
-    if request.hidden and teacher is not None and _TEACHER in result.host:
+    if request.hidden and teacher is not None and TEACHER in result.host:
         size = teacher.shape.vocab * teacher.shape.hidden * teacher.widths.weights
         result.parts["teacher's head"] = size, "a copy on the device, since the teacher is offloaded"
     result.resident = [part for part in result.parts if part not in result.host]
@@ -164,7 +173,7 @@ def _add_evaluation(result: Estimate, config: Any, models: Mapping[str, ModelSiz
     if "teacher" in models and options.teacher:
         caches[teachers] = _cache(models["teacher"], config, sampling, wanted)
     casts = [_CASTS] if _CASTS in result.parts else []  # autocast caches copies of all trainable weights
-    offloaded = [_TEACHER] if _TEACHER in result.host else []
+    offloaded = [TEACHER] if TEACHER in result.host else []
     if engine is None and not offloaded:
         result.add_phase("evaluation", *casts, new={own: max(caches.values())})
         return
@@ -178,9 +187,9 @@ def _add_evaluation(result: Estimate, config: Any, models: Mapping[str, ModelSiz
 def _add_scoring(result: Estimate, config: Any, models: Mapping[str, ModelSize], num_rollouts: int) -> None:
     for role, model in models.items():
         phase, weights, batch = (
-            ("behavior scoring", _SNAPSHOT, config.model.behavior.score_batch_size)
+            ("behavior scoring", SNAPSHOT, config.model.behavior.score_batch_size)
             if role == "student"
-            else ("teacher scoring", _TEACHER, plugin_options(configured_teacher(config)).get("batch_size"))
+            else ("teacher scoring", TEACHER, plugin_options(configured_teacher(config)).get("batch_size"))
         )
         tokens = min(batch or 1, num_rollouts) * _length(config, of_teacher=role == "teacher")
         at_once = _tokens_of_pass(config, tokens) if role == "student" else tokens

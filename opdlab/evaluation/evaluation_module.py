@@ -1,7 +1,7 @@
 """The evaluation part of the LightningModule."""
 
 from collections.abc import Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class EvaluationModule(pl.LightningModule):
         self.evaluator = Evaluator(evaluation, sampling, [])
         self.sampler = sampler
         self._instead: _Evaluated | None = None  # evaluated instead of the student
+        self._gathered = ExitStack()  # sharded weights, during an evaluation
         self.logged: dict[tuple[Logger, int], Set[str]] = {}
         """Names that a logger has at a step since before a resume."""
 
@@ -127,9 +128,16 @@ class EvaluationModule(pl.LightningModule):
             self.evaluator.evaluate(model, batch, self.progress, teacher, sampler=sampler, step=step)
 
     def on_validation_epoch_start(self) -> None:
-        """Reset the metrics, and open the folder of the samples."""
-        if self._instead is not None:
+        """Reset the metrics, and open the folder of the samples.
+
+        Sharded weights are gathered for the whole evaluation, since processes may have different numbers of batches.
+        """
+        self._gathered.close()
+        if self._instead is not None and self._instead.model.sharding is None:
             self._instead.model.to(self.device)
+        compared = self.teacher.local_models() if self.evaluator.config.reverse_kl else ()
+        for model in (self._evaluated.model, *compared):
+            self._gathered.enter_context(model.whole())
         self.evaluator.close()  # a failed earlier evaluation may have the same files open
         self.evaluator.start(self._sample_folder())
 
@@ -138,6 +146,7 @@ class EvaluationModule(pl.LightningModule):
         if self.sampler is not None:
             self.sampler.release()
         self.evaluator.finish()
+        self._gathered.close()
         metrics = self.evaluator.compute()
         named = {f"{self._evaluated.name}/{key}": value for key, value in metrics.items()}
         fitting = self.trainer.state.fn == TrainerFn.FITTING

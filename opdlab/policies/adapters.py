@@ -4,7 +4,7 @@ Adapters are injected into the model's layers. The model keeps its class and is 
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,15 +187,42 @@ def low_rank_of(layer: Any) -> LowRank | None:
     return LowRank(down, up, layer.scaling[_NAME])
 
 
-def save_adapter(model: PreTrainedModel, folder: Path) -> None:
+def whole_model(model: PreTrainedModel, weights: Mapping[str, Tensor], merge: bool) -> PreTrainedModel:
+    """Return an unsharded model with given weights, in host memory: a model that is sharded cannot be copied.
+
+    Args:
+        model: gives the architecture and the adapter's options.
+        weights: of all parameters and buffers, by name; not copied.
+        merge: add an adapter to the weights.
+    """
+    with torch.device("meta"):
+        whole: PreTrainedModel = type(model)(model.config)
+        if has_adapter := bool(getattr(model, "_hf_peft_config_loaded", False)):
+            with _quiet_peft():
+                whole.add_adapter(model.peft_config[_NAME], _NAME)
+    whole.load_state_dict(dict(weights), assign=True)
+    whole.generation_config = model.generation_config
+    # The names by which transformers has read the weights, of which some models write others.
+    whole._weight_conversions = getattr(model, "_weight_conversions", None)
+    embedding, output = base_of(whole.get_input_embeddings()), base_of(whole.get_output_embeddings())
+    if embedding.weight.data_ptr() == output.weight.data_ptr():  # the state dict names a tied weight twice
+        output.weight = embedding.weight
+    if has_adapter and merge:
+        take_off_adapter(whole, merge=True)
+    return whole
+
+
+def save_adapter(model: PreTrainedModel, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
     """Write only the adapter, in peft's format.
 
     Args:
         model: has an adapter.
         folder: output folder.
+        weights: the model's, by name; None for its state dict.
     """
+    weights = model.state_dict() if weights is None else weights
     # peft would also write the frozen weight of an adapted output layer, which may be larger than the adapter.
-    state = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith(_BASE_WEIGHT)}
+    state = {key: tensor for key, tensor in weights.items() if not key.endswith(_BASE_WEIGHT)}
     with _quiet_peft():
         model.save_pretrained(folder, state_dict=state)
 

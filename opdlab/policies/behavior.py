@@ -1,19 +1,20 @@
 """The behavior policy: a frozen copy of the student, from whose weights the rollouts are sampled."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from opdlab.collectives import sum_over_processes
 from opdlab.errors import require
 from opdlab.policies.demonstrations import Given, sample_beside
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.loading import DType
 from opdlab.policies.offload import Conversion, on_device, pin_memory, without_moving
 from opdlab.policies.sampler import Sampler, SamplingConfig, sample_rollouts
+from opdlab.policies.sharding import local
 from opdlab.policies.transformers_sampler import TransformersSampler
 from opdlab.progress import Progress, SilentProgress
 from opdlab.scoring import topk_with_statistics
@@ -30,7 +31,7 @@ class BehaviorConfig:
             rollouts equals the rounding error instead of 0.
         score_batch_size: rollouts scored at a time.
         offload: keep the weights in host memory, with a copy on the device only during sampling and scoring. No effect
-            on a CPU. Not with an adapter, FSDP or DeepSpeed.
+            on a CPU. Not with an adapter or with sharded weights.
     """
 
     dtype: DType | None = None
@@ -118,11 +119,14 @@ class BehaviorPolicy(nn.Module):
             torch.accelerator.synchronize(student.device)  # the host may read only finished copies
 
     def equals(self, student: LanguageModel) -> bool:
-        """True if the snapshot's weights are bitwise equal to the student's."""
-        return all(
-            own is other or (own.dtype == other.dtype and torch.equal(own, other.to(own.device)))
+        """True if the snapshot's weights are bitwise equal to the student's, in all processes that share them."""
+        same = all(
+            own is other or (own.dtype == other.dtype and torch.equal(local(own), local(other).to(own.device)))
             for own, other in zip(self.policy.parameters(), student.parameters(), strict=True)
         )
+        if student.sharding is None:
+            return same
+        return not int(sum_over_processes(torch.tensor(int(not same), device=student.device)))
 
     def sample(
         self,
@@ -159,7 +163,7 @@ class BehaviorPolicy(nn.Module):
         progress = progress or SilentProgress()
         each = self.sampling.num_samples if num_samples is None else num_samples
         streams = derive_streams("rollouts", seed, keys=prompt_ids, num_samples=each)
-        with on_device(self.policy, self._device) if self.offload else nullcontext():
+        with on_device(self.policy, self._device) if self.offload else self.policy.whole():
             self.sampler.use(self.policy, int(self.step), self._version)
             facts: dict[str, Any] = {"progress": progress, "prompt_ids": prompt_ids}
             model, config = self.policy, self.sampling

@@ -35,6 +35,11 @@ def require_compiler(path: str) -> None:
         ) from error
 
 
+def layers_of(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """Return the layers of a model, outer ones first; empty if transformers does not mark them."""
+    return [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 def compile_layers(model: PreTrainedModel) -> None:
     """Compile every layer at its first call without a cache, for any number and length of rows.
 
@@ -45,8 +50,7 @@ def compile_layers(model: PreTrainedModel) -> None:
     Args:
         model: changed in place; compiled layers are skipped.
     """
-    layers = [module for module in model.base_model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for layer in layers or [model.base_model]:
+    for layer in layers_of(model) or [model.base_model]:
         if layer._compiled_call_impl is None:
             layer.compile(dynamic=True, backend=_BACKEND)
             layer._compiled_call_impl = _unless_decoding(layer)

@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from opdlab.errors import UsageError
 from opdlab.policies.draws import draw, uniforms
@@ -51,8 +49,8 @@ def why_not_selectable(model: PreTrainedModel) -> str | None:
     """Return why :class:`Decoding` cannot decode with this model; None if it can.
 
     It handles models that carry only keys and values, in plain or sliding-window layers, from one token to the next. It
-    does not handle other states (Mamba and other hybrids), layers that share a cache, chunked attention, models that
-    prepare their inputs in their own way, or weights that are sharded over processes, which must run in step.
+    does not handle other states (Mamba and other hybrids), layers that share a cache, chunked attention, or models that
+    prepare their inputs in their own way.
 
     Args:
         model: a causal language model.
@@ -72,8 +70,6 @@ def why_not_selectable(model: PreTrainedModel) -> str | None:
         return f"its forward takes none of the arguments {', '.join(_CACHE_ARGUMENTS)}"
     if model.is_remote_code():
         return "its code is not part of transformers"
-    if is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model):
-        return "its weights are sharded over processes"
     if model.config.is_encoder_decoder or model._is_stateful or not model._supports_default_dynamic_cache():
         return "it carries more than keys and values from token to token"
     config = model.config.get_text_config(decoder=True)

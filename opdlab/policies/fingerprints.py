@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from opdlab.policies.language_model import LanguageModel
+from opdlab.policies.sharding import whole
 from opdlab.records import digest
 
 _DIGEST_BYTES = 16
@@ -21,7 +22,7 @@ def fingerprint(model: LanguageModel) -> str:
     Takes about a second per GB of weights. The digest does not depend on the path of the weights.
 
     Args:
-        model: on any device; with sharded weights, the digest covers the shards of this process.
+        model: on any device; all processes that share its weights call this together.
 
     Example:
         >>> model = LanguageModel("package://opdlab.toy/models/student")
@@ -38,19 +39,24 @@ def fingerprint(model: LanguageModel) -> str:
     # named_parameters() lists tied weights once.
     for name, tensor in sorted([*model.model.named_parameters(), *model.model.named_buffers()]):
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        own = whole(tensor.detach())
+        # FSDP2 could not free memory that numpy has seen.
+        raw = (own if model.sharding is None else own.clone()).cpu().contiguous().view(-1).view(torch.uint8)
         total.update(raw.numpy().data)
     return total.hexdigest()
 
 
 @torch.no_grad()
 def weights_digest(model: nn.Module, frozen: bool = False) -> str:
-    """Return a digest of a few values of each weight: another model differs in it, and no weight is read whole."""
+    """Return a digest of a few values of each weight, by which another model differs.
+
+    No weight is read whole, but sharded ones are gathered: all processes that share them call this together.
+    """
     lines = []
     for name, weight in sorted(model.named_parameters()):
         if frozen and weight.requires_grad:
             continue
-        flat = weight.detach().reshape(-1)
+        flat = whole(weight.detach()).reshape(-1)
         few = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].cpu().double()
         lines.append([name, list(weight.shape), few.tolist()])
     return digest(lines)[:8]

@@ -1,7 +1,8 @@
 """A Hugging Face causal language model, and the single code path that computes its log-probabilities."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from opdlab.policies.adapters import (
     put_back_frozen,
     save_adapter,
     take_off_adapter,
+    whole_model,
 )
-from opdlab.policies.compiling import compile_layers, require_compiler
+from opdlab.policies.compiling import compile_layers, layers_of, require_compiler
 from opdlab.policies.heads import check_head, check_weights
 from opdlab.policies.loading import (
     DType,
@@ -39,6 +41,7 @@ from opdlab.policies.loading import (
 )
 from opdlab.policies.packing import attention_may_pack, keeps_packed_rows_apart
 from opdlab.policies.passes import PackedRows, length_groups, length_packs
+from opdlab.policies.sharding import Sharding, whole_state
 from opdlab.policies.tokenizers import vocabulary_size
 from opdlab.scoring import (
     Head,
@@ -185,10 +188,11 @@ class LanguageModel(nn.Module):
         vocab_size: number of tokens: rows of the embedding that are tokens of the tokenizer, and that the teacher has
             too (:func:`opdlab.policies.share_vocabulary`). Only ids below it are sampled, and distributions are over
             these; other rows only pad the embedding.
-        group_lengths: True (the default) to score rows of similar length in one padded pass. Set it to False if all
-            processes must run the same number of passes, because each process would form different groups.
-        max_tokens: tokens per pass whose activations are kept, padding included; None (the default) for no bound. Leave
-            it None if all processes must run the same number of passes.
+        group_lengths: True (the default) to score rows of similar length in one padded pass. Sharded weights are always
+            scored in one pass, because processes would form different numbers of groups.
+        max_tokens: tokens per pass whose activations are kept, padding included; None (the default) for no bound, as
+            sharded weights need it.
+        sharding: the weights' division over the processes of a run; None (the default) if this process has them all.
         accumulate_head_grad: see :class:`opdlab.scoring.Head`; False by default. Set it to True only if nothing hooks
             into the head's gradient.
 
@@ -229,6 +233,7 @@ class LanguageModel(nn.Module):
         self.frozen_keys = frozenset(name for name, parameter in named if not parameter.requires_grad)
         self.group_lengths = True
         self.max_tokens: int | None = None
+        self.sharding: Sharding | None = None
         self.accumulate_head_grad = False
         self._packing: tuple[tuple[torch.device, str], bool] | None = None
         self._compile = compile
@@ -302,6 +307,43 @@ class LanguageModel(nn.Module):
         """Return the device of the weights."""
         return next(self.parameters()).device
 
+    def shard(self, mesh: Any) -> None:
+        """Shard the weights over all processes, which call this together; done once, and the weights move to the mesh.
+
+        Copies of the model must be made before.
+
+        Args:
+            mesh: see :class:`opdlab.policies.sharding.Sharding`.
+
+        Raises:
+            UsageError: the weights are packed, or the layers are compiled.
+        """
+        if self.sharding is not None:
+            return
+        for value, said in ((self.quantization, "quantization"), (self._compile, "compile")):
+            require(
+                not value,
+                f"model '{self.path}' has {said} {str(value).lower()}, which does not go with weights that are sharded "
+                "over processes: leave it out, or take trainer.strategy ddp",
+            )
+        self.sharding = Sharding(self, layers_of(self.model), mesh)
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Return a context in which each process has all weights, see :meth:`Sharding.whole`."""
+        return nullcontext() if self.sharding is None else self.sharding.whole()
+
+    def whole_weights(self, *, keep: bool) -> dict[str, Tensor] | None:
+        """Return sharded weights for :meth:`save`, in host memory; None if the weights are not sharded.
+
+        Args:
+            keep: False in a process that only takes part.
+        """
+        return None if self.sharding is None else whole_state(self.model, keep=keep)
+
+    def forward(self, **inputs: Any) -> Any:
+        """Return the output of the model below the head; passes of sharded weights come through here."""
+        return self.model.base_model(**inputs)
+
     def head(self, temperature: float = 1.0) -> Head:
         """Return the model's head, with the scale and soft cap of its architecture and the adapter's update."""
         config = self.model.config.get_text_config()
@@ -325,18 +367,21 @@ class LanguageModel(nn.Module):
         # Check once for each device and attention kernel whether rows can be packed end to end.
         place = (next(self.model.parameters()).device, self.model.config._attn_implementation)
         if self._packing is None or self._packing[0] != place:
-            self._packing = place, attention_may_pack(self.model) and keeps_packed_rows_apart(self.model)
+            may_pack = attention_may_pack(self.model)
+            with self.whole() if may_pack else nullcontext():
+                self._packing = place, may_pack and keeps_packed_rows_apart(self.model)
         packed = self._packing[1]
         rows = PackedRows(rollouts)
         if packed:
             groups = length_packs(rows.lengths, self.max_tokens)
-        elif self.group_lengths:
+        elif self.group_lengths and (self.sharding is None or self.sharding.is_whole):
             groups = length_groups(rows.lengths, max_tokens=self.max_tokens)
         else:
             groups = [list(range(len(rollouts)))]
         if not groups:  # no valid position; run one pass anyway, as other processes do
             groups, packed = [list(range(len(rollouts)))], False
-        hidden = rows.states(self.model.base_model, groups, packed, self.max_tokens)
+        model = self.model.base_model if self.sharding is None else self
+        hidden = rows.states(model, groups, packed, self.max_tokens)
         head = replace(self.head(rollouts.temperature), accumulate_grad=self.accumulate_head_grad)
         valid = rollouts.mask.bool()
         return Scored(hidden, head, valid, rollouts.tokens[valid])
@@ -348,11 +393,15 @@ class LanguageModel(nn.Module):
         Yields:
             The indices of the chunk's rows in ``rollouts``, longest first, and its scores; no chunk without rows.
         """
-        if not len(rollouts):  # torch.split would yield an empty chunk
-            return
         lengths = rollouts.prompt_mask.sum(1) + rollouts.mask.sum(1)
-        for rows in torch.split(lengths.argsort(descending=True, stable=True), batch_size):
+        order = lengths.argsort(descending=True, stable=True)
+        chunks = torch.split(order, batch_size) if len(order) else ()  # it would split no rows into an empty chunk
+        in_step = self.sharding if self.sharding is not None and not self.sharding.is_whole else None
+        agreed = len(chunks) if in_step is None else in_step.agree(len(chunks))
+        for rows in chunks:
             yield rows, self.score(rollouts.rows(rows).to(self.device))
+        if in_step is not None:
+            in_step.finish_passes(len(chunks), agreed)
 
     def responses(self, rollouts: Rollouts) -> list[str]:
         """Return the text of each response, without special tokens."""
@@ -360,13 +409,14 @@ class LanguageModel(nn.Module):
         texts: list[str] = self.tokenizer.batch_decode([r[:n] for r, n in rows], skip_special_tokens=True)
         return texts
 
-    def save(self, folder: Path, merge: bool = False) -> None:
+    def save(self, folder: Path, merge: bool = False, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write model and tokenizer as a Hugging Face folder; a kill leaves an earlier one as it was.
 
         Args:
             folder: output folder.
             merge: if True, merge an adapter and write the whole model; if False, write only the adapter, in peft's
                 format with the path of its base. Without an adapter, the whole model is always written.
+            weights: of :meth:`whole_weights`, which all processes call before; one of them saves.
 
         Raises:
             UsageError: the weights were loaded from this folder.
@@ -378,7 +428,9 @@ class LanguageModel(nn.Module):
         stale = (other_kind, "model*.safetensors*", "generation_config.json")
         with replacing_files(Path(folder), stale) as new, quiet_bars():
             if self.has_adapter and not merge:
-                save_adapter(self.model, new)
+                save_adapter(self.model, new, weights)
+            elif weights is not None:
+                whole_model(self.model, weights, merge=True).save_pretrained(new)
             else:
                 (self.without_adapter(merge=True) if self.has_adapter else self).model.save_pretrained(new)
             self.tokenizer.save_pretrained(new)

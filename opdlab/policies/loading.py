@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from opdlab.errors import UsageError, first_line, require
 from opdlab.out_of_memory import out_of_memory
 from opdlab.packages import is_installed, package_trouble, require_package
+from opdlab.policies.sharding import local
 from opdlab.policies.tokenizers import StopTokens
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -210,8 +211,8 @@ def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     """
     for name, tensor in tensors:
         # The extremes of a tensor with a NaN are NaN. Floats of one byte are packed weights.
-        if tensor.is_floating_point() and tensor.itemsize > 1 and tensor.numel():
-            low, high = tensor.detach().aminmax()
+        if tensor.is_floating_point() and tensor.itemsize > 1 and local(tensor).numel():
+            low, high = local(tensor.detach()).aminmax()
             if not bool(low.isfinite() & high.isfinite()):
                 return name
     return None

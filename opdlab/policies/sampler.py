@@ -96,7 +96,8 @@ class Sampler(ABC):
         """Take over the weights of a model; :meth:`sample` samples from these.
 
         Args:
-            model: on the device on which it works; its weights do not change until the samples are taken.
+            model: on the device on which it works; its weights do not change until the samples are taken. Weights that
+                are sharded over processes are gathered. They are freed afterwards: copy what is kept.
             step: optimizer steps that the weights have taken.
         """
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -94,6 +94,10 @@ class TargetCache(Teacher):
         """Yield the teacher's models."""
         return self.teacher.models()
 
+    def local_models(self) -> Sequence[LanguageModel]:
+        """Return the teacher's models."""
+        return self.teacher.local_models()
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return the teacher's state."""
         return self.teacher.state_dict()
@@ -141,7 +145,9 @@ class TargetCache(Teacher):
             "targets/cache_hits": float(len(keys) - len(missing)),
             "targets/cache_misses": float(len(missing)),
         }
-        if missing or not keys:
+        # A teacher with sharded weights scores in all processes together, even if one of them has no rollout for it.
+        in_step = any(model.sharding is not None for model in self.local_models())
+        if missing or not keys or in_step:
             rows = torch.tensor(missing, dtype=torch.long)
             # Each part is on disk before the next one is waited for, so a failure loses nothing that is scored.
             for of_part, part in self.teacher.score_in_parts(rollouts.rows(rows), request, progress):

@@ -104,6 +104,10 @@ class Teacher(ABC):
         """
         return iter(())
 
+    def local_models(self) -> Sequence[LanguageModel]:
+        """Return the models in this process whose weights a strategy may shard; none by default."""
+        return ()
+
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a checkpoint must hold of the teacher; nothing by default, because it is frozen."""
         return {}
@@ -246,12 +250,16 @@ class LocalTeacher(Teacher):
     def to(self, device: torch.device) -> None:
         """Move the weights; if offloaded, set the device on which they are used."""
         self._device = device
-        if not self.offload:
+        if not self.offload and self.model.sharding is None:
             self.model.to(device)
 
     def models(self) -> Iterator[tuple[str, LanguageModel]]:
         """Yield the model."""
         yield "", self.model
+
+    def local_models(self) -> Sequence[LanguageModel]:
+        """Return the model."""
+        return (self.model,)
 
     def weights_digest(self) -> str | None:
         """Return a digest of the model's weights; see :meth:`Teacher.weights_digest`."""

@@ -143,6 +143,7 @@ def _generate(model: LanguageModel, tokens: Tensor, mask: Tensor, max_new_tokens
             tokens.to(model.device),
             attention_mask=mask.long().to(model.device),
             generation_config=config,
+            synced_gpus=False,  # sharded weights are gathered before, so processes may end at different times
             **options,
         )
     finally:

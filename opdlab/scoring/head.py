@@ -97,7 +97,11 @@ class Head:
         return self.accumulate_grad and self.weight.is_leaf and self.weight.requires_grad
 
     def gathered(self) -> "Head":
-        """Return the head with tensors that are sharded over processes (DTensors) gathered; differentiable."""
+        """Return the head with tensors that are sharded over processes (DTensors) gathered; all call it together.
+
+        The gradient of each process stays its own. A head that is trained is therefore gathered by its model's pass,
+        see :class:`opdlab.policies.sharding.Sharding`, and this is for a frozen teacher's.
+        """
         # Check for the method, because not every build of torch has the DTensor class.
         if not any(hasattr(tensor, "full_tensor") for tensor in self.tensors):
             return self

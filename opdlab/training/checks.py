@@ -1,9 +1,10 @@
 """Checks of a module, of checkpoints and of losses; each raises an error with a clear message."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NoReturn, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -18,7 +19,17 @@ from opdlab.objectives import Objective, Reduction, SampledTokenOPD
 from opdlab.policies import LanguageModel, NoTeacher, SelfTeacher, TargetCache, Teacher, share_vocabulary
 from opdlab.policies.loading import non_finite
 from opdlab.registry import suggestion
+from opdlab.training.sharded_strategy import ShardedStrategy, check_strategy
 from opdlab.types import Rollouts, Targets, TeacherRequest
+
+BY_SHARDING = "trainer.strategy model_parallel shards the weights over the processes"
+# What does not go with sharded weights, and the fix.
+_UNSHARDED = {
+    "max_tokens_per_pass": "all must run the same number of passes: use null and raise trainer.accumulate_grad_batches",
+    "offload": "their parts stay on the devices: set it to false",
+    "quantization": "packed weights cannot be sharded: leave it out",
+    "compile": "the gathering of weights is not compiled: set it to false",
+}
 
 
 class NonFiniteLossError(UsageError):
@@ -94,24 +105,52 @@ def teacher_request(
     return request
 
 
-def check_trainer(trainer: pl.Trainer, max_tokens: int | None, whole_weights: bool) -> None:
+def check_trainer(trainer: pl.Trainer, student: LanguageModel, teacher: Teacher) -> None:
     """Raise a UsageError if the trainer's precision or strategy does not suit the module.
 
     Args:
         trainer: the module's trainer.
-        max_tokens: the module's ``max_tokens_per_pass``.
-        whole_weights: True if each process holds all weights.
+        student: the module's student.
+        teacher: the module's teacher.
     """
     require(
         not str(trainer.precision).endswith("-true") or trainer.precision == "32-true",
         f"trainer.precision is {trainer.precision}, which would round what is counted in evaluations too: "
         "use bf16-mixed, or give the models' dtype",
     )
+    check_strategy(type(trainer.strategy).__name__)
+    if isinstance(trainer.strategy, ShardedStrategy):
+        bound = student.max_tokens
+        check_sharded({"max_tokens_per_pass": bound, "teacher.offload": teacher.offload}, trainer.precision)
+        if teacher.state_dict():
+            refuse_kept_teacher(type(teacher).__name__)
+
+
+def refuse_kept_teacher(name: str) -> NoReturn:
+    """Raise a UsageError for a teacher, by the name of its class, whose weights checkpoints hold."""
+    raise UsageError(
+        f"model.teacher is {name}, whose weights are in checkpoints, but {BY_SHARDING}: take the strategy ddp, or "
+        "another teacher"
+    )
+
+
+def check_sharded(options: Mapping[str, Any], precision: Any) -> None:
+    """Raise a UsageError if an option does not go with sharded weights.
+
+    Args:
+        options: values by their keys under ``model``; None or False is off.
+        precision: the trainer's.
+    """
+    for key, value in options.items():
+        mend = _UNSHARDED.get(key.rpartition(".")[2])
+        require(
+            not value or mend is None,
+            f"model.{key} is {str(value).lower()}, but {BY_SHARDING}: {mend}, or take the strategy ddp",
+        )
     require(
-        max_tokens is None or whole_weights,
-        f"model.max_tokens_per_pass is {max_tokens}, but with trainer.strategy "
-        f"{type(trainer.strategy).__name__} all processes must take as many passes: use null and raise "
-        "trainer.accumulate_grad_batches instead, or take the strategy ddp",
+        str(precision) not in ("16", "16-mixed"),
+        f"trainer.precision is {precision}, but {BY_SHARDING}, each of which would scale the loss in its own way: use "
+        "bf16-mixed",
     )
 
 
@@ -164,20 +203,13 @@ def check_training(teacher: Teacher, gate: GateStrategy, judged: bool) -> None:
     )
 
 
-def check_own_teacher(teacher: Teacher, trainer: pl.Trainer, whole_weights: bool, prompts: PromptSet | None) -> None:
-    """Raise a UsageError if a teacher cannot follow the student, and warn if it has nothing to teach it.
+def warn_of_own_teacher(teacher: Teacher, prompts: PromptSet | None) -> None:
+    """Warn if a teacher that is the student itself has nothing to teach it.
 
     Args:
         teacher: the module's teacher.
-        trainer: the module's trainer.
-        whole_weights: True if each process holds all weights.
         prompts: the training prompts, if they are known.
     """
-    require(
-        whole_weights or not teacher.follows_student,
-        f"model.teacher is a {type(teacher).__name__} that follows the student's weights, but with trainer.strategy "
-        f"{type(trainer.strategy).__name__} no process has them all: take the strategy ddp, or set its decay to null",
-    )
     scorer = teacher.teacher if isinstance(teacher, TargetCache) else teacher
     if isinstance(scorer, SelfTeacher) and prompts and all(each.teacher_tokens is None for each in prompts.prompts):
         rank_zero_warn(

@@ -7,7 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -43,6 +43,7 @@ from opdlab.rollouts import Collector, Pool
 from opdlab.training import checks, resume, sampler_gap
 from opdlab.training.accumulation import AccumulationWindow, BatchSizes, gate_inputs, record_of_all, score_rollouts
 from opdlab.training.refresh import RefreshSchedule
+from opdlab.training.sharded_strategy import ShardedStrategy
 from opdlab.training.step_timer import StepTimer
 from opdlab.types import Minibatch, Prompt, TeacherRequest
 
@@ -132,7 +133,7 @@ class OPDModule(EvaluationModule):
 
     def setup(self, stage: str) -> None:
         """Check that trainer, data and module are compatible, and connect the data with the student."""
-        checks.check_trainer(self.trainer, self.student.max_tokens, self.whole_weights)
+        checks.check_trainer(self.trainer, self.student, self.teacher)
         if self.behavior.offload:
             keep_from_strategy(self, "behavior.policy", self.trainer.strategy, "model.behavior.offload")
         data = self.data
@@ -148,19 +149,24 @@ class OPDModule(EvaluationModule):
         if stage == "fit":
             checks.warn_of_bias(self.objective, share)
             prompts = None if data is None else data.train_prompts
-            checks.check_own_teacher(self.teacher, self.trainer, self.whole_weights, prompts)
+            checks.warn_of_own_teacher(self.teacher, prompts)
         super().setup(stage)
-        if stage == "fit":  # before a strategy shards the weights
+        if stage == "fit":
             self._settings = resume.run_settings(self, data)
-        # A sharded model gathers its weights in every pass, so all processes must run the same number of passes.
-        self.student.group_lengths = self.whole_weights
         # Other strategies hook into gradients to reduce or shard them.
         self.student.accumulate_head_grad = isinstance(self.trainer.strategy, SingleDeviceStrategy)
 
     @property
     def whole_weights(self) -> bool:
         """True if each process holds all weights."""
-        return isinstance(self.trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
+        return not isinstance(self.trainer.strategy, ShardedStrategy)
+
+    def configure_model(self) -> None:
+        """Shard the student, the snapshot and the teacher over the processes, alike, if the strategy does that."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ShardedStrategy):
+            for model in (self.student, self.behavior.policy, *self.teacher.local_models()):
+                model.shard(strategy.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer of the student's trainable parameters, and the scheduler if there is one."""
@@ -191,7 +197,7 @@ class OPDModule(EvaluationModule):
         """
         if self._refreshes:
             self.behavior.refresh(self.student, self.global_step)
-        fresh = self.whole_weights and self.behavior.equals(self.student)
+        fresh = self.behavior.equals(self.student)
         with naming_step(self.global_step):
             return self.collector.collect(
                 prompts,

@@ -35,7 +35,7 @@ def run_settings(module: Any, data: PromptDataModule | None) -> dict[str, dict[s
     """Return the settings of a run that may not change at every checkpoint, as plain values by key.
 
     Args:
-        module: an :class:`OPDModule`, before any step and before a strategy shards the student's weights.
+        module: an :class:`OPDModule`, before any step.
         data: attached to its trainer, with its problems; without it, its settings are left out.
 
     Returns:

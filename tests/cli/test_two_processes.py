@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from opdlab.checkpoints import newest_checkpoint
 from opdlab.cli.app import EXIT_COLLAPSED
@@ -145,3 +147,20 @@ def test_early_stopping_ends_both_processes(fit: Fit, tmp_path: Path) -> None:
     assert found is not None
     assert found[1] == 3
     assert read_json(run / "results.json")["state"] == "finished"
+
+
+def test_a_run_with_sharded_weights_ends_with_its_files(fit: Fit, tmp_path: Path) -> None:
+    """With evaluations before, between and after the steps, of the teacher too, and another run from its checkpoint."""
+    code, said = fit("--trainer.strategy=model_parallel", "--model.evaluation.teacher=true")
+    assert code == 0, said
+    run = tmp_path / "runs/quickstart/version_0"
+    assert read_json(run / "results.json")["state"] == "finished"
+    found = newest_checkpoint(run / "checkpoints")
+    assert found is not None
+    assert found[1] == 6
+    exported = AutoModelForCausalLM.from_pretrained(run / "student").state_dict()
+    saved = torch.load(found[0], weights_only=True)["state_dict"]
+    assert all(torch.equal(weight, saved[f"student.model.{name}"]) for name, weight in exported.items())
+    code, said = fit("--trainer.strategy=model_parallel", "--trainer.max_steps=8", "--ckpt_path=last")
+    assert code == 0, said
+    assert read_json(run / "results.json")["steps"] == 8

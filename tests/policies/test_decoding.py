@@ -291,10 +291,3 @@ def test_models_that_generate_in_a_way_of_their_own_are_left_to_transformers(
 def test_models_with_a_state_of_their_own_are_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LlamaForCausalLM, "_is_stateful", True)
     assert why_not_selectable(small_model(38)) is not None
-
-
-def test_sharded_models_are_left_to_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    for function in ("is_deepspeed_zero3_enabled", "is_fsdp_managed_module"):
-        with monkeypatch.context() as patch:
-            patch.setattr(decoding, function, lambda *args: True)
-            assert why_not_selectable(small_model(38)) is not None

@@ -18,6 +18,7 @@ from opdlab.gating import GateInputs, GateStrategy, RuleGate, build_gate, gate_n
 from opdlab.module import OPDModule
 from opdlab.objectives import FullDivergence, Objective, Reduction, SampledTokenOPD, SupportDivergence, TeacherTopK
 from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig, TeacherRequest
+from opdlab.policies.sharding import whole
 from opdlab.rollouts.collector import with_groups
 from opdlab.tau import EffectiveSampleSizeTau, LinearTau
 from opdlab.toy import ChainProblems
@@ -126,28 +127,35 @@ class Buffer:
 class Steps:
     """Loader of one optimizer batch a case: this process's rows of each micro-batch."""
 
-    def __init__(self, module: OPDModule, num_processes: int, rank: int, micro_batches: int) -> None:
+    def __init__(
+        self, module: OPDModule, num_processes: int, rank: int, micro_batches: int, chosen: Sequence[Case]
+    ) -> None:
         self._module, self._num_processes, self._rank = module, num_processes, rank
-        self._micro_batches = micro_batches
+        self._micro_batches, self._chosen = micro_batches, chosen
+        self._requests: dict[tuple[str, tuple[str, ...]], TeacherRequest] = {}
+        for case in chosen:  # before the weights are sharded
+            if (asked := self._asked(case)) not in self._requests:
+                made = OPDModule(module.student, module.teacher, case.objective, case.gate)
+                self._requests[asked] = made.request
+
+    @staticmethod
+    def _asked(case: Case) -> tuple[str, tuple[str, ...]]:
+        return repr(case.objective), case.gate.needs
 
     def __len__(self) -> int:
-        return len(cases()) * self._micro_batches
+        return len(self._chosen) * self._micro_batches
 
     def __iter__(self) -> Iterator[Minibatch]:
         module, buffers = self._module, dict[tuple[int, ...], Buffer]()
-        requests: dict[tuple[str, tuple[str, ...]], TeacherRequest] = {}
-        for number, case in enumerate(cases().values()):
+        for number, case in enumerate(self._chosen):
             if case.longest not in buffers:
                 buffers[case.longest] = Buffer(case.longest, module)
             buffer = buffers[case.longest]
-            asked = repr(case.objective), case.gate.needs
-            if asked not in requests:
-                requests[asked] = OPDModule(module.student, module.teacher, case.objective, case.gate).request
             case.gate.setup(module.student.tokenizer)
             # The age differs between the rows, and so between the processes.
             rollouts = replace(buffer.rollouts, snapshot_step=number - torch.tensor([0, 0, 1, 1, 2, 3, 5, 5]))
             chunks = torch.arange(len(rollouts)).view(self._micro_batches, self._num_processes, -1)[:, self._rank]
-            targets = buffer.targets(requests[asked])
+            targets = buffer.targets(self._requests[self._asked(case)])
             parts = tuple(trimmed(rollouts.rows(rows), targets.rows(rows)) for rows in chunks)
             lengths = rollouts.num_tokens[chunks.flatten()]
             sampling = {"rollout/length": 9.0 + number / 100, "rollout/truncated_share": 0.0}  # of another buffer
@@ -188,7 +196,8 @@ class Gradients(pl.Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         assert isinstance(pl_module, OPDModule)
-        self.steps.append(torch.cat([p.grad.flatten() for p in pl_module.student.parameters() if p.grad is not None]))
+        gradients = [p.grad for p in pl_module.student.parameters() if p.grad is not None]
+        self.steps.append(torch.cat([whole(gradient).flatten() for gradient in gradients]))
 
 
 class SumsOnly(GateMonitor):
@@ -212,16 +221,28 @@ class Taken:
     ages: Tensor
 
 
-def take_steps(rank: int, num_processes: int, micro_batches: int, folder: Path) -> Taken:
+def take_steps(
+    rank: int,
+    num_processes: int,
+    micro_batches: int,
+    folder: Path,
+    strategy: str = "ddp",
+    path: str = STUDENT,
+    names: Sequence[str] | None = None,
+) -> Taken:
     """Take a step for each case; the weights stay as they are.
 
     Args:
         rank: of this process.
         num_processes: that share each micro-batch.
         micro_batches: of an optimizer batch.
-        folder: for files; step :data:`RECORDED` is recorded there.
+        folder: for files; step :data:`RECORDED` is recorded there, except with sharded weights.
+        strategy: of several processes.
+        path: of the student.
+        names: of the cases; None for all.
     """
-    student, teacher = LanguageModel(STUDENT), LocalTeacher(TEACHER)
+    chosen = {name: cases()[name] for name in names or cases()}
+    student, teacher = LanguageModel(path), LocalTeacher(TEACHER)
     generator = torch.Generator().manual_seed(0)
     for weights in student.parameters():  # far from the teacher, or gradients of tokens cancel and rounding is left
         noise = torch.randn(weights.shape, generator=generator)
@@ -239,7 +260,7 @@ def take_steps(rank: int, num_processes: int, micro_batches: int, folder: Path) 
         default_root_dir=folder,
         accelerator="cpu",
         devices=num_processes,
-        strategy="ddp" if num_processes > 1 else "auto",
+        strategy=strategy if num_processes > 1 else "auto",
         max_epochs=1,
         accumulate_grad_batches=micro_batches,
         log_every_n_steps=1,
@@ -248,11 +269,12 @@ def take_steps(rank: int, num_processes: int, micro_batches: int, folder: Path) 
         enable_model_summary=False,
         use_distributed_sampler=False,
         logger=kept,
-        callbacks=[monitor, keeping, guard, PoolRecorder(enabled=True, steps=[RECORDED]), gradients],
+        callbacks=[monitor, keeping, guard, PoolRecorder(strategy == "ddp", steps=[RECORDED]), gradients],
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You defined a `validation_step` but have no `val_dataloader`")
-        trainer.fit(module, train_dataloaders=Steps(module, num_processes, rank, micro_batches))
-    logged = {name: kept.steps.get(step, {}) for step, name in enumerate(cases(), start=1)}
+        steps = Steps(module, num_processes, rank, micro_batches, list(chosen.values()))
+        trainer.fit(module, train_dataloaders=steps)
+    logged = {name: kept.steps.get(step, {}) for step, name in enumerate(chosen, start=1)}
     ages = keeping.state_dict()["recent_ages"]
-    return Taken(dict(zip(cases(), gradients.steps, strict=True)), logged, guard.messages, ages)
+    return Taken(dict(zip(chosen, gradients.steps, strict=True)), logged, guard.messages, ages)

@@ -1,0 +1,41 @@
+"""Checks of the strategy in a resolved configuration, before models are loaded."""
+
+from jsonargparse import Namespace
+
+from opdlab.cli.configured_models import configured_teacher, is_own_teacher, plugin_options
+from opdlab.errors import require
+from opdlab.training.checks import BY_SHARDING, check_sharded, refuse_kept_teacher
+from opdlab.training.sharded_strategy import NAME, ShardedStrategy, check_strategy
+
+
+def shards_weights(config: Namespace) -> bool:
+    """True if the strategy shards the weights over the processes."""
+    name = _name_of(config)
+    return name == NAME or name.endswith(f".{ShardedStrategy.__name__}")
+
+
+def _name_of(config: Namespace) -> str:
+    return str(getattr(config.trainer.strategy, "class_path", config.trainer.strategy))
+
+
+def check_sharding(config: Namespace) -> None:
+    """Refuse a strategy that is not supported, and options that do not go with sharded weights.
+
+    Raises:
+        UsageError: naming the key, and what to take instead.
+    """
+    check_strategy(_name_of(config))
+    if not shards_weights(config):
+        return
+    model = config.model
+    options = {"max_tokens_per_pass": model.max_tokens_per_pass, "behavior.offload": model.behavior.offload}
+    for role, section in (("student", model.student), ("teacher", configured_teacher(config))):
+        options |= {f"{role}.{name}": value for name, value in plugin_options(section).items()}
+    check_sharded(options, config.trainer.precision)
+    require(
+        not config.get("save_pools"),
+        f"save_pools is true, but {BY_SHARDING}, and none has whole ones to record: set it to false, or take the "
+        "strategy ddp",
+    )
+    if is_own_teacher(config):
+        refuse_kept_teacher("SelfTeacher")

@@ -1,0 +1,57 @@
+"""Strategies that are not supported, and what does not go with sharded weights: one line, before models are loaded."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from opdlab.cli import EXIT_USAGE, main
+
+FIT = ["fit", "-c", "quickstart", "--model.student.path", "/nowhere"]
+SHARDED = ["--trainer.strategy", "model_parallel"]
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main([*FIT, *arguments]) == EXIT_USAGE
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert len(lines) == 1
+    return lines[0].partition("error: ")[2]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("fsdp", "fsdp_cpu_offload", "deepspeed", "deepspeed_stage_3"),
+        *(f"lightning.pytorch.strategies.{name}Strategy" for name in ("FSDP", "DeepSpeed", "ModelParallel")),
+    ],
+)
+def test_other_ways_to_shard_are_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = refusal(capsys, "--trainer.strategy", name)
+    assert said == (
+        f"trainer.strategy is {name}, which opdlab does not support: take model_parallel, which shards weights, "
+        "gradients and optimizer states over all processes with FSDP2, without tensor parallelism, or ddp"
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "shown"),
+    [
+        ("model.max_tokens_per_pass", "100", "model.max_tokens_per_pass is 100"),
+        ("model.behavior.offload", "true", "model.behavior.offload is true"),
+        ("model.teacher.offload", "true", "model.teacher.offload is true"),
+        ("model.student.compile", "true", "model.student.compile is true"),
+        ("model.teacher.quantization", "4bit", "model.teacher.quantization is 4bit"),
+        ("trainer.precision", "16-mixed", "trainer.precision is 16-mixed"),
+        ("save_pools", "true", "save_pools is true"),
+        ("model.teacher", "SelfTeacher", "model.teacher is SelfTeacher, whose weights are in checkpoints"),
+    ],
+)
+def test_options_for_whole_weights_are_refused(
+    option: str, value: str, shown: str, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = refusal(capsys, *SHARDED, f"--{option}", value)
+    assert said.startswith(f"{shown}, but trainer.strategy model_parallel shards the weights over the processes")

@@ -1,0 +1,290 @@
+"""Weights sharded over two processes by FSDP2: gradients, losses, evaluation, checkpoints, export of one process."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM
+
+from opdlab.callbacks import HFExport
+from opdlab.errors import UsageError
+from opdlab.evaluation import EvaluationConfig
+from opdlab.module import OPDModule
+from opdlab.objectives import FullDivergence, SampledTokenOPD, TeacherTopK
+from opdlab.policies import AdapterConfig, LanguageModel, LocalTeacher, SelfTeacher, TargetCache
+from opdlab.policies.sharding import local, whole_state
+from tests.ranks.pair import Processes
+from tests.ranks.steps import take_steps
+from tests.toy_run import STUDENT, TEACHER, Run
+
+STRATEGY = "model_parallel"
+SAVED = "saved.ckpt"
+# Another objective, gate, support or denominator each.
+CASES = (
+    "teacher's support, token_mean",
+    "policy gradient, sequence_mean",
+    "student's support, token_mean",
+    "whole vocabulary, token_mean",
+    "gate span",
+    "block64 without a token, token_mean",
+)
+VARIANTS = [(objective, gate) for objective in ("opd", "lsm") for gate in ("none", "block64", "span")]
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The toy student with a head of its own."""
+    folder = tmp_path_factory.mktemp("untied")
+    model = LanguageModel(STUDENT)
+    network = AutoModelForCausalLM.from_pretrained(model.model.name_or_path, tie_word_embeddings=False)
+    network.lm_head.weight.data = model.model.get_input_embeddings().weight.detach() * 1.1
+    network.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(("head", "micro_batches"), [("tied", 1), ("untied", 2)])
+def test_gradients_are_those_of_one_process(
+    pair: Processes, untied: str, tmp_path: Path, head: str, micro_batches: int
+) -> None:
+    arguments = micro_batches, tmp_path, STRATEGY, STUDENT if head == "tied" else untied, CASES
+    alone = take_steps(0, 1, *arguments)
+    first, second = pair.run(take_steps, 2, *arguments)
+    for name, gradient in alone.gradients.items():
+        assert float((first.gradients[name] - gradient).norm() / gradient.norm()) < 1e-5, name
+        assert torch.equal(first.gradients[name], second.gradients[name])
+        assert first.logged[name]["train/loss"] == pytest.approx(alone.logged[name]["train/loss"], rel=1e-5)
+
+
+# -- runs --------------------------------------------------------------------------------------------------------
+
+
+class SaveAt(pl.Callback):
+    """Writes a checkpoint after some steps, inside a buffer, which lasts four."""
+
+    def __init__(self, folder: Path, step: int = 2) -> None:
+        self.folder, self.step = folder, step
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.folder / SAVED)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a process has of a run.
+
+    Args:
+        losses: of the steps.
+        metrics: the last ones.
+        weights: of student and snapshot, whole, in the first process.
+        shares: the share of the student's numbers that this process holds.
+    """
+
+    losses: list[float]
+    metrics: dict[str, float]
+    weights: dict[str, Tensor]
+    shares: float
+
+
+def train(rank: int, folder: Path, options: dict[str, Any], steps: int = 6, checkpoint: Path | None = None) -> Trained:
+    """Train on the toy: on one process, or with the others of the pair on sharded weights."""
+    several = distributed.is_initialized()
+    options = dict(options)
+    trainer_options = options.pop("trainer", {})
+    if "adapter" in options:
+        options["student"] = LanguageModel(STUDENT, adapter=options.pop("adapter"))
+    made = Run(folder, **options)
+    strategy = {"strategy": STRATEGY, "devices": 2} if several else {}
+    trainer = made.fit(steps, ckpt_path=checkpoint, **strategy, **trainer_options)
+    weights = whole_state(made.module, keep=True)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    whole = sum(weight.numel() for weight in LanguageModel(STUDENT).parameters())
+    held = sum(local(weight).numel() for weight in made.module.student.parameters())
+    return Trained(made.recorder.losses, metrics, weights, held / whole)
+
+
+def close(ours: dict[str, Tensor], theirs: dict[str, Tensor], error: float) -> None:
+    """The weights are equal to a part of the norm of each, or exactly for 0."""
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        if error and weight.is_floating_point():
+            assert float((ours[name] - weight).norm()) <= error * float(weight.norm()), name
+        else:
+            assert torch.equal(ours[name], weight), name
+
+
+def variants(rank: int, folder: Path) -> dict[str, list[float]]:
+    objectives = {"opd": SampledTokenOPD(), "lsm": TeacherTopK(k=32)}
+    runs = {f"{objective}-{gate}": (objectives[objective], gate) for objective, gate in VARIANTS}
+    return {
+        name: train(rank, folder, {"objective": objective, "gate": gate, "tau": 1.0}).losses
+        for name, (objective, gate) in runs.items()
+    }
+
+
+def test_the_papers_variants_have_the_losses_of_one_process(pair: Processes, tmp_path: Path) -> None:
+    alone = variants(0, tmp_path)
+    for found in pair.run(variants, tmp_path):
+        for name, losses in alone.items():
+            assert len(losses) == 6
+            assert found[name] == pytest.approx(losses, rel=1e-5, abs=1e-7), name
+
+
+def test_a_run_resumes_inside_a_buffer_with_sharded_weights_and_without(pair: Processes, tmp_path: Path) -> None:
+    folders = {name: tmp_path / name for name in ("both", "alone")}
+    both, other = pair.run(train, folders["both"], {"callbacks": (SaveAt(folders["both"]),)})
+    alone = train(0, folders["alone"], {"callbacks": (SaveAt(folders["alone"]),)})
+    assert (both.shares, alone.shares) == (0.5, 1)
+    assert both.losses == other.losses == pytest.approx(alone.losses, rel=1e-5)
+    again, _ = pair.run(train, tmp_path, {}, 6, folders["both"] / SAVED)
+    assert again.losses == both.losses[2:]
+    close(again.weights, both.weights, 0)
+    # A checkpoint does not depend on the strategy.
+    saved = [torch.load(folder / SAVED, weights_only=True) for folder in folders.values()]
+    assert saved[0].keys() == saved[1].keys()
+    groups = [each["optimizer_states"][0]["param_groups"] for each in saved]
+    assert groups[0] == groups[1]
+    moved, _ = pair.run(train, tmp_path, {}, 6, folders["alone"] / SAVED)
+    back = train(0, tmp_path, {}, 6, folders["both"] / SAVED)
+    for found in (moved, back):
+        assert found.losses == pytest.approx(alone.losses[2:], rel=1e-4)
+        close(found.weights, alone.weights, 1e-4)
+
+
+def evaluated() -> dict[str, Any]:
+    """Options of a run with recomputed layers and evaluations, of which the first process has a batch more."""
+    return {
+        "student": LanguageModel(STUDENT, gradient_checkpointing=True),
+        "objective": FullDivergence(),
+        "evaluation": EvaluationConfig(pass_at=(1, 2), reverse_kl=True),
+        "data": {"eval_batch_size": 1},
+        "trainer": {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None},
+    }
+
+
+def train_and_evaluate(rank: int, folder: Path) -> Trained:
+    return train(rank, folder, evaluated(), 5)
+
+
+def test_evaluations_between_steps_are_those_of_one_process(pair: Processes, tmp_path: Path) -> None:
+    alone = train_and_evaluate(0, tmp_path / "alone")
+    assert alone.metrics["val/toy/reverse_kl"] > 0
+    for found in pair.run(train_and_evaluate, tmp_path / "both"):
+        assert found.losses == pytest.approx(alone.losses, rel=1e-5)
+        for name, value in alone.metrics.items():
+            if name.startswith("val/"):
+                assert found.metrics[name] == pytest.approx(value, rel=1e-4), name
+
+
+def train_with_cache(rank: int, folder: Path) -> Trained:
+    return train(rank, folder, {"teacher": TargetCache(LocalTeacher(TEACHER, batch_size=3), str(folder / "kept"))}, 3)
+
+
+def test_a_process_without_rollouts_to_score_waits_for_the_other(pair: Processes, tmp_path: Path) -> None:
+    first, _ = pair.run(train_with_cache, tmp_path)
+    files = list((tmp_path / "kept").rglob("*.safetensors"))
+    files[0].unlink()  # of a rollout that one process has
+    again, _ = pair.run(train_with_cache, tmp_path)
+    assert again.losses == first.losses
+
+
+def passes(rank: int) -> tuple[list[bool], list[bool]]:
+    """Return whether the weights are plain tensors: inside, after other numbers of passes; and outside."""
+    model, tokens = LanguageModel(STUDENT), torch.ones(1, 4, dtype=torch.long)
+    model.shard(init_device_mesh("cpu", (2,)))
+
+    def plain() -> bool:
+        return all(type(weight) is torch.nn.Parameter for weight in model.parameters())
+
+    with torch.no_grad(), model.whole():
+        found = [plain() for _ in range(3 * rank + 1) if model.model(tokens).logits.isfinite().all()]
+        with model.whole():
+            found.append(plain())
+        if rank:  # alone
+            assert not any(hasattr(weight, "full_tensor") for weight in model.state_dict().values())
+        found.append(plain())
+    before = plain()
+    with torch.no_grad():
+        model(input_ids=tokens)  # all of them again, together
+    return found, [before]
+
+
+def test_processes_with_whole_weights_run_as_many_passes_as_they_like(pair: Processes) -> None:
+    assert pair.run(passes) == [([True] * 3, [False]), ([True] * 6, [False])]
+
+
+# -- export ------------------------------------------------------------------------------------------------------
+
+
+def exported(rank: int, folder: Path, adapter: bool, merge: bool) -> Trained:
+    chosen: dict[str, Any] = {"callbacks": (HFExport(str(folder), merge=merge),)}
+    if adapter:
+        chosen["adapter"] = AdapterConfig(r=4, target_modules=["q_proj", "lm_head"])
+    return train(rank, folder / "run", chosen, 3)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(torch.arange(3, 30).view(3, 9)).logits
+    return found
+
+
+def test_the_export_has_the_gathered_weights(pair: Processes, tmp_path: Path) -> None:
+    first, _ = pair.run(exported, tmp_path, False, False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    own = {name.removeprefix("student.model."): w for name, w in first.weights.items() if name.startswith("student.")}
+    close(model.state_dict(), own, 0)
+    assert LanguageModel(str(tmp_path)).vocab_size == 38
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.usefixtures("peft_pair")
+def test_an_adapter_is_trained_and_exported(pair: Processes, tmp_path: Path, merge: bool) -> None:
+    alone = exported(0, tmp_path / "alone", True, merge)
+    both, _ = pair.run(exported, tmp_path / "both", True, merge)
+    assert both.losses == pytest.approx(alone.losses, rel=1e-5)
+    assert all("lora_" in name or name == "behavior.step" for name in both.weights)
+    close(both.weights, alone.weights, 1e-4)
+
+    load: Any = AutoModelForCausalLM.from_pretrained if merge else lambda folder: LanguageModel(str(folder)).model
+    ours, theirs = (logits(load(tmp_path / name)) for name in ("both", "alone"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+# -- refused -----------------------------------------------------------------------------------------------------
+
+
+def refusals(rank: int, folder: Path) -> list[str]:
+    """Return what is said of a teacher whose weights change, and of a bound on tokens."""
+    said = []
+    for options in ({"teacher": SelfTeacher(0.5)}, {"max_tokens_per_pass": 100}):
+        with pytest.raises(UsageError) as error:
+            train(rank, folder, dict(options), 1)
+        said.append(str(error.value))
+    return said
+
+
+def test_what_needs_whole_weights_is_refused(pair: Processes, tmp_path: Path) -> None:
+    for teacher, bound in pair.run(refusals, tmp_path):
+        assert teacher.startswith(
+            "model.teacher is SelfTeacher, whose weights are in checkpoints, but trainer.strategy"
+        )
+        assert bound.startswith("model.max_tokens_per_pass is 100, but trainer.strategy model_parallel shards")
+
+
+def test_other_sharding_is_refused(make_run: Callable[..., Run]) -> None:
+    module: OPDModule = make_run().module
+    module.trainer = pl.Trainer(accelerator="cpu", strategy=ModelParallelStrategy(), logger=False)
+    with pytest.raises(UsageError, match="trainer.strategy is ModelParallelStrategy, which .* take model_parallel, "):
+        module.setup("fit")
