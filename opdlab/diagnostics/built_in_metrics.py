@@ -223,8 +223,15 @@ _ROWS = (
     Metric("train/tokens_per_second", "training rate", "tokens/s",
            "response tokens that all processes train on per second since the last step ended, sampling and scoring "
            "included", _MODULE, "steady", None, "{} tok/s"),
+    Metric("rollout/hidden_share", "hidden share of sampling", "share",
+           "with `data.reuse.overlap`: share of the buffer's sampling time in which training did not wait for it, "
+           "1 - `time/sample_wait_seconds` / `time/sample_seconds`; mean of the processes", _COLLECT,
+           "0 for the first buffer; near 1 if a buffer's steps take longer than its sampling"),
     Metric("time/sample_seconds", "sampling time", "s",
            "time to sample the buffer, its scoring by the snapshot included; of the slowest process", _COLLECT),
+    Metric("time/sample_wait_seconds", "wait for sampling", "s",
+           "with `data.reuse.overlap`: time in which training waited for the buffer's rollouts; of the slowest process",
+           _COLLECT),
     Metric("time/teacher_seconds", "teacher's time", "s",
            "time of the teacher's pass over the buffer; of the slowest process", _COLLECT),
     Metric("time/update_seconds", "update time", "s",

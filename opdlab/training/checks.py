@@ -114,6 +114,20 @@ def check_trainer(trainer: pl.Trainer, max_tokens: int | None, whole_weights: bo
     )
 
 
+def check_overlap(trainer: pl.Trainer, whole_weights: bool) -> None:
+    """Raise a UsageError if a thread cannot sample beside a training step.
+
+    Args:
+        trainer: the module's trainer.
+        whole_weights: True if each process holds all weights.
+    """
+    require(
+        whole_weights,
+        f"data.reuse.overlap is 1, but with trainer.strategy {type(trainer.strategy).__name__} the processes exchange "
+        "weights in every pass, which must not run beside another one: set it to 0, or take a single device or ddp",
+    )
+
+
 def check_verdicts(objective: Objective, judged: bool, num_samples: int) -> None:
     """Raise a UsageError if an objective needs verdicts, or several of a prompt, which a run does not have.
 
