@@ -114,10 +114,11 @@ def check_trainer(trainer: pl.Trainer, max_tokens: int | None, whole_weights: bo
     )
 
 
-def check_overlap(trainer: pl.Trainer, whole_weights: bool) -> None:
+def check_overlap(student: LanguageModel, trainer: pl.Trainer, whole_weights: bool) -> None:
     """Raise a UsageError if a thread cannot sample beside a training step.
 
     Args:
+        student: the module's student.
         trainer: the module's trainer.
         whole_weights: True if each process holds all weights.
     """
@@ -125,6 +126,12 @@ def check_overlap(trainer: pl.Trainer, whole_weights: bool) -> None:
         whole_weights,
         f"data.reuse.overlap is 1, but with trainer.strategy {type(trainer.strategy).__name__} the processes exchange "
         "weights in every pass, which must not run beside another one: set it to 0, or take a single device or ddp",
+    )
+    # While torch.fx traces, modules are patched in all threads.
+    require(
+        not student.compiles,
+        "data.reuse.overlap is 1, but model.student.compile is true, and while torch compiles, no other thread may use "
+        "a model: set overlap to 0 or compile to false",
     )
 
 

@@ -145,7 +145,7 @@ class OPDModule(EvaluationModule):
         self.ahead = None
         if stage == "fit":
             if data is not None and data.reuse.overlap:
-                checks.check_overlap(self.trainer, self.whole_weights)
+                checks.check_overlap(self.student, self.trainer, self.whole_weights)
                 autocast = self.trainer.precision_plugin.forward_context
                 self.ahead = SamplingAhead(self.behavior, self.collector, autocast)
             judged = data is not None and data.train_verifier is not None
