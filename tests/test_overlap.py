@@ -270,6 +270,20 @@ def test_resume_is_bit_for_bit(
         assert torch.equal(ours, theirs)
 
 
+def test_a_finished_run_can_be_made_longer(make_run: MakeRun, tmp_path: Path) -> None:
+    """Nothing was sampled beside its last buffer, but the copy was made."""
+    whole = make_run(**AHEAD, refresh=3)
+    whole.fit(6)
+    stop = StopCheckpoint(str(tmp_path / "saved"))
+    short = make_run(**AHEAD, refresh=3, callbacks=(stop,))
+    short.trainer_options["enable_checkpointing"] = True
+    short.fit(4)
+    longer = make_run(**AHEAD, refresh=3)
+    longer.fit(6, ckpt_path=stop.path)
+    assert longer.recorder.losses == whole.recorder.losses[4:]
+    assert longer.recorder.steps[5]["rollout/age"] == 4
+
+
 @pytest.mark.parametrize("step", [2, 4])
 def test_overlap_may_change_at_any_checkpoint(make_run: MakeRun, tmp_path: Path, step: int) -> None:
     def run(given: dict[str, Any], ckpt_path: Path | None = None) -> list[float]:

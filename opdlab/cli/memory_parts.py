@@ -65,8 +65,6 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
     result.add_phase("sampling", _SNAPSHOT, new={_CACHE: cache})
     _add_scoring(result, config, models, num_rollouts)
     _add_update(result, config, student, models.get("teacher") if request.hidden else None, processes)
-    if config.data.reuse.overlap:
-        _add_ahead(result, config, request, num_rollouts)
     if config.data.benchmarks:
         _add_evaluation(result, config, models)
     size, largest = _add_buffer(result, config, request, models.get("teacher"), num_rollouts)
@@ -81,6 +79,8 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
                 result.add_phase(phase, new=new)
             else:
                 result.host |= new
+    if config.data.reuse.overlap:
+        _add_ahead(result, config, request, num_rollouts)
     return result
 
 
@@ -198,10 +198,11 @@ def _add_scoring(result: Estimate, config: Any, models: Mapping[str, ModelSize],
 
 
 def _add_ahead(result: Estimate, config: Any, request: TeacherRequest, num_rollouts: int) -> None:
-    """Add what samples the next buffer beside training to the phases beside which it runs; an evaluation waits."""
+    """Add what samples the next buffer to the phases beside which it runs: not those of the first buffer's sampling."""
     beside = max((_CACHE, _BEHAVIOR_PASS), key=lambda part: result.parts[part][0])
-    for phase in {"teacher scoring", "update"} & result.phases.keys():
-        result.phases[phase] += [_COPY] * (_COPY in result.host) + [beside]
+    for phase, parts in result.phases.items():
+        if phase not in ("sampling", "behavior scoring") and "evaluation" not in phase:  # which waits for it
+            parts += [_COPY] * (_COPY in result.host) + [beside]
     per_token, prompt = 8 + 1 + FLOAT + 4 * request.behavior_top_k, config.data.max_prompt_tokens * (8 + 1)
     size = num_rollouts * (config.model.sampling.max_new_tokens * per_token + prompt)
     result.host[_AHEAD] = int(size), f"{num_rollouts} rollouts without targets"

@@ -216,7 +216,8 @@ _ROWS = (
            "`top_p` 1", _GUARD, "falls towards 0", Chart("rollout")),
     Metric("rollout/age", "age", "steps",
            "mean optimizer steps since the snapshot that sampled the minibatch's rollouts took the student's weights",
-           _MODULE, "0 to steps per buffer - 1 if each buffer begins with a refresh", Chart("rollout"), "age {:.3g}"),
+           _MODULE, "0 to steps per buffer - 1 if each buffer begins with a refresh; with `data.reuse.overlap` as many "
+           "steps more as a buffer has, from the second buffer on", Chart("rollout"), "age {:.3g}"),
     Metric("rollout/sampled_tokens_per_second", "sampling rate", "tokens/s",
            "response tokens sampled and scored by the snapshot per second, by all processes until the last is done",
            _COLLECT, "steady"),
