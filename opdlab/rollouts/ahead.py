@@ -17,6 +17,7 @@ from opdlab.types import Prompt
 
 JOIN_SECONDS = 20.0
 """Seconds that a worker has to end when it is stopped; a part of :data:`opdlab.processes.END_SECONDS`."""
+_CUDA: Any = torch.cuda  # partly without types
 _LOOK_SECONDS = 0.05  # seconds between two looks at a worker that is waited for
 
 
@@ -70,8 +71,8 @@ class SamplingAhead:
         collector, step = self._collector.sampling_from(self._copy), self._step
         device = self._copy.device
         if device.type == "cuda":
-            self._stream = self._stream or torch.cuda.Stream(device)  # one: memory is cached for each stream
-            self._stream.wait_stream(torch.cuda.current_stream(device))  # which copies the weights
+            self._stream = self._stream or _CUDA.Stream(device)  # one: memory is cached for each stream
+            self._stream.wait_stream(_CUDA.current_stream(device))  # which copies the weights
 
         def sample(progress: Progress) -> Sampled:
             with _on_stream(self._stream):
@@ -207,7 +208,7 @@ def _on_stream(stream: Any) -> Iterator[None]:
     if stream is None:
         yield
         return
-    with torch.cuda.stream(stream):  # it also chooses the stream's device
+    with _CUDA.stream(stream):  # it also chooses the stream's device
         try:
             yield
         finally:

@@ -366,13 +366,13 @@ def sampled_ahead(
     rank: int, processes: int, folder: Path, max_steps: int, ckpt_path: Path | None = None, save: Path | None = None
 ) -> tuple[dict[int, list[list[int]]], dict[int, dict[str, float]]]:
     """Return responses and metrics of each step of a run with overlap, in which no worker uses a collective."""
-    responses, pushed = Responses(), []
+    responses, callers = Responses(), set[str]()
     names = ("all_reduce", "all_gather", "all_gather_object", "all_to_all_single", "broadcast", "barrier")
     kept = {name: getattr(distributed, name) for name in names}
 
     def noting(function: Any) -> Any:
         def noted(*args: Any, **options: Any) -> Any:
-            pushed.append(threading.current_thread().name)
+            callers.add(threading.current_thread().name)
             return function(*args, **options)
 
         return noted
@@ -388,12 +388,12 @@ def sampled_ahead(
             sampling={"top_p": 1e-6, "max_new_tokens": 12},
             data={"reuse": ReuseConfig(8, 2, 8, overlap=1)},
         )
-        strategy = {"strategy": "ddp", "devices": processes} if processes > 1 else {}
+        strategy: dict[str, Any] = {"strategy": "ddp", "devices": processes} if processes > 1 else {}
         made.fit(max_steps, ckpt_path, use_distributed_sampler=False, **strategy)
     finally:
         for name, function in kept.items():
             setattr(distributed, name, function)
-    assert processes == 1 or set(pushed) == {"MainThread"}
+    assert processes == 1 or callers == {"MainThread"}
     return responses.steps, made.recorder.steps
 
 
