@@ -131,7 +131,8 @@ class OneAfterTheOther(OPDModule):
             sampled_at = step
             unscored = first_batch if source.equals(self.student) else None
         collector = Collector(source, self.teacher, self.request)
-        pool = collector.collect(prompts, step=sampled_at, unscored=unscored, **options)
+        autocast = self.trainer.precision_plugin.forward_context
+        pool = collector.collect(prompts, step=sampled_at, unscored=unscored, autocast=autocast, **options)
         self.copied = copy.deepcopy(self.behavior), step
         return pool
 
