@@ -34,7 +34,10 @@ from opdlab.estimate import (
 from opdlab.types import TeacherRequest
 
 _CASTS = "weights cast by autocast"
+_COPY = "copy of the snapshot"
+_CACHE, _BEHAVIOR_PASS = "KV cache", "forward pass of behavior scoring"
 _BUFFER = "rollout buffer"
+_AHEAD = "rollouts sampled ahead"
 _EXCHANGED = "rows that are exchanged"
 _GATHERED = "gathered buffer"
 
@@ -61,7 +64,7 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
     processes = _num_processes(config)
     num_rollouts = -(-config.data.reuse.prompts_per_pool // processes) * config.model.sampling.num_samples
     engine = add_engine(result, config, student, on_cpu)
-    cache = {} if engine is not None else {"KV cache": _cache(student, config, config.model.sampling, num_rollouts)}
+    cache = {} if engine is not None else {_CACHE: _cache(student, config, config.model.sampling, num_rollouts)}
     result.add_phase("sampling", SNAPSHOT, *(engine or ()), new=cache)
     _add_scoring(result, config, models, num_rollouts)
     _add_update(result, config, student, models.get("teacher") if request.hidden else None, processes)
@@ -87,6 +90,8 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
                 result.add_phase(phase, new=new)
             else:
                 result.host |= new
+    if config.data.reuse.overlap:
+        _add_ahead(result, config, request, num_rollouts)
     return result
 
 
@@ -143,10 +148,15 @@ def _add_resident(
         ),
     }
     pinned = {SNAPSHOT: student.rounded * snapshot}
+    hosted = list(offloaded.values())
+    if config.data.reuse.overlap:
+        result.parts[_COPY] = result.parts[SNAPSHOT][0], "samples the next buffer"
+        pinned[_COPY] = pinned[SNAPSHOT]
+        hosted += [_COPY] if SNAPSHOT in hosted else []
     if (teacher := models.get("teacher")) is not None:
         result.parts[TEACHER] = teacher_weights(config, models) or weights["teacher"]
         pinned[TEACHER] = teacher.rounded * teacher.widths.weights
-    result.host = {part: (pinned[part], "offloaded: pinned in powers of two") for part in offloaded.values()}
+    result.host = {part: (pinned[part], "offloaded: pinned in powers of two") for part in hosted}
     if request.hidden and teacher is not None and TEACHER in result.host:
         size = teacher.shape.vocab * teacher.shape.hidden * teacher.widths.weights
         result.parts["teacher's head"] = size, "a copy on the device, since the teacher is offloaded"
@@ -198,6 +208,17 @@ def _add_scoring(result: Estimate, config: Any, models: Mapping[str, ModelSize],
             size += tokens * model.shape.hidden * model.widths.weights
         said = f"{tokens:,} tokens" if at_once == tokens else f"{at_once:,} of {tokens:,} tokens at a time"
         result.add_phase(phase, weights, new={f"forward pass of {phase}": (size, said)})
+
+
+def _add_ahead(result: Estimate, config: Any, request: TeacherRequest, num_rollouts: int) -> None:
+    """Add what samples the next buffer to the phases beside which it runs: not those of the first buffer's sampling."""
+    beside = max((_CACHE, _BEHAVIOR_PASS), key=lambda part: result.parts[part][0])
+    for phase, parts in result.phases.items():
+        if phase not in ("sampling", "behavior scoring") and "evaluation" not in phase:  # which waits for it
+            parts += [_COPY] * (_COPY in result.host) + [beside]
+    per_token, prompt = 8 + 1 + FLOAT + 4 * request.behavior_top_k, config.data.max_prompt_tokens * (8 + 1)
+    size = num_rollouts * (config.model.sampling.max_new_tokens * per_token + prompt)
+    result.host[_AHEAD] = int(size), f"{num_rollouts} rollouts without targets"
 
 
 def _tokens_of_pass(config: Any, tokens: int) -> int:

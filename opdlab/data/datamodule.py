@@ -77,6 +77,7 @@ class PromptDataModule(pl.LightningDataModule):
         self.cleaning_report: CleaningReport | None = None
         self.benchmarks: dict[str, PromptSet] = {}
         self._collect: Callable[..., Pool] | None = None
+        self._sample_ahead: Callable[..., None] | None = None
         self._samples_per_prompt = 1
 
     @property
@@ -85,7 +86,12 @@ class PromptDataModule(pl.LightningDataModule):
         return self.train_source.verifier
 
     def connect(
-        self, tokenizer: PreTrainedTokenizerBase, collect: Callable[..., Pool], samples_per_prompt: int, training: bool
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        collect: Callable[..., Pool],
+        samples_per_prompt: int,
+        training: bool,
+        sample_ahead: Callable[..., None] | None = None,
     ) -> None:
         """Set what the data needs from the model; the LightningModule calls this in its ``setup``.
 
@@ -94,8 +100,9 @@ class PromptDataModule(pl.LightningDataModule):
             collect: samples and scores rollouts; it also receives this data module's ``verifier``, which may be None.
             samples_per_prompt: rollouts that ``collect`` returns per prompt.
             training: also prepare the training problems.
+            sample_ahead: begins to sample the next rollout buffer; needed with ``reuse.overlap``.
         """
-        self._collect, self._samples_per_prompt = collect, samples_per_prompt
+        self._collect, self._samples_per_prompt, self._sample_ahead = collect, samples_per_prompt, sample_ahead
         self.demonstrations.check(self.reuse.prompts_per_pool * samples_per_prompt)
         self.prepare(tokenizer, training)
 
@@ -192,6 +199,10 @@ class PromptDataModule(pl.LightningDataModule):
         assert self.train_prompts is not None
         assert self._collect is not None
         given = {"demonstrations": self.demonstrations.share} if self.demonstrations.share else {}
+        ahead = None
+        if self.reuse.overlap:
+            assert self._sample_ahead is not None
+            ahead = partial(self._sample_ahead, **given)
         return RolloutLoader(
             self.train_prompts.prompts,
             partial(self._collect, verifier=self.train_verifier, **given),
@@ -203,6 +214,7 @@ class PromptDataModule(pl.LightningDataModule):
             seed=self.seed,
             rank=self.trainer.global_rank,
             world_size=self.trainer.world_size,
+            sample_ahead=ahead,
         )
 
     def val_dataloader(self) -> list[DataLoader[Prompt]]:

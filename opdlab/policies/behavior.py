@@ -1,5 +1,6 @@
 """The behavior policy: a frozen copy of the student, from whose weights the rollouts are sampled."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -117,6 +118,15 @@ class BehaviorPolicy(nn.Module):
                     own.copy_(other, non_blocking=self.offload)
         if self.offload and student.device.type != "cpu":
             torch.accelerator.synchronize(student.device)  # the host may read only finished copies
+
+    @property
+    def device(self) -> torch.device:
+        """Return the device on which the snapshot samples and scores."""
+        return self._device if self.offload else self.policy.device
+
+    def twin(self) -> "BehaviorPolicy":
+        """Return a copy with weights of its own, except those below an adapter, and the same sampler."""
+        return copy.deepcopy(self, {id(self.policy): self.policy.snapshot(), id(self.sampler): self.sampler})
 
     def equals(self, student: LanguageModel) -> bool:
         """True if the snapshot's weights are bitwise equal to the student's, in all processes that share them."""

@@ -303,6 +303,11 @@ class LanguageModel(nn.Module):
         return {id(parameter): parameter for name, parameter in named if name in self.frozen_keys}
 
     @property
+    def compiles(self) -> bool:
+        """True if the layers are compiled for scoring."""
+        return self._compile
+
+    @property
     def device(self) -> torch.device:
         """Return the device of the weights."""
         return next(self.parameters()).device

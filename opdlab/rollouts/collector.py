@@ -3,7 +3,8 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,23 @@ from opdlab.types import EvaluationBatch, Prompt, Rollouts, StopReason, TeacherR
 from opdlab.verifiers.verifier import Verifier
 
 Autocast = Callable[[], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Rollouts of a buffer, or of one process's share of it, that the teacher has not scored yet.
+
+    Args:
+        rollouts: with the snapshot's log-probabilities, in host memory.
+        seconds: time of sampling and of the snapshot's scoring.
+        unscored: True if the next training step fills in the log-probabilities of the first optimizer batch.
+        waited: seconds that training waited for them, if a worker samples beside it; None without one.
+    """
+
+    rollouts: Rollouts
+    seconds: float
+    unscored: bool = False
+    waited: float | None = None
 
 
 class Collector:
@@ -47,8 +65,33 @@ class Collector:
         """Return a collector that differs in what it requests of the teacher."""
         return Collector(self._behavior, self._teacher, request, self._masked_first)
 
-    @torch.no_grad()
+    def sampling_from(self, behavior: BehaviorPolicy) -> "Collector":
+        """Return a collector that differs in the snapshot that samples."""
+        return Collector(behavior, self._teacher, self._request, self._masked_first)
+
     def collect(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        share: range | None = None,
+        verifier: Verifier | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Pool:
+        """Return sampled rollouts with targets, in host memory.
+
+        Args:
+            prompts: prompts of the buffer.
+            share: positions of the prompts whose rollouts are returned, one process's share; None for all.
+            verifier: checks the answers; None to skip the check.
+            progress: shows progress bars.
+            **options: see :meth:`sample`.
+        """
+        sampled = self.sample(prompts, share=share, progress=progress, **options)
+        return self.label(sampled, prompts, share=share, verifier=verifier, progress=progress)
+
+    @torch.no_grad()
+    def sample(
         self,
         prompts: Sequence[Prompt],
         *,
@@ -58,12 +101,11 @@ class Collector:
         first_rollout_id: int = 0,
         step: int = 0,
         unscored: Tensor | None = None,
-        verifier: Verifier | None = None,
         demonstrations: float = 0.0,
         autocast: Autocast = nullcontext,
         progress: Progress | None = None,
-    ) -> Pool:
-        """Return sampled rollouts with targets, in host memory.
+    ) -> Sampled:
+        """Return rollouts that the snapshot has sampled and scored; it may run beside a training step, in a thread.
 
         Args:
             prompts: prompts of the buffer.
@@ -76,35 +118,54 @@ class Collector:
                 none. Only if the student equals the snapshot: the forward pass of the step then scores them. The
                 snapshot scores them nevertheless if its most likely tokens are requested, because the teacher needs
                 these first.
-            verifier: checks the answers; None to skip the check.
             demonstrations: share of the rollouts that take their response from the data, 0 to 1.
             autocast: context of the snapshot's passes. It must equal that of the training step; otherwise fresh
                 rollouts would show drift.
             progress: shows progress bars.
         """
-        progress = progress or SilentProgress()
         each = self._behavior.sampling.num_samples if num_samples is None else num_samples
         share = share or range(len(prompts))
-        own, buffer = slice(share.start, share.stop), prompts
-        prompts, rows = buffer[own], range(share.start * each, share.stop * each)
-        given = choose_demonstrations(buffer, each, demonstrations, seed)
-        given = given and given[own]
+        own, rows = slice(share.start, share.stop), range(share.start * each, share.stop * each)
+        given = choose_demonstrations(prompts, each, demonstrations, seed)
         of_first = None if unscored is None else unscored[(unscored >= rows.start) & (unscored < rows.stop)]
         started = time.perf_counter()
         with autocast():
             rollouts = self._behavior.sample(
-                [prompt.tokens for prompt in prompts],
-                [prompt.index for prompt in prompts],
+                [prompt.tokens for prompt in prompts[own]],
+                [prompt.index for prompt in prompts[own]],
                 seed=seed,
                 num_samples=num_samples,
                 first_rollout_id=first_rollout_id + rows.start,
                 step=step,
                 unscored=None if of_first is None else of_first - rows.start,
-                given=given,
+                given=given and given[own],
                 top_k=self._request.behavior_top_k,
                 progress=progress,
             )
-        sampled = time.perf_counter()  # results are on the host, so the device has finished
+        # Results are on the host, so the device has finished.
+        return Sampled(rollouts, time.perf_counter() - started, unscored is not None)
+
+    @torch.no_grad()
+    def label(
+        self,
+        sampled: Sampled,
+        prompts: Sequence[Prompt],
+        *,
+        share: range | None = None,
+        verifier: Verifier | None = None,
+        progress: Progress | None = None,
+    ) -> Pool:
+        """Return sampled rollouts with masks, targets and verdicts.
+
+        Args:
+            sampled: what :meth:`sample` returned for these prompts and this share.
+            prompts: prompts of the buffer.
+            share: positions of the prompts that were sampled from; None for all.
+            verifier: checks the answers; None to skip the check.
+            progress: shows progress bars.
+        """
+        progress, rollouts, buffer = progress or SilentProgress(), sampled.rollouts, prompts
+        prompts = buffer if share is None else buffer[share.start : share.stop]
         texts = self._behavior.policy.responses(rollouts) if verifier is not None else []
         # The verifier runs while the teacher scores.
         verdicts = EvaluationBatch("train", prompts, verifier).submit(texts, rollouts)
@@ -120,12 +181,15 @@ class Collector:
         metrics = {  # of all tokens, masked ones included
             "rollout/length": float(rollouts.num_tokens.float().mean()),
             "rollout/truncated_share": float((rollouts.stop_reasons == StopReason.LENGTH).float().mean()),
-            "time/sample_seconds": sampled - started,
+            "time/sample_seconds": sampled.seconds,
             "time/teacher_seconds": scored - scoring,
-            "rollout/sampled_tokens_per_second": float(rollouts.mask[drawn].sum()) / max(sampled - started, 1e-9),
+            "rollout/sampled_tokens_per_second": float(rollouts.mask[drawn].sum()) / max(sampled.seconds, 1e-9),
             **self._teacher.metrics(),
         }
-        if given is not None:
+        if sampled.waited is not None:
+            metrics["time/sample_wait_seconds"] = sampled.waited
+            metrics["rollout/hidden_share"] = max(0.0, 1.0 - sampled.waited / max(sampled.seconds, 1e-9))
+        if rollouts.demonstration is not None:
             metrics["rollout/demonstration_share"] = 1.0 - float(drawn.float().mean())
         if verdicts is not None:
             correct = torch.tensor([verdict.correct for verdict in verdicts()], dtype=torch.int8)
@@ -140,7 +204,7 @@ class Collector:
             targets = replace(targets, support_overlap=None)  # a metric only
         for number, name in enumerate(self._teacher.names):
             weights[f"targets/{name}/logprob"] = float(masked.mask[masked.teacher_ids == number].sum())
-        return Pool(masked, targets, metrics, unscored is not None, weights, pad_id)
+        return Pool(masked, targets, metrics, sampled.unscored, weights, pad_id)
 
 
 def sees_other_prompts(prompts: Sequence[Prompt]) -> bool:

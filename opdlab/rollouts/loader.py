@@ -22,6 +22,9 @@ class Collect(Protocol):
     ) -> Pool:
         """Return a buffer of rollouts of ``prompts``, or a share of it.
 
+        If the next buffer is sampled ahead, it also receives ``when_sampled``: a function that it calls once the
+        rollouts are sampled, which asks :class:`SampleAhead` for the next buffer.
+
         Args:
             prompts: prompts of the buffer.
             share: positions of the prompts whose rollouts are returned; of all prompts with one process.
@@ -29,6 +32,23 @@ class Collect(Protocol):
             first_rollout_id: id of the buffer's first rollout.
             first_batch: [B] long, the buffer's rows in the first optimizer batch: the training step may fill in their
                 behavior log-probabilities.
+        """
+
+
+class SampleAhead(Protocol):
+    """Function that begins to sample the next buffer: :meth:`opdlab.module.OPDModule.sample_ahead`."""
+
+    def __call__(
+        self, prompts: Sequence[Prompt], *, share: range, seed: int, first_rollout_id: int, steps: int
+    ) -> None:
+        """Begin to sample a buffer, of which :class:`Collect` is asked for next, with the same arguments.
+
+        Args:
+            prompts: see :class:`Collect`.
+            share: see there.
+            seed: see there.
+            first_rollout_id: see there.
+            steps: optimizer steps until the buffer begins.
         """
 
 
@@ -80,6 +100,7 @@ class RolloutLoader:
         seed: determines the order and the samples.
         rank: rank of this process.
         world_size: number of processes.
+        sample_ahead: is told of the next buffer while one is in use; None to sample each when it begins.
 
     Raises:
         UsageError: the sizes do not divide, or there are fewer prompts than a buffer needs.
@@ -98,13 +119,16 @@ class RolloutLoader:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        sample_ahead: SampleAhead | None = None,
     ) -> None:
         self._pool_size = prompts_per_pool * samples_per_prompt
-        self.reuse = ReuseConfig(prompts_per_pool, reuse_epochs, batch_size)  # checks its values
+        overlap = int(sample_ahead is not None)
+        self.reuse = ReuseConfig(prompts_per_pool, reuse_epochs, batch_size, overlap)  # checks its values
         self.reuse.check(samples_per_prompt, micro_batches, world_size)
         self.reuse.check_prompts(len(prompts))
         self._prompts = prompts
-        self._collect = collect
+        self._collect, self._sample_ahead = collect, sample_ahead
+        self._asked_at: int | None = None  # number of the buffer beside which the next one is sampled
         self._micro_batches = micro_batches
         self.seed = seed
         self._rank, self._world_size = rank, world_size
@@ -128,6 +152,8 @@ class RolloutLoader:
         while self._position.epoch == epoch:
             if self._pool is None:
                 self._fill()
+            elif self._sample_ahead is not None and self._asked_at != self._position.buffers:  # after a resume
+                self._ask_ahead()
             yield from self._next_optimizer_batch()
 
     @property
@@ -136,22 +162,35 @@ class RolloutLoader:
 
     def _fill(self) -> None:
         """Collect the buffer at the position, or this process's share of it."""
-        at, each = self._position, self.reuse.prompts_per_pool // self._world_size
-        generator = torch.Generator().manual_seed(derive_seed("prompts", self.seed, at.epoch))
-        order = torch.randperm(len(self._prompts), generator=generator)[at.prompts :]
-        pool = self._collect(
-            [self._prompts[i] for i in order[: self.reuse.prompts_per_pool].tolist()],
-            share=range(self._rank * each, (self._rank + 1) * each),
-            seed=derive_seed("pool", self.seed, at.buffers),
-            first_rollout_id=at.rollouts,
-            first_batch=self._rows_of_pass(0)[0].flatten(),
-        )
+        prompts, wanted = self._wanted(self._position)
+        if self._sample_ahead is not None:
+            wanted["when_sampled"] = self._ask_ahead
+        pool = self._collect(prompts, **wanted, first_batch=self._rows_of_pass(0)[0].flatten())
         if self._world_size > 1:
             state, weights, pad_id = pool.state_dict(), pool.weights, pool.pad_id
             del pool  # the state alone holds the tensors
             join_shares(state, weights, pad_id)
             pool = Pool.from_state_dict(state)
         self._pool, self._held = pool, self._as_collected
+
+    def _wanted(self, at: Position) -> tuple[list[Prompt], dict[str, Any]]:
+        """Return the prompts of the buffer that begins at a position, and what else :class:`Collect` is told of it."""
+        each = self.reuse.prompts_per_pool // self._world_size
+        generator = torch.Generator().manual_seed(derive_seed("prompts", self.seed, at.epoch))
+        order = torch.randperm(len(self._prompts), generator=generator)[at.prompts :]
+        return [self._prompts[i] for i in order[: self.reuse.prompts_per_pool].tolist()], {
+            "share": range(self._rank * each, (self._rank + 1) * each),
+            "seed": derive_seed("pool", self.seed, at.buffers),
+            "first_rollout_id": at.rollouts,
+        }
+
+    def _ask_ahead(self) -> None:
+        """Let the next buffer be sampled beside the steps on this one."""
+        assert self._sample_ahead is not None
+        self._asked_at = self._position.buffers
+        left = self.reuse.epochs * self._pool_size - self._position.rows
+        prompts, wanted = self._wanted(self._after(self._position))
+        self._sample_ahead(prompts, **wanted, steps=left // self.reuse.batch_size)
 
     def _rows_of_pass(self, reuse_epoch: int) -> Tensor:
         """Return the buffer's rows in the order of a pass, [optimizer batches, micro-batches, processes, rows]."""
@@ -215,15 +254,24 @@ class RolloutLoader:
         at = replace(self._position, rows=self._position.rows + rows)
         if at.rows >= self.reuse.epochs * self._pool_size:
             self._pool = None
-            at = Position(
+            at = self._after(at)
+        self._position = self._begin(at) if at.rows == 0 else at
+
+    def _after(self, at: Position) -> Position:
+        """Return the position at which the buffer after that of a position begins."""
+        return self._begin(
+            Position(
                 epoch=at.epoch,
                 prompts=at.prompts + self.reuse.prompts_per_pool,
                 buffers=at.buffers + 1,
                 rollouts=at.rollouts + self._pool_size,
             )
-        if at.rows == 0 and at.prompts + self.reuse.prompts_per_pool > len(self._prompts):
-            at = replace(at, epoch=at.epoch + 1, prompts=0)
-        self._position = at
+        )
+
+    def _begin(self, at: Position) -> Position:
+        """Return the position of a buffer's begin: in the next pass over the prompts if too few are left in this."""
+        ends = at.prompts + self.reuse.prompts_per_pool > len(self._prompts)
+        return replace(at, epoch=at.epoch + 1, prompts=0) if ends else at
 
     def fill_behavior(self, rows: Tensor, logprobs: Tensor) -> None:
         """Store behavior log-probabilities computed by a training step in the buffer, for later passes.

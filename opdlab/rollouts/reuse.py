@@ -15,13 +15,21 @@ class ReuseConfig:
         epochs: passes over a buffer before the next is sampled.
         batch_size: rollouts in an optimizer step; must divide the buffer. ``trainer.accumulate_grad_batches`` splits
             it into that many micro-batches, and the processes share each of them; neither changes the step.
+        overlap: rollout buffers that are sampled ahead: 0 to sample a buffer when it begins, 1 to sample the next one
+            beside training, from a copy of the behavior snapshot. Its rollouts are then older by the optimizer steps
+            of one buffer.
     """
 
     prompts_per_pool: int = 32
     epochs: int = 2
     batch_size: int = 32
+    overlap: int = 0
 
     def __post_init__(self) -> None:
+        require(
+            self.overlap in (0, 1),
+            f"overlap is {self.overlap}, but must be 0, or 1 to sample the next rollout buffer beside training",
+        )
         for key in ("prompts_per_pool", "epochs", "batch_size"):
             value = getattr(self, key)
             require(value >= 1, f"{key} is {value}, but must be at least 1")

@@ -154,6 +154,26 @@ def check_sharded(options: Mapping[str, Any], precision: Any) -> None:
     )
 
 
+def check_overlap(student: LanguageModel, trainer: pl.Trainer) -> None:
+    """Raise a UsageError if a thread cannot sample beside a training step.
+
+    Args:
+        student: the module's student.
+        trainer: the module's trainer.
+    """
+    require(
+        not isinstance(trainer.strategy, ShardedStrategy),
+        f"data.reuse.overlap is 1, but {BY_SHARDING}, which exchange them in every pass, and no other pass may run "
+        "beside it: set it to 0, or take the strategy ddp",
+    )
+    # While torch.fx traces, modules are patched in all threads.
+    require(
+        not student.compiles,
+        "data.reuse.overlap is 1, but model.student.compile is true, and while torch compiles, no other thread may use "
+        "a model: set overlap to 0 or compile to false",
+    )
+
+
 def check_verdicts(objective: Objective, judged: bool, num_samples: int, demonstrations: float) -> None:
     """Raise a UsageError if an objective needs verdicts, or several of a prompt, which a run does not have.
 

@@ -1,6 +1,7 @@
 """The LightningModule: student, behavior snapshot, teacher, objective, gate, and the training step."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,15 @@ from opdlab.policies import (
 from opdlab.policies.decoding import naming_step
 from opdlab.policies.offload import keep_from_strategy
 from opdlab.rollouts import Collector, Pool
+from opdlab.rollouts.ahead import SamplingAhead
 from opdlab.training import checks, resume, sampler_gap
 from opdlab.training.accumulation import AccumulationWindow, BatchSizes, gate_inputs, record_of_all, score_rollouts
+from opdlab.training.overlap import StopSampling
 from opdlab.training.refresh import RefreshSchedule
 from opdlab.training.sharded_strategy import ShardedStrategy
 from opdlab.training.step_timer import StepTimer
 from opdlab.types import Minibatch, Prompt, TeacherRequest
+from opdlab.verifiers.verifier import Verifier
 
 
 class OPDModule(EvaluationModule):
@@ -120,6 +124,8 @@ class OPDModule(EvaluationModule):
         masked_first = single_token_ids(student.tokenizer, mask_first, "mask_first")
         self.mask_first, self.request = tuple(mask_first), request
         self.collector = Collector(self.behavior, teacher, request, masked_first)
+        self.ahead: SamplingAhead | None = None
+        """Samples the next rollout buffer during training, with ``data.reuse.overlap``."""
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._window = AccumulationWindow()
         self._wants_gradient_norms = False
@@ -137,14 +143,20 @@ class OPDModule(EvaluationModule):
         if self.behavior.offload:
             keep_from_strategy(self, "behavior.policy", self.trainer.strategy, "model.behavior.offload")
         data = self.data
+        self.ahead = None
         if stage == "fit":
+            if data is not None and data.reuse.overlap:
+                checks.check_overlap(self.student, self.trainer)
+                autocast = self.trainer.precision_plugin.forward_context
+                self.ahead = SamplingAhead(self.behavior, self.collector, autocast)
             judged = data is not None and data.train_verifier is not None
             checks.check_training(self.teacher, self.gate, judged)
             share = data.demonstrations.share if data is not None else 0.0
             checks.check_verdicts(self.objective, judged, self.sampling.num_samples, share)
             checks.tell_of_idle_offload(self.trainer, behavior=self.behavior.offload, teacher=self.teacher.offload)
         if data is not None:
-            data.connect(self.student.tokenizer, self.collect, self.sampling.num_samples, training=stage == "fit")
+            facts = (self.student.tokenizer, self.collect, self.sampling.num_samples)
+            data.connect(*facts, training=stage == "fit", sample_ahead=self.sample_ahead)
             data.check_teachers(self.teacher.names)
         if stage == "fit":
             checks.warn_of_bias(self.objective, share)
@@ -189,24 +201,67 @@ class OPDModule(EvaluationModule):
         self._timer.begin()
         self._window = AccumulationWindow(self.trainer.world_size)
 
-    def collect(self, prompts: Sequence[Prompt], *, first_batch: Tensor, **options: Any) -> Pool:
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Return a callback that ends sampling beside training together with it."""
+        return [StopSampling()] if self.data is not None and self.data.reuse.overlap else []
+
+    def collect(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        first_batch: Tensor,
+        share: range | None = None,
+        verifier: Verifier | None = None,
+        when_sampled: Callable[[], None] | None = None,
+        **options: Any,
+    ) -> Pool:
         """Return a rollout buffer for the loader, see :meth:`opdlab.rollouts.Collector.collect`.
 
         The snapshot is refreshed before, unless a callback decides that. If the snapshot equals the student, the
-        forward pass of the next training step scores ``first_batch``.
+        forward pass of the next training step scores ``first_batch``. With overlap, all buffers but the first come from
+        :attr:`ahead`; the snapshot is copied there when a buffer begins, and then ``when_sampled`` is called.
         """
+        step, progress, options = self.global_step, self.progress, {"share": share, **options}
+        ahead = self.ahead if when_sampled is not None else None
+        sampled = None if ahead is None else ahead.take(prompts, progress=progress, **options)
         if self._refreshes:
-            self.behavior.refresh(self.student, self.global_step)
-        fresh = self.behavior.equals(self.student)
-        with naming_step(self.global_step):
-            return self.collector.collect(
-                prompts,
-                step=self.global_step,
-                unscored=first_batch if fresh else None,
-                autocast=self.trainer.precision_plugin.forward_context,
-                progress=self.progress,
-                **options,
-            )
+            self.behavior.refresh(self.student, step)
+        if sampled is None:
+            fresh = self.behavior.equals(self.student)
+            with naming_step(step):
+                sampled = self.collector.sample(
+                    prompts,
+                    step=step,
+                    unscored=first_batch if fresh else None,
+                    autocast=self.trainer.precision_plugin.forward_context,
+                    progress=progress,
+                    **options,
+                )
+        if ahead is not None and when_sampled is not None:
+            if sampled.waited is None:
+                sampled = replace(sampled, waited=sampled.seconds)
+            ahead.copy_weights(step)
+            when_sampled()
+        return self.collector.label(sampled, prompts, share=share, verifier=verifier, progress=progress)
+
+    def sample_ahead(self, prompts: Sequence[Prompt], *, steps: int, **options: Any) -> None:
+        """Let :attr:`ahead` sample the next rollout buffer, unless training ends before that begins.
+
+        Args:
+            prompts: prompts of the buffer.
+            steps: optimizer steps until it begins.
+            **options: see :meth:`opdlab.rollouts.ahead.SamplingAhead.start`.
+        """
+        if self.ahead is not None and self.global_step + steps < self.trainer.estimated_stepping_batches:
+            self.ahead.start(prompts, **options)
+
+    def on_validation_epoch_start(self) -> None:
+        """Wait for the sampler, which may be sampling ahead, and begin an evaluation."""
+        if self.ahead is not None and self.trainer.should_stop:
+            self.ahead.stop()  # its buffer will not be used
+        elif self.ahead is not None:
+            self.ahead.wait(self.progress)
+        super().on_validation_epoch_start()
 
     # -- training ------------------------------------------------------------------------------------------------
 
@@ -312,6 +367,8 @@ class OPDModule(EvaluationModule):
         save_all(self.loggers)
         micro_batches = self.trainer.accumulate_grad_batches
         own: dict[str, Any] = {"settings": self._settings, "micro_batches": micro_batches}
+        if self.ahead is not None:
+            own["ahead"] = self.ahead.state_dict()
         if teacher := self.teacher.state_dict():
             own["teacher"] = teacher
         checkpoint[CHECKPOINT_KEY] = own
@@ -326,5 +383,7 @@ class OPDModule(EvaluationModule):
         checks.check_checkpoint(checkpoint, self.state_dict())
         self.teacher.load_state_dict(checkpoint[CHECKPOINT_KEY].get("teacher", {}))
         if self.trainer.state.fn == TrainerFn.FITTING:
+            if self.ahead is not None:
+                self.ahead.load_state_dict(checkpoint[CHECKPOINT_KEY].get("ahead"))
             loader = self.data.train_dataloader() if self.data is not None else None
             resume.go_on_from(checkpoint, self.trainer, self._settings, loader)

@@ -25,8 +25,8 @@ from opdlab.types import Rollouts
 _SNAPSHOTS_TOKENS = "model.objective (tokens of the snapshot in its support)"
 MAY_CHANGE = (
     "trainer.max_steps, trainer.accumulate_grad_batches, trainer.devices, trainer.num_nodes, data.reuse.epochs, "
-    "data.reuse.batch_size if it divides what is left of the pass, model.gate, model.reduction, and what concerns "
-    "evaluation and logging"
+    "data.reuse.overlap, data.reuse.batch_size if it divides what is left of the pass, model.gate, model.reduction, "
+    "and what concerns evaluation and logging"
 )
 """What may change at any checkpoint, for messages; docs/guide/resume.md has the whole table."""
 

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.loggers.logger import Logger
 
 from opdlab.callbacks import CollapseGuard, EvaluationTable, GateMonitor, LabProgressBar, PoolRecorder, SampleLogger
+from opdlab.data import ReuseConfig
 from opdlab.diagnostics import Chart, Metric, find_metric, metric_rows, metric_table, register_metric
 from opdlab.diagnostics.metric_table import progress_items, progress_names
 from opdlab.errors import UsageError
@@ -69,7 +70,11 @@ def test_every_row_is_of_a_scalar_that_is_logged(tmp_path: Path) -> None:
     for number, objective in enumerate((sampled, SupportDivergence(support="union", k=8))):
         evaluation = EvaluationConfig(pass_at=(1, 2), reverse_kl=True)
         names |= logged_names(
-            tmp_path / str(number), objective=objective, tau=LinearTau(1.0, 2.0, 2), evaluation=evaluation
+            tmp_path / str(number),
+            objective=objective,
+            tau=LinearTau(1.0, 2.0, 2),
+            evaluation=evaluation,
+            data={"reuse": ReuseConfig(8, 2, 8, overlap=number)},
         )
     missing = {row.name for row in metric_rows() if not any(row.matches(name) for name in names)}
     # Those of a cache, of several teachers, of demonstrations and of samplers are logged in the tests of these.

@@ -1,6 +1,7 @@
 """Two processes train on the rows of one: every pass, every state, every field, whatever the number of processes."""
 
 import gc
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,10 +10,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor, distributed
 
+from opdlab.data import ReuseConfig
 from opdlab.errors import UsageError
 from opdlab.estimate import exchanged_bytes, gathered_bytes
 from opdlab.policies import BehaviorPolicy, LanguageModel, LocalTeacher, SamplingConfig, TeacherRequest
@@ -24,11 +28,12 @@ from opdlab.toy import chain_tokenizer
 from opdlab.types import Problem, Prompt, StopReason, left_padded
 from opdlab.verifiers import BoxedVerifier
 from tests.ranks.pair import Processes
-from tests.toy_run import STUDENT, TEACHER
+from tests.test_resume import SaveAt
+from tests.toy_run import STUDENT, TEACHER, Run
 
 PAD = 9
 PROMPTS = [Prompt(i, Problem(str(i), str(i), None), tuple(range(1, 2 + i % 3))) for i in range(13)]
-SIZES = {"samples_per_prompt": 2, "prompts_per_pool": 6, "batch_size": 6, "reuse_epochs": 3}
+SIZES: dict[str, Any] = {"samples_per_prompt": 2, "prompts_per_pool": 6, "batch_size": 6, "reuse_epochs": 3}
 Seen = list[dict[str, Any]]
 
 
@@ -306,7 +311,7 @@ def collected(rank: int, request: TeacherRequest, demonstrations: float) -> Any:
         )
 
     world_size = distributed.get_world_size() if distributed.is_initialized() else 1
-    sizes = {"samples_per_prompt": 4, "prompts_per_pool": 4, "batch_size": 8}
+    sizes: dict[str, Any] = {"samples_per_prompt": 4, "prompts_per_pool": 4, "batch_size": 8}
     made = RolloutLoader(problems(), fill, rank=rank, world_size=world_size, **sizes)
     assert next(iter(made)).behavior_known is False
     return made.state_dict().get("pool")
@@ -339,6 +344,75 @@ def test_the_collector_of_two_processes_fills_the_buffer_of_one(
     assert {name: both["metrics"][name] for name in exact} == pytest.approx(
         {name: alone["metrics"][name] for name in exact}
     )
+
+
+# -- sampling ahead ----------------------------------------------------------------------------------------------
+
+
+class Responses(Callback):
+    """Keeps the responses of each step, without padding."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, list[list[int]]] = {}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        rows = zip(batch.rollouts.tokens, batch.rollouts.mask, strict=True)
+        self.steps[trainer.global_step] = [tokens[mask].tolist() for tokens, mask in rows]
+
+
+def sampled_ahead(
+    rank: int, processes: int, folder: Path, max_steps: int, ckpt_path: Path | None = None, save: Path | None = None
+) -> tuple[dict[int, list[list[int]]], dict[int, dict[str, float]]]:
+    """Return responses and metrics of each step of a run with overlap, in which no worker uses a collective."""
+    responses, callers = Responses(), set[str]()
+    names = ("all_reduce", "all_gather", "all_gather_object", "all_to_all_single", "broadcast", "barrier")
+    kept = {name: getattr(distributed, name) for name in names}
+
+    def noting(function: Any) -> Any:
+        def noted(*args: Any, **options: Any) -> Any:
+            callers.add(threading.current_thread().name)
+            return function(*args, **options)
+
+        return noted
+
+    for name, function in kept.items():
+        setattr(distributed, name, noting(function))
+    try:
+        # The most likely token alone is sampled, so that rounding has no influence.
+        made = Run(
+            folder,
+            lr=1e-4,
+            callbacks=(responses, *([] if save is None else [SaveAt(save, 6)])),
+            sampling={"top_p": 1e-6, "max_new_tokens": 12},
+            data={"reuse": ReuseConfig(8, 2, 8, overlap=1)},
+        )
+        strategy: dict[str, Any] = {"strategy": "ddp", "devices": processes} if processes > 1 else {}
+        made.fit(max_steps, ckpt_path, use_distributed_sampler=False, **strategy)
+    finally:
+        for name, function in kept.items():
+            setattr(distributed, name, function)
+    assert processes == 1 or callers == {"MainThread"}
+    return responses.steps, made.recorder.steps
+
+
+def test_two_processes_sample_ahead_as_one_does_and_resume_its_run(pair: Processes, tmp_path: Path) -> None:
+    path = tmp_path / "inside.ckpt"
+    whole, logged = sampled_ahead(0, 1, tmp_path, 10, save=path)
+    for start, results in (
+        (0, pair.run(sampled_ahead, 2, tmp_path, 10)),
+        (6, pair.run(sampled_ahead, 2, tmp_path, 10, path)),
+    ):
+        (first, metrics), (second, _) = results
+        assert {step: first[step] + second[step] for step in first} == {
+            step: rows for step, rows in whole.items() if step > start
+        }
+        for step, values in metrics.items():
+            assert values["rollout/age"] == logged[step]["rollout/age"]
+            assert values["train/loss"] == pytest.approx(logged[step]["train/loss"], rel=1e-2, abs=1e-5)
+            assert 0.0 <= values["rollout/hidden_share"] <= 1.0
+    assert [values["rollout/age"] for values in logged.values()] == [0, 1, 2, 3, 4, 5, 6, 7, 5, 6]
 
 
 # -- memory ------------------------------------------------------------------------------------------------------
@@ -374,7 +448,7 @@ def with_hidden_states(prompts: Sequence[Prompt], *, share: range, first_rollout
 def memory(rank: int) -> dict[str, tuple[int, float]]:
     """Return the peak memory and the seconds of the parts of a loader's work on 256 rollouts."""
     prompts = [Prompt(n, Problem(str(n), "", None), (n,)) for n in range(256)]
-    sizes = {"prompts_per_pool": 256, "batch_size": 2}
+    sizes: dict[str, Any] = {"prompts_per_pool": 256, "batch_size": 2}
     made = RolloutLoader(prompts, with_hidden_states, rank=rank, world_size=2, **sizes)
     found = {}
     batches, seen = iter(made), []

@@ -92,6 +92,34 @@ def test_each_pool_is_collected_once_lazily_and_passed_over_in_new_orders() -> N
     assert len(collect.calls) == 2
 
 
+@pytest.mark.parametrize("taken", [0, 2, 6, 8, 12, 15])
+def test_the_next_buffer_is_known_while_one_is_in_use(taken: int) -> None:
+    """Over the end of a pass over the prompts too, and after a resume: inside a buffer at once, else as one begins."""
+    collected: list[tuple[int, dict[str, Any]]] = []
+    asked: list[tuple[int, dict[str, Any]]] = []
+    seen = taken
+
+    def sample_ahead(prompts: Sequence[Prompt], *, steps: int, **options: Any) -> None:
+        asked.append((seen + steps, {"prompts": list(prompts), **options}))
+
+    def collect(prompts: Sequence[Prompt], *, when_sampled: Any, first_batch: Tensor, **options: Any) -> Pool:
+        collected.append((seen, {"prompts": list(prompts), **options}))
+        when_sampled()
+        return Collector()(prompts, first_batch=first_batch, **options)
+
+    first = loader()
+    for _ in islice(chain(first, first, first), taken):
+        pass
+    made = loader(collect, sample_ahead=sample_ahead)
+    made.load_state_dict(first.state_dict())
+    assert not asked
+    for _ in islice(chain(made, made, made), 26 - taken):
+        seen += 1
+    assert [step for step, _ in asked] == [step for step in (6, 12, 18, 24, 30) if step > taken]
+    collected = [each for each in collected if each[0] > taken]
+    assert collected == asked[:-1]
+
+
 def test_prompts_are_shuffled_anew_each_epoch_and_none_twice() -> None:
     collect = Collector()
     made = loader(collect)
