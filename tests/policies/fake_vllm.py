@@ -97,7 +97,7 @@ class FakeVLLM:
         class Handler(_Handler):
             server_state = fake
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = _Server(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
@@ -231,14 +231,21 @@ class FakeVLLM:
         return self._texts[index]
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # with the default of 5, connections that are opened at once wait for seconds
+
+
 class _Handler(BaseHTTPRequestHandler):
     server_state: FakeVLLM
     protocol_version = "HTTP/1.1"
+    under_way = 0
+    disable_nagle_algorithm = True  # else each answer waits 40 ms for the client's acknowledgment of its headers
 
     def log_message(self, *_: object) -> None:
         pass
 
     def _send(self, status: int, content: bytes, length: int | None = None) -> None:
+        self._leave()  # before the client has the answer and asks again
         with suppress(OSError):  # the client may have gone
             self.send_response(status)
             self.send_header("Content-Length", str(len(content) if length is None else length))
@@ -264,14 +271,19 @@ class _Handler(BaseHTTPRequestHandler):
             content = self.rfile.read(int(self.headers["Content-Length"] or 0))
             return self._control(content)
         with state._lock:
+            self.under_way = 1
             state._under_way += 1
             state.most = max(state.most, state._under_way)
         try:
             self._answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
         finally:
-            with state._lock:
-                state._under_way -= 1
+            self._leave()
         return None
+
+    def _leave(self) -> None:
+        with self.server_state._lock:
+            self.server_state._under_way -= self.under_way
+            self.under_way = 0
 
     def _control(self, content: bytes) -> None:
         state = self.server_state
