@@ -76,11 +76,16 @@ def frequencies(samples: Rollouts) -> Tensor:
 
 
 def chi_square(counts: Tensor, probabilities: Tensor) -> float:
-    """Pearson's statistic over its degrees of freedom: near 1 where the counts follow the probabilities."""
-    possible = probabilities > 0
-    assert not counts[~possible].any()
-    expected = probabilities[possible] * counts.sum()
-    return float(((counts[possible] - expected).square() / expected).sum() / (len(expected) - 1))
+    """Pearson's statistic over its degrees of freedom: near 1 where the counts follow the probabilities.
+
+    Outcomes that are expected fewer than five times count as one, since a single rare one would decide.
+    """
+    assert not counts[probabilities <= 0].any()
+    expected = probabilities * counts.sum()
+    rare = expected < 5
+    counts, expected = (torch.cat([each[~rare], each[rare].sum()[None]]) for each in (counts, expected))
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    return float(((counts - expected).square() / expected).sum() / (len(expected) - 1))
 
 
 def test_same_seed_same_samples_whatever_was_drawn_before(model: LanguageModel) -> None:
