@@ -72,7 +72,8 @@ def test_a_run_leaves_everything_in_its_folder(
     optional = {"val/<benchmark>/reverse_kl", "val/<benchmark>/maj@<n>"}  # no answer is extracted from 12 tokens
     of_sampled_token = {f"train/{name}" for name in ("advantage", "baseline", "clip_share", "reward_share")}
     of_engine = {f"train/sampler_{name}" for name in ("gap", "gap_max", "correction", "correction_share")}
-    of_others = {"gate/tau", "rollout/demonstration_share"}
+    of_overlap = {"rollout/hidden_share", "time/sample_wait_seconds"}
+    of_others = {"gate/tau", "rollout/demonstration_share"} | of_overlap
     targets = {name for name in rows if name.startswith("targets/")}  # of a cache, of several teachers
     several = {"teacher-<teacher>/<benchmark or mean>/<metric>"}
     assert rows == of_sampled_token | of_engine | of_others | targets | of_whole_buffers | optional | several
