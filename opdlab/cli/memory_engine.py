@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from opdlab.cli.configured_models import plugin_options
-from opdlab.cli.memory_table import Estimate
+from opdlab.cli.memory_table import Estimate, Share
 from opdlab.estimate import ModelSize
 from opdlab.policies import VLLMSampler, VLLMServerSampler
 
@@ -44,7 +44,8 @@ def add_engine(result: Estimate, config: Any, student: ModelSize, on_cpu: bool) 
         result.parts |= own
         result.resident += own
         return parts
-    result.shares[_SHARE] = share, "gpu_memory_utilization: its weights and its cache"
+    said, option = "gpu_memory_utilization: its weights and its cache", "model.sampler.gpu_memory_utilization"
+    result.shares[_SHARE] = Share(share, said, weights[0], option)
     if not options["sleep_level"]:
         result.resident.append(_SHARE)
     elif options["sleep_level"] == 1:

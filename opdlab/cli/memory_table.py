@@ -25,6 +25,23 @@ class DeviceMemory:
     is_host: bool = False
 
 
+@dataclass(frozen=True)
+class Share:
+    """A part that takes a share of a device's memory, whatever it needs.
+
+    Args:
+        fraction: of the device's memory.
+        remark: what it holds.
+        least: bytes that it must hold.
+        option: the key that sets it.
+    """
+
+    fraction: float
+    remark: str
+    least: int
+    option: str
+
+
 @dataclass
 class Estimate:
     """Bytes of each part, and the parts that are alive in each phase; phases do not overlap.
@@ -34,14 +51,14 @@ class Estimate:
         phases: names of the parts that are alive, by phase.
         host: parts that are in the host's memory on any device.
         resident: names of the parts that are on the device in all phases.
-        shares: parts that take a share of the device's memory: the share and a remark, by part.
+        shares: parts that take a share of the device's memory.
     """
 
     parts: dict[str, tuple[int, str]] = field(default_factory=dict)
     phases: dict[str, list[str]] = field(default_factory=dict)
     host: dict[str, tuple[int, str]] = field(default_factory=dict)
     resident: list[str] = field(default_factory=list)
-    shares: dict[str, tuple[float, str]] = field(default_factory=dict)
+    shares: dict[str, Share] = field(default_factory=dict)
 
     def add_phase(self, phase: str, *used: str, new: Mapping[str, tuple[int, str]]) -> None:
         """Add a phase that uses the parts that are always on the device, ``used``, and ``new`` parts.
@@ -64,7 +81,7 @@ class Estimate:
         return sum(self._size(name, total) for name in self.phases[phase])
 
     def _size(self, name: str, total: int) -> int:
-        return int(self.shares[name][0] * total) if name in self.shares else self.parts[name][0]
+        return int(self.shares[name].fraction * total) if name in self.shares else self.parts[name][0]
 
     def table(self) -> Table:
         """Return the table of parts and phases."""
@@ -73,8 +90,8 @@ class Estimate:
             table.add_row(name, gib(size), remark)
         for name, (size, remark) in self.host.items():
             table.add_row(f"{name}, on the host", gib(size), remark)
-        for name, (share, remark) in self.shares.items():
-            table.add_row(name, f"{share:.0%}", f"of the GPU's memory, {remark}")
+        for name, share in self.shares.items():
+            table.add_row(name, f"{share.fraction:.0%}", f"of the GPU's memory, {share.remark}")
         table.add_section()
         always = set.intersection(*map(set, self.phases.values()))
         for phase, parts in self.phases.items():
@@ -88,6 +105,12 @@ class Estimate:
         Args:
             device: device to compare with. For host memory, every phase also counts the parts in ``host``.
         """
+        for name, share in self.shares.items():
+            if share.fraction * device.total < share.least:
+                return (
+                    f"{device.name} has {gib(device.total)} GiB: {name}, {share.fraction:.0%} of it, does not hold its "
+                    f"weights, {gib(share.least)} GiB; raise {share.option}"
+                )
         beside = {name: size for name, (size, _) in self.host.items() if device.is_host}
         phase = max(self.phases, key=lambda name: self.peak(name, device.total))
         peak = self.peak(phase, device.total) + sum(beside.values())
