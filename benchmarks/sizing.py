@@ -23,6 +23,8 @@ sys.path.insert(0, str(REPOSITORY))
 from opdlab.cli.memory_parts import estimate
 from opdlab.cli.memory_table import DeviceMemory, Estimate
 from opdlab.cli.parsing import parse_fit
+from opdlab.cli.sharding_checks import check_sharding
+from opdlab.errors import UsageError
 from opdlab.estimate import ModelSize, model_size
 
 CARD = DeviceMemory("GPU", int(CARD_BYTES), int(CARD_BYTES))
@@ -58,16 +60,18 @@ class Cell:
         models: row: student, teacher.
         setup: row: GPUs, strategy.
         kind: column: teacher, sampler.
-        estimate: of a process.
+        estimate: of a process; None for a run that opdlab refuses.
     """
 
     models: str
     setup: str
     kind: str
-    estimate: Estimate
+    estimate: Estimate | None
 
     def __str__(self) -> str:
         """Return the largest peak in GiB, in bold if it is more than the GPU has."""
+        if self.estimate is None:
+            return "refused"
         peak = max(self.estimate.peak(phase, CARD.total) for phase in self.estimate.phases)
         text = f"{peak / (1 << 30):.0f}"
         return text if self.estimate.verdict(CARD).endswith(", fits") else f"**{text}**"
@@ -104,7 +108,13 @@ def cells(folder: Path) -> Iterator[Cell]:
                     models["teacher"] = size(teacher, "bfloat16", None)
                 trainer.devices, trainer.num_nodes, trainer.strategy = min(devices, 8), -(-devices // 8), strategy
                 trainer.accumulate_grad_batches = 64 // devices
-                yield Cell(f"{student} / {teacher}{said}", setup, kind, estimate(config, models, on_cpu=False))
+                config.model.student.init_args.adapter = adapter
+                try:
+                    check_sharding(config)
+                    found = estimate(config, models, on_cpu=False)
+                except UsageError:
+                    found = None
+                yield Cell(f"{student} / {teacher}{said}", setup, kind, found)
 
 
 def table() -> list[str]:

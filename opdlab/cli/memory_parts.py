@@ -213,9 +213,7 @@ def _add_scoring(result: Estimate, config: Any, models: Mapping[str, ModelSize],
         result.add_phase(phase, weights, new={f"forward pass of {phase}": (size, said)})
 
 
-def _add_ahead(
-    result: Estimate, config: Any, request: TeacherRequest, num_rollouts: int, sampling: list[str]
-) -> None:
+def _add_ahead(result: Estimate, config: Any, request: TeacherRequest, num_rollouts: int, sampling: list[str]) -> None:
     """Add what samples the next buffer to the phases beside which it runs: not those of the first buffer's sampling.
 
     The copy samples and then scores, when the memory for sampling is free again: the larger of both counts, and a share

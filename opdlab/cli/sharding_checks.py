@@ -2,8 +2,15 @@
 
 from jsonargparse import Namespace
 
-from opdlab.cli.configured_models import configured_teacher, is_own_teacher, plugin_options
+from opdlab.cli.configured_models import (
+    configured_engine,
+    configured_teacher,
+    has_adapter,
+    is_own_teacher,
+    plugin_options,
+)
 from opdlab.errors import require
+from opdlab.policies.engines.weights import check_merging
 from opdlab.training.checks import BY_SHARDING, check_overlap, check_sharded, refuse_kept_teacher
 from opdlab.training.sharded_strategy import NAME, ShardedStrategy, check_strategy
 
@@ -48,5 +55,7 @@ def check_sharding(config: Namespace) -> None:
         f"save_pools is true, but {BY_SHARDING}, and none has whole ones to record: set it to false, or take the "
         "strategy ddp",
     )
+    if configured_engine(config) is not None:
+        check_merging(adapter=has_adapter(config), sharded=True)
     if is_own_teacher(config):
         refuse_kept_teacher("SelfTeacher")

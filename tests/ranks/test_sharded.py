@@ -288,8 +288,7 @@ def train_with_engine(rank: int, folder: Path, url: str | None, strategy: str, a
         return train(rank, folder / "run", {**options, "sampler": sampler}, 5)
 
 
-@pytest.mark.parametrize("adapter", [False, True])
-@pytest.mark.parametrize("strategy", ["ddp", STRATEGY])
+@pytest.mark.parametrize(("strategy", "adapter"), [("ddp", True), (STRATEGY, False)])
 @pytest.mark.usefixtures("peft_pair")
 def test_every_process_hands_its_weights_to_vllm(pair: Processes, tmp_path: Path, strategy: str, adapter: bool) -> None:
     alone = train_with_engine(0, tmp_path / "alone", None, "auto", adapter)
