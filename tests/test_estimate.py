@@ -578,6 +578,17 @@ def test_the_verdict_names_phase_and_part() -> None:
     assert "the peak of sampling, 9.00 GiB with the rollout buffer, does not fit" in result.verdict(host)
 
 
+def test_processes_on_one_machine_share_its_memory() -> None:
+    parts = {"weights": (2 << 30, ""), "gathered": (3 << 30, "")}
+    result = Estimate(parts, {"update": ["weights"], "a checkpoint": ["weights", "gathered"]}, processes=3)
+    result.of_first, result.host = {"gathered"}, {"rollout buffer": (1 << 30, "")}
+    host, card = DeviceMemory("host", 12 << 30, 12 << 30, is_host=True), DeviceMemory("card", 6 << 30, 6 << 30)
+    assert "12.00 GiB of 3 processes with the rollout buffer in a checkpoint, fits" in result.verdict(host)
+    assert "5.00 GiB in a checkpoint, fits" in result.verdict(card)  # a process has a card of its own
+    flags = ["--trainer.devices", "2", "--trainer.num_nodes"]
+    assert [estimate(configured(*flags, nodes)).processes for nodes in (1, 2)] == [2, 2]
+
+
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_vllms_share_is_counted_while_it_is_awake(level: int) -> None:
     options = [

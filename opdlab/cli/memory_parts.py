@@ -60,7 +60,8 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
     on_cpu = config.trainer.accelerator == "cpu" if on_cpu is None else on_cpu
     init = {"class_path": config.model.objective.class_path, "init_args": plugin_options(config.model.objective)}
     request: TeacherRequest = instantiate_class((), init).request
-    result, student, processes = Estimate(), models["student"], _num_processes(config)
+    student, processes = models["student"], _num_processes(config)
+    result = Estimate(processes=max(1, processes // int(config.trainer.num_nodes)))
     _add_resident(result, config, models, {} if on_cpu else offloaded(config, models), request, processes)
     num_rollouts = -(-config.data.reuse.prompts_per_pool // processes) * config.model.sampling.num_samples
     engine = add_engine(result, config, student, on_cpu)
@@ -85,6 +86,7 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
         if sharded:
             said = f"of the first of {processes} processes, in a checkpoint"
             parts["a checkpoint"]["gathered weights and optimizer state"] = sharded, said
+        result.of_first |= parts["a checkpoint"].keys()
         for phase, new in parts.items():
             if on_cpu:
                 result.add_phase(phase, new=new)
