@@ -10,7 +10,7 @@ Qwen3's published shapes, of which only a ``config.json`` is written.
 
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ from opdlab.estimate import ModelSize, model_size
 
 CARD = DeviceMemory("GPU", int(CARD_BYTES), int(CARD_BYTES))
 # Student, teacher, what is said of the student, its dtype, its adapter.
-MODELS: tuple[tuple[str, str, str, str, dict[str, int] | None], ...] = (
+Models = tuple[str, str, str, str, dict[str, int] | None]
+MODELS: tuple[Models, ...] = (
     ("1.7B", "4B", "", "float32", None),
     ("8B", "32B", "", "float32", None),
     ("8B", "32B", ", bfloat16", "bfloat16", None),
@@ -77,11 +78,12 @@ class Cell:
         return text if self.estimate.verdict(CARD).endswith(", fits") else f"**{text}**"
 
 
-def cells(folder: Path) -> Iterator[Cell]:
-    """Yield all cells, row by row.
+def cells(folder: Path, rows: Sequence[Models]) -> Iterator[Cell]:
+    """Yield cells, row by row.
 
     Args:
         folder: for the models' configurations.
+        rows: of ``MODELS``.
     """
     sizes: dict[Any, ModelSize] = {}
 
@@ -99,7 +101,7 @@ def cells(folder: Path) -> Iterator[Cell]:
         for teacher, of_teacher in TEACHERS.items()
         for sampler, of_sampler in SAMPLERS.items()
     }
-    for student, teacher, said, dtype, adapter in MODELS:
+    for student, teacher, said, dtype, adapter in rows:
         for setup, devices, strategy in SETUPS:
             for kind, config in configs.items():
                 trainer = config.trainer
@@ -117,12 +119,12 @@ def cells(folder: Path) -> Iterator[Cell]:
                 yield Cell(f"{student} / {teacher}{said}", setup, kind, found)
 
 
-def table() -> list[str]:
-    """Return the lines of the table."""
+def table(rows: Sequence[Models] = MODELS) -> list[str]:
+    """Return the lines of the table, or of its head and the rows of some models."""
     kinds = [f"{teacher}, {sampler}" for teacher in TEACHERS for sampler in SAMPLERS]
     lines = [f"| student / teacher | GPUs | {' | '.join(kinds)} |", "|---" * (2 + len(kinds)) + "|"]
     with tempfile.TemporaryDirectory() as folder:
-        found = list(cells(Path(folder)))
+        found = list(cells(Path(folder), rows))
     for first in range(0, len(found), len(kinds)):
         row = found[first : first + len(kinds)]
         lines.append(f"| {row[0].models} | {row[0].setup} | {' | '.join(map(str, row))} |")
