@@ -242,7 +242,7 @@ def test_the_table_of_sizes_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     before = set(sys.modules)
     sizing = importlib.import_module("sizing")
-    lines = sizing.table(sizing.MODELS[::3])  # every one would take three times as long
+    lines = sizing.table(sizing.MODELS[::3])  # some, since each takes seconds
     for module in set(sys.modules) - before:
         if str(ROOT / "benchmarks") in str(getattr(sys.modules[module], "__file__", "")):
             del sys.modules[module]
