@@ -10,11 +10,15 @@ import json
 import os
 import platform
 import random
+import signal
+import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,15 +56,7 @@ def run_child(
     Raises:
         ChildError: the child failed, printed nothing, or took too long.
     """
-    inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *inherited]),
-    }
-    if device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment = _environment(threads, device)
     command = [python, str(script), *arguments]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=timeout)
@@ -73,6 +69,67 @@ def run_child(
         raise ChildError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
     answer: dict[str, Any] = json.loads(lines[-1])
     return answer
+
+
+def run_ranks(
+    script: Path, arguments: Sequence[str], *, count: int, threads: int, device: str = "cpu", timeout: float
+) -> dict[str, Any]:
+    """Run ``script`` in processes that find each other by torch's variables, and return what the first one prints.
+
+    Args:
+        script: the Python file; the last line of the first process's output is a JSON object.
+        arguments: its arguments.
+        count: number of processes.
+        threads: of each, for torch and its BLAS.
+        device: see :func:`run_child`.
+        timeout: seconds after which all are killed, as they are when one has failed.
+
+    Raises:
+        ChildError: a process failed, or all took too long.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    shared |= {"GLOO_SOCKET_IFNAME": "lo", **_environment(threads, device)}
+    command, children = [sys.executable, str(script), *arguments], []
+    deadline = time.monotonic() + timeout
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        try:
+            for rank in range(count):
+                environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                pipes = {"stdout": errors if rank else output, "stderr": errors}
+                children.append(subprocess.Popen(command, env=environment, start_new_session=True, **pipes))  # type: ignore[call-overload]
+            codes = [child.poll() for child in children]
+            while None in codes and not any(codes) and time.monotonic() < deadline:
+                time.sleep(0.05)
+                codes = [child.poll() for child in children]
+        finally:
+            for child in children:  # and what they have started
+                with suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+        errors.seek(0)
+        output.seek(0)
+        lines, said = output.read().strip().splitlines(), errors.read()[-4000:]
+    name = f"{count} processes of {' '.join(command)}"
+    if None in codes and not any(codes):
+        raise ChildError(f"{name} were killed after {timeout:g} s:\n{said}")
+    if any(codes) or not lines:
+        raise ChildError(f"{name} ended with {', '.join(map(str, codes))}:\n{said}")
+    answer: dict[str, Any] = json.loads(lines[-1])
+    return answer
+
+
+def _environment(threads: int, device: str) -> dict[str, str]:
+    """Return the environment of a child."""
+    inherited = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *inherited]),
+    }
+    return environment | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
 
 
 class PeakMemory:

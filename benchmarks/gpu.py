@@ -11,33 +11,46 @@ download. Student, behavior snapshot, AdamW's state and teacher stay on the GPU,
   are not counted.
 
 By default weights of student and snapshot are float32 and arithmetic is bfloat16, as in ``configs/paper``; 1.7B at
-16,384 tokens is the paper's run, on one GPU of 80 GB. Then scoring alone is measured on as many positions, in bfloat16,
-against the kernels of TRL, Liger and cut-cross-entropy, if they are installed.
+16,384 tokens is the paper's run, on one GPU of 80 GB. Then
 
-``python benchmarks/gpu.py --json gpu.json`` on one CUDA GPU should take less than eight minutes; ``--smoke`` runs every
-line of it on tiny shapes, on a CPU too. Each student and the kernels run in a process of their own, which is killed
-after ``--timeout`` seconds, and the file is written after each: a part that fails or hangs costs its own figures only.
+- **kernels**: scoring alone on as many positions, in bfloat16, against the kernels of TRL, Liger and cut-cross-entropy,
+  if they are installed;
+- **vllm**: vLLM in the process of a student of 1.7B: start, sampling, a refresh of the weights, sleeping and waking;
+- **fsdp2**: the phases above with weights sharded by FSDP2 over all GPUs that are there, or over one;
+- **packing**: an update of a micro-batch of responses of different lengths, padded, and packed with flash attention.
+
+What needs a package that is missing is skipped, with the reason.
+
+``python benchmarks/gpu.py --json gpu.json`` takes at most ``--seconds`` (470): each part runs in processes of its own,
+which are killed after ``--timeout`` seconds or at the end of the time, and parts for which none is left are skipped.
+The file is written after each part: one that fails or hangs costs its own figures only. ``--smoke`` runs every line on
+tiny shapes, on a CPU too.
 """
 
 import argparse
 import json
+import os
 import sys
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import ChildError, machine, run_child, versions
+from common import ChildError, machine, run_child, run_ranks, versions
 from gpu_models import CARD_BYTES, REAL, SMOKE, Plan, peak_teraflops
-from gpu_phases import measure_student
+from gpu_parts import SHARDED_STUDENT, measure_engine, measure_packing, measure_sharded
+from gpu_phases import measure_student, save_models
 from rich.console import Console
 from rich.table import Table
 from scoring import table as scoring_table
 from scoring_peers import PEERS, Sizes, measure
 
 GIB = 2**30
-PACKAGES = ("torch", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "triton", "flash-attn")
+PACKAGES = ("torch", "transformers", "trl", "liger-kernel", "cut-cross-entropy", "triton", "flash-attn", "vllm")
+PARTS = ("students", "kernels", "vllm", "fsdp2", "packing")
+_LEAST_SECONDS = 20.0  # for a part
 
 
 def measure_kernels(plan: Plan, device: str) -> list[dict[str, Any]]:
@@ -56,50 +69,85 @@ def measure_kernels(plan: Plan, device: str) -> list[dict[str, Any]]:
 
 
 def child(given: argparse.Namespace, plan: Plan) -> dict[str, Any]:
-    """Measure one student with its teacher, or the kernels."""
+    """Measure one student with its teacher, or another part."""
     device = torch.device(given.device)
     if given.child == "kernels":
         return {"kernels": measure_kernels(plan, given.device)}
-    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
-        return measure_student(plan, given.child, Path(folder), device, given.student_dtype)
+    if given.child == "fsdp2":
+        return measure_sharded(plan, given.folder, device, given.student_dtype)
+    with tempfile.TemporaryDirectory(dir=given.folder) as name:
+        folder = Path(name)
+        if given.child == "vllm":
+            return measure_engine(plan, folder, device)
+        if given.child == "packing":
+            return measure_packing(plan, folder, device)
+        save_models(plan, given.child, folder, device, given.student_dtype)
+        return measure_student(plan, given.child, folder, device, given.student_dtype)
 
 
 def report(result: dict[str, Any]) -> None:
     """Print tables."""
     console = Console(width=120)
-    peak, name = result["peak_teraflops"], result["device"]
     smoke = result["options"]["smoke"]
     for student, found in result["students"].items():
-        if "error" in found:
-            console.print(f"{student}: {found['error']}")
-            continue
-        resident = found["resident_bytes"] / GIB
-        table = Table(
-            *("phase", "tokens", "s", "tokens/s", "peak GiB", "within 80 GB", "TFLOP/s", "of the peak"),
-            title=_title(student, smoke=smoke) + f" on {name}: {resident:.1f} GiB resident",
-        )
-        for row in found["phases"]:
-            table.add_row(*_cells(row, peak))
-        console.print(table)
+        _print_phases(console, result, found, student, smoke, "")
     for kernels in result["kernels"]:
         size = f"{kernels['positions']:,} x {kernels['vocabulary']:,} x {kernels['hidden']:,}"
         size += " (toy shapes)" if smoke else ""
         console.print(scoring_table(f"{kernels['task']}, {size}, {kernels['dtype']}", kernels["peers"]))
+    if engine := result.get("vllm"):
+        console.print(f"vLLM: {_of_engine(engine)}")
+    if sharded := result.get("fsdp2"):
+        count = sharded.get("processes", 0)
+        _print_phases(console, result, sharded, SHARDED_STUDENT, smoke, f", FSDP2 over {count} processes")
+    if packing := result.get("packing"):
+        title = f"update of {len(packing.get('lengths', ()))} responses, 1.7B in bfloat16{', toy shapes' * smoke}"
+        _print_phases(console, result, {**packing, "phases": packing.get("rows", [])}, title, smoke, None)
+
+
+def _print_phases(
+    console: Console, result: dict[str, Any], found: dict[str, Any], name: str, smoke: bool, more: str | None
+) -> None:
+    if reason := found.get("error") or found.get("skipped"):
+        console.print(f"{name}{more or ''}: {reason}")
+        return
+    title = name
+    if more is not None:
+        title = (
+            f"{_title(name, smoke=smoke)}{more} on {result['device']}: {found['resident_bytes'] / GIB:.1f} GiB resident"
+        )
+    columns = ("phase", "tokens", "s", "tokens/s", "peak GiB", "within 80 GB", "TFLOP/s", "of the peak")
+    table = Table(*columns, title=title)
+    for row in found["phases"]:
+        table.add_row(*_cells(row, result["peak_teraflops"]))
+    console.print(table)
 
 
 def _title(student: str, *, smoke: bool) -> str:
     if smoke:
-        return f"toy shapes in place of {student} and of a 4B teacher, with snapshot and AdamW,"
+        return f"toy shapes in place of {student} and of a 4B teacher, with snapshot and AdamW"
     return f"{student}, snapshot and AdamW with a 4B teacher"
+
+
+def _of_engine(found: dict[str, Any]) -> str:
+    if reason := found.get("error") or found.get("skipped"):
+        return str(reason)
+    rate, freed = found["sample_tokens_per_second"], found["freed_bytes"] / GIB
+    return (
+        f"{rate:,.0f} tokens/s for {found['responses']} responses, start {found['start_seconds']:.1f} s, refresh "
+        f"{found['refresh_seconds']:.2f} s, sleep {found['sleep_seconds']:.2f} s (frees {freed:.1f} GiB), waking and "
+        f"refresh {found['wake_and_refresh_seconds']:.2f} s"
+    )
 
 
 def _cells(row: dict[str, Any], peak: float | None) -> list[str]:
     if "skipped" in row:
         return [row["phase"], f"{row['tokens']:,}", row["skipped"]]
-    memory = row["peak_bytes"]
+    memory, tokens = row["peak_bytes"], row["tokens"]
     rate = row["flops"] / row["seconds"] / 1e12 if "flops" in row else None
     return [
-        *(row["phase"], f"{row['tokens']:,}", f"{row['seconds']:.3f}", f"{row['tokens'] / row['seconds']:,.0f}"),
+        *(row["phase"], f"{tokens:,}" if tokens else "-", f"{row['seconds']:.3f}"),
+        f"{tokens / row['seconds']:,.0f}" if tokens else "-",
         *(f"{memory / GIB:.1f}", "yes" if memory < CARD_BYTES else "no"),
         "-" if rate is None else f"{rate:.3g}",
         "-" if rate is None or peak is None else f"{rate / peak:.0%}",
@@ -114,23 +162,56 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--student-dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     parser.add_argument("--peak-tflops", type=float, help="of the GPU in bfloat16, dense; known for common ones")
     parser.add_argument("--folder", type=Path, help="for random models, up to 15 GB (default: the system's)")
-    parser.add_argument("--timeout", type=float, default=240, help="seconds for a student, and for the kernels")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="all by default")
+    parser.add_argument("--timeout", type=float, default=240, help="seconds for a student, and for another part")
+    parser.add_argument("--seconds", type=float, default=470, help="for all parts together")
     parser.add_argument("--json", type=Path, help="write what is measured to this file, after each part")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser
 
 
-def _run(given: argparse.Namespace, part: str) -> dict[str, Any]:
+def _run(given: argparse.Namespace, part: str, left: float) -> dict[str, Any]:
+    """Return what a part has measured, or why it has not.
+
+    Args:
+        given: command line.
+        part: a student, or one of ``PARTS``.
+        left: seconds.
+    """
+    if left < _LEAST_SECONDS:
+        return {"skipped": f"no time is left of {given.seconds:g} s; --parts {part} measures it alone"}
     flags = ["--child", part, "--device", given.device, "--student-dtype", given.student_dtype]
     flags += ["--smoke"] if given.smoke else []
-    flags += ["--folder", str(given.folder)] if given.folder else []
+    facts: dict[str, Any] = {"threads": torch.get_num_threads(), "device": given.device}
+    facts["timeout"] = min(given.timeout, left)
     print(f"{part} …", file=sys.stderr)
     try:
-        return run_child(
-            Path(__file__), flags, threads=torch.get_num_threads(), device=given.device, timeout=given.timeout
-        )
+        if part != "fsdp2":
+            folder = ["--folder", str(given.folder)] if given.folder else []
+            return run_child(Path(__file__), [*flags, *folder], **facts)
+        count = 2 if given.device == "cpu" else torch.cuda.device_count()
+        with tempfile.TemporaryDirectory(dir=given.folder) as name:
+            return run_ranks(Path(__file__), [*flags, "--folder", name], count=count, **facts)
     except ChildError as error:
-        return {"error": str(error)[-600:], "kernels": []}
+        return {"error": str(error)[-600:]}
+
+
+def _measure(given: argparse.Namespace, result: dict[str, Any], students: list[str]) -> list[str]:
+    """Measure all parts into ``result``, write it after each, and return what went wrong."""
+    began, failed = time.monotonic(), []
+    for part in given.parts:
+        for name in students if part == "students" else (part,):
+            found = _run(given, name, given.seconds - (time.monotonic() - began))
+            failed += [found["error"]] if "error" in found else []
+            if part == "students":
+                result["students"][name] = found
+            elif part == "kernels":
+                result["kernels"] = found.get("kernels", [])
+            else:
+                result[part] = found
+            if given.json:
+                given.json.write_text(json.dumps(result, indent=1) + "\n")
+    return failed
 
 
 def main() -> int:
@@ -143,7 +224,9 @@ def main() -> int:
         return 2
     plan = SMOKE if given.smoke else REAL
     if given.child:
-        print(json.dumps(child(given, plan)))
+        found = child(given, plan)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(found))
         return 0
     name = "CPU" if given.device == "cpu" else torch.cuda.get_device_name(given.device)
     result: dict[str, Any] = {
@@ -155,17 +238,7 @@ def main() -> int:
         "students": {},
         "kernels": [],
     }
-    failed = []
-    for part in (*(given.students or plan.students), "kernels"):
-        found = _run(given, part)
-        if "error" in found:
-            failed.append(found["error"])
-        if part == "kernels":
-            result["kernels"] = found["kernels"]
-        else:
-            result["students"][part] = found
-        if given.json:
-            given.json.write_text(json.dumps(result, indent=1) + "\n")
+    failed = _measure(given, result, given.students or list(plan.students))
     report(result)
     for error in failed:
         print(error, file=sys.stderr)

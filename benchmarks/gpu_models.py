@@ -36,7 +36,7 @@ def peak_teraflops(name: str) -> float | None:
 
 @dataclass(frozen=True)
 class Shape:
-    """Shape of a Qwen3 model with tied embeddings, as in its published ``config.json``.
+    """Shape of a Qwen3 model, as in its published ``config.json``.
 
     Args:
         hidden_size: H.
@@ -46,6 +46,7 @@ class Shape:
         num_kv_heads: of keys and values.
         head_dim: of each.
         vocab_size: V.
+        tied: the head is the embedding.
     """
 
     hidden_size: int
@@ -55,6 +56,7 @@ class Shape:
     num_kv_heads: int
     head_dim: int
     vocab_size: int = 151_936
+    tied: bool = True
 
     def config(self) -> Qwen3Config:
         """Return the configuration for transformers."""
@@ -69,7 +71,7 @@ class Shape:
             max_position_embeddings=40_960,
             rms_norm_eps=1e-6,
             rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-            tie_word_embeddings=True,
+            tie_word_embeddings=self.tied,
             bos_token_id=None,
             eos_token_id=1,
             pad_token_id=0,
@@ -122,6 +124,10 @@ class Plan:
         sampled: number of sampled responses, and tokens of each.
         kernel_positions: positions of scoring alone.
         kernel_hidden: H of scoring alone.
+        engine: student of vLLM; it has a head_dim of 32 at least, as vLLM's kernels need.
+        engine_sampled: number of responses of vLLM, and tokens of each.
+        packed: tokens of the responses of a micro-batch that is packed.
+        sharded_lengths: response tokens under FSDP2.
     """
 
     students: Mapping[str, Shape]
@@ -132,20 +138,32 @@ class Plan:
     sampled: tuple[int, int]
     kernel_positions: tuple[int, ...]
     kernel_hidden: int
+    engine: Shape
+    engine_sampled: tuple[int, int]
+    packed: tuple[int, ...]
+    sharded_lengths: tuple[int, ...]
 
 
+QWEN3 = {
+    "0.6B": Shape(1024, 3072, 28, 16, 8, 128),
+    "1.7B": Shape(2048, 6144, 28, 16, 8, 128),
+    "4B": Shape(2560, 9728, 36, 32, 8, 128),
+    "8B": Shape(4096, 12_288, 36, 32, 8, 128, tied=False),
+    "32B": Shape(5120, 25_600, 64, 64, 8, 128, tied=False),
+}
 REAL = Plan(
-    students={
-        "Qwen3-0.6B": Shape(1024, 3072, 28, 16, 8, 128),
-        "Qwen3-1.7B": Shape(2048, 6144, 28, 16, 8, 128),
-    },
-    teacher=Shape(2560, 9728, 36, 32, 8, 128),
+    students={f"Qwen3-{size}": QWEN3[size] for size in ("0.6B", "1.7B")},
+    teacher=QWEN3["4B"],
     lengths=(2048, 4096, 8192, 16_384),
     prompt=256,
     k=32,
     sampled=(16, 256),
     kernel_positions=(2048, 16_384),
     kernel_hidden=2048,
+    engine=QWEN3["1.7B"],
+    engine_sampled=(128, 512),
+    packed=(4096, 2048, 1024, 512, 512, 256, 256, 128),
+    sharded_lengths=(2048, 16_384),
 )
 SMOKE = Plan(
     students={"Qwen3-0.6B": Shape(32, 64, 2, 4, 2, 8, 128), "Qwen3-1.7B": Shape(48, 96, 2, 4, 2, 8, 128)},
@@ -156,4 +174,8 @@ SMOKE = Plan(
     sampled=(2, 4),
     kernel_positions=(16,),
     kernel_hidden=32,
+    engine=Shape(64, 128, 2, 2, 1, 32, 128),
+    engine_sampled=(2, 4),
+    packed=(16, 8, 3),
+    sharded_lengths=(16,),
 )

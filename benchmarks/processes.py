@@ -11,18 +11,12 @@ tokens that rounding chooses. All run on the CPU, each process on one thread; tw
 import argparse
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
-import time
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from common import REPOSITORY, machine, versions
+from common import ChildError, machine, run_child, run_ranks, versions
 from rich.console import Console
 from rich.table import Table
 
@@ -107,36 +101,15 @@ def child(setup: str, variants: list[str], rate: float, steps: int) -> None:
 
 def run(setup: str, variants: list[str], rate: float, steps: int) -> dict[str, Steps]:
     """Return the steps of variants; the processes of the setup end with this call."""
-    count, _ = SETUPS[setup]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(REPOSITORY)}
-    shared |= {"CUDA_VISIBLE_DEVICES": ""}
-    several = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    several |= {"GLOO_SOCKET_IFNAME": "lo"}
-    options = ["--only", *variants, "--lr", str(rate), "--steps", str(steps)]
-    command, children = [sys.executable, __file__, "--child", setup, *options], []
-    deadline = time.monotonic() + LIMIT
-    with tempfile.TemporaryFile() as errors:
-        try:
-            for rank in range(count):
-                of_rank = several | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if count > 1 else {}
-                environment = os.environ | shared | of_rank
-                children.append(
-                    subprocess.Popen(
-                        command, env=environment, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
-                    )
-                )
-            outputs = [each.communicate(timeout=max(1.0, deadline - time.monotonic()))[0] for each in children]
-        finally:
-            for each in children:
-                with suppress(ProcessLookupError):
-                    os.killpg(each.pid, signal.SIGKILL)
-        errors.seek(0)
-        if any(each.returncode for each in children):
-            raise SystemExit(f"{setup}: {errors.read().decode(errors='replace')[-4000:]}")
-    found: dict[str, Steps] = json.loads(outputs[0].splitlines()[-1])
+    options = ["--child", setup, "--only", *variants, "--lr", str(rate), "--steps", str(steps)]
+    found: dict[str, Steps]
+    try:
+        if (count := SETUPS[setup][0]) == 1:
+            found = run_child(Path(__file__), options, threads=1, timeout=LIMIT)
+        else:
+            found = run_ranks(Path(__file__), options, count=count, threads=1, timeout=LIMIT)
+    except ChildError as error:
+        raise SystemExit(f"{setup}: {error}") from None
     return found
 
 

@@ -2,9 +2,13 @@
 
 import importlib
 import json
+import os
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from opdlab.gating import GateInputs, build_gate
 from opdlab.objectives import TeacherTopK
 from opdlab.policies import LanguageModel
+from tests.policies.fake_llm import FakeLLM, install
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -101,15 +106,30 @@ def test_gate_growth_measures_every_gate_and_metric() -> None:
 # -- GPU -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variables of the only process of a run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        facts = {"MASTER_PORT": str(free.getsockname()[1]), "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
+    for name, value in {**facts, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_gpu_smoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every line but the start of the children, which run in this process."""
+    """Every line but the start of the children, which run in this process, with a stand-in for vLLM."""
     gpu = script("gpu")
+    monkeypatch.setattr(os, "environ", os.environ.copy())  # the sampler sets variables
+    install(monkeypatch)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "flash_attn" else find_spec(name))
 
     def in_this_process(path: Path, arguments: list[str], **_: Any) -> Any:
         given = gpu._parser().parse_args(arguments)
         return json.loads(json.dumps(gpu.child(given, gpu.SMOKE)))
 
-    monkeypatch.setattr(gpu, "run_child", in_this_process)
+    for start in ("run_child", "run_ranks"):
+        monkeypatch.setattr(gpu, start, in_this_process)
     monkeypatch.setattr(
         sys,
         "argv",
@@ -122,12 +142,37 @@ def test_gpu_smoke(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyte
         assert all(row["seconds"] > 0 and row["peak_bytes"] > 0 for row in found["phases"])
     assert [kernels["task"] for kernels in written["kernels"]] == ["logprobs", "lsm"]
     assert all("seconds" in kernels["peers"]["opdlab"][0] for kernels in written["kernels"])
+    assert written["fsdp2"]["processes"] == 1
+    assert [row["phase"] for row in written["fsdp2"]["phases"]] == ["sample", "teacher", "update", "refresh"]
+    padded, packed = written["packing"]["rows"]
+    assert padded["seconds"] > 0
+    assert packed["skipped"].startswith("flash_attn is not installed, and sdpa would mask other rows")
+    engine, (made,) = written["vllm"], FakeLLM.made
+    assert made.calls == ["reload", "reload", "reload"]  # it sleeps on a GPU only
+    assert all(value > 0 for name, value in engine.items() if name != "freed_bytes")
     printed = " ".join(capsys.readouterr().out.split())
     assert "within 80 GB" in printed
     for student in written["students"]:
         assert f"toy shapes in place of {student} and of a 4B teacher" in printed
         assert f"{student}, snapshot and AdamW" not in printed
     assert printed.count("(toy shapes)") == len(written["kernels"])
+    assert "FSDP2 over 1 processes on CPU" in printed
+
+
+def test_gpu_says_what_it_skips(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    gpu = script("gpu")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "vllm" else find_spec(name))
+    monkeypatch.setattr(
+        gpu, "run_child", lambda path, arguments, **_: gpu.child(gpu._parser().parse_args(arguments), gpu.SMOKE)
+    )
+    arguments = ["gpu.py", "--smoke", "--device", "cpu", "--parts", "vllm"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert gpu.main() == 0
+    assert "vLLM: vllm is not installed" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*arguments, "packing", "fsdp2", "--seconds", "10"])
+    assert gpu.main() == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("no time is left of 10 s; --parts") == 3
 
 
 def test_a_hanging_child_is_killed(tmp_path: Path) -> None:
@@ -135,6 +180,37 @@ def test_a_hanging_child_is_killed(tmp_path: Path) -> None:
     (tmp_path / "hang.py").write_text("import sys, time; print('began', file=sys.stderr, flush=True); time.sleep(600)")
     with pytest.raises(common.ChildError, match=r"(?s)was killed after 2 s:.*began"):
         common.run_child(tmp_path / "hang.py", [], threads=1, timeout=2)
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        (
+            "import json, os, sys; print(json.dumps({'rank': os.environ['RANK'], 'count': os.environ['WORLD_SIZE']}))",
+            "",
+        ),
+        (
+            "import os, sys, time; time.sleep(600) if os.environ['RANK'] == '0' else sys.exit('bad')",
+            "ended with None, 1:\nbad",
+        ),
+        (
+            "import sys, time; print('began', file=sys.stderr, flush=True); time.sleep(600)",
+            "were killed after 3 s:\nbegan",
+        ),
+    ],
+)
+def test_processes_that_find_each_other_end_together(tmp_path: Path, program: str, said: str) -> None:
+    common = script("common")
+    (tmp_path / "it.py").write_text(program)
+    began = time.monotonic()
+    if not said:
+        found = common.run_ranks(tmp_path / "it.py", [], count=2, threads=1, timeout=60)
+        assert found == {"rank": "0", "count": "2"}
+        return
+    with pytest.raises(common.ChildError) as error:
+        common.run_ranks(tmp_path / "it.py", [], count=2, threads=1, timeout=3)
+    assert said in str(error.value)
+    assert time.monotonic() - began < 30
 
 
 def test_gpu_keeps_what_was_measured_before_a_part_failed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -153,6 +229,7 @@ def test_gpu_keeps_what_was_measured_before_a_part_failed(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(gpu, "run_child", one_hangs)
     arguments = ["gpu.py", "--smoke", "--device", "cpu", "--timeout", "7", "--json", str(path)]
+    arguments += ["--parts", "students", "kernels"]
     monkeypatch.setattr(sys, "argv", arguments)
     assert gpu.main() == 1
     assert written_before == [[], students[:1], students]
@@ -192,11 +269,10 @@ def _targets(rollouts: Any, k: int) -> Any:
 
 
 def test_shapes_have_as_many_weights_as_published() -> None:
-    """The model cards: 0.6B with 0.44B outside the embedding, 1.7B with 1.4B, 4B with 3.6B."""
-    plan = script("gpu_models").REAL
-    published = {"Qwen3-0.6B": 0.44e9, "Qwen3-1.7B": 1.4e9}
-    assert {name: shape.layer_weights for name, shape in plan.students.items()} == pytest.approx(published, rel=0.02)
-    assert plan.teacher.layer_weights == pytest.approx(3.6e9, rel=0.02)
+    """The model cards, outside the embedding."""
+    published = {"0.6B": 0.44e9, "1.7B": 1.4e9, "4B": 3.6e9, "8B": 6.95e9, "32B": 31.2e9}
+    shapes = script("gpu_models").QWEN3
+    assert {name: shape.layer_weights for name, shape in shapes.items()} == pytest.approx(published, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,9 @@ import pytest
 import yaml
 
 from opdlab.cli import main
+from opdlab.cli.checks import num_processes
 from opdlab.cli.config_files import expand_names
-from opdlab.cli.parsing import fit_parser
+from opdlab.cli.parsing import fit_parser, parse_fit
 from opdlab.cli.replay import parser as replay_parser
 from opdlab.cli.serve_teacher import parser as serve_parser
 from opdlab.cli.study import find_study, plain_config, plan_study
@@ -211,6 +212,7 @@ def commands(page: Path) -> Iterator[str]:
     text = page.read_text()
     lines = "\n".join(blocks(page, "sh", "bash")).replace("\\\n", " ").splitlines()
     for line in [*lines, *re.findall(r"`(opdlab [^`\n]*)`", FENCE.sub("", text))]:
+        line = re.sub(r"^(?:srun|torchrun .* -m) (opdlab .*?)(?: \"\$@\")?$", r"\1", line)
         found = re.match(r"(?:\w+=\S+ )*(opdlab (?:gates|objectives|\w[\w-]* .*))", line)
         if found and not re.search(r"…|\||NAME|FILE|: error:", found[1]):
             yield found[1]
@@ -221,6 +223,31 @@ def write_files(page: Path, folder: Path) -> None:
     for code in blocks(page, "python", "yaml"):
         if found := re.match(r"# (\w+\.(?:py|yaml))\b", code):
             (folder / found[1]).write_text(code)
+
+
+@pytest.mark.parametrize("name", ["scale", "fsdp2"])
+def test_commands_for_several_processes_are_accepted(name: str, folder: Path) -> None:
+    """The processes can share the buffer, and nothing is refused that is known before models are loaded."""
+    page = DOCS / f"guide/{name}.md"
+    for each in (page, ROOT / "README.md"):
+        write_files(each, folder)
+    words = [shlex.split(command, comments=True)[1:] for command in commands(page) if "paper/" in command]
+    accepted = [
+        parse_fit(arguments, "estimate") for subcommand, *arguments in words if subcommand in ("fit", "estimate")
+    ]
+    assert max(num_processes(config) or 1 for config in accepted) > 1
+
+
+def test_the_table_of_sizes_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    before = set(sys.modules)
+    sizing = importlib.import_module("sizing")
+    lines = sizing.table(sizing.MODELS[::3])  # some, since each takes seconds
+    for module in set(sys.modules) - before:
+        if str(ROOT / "benchmarks") in str(getattr(sys.modules[module], "__file__", "")):
+            del sys.modules[module]
+    page = (DOCS / "guide/scale.md").read_text().splitlines()
+    assert not [line for line in lines if line not in page], "put in what python benchmarks/sizing.py prints"
 
 
 @pytest.mark.parametrize("page", [page for page in TEXTS if any(commands(page))], ids=name_of)

@@ -449,7 +449,9 @@ def test_a_share_of_the_buffer_is_counted_with_several_processes(
         return
     on_cpu = shown("cpu", "--trainer.devices", *options.split())
     weights = sum(shown_size(on_cpu, part) for part in ("student weights", "gradients", "optimizer state"))
-    weights += shown_size(on_cpu, "behavior snapshot") + shown_size(on_cpu, "teacher weights")
+    weights += sum(
+        shown_size(on_cpu, part) for part in ("copy of the gradients", "behavior snapshot", "teacher weights")
+    )
     assert shown_size(on_cpu, "peak of a checkpoint") == pytest.approx(gathered + weights, rel=0.05)
     assert shown_size(on_cpu, "peak of an exchange") == pytest.approx(exchanged + weights, rel=0.05)
 
@@ -482,6 +484,19 @@ def test_sharded_weights_are_divided_and_what_is_gathered_is_added() -> None:
     # In a checkpoint: student, snapshot and two moments of AdamW, whole.
     assert shared.host["gathered weights and optimizer state"][0] == 4 * sizes["student weights"][0]
     assert sharded(devices=1).parts.keys() == sharded(devices=1, strategy="ddp").parts.keys()
+
+
+def test_gradients_of_several_processes_are_there_twice_unless_shared() -> None:
+    """DDP averages them in buckets; a process's resident set grows by as much."""
+    for strategy in ("auto", "ddp"):
+        parts = sharded(strategy=strategy).parts
+        assert parts["copy of the gradients"][0] == parts["gradients"][0] == 4 * 280_704
+    views = ["--trainer.strategy.gradient_as_bucket_view", "true"]
+    as_views = sharded(*views, strategy="lightning.pytorch.strategies.DDPStrategy")
+    for other in (sharded(), sharded(devices=1, strategy="ddp"), as_views):
+        assert "copy of the gradients" not in other.parts
+    whole = sharded(strategy="ddp")
+    assert {whole.peak(phase) - as_views.peak(phase) for phase in whole.phases} == {4 * 280_704}
 
 
 def test_an_adapters_snapshot_has_shards_of_its_own() -> None:
@@ -563,6 +578,17 @@ def test_the_verdict_names_phase_and_part() -> None:
     assert "the peak of sampling, 9.00 GiB with the rollout buffer, does not fit" in result.verdict(host)
 
 
+def test_processes_on_one_machine_share_its_memory() -> None:
+    parts = {"weights": (2 << 30, ""), "gathered": (3 << 30, "")}
+    result = Estimate(parts, {"update": ["weights"], "a checkpoint": ["weights", "gathered"]}, processes=3)
+    result.of_first, result.host = {"gathered"}, {"rollout buffer": (1 << 30, "")}
+    host, card = DeviceMemory("host", 12 << 30, 12 << 30, is_host=True), DeviceMemory("card", 6 << 30, 6 << 30)
+    assert "12.00 GiB of 3 processes with the rollout buffer in a checkpoint, fits" in result.verdict(host)
+    assert "5.00 GiB in a checkpoint, fits" in result.verdict(card)  # a process has a card of its own
+    flags = ["--trainer.devices", "2", "--trainer.num_nodes"]
+    assert [estimate(configured(*flags, nodes)).processes for nodes in (1, 2)] == [2, 2]
+
+
 @pytest.mark.parametrize("level", [0, 1, 2])
 def test_vllms_share_is_counted_while_it_is_awake(level: int) -> None:
     options = [
@@ -585,6 +611,47 @@ def test_vllms_share_is_counted_while_it_is_awake(level: int) -> None:
     assert line.endswith("does not fit; its largest part is vLLM's share")
     columns = [str(cell) for cell in result.table().columns[1].cells]
     assert "50%" in columns
+
+
+@pytest.mark.parametrize("level", [0, 1])
+def test_sampling_ahead_with_vllm_counts_its_share_beside_training(level: int) -> None:
+    flags = ["--model.sampler", "vllm", "--model.sampler.sleep_level", level]
+    flags += ["--model.sampler.gpu_memory_utilization", "0.5"]
+    alone, ahead = (estimate(configured(*flags, "--data.reuse.overlap", on), on_cpu=False) for on in (0, 1))
+    total = 8 << 30
+    copied = alone.parts["behavior snapshot"][0]
+    scored = alone.parts["forward pass of behavior scoring"][0]
+    for phase in alone.phases:
+        beside = 0
+        if phase in ("teacher scoring", "update"):
+            beside = total // 2 if level else scored  # awake in any case: the copy scores beside it
+        assert ahead.peak(phase, total) - alone.peak(phase, total) == copied + beside
+
+
+def test_sampling_ahead_with_a_server_counts_the_copy_and_what_scores() -> None:
+    flags = ["--model.sampler", "vllm_server", "--model.sampler.url", "http://host:8000"]
+    alone, ahead = (estimate(configured(*flags, "--data.reuse.overlap", on)) for on in (0, 1))
+    more = alone.parts["behavior snapshot"][0] + alone.parts["forward pass of behavior scoring"][0]
+    assert ahead.peak("update") - alone.peak("update") == more
+
+
+def test_a_share_that_does_not_hold_vllms_weights_is_named() -> None:
+    result = estimate(configured("--model.sampler", "vllm"), on_cpu=False)
+    size = 4 * 280_704
+    assert "fits" in result.verdict(DeviceMemory("card", 8 << 30, 8 << 30))
+    line = result.verdict(DeviceMemory("card", 3 * size, 3 * size))
+    assert line.startswith(
+        "card has 0.00314 GiB: vLLM's share, 30% of it, does not hold its weights, 0.00105 GiB; raise"
+    )
+    assert line.endswith("raise model.sampler.gpu_memory_utilization")
+
+
+def test_sharded_weights_beside_vllm_are_gathered_while_it_is_awake() -> None:
+    plain, beside = sharded(), sharded("--model.sampler", "vllm")
+    total = 8 << 30
+    cache = plain.parts["KV cache"][0]
+    assert beside.peak("sampling", total) == plain.peak("sampling") - cache + int(0.3 * total)
+    assert beside.peak("update", total) == plain.peak("update")
 
 
 def test_vllm_on_a_cpu_and_on_a_server(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from opdlab.estimate import FLOAT, ModelSize, model_size
+from opdlab.policies import VLLMSampler, VLLMServerSampler
+from opdlab.policies.engines.engine_sampler import EngineSampler
+from opdlab.policies.loading import adapter_base
 
 
 def plugin_options(plugin: Any) -> dict[str, Any]:
@@ -22,6 +25,18 @@ def configured_models(config: Any) -> Iterator[tuple[str, ModelSize]]:
         yield "teacher", model_size(plugin_options(config.model.student), config.trainer.precision)
     elif routed := _routed(config):
         yield "teacher", max(routed.values(), key=lambda size: size.bytes)
+
+
+def configured_engine(config: Any) -> type[EngineSampler] | None:
+    """Return the class of a sampler with vLLM; None for another one."""
+    path = str(config.model.sampler.class_path) if config.model.sampler else ""
+    return next((each for each in (VLLMSampler, VLLMServerSampler) if path.endswith(f".{each.__name__}")), None)
+
+
+def has_adapter(config: Any) -> bool:
+    """True if the student has an adapter, of its own or in its folder."""
+    options = plugin_options(config.model.student)
+    return bool(options.get("adapter")) or adapter_base(str(options.get("path"))) is not None
 
 
 def configured_teacher(config: Any) -> Any:

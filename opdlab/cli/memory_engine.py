@@ -5,13 +5,12 @@ from typing import Any
 
 import torch
 
-from opdlab.cli.configured_models import plugin_options
-from opdlab.cli.memory_table import Estimate
+from opdlab.cli.configured_models import configured_engine, plugin_options
+from opdlab.cli.memory_table import Estimate, Share
 from opdlab.estimate import ModelSize
-from opdlab.policies import VLLMSampler, VLLMServerSampler
+from opdlab.policies import VLLMServerSampler
 
 _SHARE, _MERGED = "vLLM's share", "merged weights for vLLM"
-_PATHS = {f".{each.__name__}": each for each in (VLLMSampler, VLLMServerSampler)}
 
 
 def add_engine(result: Estimate, config: Any, student: ModelSize, on_cpu: bool) -> list[str] | None:
@@ -23,9 +22,7 @@ def add_engine(result: Estimate, config: Any, student: ModelSize, on_cpu: bool) 
         student: its size.
         on_cpu: the run uses a CPU, where vLLM takes a cache of ``VLLM_CPU_KVCACHE_SPACE`` and never sleeps.
     """
-    section = config.model.sampler
-    kind = next((each for end, each in _PATHS.items() if section and section.class_path.endswith(end)), None)
-    if kind is None:
+    if (kind := configured_engine(config)) is None:
         return None
     parts = []
     if student.has_adapter:
@@ -34,7 +31,7 @@ def add_engine(result: Estimate, config: Any, student: ModelSize, on_cpu: bool) 
         parts.append(_MERGED)
     if kind is VLLMServerSampler:
         return parts
-    options = plugin_options(section)
+    options = plugin_options(config.model.sampler)
     dtype, share = options["dtype"], float(options["gpu_memory_utilization"])
     width = student.widths.weights if dtype == "auto" else getattr(torch, dtype).itemsize
     weights = student.parameters * width, f"{width} bytes each"
@@ -44,7 +41,8 @@ def add_engine(result: Estimate, config: Any, student: ModelSize, on_cpu: bool) 
         result.parts |= own
         result.resident += own
         return parts
-    result.shares[_SHARE] = share, "gpu_memory_utilization: its weights and its cache"
+    said, option = "gpu_memory_utilization: its weights and its cache", "model.sampler.gpu_memory_utilization"
+    result.shares[_SHARE] = Share(share, said, weights[0], option)
     if not options["sleep_level"]:
         result.resident.append(_SHARE)
     elif options["sleep_level"] == 1:

@@ -18,7 +18,7 @@ from opdlab.cli.configured_models import (
 from opdlab.cli.memory_engine import add_engine
 from opdlab.cli.memory_table import Estimate
 from opdlab.cli.sharded_parts import GRADIENTS, OPTIMIZER, SNAPSHOT, STUDENT, TEACHER, add_sharding, checkpoint_bytes
-from opdlab.cli.sharding_checks import shards_weights
+from opdlab.cli.sharding_checks import copies_gradients, shards_weights
 from opdlab.estimate import (
     DIVERGENCE_TILES,
     FLOAT,
@@ -35,6 +35,7 @@ from opdlab.types import TeacherRequest
 
 _CASTS = "weights cast by autocast"
 _COPY = "copy of the snapshot"
+_BUCKETS = "copy of the gradients"
 _CACHE, _BEHAVIOR_PASS = "KV cache", "forward pass of behavior scoring"
 _BUFFER = "rollout buffer"
 _AHEAD = "rollouts sampled ahead"
@@ -59,9 +60,9 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
     on_cpu = config.trainer.accelerator == "cpu" if on_cpu is None else on_cpu
     init = {"class_path": config.model.objective.class_path, "init_args": plugin_options(config.model.objective)}
     request: TeacherRequest = instantiate_class((), init).request
-    result, student = Estimate(), models["student"]
-    _add_resident(result, config, models, {} if on_cpu else offloaded(config, models), request)
-    processes = _num_processes(config)
+    student, processes = models["student"], _num_processes(config)
+    result = Estimate(processes=max(1, processes // int(config.trainer.num_nodes)))
+    _add_resident(result, config, models, {} if on_cpu else offloaded(config, models), request, processes)
     num_rollouts = -(-config.data.reuse.prompts_per_pool // processes) * config.model.sampling.num_samples
     engine = add_engine(result, config, student, on_cpu)
     cache = {} if engine is not None else {_CACHE: _cache(student, config, config.model.sampling, num_rollouts)}
@@ -85,13 +86,14 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
         if sharded:
             said = f"of the first of {processes} processes, in a checkpoint"
             parts["a checkpoint"]["gathered weights and optimizer state"] = sharded, said
+        result.of_first |= parts["a checkpoint"].keys()
         for phase, new in parts.items():
             if on_cpu:
                 result.add_phase(phase, new=new)
             else:
                 result.host |= new
     if config.data.reuse.overlap:
-        _add_ahead(result, config, request, num_rollouts)
+        _add_ahead(result, config, request, num_rollouts, [_CACHE] if engine is None else engine)
     return result
 
 
@@ -122,6 +124,7 @@ def _add_resident(
     models: Mapping[str, ModelSize],
     offloaded: Mapping[str, str],
     request: TeacherRequest,
+    processes: int,
 ) -> None:
     """Add the parts alive in all phases, with gradients: Lightning clears them only before the next backward pass."""
     student, optimizer = models["student"], config.model.optimizer
@@ -147,6 +150,8 @@ def _add_resident(
             else (student.parameters * snapshot, f"{snapshot} bytes each")
         ),
     }
+    if processes > 1 and copies_gradients(config):
+        result.parts[_BUCKETS] = result.parts[GRADIENTS][0], f"in the buckets that {processes} processes average"
     pinned = {SNAPSHOT: student.rounded * snapshot}
     hosted = list(offloaded.values())
     if config.data.reuse.overlap:
@@ -210,12 +215,19 @@ def _add_scoring(result: Estimate, config: Any, models: Mapping[str, ModelSize],
         result.add_phase(phase, weights, new={f"forward pass of {phase}": (size, said)})
 
 
-def _add_ahead(result: Estimate, config: Any, request: TeacherRequest, num_rollouts: int) -> None:
-    """Add what samples the next buffer to the phases beside which it runs: not those of the first buffer's sampling."""
-    beside = max((_CACHE, _BEHAVIOR_PASS), key=lambda part: result.parts[part][0])
+def _add_ahead(result: Estimate, config: Any, request: TeacherRequest, num_rollouts: int, sampling: list[str]) -> None:
+    """Add what samples the next buffer to the phases beside which it runs: not those of the first buffer's sampling.
+
+    The copy samples and then scores, when the memory for sampling is free again: the larger of both counts, and a share
+    of the device, whose size is not known here, counts as the larger one.
+    """
+    beside = [part for part in sampling if part not in result.resident]
+    needed = sum(result.parts[part][0] for part in beside if part not in result.shares)
+    if result.shares.keys().isdisjoint(beside) and needed < result.parts[_BEHAVIOR_PASS][0]:
+        beside = [_BEHAVIOR_PASS]
     for phase, parts in result.phases.items():
         if phase not in ("sampling", "behavior scoring") and "evaluation" not in phase:  # which waits for it
-            parts += [_COPY] * (_COPY in result.host) + [beside]
+            parts += [_COPY] * (_COPY in result.host) + beside
     per_token, prompt = 8 + 1 + FLOAT + 4 * request.behavior_top_k, config.data.max_prompt_tokens * (8 + 1)
     size = num_rollouts * (config.model.sampling.max_new_tokens * per_token + prompt)
     result.host[_AHEAD] = int(size), f"{num_rollouts} rollouts without targets"

@@ -25,6 +25,23 @@ class DeviceMemory:
     is_host: bool = False
 
 
+@dataclass(frozen=True)
+class Share:
+    """A part that takes a share of a device's memory, whatever it needs.
+
+    Args:
+        fraction: of the device's memory.
+        remark: what it holds.
+        least: bytes that it must hold.
+        option: the key that sets it.
+    """
+
+    fraction: float
+    remark: str
+    least: int
+    option: str
+
+
 @dataclass
 class Estimate:
     """Bytes of each part, and the parts that are alive in each phase; phases do not overlap.
@@ -34,14 +51,18 @@ class Estimate:
         phases: names of the parts that are alive, by phase.
         host: parts that are in the host's memory on any device.
         resident: names of the parts that are on the device in all phases.
-        shares: parts that take a share of the device's memory: the share and a remark, by part.
+        shares: parts that take a share of the device's memory.
+        processes: number of processes of the run on a machine, which share its host memory.
+        of_first: names of parts that only the first process has.
     """
 
     parts: dict[str, tuple[int, str]] = field(default_factory=dict)
     phases: dict[str, list[str]] = field(default_factory=dict)
     host: dict[str, tuple[int, str]] = field(default_factory=dict)
     resident: list[str] = field(default_factory=list)
-    shares: dict[str, tuple[float, str]] = field(default_factory=dict)
+    shares: dict[str, Share] = field(default_factory=dict)
+    processes: int = 1
+    of_first: set[str] = field(default_factory=set)
 
     def add_phase(self, phase: str, *used: str, new: Mapping[str, tuple[int, str]]) -> None:
         """Add a phase that uses the parts that are always on the device, ``used``, and ``new`` parts.
@@ -64,7 +85,7 @@ class Estimate:
         return sum(self._size(name, total) for name in self.phases[phase])
 
     def _size(self, name: str, total: int) -> int:
-        return int(self.shares[name][0] * total) if name in self.shares else self.parts[name][0]
+        return int(self.shares[name].fraction * total) if name in self.shares else self.parts[name][0]
 
     def table(self) -> Table:
         """Return the table of parts and phases."""
@@ -73,8 +94,8 @@ class Estimate:
             table.add_row(name, gib(size), remark)
         for name, (size, remark) in self.host.items():
             table.add_row(f"{name}, on the host", gib(size), remark)
-        for name, (share, remark) in self.shares.items():
-            table.add_row(name, f"{share:.0%}", f"of the GPU's memory, {remark}")
+        for name, share in self.shares.items():
+            table.add_row(name, f"{share.fraction:.0%}", f"of the GPU's memory, {share.remark}")
         table.add_section()
         always = set.intersection(*map(set, self.phases.values()))
         for phase, parts in self.phases.items():
@@ -86,17 +107,34 @@ class Estimate:
         """Return a sentence that says if the largest peak fits, and if not, names its largest part.
 
         Args:
-            device: device to compare with. For host memory, every phase also counts the parts in ``host``.
+            device: device to compare with. For host memory, every phase also counts the parts in ``host``, and all
+                processes count.
         """
-        beside = {name: size for name, (size, _) in self.host.items() if device.is_host}
-        phase = max(self.phases, key=lambda name: self.peak(name, device.total))
-        peak = self.peak(phase, device.total) + sum(beside.values())
-        size = f"{gib(peak)} GiB" + (f" with the {' and the '.join(beside)}" if beside else "")
+        for name, share in self.shares.items():
+            if share.fraction * device.total < share.least:
+                return (
+                    f"{device.name} has {gib(device.total)} GiB: {name}, {share.fraction:.0%} of it, does not hold its "
+                    f"weights, {gib(share.least)} GiB; raise {share.option}"
+                )
+        beside = list(self.host) if device.is_host else []
+        needs = {phase: self._need(phase, device) for phase in self.phases}
+        phase = max(needs, key=needs.__getitem__)
+        several = f" of {self.processes} processes" if device.is_host and self.processes > 1 else ""
+        size = f"{gib(needs[phase])} GiB{several}" + (f" with the {' and the '.join(beside)}" if beside else "")
         line = f"{device.name} has {gib(device.free)} GiB free of {gib(device.total)}: "
-        if peak <= device.free:
+        if needs[phase] <= device.free:
             return line + f"the largest peak, {size} in {phase}, fits"
         largest = max(self.phases[phase], key=lambda name: self._size(name, device.total))
         return line + f"the peak of {phase}, {size}, does not fit; its largest part is {largest}"
+
+    def _need(self, phase: str, device: DeviceMemory) -> int:
+        """Return the bytes of a device that a phase needs."""
+        peak = self.peak(phase, device.total)
+        if not device.is_host:
+            return peak
+        others = peak - sum(self._size(name, device.total) for name in self.phases[phase] if name in self.of_first)
+        beside = sum(size for size, _ in self.host.values())
+        return peak + (self.processes - 1) * others + self.processes * beside
 
 
 def gib(size: int) -> str:

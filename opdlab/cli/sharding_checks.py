@@ -2,9 +2,16 @@
 
 from jsonargparse import Namespace
 
-from opdlab.cli.configured_models import configured_teacher, is_own_teacher, plugin_options
+from opdlab.cli.configured_models import (
+    configured_engine,
+    configured_teacher,
+    has_adapter,
+    is_own_teacher,
+    plugin_options,
+)
 from opdlab.errors import require
-from opdlab.training.checks import BY_SHARDING, check_sharded, refuse_kept_teacher
+from opdlab.policies.engines.weights import check_merging
+from opdlab.training.checks import BY_SHARDING, check_overlap, check_sharded, refuse_kept_teacher
 from opdlab.training.sharded_strategy import NAME, ShardedStrategy, check_strategy
 
 
@@ -14,17 +21,28 @@ def shards_weights(config: Namespace) -> bool:
     return name == NAME or name.endswith(f".{ShardedStrategy.__name__}")
 
 
+def copies_gradients(config: Namespace) -> bool:
+    """True if the strategy of several processes keeps a copy of all gradients, in the buckets that it averages."""
+    strategy = config.trainer.strategy
+    given = {} if isinstance(strategy, str) else strategy.as_dict()
+    options = {**(given.get("init_args") or {}), **(given.get("dict_kwargs") or {})}
+    return not shards_weights(config) and not options.get("gradient_as_bucket_view")
+
+
 def _name_of(config: Namespace) -> str:
     return str(getattr(config.trainer.strategy, "class_path", config.trainer.strategy))
 
 
 def check_sharding(config: Namespace) -> None:
-    """Refuse a strategy that is not supported, and options that do not go with sharded weights.
+    """Refuse a strategy that is not supported, and options that do not go with sharded weights or with overlap.
 
     Raises:
         UsageError: naming the key, and what to take instead.
     """
     check_strategy(_name_of(config))
+    if config.data.reuse.overlap:
+        compiles = bool(plugin_options(config.model.student).get("compile"))
+        check_overlap(sharded=shards_weights(config), compiles=compiles)
     if not shards_weights(config):
         return
     model = config.model
@@ -37,5 +55,7 @@ def check_sharding(config: Namespace) -> None:
         f"save_pools is true, but {BY_SHARDING}, and none has whole ones to record: set it to false, or take the "
         "strategy ddp",
     )
+    if configured_engine(config) is not None:
+        check_merging(adapter=has_adapter(config), sharded=True)
     if is_own_teacher(config):
         refuse_kept_teacher("SelfTeacher")

@@ -37,6 +37,7 @@ from opdlab.policies.loading import (
     has_tokenizer,
     quiet_bars,
     resolve,
+    save_network,
     stop_tokens_of,
 )
 from opdlab.policies.packing import attention_may_pack, keeps_packed_rows_apart
@@ -435,9 +436,9 @@ class LanguageModel(nn.Module):
             if self.has_adapter and not merge:
                 save_adapter(self.model, new, weights)
             elif weights is not None:
-                whole_model(self.model, weights, merge=True).save_pretrained(new)
+                save_network(whole_model(self.model, weights, merge=True), new)
             else:
-                (self.without_adapter(merge=True) if self.has_adapter else self).model.save_pretrained(new)
+                save_network((self.without_adapter(merge=True) if self.has_adapter else self).model, new)
             self.tokenizer.save_pretrained(new)
 
     def check_not_origin(self, folder: Path) -> None:

@@ -227,6 +227,23 @@ def unmark_quantized(model: PreTrainedModel) -> None:
             delattr(holder, name)
 
 
+def save_network(model: PreTrainedModel, folder: Path) -> None:
+    """Write weights and configuration in Hugging Face's format, in any process of a run.
+
+    transformers' ``save_pretrained`` writes nothing in all processes but the first.
+
+    Args:
+        model: with plain tensors as weights.
+        folder: output folder.
+    """
+    saving: Any = model
+    saving.should_save_on_this_rank = lambda is_main_process: is_main_process
+    try:
+        saving.save_pretrained(folder)
+    finally:
+        del saving.should_save_on_this_rank
+
+
 def checkpoint_gradients(model: PreTrainedModel, path: str) -> None:
     """Enable gradient checkpointing: recompute activations within layers in the backward pass.
 

@@ -154,21 +154,21 @@ def check_sharded(options: Mapping[str, Any], precision: Any) -> None:
     )
 
 
-def check_overlap(student: LanguageModel, trainer: pl.Trainer) -> None:
+def check_overlap(*, sharded: bool, compiles: bool) -> None:
     """Raise a UsageError if a thread cannot sample beside a training step.
 
     Args:
-        student: the module's student.
-        trainer: the module's trainer.
+        sharded: the strategy shards the weights over the processes.
+        compiles: the student is compiled.
     """
     require(
-        not isinstance(trainer.strategy, ShardedStrategy),
+        not sharded,
         f"data.reuse.overlap is 1, but {BY_SHARDING}, which exchange them in every pass, and no other pass may run "
         "beside it: set it to 0, or take the strategy ddp",
     )
     # While torch.fx traces, modules are patched in all threads.
     require(
-        not student.compiles,
+        not compiles,
         "data.reuse.overlap is 1, but model.student.compile is true, and while torch compiles, no other thread may use "
         "a model: set overlap to 0 or compile to false",
     )

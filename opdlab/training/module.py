@@ -146,7 +146,7 @@ class OPDModule(EvaluationModule):
         self.ahead = None
         if stage == "fit":
             if data is not None and data.reuse.overlap:
-                checks.check_overlap(self.student, self.trainer)
+                checks.check_overlap(sharded=not self.whole_weights, compiles=self.student.compiles)
                 autocast = self.trainer.precision_plugin.forward_context
                 self.ahead = SamplingAhead(self.behavior, self.collector, autocast)
             judged = data is not None and data.train_verifier is not None

@@ -47,6 +47,7 @@ def test_other_ways_to_shard_are_refused(
         ("trainer.precision", "16-mixed", "trainer.precision is 16-mixed"),
         ("save_pools", "true", "save_pools is true"),
         ("model.teacher", "SelfTeacher", "model.teacher is SelfTeacher, whose weights are in checkpoints"),
+        ("data.reuse.overlap", "1", "data.reuse.overlap is 1"),
     ],
 )
 def test_options_for_whole_weights_are_refused(
@@ -55,3 +56,16 @@ def test_options_for_whole_weights_are_refused(
     monkeypatch.chdir(tmp_path)
     said = refusal(capsys, *SHARDED, f"--{option}", value)
     assert said.startswith(f"{shown}, but trainer.strategy model_parallel shards the weights over the processes")
+
+
+@pytest.mark.usefixtures("peft_pair")
+def test_what_does_not_go_together_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    merged = ["--model.student.adapter.r", "4", "--model.sampler", "vllm"]
+    assert refusal(capsys, *SHARDED, *merged).startswith(
+        "model.sampler is vLLM, which takes the adapter of model.student merged into a copy of the weights, but "
+    )
+    compiled = ["--model.student.compile", "true", "--data.reuse.overlap", "1"]
+    assert refusal(capsys, *compiled).startswith("data.reuse.overlap is 1, but model.student.compile is true, and ")

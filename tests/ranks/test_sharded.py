@@ -18,8 +18,19 @@ from opdlab.errors import UsageError
 from opdlab.evaluation import EvaluationConfig
 from opdlab.module import OPDModule
 from opdlab.objectives import FullDivergence, SampledTokenOPD, TeacherTopK
-from opdlab.policies import AdapterConfig, LanguageModel, LocalTeacher, SelfTeacher, TargetCache
+from opdlab.policies import (
+    AdapterConfig,
+    LanguageModel,
+    LocalTeacher,
+    SelfTeacher,
+    TargetCache,
+    VLLMSampler,
+    VLLMServerSampler,
+)
 from opdlab.policies.sharding import local, whole_state
+from tests.policies.fake_llm import install
+from tests.policies.fake_vllm import FakeVLLM
+from tests.policies.test_engine_samplers import SERVED
 from tests.ranks.pair import Processes
 from tests.ranks.steps import take_steps
 from tests.toy_run import STUDENT, TEACHER, Run
@@ -104,8 +115,8 @@ def train(rank: int, folder: Path, options: dict[str, Any], steps: int = 6, chec
     if "adapter" in options:
         options["student"] = LanguageModel(STUDENT, adapter=options.pop("adapter"))
     made = Run(folder, **options)
-    strategy = {"strategy": STRATEGY, "devices": 2} if several else {}
-    trainer = made.fit(steps, ckpt_path=checkpoint, **strategy, **trainer_options)
+    several_options = {"strategy": STRATEGY, "devices": 2} if several else {}
+    trainer = made.fit(steps, ckpt_path=checkpoint, **{**several_options, **trainer_options})
     weights = whole_state(made.module, keep=True)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     whole = sum(weight.numel() for weight in LanguageModel(STUDENT).parameters())
@@ -260,6 +271,32 @@ def test_an_adapter_is_trained_and_exported(pair: Processes, tmp_path: Path, mer
     load: Any = AutoModelForCausalLM.from_pretrained if merge else lambda folder: LanguageModel(str(folder)).model
     ours, theirs = (logits(load(tmp_path / name)) for name in ("both", "alone"))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+# -- engines -----------------------------------------------------------------------------------------------------
+
+
+def train_with_engine(rank: int, folder: Path, url: str | None, strategy: str, adapter: bool) -> Trained:
+    """Train with vLLM on a server, whose weights this process writes, or in this process if no URL is given."""
+    evaluations = {"limit_val_batches": 1.0, "val_check_interval": 2, "check_val_every_n_epoch": None}
+    options: dict[str, Any] = {"max_new_tokens": 8, "trainer": {**evaluations, "strategy": strategy}}
+    if adapter:
+        options["adapter"] = AdapterConfig(r=4, target_modules=["q_proj", "lm_head"])
+    sampler = VLLMServerSampler(url, folder=str(folder / str(rank)), retry_seconds=0.01) if url else VLLMSampler()
+    with pytest.MonkeyPatch.context() as patch:
+        install(patch)  # the stand-in for vLLM in this process
+        return train(rank, folder / "run", {**options, "sampler": sampler}, 5)
+
+
+@pytest.mark.parametrize(("strategy", "adapter"), [("ddp", True), (STRATEGY, False)])
+@pytest.mark.usefixtures("peft_pair")
+def test_every_process_hands_its_weights_to_vllm(pair: Processes, tmp_path: Path, strategy: str, adapter: bool) -> None:
+    alone = train_with_engine(0, tmp_path / "alone", None, "auto", adapter)
+    with FakeVLLM(SERVED) as server:
+        for url in (None, server.url):
+            for found in pair.run(train_with_engine, tmp_path / str(bool(url)), url, strategy, adapter):
+                assert found.losses == pytest.approx(alone.losses, rel=1e-5, abs=1e-7)
+                assert found.metrics["train/sampler_gap_max"] < 1e-4
 
 
 # -- refused -----------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from opdlab.errors import require
 from opdlab.policies.language_model import LanguageModel
@@ -17,17 +16,31 @@ _HEAD_FILE = "model-head.safetensors"  # replaced by LanguageModel.save, as all 
 _INDEX = "model.safetensors.index.json"
 
 
+def check_merging(*, adapter: bool, sharded: bool) -> None:
+    """Raise a UsageError if an adapter cannot be merged for an engine.
+
+    Args:
+        adapter: the student has one.
+        sharded: the strategy shards the weights over the processes; such a model cannot be copied.
+    """
+    require(
+        not (adapter and sharded),
+        "model.sampler is vLLM, which takes the adapter of model.student merged into a copy of the weights, but "
+        "trainer.strategy model_parallel shards them over processes: set model.sampler to transformers, or take the "
+        "strategy ddp",
+    )
+
+
 def plain_model(model: LanguageModel) -> LanguageModel:
     """Return the model that an engine loads: without an adapter, which is merged into a copy of the weights.
 
+    Args:
+        model: sharded weights are gathered, see :meth:`opdlab.policies.Sampler.refresh`.
+
     Raises:
-        UsageError: the weights are sharded over processes.
+        UsageError: it has an adapter and is sharded.
     """
-    require(
-        not any(isinstance(parameter, DTensor) for parameter in model.parameters()),
-        "model.sampler is vLLM, which needs whole weights, but trainer.strategy shards them over processes: set "
-        "model.sampler to transformers, or trainer.strategy to ddp",
-    )
+    check_merging(adapter=model.has_adapter, sharded=model.sharding is not None)
     return model.without_adapter(merge=True) if model.has_adapter else model
 
 
