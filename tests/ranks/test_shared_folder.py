@@ -1,0 +1,40 @@
+"""Two processes that do not see one folder are refused before they compute anything, in one line, by both."""
+
+import os
+from contextlib import chdir, redirect_stderr
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.utilities import rank_zero_only
+
+from opdlab.cli import EXIT_USAGE, main
+from tests.ranks.pair import Processes
+
+FIT = ["fit", "-c", "quickstart", "--trainer.devices=2", "--trainer.enable_progress_bar=false"]
+
+
+def fit_in(rank: int, places: list[Path], roots: list[str]) -> tuple[int, str]:
+    """Return exit code and messages of ``opdlab fit`` in a place of this process's own."""
+    rank_zero_only.rank = rank  # type: ignore[attr-defined] # Lightning was imported before the process had a rank
+    said = StringIO()
+    with chdir(places[rank]), redirect_stderr(said):
+        return main([*FIT, f"--trainer.default_root_dir={roots[rank]}"]), said.getvalue()
+
+
+@pytest.mark.parametrize("cause", ["another working directory", "another value"])
+def test_processes_that_do_not_see_one_folder_are_refused(pair: Processes, tmp_path: Path, cause: str) -> None:
+    places = [tmp_path / "first", tmp_path / "second"]
+    for place in places:
+        place.mkdir()
+    roots = ["runs", "runs"] if cause == "another working directory" else [str(place / "runs") for place in places]
+    (code, said), second = pair.run(fit_in, places, roots)
+    assert (code, said) == second
+    assert code == EXIT_USAGE
+    host = os.uname().nodename
+    assert said.startswith(
+        f"opdlab: error: trainer.default_root_dir: process 1 on {host} does not see the folder "
+        f"{places[0] / 'runs/version_0'} of the first process, on {host}; its own is {places[1] / 'runs/version_0'}: "
+    )
+    assert len(said.splitlines()) == 1
+    assert [list(place.iterdir()) for place in places] == [[], []]
