@@ -140,6 +140,7 @@ def _attempt(spec: RunSpec, tasks: Tasks, signals: list[int], tied: bool) -> int
         code = 1
     spec.write_progress(spec.step, earlier + time.monotonic() - started)
     if code == 0:
+        tasks.wait_for_others()
         _settle(spec)
     elif not signals:
         spec.write_record(FAILED, (*spec.last_lines(), *tasks.reasons()))

@@ -19,6 +19,7 @@ from typing import Any
 
 from submitit import JobEnvironment
 
+from opdlab.processes import END_SECONDS
 from opdlab.records import read_json, write_json
 from opdlab.studies.schema import LAUNCH, LOG, last_lines
 
@@ -90,6 +91,12 @@ class Tasks:
         if self.count > 1:
             write_json(self._files / f"{self.rank}.json", {"code": code, "last_lines": last_lines(self.log)})
 
+    def wait_for_others(self) -> None:
+        """Wait until the processes of the other tasks have ended, so that what they have written can be read here."""
+        deadline = time.monotonic() + END_SECONDS
+        while len(self._ended()) < self.count - 1 and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+
     def others_failed(self) -> bool:
         """True if another task's process has failed so long ago that this one waits for it in vain."""
         if self.count > 1 and self._failed_since is None and time.monotonic() - self._looked >= _POLL_SECONDS:
@@ -98,15 +105,18 @@ class Tasks:
         return self._failed_since is not None and time.monotonic() - self._failed_since > _HUNG_SECONDS
 
     def reasons(self) -> list[str]:
-        """Return what the other tasks' processes have said last, if they have failed."""
+        """Return what the other tasks' processes have said last, if they have failed; of three at most."""
         return [
             line
-            for rank, ended in self._failures()
+            for rank, ended in self._failures()[:3]
             for line in (f"process {rank} has ended with code {ended['code']}, and said:", *ended["last_lines"][-2:])
         ]
 
     def _failures(self) -> list[tuple[int, dict[str, Any]]]:
-        others = [rank for rank in range(self.count) if rank != self.rank]
-        ended = [(rank, read_json(self._files / f"{rank}.json")) for rank in others]
-        # Processes that were signalled stop together.
-        return [(rank, about) for rank, about in ended if about and about["code"] and about["code"] <= 128]
+        # Processes that were signalled stop together; they have codes above 128.
+        return [(rank, ended) for rank, ended in self._ended() if ended["code"] and ended["code"] <= 128]
+
+    def _ended(self) -> list[tuple[int, dict[str, Any]]]:
+        """Return the other tasks whose processes have ended, and how."""
+        others = (rank for rank in range(self.count) if rank != self.rank)
+        return [(rank, ended) for rank in others if (ended := read_json(self._files / f"{rank}.json"))]
