@@ -1,5 +1,6 @@
 """``opdlab fit | validate | test``: a LightningCLI with run folders, and an evaluation before and after training."""
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -178,7 +179,9 @@ class OPDCLI(LightningCLI):
         if self.config.ckpt_path is not None:
             folder = RunFolder.of_checkpoint(Path(self.config.ckpt_path), root)
             self.resumes = folder is not None
-        if rank_zero_only.rank != 0:  # type: ignore[attr-defined] # set by Lightning from the environment
+        # Set by Lightning from the environment, which does not look at the number of the machine.
+        first = rank_zero_only.rank == 0 and os.environ.get("NODE_RANK", "0") == "0"  # type: ignore[attr-defined]
+        if not first:
             return folder or RunFolder(root / "of-the-first-process")
         if folder is None:
             folder = RunFolder.create(root)

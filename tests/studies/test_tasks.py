@@ -191,8 +191,8 @@ def test_a_variant_with_two_processes_is_run(
         losses[cluster] = [row["train/loss"] for row in csv.DictReader(metrics) if row["train/loss"]]
     assert losses[cluster] == losses.setdefault("debug", losses[cluster]) != []
     if cluster == "slurm":
-        (script,) = run.path.glob("submitit/*.sh")
-        assert "--kill-on-bad-exit=1" in script.read_text()
+        script = (run.path / f"submitit/{slurm.JOB_ID}_submission.sh").read_text()
+        assert "--kill-on-bad-exit=1" in script
         until(lambda: (run.path / f"submitit/{slurm.JOB_ID}_1_result.pkl").exists(), seconds=30)
 
 
