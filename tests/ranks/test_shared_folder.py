@@ -44,15 +44,16 @@ def test_processes_that_do_not_see_one_folder_are_refused(pair: Processes, tmp_p
     for place in places:
         place.mkdir()
     roots = ["runs", "runs"] if cause == "another working directory" else [str(place / "runs") for place in places]
-    (code, said), second = pair.run(fit_in, places, roots)
-    assert (code, said) == second
-    assert code == EXIT_USAGE
-    host = os.uname().nodename
-    assert said.startswith(
-        f"opdlab: error: trainer.default_root_dir: process 1 on {host} does not see the folder "
-        f"{places[0] / 'runs/version_0'} of the first process, on {host}; its own is {places[1] / 'runs/version_0'}: "
-    )
-    assert len(said.splitlines()) == 1
+    results = pair.run(fit_in, places, roots)
+    host, (first, second) = os.uname().nodename, [place / "runs/version_0" for place in places]
+    for code, said in results:
+        assert code == EXIT_USAGE
+        (line,) = (line for line in said.splitlines() if line.startswith("opdlab: "))
+        assert line.startswith(
+            f"opdlab: error: trainer.default_root_dir: process 1 on {host} does not see the folder "
+            f"{first} of the first process, on {host}; its own is {second}: give a folder that all machines share"
+        )
+        assert "Traceback" not in said
     assert [list(place.iterdir()) for place in places] == [[], []]
 
 
