@@ -52,7 +52,8 @@ def check_shared_folder(trainer: Trainer, folder: Path | None) -> None:
     faults: list[str | None] = [None] * trainer.world_size
     distributed.all_gather_object(faults, fault)
     if trainer.is_global_zero:
-        token.unlink(missing_ok=True)
+        with suppress(OSError):  # it may not have been made
+            token.unlink()
     if (found := next(filter(None, faults), None)) is not None:
         raise UsageError(found)
 
