@@ -32,7 +32,8 @@ def check_shared_folder(trainer: Trainer, folder: Path | None) -> None:
     if trainer.world_size == 1:
         return
     root = Path(trainer.default_root_dir)
-    token, fault = (folder or root) / f".seen-{secrets.token_hex(8)}", None
+    token = (folder or root) / f".seen-{secrets.token_hex(8)}"
+    fault: str | None = None
     if trainer.is_global_zero:
         try:
             token.parent.mkdir(parents=True, exist_ok=True)
