@@ -244,9 +244,10 @@ def _explain_restoring(trainer: pl.Trainer, error: BaseException) -> None:
 
 
 def _requeue_signal(trainer: pl.Trainer) -> int | None:
-    """Return the signal on which Lightning queues a SLURM job again; None elsewhere."""
+    """Return the signal on which Lightning queues a SLURM job again; None elsewhere, and where submitit does it."""
     environment = trainer._accelerator_connector.cluster_environment
-    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+    lightning_queues = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+    if lightning_queues and "SUBMITIT_EXECUTOR" not in os.environ:
         return environment.requeue_signal
     return None
 

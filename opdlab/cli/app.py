@@ -1,5 +1,6 @@
 """``opdlab fit | validate | test``: a LightningCLI with run folders, and an evaluation before and after training."""
 
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -35,6 +36,7 @@ from opdlab.records import RESULTS
 from opdlab.run_folder import RunFolder, fit_samples_folder, samples_folder_for
 from opdlab.seeds import evaluation_seed
 from opdlab.training.run_trainer import MetricsFile, RunTrainer
+from opdlab.training.shared_folder import check_shared_folder
 
 EXIT_COLLAPSED = 3
 _TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
@@ -77,7 +79,7 @@ class OPDCLI(LightningCLI):
         self.table = EvaluationTable()
         self.stop = StopCheckpoint()
         self.folder: RunFolder | None = None
-        self.resumes = self.accepted = False
+        self.resumes = self.accepted = self.shared = False
         super().__init__(
             OPDModule,
             PromptDataModule,
@@ -127,6 +129,7 @@ class OPDCLI(LightningCLI):
             self.trainer.loggers = [*self.trainer.loggers, MetricsFile(self.folder.metrics)]
             if self.resumes:  # once the checkpoint is accepted: a refused one must not cost the run its configuration
                 callbacks.append(LambdaCallback(on_train_start=lambda *_: self._save_config()))
+        callbacks.insert(0, LambdaCallback(setup=lambda *_, **__: self._check_shared_folder()))
         callbacks.append(self.stop)  # last: reads files of the others
         self.datamodule.reuse.check(self.model.sampling.num_samples, self.trainer.accumulate_grad_batches)
 
@@ -176,13 +179,25 @@ class OPDCLI(LightningCLI):
         if self.config.ckpt_path is not None:
             folder = RunFolder.of_checkpoint(Path(self.config.ckpt_path), root)
             self.resumes = folder is not None
-        if rank_zero_only.rank != 0:  # type: ignore[attr-defined] # set by Lightning from the environment
+        # Set by Lightning from the environment, which does not look at the number of the machine.
+        first = rank_zero_only.rank == 0 and os.environ.get("NODE_RANK", "0") == "0"  # type: ignore[attr-defined]
+        if not first:
             return folder or RunFolder(root / "of-the-first-process")
         if folder is None:
             folder = RunFolder.create(root)
             self.held.callback(lambda: None if self.accepted else folder.discard())
         self.held.enter_context(folder.in_use())
         return folder
+
+    def _check_shared_folder(self) -> None:
+        """Check once, as soon as the processes are connected, that they share the folder; a refused run leaves none."""
+        if not self.shared:
+            try:
+                check_shared_folder(self.trainer, None if self.folder is None else self.folder.path)
+            except UsageError:
+                self.accepted = False
+                raise
+            self.shared = True
 
     def _save_config(self) -> None:
         if self.folder is not None and self.trainer.is_global_zero:

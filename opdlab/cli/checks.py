@@ -26,6 +26,7 @@ from opdlab.cli.building import build, sections, under, with_seeds
 from opdlab.cli.sharding_checks import check_sharding
 from opdlab.data import PromptDataModule
 from opdlab.data.cleaning import CleaningConfig
+from opdlab.devices import devices_per_node
 from opdlab.errors import UsageError, first_line, require, user_line
 from opdlab.evaluation.config import EvaluationConfig
 from opdlab.module import OPDModule
@@ -124,12 +125,8 @@ def check_config(parser: ArgumentParser, config: Namespace) -> None:
 
 def num_processes(config: Namespace) -> int | None:
     """Return the number of processes of a run; None if it depends on the machine, or ``trainer.devices`` is wrong."""
-    devices = config.trainer.devices
-    if isinstance(devices, str) and "," in devices:
-        devices = [part for part in devices.split(",") if part.strip()]
-    if isinstance(devices, list):
-        return len(devices) * int(config.trainer.num_nodes) or None
-    return int(devices) * int(config.trainer.num_nodes) or None if str(devices).isdigit() else None
+    devices = devices_per_node(config.trainer.devices)
+    return None if devices is None else devices * int(config.trainer.num_nodes) or None
 
 
 def check_nulls(config: Namespace) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
@@ -99,10 +98,13 @@ def _run_parser() -> ArgumentParser:
     run.add_argument("study", type=str, help="Its file, or the name of a shipped one; `opdlab study list` has them.")
     run.add_argument("--folder", type=str | None, default=None, help="Where to; runs/studies/NAME by default.")
     run.add_argument(
-        "--jobs", type=int | None, default=None, help="Runs at a time; by default one a GPU, or else one a core."
+        "--jobs",
+        type=int | None,
+        default=None,
+        help="Runs at a time; by default a GPU or a core for each process.",
     )
     run.add_argument(
-        "--threads", type=int | None, default=None, help="CPU threads of each run, instead of the study's."
+        "--threads", type=int | None, default=None, help="CPU threads of each process, instead of the study's."
     )
     run.add_argument(
         "--share",
@@ -165,8 +167,7 @@ def _run(options: Namespace) -> int:
         require((other / STUDY).is_file(), f"--share has '{other}', which has no {STUDY}: give a study's folder")
     plan = plan_study(study, folder, plain_config)
     cluster = Cluster(options.cluster, options.parameters)
-    with TemporaryDirectory() as scratch:
-        cluster.executor(Path(scratch))  # A cluster that cannot be used is refused before the study has a folder.
+    cluster.check(plan.runs())  # before the study has a folder
     with ExitStack() as stack:
         try:
             mine = stack.enter_context(locked(folder))  # two launchers would start the same runs twice
@@ -189,7 +190,7 @@ def plan_study(study: Study, folder: Path, resolve: Resolve) -> Plan:
 
 def _launch(plan: Plan, cluster: Cluster, jobs: int | None) -> int:
     specs, console = plan.runs(), Console()
-    launcher = Launcher(specs, cluster, jobs or default_jobs(len(specs)))
+    launcher = Launcher(specs, cluster, jobs or default_jobs(specs))
     table = StudyTable(launcher, console)
     steps = ", ".join(map(str, plan.study.evaluated_at))
     console.print(

@@ -7,10 +7,9 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from submitit.helpers import Checkpointable
@@ -19,7 +18,12 @@ from opdlab.locks import LOCK, lock_holder, locked
 from opdlab.processes import LIFELINE, catching_signals
 from opdlab.studies import schema
 from opdlab.studies.schema import FAILED, FINISHED, Record, StudyRun
+from opdlab.studies.tasks import Tasks
 
+# Of the study's own environment: runs side by side would share a port, or take each other's ranks.
+_RENDEZVOUS = {"MASTER_ADDR", "MASTER_PORT", "STANDALONE_PORT", "TORCHELASTIC_RUN_ID"} | {
+    *("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+}
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _POLL_SECONDS = 0.25
 
@@ -34,7 +38,10 @@ class RunSpec(StudyRun):
         variant: name.
         seed: of the run.
         arguments: of ``opdlab fit``, without a checkpoint.
-        threads: CPU threads; None leaves them to PyTorch.
+        threads: CPU threads of each process; None leaves them to PyTorch.
+        accelerator: value of ``trainer.accelerator``.
+        devices: of each machine, and so of its processes; None if the machine decides.
+        nodes: number of machines.
         keep_checkpoints: keep the checkpoints after the run has finished.
         digest: of all settings that determine the run's results, see :class:`opdlab.studies.plan.Plan`.
         siblings: folders of the runs with the same seed, whose evaluation before training is the same.
@@ -44,6 +51,9 @@ class RunSpec(StudyRun):
     seed: int
     arguments: tuple[str, ...]
     threads: int | None
+    accelerator: str
+    devices: int | None
+    nodes: int
     keep_checkpoints: bool
     digest: str
     siblings: tuple[Path, ...]
@@ -52,6 +62,11 @@ class RunSpec(StudyRun):
     def study(self) -> Path:
         """Return the folder of the study."""
         return self.path.parents[2]
+
+    @property
+    def gpus(self) -> int:
+        """Return the number of GPUs of a machine that the run may use; 1 if it is not known."""
+        return 1 if self.accelerator == "cpu" else self.devices or 1
 
     def write_record(self, state: str, last_lines: Sequence[str] = ()) -> None:
         """Write ``run.json``."""
@@ -77,11 +92,14 @@ class Job(Checkpointable):
 
     Args:
         tied: kill the run when the study's process has ended, which releases its lock.
+        tasks: number of the job's tasks, one a process of the run. A single task starts a run whose other processes are
+            started by Lightning, on this machine and in the child's group.
     """
 
-    def __init__(self, tied: bool = False) -> None:
+    def __init__(self, tied: bool = False, tasks: int = 1) -> None:
         super().__init__()
         self._tied = tied
+        self._tasks = tasks
 
     def __call__(self, spec: RunSpec) -> None:
         """Run, unless another process holds the folder's lock or the run has finished."""
@@ -89,43 +107,52 @@ class Job(Checkpointable):
         with catching_signals(lambda signum, _: signals.append(signum)) as before:
             # The launcher has masked some signals, so that a terminal's do not end this process while it loads.
             signal.pthread_sigmask(signal.SIG_UNBLOCK, before)
-            with locked(spec.path) as mine:
-                if mine and not spec.finished:
-                    _attempt(spec, signals, self._tied)
+            tasks = Tasks.of_this_job(spec.path) if self._tasks > 1 else Tasks(spec.path)
+            if tasks.rank > 0:
+                options = tasks.wait(signals)
+                tasks.end(int(bool(signals)) if options is None else _fit(spec, tasks, signals, self._tied, options))
+            else:
+                with locked(spec.path) as mine:
+                    tasks.end(_attempt(spec, tasks, signals, self._tied) if mine and not spec.finished else 0)
         for signum in dict.fromkeys(signals):
             if callable(handler := before.get(signum)):
                 handler(signum, None)
 
 
-def _attempt(spec: RunSpec, signals: list[int], tied: bool) -> None:
-    """Train from the newest checkpoint, and write the outcome unless a signal stopped it.
+def _attempt(spec: RunSpec, tasks: Tasks, signals: list[int], tied: bool) -> int:
+    """Train from the newest checkpoint, and write the outcome unless a signal stopped it; return the exit code.
 
     Args:
         spec: of the run.
+        tasks: of which this one is the first.
         signals: received so far; the list grows.
         tied: see :class:`Job`.
     """
     (spec.path / schema.RUN).unlink(missing_ok=True)
     started, earlier = time.monotonic(), spec.seconds
     try:
-        code = _train(spec, partial(_fit, spec, signals, tied))
+        options = _prepare(spec)
+        tasks.start(options)
+        code = _fit(spec, tasks, signals, tied, options)
     except Exception:
-        with (spec.path / schema.LOG).open("a") as log:
+        with tasks.log.open("a") as log:
             traceback.print_exc(file=log)
         code = 1
     spec.write_progress(spec.step, earlier + time.monotonic() - started)
     if code == 0:
+        tasks.wait_for_others()
         _settle(spec)
     elif not signals:
-        spec.write_record(FAILED, spec.last_lines())
+        spec.write_record(FAILED, (*spec.last_lines(), *tasks.reasons()))
+    return code
 
 
-def _train(spec: RunSpec, fit: Callable[..., int]) -> int:
-    """Start or resume the run with ``fit(*options)``; return its exit code."""
+def _prepare(spec: RunSpec) -> Sequence[str]:
+    """Return the options with which ``opdlab fit`` resumes; without a checkpoint, empty the folder for a new start."""
     from opdlab.checkpoints import newest_checkpoint  # here, because it imports torch
 
     if (checkpoint := newest_checkpoint(spec.path / schema.VERSION / "checkpoints")) is not None:
-        return fit("--ckpt_path", str(checkpoint[0]))
+        return "--ckpt_path", str(checkpoint[0])
     for path in spec.path.iterdir():
         if path.name not in (LOCK, schema.LOG, schema.LAUNCH):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -138,24 +165,29 @@ def _train(spec: RunSpec, fit: Callable[..., int]) -> int:
     if first is not None:
         with suppress(OSError, shutil.Error):  # The other run may move it at this moment.
             shutil.copytree(first, spec.samples / first.name, dirs_exist_ok=True)
-    return fit()
+    return ()
 
 
-def _fit(spec: RunSpec, signals: list[int], tied: bool, *options: str) -> int:
-    """Run ``opdlab fit`` in a child process; return its exit code, -n after signal n."""
+def _fit(spec: RunSpec, tasks: Tasks, signals: list[int], tied: bool, options: Sequence[str]) -> int:
+    """Run ``opdlab fit`` in a child process; return its exit code, -n after signal n.
+
+    Args:
+        spec: of the run.
+        tasks: of the job; each runs the same command.
+        signals: received so far; the list grows.
+        tied: see :class:`Job`.
+        options: of the command, besides those of ``spec``.
+    """
     reading, writing = os.pipe()
-    threads = {} if spec.threads is None else dict.fromkeys(_THREADS, str(spec.threads))
-    # Under SLURM, Lightning queues the job again by itself; this name disables that.
-    others = {LIFELINE: str(reading), "PYTHONUNBUFFERED": "1", "SLURM_JOB_NAME": "interactive"}
     sent = 0
     try:
-        with (spec.path / schema.LOG).open("ab") as log:
+        with tasks.log.open("ab") as log:
             child = subprocess.Popen(
                 [sys.executable, "-m", "opdlab", "fit", *spec.arguments, *options],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **threads, **others},
+                env={**_environment(spec, tasks), LIFELINE: str(reading)},
                 pass_fds=(reading,),
                 process_group=0,
             )
@@ -163,8 +195,9 @@ def _fit(spec: RunSpec, signals: list[int], tied: bool, *options: str) -> int:
             for signum in signals[sent:]:
                 child.send_signal(signum)
                 sent += 1
-            if tied and lock_holder(spec.study) is None:
+            if left_behind := tied and lock_holder(spec.study) is None:
                 signals.append(signal.SIGKILL)
+            if left_behind or tasks.others_failed():
                 os.killpg(child.pid, signal.SIGKILL)
             with suppress(subprocess.TimeoutExpired):
                 child.wait(_POLL_SECONDS)
@@ -172,6 +205,18 @@ def _fit(spec: RunSpec, signals: list[int], tied: bool, *options: str) -> int:
     finally:
         os.close(reading)
         os.close(writing)
+
+
+def _environment(spec: RunSpec, tasks: Tasks) -> dict[str, str]:
+    """Return the environment of the run, in which its processes meet at a port of their own.
+
+    Lightning takes rank and size of one of several tasks from SLURM's variables, unless the job's name is
+    ``interactive``. That name hides them from a single task: Lightning starts the other processes then.
+    """
+    kept = {name: value for name, value in os.environ.items() if name not in _RENDEZVOUS}
+    threads = {} if spec.threads is None else dict.fromkeys(_THREADS, str(spec.threads))
+    name = "interactive" if tasks.count == 1 else "opdlab"
+    return {**kept, **threads, "PYTHONUNBUFFERED": "1", "SLURM_JOB_NAME": name}
 
 
 def _settle(spec: RunSpec) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import submitit
@@ -21,6 +22,10 @@ from opdlab.studies.job import Job, RunSpec
 from opdlab.studies.schema import FAILED, FINISHED, LAUNCH, RUNNING, WAITING
 
 _LOCAL = ("timeout_min", "gpus_per_node", "visible_gpus", "setup", "signal_delay_s", "stderr_to_stdout")
+# Parameters of submitit that a study sets for each run, and the keys of the variant's configuration that decide.
+_FOLLOWING = dict.fromkeys(("nodes", "slurm_nodes"), "trainer.num_nodes") | dict.fromkeys(
+    ("tasks_per_node", "slurm_tasks_per_node", "slurm_ntasks_per_node"), "trainer.devices"
+)
 _LOCAL_TIMEOUT_MIN = 60 * 24 * 365  # submitit's default ends a run after 2 minutes
 _POLL_SECONDS = 0.25
 # A terminal sends signals to all processes of the group, which would end submitit's within a second. Only this process
@@ -43,55 +48,127 @@ class Cluster:
     name: str = "local"
     parameters: Mapping[str, Any] = field(default_factory=dict)
 
-    def executor(self, folder: Path, slot: int = 0) -> submitit.Executor:
-        """Return an executor for a single run.
+    def check(self, specs: Sequence[RunSpec]) -> None:
+        """Check that every run can be started on the cluster.
+
+        Raises:
+            UsageError: see :class:`Cluster`; or a run asks for more machines, or devices, than the cluster gives it.
+        """
+        key = next((key for key in self.parameters if key in _FOLLOWING), None)
+        require(key is None, f"--parameters has {key}, which follows from {_FOLLOWING.get(key or '')}: leave it out")
+        for spec in specs:
+            where = f"variants: '{spec.variant}': trainer"
+            fault = f"{where}.num_nodes is {spec.nodes}, but "
+            here = f"--cluster {self.name} starts a run on one machine: set it to 1, or give --cluster slurm"
+            require(spec.nodes == 1 or self.name == "slurm", fault + here)
+            number = "SLURM starts a task for each device: give trainer.devices, the number of those of a machine"
+            require(spec.nodes == 1 or spec.devices is not None, fault + number)
+            self._check_gpus(spec.gpus, f"{where}.devices is {spec.devices}, but ")
+        with TemporaryDirectory() as scratch:
+            for tasks in {self.tasks(spec) for spec in specs}:
+                self._executor(Path(scratch), tasks)
+
+    def _check_gpus(self, wanted: int, fault: str) -> None:
+        each = int(self.parameters.get("gpus_per_node", 0))
+        require(not 0 < each < wanted, f"{fault}--parameters.gpus_per_node is {each}: give at least {wanted}")
+        here = len(_visible_gpus(self.parameters)) if self.name == "local" else 0
+        require(not 0 < here < wanted, f"{fault}there are {here} GPUs here: lower it, or give --cluster slurm")
+
+    def tasks(self, spec: RunSpec) -> tuple[int, int]:
+        """Return the number of machines of a run's job, and of its tasks on each.
+
+        SLURM starts all processes of a run, if their number is known. Otherwise the only task starts the others.
+        """
+        return (spec.nodes, spec.devices or 1) if self.name == "slurm" else (1, 1)
+
+    def submit(self, spec: RunSpec, slot: int = 0, width: int = 1) -> Any:
+        """Start a run, and return submitit's job.
+
+        Args:
+            spec: of the run.
+            slot: number of the run among the concurrent ones; selects its GPUs on this machine.
+            width: most GPUs of a run of the study.
+        """
+        nodes, each = self.tasks(spec)
+        gpus = local_gpus(slot, self.parameters, spec.gpus, width) if self.name == "local" else {}
+        tied = self.name == "local" and lock_holder(spec.study) is not None
+        return self._executor(spec.path / LAUNCH, (nodes, each), gpus).submit(Job(tied, nodes * each), spec)
+
+    def _executor(
+        self, folder: Path, tasks: tuple[int, int], gpus: Mapping[str, Any] | None = None
+    ) -> submitit.Executor:
+        """Return submitit's executor for a single run.
 
         Args:
             folder: for logs and pickles.
-            slot: number of the run among the concurrent ones; selects its GPUs on this machine.
+            tasks: see :meth:`tasks`.
+            gpus: parameters that select GPUs of this machine.
         """
         if self.name == "local":
             unknown = next((key for key in self.parameters if key not in _LOCAL), None)
             known = ", ".join(_LOCAL)
             require(unknown is None, f"--parameters has '{unknown}', but the local cluster knows: {known}")
             local = submitit.LocalExecutor(folder)
-            local.update_parameters(**{"timeout_min": _LOCAL_TIMEOUT_MIN, **local_gpus(slot, self.parameters)})
+            local.update_parameters(**{"timeout_min": _LOCAL_TIMEOUT_MIN, **self.parameters, **(gpus or {})})
             return local
+        parameters = dict(self.parameters)
         if self.name == "slurm":
             limited = {"timeout_min", "slurm_time"} & set(self.parameters)
             require(bool(limited), "--parameters has no timeout_min, without which SLURM ends runs after 5: give it")
+            if tasks != (1, 1):
+                srun = "srun starts the processes of a run: leave it out"
+                require(parameters.get("slurm_use_srun", True), f"--parameters.slurm_use_srun is false, but {srun}")
+                parameters |= {"nodes": tasks[0], "tasks_per_node": tasks[1]}
+                # A task that dies without a word would leave the others waiting until the time limit.
+                parameters["slurm_srun_args"] = [*parameters.get("slurm_srun_args", ()), "--kill-on-bad-exit=1"]
         try:
             executor = submitit.AutoExecutor(folder, cluster=self.name)
-            executor.update_parameters(**self.parameters)
+            executor.update_parameters(**parameters)
         except (ValueError, RuntimeError, NameError, AssertionError) as error:
             raise UsageError(f"--cluster {self.name} cannot be used: {' '.join(str(error).split())}") from error
         return executor
 
 
-def local_gpus(slot: int, parameters: Mapping[str, Any]) -> dict[str, Any]:
+def _visible_gpus(parameters: Mapping[str, Any]) -> list[int]:
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    here = [int(part) for part in given.split(",") if part.strip().isdigit()] or range(torch.cuda.device_count())
+    return list(parameters.get("visible_gpus", here))
+
+
+def local_gpus(slot: int, parameters: Mapping[str, Any], gpus: int = 1, width: int = 1) -> dict[str, Any]:
     """Return parameters of the local executor with the GPUs of a run: those of this process, taken in turn.
 
     Without them submitit hides all GPUs.
 
+    Args:
+        slot: number of the run among the concurrent ones.
+        parameters: of the executor.
+        gpus: number of GPUs of the run, unless ``gpus_per_node`` gives it.
+        width: most GPUs of a run, so that concurrent runs have no GPU in common.
+
     Example:
         >>> local_gpus(1, {"gpus_per_node": 2, "visible_gpus": [0, 1, 2, 3]})
         {'gpus_per_node': 2, 'visible_gpus': [2, 3]}
+        >>> [local_gpus(1, {"visible_gpus": [0, 1, 2, 3]}, n, width=2)["visible_gpus"] for n in (1, 2)]
+        [[2], [2, 3]]
     """
-    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    here = [int(part) for part in given.split(",") if part.strip().isdigit()] or range(torch.cuda.device_count())
-    gpus = list(parameters.get("visible_gpus", here))
-    each = int(parameters.get("gpus_per_node", 1))
-    if not gpus or each < 1:
+    visible = _visible_gpus(parameters)
+    each = int(parameters.get("gpus_per_node", gpus))
+    if not visible or each < 1:
         return dict(parameters)
-    groups = max(len(gpus) // each, 1)
-    first = slot % groups * each
-    return {**parameters, "gpus_per_node": each, "visible_gpus": gpus[first : first + each]}
+    width = max(width, each)
+    first = slot % max(len(visible) // width, 1) * width
+    return {**parameters, "gpus_per_node": each, "visible_gpus": visible[first : first + each]}
 
 
-def default_jobs(num_runs: int) -> int:
-    """Return the number of concurrent runs on this machine: one per GPU, or one per core that this process may use."""
+def default_jobs(specs: Sequence[RunSpec]) -> int:
+    """Return the number of concurrent runs on this machine: each process has a GPU, or else cores for its threads."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(torch.cuda.device_count() or cores, num_runs))
+    if gpus := torch.cuda.device_count():
+        number = gpus // max(spec.gpus for spec in specs)
+    else:
+        number = cores // max((spec.devices or 1) * (spec.threads or 1) for spec in specs)
+    return max(1, min(number, len(specs)))
 
 
 @dataclass
@@ -132,6 +209,7 @@ class Launcher:
         self.signals: list[int] = []
         """Signals to stop that were received while the runs were watched."""
         self._cluster = cluster
+        self._width = max((spec.gpus for spec in specs), default=1)
 
     def count(self) -> Counter[str]:
         """Return the number of runs by state."""
@@ -165,11 +243,9 @@ class Launcher:
             yield run
 
     def _submit(self, spec: RunSpec, slot: int) -> Any:
-        executor = self._cluster.executor(spec.path / LAUNCH, slot)
-        tied = self._cluster.name == "local" and lock_holder(spec.study) is not None
         masked = signal.pthread_sigmask(signal.SIG_BLOCK, _MASKED)  # The signal mask is inherited; the job restores it.
         try:
-            return executor.submit(Job(tied), spec)
+            return self._cluster.submit(spec, slot, self._width)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from opdlab.aliases import migrate
+from opdlab.devices import devices_per_node
 from opdlab.errors import UsageError, require
 from opdlab.locks import locked
 from opdlab.records import RESULTS, difference, digest, flat, package_versions, read_json, write_json
@@ -76,6 +77,9 @@ class Plan:
             seed=seed,
             arguments=(*_arguments(self.study, variant), *(f"--{key}={value}" for key, value in own.items())),
             threads=self.study.threads,
+            accelerator=str(resolved["trainer.accelerator"]),
+            devices=devices_per_node(resolved["trainer.devices"]),
+            nodes=int(resolved["trainer.num_nodes"]),
             keep_checkpoints=self.study.keep_checkpoints,
             digest=digest([resolved, self.study.threads]),
             siblings=tuple(run_path(self.folder, v.name, seed) for v in self.study.variants if v.name != variant.name),

@@ -12,7 +12,7 @@
         progress.json                step and seconds so far
         log.txt                      what the run printed
         lock                         held by the job's process; names it
-        submitit/                    logs and pickles of the job
+        submitit/                    logs and pickles of the job, and files of its tasks, see `opdlab.studies.tasks`
         version_0/                   run folder of `opdlab fit`: checkpoints, config.yaml, results.json, events
         samples/version_0-DIGEST/    evaluations while the run lasts
         evaluations/val-step-STEP/   settings.json, results.json, sample lines: only of a run that has ended
@@ -65,7 +65,7 @@ class Record:
         state: ``finished`` or ``failed``; ``unfinished`` if the file is missing or incomplete.
         command: of the run.
         seconds: duration of all attempts.
-        threads: CPU threads; None if they were left to PyTorch.
+        threads: CPU threads of each process; None if they were left to PyTorch.
         machine: host, system, number of CPUs.
         versions: of packages that results may depend on.
         digest: of all settings that determine the results, see :class:`opdlab.studies.plan.Plan`.
@@ -99,6 +99,15 @@ class Record:
         """Write the record of the run in ``folder``."""
         optional = ("last_lines", "taken_from")
         write_json(folder / RUN, {key: value for key, value in asdict(self).items() if value or key not in optional})
+
+
+def last_lines(log: Path, number: int = 8) -> list[str]:
+    """Return the last lines of a file that are not blank; none if it cannot be read."""
+    with suppress(OSError), log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
+        text = file.read().decode("utf-8", "replace")
+        return [line.rstrip() for line in text.splitlines() if line.strip()][-number:]
+    return []
 
 
 def evaluation_is_complete(folder: Path) -> bool:
@@ -179,10 +188,4 @@ class StudyRun:
     def last_lines(self, number: int = 8) -> list[str]:
         """Return the end of the run's output; of its job's output if the run printed nothing."""
         logs = sorted((self.path / LAUNCH).glob("*_log.err"), key=lambda file: file.stat().st_mtime)
-        for log in (self.path / LOG, *logs[-1:]):
-            with suppress(OSError), log.open("rb") as file:
-                file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
-                text = file.read().decode("utf-8", "replace")
-                if lines := [line.rstrip() for line in text.splitlines() if line.strip()]:
-                    return lines[-number:]
-        return []
+        return next(filter(None, (last_lines(log, number) for log in (self.path / LOG, *logs[-1:]))), [])

@@ -73,7 +73,7 @@ class Study:
         budgets: optimizer steps at which runs are evaluated; they train to the largest. Evaluations are made at every
             multiple of their greatest common divisor.
         overrides: for all variants; a variant's own are applied after them.
-        threads: CPU threads of each run; rounding depends on it. Null leaves the number to PyTorch.
+        threads: CPU threads of each process of a run; rounding depends on it. Null leaves the number to PyTorch.
         keep_checkpoints: keep the checkpoints of finished runs.
 
     Raises:
