@@ -55,7 +55,8 @@ def assert_equal(one: Targets, other: Targets) -> None:
 
 
 def test_targets_from_disk_are_those_of_the_teacher(tmp_path: Path) -> None:
-    first = cache(tmp_path)
+    first = cache(tmp_path, offload=True)
+    assert first.offload
     scored = first.score(rollouts(), REQUEST)
     assert hits(first) == (0, 4)
     assert_equal(scored, LocalTeacher(TEACHER).score(rollouts(), REQUEST))
@@ -127,6 +128,7 @@ def test_the_teacher_of_a_rollout_is_in_its_key(tmp_path: Path) -> None:
     teacher.score(some_rollouts([0, 1, 0, 1]), REQUEST)
     targets = teacher.score(some_rollouts([0, 1, 1, 0]), REQUEST)
     assert hits(teacher) == (2, 2)
+    assert teacher.names == ("good", "poor")
     assert teacher.metrics()["targets/good/share"] == teacher.metrics()["targets/poor/share"] == 0.5  # of the others
     other = LocalTeacher(STUDENT).score(rollouts().rows(torch.tensor([2])), REQUEST)
     assert torch.equal(targets.logprobs[2, :1], other.logprobs[0, :1])
