@@ -246,9 +246,8 @@ def _explain_restoring(trainer: pl.Trainer, error: BaseException) -> None:
 def _requeue_signal(trainer: pl.Trainer) -> int | None:
     """Return the signal on which Lightning queues a SLURM job again; None elsewhere, and where submitit does it."""
     environment = trainer._accelerator_connector.cluster_environment
-    lightning_queues = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
-    if lightning_queues and "SUBMITIT_EXECUTOR" not in os.environ:
-        return environment.requeue_signal
+    if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+        return None if "SUBMITIT_EXECUTOR" in os.environ else environment.requeue_signal
     return None
 
 

@@ -115,7 +115,7 @@ def check_config(parser: ArgumentParser, config: Namespace) -> None:
         del plugins["data"]  # the source of another package may read its files when it is built
     built = build(parser, plugins, groups=False).model
     # Whether the problems have a verifier is known once they are read.
-    check_verdicts(built.objective, True, parts["model.sampling"].num_samples, made["demonstrations"].share)
+    check_verdicts(built.objective, True, sizes[0], made["demonstrations"].share, reuse.prompts_per_pool)
     with under("model", config.model):
         check_correction(config.model.sampler_correction, built.sampler or TransformersSampler())
     check_optimizer(built.optimizer, built.lr_scheduler, config)

@@ -240,7 +240,7 @@ def _log_tail_mass(log_mass: Tensor, normalizer: Tensor, log_tail: Tensor | None
         mass = log_tail - normalizer
         return mass.masked_fill(mass == -torch.inf, _LOG_NO_MASS)
     # log(1 - P) from log P, which stays accurate for a small P
-    return (-log_mass.logsumexp(-1).clamp(max=0).expm1()).clamp(min=_MIN_TAIL_MASS).log()
+    return (-log_mass.logsumexp(-1).expm1()).clamp(min=_MIN_TAIL_MASS).log()
 
 
 def _divergence(

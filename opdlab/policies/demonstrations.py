@@ -68,7 +68,6 @@ def sample_beside(
             streams[chosen, num_given:],
             config,
             progress=progress,
-            prompt_ids=[numbers[index] for index in chosen],
         )
         rows = [index * each + place for index in chosen for place in range(num_given, each)]
         parts.append((rows, part))

@@ -58,6 +58,7 @@ class TargetCache(Teacher):
         self.names, self.offload = teacher.names, teacher.offload
         self._fingerprint = ""
         self._metrics: dict[str, float] = {}
+        self._told_of_overlap = False
 
     def bind(self, student: LanguageModel) -> None:
         """Bind the teacher and read its weights for the digest."""
@@ -134,13 +135,20 @@ class TargetCache(Teacher):
         lengths = _lengths(rollouts)
         keys = self._keys(rollouts, request, lengths)
         merged = MergedTargets(*rollouts.tokens.shape)
-        missing = []
+        missing, without_overlap = [], 0
         for row, (key, length) in enumerate(zip(keys, lengths, strict=True)):
             found = self._read(key, length)
             if found is None:
                 missing.append(row)
             else:
                 merged.put(torch.tensor([row]), found)
+                without_overlap += found.support_overlap is None
+        if without_overlap and request.behavior_top_k and not request.top_k and not self._told_of_overlap:
+            self._told_of_overlap = True
+            rank_zero_info(
+                f"{without_overlap} of {len(keys)} rollouts have targets in {self.folder} that lack the overlap of "
+                "supports, as those of older versions do: train/support_overlap leaves them out"
+            )
         self._metrics = {
             "targets/cache_hits": float(len(keys) - len(missing)),
             "targets/cache_misses": float(len(missing)),

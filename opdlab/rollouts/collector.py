@@ -196,7 +196,7 @@ class Collector:
             if bool(drawn.any()):  # demonstrations say nothing about the policy
                 metrics["rollout/accuracy"] = float(correct[drawn].float().mean())
             masked = with_groups(replace(masked, correct=correct))
-        weights = {"rollout/accuracy": float(drawn.sum())}
+        weights = {"rollout/accuracy": float(drawn.sum()), "train/support_overlap": 0.0}
         if targets.support_overlap is not None:
             measured = targets.support_overlap[masked.mask.bool() & (targets.support_overlap >= 0)]
             weights["train/support_overlap"] = float(len(measured))

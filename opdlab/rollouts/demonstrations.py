@@ -46,6 +46,23 @@ class DemonstrationConfig:
         )
 
 
+def demonstrations_per_prompt(share: float, num_prompts: int, num_samples: int) -> tuple[int, int]:
+    """Return how many rollouts of each prompt take the given response, and how many prompts have one more.
+
+    Args:
+        share: of the buffer's rollouts, 0 to 1.
+        num_prompts: of the buffer.
+        num_samples: rollouts of each prompt.
+
+    Example:
+        Half of 24 rollouts are 12: one for each of 8 prompts, and another one for 4 of them.
+
+        >>> demonstrations_per_prompt(0.5, num_prompts=8, num_samples=3)
+        (1, 4)
+    """
+    return divmod(round(share * num_prompts * num_samples), num_prompts)
+
+
 def choose_demonstrations(prompts: Sequence[Prompt], num_samples: int, share: float, seed: int) -> list[Given] | None:
     """Return the given response of each prompt and how many of its rollouts take it; None if the share is 0.
 
@@ -60,7 +77,7 @@ def choose_demonstrations(prompts: Sequence[Prompt], num_samples: int, share: fl
     """
     if not share:
         return None
-    least, more = divmod(round(share * len(prompts) * num_samples), len(prompts))
+    least, more = demonstrations_per_prompt(share, len(prompts), num_samples)
     generator = torch.Generator().manual_seed(derive_seed("demonstrations", seed))
     chosen = set(torch.randperm(len(prompts), generator=generator)[:more].tolist())
     given = []

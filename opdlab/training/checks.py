@@ -1,8 +1,8 @@
 """Checks of a module, of checkpoints and of losses; each raises an error with a clear message."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from itertools import count
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -19,6 +19,7 @@ from opdlab.objectives import Objective, Reduction, SampledTokenOPD
 from opdlab.policies import LanguageModel, NoTeacher, SelfTeacher, TargetCache, Teacher, share_vocabulary
 from opdlab.policies.loading import non_finite
 from opdlab.registry import suggestion
+from opdlab.rollouts.demonstrations import demonstrations_per_prompt
 from opdlab.training.sharded_strategy import ShardedStrategy, check_strategy
 from opdlab.types import Rollouts, Targets, TeacherRequest
 
@@ -30,6 +31,7 @@ _UNSHARDED = {
     "quantization": "packed weights cannot be sharded: leave it out",
     "compile": "the gathering of weights is not compiled: set it to false",
 }
+_GROUP = {"group_accuracy", "group_size"}  # needs of an objective that compares the verdicts of a prompt's rollouts
 
 
 class NonFiniteLossError(UsageError):
@@ -174,37 +176,42 @@ def check_overlap(*, sharded: bool, compiles: bool) -> None:
     )
 
 
-def check_verdicts(objective: Objective, judged: bool, num_samples: int, demonstrations: float) -> None:
+def check_verdicts(objective: Objective, judged: bool, num_samples: int, share: float, num_prompts: int) -> None:
     """Raise a UsageError if an objective needs verdicts, or several of a prompt, which a run does not have.
 
     Args:
         objective: the module's objective.
         judged: True if the training problems have a verifier.
         num_samples: rollouts of each prompt.
-        demonstrations: share of the rollouts that take their response from the data, whose verdicts are not compared.
+        share: of the rollouts that take their response from the data, whose verdicts are not compared.
+        num_prompts: of a buffer.
     """
-    name, needs = type(objective).__name__, objective.needs
-    weight = getattr(objective, "reward_weight", None)
-    reader = f"model.objective is {name}" + (f" with reward_weight {weight}" if weight else "")
+    reader, weight = _reader_of_verdicts(objective), getattr(objective, "reward_weight", None)
     require(
-        judged or not {"correct", "group_accuracy", "group_size"} & set(needs),
+        judged or not {"correct", *_GROUP} & set(objective.needs),
         f"{reader}, which needs the verifier's verdict on each rollout, but data.train has no verifier: give it one, "
         f"or {'set reward_weight to 0' if weight else 'take another objective'}",
     )
-    if not {"group_accuracy", "group_size"} & set(needs):
+    if not _GROUP & set(objective.needs):
         return
     require(
         num_samples >= 2,
         f"{reader}, which compares the verdicts of one prompt's rollouts, but model.sampling.num_samples is "
         f"{num_samples}: raise it to 2 or more",
     )
-    sampled = num_samples - math.floor(demonstrations * num_samples)
+    sampled = num_samples - demonstrations_per_prompt(share, num_prompts, num_samples)[0]
     require(
         sampled >= 2,
         f"{reader}, which compares the verdicts of one prompt's sampled rollouts, but data.demonstrations.share is "
-        f"{demonstrations}, which leaves {sampled} of {num_samples} to be sampled: lower it, or raise "
+        f"{share}, which leaves {sampled} of {num_samples} to be sampled: lower it, or raise "
         "model.sampling.num_samples",
     )
+
+
+def _reader_of_verdicts(objective: Objective) -> str:
+    """Return the objective and its weight of the reward, for messages."""
+    weight = getattr(objective, "reward_weight", None)
+    return f"model.objective is {type(objective).__name__}" + (f" with reward_weight {weight}" if weight else "")
 
 
 def check_training(teacher: Teacher, gate: GateStrategy, judged: bool) -> None:
@@ -238,13 +245,29 @@ def warn_of_own_teacher(teacher: Teacher, prompts: PromptSet | None) -> None:
         )
 
 
-def warn_of_bias(objective: Objective, share: float) -> None:
-    """Warn if an objective that estimates from sampled tokens receives tokens that nobody sampled.
+def warn_of_demonstrations(objective: Objective, num_samples: int, share: float, num_prompts: int) -> None:
+    """Warn if demonstrations bias an objective, or leave it a single verdict of some prompts.
 
     Args:
         objective: the module's objective.
+        num_samples: rollouts of each prompt.
         share: of the rollouts that take their response from the data.
+        num_prompts: of a buffer.
     """
+
+    def least_sampled(samples: int) -> int:
+        given, more = demonstrations_per_prompt(share, num_prompts, samples)
+        return samples - given - bool(more)
+
+    if _GROUP & set(objective.needs) and least_sampled(num_samples) < 2:
+        least, more = demonstrations_per_prompt(share, num_prompts, num_samples)
+        enough = next(n for n in count(num_samples) if least_sampled(n) >= 2)  # share 1 is refused
+        rank_zero_warn(
+            f"{_reader_of_verdicts(objective)}, which compares the verdicts of one prompt's sampled rollouts, but "
+            f"data.demonstrations.share is {share}, which leaves 1 of model.sampling.num_samples {num_samples} for "
+            f"{more} of the {num_prompts} prompts of a buffer and {num_samples - least} for the others; the single "
+            f"verdict has no effect: raise model.sampling.num_samples to {enough}, or lower the share"
+        )
     estimator = getattr(objective, "estimator", "policy_gradient")
     if share and isinstance(objective, SampledTokenOPD) and estimator != "nll":
         rank_zero_warn(

@@ -151,15 +151,15 @@ class OPDModule(EvaluationModule):
                 self.ahead = SamplingAhead(self.behavior, self.collector, autocast)
             judged = data is not None and data.train_verifier is not None
             checks.check_training(self.teacher, self.gate, judged)
-            share = data.demonstrations.share if data is not None else 0.0
-            checks.check_verdicts(self.objective, judged, self.sampling.num_samples, share)
+            sizes = (0.0, 1) if data is None else (data.demonstrations.share, data.reuse.prompts_per_pool)
+            checks.check_verdicts(self.objective, judged, self.sampling.num_samples, *sizes)
             checks.tell_of_idle_offload(self.trainer, behavior=self.behavior.offload, teacher=self.teacher.offload)
         if data is not None:
             facts = (self.student.tokenizer, self.collect, self.sampling.num_samples)
             data.connect(*facts, training=stage == "fit", sample_ahead=self.sample_ahead)
             data.check_teachers(self.teacher.names)
         if stage == "fit":
-            checks.warn_of_bias(self.objective, share)
+            checks.warn_of_demonstrations(self.objective, self.sampling.num_samples, *sizes)
             prompts = None if data is None else data.train_prompts
             checks.warn_of_own_teacher(self.teacher, prompts)
         super().setup(stage)

@@ -231,6 +231,8 @@ def test_only_the_student_takes_a_gradient_of_a_divergence() -> None:
     teacher.requires_grad_()
     for tail in TAILS:
         ours(student, teacher, ids, "jsd", tail).sum().backward()
+    for estimator in get_args(Estimator):
+        sampled_token_divergence(student.log_softmax(-1), teacher.log_softmax(-1), estimator=estimator).sum().backward()
     assert student.grad is not None
     assert teacher.grad is None
 

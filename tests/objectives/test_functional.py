@@ -15,7 +15,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from opdlab.errors import UsageError
 from opdlab.objectives import SampledTokenOPD, TeacherTopK, loss_shares, reduce_losses
-from opdlab.objectives.functional import clip_binds, sampled_token_loss, teacher_topk_loss
+from opdlab.objectives.functional import clip_binds, sampled_token_loss, sampler_correction, teacher_topk_loss
 from tests.objectives.batch import random_logits, scored_batch
 
 Reference = Literal["behavior", "current"]
@@ -267,6 +267,11 @@ def test_reductions_against_loops() -> None:
     assert reduced(slice(None), "token_mean").item() == pytest.approx(sum(sums) / 15)
     means = [total / n for total, n in zip(sums, LENGTHS.tolist(), strict=True) if n]
     assert reduced(slice(None), "sequence_mean").item() == pytest.approx(sum(means) / 5)
+
+
+def test_a_ratio_that_underflows_is_outside() -> None:
+    factors, outside = sampler_correction(torch.tensor([[-200.0, -1.0]]), torch.tensor([[-1.0, -1.0]]), "icepop")
+    assert (factors.tolist(), outside.tolist()) == ([[0.0, 1.0]], [[True, False]])
 
 
 @pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])

@@ -1,6 +1,7 @@
 """The verifier's reward in a run: groups of a buffer, and what is refused."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +78,36 @@ def test_a_reward_needs_a_verifier_and_several_samples(make_run: MakeRun) -> Non
     run = make_run(objective=SampledTokenOPD(reward_weight=0.5), data=demonstrated)
     with pytest.raises(UsageError, match="data.demonstrations.share is 0.5, which leaves 1 of 2 to be sampled: lower"):
         run.fit(1)
+    demonstrated["demonstrations"] = DemonstrationConfig(0.66, "solution")  # 16 of 24 rollouts: 2 of 3 for each prompt
+    run = make_run(objective=SampledTokenOPD(reward_weight=0.5), data=demonstrated, sampling={"num_samples": 3})
+    with pytest.raises(UsageError, match="share is 0.66, which leaves 1 of 3 to be sampled: lower"):
+        run.fit(1)
+
+
+@pytest.mark.parametrize(
+    ("share", "samples", "singles", "message"),
+    [
+        (0.5, 3, 4, "leaves 1 of model.sampling.num_samples 3 for 4 of the 8 prompts of a buffer and 2 for the others"),
+        (0.5, 4, 0, ""),
+        (0.1, 2, 2, "raise model.sampling.num_samples to 3, or lower the share"),
+        (0.1, 3, 0, ""),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*nobody sampled the tokens")
+def test_a_single_verdict_is_warned_of(
+    make_run: MakeRun, share: float, samples: int, singles: int, message: str
+) -> None:
+    batches, data = Batches(), {"demonstrations": DemonstrationConfig(share, "solution")}
+    sizes: dict[str, Any] = {"sampling": {"num_samples": samples}, "max_new_tokens": 4}
+    run = make_run(objective=SampledTokenOPD(reward_weight=0.5), data=data, callbacks=(batches,), **sizes)
+    warned = pytest.warns(UserWarning, match=f"share is {share}, which.*{message}") if message else nullcontext()
+    with warned:
+        run.fit(samples)  # one pass over a buffer of 8 prompts
+    found: dict[int, int] = {}
+    for each in batches.rollouts:
+        assert each.group_size is not None
+        found |= dict(zip(each.prompt_ids.tolist(), each.group_size.tolist(), strict=True))
+    assert sum(size < 2 for size in found.values()) == singles
 
 
 def test_one_sample_is_refused_before_models_are_loaded(capsys: pytest.CaptureFixture[str]) -> None:

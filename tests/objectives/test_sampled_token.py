@@ -82,12 +82,13 @@ def test_shapes_by_formula(reference: Any) -> None:
         {"shape": "clamp", "advantage_clamp": 0.3},
         {"advantage_clamp": 0.3},
         {"shape": "signed_log", "reference": "current"},
-        {"shape": "power", "power": 0.5, "dual_clip": None},
+        {"shape": "power", "power": 0.5, "dual_clip": None, "reference": "current"},
     ],
 )
 def test_the_reported_advantage_is_the_one_that_is_used(options: dict[str, Any]) -> None:
     seen, gradient, (scored, rollouts, _) = apply(SampledTokenOPD(**options))
     advantage, logprobs = seen.metrics["advantage"], scored.padded(scored.statistics().logprobs)
+    assert not advantage.requires_grad
     clips: dict[str, Any] = {"clip": 0.2, "dual_clip": options.get("dual_clip", 3.0)}
     losses = policy_gradient_loss(logprobs, rollouts.behavior_logprobs, advantage, **clips)
     assert torch.equal(seen.losses, losses)

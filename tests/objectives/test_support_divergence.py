@@ -262,6 +262,22 @@ def test_a_teacher_that_cannot_deliver_is_refused(support: Any, tail: Any, missi
         collector.collect(PROMPTS, seed=3)
 
 
+class WithoutOverlap(LocalTeacher):
+    """Returns no overlap of supports, as targets on disk that an older version wrote."""
+
+    def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Any = None) -> Targets:
+        return replace(super().score(rollouts, request, progress), support_overlap=None)
+
+
+@pytest.mark.parametrize("teacher", [LocalTeacher, WithoutOverlap])
+def test_a_process_without_an_overlap_does_not_count_in_its_mean(teacher: type[LocalTeacher]) -> None:
+    request = SupportDivergence(support="student", k=K).request
+    found = Collector(world().behavior, teacher(TEACHER), request).collect(PROMPTS, seed=3)
+    measured = 0 if teacher is WithoutOverlap else 2 * len(found.rollouts)
+    assert found.weights["train/support_overlap"] == measured
+    assert ("train/support_overlap" in found.metrics) == (measured > 0)
+
+
 def test_the_snapshots_tokens_are_found_for_rows_that_it_need_not_score() -> None:
     request = SupportDivergence(support="student", k=K).request
     collector = Collector(world().behavior, world().teacher, request)

@@ -55,7 +55,8 @@ def assert_equal(one: Targets, other: Targets) -> None:
 
 
 def test_targets_from_disk_are_those_of_the_teacher(tmp_path: Path) -> None:
-    first = cache(tmp_path)
+    first = cache(tmp_path, offload=True)
+    assert first.offload
     scored = first.score(rollouts(), REQUEST)
     assert hits(first) == (0, 4)
     assert_equal(scored, LocalTeacher(TEACHER).score(rollouts(), REQUEST))
@@ -127,6 +128,7 @@ def test_the_teacher_of_a_rollout_is_in_its_key(tmp_path: Path) -> None:
     teacher.score(some_rollouts([0, 1, 0, 1]), REQUEST)
     targets = teacher.score(some_rollouts([0, 1, 1, 0]), REQUEST)
     assert hits(teacher) == (2, 2)
+    assert teacher.names == ("good", "poor")
     assert teacher.metrics()["targets/good/share"] == teacher.metrics()["targets/poor/share"] == 0.5  # of the others
     other = LocalTeacher(STUDENT).score(rollouts().rows(torch.tensor([2])), REQUEST)
     assert torch.equal(targets.logprobs[2, :1], other.logprobs[0, :1])
@@ -197,6 +199,31 @@ def test_the_snapshots_tokens_are_in_the_key(tmp_path: Path) -> None:
         targets = teacher.score(given, request)
         assert hits(teacher) == (0, 4)
         assert_equal(targets, LocalTeacher(TEACHER).score(given, request))
+
+
+class Older(LocalTeacher):
+    """Returns targets as they were before the overlap was one of their fields."""
+
+    def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Any = None) -> Targets:
+        return replace(super().score(rollouts, request, progress), support_overlap=None)
+
+
+def test_older_targets_lack_the_overlap(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ids = torch.tensor([3, 4]).expand(4, 6, 2).to(torch.uint8)
+    given, request = replace(rollouts(), behavior_support_ids=ids), TeacherRequest(behavior_top_k=2, tail=True)
+    older = TargetCache(Older(TEACHER, batch_size=1), str(tmp_path))
+    older.bind(LanguageModel(STUDENT))
+    assert older.score(given.rows(torch.tensor([1, 2])), request).support_overlap is None
+    newer, expected = cache(tmp_path, batch_size=1), LocalTeacher(TEACHER, batch_size=1).score(given, request)
+    for found in ((2, 2), (4, 0)):
+        targets = newer.score(given, request)
+        assert hits(newer) == found
+        assert targets.support_overlap is not None
+        assert expected.support_overlap is not None
+        assert torch.equal(targets.support_overlap[[0, 3]], expected.support_overlap[[0, 3]])
+        assert (targets.support_overlap[[1, 2]] == -1).all()
+        assert_equal(replace(targets, support_overlap=None), replace(expected, support_overlap=None))
+    assert caplog.text.count("lack the overlap of supports") == 1
 
 
 def test_a_state_that_changes_the_weights_changes_the_keys(tmp_path: Path) -> None:

@@ -17,12 +17,13 @@ from opdlab.errors import UsageError
 from opdlab.gating import build_gate
 from opdlab.objectives import SampledTokenOPD
 from opdlab.policies import BehaviorPolicy, LanguageModel, LocalTeacher, SamplingConfig, TeacherRequest
+from opdlab.progress import Progress
 from opdlab.replay import read_record, record_folders
 from opdlab.replay.fresh import recorded_prompts
 from opdlab.rollouts import Collector, Rollouts, Targets
 from opdlab.toy import ChainProblems, chain_tokenizer
 from opdlab.training import score_batch
-from opdlab.types import Minibatch, trimmed
+from opdlab.types import Minibatch, Problem, Prompt, trimmed
 from opdlab.viewer import choose_rollouts
 from tests.test_resume import SaveAt
 from tests.toy_run import STUDENT, TEACHER, Run
@@ -116,6 +117,23 @@ def test_the_first_response_token_follows_the_last_token_of_each_prompt(
             torch.testing.assert_close(values[row][rollouts.mask[row]], expected, rtol=0, atol=1e-4)
 
 
+class Watched(LocalTeacher):
+    """Keeps the prompts that it receives."""
+
+    def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
+        masks = zip(rollouts.prompt_tokens, rollouts.prompt_mask, strict=True)
+        self.seen = [tokens[mask].tolist() for tokens, mask in masks]
+        return super().score(rollouts, request, progress)
+
+
+def test_a_teacher_need_not_know_of_prompts_of_its_own(student: LanguageModel) -> None:
+    problem, teacher = Problem("0", "1 a+1\n", "2"), Watched(TEACHER)
+    prompts = [Prompt(0, problem, (7, 5)), Prompt(1, problem, (8, 5), (4, 3, 5))]
+    behavior = BehaviorPolicy(student, SamplingConfig(max_new_tokens=2))
+    Collector(behavior, teacher, TeacherRequest()).collect(prompts, seed=0)
+    assert teacher.seen == [[7, 5], [4, 3, 5]]  # the student's where a problem has none for the teacher
+
+
 def test_the_teacher_sees_the_students_prompt_unless_it_has_its_own(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -139,7 +157,7 @@ def test_a_chat_keeps_its_turns(tokenizer: PreTrainedTokenizerFast, tmp_path: Pa
 
 def test_long_prompts_of_the_teacher_are_left_out_and_counted(tmp_path: Path) -> None:
     path = rows_file(tmp_path, ROWS)
-    data = PromptDataModule(JsonlProblems(path, teacher_text=WITH_SOLUTION), max_teacher_prompt_tokens=20)
+    data = PromptDataModule(JsonlProblems(path, teacher_text=WITH_SOLUTION), max_teacher_prompt_tokens=18)
     data.prepare(chain_tokenizer(), training=True)
     assert data.train_prompts is not None
     assert [prompt.problem.id for prompt in data.train_prompts.prompts] == ["1"]
