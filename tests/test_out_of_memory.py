@@ -20,7 +20,10 @@ class Full(Callback):
         if trainer.global_step == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a")
 """
-FIT = "fit -c configs/quickstart.yaml --trainer.default_root_dir {root} --trainer.max_steps 2 --trainer.logger false"
+FIT = (
+    "fit -c configs/quickstart.yaml --trainer.default_root_dir {root} --trainer.max_steps 2 --trainer.logger false"
+    " --data.benchmarks.toy.init_args.num_problems 4"
+)
 
 
 @pytest.mark.parametrize(
