@@ -166,6 +166,11 @@ def test_masses_and_overlap(support: Any) -> None:
         mass = (made.logits[side].detach().softmax(1) * inside[support]).sum(1)
         torch.testing.assert_close(metrics[f"{side}_support_mass"][made.scored.mask].double(), mass, rtol=0, atol=1e-5)
     assert ("top1_agreement" in metrics) == (support != "student")
+    if support != "student":
+        first = {side: made.logits[side].detach().argmax(1) for side in ("teacher", "student")}
+        agree = first["teacher"] == first["student"]
+        assert torch.equal(metrics["top1_agreement"][made.scored.mask].bool(), agree)
+        assert not agree.all()
     assert ("support_overlap" in metrics) == (support == "union")
     if support == "union":
         overlap = (tops["teacher"] & tops["behavior"]).sum(1) / K
