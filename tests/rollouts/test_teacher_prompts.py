@@ -128,10 +128,10 @@ class Watched(LocalTeacher):
 
 def test_a_teacher_need_not_know_of_prompts_of_its_own(student: LanguageModel) -> None:
     problem, teacher = Problem("0", "1 a+1\n", "2"), Watched(TEACHER)
-    prompts = [Prompt(0, problem, (7, 5)), Prompt(1, problem, (8, 5), (4, 3, 5))]
+    prompts = [Prompt(0, problem, (8, 5), (4, 3, 5)), Prompt(1, problem, (7, 5))]
     behavior = BehaviorPolicy(student, SamplingConfig(max_new_tokens=2))
     Collector(behavior, teacher, TeacherRequest()).collect(prompts, seed=0)
-    assert teacher.seen == [[7, 5], [4, 3, 5]]  # the student's where a problem has none for the teacher
+    assert teacher.seen == [[4, 3, 5], [7, 5]]  # the student's where a problem has none for the teacher
 
 
 def test_the_teacher_sees_the_students_prompt_unless_it_has_its_own(
