@@ -254,12 +254,14 @@ def four(base: Rollouts, times: int = 3) -> Rollouts:
 
 
 @pytest.mark.parametrize("trouble", ["error", "cut", "short", "slow", "few"])
-def test_a_failed_request_is_sent_again_and_no_other(trouble: str) -> None:
+def test_a_failed_request_is_sent_again_and_no_other(trouble: str, caplog: pytest.LogCaptureFixture) -> None:
     rows, wanted = four(rollouts()), TeacherRequest(top_k=3)
     with FakeVLLM(troubles={2: trouble, 5: trouble}, slow=1.5) as made:
         teacher = bound(made, timeout=1.0 if trouble == "slow" else 20.0, concurrency=4)
-        ours = teacher.score(rows, wanted)
+        with caplog.at_level("INFO"):
+            ours = teacher.score(rows, wanted)
         assert teacher.metrics()["targets/retries"] == 2
+        assert caplog.text.count("failed requests are sent again, up to 6 times") == 1
         assert len(made.asked) == 14
         assert len(made.answered) == len({tuple(each) for each in made.answered}) == 12
         assert made.most <= 4

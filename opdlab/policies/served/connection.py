@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import math
 import os
 import queue
@@ -13,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
-from tenacity import AsyncRetrying, retry_if_exception_type, wait_exponential, wait_random
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential, wait_random
 
 from opdlab.errors import UsageError, printable, require
 from opdlab.policies.served.loop_thread import LoopThread
@@ -22,6 +23,7 @@ TOKEN_VARIABLE = "OPDLAB_TEACHER_TOKEN"
 """Environment variable with the token of a teacher's server: no option, because saved configurations show options."""
 _CONNECT_SECONDS = 10.0
 _LONGEST_WAIT = 30.0  # seconds between two attempts, and how long a server that failed is left out of the rotation
+_LOG = logging.getLogger("lightning.pytorch")  # rank_zero_info would hide what another process meets
 _POLL_SECONDS = 0.2
 _LAST_SECONDS = 30.0  # for what is under way when another request has failed for good
 _BUSY = (408, 425, 429)  # statuses below 500 after which the same request may succeed
@@ -128,7 +130,7 @@ class Servers:
         self._retry_seconds, self._owner, self._token_variable = retry_seconds, owner, token_variable
         self._turn = 0  # index of the server that is next
         self._rests_until = [0.0] * len(self.urls)  # by time.monotonic()
-        self._failed = False
+        self._failed = self._told = False
         self._attempts: set[asyncio.Task[Any] | None] = set()  # tasks that wait for a server's answer
         self.num_retries, self.num_answers, self.seconds = 0, 0, 0.0
         """Attempts after a failure, answers, and their summed seconds, since :meth:`reset_counts`."""
@@ -217,6 +219,7 @@ class Servers:
             stop=lambda state: self._failed or state.attempt_number > self.retries,
             wait=wait_exponential(self._retry_seconds, _LONGEST_WAIT) + wait_random(0, self._retry_seconds),
             retry=retry_if_exception_type(_TroubleError),
+            before_sleep=self._tell,
             reraise=True,
         )
         try:
@@ -237,6 +240,12 @@ class Servers:
                 "goes on with --ckpt_path last"
             ) from error
         raise AssertionError("the loop returns or raises")
+
+    def _tell(self, state: RetryCallState) -> None:
+        """Say at the first failure of all that requests are sent again, which may take minutes; in any process."""
+        if not self._told and state.outcome is not None:
+            self._told = True
+            _LOG.info(f"{state.outcome.exception()}; failed requests are sent again, up to {self.retries} times")
 
     async def _once(self, session: aiohttp.ClientSession, ask: Ask) -> Any:
         index = self._next() if ask.server is None else ask.server
