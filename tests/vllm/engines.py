@@ -21,7 +21,7 @@ from opdlab.seeds import derive_streams
 from opdlab.toy import chain_tokenizer
 from opdlab.types import Rollouts
 
-_START_SECONDS = 300
+_START_SECONDS = 600  # compiling included
 
 
 def tiny(folder: Path, seed: int, hidden_size: int = 64) -> Path:
@@ -52,7 +52,7 @@ def server(folder: Path, log: Path, *options: str) -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--enforce-eager", "--dtype", "float32", "--max-logprobs", "64", *options]
+    command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-logprobs", "64", *options]
     settings = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with log.open("w") as written:
         process = subprocess.Popen(

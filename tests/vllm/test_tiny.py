@@ -33,7 +33,7 @@ PROMPTS = [[5, 9, 3], [7], [4, 4, 8, 12, 3]]
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("server")
-    with server(tiny(folder / "model", seed=8), folder / "log", "--max-model-len", "128") as started:
+    with server(tiny(folder / "model", seed=8), folder / "log", "--max-model-len", "128", "--enforce-eager") as started:
         yield started
 
 
@@ -149,7 +149,7 @@ def test_a_served_teacher_is_the_local_one(tmp_path: Path, student: LanguageMode
     folder = tiny(tmp_path / "teacher", seed=5, hidden_size=96)
     rollouts = taken(TransformersSampler(), student, PROMPTS, num_samples=2, max_new_tokens=16)
     request = TeacherRequest(top_k=8, tail=True)
-    with server(folder, tmp_path / "log", "--max-model-len", "128") as url:
+    with server(folder, tmp_path / "log", "--max-model-len", "128", "--enforce-eager") as url:
         served = ServedTeacher(url, timeout=120.0)
         served.bind(student)
         ours = served.score(rollouts, request)
