@@ -20,6 +20,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin,
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from opdlab.errors import UsageError
+from opdlab.policies.decoding_cache import join_layers
 from opdlab.policies.draws import draw, uniforms
 
 # Rows leave once this share of them is done, because the whole cache is copied whenever rows leave or enter. Half and
@@ -308,27 +309,9 @@ def _join(parts: Sequence[_Rows], max_width: int) -> _Rows:
     )
     width = max(1, int(lengths.max()))
     cache = parts[0].cache
-    for layers in zip(*(part.cache.layers for part in parts), strict=True):
-        _join_layers(layers, [part.origins for part in parts], width)
+    for number, layers in enumerate(zip(*(part.cache.layers for part in parts), strict=True)):
+        cache.layers[number] = join_layers(layers, [part.origins for part in parts], width, max_width)
     padding = width - lengths[:, None]  # [A, 1], columns on the left that a row does not use
     mask = (torch.arange(max_width + 1, device=padding.device) >= padding).long() if bool(padding.any()) else None
     origins = torch.arange(len(places), device=places.device)
     return _Rows(cache, width, origins, places, lengths, tokens, remaining, mask)
-
-
-def _join_layers(layers: Sequence[DynamicLayer], origins: Sequence[Tensor], width: int) -> None:
-    """Copy the rows of all layers into the first layer, padded with zeros or cut on the left to ``width`` columns."""
-    first = layers[0]
-    if isinstance(first, DynamicSlidingWindowLayer):
-        first.cumulative_length = width
-        width = min(width, first.sliding_window - 1)
-    for name in ("keys", "values"):
-        states = [getattr(layer, name) for layer in layers]
-        states = [state[:, :, max(0, state.shape[2] - width) :] for state in states]
-        _, heads, _, size = states[0].shape
-        joined = states[0].new_zeros(sum(map(len, origins)), heads, width, size)  # [A, heads, W, head size]
-        first_row = 0
-        for state, rows in zip(states, origins, strict=True):
-            joined[first_row : first_row + len(rows), :, width - state.shape[2] :] = state[rows]
-            first_row += len(rows)
-        setattr(first, name, joined)

@@ -24,7 +24,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from opdlab.policies import LanguageModel, decoding
+from opdlab.policies import LanguageModel, decoding, decoding_cache
 from opdlab.policies.decoding import Decoding, why_not_selectable
 from opdlab.seeds import derive_streams
 from opdlab.toy.chain import chain_problems
@@ -81,10 +81,13 @@ def greedy(model: PreTrainedModel, prompt: list[int], max_new_tokens: int, stops
     return until_stop(output[0, len(prompt) :].tolist(), stops)
 
 
-@pytest.mark.parametrize("batch_size", [3, 64])
+@pytest.mark.parametrize(("batch_size", "room"), [(3, 2), (64, 32)])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_likeliest_tokens_are_those_of_plain_generate(name: str, batch_size: int) -> None:
-    # Every architecture, every kind of layer; rows of many lengths leave and enter.
+def test_the_likeliest_tokens_are_those_of_plain_generate(
+    name: str, batch_size: int, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Every architecture, every kind of layer; rows leave and enter; the cache has too little room, or enough.
+    monkeypatch.setattr(decoding_cache, "MIN_ROOM", room)
     model = random_model(CONFIGS[name]())
     output = decode(model, PROMPTS, 2, batch_size, temperature=1e-6, max_new_tokens=12)
     assert output.shape == (18, 12)
