@@ -85,6 +85,8 @@ COMMANDS: dict[str, Command] = {
 
 def _run(arguments: Sequence[str]) -> int:
     if arguments and arguments[0] in COMMANDS:
+        if sys.stderr.isatty() and STOP.forward_to is None:  # imports take seconds
+            print(f"opdlab {arguments[0]}: loading libraries", file=sys.stderr, flush=True)
         return COMMANDS[arguments[0]](arguments[1:])
     parser = PlainParser(
         prog="opdlab",

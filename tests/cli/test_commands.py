@@ -1,12 +1,13 @@
 """The table of commands: the list, the imports, and a help text for every command."""
 
+import io
 import sys
 from pathlib import Path
 
 import pytest
 
 from opdlab.cli import EXIT_USAGE, main
-from opdlab.cli.commands import COMMANDS
+from opdlab.cli.commands import COMMANDS, Command
 from opdlab.objectives import objective_names
 from opdlab.version import __version__
 from tests.children import run_child
@@ -34,6 +35,21 @@ def test_help_and_version_are_there_at_once() -> None:
         assert name in shown.split()
         assert command.summary in " ".join(shown.split())
     assert imported_by("--version") == (f"opdlab {__version__}\n", set())
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_shows_a_line_before_the_imports(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown, before = io.StringIO(), []
+    monkeypatch.setattr(shown, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", shown)
+
+    def run(*_: object) -> int:
+        before.append(shown.getvalue())
+        return 0
+
+    monkeypatch.setattr(Command, "__call__", run)
+    assert main(["gates"]) == 0
+    assert before == ["opdlab gates: loading libraries\n" if terminal else ""]
 
 
 def test_gates_are_listed_without_lightning_and_transformers() -> None:
