@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The versions that passed. pyproject.toml has the ranges; see CONTRIBUTING.md for when to widen them.
 CONSTRAINED := $(INSTALL) --constraint constraints.txt
 
-.PHONY: demo test test-slow test-browser test-conformance test-vllm test-newest test-lowest constraints smollm2 lint types wheel docs docs-serve \
+.PHONY: demo test test-slow test-browser test-conformance test-vllm test-newest test-lowest constraints smollm2 lint types wheel release docs docs-serve \
   docs-pictures toy-models clean
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -105,6 +105,17 @@ types: $(INSTALLED)
 
 wheel: $(INSTALLED) ## build a wheel, install it elsewhere, and import it there
 	sh tests/check_wheel.sh $(PYTHON) $(BIN)/python
+
+# Nothing is uploaded: CONTRIBUTING.md has the rest of the list.
+RELEASE := .venv-release/bin/python -m
+release: ## build what an index would get into dist/, check it, install it, and distil for two steps
+	rm -rf dist .venv-release
+	$(PYTHON) -m venv .venv-release
+	$(RELEASE) pip install --quiet --disable-pip-version-check build twine
+	$(RELEASE) build --outdir dist .
+	$(RELEASE) twine check --strict dist/*
+	$(RELEASE) pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
+	cd $$(mktemp -d) && $(CURDIR)/.venv-release/bin/opdlab fit -c quickstart --trainer.max_steps 2
 
 # The banner is about a successor of the theme.
 DOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
