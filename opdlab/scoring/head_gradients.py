@@ -116,7 +116,11 @@ class _Product:
     def add_tile(self, rows: slice, columns: slice, gradient: Tensor) -> None:
         narrow = gradient.to(self.states.dtype)
         if self.of_states is not None:
-            self.of_states[rows] += product(narrow, self.matrix[columns].to(narrow.dtype))  # [N', C] @ [C, R]
+            into, matrix = self.of_states[rows], self.matrix[columns].to(narrow.dtype)
+            if narrow.dtype == into.dtype:
+                into.addmm_(narrow, matrix)  # [N', C] @ [C, R], without memory for the product
+            else:
+                into += product(narrow, matrix)
         if self.of_matrix is not None:
             if self.of_matrix.dtype == self.states.dtype == wide_dtype(narrow):
                 self.of_matrix[columns].addmm_(narrow.T, self.states[rows])  # [C, N'] @ [N', R]
