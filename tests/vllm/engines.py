@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from opdlab.policies import LanguageModel, SamplingConfig, sample_rollouts
+from opdlab.policies import LanguageModel, SamplingConfig, VLLMServerSampler, sample_rollouts
 from opdlab.seeds import derive_streams
 from opdlab.toy import chain_tokenizer
 from opdlab.types import Rollouts
@@ -90,3 +90,15 @@ def taken(
     for rows, scored in model.score_in_chunks(rollouts, 16):
         rollouts.behavior_logprobs[rows] = scored.padded(scored.statistics().logprobs)
     return rollouts
+
+
+@contextmanager
+def served(model: LanguageModel, path: Path, folder: Path, *options: str) -> Iterator[VLLMServerSampler]:
+    with server(path, folder / "log", "--max-model-len", "512", *options) as url:
+        sampler = VLLMServerSampler(url, folder=str(folder / "weights"), timeout=600.0)
+        sampler.setup(model)
+        yield sampler
+
+
+def said(line: str) -> None:
+    print(f"\nfigure: {line}")
