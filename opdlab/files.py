@@ -13,11 +13,35 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from opdlab.errors import FullDiskError
+from opdlab.errors import FullDiskError, UsageError
 
 PARTIAL = ".partial"
 """Suffix of a file that is being written."""
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def expanded(path: str, field: str) -> Path:
+    """Return a path with the home folder in place of ``~``.
+
+    Args:
+        path: as the user wrote it.
+        field: name of the option, for the message.
+
+    Raises:
+        UsageError: it begins with ``~name``, and there is no such user.
+
+    Example:
+        >>> expanded("./weights", "folder").name
+        'weights'
+        >>> expanded("~no one/weights", "folder")
+        Traceback (most recent call last):
+        ...
+        opdlab.errors.UsageError: folder is '~no one/weights', but its home folder is not known: give the whole path
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{field} is '{path}', but its home folder is not known: give the whole path") from error
 
 
 @contextmanager

@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from opdlab.cli import main
-from opdlab.cli.checks import num_processes
 from opdlab.cli.config_files import expand_names
 from opdlab.cli.parsing import fit_parser, parse_fit
 from opdlab.cli.replay import parser as replay_parser
 from opdlab.cli.serve_teacher import parser as serve_parser
+from opdlab.cli.sharding_checks import num_processes
 from opdlab.cli.study import find_study, plain_config, plan_study
 from opdlab.cli.study import parser as study_parser
 from opdlab.diagnostics import metric_table

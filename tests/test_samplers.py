@@ -289,6 +289,14 @@ def test_a_correction_needs_log_probabilities_of_the_sampler(make_run: MakeRun) 
     [
         ("--model.sampler_correction tis", "model.sampler_correction is 'tis', but sampler is TransformersSampler"),
         ("--model.sampler transformer", "unknown sampler 'transformer'; did you mean 'transformers'?"),
+        (
+            "--model.sampler vllm --model.eval_sampling.temperature 0.001",
+            "model.eval_sampling.temperature is 0.001, but vLLM samples at 0.01 or above",
+        ),
+        (
+            "--model.teacher ServedTeacher --model.teacher.url localhost:8700",
+            "model.teacher.url is 'localhost:8700', but must begin with http:// or https://",
+        ),
         ("--model.sampler my_samplers.Picky", "model.sampler.size is 0, but must be at least 1"),
     ],
 )

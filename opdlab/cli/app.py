@@ -5,12 +5,9 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from importlib import import_module
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -23,6 +20,7 @@ from opdlab.callbacks.evaluation_table import TEACHER
 from opdlab.checkpoints import check_checkpoint, small_parts
 from opdlab.cli.building import build, with_seeds
 from opdlab.cli.checks import check_files, check_resume, check_trainer, warn_of_idle_recorder
+from opdlab.cli.derived_options import fill_evaluation, fill_fit
 from opdlab.cli.ending import run_to_end
 from opdlab.cli.estimate import refuse_oversized
 from opdlab.cli.hparams import log_hyperparameters
@@ -33,8 +31,7 @@ from opdlab.files import full_disk
 from opdlab.module import OPDModule
 from opdlab.policies import LanguageModel
 from opdlab.records import RESULTS
-from opdlab.run_folder import RunFolder, fit_samples_folder, samples_folder_for
-from opdlab.seeds import evaluation_seed
+from opdlab.run_folder import RunFolder
 from opdlab.training.run_trainer import MetricsFile, RunTrainer
 from opdlab.training.shared_folder import check_shared_folder
 
@@ -143,32 +140,11 @@ class OPDCLI(LightningCLI):
         if self.config.trainer.enable_progress_bar is not False:
             self.trainer_defaults["callbacks"].append(LabProgressBar())
         self.filled = config = self.config.clone()
-        (self._fill_fit if self.command == "fit" else self._fill_evaluation)(config, root)
-
-    def _fill_evaluation(self, config: Namespace, root: Path) -> None:
-        evaluation = config.model.evaluation
-        config.trainer.logger = False if config.trainer.logger is None else config.trainer.logger
-        if config.ckpt_path is not None and config.checkpoint.dirpath is None:
-            config.checkpoint.dirpath = str(Path(config.ckpt_path).absolute().parent)
-        evaluation.seed = evaluation_seed(evaluation.seed, config.ckpt_path)
-        if evaluation.samples is None:
-            student = config.get("model.student.init_args.path") or "student"
-            evaluation.samples = samples_folder_for(student, config.ckpt_path, root)
-        if not evaluation.reverse_kl:
-            # Avoids reading the teacher's weights.
-            config.model.teacher = {"class_path": "opdlab.evaluation.NoTeacher"}
-
-    def _fill_fit(self, config: Namespace, root: Path) -> None:
-        evaluation = config.model.evaluation
-        self.folder = folder = self._run_folder(root)
-        evaluation.samples = str(fit_samples_folder(evaluation.samples, folder.path))
-        if config.checkpoint.dirpath is None:
-            config.checkpoint.dirpath = str(folder.checkpoints.absolute())
-        if config.trainer.logger in (None, True):
-            arguments = {"save_dir": str(root), "name": "", "version": folder.path.name}
-            config.trainer.logger = {"class_path": _TENSORBOARD, "init_args": arguments}
-        for logger in config.trainer.logger if isinstance(config.trainer.logger, list) else [config.trainer.logger]:
-            _keep_in(folder, logger)
+        if self.command == "fit":
+            self.folder = self._run_folder(root)
+            fill_fit(config, root, self.folder)
+        else:
+            fill_evaluation(config, root)
 
     def _run_folder(self, root: Path) -> RunFolder:
         """Return the folder of the resumed run, or a new one; the first process makes it, and others learn of it later.
@@ -303,15 +279,3 @@ class OPDCLI(LightningCLI):
     @property
     def _has_benchmarks(self) -> bool:
         return bool(self.datamodule.benchmark_sources)
-
-
-def _keep_in(folder: RunFolder, logger: Any) -> None:
-    """Let a logger write into the run's folder unless the user gave it a folder: fill in an unset ``save_dir``."""
-    if not isinstance(logger, dict | Namespace) or "class_path" not in logger:
-        return
-    module, _, name = logger["class_path"].rpartition(".")
-    default = signature(getattr(import_module(module), name)).parameters.get("save_dir")
-    arguments = logger.get("init_args") or {}
-    if default is not None and default.default is not default.empty and arguments.get("save_dir") == default.default:
-        arguments["save_dir"] = str(folder.path / Path(default.default or "."))
-        logger["init_args"] = arguments

@@ -8,7 +8,6 @@ import sys
 import warnings
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -23,15 +22,17 @@ from torch import nn
 
 from opdlab.callbacks import BehaviorRefresh, CollapseGuard, GateMonitor, HFExport, PoolRecorder, SampleLogger
 from opdlab.cli.building import build, sections, under, with_seeds
-from opdlab.cli.sharding_checks import check_sharding
+from opdlab.cli.configured_models import configured_engine, configured_teacher
+from opdlab.cli.sharding_checks import check_sharding, num_processes
 from opdlab.data import PromptDataModule
 from opdlab.data.cleaning import CleaningConfig
-from opdlab.devices import devices_per_node
 from opdlab.errors import UsageError, first_line, require, user_line
 from opdlab.evaluation.config import EvaluationConfig
+from opdlab.files import expanded
 from opdlab.module import OPDModule
 from opdlab.parser_messages import types_in_words
 from opdlab.policies import SamplingConfig, TransformersSampler
+from opdlab.policies.engines.requests import check_temperature
 from opdlab.rollouts import DemonstrationConfig, ReuseConfig
 from opdlab.training.checks import check_token_bound, check_verdicts
 from opdlab.training.resume import check_before_models, plain_settings
@@ -113,20 +114,19 @@ def check_config(parser: ArgumentParser, config: Namespace) -> None:
         plugins[key] = config[key]
     if not plugins.data.train.class_path.startswith("opdlab."):
         del plugins["data"]  # the source of another package may read its files when it is built
+    if str(configured_teacher(config).class_path).endswith(".ServedTeacher"):  # loads nothing before it is bound
+        plugins["model.teacher"] = config.model.teacher
     built = build(parser, plugins, groups=False).model
     # Whether the problems have a verifier is known once they are read.
     check_verdicts(built.objective, True, sizes[0], made["demonstrations"].share, reuse.prompts_per_pool)
     with under("model", config.model):
         check_correction(config.model.sampler_correction, built.sampler or TransformersSampler())
+    for key in ("model.sampling", "model.eval_sampling") if configured_engine(config) is not None else ():
+        with under(key, config[key]):
+            check_temperature(parts[key].temperature)
     check_optimizer(built.optimizer, built.lr_scheduler, config)
     check_trainer(config)
     reuse.check(*sizes, num_processes(config) or 1)
-
-
-def num_processes(config: Namespace) -> int | None:
-    """Return the number of processes of a run; None if it depends on the machine, or ``trainer.devices`` is wrong."""
-    devices = devices_per_node(config.trainer.devices)
-    return None if devices is None else devices * int(config.trainer.num_nodes) or None
 
 
 def check_nulls(config: Namespace) -> None:
@@ -270,7 +270,7 @@ def check_files(config: Namespace) -> None:
         path = (section.get("init_args") or {}).get("path")
         if isinstance(path, str) and str(section.get("class_path")).startswith("opdlab.data."):
             local = path.startswith((".", "/", "~")) or path.endswith(kinds) or "Jsonl" in section["class_path"]
-            exists = not local or Path(path).expanduser().exists()
+            exists = not local or expanded(path, f"{key}.path").exists()
             require(exists, f"{key}.path is {path}, but this file does not exist: give the path of one that does")
 
 

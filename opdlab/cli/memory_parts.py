@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from lightning.pytorch.cli import instantiate_class
 
-from opdlab.cli.checks import num_processes
 from opdlab.cli.configured_models import (
     configured_models,
     configured_teacher,
@@ -18,7 +17,7 @@ from opdlab.cli.configured_models import (
 from opdlab.cli.memory_engine import add_engine
 from opdlab.cli.memory_table import Estimate
 from opdlab.cli.sharded_parts import GRADIENTS, OPTIMIZER, SNAPSHOT, STUDENT, TEACHER, add_sharding, checkpoint_bytes
-from opdlab.cli.sharding_checks import copies_gradients, shards_weights
+from opdlab.cli.sharding_checks import copies_gradients, num_processes, shards_weights
 from opdlab.estimate import (
     DIVERGENCE_TILES,
     FLOAT,

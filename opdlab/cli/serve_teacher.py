@@ -9,7 +9,7 @@ from opdlab.cli.commands import COMMANDS, PlainParser
 from opdlab.errors import UsageError, require
 from opdlab.policies import LocalTeacher
 from opdlab.policies.loading import DType, Quantization
-from opdlab.policies.served.connection import TOKEN_VARIABLE, access_token
+from opdlab.policies.served.address import TOKEN_VARIABLE, access_token
 from opdlab.policies.served.server import TeacherServer, check_host, serve
 
 

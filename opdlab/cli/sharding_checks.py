@@ -1,6 +1,7 @@
 """Checks of the strategy in a resolved configuration, before models are loaded."""
 
 from jsonargparse import Namespace
+from lightning.pytorch.strategies import StrategyRegistry
 
 from opdlab.cli.configured_models import (
     configured_engine,
@@ -9,10 +10,18 @@ from opdlab.cli.configured_models import (
     is_own_teacher,
     plugin_options,
 )
+from opdlab.devices import devices_per_node
 from opdlab.errors import require
 from opdlab.policies.engines.weights import check_merging
+from opdlab.registry import suggestion
 from opdlab.training.checks import BY_SHARDING, check_overlap, check_sharded, refuse_kept_teacher
 from opdlab.training.sharded_strategy import NAME, ShardedStrategy, check_strategy
+
+
+def num_processes(config: Namespace) -> int | None:
+    """Return the number of processes of a run; None if it depends on the machine, or ``trainer.devices`` is wrong."""
+    devices = devices_per_node(config.trainer.devices)
+    return None if devices is None else devices * int(config.trainer.num_nodes) or None
 
 
 def shards_weights(config: Namespace) -> bool:
@@ -40,6 +49,16 @@ def check_sharding(config: Namespace) -> None:
         UsageError: naming the key, and what to take instead.
     """
     check_strategy(_name_of(config))
+    given, known = config.trainer.strategy, ("auto", *StrategyRegistry.available_strategies())
+    if isinstance(given, str) and "." not in given:
+        mend = suggestion(given, ("auto", "ddp", NAME)) or ";"
+        require(given in known, f"trainer.strategy is {given}, which does not exist{mend} give auto, ddp or {NAME}")
+    processes = num_processes(config) or 1
+    require(
+        processes == 1 or given != "single_device",
+        f"trainer.strategy is single_device, but trainer.devices and trainer.num_nodes make {processes} processes: use "
+        "auto or ddp, or one device",
+    )
     if config.data.reuse.overlap:
         compiles = bool(plugin_options(config.model.student).get("compile"))
         check_overlap(sharded=shards_weights(config), compiles=compiles)

@@ -4,7 +4,6 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from opdlab.data.jsonl import JsonlProblems
@@ -13,6 +12,7 @@ from opdlab.data.rows import RowProblems
 from opdlab.data.table_problems import TableProblems
 from opdlab.data.templates import REASONING_SUFFIX, RawTemplate, Template
 from opdlab.errors import require
+from opdlab.files import expanded
 from opdlab.registry import suggestion
 from opdlab.types import Problem
 from opdlab.verifiers.math.math_verifier import MathVerifier
@@ -107,7 +107,7 @@ class PublishedProblems(ProblemSource):
         )
         known = self._published
         self._rows: RowProblems
-        if path is not None and not Path(path).expanduser().is_dir():
+        if path is not None and not expanded(path, "path").is_dir():
             self._rows = JsonlProblems(path, limit=limit, offset=offset)
             return
         self._rows = TableProblems(

@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from opdlab.data.rows import RowProblems
 from opdlab.errors import UsageError, require
+from opdlab.files import expanded
 
 
 class JsonlProblems(RowProblems):
@@ -22,7 +22,7 @@ class JsonlProblems(RowProblems):
 
     def __init__(self, path: str, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.path = Path(path).expanduser()
+        self.path = expanded(path, "path")
 
     @property
     def name(self) -> str:

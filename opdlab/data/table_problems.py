@@ -8,6 +8,7 @@ from typing import Any
 
 from opdlab.data.rows import RowProblems
 from opdlab.errors import UsageError, require
+from opdlab.files import expanded
 
 # Builders of `datasets` by file suffix; it knows only lower-case suffixes.
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -76,7 +77,7 @@ class TableProblems(RowProblems):
 
     @property
     def _local(self) -> Path:
-        return Path(self.path).expanduser()
+        return expanded(self.path, "path")
 
     def _table(self) -> Iterable[dict[str, Any]]:
         import datasets

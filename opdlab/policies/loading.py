@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from opdlab.errors import UsageError, first_line, require
+from opdlab.files import expanded
 from opdlab.out_of_memory import out_of_memory
 from opdlab.packages import is_installed, package_trouble, require_package
 from opdlab.policies.sharding import local
@@ -143,7 +144,7 @@ def resolve(path: str, with_config: bool = True) -> str:
             raise UsageError(f"model '{path}': there is no package '{package}'") from error
         require(shipped.is_dir(), f"model '{path}': package '{package}' holds no folder '{folder}'")
         return str(shipped)
-    local = Path(path).expanduser()
+    local = expanded(path, "path")
     looks_local = local.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1 or path.endswith("/")
     require(
         local.is_dir() or not looks_local,
@@ -175,7 +176,7 @@ def adapter_base(path: str) -> str | None:
     Raises:
         UsageError: the adapter does not name its base.
     """
-    folder = Path(path).expanduser()
+    folder = expanded(path, "path")
     if not (folder / ADAPTER_CONFIG).is_file() or (folder / "config.json").is_file():
         return None
     try:

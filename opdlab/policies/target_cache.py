@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from opdlab.errors import UsageError, require
-from opdlab.files import naming_full_disk, replacing
+from opdlab.files import expanded, naming_full_disk, replacing
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.teacher import Teacher
 from opdlab.progress import Progress
@@ -54,7 +54,7 @@ class TargetCache(Teacher):
             "leave the TargetCache out, or set the teacher's decay to null",
         )
         require(bool(folder), "folder is empty, but must be the folder of the targets, such as ./targets")
-        self.teacher, self.folder = teacher, Path(folder).expanduser()
+        self.teacher, self.folder = teacher, expanded(folder, "folder")
         self.names, self.offload = teacher.names, teacher.offload
         self._fingerprint = ""
         self._metrics: dict[str, float] = {}

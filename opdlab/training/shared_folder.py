@@ -62,10 +62,12 @@ def check_shared_folder(trainer: Trainer, folder: Path | None) -> None:
 def _appears(path: Path) -> bool:
     """True if a file is there, or appears in time."""
     deadline = time.monotonic() + _LATE_SECONDS
-    while not path.exists():
+    while True:
+        with suppress(OSError):  # without the right to look, other processes must still hear that it is not seen
+            if path.exists():
+                return True
         if time.monotonic() > deadline:
             return False
         time.sleep(0.25)
         with suppress(OSError):
             next(path.parent.iterdir(), None)  # makes NFS read the folder again
-    return True

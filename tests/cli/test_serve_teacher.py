@@ -14,7 +14,7 @@ import torch
 
 from opdlab.cli import main
 from opdlab.policies import LanguageModel, LocalTeacher, ServedTeacher, TeacherRequest
-from opdlab.policies.served.connection import TOKEN_VARIABLE
+from opdlab.policies.served.address import TOKEN_VARIABLE
 from tests.policies.test_served_teacher import rollouts
 from tests.toy_run import STUDENT, TEACHER
 

@@ -67,5 +67,14 @@ def test_what_does_not_go_together_is_refused(
     assert refusal(capsys, *SHARDED, *merged).startswith(
         "model.sampler is vLLM, which takes the adapter of model.student merged into a copy of the weights, but "
     )
+    two = ["--trainer.strategy", "single_device", "--trainer.devices", "2"]
+    assert refusal(capsys, *two) == (
+        "trainer.strategy is single_device, but trainer.devices and trainer.num_nodes make 2 processes: use auto or "
+        "ddp, or one device"
+    )
+    assert refusal(capsys, "--trainer.strategy", "model_paralel") == (
+        "trainer.strategy is model_paralel, which does not exist; did you mean 'model_parallel'? give auto, ddp or "
+        "model_parallel"
+    )
     compiled = ["--model.student.compile", "true", "--data.reuse.overlap", "1"]
     assert refusal(capsys, *compiled).startswith("data.reuse.overlap is 1, but model.student.compile is true, and ")

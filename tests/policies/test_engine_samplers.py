@@ -382,6 +382,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(model: LanguageModel, folde
     (tmp_path / "file").touch()
     with servers(folder, {}) as (server,), pytest.raises(UsageError, match="model.sampler.folder is '.*/file/weights'"):
         ready(tmp_path, model, server, folder=str(tmp_path / "file/weights"))
+    for folder_, said in (("", "folder is empty"), ("~no one/x", "folder is '~no one/x', but its home folder")):
+        with pytest.raises(UsageError, match=said):
+            VLLMServerSampler("http://localhost:1", folder=folder_)
 
 
 # -- a run ------------------------------------------------------------------------------------------------------------

@@ -3,10 +3,12 @@
 import logging
 import math
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from opdlab.cli import main
 from opdlab.errors import Stopped, UsageError
 from opdlab.objectives import SampledTokenOPD, SupportDivergence, TeacherTopK
 from opdlab.policies import LanguageModel, LocalTeacher, RoutedTeacher, ServedTeacher, TargetCache, TeacherRequest
-from opdlab.policies.served.connection import TOKEN_VARIABLE
+from opdlab.policies.served.address import TOKEN_VARIABLE
 from opdlab.types import Rollouts, Targets
 from tests.policies.fake_vllm import FakeVLLM
 from tests.policies.test_routed_teacher import some_rollouts
@@ -147,7 +149,8 @@ def test_ids_that_the_student_lacks_are_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "k", "refused"), [(12, 5, None), (5, 5, None), (4, 5, "does not give so many .* --max-logprobs 13")]
+    ("limit", "k", "refused"),
+    [(12, 5, None), (5, 5, None), (4, 5, "does not give so many .* --max-logprobs 13"), (40, 32, None)],  # 38 tokens
 )
 def test_k_is_checked_before_training(limit: int, k: int, refused: str | None, make_run: MakeRun) -> None:
     with FakeVLLM(max_logprobs=limit) as made:
@@ -346,7 +349,21 @@ def test_the_model_is_found_or_named(server: FakeVLLM) -> None:
             bound(server)
         bound(server, model="toy")
     finally:
-        server.names.pop()
+        server.names[:] = ["toy"]
+
+
+def test_a_server_of_another_kind_is_named_with_the_key() -> None:
+    mend = "give the URL of vLLM or `opdlab serve-teacher` in model.teacher.url"
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as other:
+        threading.Thread(target=other.serve_forever, args=(0.02,), daemon=True).start()
+        teacher = ServedTeacher(f"http://127.0.0.1:{other.server_port}", retries=0)
+        with pytest.raises(UsageError, match=f"refuses a request .404: .*File not found.*: {mend}"):
+            teacher.bind(LanguageModel(STUDENT))
+        other.shutdown()
+    with FakeVLLM() as made:
+        made.names.clear()
+        with pytest.raises(UsageError, match=f"it lists no models: {mend}"):
+            bound(made, retries=0)
 
 
 def test_a_token_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,7 +475,12 @@ def test_a_served_teacher_among_several(server: FakeVLLM) -> None:
         ({"url": ["http://a", "http://a/v1"]}, "names a server twice"),
         ({"concurrency": 0}, "concurrency is 0"),
         ({"timeout": 0.0}, "timeout is 0"),
+        ({"timeout": float("inf")}, "timeout is inf, but must be above 0 and finite"),
         ({"retries": -1}, "retries is -1"),
+        ({"retry_seconds": float("inf")}, "retry_seconds is inf, but must be at least 0 and finite"),
+        ({"url": "http://user:password@host"}, "^url of host has a name or a password: leave it out, and give a token"),
+        ({"url": "http://a/v1?key=1"}, "but must end with the host or its path: leave out 'key=1'"),
+        ({"url": "http://a b"}, "must begin with http"),
     ],
 )
 def test_options(options: dict[str, Any], said: str) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from opdlab.errors import UsageError
 from opdlab.objectives import FullDivergence
 from opdlab.policies import LanguageModel, LocalTeacher, ServedTeacher, TargetCache, TeacherRequest
-from opdlab.policies.served.connection import TOKEN_VARIABLE
+from opdlab.policies.served.address import TOKEN_VARIABLE
 from opdlab.policies.served.server import TeacherServer
 from opdlab.policies.served.wire import BINARY, pack_rollouts, read_rollouts
 from opdlab.types import Rollouts, Targets

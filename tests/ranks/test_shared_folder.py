@@ -1,9 +1,13 @@
 """Two processes that do not see one folder are refused before they compute anything, in one line, by both."""
 
+import errno
 import os
+from collections.abc import Callable
 from contextlib import chdir, redirect_stderr
+from functools import partial
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lightning.pytorch.utilities import rank_zero_only
@@ -17,11 +21,26 @@ FIT = [
 ]
 
 
-def fit_in(rank: int, places: list[Path], roots: list[str]) -> tuple[int, str]:
-    """Return exit code and messages of ``opdlab fit`` in a place of this process's own."""
+def look_if_allowed(look: Callable[..., Any], path: Any, *args: Any, **options: Any) -> Any:
+    if ".seen-" in str(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+    return look(path, *args, **options)
+
+
+def fit_in(rank: int, places: list[Path], roots: list[str], denied: bool) -> tuple[int, str]:
+    """Return exit code and messages of ``opdlab fit`` in a place of this process's own.
+
+    Args:
+        rank: of this process.
+        places: working directories.
+        roots: values of ``trainer.default_root_dir``.
+        denied: the second process may not look into the folder of the first one's run.
+    """
     rank_zero_only.rank = rank  # type: ignore[attr-defined] # Lightning was imported before the process had a rank
     said = StringIO()
-    with chdir(places[rank]), redirect_stderr(said):
+    with chdir(places[rank]), redirect_stderr(said), pytest.MonkeyPatch.context() as patch:
+        if denied and rank == 1:
+            patch.setattr(os, "stat", partial(look_if_allowed, os.stat))
         return main([*FIT, "--trainer.devices=2", f"--trainer.default_root_dir={roots[rank]}"]), said.getvalue()
 
 
@@ -38,14 +57,17 @@ def fit_on_two_machines(rank: int, place: Path) -> tuple[int, str]:
         ), said.getvalue()
 
 
-@pytest.mark.parametrize("cause", ["another working directory", "another value"])
+@pytest.mark.parametrize("cause", ["another working directory", "another value", "no right to look"])
 def test_processes_that_do_not_see_one_folder_are_refused(pair: Processes, tmp_path: Path, cause: str) -> None:
     places = [tmp_path / "first", tmp_path / "second"]
     for place in places:
         place.mkdir()
     roots = ["runs", "runs"] if cause == "another working directory" else [str(place / "runs") for place in places]
-    results = pair.run(fit_in, places, roots)
-    host, (first, second) = os.uname().nodename, [place / "runs/version_0" for place in places]
+    if cause == "no right to look":
+        roots[1] = roots[0]
+    results = pair.run(fit_in, places, roots, cause == "no right to look")
+    host, first = os.uname().nodename, places[0] / "runs/version_0"
+    second = places[1] / "runs/version_0" if roots[1] != roots[0] or roots[0] == "runs" else first
     for code, said in results:
         assert code == EXIT_USAGE
         (line,) = (line for line in said.splitlines() if line.startswith("opdlab: "))

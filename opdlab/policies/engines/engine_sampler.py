@@ -14,7 +14,7 @@ from torch import Tensor
 from opdlab.errors import UsageError, require
 from opdlab.policies.decoding import NonFiniteLogitsError
 from opdlab.policies.engines.probe import ProbeResult, limit, local_logprobs, probe_requests, probe_result
-from opdlab.policies.engines.requests import LOWEST_TEMPERATURE, EngineAnswer, EngineRequest
+from opdlab.policies.engines.requests import EngineAnswer, EngineRequest, check_temperature
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.sampler import Sampler, Samples, SamplingConfig
 from opdlab.progress import Progress, SilentProgress
@@ -135,11 +135,7 @@ class EngineSampler(Sampler):
         Raises:
             UsageError: the engine fails, or cannot sample like this.
         """
-        require(
-            config.temperature >= LOWEST_TEMPERATURE,
-            f"temperature is {config.temperature:g}, but vLLM samples at {LOWEST_TEMPERATURE} or above: raise it, or "
-            "set model.sampler to transformers",
-        )
+        check_temperature(config.temperature)
         longest, most = max(map(len, prompts)) + config.max_new_tokens, self._max_length()
         require(
             most is None or longest <= most,

@@ -4,9 +4,20 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from opdlab.errors import require
+
 LOWEST_TEMPERATURE = 0.01
 """vLLM raises lower temperatures to this one."""
 _NEVER = -100.0  # vLLM's lowest bias of a logit
+
+
+def check_temperature(temperature: float) -> None:
+    """Raise a UsageError if vLLM does not sample at a temperature."""
+    require(
+        temperature >= LOWEST_TEMPERATURE,
+        f"temperature is {temperature:g}, but vLLM samples at {LOWEST_TEMPERATURE} or above: raise it, or set "
+        "model.sampler to transformers",
+    )
 
 
 @dataclass(frozen=True)

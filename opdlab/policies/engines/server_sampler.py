@@ -4,13 +4,13 @@ import json
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed
 
 from opdlab.errors import UsageError, require
+from opdlab.files import expanded
 from opdlab.locks import locked
 from opdlab.policies.engines.engine_sampler import EngineSampler
 from opdlab.policies.engines.probe import limit
@@ -88,8 +88,9 @@ class VLLMServerSampler(EngineSampler):
         self._servers = Servers([url] if isinstance(url, str) else list(url), **self._options)
         self._model, self._per_process = model, per_process
         key = digest(sorted(self._servers.urls))[:16]
-        self._folder = Path("~/.cache/opdlab/sampler" if folder is None else folder).expanduser().absolute()
-        self._folder = self._folder / key if folder is None else self._folder
+        require(folder != "", "folder is empty, but must be a folder of its own, such as ./weights")
+        given = f"~/.cache/opdlab/sampler/{key}" if folder is None else folder
+        self._folder = expanded(given, "folder").absolute()
         self._model_name = ""
         self._length: int | None = None
 
@@ -113,7 +114,7 @@ class VLLMServerSampler(EngineSampler):
         """
         lengths = []
         for server in range(len(self._servers.urls)):
-            self._model_name, about = find_model(self._servers, server, self._model, "model.sampler")
+            self._model_name, about = find_model(self._servers, server, self._model, "model.sampler", "vLLM")
             lengths.append(about.get("max_model_len"))
             self._servers.ask(Ask(_RESET, lambda content: None, lambda: b"", server=server, why=_DEV_MODE))
         self._length = min((length for length in lengths if isinstance(length, int)), default=None)

@@ -75,7 +75,7 @@ class Completions:
             UsageError: it gives less than K.
         """
         refused: RefusedError | None = None
-        for spare in _SPARE:
+        for spare in (each for each in _SPARE if not each or k + each <= self.vocab_size):
             try:
                 self._servers.ask(self._ask([0, 0], k + spare, lambda content: content, server=server))
             except RefusedError as error:

@@ -1,26 +1,23 @@
 """Requests to servers over HTTP: several servers in rotation, bounded concurrency, retries."""
 
 import asyncio
-import json
 import logging
 import math
-import os
 import queue
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_exponential, wait_random
 
-from opdlab.errors import UsageError, printable, require
+from opdlab.errors import UsageError, require
+from opdlab.policies.served.address import TOKEN_VARIABLE, access_token, checked_url
 from opdlab.policies.served.loop_thread import LoopThread
+from opdlab.policies.served.wire import error_text
 
-TOKEN_VARIABLE = "OPDLAB_TEACHER_TOKEN"
-"""Environment variable with the token of a teacher's server: no option, because saved configurations show options."""
 _CONNECT_SECONDS = 10.0
 _LONGEST_WAIT = 30.0  # seconds between two attempts, and how long a server that failed is left out of the rotation
 _LOG = logging.getLogger("lightning.pytorch")  # rank_zero_info would hide what another process meets
@@ -120,12 +117,14 @@ class Servers:
         token_variable: str = TOKEN_VARIABLE,
     ) -> None:
         require(bool(urls), "url is an empty list, but must name a server")
-        self.urls = [_checked(url) for url in urls]
+        self.urls = [checked_url(url, token_variable) for url in urls]
         require(len(set(self.urls)) == len(urls), f"url names a server twice: {', '.join(self.urls)}")
         require(concurrency >= 1, f"concurrency is {concurrency}, but must be at least 1")
-        require(0 < timeout < math.inf, f"timeout is {timeout}, but must be above 0: seconds for one request")
+        require(
+            0 < timeout < math.inf, f"timeout is {timeout}, but must be above 0 and finite: seconds for one request"
+        )
         require(retries >= 0, f"retries is {retries}, but must be at least 0")
-        require(retry_seconds >= 0, f"retry_seconds is {retry_seconds}, but must be at least 0")
+        require(0 <= retry_seconds < math.inf, f"retry_seconds is {retry_seconds}, but must be at least 0 and finite")
         self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
         self._retry_seconds, self._owner, self._token_variable = retry_seconds, owner, token_variable
         self._turn = 0  # index of the server that is next
@@ -265,10 +264,10 @@ class Servers:
         except (aiohttp.ClientError, OSError) as error:
             raise self._trouble(index, f"does not answer ({_reason(error)})") from error
         if status >= 500 or status in _BUSY:
-            raise self._trouble(index, f"answers {status}: {_message(content)}")
+            raise self._trouble(index, f"answers {status}: {error_text(content)}")
         if status != 200:
             named = f"; give its token in {self._token_variable}" if status in (401, 403) else ask.why
-            raise RefusedError(self._owner, url, status, _message(content), named)
+            raise RefusedError(self._owner, url, status, error_text(content), named)
         try:
             result = await asyncio.to_thread(ask.read, content)
         except BadAnswerError as error:
@@ -291,46 +290,5 @@ class Servers:
         return _TroubleError(f"{self._owner} {self.urls[index]} {what}")
 
 
-def access_token(variable: str = TOKEN_VARIABLE) -> str | None:
-    """Return the token in an environment variable; None without one.
-
-    Raises:
-        UsageError: it cannot be sent in a header.
-    """
-    token = os.environ.get(variable, "").strip()
-    require(
-        token.isascii() and (token.isprintable() or not token) and " " not in token,
-        f"the token in {variable} has characters that cannot be sent: give letters, digits and punctuation",
-    )
-    return token or None
-
-
-def _checked(url: str) -> str:
-    """Return the URL of a server without a slash or ``/v1`` at its end."""
-    try:
-        parts = urlsplit(url)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:
-        good = False
-    require(good, f"url is '{url}', but must begin with http:// or https:// and name a host")
-    return url.rstrip("/").removesuffix("/v1").rstrip("/")
-
-
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-
-
-def _message(content: bytes) -> str:
-    r"""Return the message of an answer that reports an error, as one short line.
-
-    Example:
-        >>> _message(b'{"error": {"message": "max allowed: 20"}}'), _message(b"Bad\nGateway"), _message(b"")
-        ('max allowed: 20', 'Bad Gateway', 'no message')
-    """
-    text = content[:4000].decode("utf-8", "replace")
-    with suppress(ValueError):
-        said = json.loads(content)
-        while isinstance(said, dict):
-            said = said.get("error") or said.get("message") or said.get("detail")
-        text = said if isinstance(said, str) else text
-    return printable(" ".join(text.split()))[:300] or "no message"

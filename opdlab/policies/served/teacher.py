@@ -83,7 +83,8 @@ class ServedTeacher(Teacher):
         """
         self.tokenizer = student.tokenizer
         found = [
-            find_model(self._servers, server, self._model, "model.teacher") for server in range(len(self._servers.urls))
+            find_model(self._servers, server, self._model, "model.teacher", "vLLM or `opdlab serve-teacher`")
+            for server in range(len(self._servers.urls))
         ]
         name, about = found[0]
         kinds = {"opdlab" in each for _, each in found}

@@ -5,8 +5,10 @@ Both sides check what they receive. Nothing is unpickled.
 Shapes: B rollouts, P prompt tokens, T response tokens, K support, G the teacher's hidden size.
 """
 
+import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields
 from typing import Any
 
@@ -15,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from opdlab.errors import UsageError, require
+from opdlab.errors import UsageError, printable, require
 from opdlab.scoring import Head, LowRank
 from opdlab.types import Rollouts, Targets, TeacherRequest
 
@@ -234,3 +236,19 @@ def _check_ids(name: str, ids: Tensor, bound: int) -> None:
 
 def _listed(names: Any) -> str:
     return ", ".join(sorted(name[:40] for name in names)[:12]) or "none"
+
+
+def error_text(content: bytes) -> str:
+    r"""Return the message of an answer that reports an error, as one short line.
+
+    Example:
+        >>> error_text(b'{"error": {"message": "max allowed: 20"}}'), error_text(b"Bad\nGateway"), error_text(b"")
+        ('max allowed: 20', 'Bad Gateway', 'no message')
+    """
+    text = content[:4000].decode("utf-8", "replace")
+    with suppress(ValueError):
+        said = json.loads(content)
+        while isinstance(said, dict):
+            said = said.get("error") or said.get("message") or said.get("detail")
+        text = said if isinstance(said, str) else text
+    return printable(" ".join(text.split()))[:300] or "no message"
