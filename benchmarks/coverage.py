@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import special, stats
 
-from opdlab.studies.report.statistics import LEVEL, Estimate, estimate, problem_scores
+from opdlab.report.study.statistics import LEVEL, Estimate, estimate, problem_scores
 
 NUM_SAMPLES, NUM_VARIANTS = 8, 5
 SEEDS, PROBLEMS = (4, 8, 16), (7, 30, 128)

@@ -12,6 +12,7 @@ from opdlab.callbacks.gate_monitor import GateMonitor
 from opdlab.callbacks.hf_export import HFExport
 from opdlab.callbacks.pool_recorder import PoolRecorder
 from opdlab.callbacks.progress_bar import LabProgressBar
+from opdlab.callbacks.run_checkpoint import RunCheckpoint
 from opdlab.callbacks.run_files import RunFiles
 from opdlab.callbacks.sample_logger import SampleLogger
 from opdlab.callbacks.stop_checkpoint import StopCheckpoint
@@ -23,6 +24,7 @@ __all__ = [
     "GateMonitor",
     "HFExport",
     "PoolRecorder",
+    "RunCheckpoint",
     "RunFiles",
     "SampleLogger",
     "StopCheckpoint",

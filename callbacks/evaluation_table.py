@@ -9,27 +9,28 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-from opdlab.evaluation.benchmark_metrics import ERROR_SUFFIX, MEAN
-
-TEACHER = "teacher"
-"""Prefix of the teacher's metrics, and with ``-NAME`` of each teacher's, if there are several."""
-Figures = dict[str, float]
-# The most important metrics. avg@n is pass@1, and the others are in the log and in results.json.
-_SHOWN = ("pass@*", "maj@*", "truncated", "length", "reverse_kl")
+from opdlab.callbacks.run_checkpoint import RunCheckpoint
+from opdlab.checkpoint_choice import best_step
+from opdlab.evaluation.benchmark_metrics import ERROR_SUFFIX, SHOWN, TEACHER, Figures, figures_of
 
 
 class EvaluationTable(pl.Callback):
     """Table of the first and the last evaluation of the student, and of each teacher's; it survives resumes.
 
+    With ``checkpoint.monitor`` it has the best evaluation of a checkpoint too.
+
     Args:
         shown: patterns, as for file names, of the metrics that get a row for each benchmark.
     """
 
-    def __init__(self, shown: tuple[str, ...] = _SHOWN) -> None:
+    def __init__(self, shown: tuple[str, ...] = SHOWN) -> None:
         self.shown = shown
         self.before: Figures = {}
         self.after: Figures = {}
         self.after_step: int | None = None
+        self.best: Figures = {}
+        self.best_step: int | None = None
+        self._best_score = 0.0
         self.teachers: dict[str, Figures] = {}
         """Metrics of each teacher by its prefix in the log, ``teacher`` or ``teacher-NAME``."""
 
@@ -39,10 +40,24 @@ class EvaluationTable(pl.Callback):
             return
         prefixes = {key.partition("/")[0] for key in trainer.callback_metrics}
         if teacher := next((each for each in prefixes if each == TEACHER or each.startswith(f"{TEACHER}-")), None):
-            self.teachers[teacher] = _figures(trainer, f"{teacher}/")
-        elif student := _figures(trainer, "val/"):
+            self.teachers[teacher] = figures_of(trainer.callback_metrics, f"{teacher}/")
+        elif student := figures_of(trainer.callback_metrics, "val/"):
             self.before = self.before or student
             self.after, self.after_step = student, trainer.global_step
+            self._note_best(trainer)
+
+    def _note_best(self, trainer: pl.Trainer) -> None:
+        """Store the last evaluation as the best one if it is; the untrained student has no checkpoint."""
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by Lightning's connector
+        for each in callbacks:
+            if not isinstance(each, RunCheckpoint) or each.metric not in trainer.callback_metrics:
+                continue
+            assert each.metric is not None
+            assert each.direction is not None
+            step, score = trainer.global_step, float(trainer.callback_metrics[each.metric])
+            known = {} if self.best_step is None else {self.best_step: self._best_score}
+            if step and best_step({**known, step: score}, each.direction) == step:
+                self.best, self.best_step, self._best_score = self.after, step, score
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Store the metrics of a test like those of a validation."""
@@ -50,21 +65,29 @@ class EvaluationTable(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the stored metrics, so that a resumed run still has its first evaluation."""
-        return {"before": self.before, "teachers": self.teachers}
+        best = {"best": self.best, "best_step": self.best_step, "best_score": self._best_score}
+        return {"before": self.before, "teachers": self.teachers, **best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the metrics that :meth:`state_dict` returned."""
         self.before = state_dict["before"]
         older = {TEACHER: figures} if (figures := state_dict.get(TEACHER)) else {}  # checkpoints of one teacher
         self.teachers = state_dict.get("teachers", older)
+        self.best, self.best_step = state_dict.get("best", {}), state_dict.get("best_step")
+        self._best_score = state_dict.get("best_score", 0.0)
 
-    def cells(self, trained: bool = True) -> dict[str, dict[str, str]]:
+    def cells(self, trained: bool = True, last: bool = True) -> dict[str, dict[str, str]]:
         """Return the cells of the table, by column and metric: each value ± its standard error.
 
         Args:
             trained: True if the run has trained; otherwise there is one column for the student.
+            last: with the last evaluation.
         """
-        students = {"before": self.before, "after": self.after} if trained else {"student": self.after}
+        students = {"student": self.after}
+        if trained:
+            after = "after" if self.best_step is None else f"last (step {self.after_step})"
+            best = {} if self.best_step is None else {f"best (step {self.best_step})": self.best}
+            students = {"before": self.before, **best, **({after: self.after} if last else {})}
         columns = {**students, **self.teachers}
         keys = [
             key
@@ -122,14 +145,3 @@ def _cell(figures: Figures, key: str) -> str:
     decimals = 1 if key.endswith("/length") else 3
     error = figures.get(key + ERROR_SUFFIX)
     return f"{figures[key]:.{decimals}f}" + ("" if error is None else f" ± {error:.{decimals}f}")
-
-
-def _figures(trainer: pl.Trainer, prefix: str) -> Figures:
-    metrics = trainer.callback_metrics
-    # With a single benchmark the mean over benchmarks is the same number.
-    benchmarks = {key.split("/")[1] for key in metrics if key.startswith(prefix)} - {MEAN}
-    return {
-        key.removeprefix(prefix): float(value)
-        for key, value in metrics.items()
-        if key.startswith(prefix) and not (len(benchmarks) == 1 and key.startswith(f"{prefix}{MEAN}/"))
-    }

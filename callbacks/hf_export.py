@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from huggingface_hub import HfApi
@@ -66,14 +67,11 @@ class HFExport(pl.Callback):
         if not trainer.is_global_zero:
             return
         folder = Path(self.folder or Path(run_folder) / "student")
+        config = Path(run_folder) / "config.yaml"
+        record = _training_record(trainer, pl_module, CONFIG_NAME if config.is_file() else None)
         pl_module.student.save(folder, self.merge, weights)
         del weights
-        config = Path(run_folder) / "config.yaml"
-        record = training_record(trainer, pl_module, CONFIG_NAME if config.is_file() else None)
-        with naming_full_disk(folder):
-            generation_config(pl_module.student, pl_module.evaluator.sampling).save_pretrained(folder)
-            if config.is_file():
-                shutil.copyfile(config, folder / CONFIG_NAME)
+        write_settings(folder, pl_module.student, pl_module.evaluator.sampling, config)
         self._written = (folder, record)
         self._write_card(trainer, folder, record)
         rank_zero_info(f"student written to {folder}")
@@ -93,12 +91,8 @@ class HFExport(pl.Callback):
         name = self.push_to_hub or folder.resolve().name
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by Lightning's connector
         table = next((callback for callback in callbacks if isinstance(callback, EvaluationTable)), EvaluationTable())
-        results = table.cells()
-        if table.after_step != trainer.global_step:
-            results.pop("after", None)  # the last evaluation is of an earlier step
-        card = model_card(name, replace(record, results=results))
-        with replacing(folder / "README.md") as file:
-            file.write(card.content.encode("utf-8", "replace"))
+        results = table.cells(last=table.after_step == trainer.global_step)  # it may be of an earlier step
+        write_card(folder, name, replace(record, results=results))
 
     def _push(self, folder: Path, *files: str) -> None:
         assert self.push_to_hub is not None
@@ -119,6 +113,36 @@ class HFExport(pl.Callback):
             )
 
 
+def write_settings(folder: Path, student: LanguageModel, sampling: SamplingConfig, config: Path) -> None:
+    """Write the generation config into a student's folder, and the run's configuration if there is one.
+
+    Args:
+        folder: with the weights.
+        student: the model.
+        sampling: settings of the evaluation's sampling.
+        config: path of the run's configuration.
+
+    Raises:
+        FullDiskError: the disk is full.
+    """
+    with naming_full_disk(folder):
+        generation_config(student, sampling).save_pretrained(folder)
+        if config.is_file():
+            shutil.copyfile(config, folder / CONFIG_NAME)
+
+
+def write_card(folder: Path, name: str, record: TrainingRecord) -> None:
+    """Write the model card into a student's folder.
+
+    Args:
+        folder: of the student.
+        name: of the model.
+        record: content of the card.
+    """
+    with replacing(folder / "README.md") as file:
+        file.write(model_card(name, record).content.encode("utf-8", "replace"))
+
+
 def generation_config(model: LanguageModel, sampling: SamplingConfig) -> GenerationConfig:
     """Return the generation config for opdlab's sampling: its stop tokens, temperature and top-p, and nothing else.
 
@@ -137,7 +161,23 @@ def generation_config(model: LanguageModel, sampling: SamplingConfig) -> Generat
     )
 
 
-def training_record(trainer: pl.Trainer, module: OPDModule, config: str | None) -> TrainingRecord:
+def card_settings(model: Any, answers: SamplingConfig) -> dict[str, str]:
+    """Return the settings of the loss and of sampling by their name on the model card.
+
+    Args:
+        model: an :class:`OPDModule`, or another object with ``objective``, ``gate``, ``reduction`` and ``sampling``.
+        answers: settings of the evaluation's sampling.
+    """
+    return {
+        "objective": describe(model.objective),
+        "gate": describe(model.gate),
+        "reduction": model.reduction,
+        "rollouts": describe(model.sampling),
+        "answers": describe(answers),
+    }
+
+
+def _training_record(trainer: pl.Trainer, module: OPDModule, config: str | None) -> TrainingRecord:
     """Return the model card's facts of a run that has just ended.
 
     Args:
@@ -148,14 +188,10 @@ def training_record(trainer: pl.Trainer, module: OPDModule, config: str | None) 
     data = getattr(trainer, "datamodule", None)
     teacher = getattr(module.teacher, "model", None)
     settings = {
-        "objective": describe(module.objective),
-        "gate": describe(module.gate),
-        "reduction": module.reduction,
+        **card_settings(module, module.evaluator.sampling),
         "optimizer steps": str(trainer.global_step),
         "optimizer": ", ".join(f"{type(each).__name__}(lr={each.defaults.get('lr')})" for each in trainer.optimizers),
         "precision": str(trainer.precision),
-        "rollouts": describe(module.sampling),
-        "answers": describe(module.evaluator.sampling),
     }
     return TrainingRecord(
         student=module.student.path,

@@ -15,10 +15,10 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 from opdlab.callbacks.collapse_guard import CollapseGuard
-from opdlab.callbacks.evaluation_table import TEACHER, EvaluationTable
+from opdlab.callbacks.evaluation_table import EvaluationTable
 from opdlab.errors import FullDiskError
 from opdlab.evaluation import EvaluationModule
-from opdlab.evaluation.benchmark_metrics import ERROR_SUFFIX
+from opdlab.evaluation.benchmark_metrics import ERROR_SUFFIX, TEACHER
 from opdlab.records import RESULTS, package_versions, write_json
 from opdlab.training.run_trainer import MetricsFile
 from opdlab.types import Minibatch
@@ -30,7 +30,8 @@ class RunFiles(pl.Callback):
     """Writes ``results.json`` into the run's folder when training ends or stops, and continues curves after a resume.
 
     ``results.json`` holds the evaluations ``before`` and ``after`` training and of the ``teacher``, or of each as
-    ``teacher-NAME`` (``value`` and ``standard_error`` of each metric), optimizer ``steps``, response ``tokens`` that
+    ``teacher-NAME`` (``value`` and ``standard_error`` of each metric), the ``best`` one if ``checkpoint.monitor`` is
+    given, optimizer ``steps``, response ``tokens`` that
     all processes have trained on, ``seconds`` of training over all attempts, ``seeds``, ``versions``, ``warnings``, and
     the ``state``: ``finished``, ``stopped`` by a signal, ``collapsed`` if the collapse guard found a sign or stopped
     it, ``failed`` with an error.
@@ -124,6 +125,8 @@ class RunFiles(pl.Callback):
             return
         table, data = self.table, getattr(trainer, "datamodule", None)
         evaluated = {"before": table.before, "after": table.after, TEACHER: {}, **table.teachers}
+        if table.best_step is not None:
+            evaluated["best"] = table.best
         seeds = {
             "seed_everything": int(os.environ.get("PL_GLOBAL_SEED", 0)),
             "data.seed": getattr(data, "seed", None),
@@ -135,6 +138,7 @@ class RunFiles(pl.Callback):
             {
                 **{name: _with_errors(metrics) for name, metrics in evaluated.items()},
                 "after_step": table.after_step,
+                **({} if table.best_step is None else {"best_step": table.best_step}),
                 "steps": trainer.global_step,
                 "tokens": self._tokens,
                 "seconds": round(self._seconds, 3),

@@ -36,8 +36,9 @@ class SampleLogger(StepCallback):
     The rollouts are those at evenly spaced ranks of mean absolute drift, from the most drifted to the least, see
     :func:`opdlab.viewer.choose_rollouts`; the step has used them, and nothing is sampled or scored again. Loggers
     have them as ``rollouts/0``, ``rollouts/1``, …; the page is ``rollouts/step-000200.html`` in the run's folder, or in
-    ``default_root_dir`` without a logger, beside an ``index.html``. Only the first process writes, of its own
-    rollouts. If a page cannot be written, there is one warning and training continues.
+    ``default_root_dir`` without a logger, beside an ``index.html``. Of a long run 64 pages stay, spread over its steps.
+    Only the first process writes, of its own rollouts. If a page cannot be written, there is one warning and training
+    continues.
 
     Args:
         every_n_steps: optimizer steps between pages, at least 1.

@@ -52,7 +52,7 @@ class StopCheckpoint(Checkpoint):
         self._in_step = False
         self._common_batches: list[int] = []  # batches of each benchmark that all processes have
         self._step_end: dict[str, Any] = {}  # progress of Lightning's loops when the last step ended
-        self._validating = self._saving = False
+        self._validating = self._after_validation = self._saving = False
         self._listening = ExitStack()
 
     # -- signals -------------------------------------------------------------------------------------------------
@@ -99,7 +99,11 @@ class StopCheckpoint(Checkpoint):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note that the validation has all its answers."""
-        self._validating = False
+        self._validating, self._after_validation = False, self._training
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note that the validation is over; other checkpoints of it have been written before."""
+        self._after_validation = False
 
     def _at_once(self, trainer: pl.Trainer) -> None:
         STOP.when = StopAt.ONCE
@@ -206,7 +210,7 @@ class StopCheckpoint(Checkpoint):
             begun = dict.fromkeys(("ready", "started"), 1) | dict.fromkeys(("processed", "completed"), 0)
             progress = {"total": begun, "current": dict(begun), "is_last_batch": False}
             loops["epoch_loop.val_loop.batch_progress"] = progress
-        elif self._saving:
+        elif self._saving or self._after_validation:
             loops.update(self._step_end)
 
     def _save(self, trainer: pl.Trainer, name: str, *, anew: bool = False) -> None:

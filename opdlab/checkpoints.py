@@ -2,10 +2,6 @@
 
 import pickle
 import re
-import zlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ from torch import Tensor
 
 from opdlab.errors import UsageError, require
 from opdlab.files import replacing
+from opdlab.tree_digest import leaves, tree_digest
 
 CHECKPOINT_KEY = "opdlab"
 """Key of opdlab's own state in a checkpoint."""
@@ -31,8 +28,6 @@ _STATE = {
     "lr_schedulers": list,
     CHECKPOINT_KEY: dict,
 }
-_HASHING_THREADS = 4
-_PART = 1 << 26  # bytes
 
 
 class CheckpointFiles(CheckpointIO):
@@ -159,6 +154,12 @@ def small_parts(path: Path) -> dict[str, Any]:
     return {key: checkpoint[key] for key in ("global_step", "epoch", "loops", CHECKPOINT_KEY)}
 
 
+def state_of(path: Path) -> dict[str, Tensor]:
+    """Return the weights in a checkpoint that :func:`check_checkpoint` accepts; they are read when they are used."""
+    weights: dict[str, Tensor] = _load(path, mapped=True)["state_dict"]
+    return weights
+
+
 def _check_content(path: Path, checkpoint: dict[str, Any], *, resume: bool) -> int:
     """Return the optimizer step of a checkpoint, and refuse one whose parts are missing or of another type."""
     weights = checkpoint.get("state_dict")
@@ -189,7 +190,7 @@ def _check_content(path: Path, checkpoint: dict[str, Any], *, resume: bool) -> i
     require(
         isinstance(loops, dict), f"ckpt_path '{path}' cannot be resumed: its loops have no fit_loop; give another one"
     )
-    for name, value in _leaves({key: part for key, part in loops.items() if key != "state_dict"}):
+    for name, value in leaves({key: part for key, part in loops.items() if key != "state_dict"}):
         require(
             isinstance(value, int | float) or value == {},  # counters of steps and batches
             f"ckpt_path '{path}' cannot be resumed: its loops.fit_loop.{name} is {_shown(value)}, but must be a "
@@ -236,19 +237,14 @@ def find_checkpoint(path: str, root: Path, *, resume: bool = True) -> Path:
     raise UsageError(f"ckpt_path is 'last', but there is no checkpoint under {root}: start a run without it")
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, int] | None:
+def newest_checkpoint(folder: Path, *, resume: bool = True) -> tuple[Path, int] | None:
     """Return the sound checkpoint with the most optimizer steps in a folder, and its step; None without one."""
-    return _most_steps(folder, [], resume=True)
+    return _most_steps(folder, [], resume=resume)
 
 
 def _most_steps(folder: Path, skipped: list[str], *, resume: bool) -> tuple[Path, int] | None:
     """See :func:`newest_checkpoint`; ``skipped`` receives the reasons against other files."""
-    steps: dict[Path, int] = {}
-    for path in folder.glob("*.ckpt"):
-        try:
-            steps[path] = _check_content(path, _load(path, mapped=True), resume=resume)
-        except UsageError as error:
-            skipped.append(str(error).removeprefix("ckpt_path "))
+    steps = checkpoint_steps(folder, skipped, resume=resume)
     for path in sorted(steps, key=lambda file: (steps[file], file.stat().st_mtime_ns), reverse=True):
         try:
             _checked(path, _load(path, mapped=True))
@@ -259,44 +255,18 @@ def _most_steps(folder: Path, skipped: list[str], *, resume: bool) -> tuple[Path
     return None
 
 
-# -- the digest ------------------------------------------------------------------------------------------------------
+def checkpoint_steps(folder: Path, skipped: list[str], *, resume: bool) -> dict[Path, int]:
+    """Return the optimizer steps of a folder's checkpoints; digests are not compared.
 
-
-def tree_digest(tree: Any) -> str:
-    """Return a digest of all tensors and plain values in nested dicts and lists: names, types, shapes and content.
-
-    A tensor counts by the CRC-32 of its bytes, which finds every flipped bit and is several times as fast as a
-    cryptographic hash. Types besides tensors and plain values count by their name alone.
-
-    Example:
-        >>> one = {"weights": torch.tensor([1.0, 2.0]), "steps": [3, None]}
-        >>> tree_digest(one) == tree_digest({"weights": torch.tensor([1.0, 2.0]), "steps": [3, None]})
-        True
-        >>> tree_digest(one) == tree_digest({"weights": torch.tensor([1.0, 2.0]), "steps": [4, None]})
-        False
+    Args:
+        folder: of the checkpoints.
+        skipped: receives the reasons against files that are left out.
+        resume: see :func:`check_checkpoint`.
     """
-    leaves = list(_leaves(tree))
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        lines = pool.map(_leaf_line, leaves)
-        return sha256("\n".join(lines).encode("utf-8", "backslashreplace")).hexdigest()
-
-
-def _leaves(tree: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield all leaves of nested dicts and lists with their dotted names; empty ones are leaves."""
-    if isinstance(tree, dict | list | tuple) and tree:
-        for key, part in tree.items() if isinstance(tree, dict) else enumerate(tree):
-            yield from _leaves(part, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, tree
-
-
-def _leaf_line(leaf: tuple[str, Any]) -> str:
-    name, value = leaf
-    if not isinstance(value, Tensor):
-        plain = value is None or isinstance(value, bool | int | float | str | bytes | dict | list | tuple)
-        return f"{name} {value!r}" if plain else f"{name} {type(value).__name__}"
-    flat = value.detach().reshape(-1).view(torch.uint8) if value.numel() else value.new_empty(0, dtype=torch.uint8)
-    crc = 0
-    for start in range(0, len(flat), _PART):  # copies of parts bound the host memory for tensors on a device
-        crc = zlib.crc32(flat[start : start + _PART].cpu().numpy().data, crc)
-    return f"{name} {value.dtype} {tuple(value.shape)} {crc:08x}"
+    steps: dict[Path, int] = {}
+    for path in folder.glob("*.ckpt"):
+        try:
+            steps[path] = _check_content(path, _load(path, mapped=True), resume=resume)
+        except UsageError as error:
+            skipped.append(str(error).removeprefix("ckpt_path "))
+    return steps

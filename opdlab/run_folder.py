@@ -1,19 +1,23 @@
 """Folders of runs, and of evaluations' samples."""
 
+import csv
+import io
+import json
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from opdlab.errors import UsageError
+from opdlab.errors import UsageError, require
 from opdlab.files import remove_partial_files
 from opdlab.locks import lock_holder, locked
 from opdlab.records import RESULTS, SETTINGS_PLACEHOLDER, digest
 
-CONFIG, METRICS, EVALUATIONS = "config.yaml", "metrics.csv", "evaluations"
+CONFIG, METRICS, EVALUATIONS, HISTOGRAMS = "config.yaml", "metrics.csv", "evaluations", "histograms.jsonl"
+EXAMPLE = "such as runs/quickstart/version_0"
 _VERSION = re.compile(r"version_(\d+)")
 
 
@@ -26,6 +30,7 @@ class RunFolder:
         config.yaml      configuration of the run
         results.json     evaluations, costs, seeds, versions and state
         metrics.csv      logged metrics, one row a step
+        histograms.jsonl histograms of weights and drifts, one line a monitored step
         checkpoints/     checkpoints
         evaluations/     samples of the evaluations, unless ``model.evaluation.samples`` names another folder
         student/         the trained student
@@ -70,6 +75,19 @@ class RunFolder:
         folder = ckpt_path.resolve().parent.parent
         inside = folder.parent == root.resolve() and _VERSION.fullmatch(folder.name)
         return cls(root / folder.name) if inside else None
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Return the folder of a run that exists.
+
+        Raises:
+            UsageError: it is not a run's folder.
+        """
+        require(path.is_dir(), f"'{path}' is not a folder: give a run's folder, {EXAMPLE}")
+        inside = sorted(path.glob(f"version_*/{CONFIG}"), key=lambda file: file.stat().st_mtime_ns)
+        hint = f"; did you mean {inside[-1].parent}?" if inside else f": give a folder {EXAMPLE}"
+        require((path / CONFIG).is_file(), f"'{path}' is not a run's folder, since it has no {CONFIG}{hint}")
+        return cls(path)
 
     @property
     def config(self) -> Path:
@@ -151,3 +169,39 @@ def samples_folder_for(student: str, ckpt_path: str | None, root: Path) -> str:
         checkpoint = Path(ckpt_path).resolve()
         name = f"{checkpoint.parent.parent.name}-{checkpoint.stem}"
     return str(root / "evaluations" / f"{name}-{SETTINGS_PLACEHOLDER}")
+
+
+def metric_lines(path: Path) -> list[dict[str, str]]:
+    """Return the rows of ``metrics.csv`` as text, without one that a kill has cut off; none without the file."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+    return [row for row in reader if row["step"].isdigit() and None not in row.values()]
+
+
+def read_metrics(path: Path) -> dict[int, dict[str, float]]:
+    """Return the metrics of each logged step by name, from ``metrics.csv``.
+
+    Args:
+        path: of the file.
+    """
+    rows = metric_lines(path)
+    return {
+        int(row["step"]): {name: float(value) for name, value in row.items() if name != "step" and value}
+        for row in rows
+    }
+
+
+def read_histograms(path: Path) -> dict[int, dict[str, dict[str, Any]]]:
+    """Return the histograms of each monitored step by tag, from ``histograms.jsonl``; none without the file.
+
+    Args:
+        path: of the file. A line that a kill has cut off is left out.
+    """
+    found: dict[int, dict[str, dict[str, Any]]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            read = json.loads(line)
+            found[read.pop("step")] = read
+    return found

@@ -16,8 +16,10 @@ import yaml
 
 from opdlab.cli import main
 from opdlab.cli.config_files import expand_names
+from opdlab.cli.export import parser as export_parser
 from opdlab.cli.parsing import fit_parser, parse_fit
 from opdlab.cli.replay import parser as replay_parser
+from opdlab.cli.report import parser as report_parser
 from opdlab.cli.serve_teacher import parser as serve_parser
 from opdlab.cli.sharding_checks import num_processes
 from opdlab.cli.study import find_study, plain_config, plan_study
@@ -250,6 +252,9 @@ def test_the_table_of_sizes_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> No
     assert not [line for line in lines if line not in page], "put in what python benchmarks/sizing.py prints"
 
 
+PARSERS = {"replay": replay_parser, "serve-teacher": serve_parser, "export": export_parser, "report": report_parser}
+
+
 @pytest.mark.parametrize("page", [page for page in TEXTS if any(commands(page))], ids=name_of)
 def test_command_lines_parse(page: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for each in (page, ROOT / "README.md"):  # the guide continues with the files of the sections that it includes
@@ -259,8 +264,8 @@ def test_command_lines_parse(page: Path, folder: Path, capsys: pytest.CaptureFix
         if subcommand in ("gates", "objectives"):
             assert main([subcommand]) == 0
             continue
-        if subcommand in ("replay", "serve-teacher"):
-            {"replay": replay_parser, "serve-teacher": serve_parser}[subcommand]().parse_args(arguments)
+        if subcommand in PARSERS:
+            PARSERS[subcommand]().parse_args(arguments)
             continue
         if subcommand == "study":
             options = study_parser().parse_args(arguments)

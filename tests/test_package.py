@@ -29,7 +29,7 @@ PUBLIC = {
     ],
     "opdlab.callbacks": [
         *("BehaviorRefresh", "CollapseGuard", "EvaluationTable", "GateMonitor", "HFExport", "PoolRecorder"),
-        *("RunFiles", "SampleLogger", "StopCheckpoint", "LabProgressBar"),
+        *("RunCheckpoint", "RunFiles", "SampleLogger", "StopCheckpoint", "LabProgressBar"),
     ],
     "opdlab.objectives": [
         *("Objective", "PositionLosses", "Reduction", "SampledTokenOPD", "SupportDivergence", "TeacherTopK"),

@@ -3,9 +3,11 @@
 import codecs
 import json
 import math
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +316,26 @@ def test_the_index_has_each_pages_figures_also_after_a_resume(tmp_path: Path) ->
     assert (cells[4][1:3], cells[4][4]) == (["1 of 8", "unchecked"], "3")
     assert "it's <b>漢 -->" in index.text
     assert "LSM" in index.text
+
+
+def test_a_long_run_keeps_pages_that_are_spread_over_its_steps(tmp_path: Path) -> None:
+    page = render_page(1, [shown(2)], [plain_text(["a", "b"])])
+    for step in range(10, 1010, 10):
+        write_page(tmp_path, step, page, max_pages=9)
+    names = sorted(path.name for path in tmp_path.glob("step-*.html"))
+    steps = [int(name[5:11]) for name in names]
+    assert len(steps) == 9
+    assert (steps[0], steps[-1]) == (10, 1000)
+    gaps = [later - earlier for earlier, later in pairwise(steps)]
+    assert max(gaps) <= 4 * min(gaps[:-1])
+    for before, name, after in zip([None, *names], names, [*names[1:], None], strict=False):
+        text = (tmp_path / name).read_text()
+        assert re.findall(r'rel="prev" href="([^"]*)"', text) == [before] * (before is not None)
+        assert re.findall(r'rel="next" href="([^"]*)"', text) == [after] * (after is not None)
+    assert re.findall(r'href="(step[^"]*)"', (tmp_path / "index.html").read_text()) == names
+    write_page(tmp_path, 500, page, max_pages=9)  # of a run that resumes
+    assert (tmp_path / "step-000500.html").is_file()
+    assert len(list(tmp_path.glob("step-*.html"))) == 9
 
 
 def test_a_page_that_cannot_be_finished_leaves_the_earlier_one(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from opdlab.records import RESULTS
-from opdlab.studies.report import make_report
+from opdlab.report import make_report
 from opdlab.studies.schema import EVALUATIONS, RUN, RUNS, STUDY, VARIANTS, VERSION
 
 ARCHIVE = "study.tar.xz"

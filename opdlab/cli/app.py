@@ -16,7 +16,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 
 from opdlab.callbacks import CollapseGuard, EvaluationTable, LabProgressBar, RunFiles, SampleLogger, StopCheckpoint
-from opdlab.callbacks.evaluation_table import TEACHER
 from opdlab.checkpoints import check_checkpoint, small_parts
 from opdlab.cli.building import build, with_seeds
 from opdlab.cli.checks import check_files, check_resume, check_trainer, warn_of_idle_recorder
@@ -27,6 +26,7 @@ from opdlab.cli.hparams import log_hyperparameters
 from opdlab.cli.parsing import RUN_KEYS, fit_parser, parse_fit
 from opdlab.data import PromptDataModule
 from opdlab.errors import UsageError, first_line
+from opdlab.evaluation.benchmark_metrics import TEACHER
 from opdlab.files import full_disk
 from opdlab.module import OPDModule
 from opdlab.policies import LanguageModel

@@ -15,12 +15,19 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
-from opdlab.callbacks import BehaviorRefresh, CollapseGuard, GateMonitor, HFExport, PoolRecorder, SampleLogger
+from opdlab.callbacks import (
+    BehaviorRefresh,
+    CollapseGuard,
+    GateMonitor,
+    HFExport,
+    PoolRecorder,
+    RunCheckpoint,
+    SampleLogger,
+)
 from opdlab.cli.building import build, sections, under, with_seeds
 from opdlab.cli.configured_models import configured_engine, configured_teacher
 from opdlab.cli.sharding_checks import check_sharding, num_processes
@@ -58,7 +65,7 @@ _SECTIONS: Mapping[str, Any] = {
     "data.demonstrations": DemonstrationConfig,
     "data.clean": CleaningConfig,
     **CALLBACKS,
-    "checkpoint": ModelCheckpoint,
+    "checkpoint": RunCheckpoint,
 }
 
 # Classes that the configuration names and that load nothing when they are built.

@@ -59,7 +59,8 @@ def chosen_plugins(flag: str, values: Sequence[str], registry: Registry[T], base
         if not options:
             found.append(word)
             continue
-        label = f"{word.rpartition('.')[2]}:{','.join(f'{key}={_text(value)}' for key, value in options.items())}"
+        name = registry.name_of(cls) or cls.__name__
+        label = f"{name}:{','.join(f'{key}={_text(value)}' for key, value in options.items())}"
         if base is GateStrategy:
             for key in _VARIED.keys() & options.keys():
                 raise UsageError(f"{flag} has '{label}', but a replay varies {key}: give {_VARIED[key]} instead")

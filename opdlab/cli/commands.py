@@ -78,6 +78,8 @@ COMMANDS: dict[str, Command] = {
     "gates": Command("opdlab.cli.plugins:list_gates", "List the registered gates."),
     "objectives": Command("opdlab.cli.plugins:list_objectives", "List the registered objectives."),
     "serve-teacher": Command("opdlab.cli.serve_teacher:serve_teacher", "Serve a teacher over HTTP."),
+    "export": Command("opdlab.cli.export:export", "Write a checkpoint's student as a Hugging Face folder."),
+    "report": Command("opdlab.cli.report:report_command", "Write one page about runs or studies."),
     "study": Command("opdlab.cli.study:study_command", "Compare variants over seeds."),
     "replay": Command("opdlab.cli.replay:replay", "Replay recorded steps of a run under other gates."),
 }

@@ -4,22 +4,24 @@ import functools
 import inspect
 import re
 from argparse import ArgumentError, RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning
-from jsonargparse import DefaultHelpFormatter, Namespace
+from jsonargparse import DefaultHelpFormatter, Namespace, dict_to_namespace
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 
+from opdlab.callbacks import RunCheckpoint
 from opdlab.checkpoints import find_checkpoint
+from opdlab.cli.building import build
 from opdlab.cli.checks import CALLBACKS, check_config
 from opdlab.cli.commands import COMMANDS
 from opdlab.cli.config_files import CONFIG_MODE, ConfigFile, expand_names, explainer, shipped_configs
 from opdlab.cli.plugins import described
 from opdlab.data import PromptDataModule
-from opdlab.errors import UsageError, user_code
+from opdlab.errors import UsageError, first_line, user_code
 from opdlab.gating import gate_registry
 from opdlab.module import OPDModule
 from opdlab.objectives.base import objective_registry
@@ -67,7 +69,7 @@ def fit_parser(command: str = "fit") -> LightningArgumentParser:
     parser.add_lightning_class_args(PromptDataModule, "data")
     for section, callback in CALLBACKS.items():  # each callback has its own section of the configuration
         parser.add_lightning_class_args(callback, section)
-    parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+    parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
     parser.add_argument(
         "--check_memory", type=bool, default=True, help="Refuse models whose weights alone exceed the device."
     )
@@ -127,3 +129,23 @@ def _explained(parser: LightningArgumentParser, error: ArgumentError) -> str:
     if match := re.match(r"argument (\S+): expected one argument", str(error)):
         return f"{match[1].rpartition('/')[2]} has no value: give one after it"
     return explainer(parser)(error)
+
+
+def build_sections(sections: Mapping[str, Any]) -> Any:
+    """Return instances of the classes that sections of ``model`` describe, and build nothing else.
+
+    Args:
+        sections: by their name, such as ``student``.
+
+    Raises:
+        UsageError: one of them cannot be built.
+    """
+    described = Namespace()  # type: ignore[no-untyped-call]
+    for key, section in sections.items():
+        plain = section if isinstance(section, Namespace) else dict_to_namespace(section)
+        described[f"model.{key}"] = plain
+    try:
+        with user_code("importing a class of the run"):
+            return build(fit_parser(), described, groups=False).model
+    except ValueError as error:  # the base class is checked before anything is built
+        raise UsageError(f"the run's {' and '.join(sections)} cannot be built: {first_line(error)}") from error

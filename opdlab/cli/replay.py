@@ -25,7 +25,7 @@ from opdlab.replay.report import reproduction, write_results
 from opdlab.replay.steps import ReplayConfig, Replayer, prepare
 from opdlab.replay.targets import unserved
 from opdlab.replay.unpack import Pack
-from opdlab.replay.variants import NORMALIZATIONS, STATISTICS, Grid
+from opdlab.replay.variants import NORMALIZATIONS, STATISTICS, Grid, gate_name
 
 _PASSED_ON = ("--model.", "--data.", "--trainer.")
 _LISTS = ("statistics", "normalizations", "taus", "steps")
@@ -120,10 +120,11 @@ def replay(arguments: Sequence[str]) -> int:
         *(f"left out: {name}, which {reason}" for name, reason in replayer.skipped.items()),
         reproduction(found, records),
     ]
-    summaries = summarise(found)
-    write_results(out, found, summaries, about, sorted(grid.taus)[len(grid.taus) // 2])
+    asked = None if gates is None else {gate_name(each) for each in gates}
+    summaries = summarise(found, asked)
+    write_results(out, found, summaries, about, sorted(grid.taus)[len(grid.taus) // 2], asked)
     if summaries:
-        console.print(console_table(summaries))
+        console.print(console_table(summaries, console.width))
     print(*about, f"results: {out}", sep="\n")
     return 0
 

@@ -7,14 +7,14 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace, dict_to_namespace
+from jsonargparse import Namespace
 from lightning.fabric import Fabric
 from lightning.pytorch import seed_everything
 
 from opdlab.cli.building import build
 from opdlab.cli.estimate import refuse_oversized
-from opdlab.cli.parsing import fit_parser, parse_fit
-from opdlab.errors import UsageError, first_line, require, user_code
+from opdlab.cli.parsing import build_sections, fit_parser, parse_fit
+from opdlab.errors import UsageError, require
 from opdlab.module import OPDModule
 from opdlab.objectives import Objective
 from opdlab.policies import Teacher
@@ -24,11 +24,9 @@ from opdlab.replay.pack import PackSettings
 from opdlab.replay.record import FOLDER, RecordedStep, read_record, record_folders
 from opdlab.replay.step_gradients import Autocast
 from opdlab.replay.unpack import Pack
+from opdlab.run_folder import CONFIG, EXAMPLE, RunFolder
 from opdlab.types import Prompt
 from opdlab.verifiers.verifier import Verifier
-
-CONFIG = "config.yaml"
-_EXAMPLE = "such as runs/quickstart/version_0"
 
 
 @dataclass(frozen=True)
@@ -107,11 +105,9 @@ class RunSource(Source):
     def __init__(self, run: Path, overrides: Sequence[str]) -> None:
         require(
             run.is_dir(),
-            f"'{run}' is not a folder: give a run's folder, {_EXAMPLE}, or a file that --pack has written",
+            f"'{run}' is not a folder: give a run's folder, {EXAMPLE}, or a file that --pack has written",
         )
-        inside = sorted(run.glob(f"version_*/{CONFIG}"), key=lambda path: path.stat().st_mtime_ns)
-        hint = f"; did you mean {inside[-1].parent}?" if inside else f": give a folder {_EXAMPLE}"
-        require((run / CONFIG).is_file(), f"'{run}' is not a run's folder, since it has no {CONFIG}{hint}")
+        RunFolder.open(run)
         self._run, self._overrides, self.out = run, overrides, run / "replay"
         self._folders = record_folders(run)
         self.steps = list(self._folders)
@@ -138,7 +134,7 @@ class RunSource(Source):
 
     def objective(self) -> Objective:
         """Return the run's objective, before models are loaded."""
-        objective: Objective = _described({"objective": self._settings.model.objective}).objective
+        objective: Objective = build_sections({"objective": self._settings.model.objective}).objective
         return objective
 
     def build(self, sampling: Sampling, judged: bool) -> Built:
@@ -213,7 +209,7 @@ class PackSource(Source):
 
     def objective(self) -> Objective:
         """Return the run's objective, before models are loaded."""
-        objective: Objective = _described({"objective": self._pack.settings.model["objective"]}).objective
+        objective: Objective = build_sections({"objective": self._pack.settings.model["objective"]}).objective
         return objective
 
     def build(self, sampling: Sampling, judged: bool) -> Built:
@@ -222,7 +218,7 @@ class PackSource(Source):
         assert teacher is not None
         seed_everything(settings.seed, workers=True)
         with self._pack.student_section() as student:
-            built = _described({key: settings.model[key] for key in ("objective", "gate")} | {"student": student})
+            built = build_sections({key: settings.model[key] for key in ("objective", "gate")} | {"student": student})
         bound = settings.model["max_tokens_per_pass"]
         module = OPDModule(built.student, teacher, built.objective, built.gate, max_tokens_per_pass=bound)
         autocast = on_device(module, self._trainer["accelerator"], self._trainer["precision"])
@@ -237,16 +233,3 @@ def on_device(module: OPDModule, accelerator: Any, precision: Any) -> Autocast:
         raise UsageError(f"trainer.accelerator is {accelerator} and trainer.precision {precision}: {error}") from error
     module.to(fabric.device)
     return fabric.autocast
-
-
-def _described(sections: dict[str, Any]) -> Any:
-    """Return instances of classes that sections of ``model`` describe."""
-    described = Namespace()  # type: ignore[no-untyped-call]
-    for key, section in sections.items():
-        plain = section if isinstance(section, Namespace) else dict_to_namespace(section)
-        described[f"model.{key}"] = plain
-    try:
-        with user_code("importing a class of the run"):
-            return build(fit_parser(), described, groups=False).model
-    except ValueError as error:  # the base class is checked before anything is built
-        raise UsageError(f"the run's {' and '.join(sections)} cannot be built: {first_line(error)}") from error

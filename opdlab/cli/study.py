@@ -17,6 +17,7 @@ from rich.console import Console
 from opdlab.cli.commands import COMMANDS
 from opdlab.cli.config_files import config_path, shipped_configs
 from opdlab.cli.parsing import parse_fit
+from opdlab.cli.report import write_report
 from opdlab.errors import UsageError, require
 from opdlab.locks import locked
 from opdlab.parser_messages import Explainer
@@ -53,11 +54,7 @@ def study_command(arguments: Sequence[str]) -> int:
     if config.subcommand == "list":
         return _list()
     if config.subcommand == "report":
-        from opdlab.studies.report import make_report  # here, because it imports matplotlib and scipy
-
-        report = make_report(Path(config.report.folder))
-        print(*report.conclusion, f"report: {report.write()}", sep="\n")
-        return 0
+        return write_report([Path(config.report.folder)])
     return _run(config.run)
 
 

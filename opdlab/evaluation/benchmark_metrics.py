@@ -15,6 +15,11 @@ from opdlab.verifiers.verifier import last_boxed
 
 ERROR_SUFFIX = "_se"
 MEAN = "mean"
+TEACHER = "teacher"
+"""Prefix of the teacher's metrics, and with ``-NAME`` of each teacher's, if there are several."""
+SHOWN = ("pass@*", "maj@*", "truncated", "length", "reverse_kl")
+"""Patterns of the most important metrics. avg@n is pass@1, and the others are in the log and in results.json."""
+Figures = dict[str, float]
 
 
 class BenchmarkMetrics(nn.Module):
@@ -92,3 +97,19 @@ def over_benchmarks(values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Ten
         column = torch.stack([row[key] for row in rows])
         means[key] = standard_error_of_mean(column) if key.endswith(ERROR_SUFFIX) else column.mean()
     return means
+
+
+def figures_of(metrics: Mapping[str, Any], prefix: str) -> Figures:
+    """Return the metrics of one evaluation without its prefix; the mean over benchmarks only if there are several.
+
+    Args:
+        metrics: by their name in the log.
+        prefix: of the evaluation, such as ``val/``.
+    """
+    # With a single benchmark the mean over benchmarks is the same number.
+    benchmarks = {key.split("/")[1] for key in metrics if key.startswith(prefix)} - {MEAN}
+    return {
+        key.removeprefix(prefix): float(value)
+        for key, value in metrics.items()
+        if key.startswith(prefix) and not (len(benchmarks) == 1 and key.startswith(f"{prefix}{MEAN}/"))
+    }

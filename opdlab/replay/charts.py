@@ -106,10 +106,10 @@ def sample_sizes(steps: Sequence[ReplayedStep]) -> "Figure":
 
 
 def save(figure: "Figure", folder: Path, name: str) -> None:
-    """Write a figure as PNG and SVG."""
-    for kind in ("png", "svg"):
-        # Without the date, so that equal replays give equal files.
-        figure.savefig(folder / f"{name}.{kind}", metadata={"Date": None} if kind == "svg" else None)
+    """Write a figure as PNG, SVG and PDF."""
+    # Without the date, so that equal replays give equal files.
+    for kind, metadata in {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}.items():
+        figure.savefig(folder / f"{name}.{kind}", metadata=metadata)
 
 
 def _finish(axes: "Axes", x: str, y: str, title: str) -> None:

@@ -2,11 +2,12 @@
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from rich.cells import cell_len
 from rich.table import Table
 
 from opdlab.replay.comparison import ReplayedStep, Row, Value
@@ -48,11 +49,14 @@ class GateSummary:
         return normalization in (None, PAPER["normalization"]) and statistic in (None, PAPER["statistic"])
 
 
-def summarise(steps: Sequence[ReplayedStep], reference: str = "fresh") -> list[GateSummary]:
+def summarise(
+    steps: Sequence[ReplayedStep], gates: Collection[str] | None = None, reference: str = "fresh"
+) -> list[GateSummary]:
     """Return averages over the steps with stale rollouts; on fresh ones every gate on drift has weights of 1.
 
     Args:
         steps: of one replay.
+        gates: names of those to return; None for all.
         reference: ``fresh`` or ``other``.
 
     Returns:
@@ -61,7 +65,7 @@ def summarise(steps: Sequence[ReplayedStep], reference: str = "fresh") -> list[G
     stale = [step for step in steps if step.age > 0]
     groups: dict[tuple[Value, ...], list[Row]] = {}
     for step in stale:
-        for row in step.rows:
+        for row in shown(step.rows, gates):
             groups.setdefault(tuple(row[name] for name in KEYS), []).append(row)
     means = ("effective_sample_size", "ungated_norm_ratio", "ungated_cosine")
     names = [*means, f"{reference}_cosine", f"{reference}_change"]
@@ -84,11 +88,16 @@ _COLUMNS = (
     *("cosine with fresh", "change"),
 )
 _SHORT = ("gate", "tau", "ESS", "norm", "ungated", "fresh", "change")
-_CAPTION = (
-    "Means over stale steps. ESS: effective sample size. norm: of the gradient, over that of the ungated one. ungated, "
-    "fresh: cosine with the ungated gradient and with a fresh one. change: of the latter from no gate, paired by step, "
-    "± standard error over the steps. All statistics and normalizations: replay.md."
-)
+_LEAST_DECIDING = ("norm", "ungated", "ESS", "fresh")
+_MEANINGS = {
+    "": "Means over stale steps.",
+    "ESS": "ESS: effective sample size.",
+    "norm": "norm: of the gradient, over that of the ungated one.",
+    "ungated": "ungated: cosine with the ungated gradient.",
+    "fresh": "fresh: cosine with a fresh gradient.",
+    "change": "change: of the cosine with a fresh gradient, from that without a gate, paired by step, ± standard error "
+    "over the steps.",
+}
 
 
 def _cells(summary: GateSummary) -> list[str]:
@@ -103,23 +112,51 @@ def _cells(summary: GateSummary) -> list[str]:
     ]
 
 
-def console_table(summaries: Sequence[GateSummary]) -> Table:
-    """Return the table of the gates with the paper's statistic and weights of mean 1, and of the run's own gate."""
-    table = Table(title="Gated gradients of stale rollouts", caption=_CAPTION, caption_justify="left")
-    for name in _SHORT:
-        table.add_column(name, justify="left" if name in KEYS else "right", no_wrap=True)
+def console_table(summaries: Sequence[GateSummary], width: int) -> Table:
+    """Return the table of the gates with the paper's statistic and weights of mean 1, and of the run's own gate.
+
+    Columns that do not fit are left out, those first that decide least; gate, tau and change stay.
+
+    Args:
+        summaries: of the gates.
+        width: of the console, characters.
+    """
+    rows = []
     for summary in summaries:
         if summary.is_paper or summary.own:
             gate, _, _, *rest = _cells(summary)
-            table.add_row(gate, *rest)
+            rows.append(dict(zip(_SHORT, (gate, *rest), strict=True)))
+    names, left_out = list(_SHORT), []
+    for name in _LEAST_DECIDING:
+        if _width(names, rows) > width:
+            names.remove(name)
+            left_out.append(name)
+    caption = " ".join(_MEANINGS[name] for name in ("", *names) if name in _MEANINGS)
+    missing = f", and {', '.join(left_out)}" if left_out else ""
+    caption += f" All statistics and normalizations{missing}: replay.md."
+    table = Table(title="Gated gradients of stale rollouts", caption=caption, caption_justify="left")
+    for name in names:
+        table.add_column(name, justify="left" if name in KEYS else "right", no_wrap=name != "gate", overflow="fold")
+    for row in rows:
+        table.add_row(*(row[name] for name in names))
     return table
 
 
-def write_rows(path: Path, steps: Sequence[ReplayedStep]) -> None:
-    """Write every gate at every step, under every objective, as CSV; undefined values are empty."""
-    rows = [row for step in steps for part in (step.rows, *step.others.values()) for row in part]
+def _width(names: Sequence[str], rows: Sequence[Mapping[str, str]]) -> int:
+    """Return the characters that a table takes, with lines and the spaces beside them."""
+    return 1 + sum(3 + max(map(cell_len, (name, *(row[name] for row in rows)))) for name in names)
+
+
+def shown(rows: Iterable[Row], gates: Collection[str] | None) -> list[Row]:
+    """Return the rows of some gates; of all with None. Those of no gate and of the run's own are always computed."""
+    return [row for row in rows if gates is None or row["gate"] in gates]
+
+
+def write_rows(path: Path, steps: Sequence[ReplayedStep], gates: Collection[str] | None = None) -> None:
+    """Write every gate of ``gates`` at every step, under every objective, as CSV; undefined values are empty."""
+    rows = [row for step in steps for part in (step.rows, *step.others.values()) for row in shown(part, gates)]
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(steps[0].rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
@@ -142,11 +179,11 @@ def step_table(steps: Sequence[ReplayedStep]) -> str:
     return _table(names, rows)
 
 
-def objective_table(steps: Sequence[ReplayedStep]) -> str:
+def objective_table(steps: Sequence[ReplayedStep], gates: Collection[str] | None = None) -> str:
     """Return the means over the steps of each objective under each gate of the paper's form, as Markdown."""
     names = ("loss", "gradient_norm", "effective_sample_size", "run_cosine", "fresh_cosine")
     groups: dict[tuple[Value, ...], list[Row]] = {}
-    for row in (row for step in steps for part in (step.rows, *step.others.values()) for row in part):
+    for row in (row for step in steps for part in (step.rows, *step.others.values()) for row in shown(part, gates)):
         if all(row[key] in (None, value) for key, value in PAPER.items()):
             groups.setdefault((row["objective"], row["gate"], row["tau"]), []).append(row)
     rows: list[Sequence[str]] = []

@@ -27,7 +27,7 @@ def chosen_objectives(chosen: Sequence[str | Named[Objective]], own: Objective) 
         if isinstance(each, str):
             cls = objective_class(each)
             if cls is not type(own):
-                name = each.rpartition(".")[2]
+                name = registry.name_of(cls) or cls.__name__
                 found[name] = Named(name, with_defaults("--objectives", each, cls))
         elif type(each.plugin) is not type(own) or _options(each.plugin) != _options(own):
             found[each.name] = each

@@ -53,6 +53,27 @@ def plugin_class(flag: str, name: str, registry: Registry[T], base: type[T]) -> 
     return cls  # type: ignore[no-any-return] # looked up by name
 
 
+def plugin_name(flag: str, name: str, registry: Registry[T], base: type[T]) -> str:
+    """Return the name of a class in tables: the registered one, or the class's own.
+
+    Args:
+        flag: name of the argument, for messages.
+        name: registered name or class path.
+        registry: of the kind.
+        base: the class that it must extend.
+
+    Raises:
+        UsageError: see :func:`plugin_class`.
+
+    Example:
+        >>> from opdlab.gating import GateStrategy, gate_registry
+        >>> plugin_name("--gates", "opdlab.strategies.SpanGate", gate_registry(), GateStrategy)
+        'span'
+    """
+    cls = plugin_class(flag, name, registry, base)
+    return registry.name_of(cls) or cls.__name__
+
+
 def with_defaults(flag: str, name: str, cls: type[T]) -> T:
     """Return an instance of a class that was named without options.
 

@@ -1,13 +1,14 @@
 """The results of a replay on disk: CSV, Markdown and pictures."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from opdlab.replay.charts import cosines_by_age, sample_sizes, save
 from opdlab.replay.comparison import ReplayedStep
-from opdlab.replay.gate_summary import GateSummary, markdown, objective_table, step_table, write_rows
+from opdlab.replay.gate_summary import GateSummary, markdown, objective_table, shown, step_table, write_rows
 from opdlab.replay.record import RecordedStep
 
 
@@ -32,7 +33,12 @@ def reproduction(steps: Sequence[ReplayedStep], records: Sequence[RecordedStep])
 
 
 def write_results(
-    out: Path, steps: Sequence[ReplayedStep], summaries: Sequence[GateSummary], about: Sequence[str], tau: float
+    out: Path,
+    steps: Sequence[ReplayedStep],
+    summaries: Sequence[GateSummary],
+    about: Sequence[str],
+    tau: float,
+    gates: Collection[str] | None = None,
 ) -> None:
     """Write ``replay.csv``, ``replay.md`` and pictures.
 
@@ -42,8 +48,9 @@ def write_results(
         summaries: of the gates over the steps.
         about: lines about the replay.
         tau: of the gates in the picture by age, per nat.
+        gates: names of those in the tables; None for all.
     """
-    write_rows(out / "replay.csv", steps)
+    write_rows(out / "replay.csv", steps, gates)
     text = [
         "# Replay",
         "\n".join(f"- {line}" for line in about),
@@ -63,9 +70,17 @@ def write_results(
             "## Objectives",
             "Means over all recorded steps, for gates of the paper's form. Each objective is compared with fresh "
             "gradients of its own. Losses of different objectives have different units and zeros.",
-            objective_table(steps),
+            objective_table(steps, gates),
         ]
     (out / "replay.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    charted = [  # the ungated gradient is drawn beside the others
+        replace(
+            step,
+            rows=[step.rows[0], *shown(step.rows[1:], gates)],
+            sample_sizes={name: sizes for name, sizes in step.sample_sizes.items() if gates is None or name in gates},
+        )
+        for step in steps
+    ]
     for reference in steps[0].ceilings:
-        save(cosines_by_age(steps, tau, reference), out, f"cosine-{reference}")
-    save(sample_sizes(steps), out, "sample-size")
+        save(cosines_by_age(charted, tau, reference), out, f"cosine-{reference}")
+    save(sample_sizes(charted), out, "sample-size")

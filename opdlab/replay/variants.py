@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from opdlab.errors import require
 from opdlab.gating import DriftGate, GateStrategy, NormalizationName, Statistic, gate_registry
 from opdlab.registry import suggestion
-from opdlab.replay.plugins import Named, plugin_class
+from opdlab.replay.plugins import Named, plugin_class, plugin_name
 from opdlab.tau import TauSchedule, check_tau
 
 STATISTICS: tuple[str, ...] = get_args(Statistic)
@@ -119,12 +119,7 @@ def expand(
     own_name = registry.name_of(type(own)) or type(own).__name__
     chosen: dict[str, type[GateStrategy] | GateStrategy]
     if grid.gates is not None:
-        chosen = {
-            each.rpartition(".")[2] if isinstance(each, str) else each.name: (
-                gate_class(each) if isinstance(each, str) else each.plugin
-            )
-            for each in grid.gates
-        }
+        chosen = {gate_name(each): gate_class(each) if isinstance(each, str) else each.plugin for each in grid.gates}
     else:
         # Without its own options, `block` equals `block64`.
         chosen = {name: registry.get(name) for name in registry.names() if name != "block"}
@@ -160,6 +155,13 @@ def _gates(base: GateStrategy, grid: Grid) -> Iterable[GateStrategy]:
         if isinstance(gate, DriftGate):
             gate.statistic, gate.tau = statistic, tau  # type: ignore[assignment] # was checked
         yield gate
+
+
+def gate_name(gate: str | Named[GateStrategy]) -> str:
+    """Return the name of a gate in tables."""
+    if isinstance(gate, Named):
+        return gate.name
+    return plugin_name("--gates", gate, gate_registry(), GateStrategy)  # type: ignore[type-abstract]
 
 
 def gate_class(name: str) -> type[GateStrategy]:

@@ -6,7 +6,7 @@
       study.yaml                     the study, see `read_study`
       variants/VARIANT.json          configuration of a variant by dotted key, without what differs from run to run
       lock                           held while `opdlab study run` lives
-      report/                        see `opdlab.studies.report`
+      report/                        see `opdlab.report`
       runs/VARIANT/seed-SEED/
         run.json                     how the run ended: `Record`
         progress.json                step and seconds so far

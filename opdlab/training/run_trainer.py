@@ -2,7 +2,9 @@
 
 import csv
 import io
+import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,11 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from opdlab.files import naming_full_disk, replacing
-from opdlab.loggers import ScalarsOnly, media_writer
+from opdlab.loggers import Histograms, ScalarsOnly, media_writer
+from opdlab.run_folder import HISTOGRAMS, metric_lines, read_histograms
 
 _STEP = "step"
+_KEPT = ("gate/weights", "gate/token_drift", "gate/segment_drift")  # not those of each segment
 
 
 class RunTrainer(Trainer):
@@ -111,14 +115,15 @@ class MetricsFile(Logger):
         if rows := self._read():
             self._load(rows)
             self._write_all([row for row in rows if int(row[_STEP]) <= step])
+        path = self.path.with_name(HISTOGRAMS)
+        if path.exists():
+            kept = [{_STEP: each, **tags} for each, tags in read_histograms(path).items() if each <= step]
+            with replacing(path) as file:
+                file.write("".join(f"{json.dumps(line)}\n" for line in kept).encode())
 
     def _read(self) -> list[dict[str, str]]:
         """Return the rows, without one that a kill has cut off."""
-        if not self.path.exists():
-            return []
-        text = self.path.read_text(encoding="utf-8")
-        reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-        return [row for row in reader if row[_STEP].isdigit() and None not in row.values()]
+        return metric_lines(self.path)
 
     def _load(self, rows: list[dict[str, str]]) -> None:
         self._columns = list(rows[0]) if rows else [_STEP]
@@ -137,4 +142,14 @@ class MetricsFile(Logger):
         return text.getvalue().encode()
 
 
-media_writer.register(MetricsFile, ScalarsOnly)
+@media_writer.register(MetricsFile)
+class _Histograms(ScalarsOnly):
+    """Appends the histograms of all weights and drifts to ``histograms.jsonl`` beside the metrics."""
+
+    takes = ("histograms",)
+
+    def histograms(self, items: Histograms, step: int) -> None:
+        line = {tag: asdict(items[tag]) for tag in _KEPT if tag in items}
+        path = self.logger.path.with_name(HISTOGRAMS)
+        with naming_full_disk(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({_STEP: step, **line}) + "\n")

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -21,6 +22,8 @@ from opdlab.viewer.rollouts import ShownRollout
 from opdlab.viewer.token_colors import color_scale, quantities
 
 INDEX = "index.html"
+MAX_PAGES = 64
+"""Pages of a run that are kept."""
 _PAGE = re.compile(r"step-(\d{6,})\.html")
 _LINKS = re.compile(rb"<!--steps-->.*\n")  # in the head, before any text of a model
 # JSON between single quotes, with <, >, & and ' written as \u003c and so on; it precedes all text of models.
@@ -79,13 +82,17 @@ def page_name(step: int) -> str:
     return f"step-{step:06d}.html"
 
 
-def write_page(folder: Path, step: int, page: str) -> Path:
+def write_page(folder: Path, step: int, page: str, max_pages: int = MAX_PAGES) -> Path:
     """Write a page, link it with its neighbours, and update the index. Files are replaced atomically.
+
+    Pages above the bound are deleted, so that the others stay spread over the steps: the first page, the last one and
+    the one just written remain. So neither the folder nor the time of a call grows with the length of the run.
 
     Args:
         folder: of the run's pages; created if missing.
         step: of the page; an earlier page of the same step is replaced.
         page: see :func:`render_page`.
+        max_pages: pages that are kept, at least 2.
 
     Returns:
         Path of the page.
@@ -97,8 +104,12 @@ def write_page(folder: Path, step: int, page: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / page_name(step), page.encode())
     steps = sorted(int(match[1]) for file in folder.iterdir() if (match := _PAGE.fullmatch(file.name)))
-    place = steps.index(step)
-    for index in range(max(place - 1, 0), min(place + 2, len(steps))):
+    gone = _surplus(steps, step, max_pages)
+    for each in gone:
+        (folder / page_name(each)).unlink(missing_ok=True)
+    steps = [each for each in steps if each not in gone]
+    changed = {bisect_left(steps, each) + side for each in (step, *gone) for side in (-1, 0, 1)}
+    for index in sorted(changed & set(range(len(steps)))):
         neighbours = {"prev": steps[index - 1 : index], "next": steps[index + 1 : index + 2]}
         links = "".join(f'<link rel="{side}" href="{page_name(to[0])}">' for side, to in neighbours.items() if to)
         path = folder / page_name(steps[index])
@@ -115,6 +126,17 @@ def write_page(folder: Path, step: int, page: str) -> Path:
     )
     _replace(folder / INDEX, index_page.encode("utf-8", "replace"))
     return folder / page_name(step)
+
+
+def _surplus(steps: Sequence[int], kept: int, max_pages: int) -> list[int]:
+    """Return the steps whose pages are above the bound: those whose neighbours are nearest to each other."""
+    left, gone = list(steps), []
+    while len(left) > max_pages:
+        inner = [place for place in range(1, len(left) - 1) if left[place] != kept]
+        if not inner:
+            break
+        gone.append(left.pop(min(inner, key=lambda place: left[place + 1] - left[place - 1])))
+    return gone
 
 
 def _replace(path: Path, content: bytes) -> None:

@@ -24,13 +24,14 @@ def test_a_replay_leaves_tables_and_pictures(run: Path, capsys: pytest.CaptureFi
     assert main(["replay", str(run), *options]) == 0
     output = capsys.readouterr().out
     assert "under the run's own gate the recorded losses come out to the bit, at all of them" in output
-    assert re.search(r"│ block64 \(the run\) +│ 1 +│", output)
+    assert re.search(r"│ block32 +│ 1 +│", output)
+    assert "block64" not in output
     out = run / "replay"
     with (out / "replay.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {row["step"] for row in rows} == {"2", "4"}
-    assert {row["gate"] for row in rows} == {"none", "block32", "span", "fire_opd", "block64"}
-    per_step = 1 + 2 * 4 * 4 * 2 + 4 + 1
+    assert {row["gate"] for row in rows} == {"block32", "span", "fire_opd"}
+    per_step = 2 * 4 * 4 * 2 + 4
     assert len(rows) == 2 * per_step
     assert all(
         float(row["weight_mean"]) == pytest.approx(1, abs=1e-5) for row in rows if row["normalization"] == "mean"
@@ -41,6 +42,7 @@ def test_a_replay_leaves_tables_and_pictures(run: Path, capsys: pytest.CaptureFi
     for name in ("cosine-fresh", "cosine-other", "sample-size"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert ET.parse(out / f"{name}.svg").getroot().tag.endswith("svg")
+        assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_other_objectives_have_rows_and_a_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -49,8 +51,8 @@ def test_other_objectives_have_rows_and_a_table(run: Path, capsys: pytest.Captur
     with (run / "replay" / "replay.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["objective"], row["gate"]) for row in rows] == [
-        *(("teacher_topk", "none"), ("teacher_topk", "block64")),
-        *(("full_divergence", "none"), ("full_divergence", "block64")),
+        ("teacher_topk", "none"),
+        ("full_divergence", "none"),
     ]
     text = (run / "replay" / "replay.md").read_text()
     assert "## Objectives" in text
@@ -64,8 +66,8 @@ def test_options_of_gates_and_objectives(run: Path) -> None:
         rows = list(csv.DictReader(file))
     names = ["teacher_topk", "support_divergence:tail=drop,k=8", "teacher_topk:k=4"]
     assert list(dict.fromkeys(row["objective"] for row in rows)) == names
-    assert {row["gate"] for row in rows} == {"none", "block:block_size=16", "block64"}
-    losses = {row["loss"] for row in rows if row["gate"] == "none"}
+    assert {row["gate"] for row in rows} == {"block:block_size=16"}
+    losses = {row["loss"] for row in rows}
     assert len(losses) == 3
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from opdlab.studies.report import make_report
+from opdlab.report import make_report
 from tests.studies.tiny import study_run, write
 
 SCRIPT = Path(__file__).parents[2] / "docs/scripts/pack_study.py"

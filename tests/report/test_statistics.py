@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from opdlab.studies.report.statistics import (
+from opdlab.report.study.statistics import (
     LEVEL,
     Array,
     Estimate,
@@ -15,7 +15,7 @@ from opdlab.studies.report.statistics import (
     problem_scores,
     seeds_needed,
 )
-from tests.studies.report.synthetic_study import draw_correct
+from tests.report.synthetic_study import draw_correct
 
 
 def crossed(

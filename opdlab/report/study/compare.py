@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from opdlab.evaluation.benchmark_metrics import MEAN
-from opdlab.studies.report.load import Results
-from opdlab.studies.report.statistics import (
+from opdlab.report.study.load import Results
+from opdlab.report.study.statistics import (
     LEVEL,
     MIN_SEEDS,
     Array,
@@ -21,7 +21,6 @@ from opdlab.studies.report.statistics import (
     seeds_needed,
 )
 
-PASS_AT = (1, 8)
 TARGET = 0.05  # the report gives the number of seeds needed to detect this difference
 
 
@@ -56,7 +55,7 @@ class Comparison:
             do not vary.
         high: its upper end, at most 1.
         probability_of_improvement: 1 - p / 2 if the variant is ahead, else p / 2.
-        p: see :func:`~opdlab.studies.report.statistics.p_value`; NaN with fewer than 4 seeds.
+        p: see :func:`~opdlab.report.study.statistics.p_value`; NaN with fewer than 4 seeds.
         p_holm: p after Holm, over the variants at this place.
         standard_error: of the difference; NaN with one seed and one problem.
         seed_share: part of its square that falls with the number of seeds.
@@ -113,7 +112,7 @@ class Comparison:
 def metric_names(results: Results) -> dict[str, int]:
     """Return the metrics for which all benchmarks have enough samples, with their k."""
     fewest = min(benchmark.num_samples for benchmark in results.benchmarks.values())
-    return {f"pass@{k}": k for k in PASS_AT if k <= fewest}
+    return {f"pass@{k}": k for k in results.pass_at if k <= fewest}
 
 
 def places(results: Results) -> list[Place]:

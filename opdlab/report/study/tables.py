@@ -1,87 +1,20 @@
-"""Facts and tables of a report, in three formats: Markdown, CSV with all digits, LaTeX with booktabs."""
+"""Facts and tables of a study."""
 
-import csv
-import io
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
-from itertools import product
+from dataclasses import asdict, astuple
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from opdlab.studies.report.compare import TARGET, Comparison, places, run_means
-from opdlab.studies.report.load import Results
-from opdlab.studies.report.sentences import detectable, number, p_text
+from opdlab.report.study.compare import TARGET, Comparison, places, run_means
+from opdlab.report.study.load import Results
+from opdlab.report.study.sentences import detectable, number, p_text
+from opdlab.report.table import Table
 from opdlab.studies.schema import FINISHED
-from opdlab.viewer.text import visible
-
-_MARKDOWN = str.maketrans({"&": "&amp;", "<": "&lt;", ">": "&gt;", **{char: f"\\{char}" for char in r"\`*_{}[]#|~$!"}})
-_LATEX_NAMES = {"~": "asciitilde", "^": "asciicircum", "\\": "backslash", "<": "less", ">": "greater", "|": "bar"}
-_LATEX_NAMES |= {'"': "quotedbl", "⟨": "langle", "⟩": "rangle"}
-_LATEX = str.maketrans(
-    {**{char: f"\\{char}" for char in "&%$#_{}"}, **{char: f"\\text{it}{{}}" for char, it in _LATEX_NAMES.items()}}
-)
-
-
-def markdown_text(text: str) -> str:
-    r"""Return text escaped for Markdown, on one line.
-
-    Example:
-        >>> markdown_text("a|b <i>*c*")
-        'a\\|b &lt;i&gt;\\*c\\*'
-    """
-    return " ".join(visible(text).split()).translate(_MARKDOWN)
-
-
-def latex_text(text: str) -> str:
-    r"""Return text escaped for LaTeX.
-
-    Example:
-        >>> latex_text("50% of a_b")
-        '50\\% of a\\_b'
-    """
-    return " ".join(visible(text).split()).translate(_LATEX)
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table.
-
-    Args:
-        header: names of the columns.
-        rows: displayed cells; names come first.
-        num_names: columns of text; the others are numbers, right-aligned.
-    """
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    num_names: int = 1
-
-    def markdown(self) -> str:
-        """Return the table in Markdown."""
-        rule = [":--" if column < self.num_names else "--:" for column in range(len(self.header))]
-        rows = [[markdown_text(cell) for cell in row] for row in (self.header, *self.rows)]
-        return "\n".join(f"| {' | '.join(row)} |" for row in (rows[0], rule, *rows[1:])) + "\n"
-
-    def latex(self) -> str:
-        """Return the table as a LaTeX tabular; it needs the package booktabs."""
-        columns = "l" * self.num_names + "r" * (len(self.header) - self.num_names)
-        # LaTeX would read a bracket after \\ as its argument.
-        head, *body = [r"{}" + " & ".join(map(latex_text, row)) + r" \\" for row in (self.header, *self.rows)]
-        lines = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule"]
-        return "\n".join([*lines, r"\end{tabular}"]) + "\n"
-
-
-def csv_text(records: Sequence[dict[str, Any]]) -> str:
-    """Return records as CSV: all digits, empty for unknown numbers."""
-    file = io.StringIO()
-    writer = csv.DictWriter(file, fieldnames=list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: None if value != value else value for key, value in row.items()} for row in records)
-    return file.getvalue()
 
 
 def comparison_table(comparisons: Sequence[Comparison], results: Results, *, with_places: bool) -> Table:
@@ -102,6 +35,31 @@ def comparison_table(comparisons: Sequence[Comparison], results: Results, *, wit
         for each in comparisons
     ]
     return Table((*first, *compared, *judged), rows, num_names=2 + len(first))
+
+
+def paper_table(comparisons: Sequence[Comparison], results: Results) -> Table:
+    """Return the table of a paper: seven columns, a row for each baseline and variant at each place.
+
+    Args:
+        comparisons: at one step, place after place.
+        results: of the study.
+    """
+    rows = []
+    for place, group in groupby(comparisons, key=lambda each: each.place):
+        family = list(group)
+        where = (place.metric, place.benchmark)
+        for baseline in dict.fromkeys(each.baseline for each in family):
+            mean = float(run_means(results, baseline, place).mean())
+            label = results.study.label(baseline)
+            rows.append((*where, label, number(mean), "-", "-", "-"))
+            against = "" if len(results.baselines) == 1 else f" (to {label})"
+            for each in family:
+                if each.baseline == baseline:
+                    interval = f"[{number(each.low, True)}, {number(each.high, True)}]" if each.has_interval else "-"
+                    scores = number(each.variant_mean), number(each.difference, True), interval, p_text(each.p_holm)
+                    rows.append((*where, each.label + against, *scores))
+    header = ("metric", "benchmark", "variant", "score", "difference", "95% interval", "p (Holm)")
+    return Table(header, rows, num_names=3)
 
 
 def metric_records(results: Results) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:

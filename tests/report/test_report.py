@@ -16,11 +16,11 @@ from markdown_it import MarkdownIt
 from numpy.typing import NDArray
 
 from opdlab.errors import UsageError
-from opdlab.studies.report import make_report
-from opdlab.studies.report.compare import Place, compare
-from opdlab.studies.report.figures import every_run, forest
-from opdlab.studies.report.load import load_results
-from tests.studies.report.synthetic_study import SyntheticStudy, evaluation, write_samples
+from opdlab.report import make_report
+from opdlab.report.study.compare import Place, compare
+from opdlab.report.study.figures import every_run, forest
+from opdlab.report.study.load import load_results
+from tests.report.synthetic_study import SyntheticStudy, evaluation, write_samples
 
 Rows = list[dict[str, str]]
 Array = NDArray[np.bool_]
@@ -112,7 +112,7 @@ def test_the_same_samples_give_the_same_bytes(tmp_path: Path) -> None:
     stale = folder / "report" / "figures" / "99-forest-gone.png"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of an earlier report")
-    assert len(files(first)) == 2 + 7 + 6
+    assert len(files(first)) == 2 + 7 + 9
     assert files(make_report(folder).write()) == files(first)
 
 
@@ -148,7 +148,7 @@ def test_markdown_shows_names_as_they_are(report: Path) -> None:
 
 def test_latex_escapes_names(report: Path) -> None:
     text = (report.parent / "tables" / "comparisons.tex").read_text()
-    assert text.startswith("\\begin{tabular}{llll")
+    assert text.startswith("\\begin{tabular}{lllrrrr}")
     label = (
         r"\textless{}script\textgreater{}alert(1)\textless{}/script\textgreater{} \textbar{} \$x\_1\$ \& 50\% "
         r"[a](http://b.c) \textbackslash{} \#\textasciitilde{}\textasciicircum{}\{\}\textlangle{}U+202E\textrangle{}"
@@ -405,7 +405,7 @@ def _truncate(folder: Path, lines: int, cut: int = 0) -> None:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no study": (lambda f: (f / "study.yaml").unlink(), "study.yaml does not exist"),
+    "no study": (lambda f: (f / "study.yaml").unlink(), "has neither config.yaml of a run nor study.yaml"),
     "no keys": (lambda f: (f / "study.yaml").write_text("- 1"), "holds no keys"),
     "no yaml": (lambda f: (f / "study.yaml").write_text("a: ["), "is not YAML"),
     "no seeds": (lambda f: (f / "study.yaml").write_text("{name: x, variants: [{name: a}], baseline: a}"), "seeds"),

@@ -3,7 +3,7 @@
 Only finished runs count. Their samples must be comparable: the same problems, and equally many samples of each.
 """
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from opdlab.errors import UsageError, require
 from opdlab.evaluation.samples import Sample
+from opdlab.records import read_json
 from opdlab.studies.schema import (
     EVALUATIONS,
     FINISHED,
@@ -20,6 +21,7 @@ from opdlab.studies.schema import (
     RUN,
     STUDY,
     UNFINISHED,
+    VARIANTS,
     Record,
     StudyRun,
     evaluation_path,
@@ -27,6 +29,7 @@ from opdlab.studies.schema import (
 )
 from opdlab.studies.study import Study, read_study
 
+_PASS_AT = (1, 8)
 _Problem = tuple[str, str, str | None]  # id, text, gold answer
 
 
@@ -53,6 +56,7 @@ class Results:
         runs: record of every run that the study asks for, by variant and seed; only finished ones count.
         counts: correct samples of each problem, [P], by variant, seed, step and benchmark; only finished runs.
         collapsed: variant and seed of the finished runs in which training has collapsed; they count.
+        pass_at: k of each pass@k, of all variants, ascending.
     """
 
     study: Study
@@ -60,6 +64,7 @@ class Results:
     runs: Mapping[tuple[str, int], Record]
     counts: Mapping[tuple[str, int, int, str], NDArray[np.int64]]
     collapsed: Set[tuple[str, int]]
+    pass_at: Sequence[int]
 
     def finished(self, variant: str) -> list[int]:
         """Return the seeds of the variant's finished runs."""
@@ -126,7 +131,7 @@ def load_results(folder: Path) -> Results:
             _check_equal(name, benchmarks.get(name), first, ours, place)
         counts |= {(variant, seed, budget, name): correct for name, (_, correct) in evaluated.items()}
     collapsed = {key for key in finished if StudyRun(run_path(folder, *key), ()).collapsed}
-    results = Results(study, dict(sorted(benchmarks.items())), runs, counts, collapsed)
+    results = Results(study, dict(sorted(benchmarks.items())), runs, counts, collapsed, _pass_at(folder, study))
     base = study.baseline
     require(
         bool(results.finished(base)),
@@ -145,6 +150,13 @@ def _read_run(folder: Path, variant: str, seed: int) -> Record:
     broken = record.state == UNFINISHED and (path / RUN).is_file()
     require(not broken, f"{path / RUN} cannot be read: delete it, and `opdlab study run` repeats the run")
     return replace(record, variant=variant, seed=seed, state=record.state if path.is_dir() else MISSING)
+
+
+def _pass_at(folder: Path, study: Study) -> list[int]:
+    """Return the k of all pass@k that the variants' configurations ask for; 1 and 8 where none is known."""
+    configs = [read_json(folder / VARIANTS / f"{variant.name}.json") for variant in study.variants]
+    asked = {k for config in configs for k in config.get("model.evaluation.pass_at") or () if isinstance(k, int)}
+    return sorted(asked) or list(_PASS_AT)
 
 
 def _check_equal(name: str, theirs: Benchmark | None, first: Path, ours: Benchmark | None, place: Path) -> None:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from opdlab.evaluation.benchmark_metrics import MEAN
-from opdlab.studies.report.compare import TARGET, Comparison, Place
-from opdlab.studies.report.load import Results
-from opdlab.studies.report.statistics import LEVEL, MIN_SEEDS
+from opdlab.report.study.compare import TARGET, Comparison, Place
+from opdlab.report.study.load import Results
+from opdlab.report.study.statistics import LEVEL, MIN_SEEDS
 
 _RATES = "rates differ by 1 at most"
 _FEW = f"no verdict with fewer than {MIN_SEEDS} seeds"

@@ -1,60 +1,20 @@
-"""Plots of a study, from numbers to matplotlib figures and files.
+"""Plots of a study, from numbers to matplotlib figures."""
 
-No global state of matplotlib changes: settings hold only inside :func:`drawing`. Names are shown literally; by default
-matplotlib reads ``$`` as mathematics.
-"""
-
-import io
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from opdlab.studies.report.compare import Comparison, Place, run_means
-from opdlab.studies.report.load import Results
-from opdlab.studies.report.sentences import place_name
-from opdlab.viewer.text import visible
+from opdlab.report.drawing import new_figure, short_name
+from opdlab.report.study.compare import Comparison, Place, run_means
+from opdlab.report.study.load import Results
+from opdlab.report.study.sentences import place_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_DPI = 110
-_LONGEST = 40  # characters of a name
 _COLUMNS = 3
-
-
-@contextmanager
-def drawing() -> Iterator[None]:
-    """Apply the settings for drawing and saving figures, equal on every run; restore the old ones at the end."""
-    import matplotlib as mpl
-
-    # Without a salt, names of elements in an SVG are random.
-    settings: dict[Any, Any] = {"text.parse_math": False, "svg.hashsalt": "opdlab", "svg.fonttype": "path"}
-    with mpl.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # Names may be in any script.
-        yield
-
-
-def save(figure: "Figure", kind: Literal["png", "svg"]) -> bytes:
-    """Return a figure as the content of a file; equal figures give equal bytes."""
-    file = io.BytesIO()
-    metadata = {"Software": None} if kind == "png" else {"Date": None, "Creator": None}
-    figure.savefig(file, format=kind, metadata=metadata)
-    return file.getvalue()
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-
-
-def _name(text: str) -> str:
-    text = " ".join(visible(text).split())
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
 def forest(comparisons: Sequence[Comparison], results: Results) -> "Figure":
@@ -65,7 +25,7 @@ def forest(comparisons: Sequence[Comparison], results: Results) -> "Figure":
         results: of the study.
     """
     one = len(results.baselines) == 1
-    figure = _figure(7.0, 1.5 + (0.36 if one else 0.56) * len(comparisons))
+    figure = new_figure(7.0, 1.5 + (0.36 if one else 0.56) * len(comparisons))
     axes = figure.subplots()
     axes.axvline(0, color="0.5", linewidth=1, linestyle="--")
     for row, each in enumerate(comparisons):
@@ -75,7 +35,7 @@ def forest(comparisons: Sequence[Comparison], results: Results) -> "Figure":
         # A filled marker distinguishes them without colour.
         filling = colour if each.differs else "white"
         axes.plot(each.difference, row, "o", markersize=7, color=colour, markerfacecolor=filling)
-    names = [(_name(each.label), _name(results.study.label(each.baseline))) for each in comparisons]
+    names = [(short_name(each.label), short_name(results.study.label(each.baseline))) for each in comparisons]
     rows = [name if one else f"{name}\nto {baseline}" for name, baseline in names]
     to = f" to {names[0][1]}" if one else ""
     _label(axes, rows, f"difference{to}, 95% interval (filled: p < 0.05 after Holm)", comparisons[0].place)
@@ -92,7 +52,7 @@ def every_run(results: Results, place: Place) -> "Figure":
         place: metric, benchmark and step.
     """
     variants = [each.name for each in results.study.variants if results.finished(each.name)]
-    figure = _figure(7.0, 1.3 + 0.45 * len(variants))
+    figure = new_figure(7.0, 1.3 + 0.45 * len(variants))
     axes = figure.subplots()
     heights = dict(zip(results.study.seeds, np.linspace(-0.3, 0.3, len(results.study.seeds)), strict=True))
     for row, variant in enumerate(variants):
@@ -103,7 +63,7 @@ def every_run(results: Results, place: Place) -> "Figure":
             if (variant, seed) in results.collapsed:
                 axes.plot(value, row + heights[seed], "x", color="tab:red", markersize=9)
         axes.plot([runs.mean()] * 2, [row - 0.4, row + 0.4], color="0.2", linewidth=1.5)
-    rows = [_name(results.study.label(each)) for each in variants]
+    rows = [short_name(results.study.label(each)) for each in variants]
     crosses = "; crosses: collapsed" if results.collapsed else ""
     _label(axes, rows, f"dots: runs, one below the other by seed{crosses}; line: their mean", place)
     return figure
@@ -120,7 +80,7 @@ def learning_curves(results: Results, metric: str, benchmark: str) -> "Figure":
     columns = min(_COLUMNS, len(results.compared))
     rows = -(-len(results.compared) // columns)
     one = len(results.baselines) == 1
-    figure = _figure(max(5.0, 3.1 * columns), 0.7 + (2.5 if one else 2.7) * rows)
+    figure = new_figure(max(5.0, 3.1 * columns), 0.7 + (2.5 if one else 2.7) * rows)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for axes, variant in zip(panels, results.compared, strict=False):
         for name, colour, style in ((results.study.baseline_of(variant), "0.45", "--"), (variant, "tab:blue", "-")):
@@ -131,16 +91,16 @@ def learning_curves(results: Results, metric: str, benchmark: str) -> "Figure":
                 spread = runs.std(1, ddof=1)
                 axes.fill_between(results.steps, mean - spread, mean + spread, alpha=0.2, color=colour, linewidth=0)
             axes.plot(results.steps, mean, style, marker="o", markersize=4, color=colour)
-        beside = "" if one else f"\nbeside {_name(results.study.label(results.study.baseline_of(variant)))}"
-        axes.set_title(_name(results.study.label(variant)) + beside, fontsize=11)
+        beside = "" if one else f"\nbeside {short_name(results.study.label(results.study.baseline_of(variant)))}"
+        axes.set_title(short_name(results.study.label(variant)) + beside, fontsize=11)
         axes.grid(alpha=0.3)
         axes.tick_params(labelsize=10)
     for place, axes in enumerate(panels):
         axes.set_visible(place < len(results.compared))
         axes.tick_params(labelbottom=place + columns >= len(results.compared))  # nothing below
     figure.supxlabel("optimizer step", fontsize=11)
-    figure.supylabel(_name(place_name(Place(metric, benchmark, 0))), fontsize=11)
-    base = _name(results.study.label(results.baselines[0])) if one else "what it is compared with"
+    figure.supylabel(short_name(place_name(Place(metric, benchmark, 0))), fontsize=11)
+    base = short_name(results.study.label(results.baselines[0])) if one else "what it is compared with"
     figure.suptitle(f"solid: variant; dashed: {base}; band: ± 1 std over seeds", fontsize=11)
     return figure
 
@@ -152,4 +112,4 @@ def _label(axes: "Axes", rows: Sequence[str], label: str, place: Place) -> None:
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel(label, fontsize=10)
     axes.tick_params(labelsize=11)
-    axes.set_title(f"{_name(place_name(place))}, step {place.step}", fontsize=12)
+    axes.set_title(f"{short_name(place_name(place))}, step {place.step}", fontsize=12)

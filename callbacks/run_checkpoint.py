@@ -1,0 +1,120 @@
+"""Periodic checkpoints of a run, and beside them the one with the best evaluation."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
+
+from opdlab.checkpoint_choice import best_step
+from opdlab.errors import UsageError, require
+from opdlab.registry import suggestion
+
+EVALUATED = "val/"
+"""Prefix of the metrics of evaluations."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The checkpoint with the best evaluation so far.
+
+    Args:
+        name: of the file in the folder of the checkpoints.
+        step: optimizer steps taken.
+        score: value of the monitored metric.
+    """
+
+    name: str
+    step: int
+    score: float
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Lightning's ``ModelCheckpoint`` that keeps the newest checkpoint, and with ``monitor`` the best one beside it.
+
+    A checkpoint is scored only by an evaluation of its own step: one that is saved between two evaluations has no
+    score. An evaluation that is better than all before it saves the step if that is not saved yet. Of equal scores the
+    earlier one stays.
+
+    Args:
+        monitor: metric of the evaluations, such as ``val/mean/pass@1``; null keeps no best checkpoint.
+        mode: ``max`` or ``min``: which value of ``monitor`` is best.
+        **options: of ``ModelCheckpoint``. With ``save_top_k`` -1 all checkpoints stay.
+
+    Raises:
+        UsageError: ``mode`` is missing, or ``monitor`` is no metric of the evaluations.
+
+    Example:
+        >>> RunCheckpoint(monitor="val/mean/pass@1", mode="max", every_n_train_steps=10).best is None
+        True
+    """
+
+    def __init__(self, monitor: str | None = None, mode: Literal["max", "min"] | None = None, **options: Any) -> None:
+        super().__init__(**options)  # without the metric, by which Lightning would judge what is saved between two
+        require(
+            monitor is None or mode is not None,
+            f"monitor is '{monitor}', but mode is null: give max if a larger value is better, or min",
+        )
+        require(
+            monitor is None or monitor.startswith(EVALUATED),
+            f"monitor is '{monitor}', but must be a metric of the evaluations, such as {EVALUATED}mean/pass@1",
+        )
+        require(
+            monitor is None or self.save_top_k != 0, "save_top_k is 0, which saves nothing, but monitor is given: use 1"
+        )
+        self.metric, self.direction = monitor, mode
+        self.best: Best | None = None
+        """The best checkpoint; None before the first evaluation, and without ``monitor``."""
+
+    @property
+    def state_key(self) -> str:
+        """Return the key of Lightning's class, so that its checkpoints resume."""
+        return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note that a run that resumes from one of these checkpoints has its step saved."""
+        super().on_train_start(trainer, pl_module)
+        if trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == Path(self.best_model_path).resolve():
+            self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, self.best_model_path
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep the checkpoint of this step if it is the best one so far."""
+        super().on_validation_end(trainer, pl_module)
+        evaluated = [name for name in trainer.callback_metrics if name.startswith(EVALUATED)]
+        if self.metric is None or trainer.sanity_checking or not evaluated:
+            return
+        if self.metric not in evaluated:
+            hint = suggestion(self.metric, evaluated) or ";"
+            raise UsageError(
+                f"checkpoint.monitor is '{self.metric}', which no evaluation logs{hint} give one of "
+                f"{', '.join(sorted(name for name in evaluated if not name.endswith('_se')))}"
+            )
+        if trainer.state.fn != TrainerFn.FITTING or trainer.fast_dev_run:
+            return  # of the untrained student, or of the last step, whose checkpoint stays
+        assert self.direction is not None
+        step, score, before = trainer.global_step, float(trainer.callback_metrics[self.metric]), self.best
+        if best_step({**({before.step: before.score} if before else {}), step: score}, self.direction) != step:
+            return
+        if self._last_global_step_saved != step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        self.best = Best(Path(self.best_model_path).name, step, score)  # Lightning's name for the newest one
+        if before is not None and self.save_top_k == 1:
+            older = str(Path(self.dirpath or "") / before.name)
+            if self._should_remove_checkpoint(trainer, older, self.best_model_path):
+                self._remove_checkpoint(trainer, older)
+
+    def _should_remove_checkpoint(self, trainer: pl.Trainer, previous: str, current: str) -> bool:
+        kept = self.best is not None and Path(previous).name == self.best.name
+        return not kept and super()._should_remove_checkpoint(trainer, previous, current)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return Lightning's state and the best checkpoint."""
+        return {**super().state_dict(), "best": None if self.best is None else asdict(self.best)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned."""
+        super().load_state_dict(state_dict)
+        best = state_dict.get("best")
+        self.best = Best(Path(best["name"]).name, best["step"], best["score"]) if best else None

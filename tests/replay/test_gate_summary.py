@@ -1,0 +1,38 @@
+"""The table of gates on a narrow console."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from opdlab.replay.gate_summary import GateSummary, console_table
+
+
+def summary(gate: str, own: bool = False) -> GateSummary:
+    return GateSummary((gate, "signed_mean", "mean", "20"), own, 8, 0.512, 1.25, 0.987, 0.654, 0.0123, 0.0045)
+
+
+@pytest.mark.parametrize(
+    ("gate", "width", "there", "missing"),
+    [
+        ("block64", 80, ["ESS", "norm", "ungated", "fresh", "change"], []),
+        ("block:block_size=16", 80, ["ESS", "ungated", "fresh", "change"], ["norm"]),
+        ("block:block_size=16,rho=0.9", 80, ["fresh", "change"], ["norm", "ungated"]),
+        ("block:block_size=16,rho=0.9", 60, ["change"], ["norm", "ungated", "ESS", "fresh"]),
+        ("block:block_size=16," * 4, 60, ["change"], ["norm", "ungated", "ESS", "fresh"]),
+    ],
+)
+def test_the_deciding_columns_stay(gate: str, width: int, there: list[str], missing: list[str]) -> None:
+    file = io.StringIO()
+    console = Console(file=file, width=width, color_system=None)  # a pipe
+    console.print(console_table([summary(gate, own=True), summary("none")], width))
+    text = file.getvalue()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    assert "+0.012 ± 0.004" in text
+    assert f"{gate} (the run)" in "".join(text.split("\n")).replace("\u2502 ", "") or len(gate) > 40
+    head = next(line for line in text.splitlines() if "gate" in line)
+    assert [name for name in there if name not in head] == []
+    assert [name for name in missing if name in head] == []
+    said = " ".join(text.split())
+    assert not missing or f"All statistics and normalizations, and {', '.join(missing)}: replay.md." in said
