@@ -26,7 +26,7 @@ from opdlab.cli.checks import check_files, check_resume, check_trainer, warn_of_
 from opdlab.cli.ending import run_to_end
 from opdlab.cli.estimate import refuse_oversized
 from opdlab.cli.hparams import log_hyperparameters
-from opdlab.cli.parsing import RUN_KEYS, fit_parser, parse_fit
+from opdlab.cli.parsing import RUN_KEYS, check_length, fit_parser, parse_fit
 from opdlab.data import PromptDataModule
 from opdlab.errors import UsageError, first_line
 from opdlab.files import full_disk
@@ -100,6 +100,8 @@ class OPDCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse and check the arguments, and the checkpoint to resume from."""
         self.config = parse_fit(args, self.command)
+        if self.command == "fit":
+            check_length(self.config)
         if self.config.ckpt_path is not None:
             path = Path(self.config.ckpt_path)
             check_checkpoint(path, resume=self.command == "fit")
@@ -162,6 +164,8 @@ class OPDCLI(LightningCLI):
         evaluation = config.model.evaluation
         self.folder = folder = self._run_folder(root)
         evaluation.samples = str(fit_samples_folder(evaluation.samples, folder.path))
+        if not config.data.benchmarks:
+            config.trainer.limit_val_batches = 0  # otherwise Lightning warns that the list of loaders is empty
         if config.checkpoint.dirpath is None:
             config.checkpoint.dirpath = str(folder.checkpoints.absolute())
         if config.trainer.logger in (None, True):
