@@ -19,8 +19,8 @@ from transformers import (
 
 from opdlab.cli import EXIT_USAGE, main
 from opdlab.cli.building import build
-from opdlab.cli.config_files import shipped_configs
 from opdlab.cli.parsing import fit_parser, parse_fit
+from opdlab.cli.shipped import shipped_configs
 
 PIECES = [name for name in shipped_configs() if re.match("trainer/|models/|loggers/|gates/|objectives/", name)]
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."

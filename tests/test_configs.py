@@ -23,8 +23,9 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from opdlab import objectives
 from opdlab.cli import EXIT_USAGE, main
-from opdlab.cli.config_files import config_chain, shipped_configs
+from opdlab.cli.config_files import config_chain
 from opdlab.cli.parsing import fit_parser, parse_fit
+from opdlab.cli.shipped import shipped_configs
 from opdlab.errors import UsageError
 from opdlab.gating import RuleGate, build_gate, gate_names
 

@@ -259,6 +259,9 @@ def test_command_lines_parse(page: Path, folder: Path, capsys: pytest.CaptureFix
         if subcommand in ("gates", "objectives"):
             assert main([subcommand]) == 0
             continue
+        if subcommand in ("configs", "init"):
+            assert main([subcommand, *arguments]) == 0
+            continue
         if subcommand in ("replay", "serve-teacher"):
             {"replay": replay_parser, "serve-teacher": serve_parser}[subcommand]().parse_args(arguments)
             continue

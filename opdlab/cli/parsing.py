@@ -16,8 +16,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from opdlab.checkpoints import find_checkpoint
 from opdlab.cli.checks import CALLBACKS, check_config
 from opdlab.cli.commands import COMMANDS
-from opdlab.cli.config_files import CONFIG_MODE, ConfigFile, expand_names, explainer, shipped_configs
+from opdlab.cli.config_files import CONFIG_MODE, ConfigFile, expand_names, explainer
 from opdlab.cli.plugins import described
+from opdlab.cli.shipped import shipped_configs
 from opdlab.data import PromptDataModule
 from opdlab.errors import UsageError, require, user_code
 from opdlab.gating import gate_registry
