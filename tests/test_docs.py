@@ -264,6 +264,9 @@ def test_command_lines_parse(page: Path, folder: Path, capsys: pytest.CaptureFix
         if subcommand in ("gates", "objectives"):
             assert main([subcommand]) == 0
             continue
+        if subcommand in ("configs", "init"):
+            assert main([subcommand, *arguments]) == 0
+            continue
         if subcommand in PARSERS:
             PARSERS[subcommand]().parse_args(arguments)
             continue

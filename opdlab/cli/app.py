@@ -23,7 +23,7 @@ from opdlab.cli.derived_options import fill_evaluation, fill_fit
 from opdlab.cli.ending import run_to_end
 from opdlab.cli.estimate import refuse_oversized
 from opdlab.cli.hparams import log_hyperparameters
-from opdlab.cli.parsing import RUN_KEYS, fit_parser, parse_fit
+from opdlab.cli.parsing import RUN_KEYS, check_length, fit_parser, parse_fit
 from opdlab.data import PromptDataModule
 from opdlab.errors import UsageError, first_line
 from opdlab.evaluation.benchmark_metrics import TEACHER
@@ -97,6 +97,8 @@ class OPDCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse and check the arguments, and the checkpoint to resume from."""
         self.config = parse_fit(args, self.command)
+        if self.command == "fit":
+            check_length(self.config)
         if self.config.ckpt_path is not None:
             path = Path(self.config.ckpt_path)
             check_checkpoint(path, resume=self.command == "fit")

@@ -1,6 +1,5 @@
 """Find and read configurations: shipped names, files that extend others, and registered plug-ins."""
 
-import importlib.resources
 import os
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_loader
 
 from opdlab.aliases import migrate, migrate_text, nested, warn_of_old_names
 from opdlab.cli.building import sections
+from opdlab.cli.shipped import config_path
 from opdlab.errors import UsageError, require
 from opdlab.gating import gate_registry
 from opdlab.objectives.base import objective_registry
@@ -47,6 +47,21 @@ class ConfigFile(ActionConfigFile):
                 super().__call__(parser, cfg, each, option_string)  # type: ignore[no-untyped-call]
             except ArgumentError as error:
                 raise UsageError(f"{each}: {explainer(parser)(error)}") from error
+
+
+def flattened(parser: ArgumentParser, name: str) -> dict[str, Any]:
+    """Return the keys of a configuration and of all that it extends, merged as the parser merges them.
+
+    Args:
+        parser: of ``opdlab fit``.
+        name: a file or the name of a shipped configuration.
+    """
+    merged = Namespace()  # type: ignore[no-untyped-call]
+    read = ConfigFile(option_strings=["-c"], dest="config")  # type: ignore[no-untyped-call]
+    read(parser, merged, name, "-c")
+    keys: dict[str, Any] = merged.as_dict()
+    del keys["config"]  # the list of files
+    return keys
 
 
 def explainer(parser: ArgumentParser) -> Explainer:
@@ -203,14 +218,15 @@ def config_chain(path: str, extended_by: tuple[str, ...] = ()) -> list[str]:
         isinstance(names, list) and all(isinstance(name, str) for name in names),
         f"{path}: {EXTENDS} is {names}, but must be the name of a configuration or a list of names",
     )
-    bases = [file for name in names for file in config_chain(_extended_path(name, path), trail)]
+    bases = [file for name in names for file in config_chain(extended_path(name, path), trail)]
     first: dict[str, str] = {}
     for base in bases:
         first.setdefault(os.path.realpath(base), base)  # one file may have several paths
     return [*first.values(), path]
 
 
-def _extended_path(name: str, path: str) -> str:
+def extended_path(name: str, path: str) -> str:
+    """Return the file that ``extends: name`` in the file ``path`` means: beside it, or a shipped one."""
     folder = Path(path).parent
     for beside in (folder / name, folder / f"{name}.yaml"):
         if beside.is_file():
@@ -219,29 +235,3 @@ def _extended_path(name: str, path: str) -> str:
         return config_path(name)
     except UsageError as error:
         raise UsageError(f"{path}: {EXTENDS} is '{name}', which is not in {folder} either: {error}") from error
-
-
-def shipped_configs() -> dict[str, Path]:
-    """Return the path of each configuration shipped with opdlab, by name. Studies are not included.
-
-    Example:
-        >>> "quickstart" in shipped_configs()
-        True
-    """
-    root = Path(str(importlib.resources.files("opdlab.configs")))
-    found = {path.relative_to(root).with_suffix("").as_posix(): path for path in sorted(root.rglob("*.yaml"))}
-    return {name: path for name, path in found.items() if not name.startswith("studies/")}
-
-
-def config_path(name: str) -> str:
-    """Return ``name`` if it is a file, otherwise the path of the shipped configuration of that name."""
-    if Path(name).is_file():
-        return name
-    shipped = shipped_configs()
-    key = name.removeprefix("configs/").removesuffix(".yaml")
-    if key not in shipped:
-        raise UsageError(
-            f"there is no configuration file '{name}', and none of that name comes with opdlab"
-            f"{suggestion(key, shipped) or ';'} shipped: {', '.join(shipped)}"
-        )
-    return str(shipped[key])

@@ -42,6 +42,8 @@ def fill_fit(config: Namespace, root: Path, folder: RunFolder) -> None:
         folder: of the run.
     """
     config.model.evaluation.samples = str(fit_samples_folder(config.model.evaluation.samples, folder.path))
+    if not config.data.benchmarks:
+        config.trainer.limit_val_batches = 0  # otherwise Lightning warns that the list of loaders is empty
     if config.checkpoint.dirpath is None:
         config.checkpoint.dirpath = str(folder.checkpoints.absolute())
     if config.trainer.logger in (None, True):

@@ -18,10 +18,11 @@ from opdlab.checkpoints import find_checkpoint
 from opdlab.cli.building import build
 from opdlab.cli.checks import CALLBACKS, check_config
 from opdlab.cli.commands import COMMANDS
-from opdlab.cli.config_files import CONFIG_MODE, ConfigFile, expand_names, explainer, shipped_configs
+from opdlab.cli.config_files import CONFIG_MODE, ConfigFile, expand_names, explainer
 from opdlab.cli.plugins import described
+from opdlab.cli.shipped import shipped_configs
 from opdlab.data import PromptDataModule
-from opdlab.errors import UsageError, first_line, user_code
+from opdlab.errors import UsageError, first_line, require, user_code
 from opdlab.gating import gate_registry
 from opdlab.module import OPDModule
 from opdlab.objectives.base import objective_registry
@@ -118,6 +119,21 @@ def parse_fit(arguments: Sequence[str], command: str = "fit") -> Namespace:
         config.ckpt_path = str(find_checkpoint(config.ckpt_path, root, resume=command == "fit"))
     check_config(parser, config)
     return config
+
+
+def check_length(config: Namespace) -> None:
+    """Refuse a run without an end.
+
+    Raises:
+        UsageError: neither steps, epochs nor a time are set.
+    """
+    trainer = config.trainer
+    ends = trainer.max_steps != -1 or trainer.max_epochs not in (None, -1) or trainer.max_time is not None
+    require(
+        ends,
+        "trainer.max_steps is -1, so the run would never end: give the number of optimizer steps, for example "
+        "--trainer.max_steps 200, or trainer.max_time",
+    )
 
 
 def _explained(parser: LightningArgumentParser, error: ArgumentError) -> str:

@@ -15,9 +15,9 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
 from opdlab.cli.commands import COMMANDS
-from opdlab.cli.config_files import config_path, shipped_configs
 from opdlab.cli.parsing import parse_fit
 from opdlab.cli.report import write_report
+from opdlab.cli.shipped import config_path, shipped_configs
 from opdlab.errors import UsageError, require
 from opdlab.locks import locked
 from opdlab.parser_messages import Explainer

@@ -100,7 +100,7 @@ class PublishedProblems(ProblemSource):
         limit: int | None = None,
         offset: int = 0,
     ) -> None:
-        super().__init__(template or RawTemplate(suffix=REASONING_SUFFIX), verifier or _shared_verifier())
+        super().__init__(template, verifier or _shared_verifier())
         require(
             path is None or revision is None,
             f"revision is '{revision}', but path is '{path}': a local copy has no revisions, so leave one of them out",
@@ -121,6 +121,10 @@ class PublishedProblems(ProblemSource):
             limit=limit,
             offset=offset,
         )
+
+    def default_template(self) -> Template:
+        """Return plain text with the usual request to reason step by step."""
+        return RawTemplate(suffix=REASONING_SUFFIX)
 
     def problems(self) -> Iterator[Problem]:
         """Yield the problems without the prefix and suffix of the published set."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from opdlab.data.cleaning import CleaningConfig, CleaningReport, clean
 from opdlab.data.prompts import ProblemSource, PromptSet, prompt_set
+from opdlab.data.templates import Template
 from opdlab.errors import UsageError, require
 from opdlab.policies.routed_teacher import check_teacher
 from opdlab.rollouts import DemonstrationConfig, Pool, ReuseConfig, RolloutLoader
@@ -38,6 +39,7 @@ class PromptDataModule(pl.LightningDataModule):
             longer. Only where it differs from the student's, see ``teacher_template`` of the source.
         eval_batch_size: problems per evaluation batch.
         seed: seed of the prompt order and of the rollouts. Null follows ``seed_everything``; in Python it means 0.
+        template: turns the problems of all sources that are given no template into prompts.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class PromptDataModule(pl.LightningDataModule):
         max_teacher_prompt_tokens: int = 4096,
         eval_batch_size: int = 64,
         seed: int | None = None,
+        template: Template | None = None,
     ) -> None:
         super().__init__()
         for name in benchmarks or {}:
@@ -66,6 +69,9 @@ class PromptDataModule(pl.LightningDataModule):
             require(value >= 1, f"{key} is {value}, but must be at least 1")
         self.train_source = train
         self.benchmark_sources: Mapping[str, ProblemSource] = benchmarks or {}
+        for source in (train, *self.benchmark_sources.values()):
+            if template is not None and isinstance(source, ProblemSource) and not source.has_own_template:
+                source.template = template
         self.reuse, self.demonstrations = reuse, demonstrations
         if isinstance(train, ProblemSource) and demonstrations.share:
             train.demonstration_field = demonstrations.field

@@ -20,7 +20,7 @@ class ProblemSource(ABC):
     """Source of problems, with the templates of their prompts and the verifier of their answers.
 
     Args:
-        template: turns a problem into a prompt.
+        template: turns a problem into a prompt; by default that of :meth:`default_template`, or the data module's.
         verifier: checks answers; None without gold answers.
         teacher_template: turns a problem into the prompt that the teacher sees, in training; None if it is
             ``template``. Either way the teacher's prompt is made of :attr:`Problem.teacher_text` if there is one.
@@ -32,12 +32,17 @@ class ProblemSource(ABC):
         verifier: Verifier | None = None,
         teacher_template: Template | None = None,
     ) -> None:
-        self.template: Template = template or DefaultTemplate()
+        self.has_own_template = template is not None
+        self.template: Template = template or self.default_template()
         self.verifier, self.teacher_template = verifier, teacher_template
         self.problem_field: str | None = None
         """Field of the problems, for messages; None for a source without fields."""
         self.demonstration_field: str | None = None
         """Field of the demonstrations, which the data module sets; a source without fields ignores it."""
+
+    def default_template(self) -> Template:
+        """Return the template of a source that is given none."""
+        return DefaultTemplate()
 
     @abstractmethod
     def problems(self) -> Iterable[Problem]:

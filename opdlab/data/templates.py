@@ -98,15 +98,24 @@ class ChatTemplate(Template):
         system: system message of problems that have none, or None.
         suffix: text after the problem in the last user turn.
         enable_thinking: passed to the template if not None; Qwen3's template reads it.
+        options: further names that the template reads, such as Llama 3's ``date_string``, and their values.
 
     Raises:
         UsageError: the tokenizer has no chat template, or its template refuses the messages.
     """
 
-    def __init__(self, system: str | None = None, suffix: str = "", enable_thinking: bool | None = None) -> None:
+    def __init__(
+        self,
+        system: str | None = None,
+        suffix: str = "",
+        enable_thinking: bool | None = None,
+        options: dict[str, str | int | float | bool] | None = None,
+    ) -> None:
         self.system = system
         self.suffix = suffix
-        self.enable_thinking = enable_thinking
+        self.options = dict(options or {})
+        if enable_thinking is not None:
+            self.options["enable_thinking"] = enable_thinking
 
     def tokenize(self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         """See :meth:`Template.tokenize`."""
@@ -123,9 +132,8 @@ class ChatTemplate(Template):
             "the problems are lists of messages, but the student's tokenizer has no chat template: give a student with "
             "one, or plain text as the problem",
         )
-        options = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
         encode = partial(
-            tokenizer.apply_chat_template, tokenize=True, add_generation_prompt=True, return_dict=True, **options
+            tokenizer.apply_chat_template, tokenize=True, add_generation_prompt=True, return_dict=True, **self.options
         )
         turns = [self._turns(chat) for chat in chats]
         try:

@@ -184,6 +184,8 @@ class LanguageModel(nn.Module):
             the extra ``bitsandbytes``.
         compile: compile the layers with torch.compile for scoring, not for sampling: adds about half a minute to the
             first steps and makes each step faster. Needs a C++ compiler.
+        stop_tokens: texts of the tokens that end a response, each a single token. Null takes those of the tokenizer and
+            of the generation config.
 
     Attributes:
         vocab_size: number of tokens: rows of the embedding that are tokens of the tokenizer, and that the teacher has
@@ -220,6 +222,7 @@ class LanguageModel(nn.Module):
         adapter: AdapterConfig | None = None,
         quantization: Quantization | None = None,
         compile: bool = False,
+        stop_tokens: list[str] | None = None,
     ) -> None:
         super().__init__()
         if compile:
@@ -240,7 +243,7 @@ class LanguageModel(nn.Module):
         self._compile = compile
         self.register_state_dict_post_hook(keep_adapter_only)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(put_back_frozen)  # type: ignore[no-untyped-call]
-        self.stop_tokens = stop_tokens_of(self.model, self.tokenizer, self.path)
+        self.stop_tokens = stop_tokens_of(self.model, self.tokenizer, self.path, stop_tokens)
         self.stop_ids = sorted(self.stop_tokens.ids)
         num_rows = check_weights(self.model, self.path)
         self.vocab_size = vocabulary_size(self.tokenizer, self.stop_ids, num_rows, f"model '{self.path}'")

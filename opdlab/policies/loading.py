@@ -2,7 +2,7 @@
 
 import importlib.resources
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from opdlab.files import expanded
 from opdlab.out_of_memory import out_of_memory
 from opdlab.packages import is_installed, package_trouble, require_package
 from opdlab.policies.sharding import local
-from opdlab.policies.tokenizers import StopTokens
+from opdlab.policies.tokenizers import StopTokens, single_token_ids
 
 DType = Literal["float32", "bfloat16", "float16"]
 Quantization = Literal["4bit", "8bit"]
@@ -187,12 +187,22 @@ def adapter_base(path: str) -> str | None:
     return str(base)
 
 
-def stop_tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str) -> StopTokens:
+def stop_tokens_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: str, given: Sequence[str] | None = None
+) -> StopTokens:
     """Return the stop tokens of tokenizer and generation config, which may differ (e.g. base and instruct models).
 
+    Given ones take the place of both, also in the model's generation config, so that an exported model stops there.
+
     Raises:
-        UsageError: the tokenizer and the generation config name no stop token.
+        UsageError: there is no stop token, or a given one is not a single token.
     """
+    if given is not None:
+        require(bool(given), "stop_tokens is empty, so no response could ever end: give a token, or null")
+        chosen = single_token_ids(tokenizer, given, "stop_tokens")
+        if model.generation_config is not None:
+            model.generation_config.eos_token_id = chosen
+        return StopTokens(frozenset(chosen), frozenset(chosen))
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]
     stops = StopTokens(frozenset({tokenizer.eos_token_id} - {None}), frozenset(ids) - {None})

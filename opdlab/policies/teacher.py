@@ -209,8 +209,8 @@ class LocalTeacher(Teacher):
             ``bitsandbytes`` and a GPU.
         offload: keep the weights in host memory, with a copy on the device only during scoring. Not with
             ``quantization``, because packed weights have further tensors outside the parameters.
-        **options: ``dtype``, ``revision``, ``trust_remote_code``, ``attn_implementation`` and ``gguf_file`` of
-            :class:`LanguageModel`.
+        **options: ``dtype``, ``revision``, ``trust_remote_code``, ``attn_implementation``, ``gguf_file`` and
+            ``stop_tokens`` of :class:`LanguageModel`.
 
     Raises:
         UsageError: see :class:`LanguageModel`; or ``batch_size`` is below 1; or both ``offload`` and

@@ -22,7 +22,7 @@ import yaml
 
 from opdlab.cli import EXIT_USAGE, main
 from opdlab.cli.commands import COMMANDS
-from opdlab.cli.config_files import shipped_configs
+from opdlab.cli.shipped import shipped_configs
 from opdlab.gating import gate_registry
 from opdlab.objectives.base import objective_registry
 from tests.children import run_child
