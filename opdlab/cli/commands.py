@@ -78,6 +78,7 @@ COMMANDS: dict[str, Command] = {
     "gates": Command("opdlab.cli.plugins:list_gates", "List the registered gates."),
     "objectives": Command("opdlab.cli.plugins:list_objectives", "List the registered objectives."),
     "serve-teacher": Command("opdlab.cli.serve_teacher:serve_teacher", "Serve a teacher over HTTP."),
+    "screen": Command("opdlab.cli.screen:screen_command", "Say what distilling a pair will meet, before training."),
     "study": Command("opdlab.cli.study:study_command", "Compare variants over seeds."),
     "replay": Command("opdlab.cli.replay:replay", "Replay recorded steps of a run under other gates."),
 }

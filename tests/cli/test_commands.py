@@ -73,7 +73,7 @@ def test_every_command_refuses_what_it_does_not_know(name: str, capsys: pytest.C
     [
         (
             "",
-            "give a command: fit, validate, test, estimate, gates, objectives, serve-teacher, study, replay; see "
+            "give a command: fit, validate, test, estimate, gates, objectives, serve-teacher, screen, study, replay; see "
             "opdlab --help",
         ),
         ("fti", "unknown command 'fti'; did you mean 'fit'? commands: fit, "),
