@@ -19,6 +19,7 @@ from opdlab.cli.checks import num_processes
 from opdlab.cli.config_files import expand_names
 from opdlab.cli.parsing import fit_parser, parse_fit
 from opdlab.cli.replay import parser as replay_parser
+from opdlab.cli.screen import parser as screen_parser
 from opdlab.cli.serve_teacher import parser as serve_parser
 from opdlab.cli.study import find_study, plain_config, plan_study
 from opdlab.cli.study import parser as study_parser
@@ -32,6 +33,7 @@ from tests.test_package import PUBLIC
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+PLAIN_PARSERS = {"replay": replay_parser, "screen": screen_parser, "serve-teacher": serve_parser}
 PAGES = sorted(DOCS.rglob("*.md"))
 TEXTS = [*PAGES, *(ROOT / name for name in ("README.md", "configs/README.md", "configs/paper/README.md"))]
 GATES = [name for name in gate_names() if gate_registry().get(name).__module__.startswith("opdlab.strategies.")]
@@ -259,8 +261,8 @@ def test_command_lines_parse(page: Path, folder: Path, capsys: pytest.CaptureFix
         if subcommand in ("gates", "objectives"):
             assert main([subcommand]) == 0
             continue
-        if subcommand in ("replay", "serve-teacher"):
-            {"replay": replay_parser, "serve-teacher": serve_parser}[subcommand]().parse_args(arguments)
+        if subcommand in PLAIN_PARSERS:
+            PLAIN_PARSERS[subcommand]().parse_args(arguments)
             continue
         if subcommand == "study":
             options = study_parser().parse_args(arguments)

@@ -17,8 +17,8 @@ from opdlab.cli.screened_pair import VERIFIERS, Screened, pair_of_config, pair_o
 from opdlab.errors import UsageError, require
 from opdlab.policies.loading import DType
 from opdlab.progress import StoppableProgress
+from opdlab.screening.outcome import screen
 from opdlab.screening.report import JSON, PAGE, console_table, write_results
-from opdlab.screening.screen import screen
 
 _WIDTH = 140  # of the table where the output is no terminal
 _OF_PATHS = ("student", "teacher", "prompts", "problem_field", "answer_field", "verifier", "chat", "dtype")

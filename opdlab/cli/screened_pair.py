@@ -12,14 +12,22 @@ import torch
 from lightning.pytorch import seed_everything
 
 from opdlab.cli.building import build
-from opdlab.cli.configured_models import configured_models
+from opdlab.cli.configured_models import configured_models, configured_teacher
 from opdlab.cli.estimate import device_memory, refuse_oversized
 from opdlab.cli.memory_parts import estimate
 from opdlab.cli.parsing import fit_parser, parse_fit
 from opdlab.cli.replay_sources import on_device
 from opdlab.data import ChatTemplate, JsonlProblems, prompt_set
 from opdlab.errors import require
-from opdlab.policies import LanguageModel, LocalTeacher, NoTeacher, ServedTeacher, Teacher, share_vocabulary
+from opdlab.policies import (
+    LanguageModel,
+    LocalTeacher,
+    NoTeacher,
+    ServedTeacher,
+    TargetCache,
+    Teacher,
+    share_vocabulary,
+)
 from opdlab.screening.pair import ConfiguredRun, Pair, ScreenConfig
 from opdlab.verifiers import BoxedVerifier, ExactMatchVerifier, MathVerifier, NumericVerifier, Verifier
 
@@ -117,18 +125,20 @@ def pair_of_config(options: Namespace, overrides: Sequence[str]) -> Screened:
     seed_everything(settings.seed_everything, workers=True, verbose=False)
     built = build(fit_parser(), settings)
     module, data = built.model, built.data
-    name = type(module.teacher).__name__
-    require(not isinstance(module.teacher, NoTeacher), f"model.teacher is {name}: give a teacher to compare with")
+    # A screening leaves no trace in a cache of targets.
+    teacher = module.teacher.teacher if isinstance(module.teacher, TargetCache) else module.teacher
+    name = type(teacher).__name__
+    require(not isinstance(teacher, NoTeacher), f"model.teacher is {name}: give a teacher to compare with")
     data.prepare(module.student.tokenizer, training=True)
     data.check_tokens(module.student.tokenizer, module.student.vocab_size)
-    data.check_teachers(module.teacher.names)
+    data.check_teachers(teacher.names)
     autocast = on_device(module, settings.trainer.accelerator, settings.trainer.precision)
-    module.teacher.to(module.student.device)
+    teacher.to(module.student.device)
     problems = {TRAINING: data.train_prompts, **data.benchmarks}
     run = _run(settings, module)
     student = module.student.requires_grad_(False).eval()
-    pair = Pair(student, module.teacher, problems, data.train_source.template, run)
-    described = settings.model.teacher.get("init_args") or {}
+    pair = Pair(student, teacher, problems, data.train_source.template, run)
+    described = configured_teacher(settings).get("init_args") or {}
     return Screened(pair, config, f"{name} {described.get('path') or described.get('url') or ''}".strip(), autocast)
 
 

@@ -156,7 +156,8 @@ def compare(student: Tensor, teacher: Tensor) -> Compared:
     sums = moments(difference, torch.ones(count))
     whole = [float(pass_at_k(side.sum(1), each, each).mean()) for side in (student, teacher)]
     return Compared(
-        *(float(side.double().mean()) for side in (student, teacher)),
+        student=float(student.double().mean()),
+        teacher=float(teacher.double().mean()),
         difference=float(weighted_mean(sums)),
         error=float(standard_error(sums, torch.tensor(count))),
         student_any=whole[0],

@@ -54,6 +54,8 @@ class Gap:
             above that of the vocabulary, and equal to it at K = V - 1.
         reverse_kl_error: its standard error, clustered by prompt.
         forward_kl: KL(teacher, student), the same way.
+        sampled_kl: mean of the student's log-probability of its tokens less the teacher's: an estimate of the reverse
+            KL over the vocabulary, unbiased at ``top_p`` 1; or None.
         whole: False if the teacher knows its probabilities only relative to each other: both divergences are then
             between distributions over the support.
         difference: mean absolute difference of the log-probabilities of the sampled tokens, or None.
@@ -71,6 +73,7 @@ class Gap:
     reverse_kl: float
     reverse_kl_error: float
     forward_kl: float
+    sampled_kl: float | None
     whole: bool
     difference: float | None
     student_entropy: float
@@ -115,10 +118,10 @@ def measure_gap(student: LanguageModel, rollouts: Rollouts, targets: Targets, ba
     student_mass, overlaps = torch.zeros(k, dtype=torch.float64), torch.zeros(k, dtype=torch.float64)
     for rows, found, overlap, tail in _chunks(student, rollouts, targets, batch_size):
         for name, values in found.items():
-            columns.setdefault(name, torch.zeros(shape, dtype=torch.float64))[rows] = values.double().cpu()
+            columns.setdefault(name, torch.zeros(shape, dtype=torch.float64))[rows] = values.cpu().double()
         overlaps += overlap.cpu()
         logs = tail.logits - tail.statistics.log_normalizer[:, None]
-        student_mass += logs.double().exp().cumsum(1).sum(0).cpu()
+        student_mass += logs.exp().cumsum(1).sum(0).cpu().double()
     columns |= _of_teacher(targets, columns["logprobs"])
     mask = rollouts.mask.bool()
     count = int(mask.sum())
@@ -129,6 +132,7 @@ def measure_gap(student: LanguageModel, rollouts: Rollouts, targets: Targets, ba
         reverse_kl=means["reverse_kl"],
         reverse_kl_error=_error(columns["reverse_kl"], rollouts),
         forward_kl=means["forward_kl"],
+        sampled_kl=means.get("sampled_kl"),
         whole=targets.log_normalizer is not None,
         difference=means.get("difference"),
         student_entropy=means["entropy"],
@@ -182,24 +186,25 @@ def shared_ranks(a: Tensor, b: Tensor) -> Tensor:
         b: the same.
 
     Returns:
-        [K] float64.
+        [K] long.
 
     Example:
         >>> shared_ranks(torch.tensor([[5, 7, 9]]), torch.tensor([[7, 5, 8]]))
-        tensor([0., 2., 0.], dtype=torch.float64)
+        tensor([0, 2, 0])
     """
     k = a.shape[1]
     ordered, place = torch.cat([a, b], 1).sort(dim=1, stable=True)
     same = ordered[:, 1:] == ordered[:, :-1]  # the one in front is of ``a``, since the sort is stable
     ranks = torch.maximum(place[:, :-1], place[:, 1:] - k)
-    return torch.bincount(ranks[same], minlength=k).double()
+    return torch.bincount(ranks[same], minlength=k)
 
 
 def _of_teacher(targets: Targets, logprobs: Tensor) -> dict[str, Tensor]:
     """Return the columns that the teacher's targets give, [B, T] each."""
     found: dict[str, Tensor] = {}
     if (known := targets.known_logprobs) is not None:
-        found["difference"] = (known.double() - logprobs).abs()
+        found["sampled_kl"] = logprobs - known.double()
+        found["difference"] = found["sampled_kl"].abs()
     if targets.entropy is not None:
         found["teacher_entropy"] = targets.entropy.double()
     if targets.log_normalizer is not None and targets.support_logits is not None:

@@ -39,7 +39,7 @@ def _headroom(name: str, compared: Maybe[Compared]) -> Check:
     mend = "take a better teacher or other prompts: the student cannot learn from one that does no better"
     if verdict == "look":
         mend = "measure with a larger --num_prompts: the difference is within two standard errors"
-    return checked(key, compared.difference, finding, mend, verdict=verdict, unit="pass@1")  # type: ignore[arg-type]
+    return checked(key, compared.difference, finding, mend, verdict=verdict, unit="pass@1")
 
 
 def _distances(found: Measurements) -> list[Check]:
@@ -63,12 +63,13 @@ def _distances(found: Measurements) -> list[Check]:
         )
     )
     bound = "" if gap.whole else " over the support"
+    sampled = "" if gap.sampled_kl is None else f"; estimated from the sampled tokens {gap.sampled_kl:.3f}"
     finding = (
         f"reverse KL {gap.reverse_kl:.3f} ± {gap.reverse_kl_error:.3f} nats a token{bound}, "
-        f"forward KL {gap.forward_kl:.3f}"
+        f"forward KL {gap.forward_kl:.3f}{sampled}"
     )
     mend = "begin with demonstrations of the teacher (data.demonstrations), or take a teacher closer to the student"
-    checks.append(checked("gap", gap.reverse_kl, finding, mend))
+    checks.append(checked("gap", max(gap.reverse_kl, gap.sampled_kl or 0.0), finding, mend))
     return [*checks, _entropy(found), _positions(found)]
 
 

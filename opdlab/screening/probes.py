@@ -15,6 +15,7 @@ from opdlab.screening.pair import Maybe, Missing, ask
 from opdlab.types import Rollouts, Targets, TeacherRequest, left_padded
 
 _PADDING = 8  # columns
+_BATCH = 32  # rollouts scored at a time
 _OTHER_TEMPERATURE = 0.7  # compared with 1 if the run's temperature is 1
 
 
@@ -170,7 +171,7 @@ def measure_padding(teacher: Teacher, student: LanguageModel, rollouts: Rollouts
 def student_logprobs(student: LanguageModel, rollouts: Rollouts) -> Tensor:
     """Return the student's log-probabilities of responses, [B, T], in host memory."""
     found = torch.zeros(rollouts.mask.shape)
-    for rows, scored in student.score_in_chunks(rollouts, len(rollouts)):
+    for rows, scored in student.score_in_chunks(rollouts, _BATCH):
         found[rows] = scored.padded(scored.statistics().logprobs).float().cpu()
     return found
 
@@ -211,4 +212,5 @@ def measure_first_token(
         found.append((float(ranks.double().median()), float(targets.logprobs[:, 0].mean())))
     logprob = float(student_logprobs(student, first)[:, 0].mean())
     own = found[1] if own_prompts is not None else (None, None)
-    return FirstToken(*found[0], logprob, *own, support=k)
+    rank, of_teacher = found[0]
+    return FirstToken(rank, of_teacher, logprob, own[0], own[1], k)

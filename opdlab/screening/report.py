@@ -12,8 +12,8 @@ from opdlab.errors import printable
 from opdlab.files import replacing
 from opdlab.records import write_json
 from opdlab.screening.charts import Chart, charts
+from opdlab.screening.outcome import Screening
 from opdlab.screening.pair import Missing
-from opdlab.screening.screen import Screening
 from opdlab.screening.thresholds import LIMITS, Limits
 from opdlab.screening.verdicts import Check
 from opdlab.viewer.page import page_templates
@@ -29,7 +29,7 @@ def console_table(screening: Screening) -> Table:
     for check in screening.checks:
         finding = Text(printable(check.finding))
         if check.mend:
-            finding.append(printable(f"\n→ {check.mend}"), style="bold")
+            finding.append(f"\n→ {printable(check.mend)}", style="bold")
         number = f"{number_text(check)} {check.unit}".strip()
         table.add_row(Text(printable(check.title)), Text(check.verdict, _STYLES[check.verdict]), number, finding)
     return table

@@ -24,6 +24,10 @@ def scoring_checks(found: Measurements) -> list[Check]:
     ]
 
 
+def _nats(value: float) -> str:
+    return f"{round(value, 2) + 0.0:.2f}"  # no minus before a zero
+
+
 def _texts(tokens: Sequence[str]) -> str:
     return ", ".join(map(repr, tokens)) or "none"
 
@@ -97,7 +101,7 @@ def _first_token(found: Measurements) -> Check:
     rank = f"{first.rank:g}" if first.rank <= first.support else f"above {first.support}"
     finding = (
         f"the first token of the student's answers has median rank {rank} for the teacher, and a log-probability of "
-        f"{first.logprob:.2f} (the student's {first.student_logprob:.2f})"
+        f"{_nats(first.logprob)} (the student's {_nats(first.student_logprob)})"
     )
     mend = "compare prompts and templates: the teacher would begin otherwise; see chat template and thinking markers"
     return checked("first_token", first.student_logprob - first.logprob, finding, mend)
@@ -125,8 +129,8 @@ def _alignment(found: Measurements) -> Check:
         return unmeasured("alignment", alignment)
     greedy = "the teacher's own greedy answers" if alignment.whose == "teacher" else "the student's answers"
     finding = (
-        f"{greedy} have {alignment.here:.2f} nats a token at their own positions, {alignment.before:.2f} moved by -1 "
-        f"and {alignment.after:.2f} by +1"
+        f"{greedy} have {_nats(alignment.here)} nats a token at their own positions, "
+        f"{_nats(alignment.before)} moved by -1 and {_nats(alignment.after)} by +1"
     )
     verdict = LIMITS["alignment"].verdict(alignment.margin)
     if not alignment.mismatch <= _MISMATCH:

@@ -47,10 +47,8 @@ class Limits:
 _OURS = "ours"
 LIMITS: Mapping[str, Limits] = {
     "tokenizer": Limits("same tokenizer", 0.0, 0.1, False, "share of prompts", _OURS),
-    "stop_tokens": Limits(
-        "stop tokens", None, 0.0, False, "stop tokens", "a response that never ends where the teacher's does"
-    ),
-    "padding": Limits("padding", 0.02, 0.1, False, "nats", "ours; rounding in bfloat16 stays below"),
+    "stop_tokens": Limits("stop tokens", None, 0.0, False, "stop tokens", "ours; one is enough"),
+    "padding": Limits("padding", 0.02, 0.1, False, "nats", _OURS),
     "chat_template": Limits("chat template", 0.5, 2.0, False, "nats", _OURS),
     "first_token": Limits("first token", 2.0, 5.0, False, "nats", _OURS),
     "thinking": Limits(
@@ -59,7 +57,7 @@ LIMITS: Mapping[str, Limits] = {
     "alignment": Limits(
         "scores aligned", 0.5, 0.0, True, "nats", "ours; at 0 shifted tokens fit as well as the right ones"
     ),
-    "temperature": Limits("temperature", 0.02, 0.1, False, "nats", "ours; rounding in bfloat16 stays below"),
+    "temperature": Limits("temperature", 0.02, 0.1, False, "nats", _OURS),
     "same_model": Limits("teacher differs", 0.01, 0.001, True, "nats", "the collapse guard counts 0.001 as equal"),
     "headroom": Limits(
         "headroom", 2.0, -2.0, True, "standard errors", "2411.00640; 2604.13016: the teacher must add something"
