@@ -20,6 +20,7 @@ from opdlab.cli.export import parser as export_parser
 from opdlab.cli.parsing import fit_parser, parse_fit
 from opdlab.cli.replay import parser as replay_parser
 from opdlab.cli.report import parser as report_parser
+from opdlab.cli.screen import parser as screen_parser
 from opdlab.cli.serve_teacher import parser as serve_parser
 from opdlab.cli.sharding_checks import num_processes
 from opdlab.cli.study import find_study, plain_config, plan_study
@@ -252,7 +253,14 @@ def test_the_table_of_sizes_is_up_to_date(monkeypatch: pytest.MonkeyPatch) -> No
     assert not [line for line in lines if line not in page], "put in what python benchmarks/sizing.py prints"
 
 
-PARSERS = {"replay": replay_parser, "serve-teacher": serve_parser, "export": export_parser, "report": report_parser}
+RUN = ("gates", "objectives", "configs", "init")
+PARSERS = {
+    "replay": replay_parser,
+    "screen": screen_parser,
+    "serve-teacher": serve_parser,
+    "export": export_parser,
+    "report": report_parser,
+}
 
 
 @pytest.mark.parametrize("page", [page for page in TEXTS if any(commands(page))], ids=name_of)
@@ -261,10 +269,7 @@ def test_command_lines_parse(page: Path, folder: Path, capsys: pytest.CaptureFix
         write_files(each, folder)
     for command in commands(page):
         _, subcommand, *arguments = shlex.split(command, comments=True)
-        if subcommand in ("gates", "objectives"):
-            assert main([subcommand]) == 0
-            continue
-        if subcommand in ("configs", "init"):
+        if subcommand in RUN:
             assert main([subcommand, *arguments]) == 0
             continue
         if subcommand in PARSERS:

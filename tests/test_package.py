@@ -97,6 +97,21 @@ PUBLIC = {
         *("GateSummary", "Grid", "RecordedStep", "ReplayConfig", "ReplayedStep", "Replayer", "Variant"),
         *("expand", "read_record", "record_folders", "summarise"),
     ],
+    "opdlab.screening": [
+        *(
+            "Check",
+            "LIMITS",
+            "Limits",
+            "Missing",
+            "Pair",
+            "ScreenConfig",
+            "Screening",
+            "judge",
+            "render_page",
+            "screen",
+        ),
+        "write_results",
+    ],
     "opdlab.viewer": [
         *("INDEX", "RolloutText", "ShownRollout", "choose_rollouts", "color_scale", "markdown_literal", "page_name"),
         *("quantities", "render_page", "token_texts", "visible", "write_page"),
@@ -145,9 +160,11 @@ def test_every_package_is_listed_for_the_wheel() -> None:
 
 def test_files_that_are_no_code_are_listed_for_the_wheel() -> None:
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    templates = ROOT / "opdlab" / "viewer"
-    listed = {path for pattern in setuptools["package-data"]["opdlab.viewer"] for path in templates.glob(pattern)}
-    assert {path for path in templates.rglob("*") if path.suffix in (".html", ".css", ".js")} == listed != set()
+    for package in ("viewer", "screening"):
+        templates = ROOT / "opdlab" / package
+        patterns = setuptools["package-data"][f"opdlab.{package}"]
+        listed = {path for pattern in patterns for path in templates.glob(pattern)}
+        assert {path for path in templates.rglob("*") if path.suffix in (".html", ".css", ".js")} == listed != set()
 
 
 def test_folders_cannot_be_imported_under_a_second_name() -> None:

@@ -74,6 +74,7 @@ COMMANDS: dict[str, Command] = {
     "fit": Command("opdlab.cli.app:fit", "Train a student, and evaluate it before and after."),
     "validate": Command("opdlab.cli.app:validate", "Evaluate a student on the benchmarks."),
     "test": Command("opdlab.cli.app:test", "Evaluate as validate does, in Lightning's test loop."),
+    "screen": Command("opdlab.cli.screen:screen_command", "Say what distilling a pair will meet, before training."),
     "estimate": Command("opdlab.cli.estimate:estimate_command", "Print the memory that fit needs; load no model."),
     "gates": Command("opdlab.cli.plugins:list_gates", "List the registered gates."),
     "objectives": Command("opdlab.cli.plugins:list_objectives", "List the registered objectives."),

@@ -117,15 +117,20 @@ class Estimate:
                     f"weights, {gib(share.least)} GiB; raise {share.option}"
                 )
         beside = list(self.host) if device.is_host else []
-        needs = {phase: self._need(phase, device) for phase in self.phases}
-        phase = max(needs, key=needs.__getitem__)
+        phase, need = self.need(device)
         several = f" of {self.processes} processes" if device.is_host and self.processes > 1 else ""
-        size = f"{gib(needs[phase])} GiB{several}" + (f" with the {' and the '.join(beside)}" if beside else "")
+        size = f"{gib(need)} GiB{several}" + (f" with the {' and the '.join(beside)}" if beside else "")
         line = f"{device.name} has {gib(device.free)} GiB free of {gib(device.total)}: "
-        if needs[phase] <= device.free:
+        if need <= device.free:
             return line + f"the largest peak, {size} in {phase}, fits"
         largest = max(self.phases[phase], key=lambda name: self._size(name, device.total))
         return line + f"the peak of {phase}, {size}, does not fit; its largest part is {largest}"
+
+    def need(self, device: DeviceMemory) -> tuple[str, int]:
+        """Return the phase that needs most of a device, and the bytes, counted as for :meth:`verdict`."""
+        needs = {phase: self._need(phase, device) for phase in self.phases}
+        phase = max(needs, key=needs.__getitem__)
+        return phase, needs[phase]
 
     def _need(self, phase: str, device: DeviceMemory) -> int:
         """Return the bytes of a device that a phase needs."""

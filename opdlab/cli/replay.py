@@ -10,10 +10,10 @@ from rich.console import Console
 
 from opdlab.cli.choices import chosen_gates, chosen_objectives, split_words
 from opdlab.cli.commands import COMMANDS, PlainParser
+from opdlab.cli.overrides import check_overrides
 from opdlab.cli.replay_sources import PackSource, RunSource, Source
 from opdlab.errors import UsageError, require
 from opdlab.objectives import Objective
-from opdlab.registry import suggestion
 from opdlab.replay import objectives as named
 from opdlab.replay.comparison import ReplayedStep
 from opdlab.replay.fresh import Draws, sampled_draws
@@ -27,7 +27,6 @@ from opdlab.replay.targets import unserved
 from opdlab.replay.unpack import Pack
 from opdlab.replay.variants import NORMALIZATIONS, STATISTICS, Grid, gate_name
 
-_PASSED_ON = ("--model.", "--data.", "--trainer.")
 _LISTS = ("statistics", "normalizations", "taus", "steps")
 # Arguments that have no effect on a pack.
 _OF_REPLAYS = ("gates", "objectives", "statistics", "normalizations", "taus", "tolerance", "out")
@@ -189,13 +188,7 @@ def _parsed(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
     """Return the options, with lists split at commas, and the arguments that override the run's configuration."""
     known = parser()
     options, overrides = known.parse_known_args(arguments)
-    for flag in overrides:
-        key = flag.partition("=")[0]
-        hint = suggestion(key, [f"--{name}" for name in vars(options)]) or ";"
-        require(
-            not key.startswith("-") or key.startswith(_PASSED_ON) or key.lstrip("-")[:1].isdigit(),
-            f"unknown option '{key}'{hint} see {known.prog} --help",
-        )
+    check_overrides(overrides, vars(options), known.prog)
     if overrides and not overrides[0].startswith("-"):
         raise UsageError(f"'{overrides[0]}' is one argument too many: give one run's folder")
     for name in _LISTS:

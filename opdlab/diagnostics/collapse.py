@@ -92,21 +92,40 @@ def buffer_sums(trace: StepTrace) -> Tensor:
     """Return sums over a micro-batch's rollouts, for the first pass over a buffer; [4] float64, on the device.
 
     They are: valid positions, behavior less teacher log-probability (NaN if the teacher does not know it), 4-grams that
-    repeat an earlier one of their response, 4-grams. 4-grams are compared by a hash of 64 bits.
+    repeat an earlier one of their response, 4-grams; see :func:`repeated_ngrams`.
     """
     inputs, mask = trace.inputs, trace.inputs.mask
     of_teacher = inputs.teacher_logprobs
     of_teacher = inputs.behavior_logprobs * torch.nan if of_teacher is None else of_teacher
     gap = (inputs.behavior_logprobs - of_teacher).masked_fill(~mask, 0.0)
+    repeats, grams = repeated_ngrams(trace.rollouts.tokens, mask)
+    return torch.stack([mask.sum().double(), gap.sum(dtype=torch.float64), repeats.double(), grams.double()])
+
+
+@torch.no_grad()
+def repeated_ngrams(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the number of 4-grams that repeat an earlier one of their response, and of all 4-grams, on the device.
+
+    4-grams are compared by a hash of 64 bits.
+
+    Args:
+        tokens: [B, T] long.
+        mask: [B, T] bool; a 4-gram with a masked position does not count.
+
+    Example:
+        >>> tokens = torch.tensor([[7, 8, 7, 8, 7, 8]])
+        >>> repeated_ngrams(tokens, torch.ones_like(tokens).bool())
+        (tensor(1), tensor(3))
+    """
     repeats = grams = mask.new_zeros((), dtype=torch.long)
     if mask.shape[1] >= _NGRAM:
         factors = torch.tensor([pow(1_000_003, n) for n in range(_NGRAM)], device=mask.device)
         valid = mask.unfold(1, _NGRAM, 1).all(-1)
-        keys = (trace.rollouts.tokens.unfold(1, _NGRAM, 1) * factors).sum(-1)
+        keys = (tokens.unfold(1, _NGRAM, 1) * factors).sum(-1)
         # Masked 4-grams get keys that no other has.
         keys = keys.where(valid, -1 - torch.arange(keys.shape[1], device=keys.device)).sort(1).values
         repeats, grams = (keys[:, 1:] == keys[:, :-1]).sum(), valid.sum()
-    return torch.stack([mask.sum().double(), gap.sum(dtype=torch.float64), repeats.double(), grams.double()])
+    return repeats, grams
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from opdlab.diagnostics.metric_table import metric_title
@@ -64,7 +64,7 @@ def render_page(
         texts: of each.
         facts: of the run, for the head of the page, by name.
     """
-    environment, assets = _templates()
+    environment, assets = page_templates()
     facts = facts or {}
     summary = {"metrics": _summary(rollouts), "facts": facts}
     return environment.get_template("page.html").render(
@@ -120,7 +120,7 @@ def write_page(folder: Path, step: int, page: str, max_pages: int = MAX_PAGES) -
     pages = {each: _read_summary(folder / page_name(each)) for each in steps}
     facts = next((page["facts"] for page in reversed(list(pages.values())) if page["facts"]), {})
     columns = list(dict.fromkeys(name for page in pages.values() for name in page["metrics"]))
-    environment, assets = _templates()
+    environment, assets = page_templates()
     index_page = environment.get_template("index.html").render(
         **assets, pages=pages, columns=columns, facts=facts, run=folder.absolute().parent.name
     )
@@ -228,9 +228,17 @@ def _base64(tensor: torch.Tensor) -> str:
 
 
 @cache
-def _templates() -> tuple[Environment, dict[str, Markup]]:
-    """Return the templates; and style, script, and the policy that allows only these two."""
-    loader = PackageLoader("opdlab.viewer")
+def page_templates(
+    packages: tuple[str, ...] = ("opdlab.viewer",), styles: tuple[str, ...] = ("page.css",), script: str = "page.js"
+) -> tuple[Environment, dict[str, Markup]]:
+    """Return templates of pages that stand alone; and style, script, and the policy that allows only these two.
+
+    Args:
+        packages: have a folder ``templates`` each; of two files with one name the earlier package's is taken.
+        styles: files of the style, one after another.
+        script: file of the script.
+    """
+    loader = ChoiceLoader([PackageLoader(package) for package in packages])
     environment = Environment(
         loader=loader,
         autoescape=True,
@@ -243,8 +251,8 @@ def _templates() -> tuple[Environment, dict[str, Markup]]:
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.globals["page_name"] = page_name
     assets, policy = {}, "default-src 'none'"
-    for name, kind in (("css", "style-src"), ("js", "script-src")):
-        text = loader.get_source(environment, f"page.{name}")[0]
+    for name, kind, files in (("css", "style-src", styles), ("js", "script-src", (script,))):
+        text = "".join(loader.get_source(environment, file)[0] for file in files)
         policy += f"; {kind} 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
         assets[name] = Markup(text)
     return environment, {**assets, "policy": Markup(f"{policy}; base-uri 'none'; form-action 'none'")}

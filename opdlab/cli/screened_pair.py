@@ -1,0 +1,159 @@
+"""The pair that ``opdlab screen`` looks at, from a configuration or from paths."""
+
+import re
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import seed_everything
+
+from opdlab.cli.building import build
+from opdlab.cli.configured_models import configured_models, configured_teacher
+from opdlab.cli.estimate import device_memory, refuse_oversized
+from opdlab.cli.memory_parts import estimate
+from opdlab.cli.parsing import fit_parser, parse_fit
+from opdlab.cli.replay_sources import on_device
+from opdlab.data import ChatTemplate, JsonlProblems, prompt_set
+from opdlab.errors import require
+from opdlab.policies import (
+    LanguageModel,
+    LocalTeacher,
+    NoTeacher,
+    ServedTeacher,
+    TargetCache,
+    Teacher,
+    share_vocabulary,
+)
+from opdlab.screening.pair import ConfiguredRun, Pair, ScreenConfig
+from opdlab.verifiers import BoxedVerifier, ExactMatchVerifier, MathVerifier, NumericVerifier, Verifier
+
+VERIFIERS: dict[str, Callable[[], Verifier]] = {
+    "math": MathVerifier,
+    "boxed": BoxedVerifier,
+    "exact": ExactMatchVerifier,
+    "numeric": NumericVerifier,
+}
+TRAINING = "training"
+"""Name of the set with the training prompts."""
+_MAX_PROMPT_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Screened:
+    """A pair on its device.
+
+    Args:
+        pair: the pair.
+        config: options of the screening.
+        teacher: what the teacher is, for the head of the page.
+        autocast: context of the passes.
+    """
+
+    pair: Pair
+    config: ScreenConfig
+    teacher: str
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext
+
+
+def _config(options: Namespace, **defaults: Any) -> ScreenConfig:
+    names = ScreenConfig.__dataclass_fields__
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return ScreenConfig(**defaults | given)
+
+
+def pair_of_paths(options: Namespace) -> Screened:
+    """Return the pair of ``--student``, ``--teacher`` and ``--prompts``.
+
+    Raises:
+        UsageError: see the classes of models and problems.
+    """
+    config = _config(options)
+    source = _source(options)
+    source.problems()
+    student = LanguageModel(options.student, dtype=options.dtype).requires_grad_(False).eval()
+    teacher: Teacher
+    if re.match(r"https?://", options.teacher):
+        teacher = ServedTeacher(options.teacher)
+    else:
+        teacher = LocalTeacher(options.teacher, dtype=options.dtype, batch_size=options.batch_size)
+    teacher.bind(student)
+    share_vocabulary(student, teacher)
+    found = prompt_set(source, student.tokenizer, _MAX_PROMPT_TOKENS)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student.to(device)
+    teacher.to(device)
+    pair = Pair(student, teacher, {Path(options.prompts).stem: found}, source.template)
+    return Screened(pair, config, options.teacher)
+
+
+def _source(options: Namespace) -> JsonlProblems:
+    """Return the problems, with a verifier if they have gold answers; all rows are read before models are loaded."""
+    fields: dict[str, Any] = {
+        "problem_field": options.problem_field,
+        "template": ChatTemplate() if options.chat else None,
+    }
+    plain = JsonlProblems(options.prompts, answer_field=None, **fields)
+    num_rows = sum(1 for _ in plain.problems())
+    require(num_rows > 0, f"--prompts '{options.prompts}' has no rows: give a JSON Lines file with problems")
+    name = options.answer_field
+    has_answers = any(row.get(name.partition(".")[0]) is not None for _, row in plain.rows())
+    if not has_answers:
+        return plain
+    source = JsonlProblems(options.prompts, answer_field=name, verifier=VERIFIERS[options.verifier](), **fields)
+    for _ in source.problems():  # a row without an answer is refused before models are loaded
+        pass
+    return source
+
+
+def pair_of_config(options: Namespace, overrides: Sequence[str]) -> Screened:
+    """Return the pair of the configuration of ``opdlab fit``.
+
+    Raises:
+        UsageError: the configuration is invalid, or models or data cannot be read.
+    """
+    stacked = [part for each in options.config for part in ("-c", each)]
+    settings = parse_fit([*stacked, *overrides])
+    sampling = settings.model.sampling
+    defaults = {name: getattr(sampling, name) for name in ("temperature", "top_p", "max_new_tokens")}
+    config = _config(options, **defaults)
+    if settings.check_memory:
+        refuse_oversized(settings)
+    seed_everything(settings.seed_everything, workers=True, verbose=False)
+    built = build(fit_parser(), settings)
+    module, data = built.model, built.data
+    # A screening leaves no trace in a cache of targets.
+    teacher = module.teacher.teacher if isinstance(module.teacher, TargetCache) else module.teacher
+    name = type(teacher).__name__
+    require(not isinstance(teacher, NoTeacher), f"model.teacher is {name}: give a teacher to compare with")
+    data.prepare(module.student.tokenizer, training=True)
+    data.check_tokens(module.student.tokenizer, module.student.vocab_size)
+    data.check_teachers(teacher.names)
+    autocast = on_device(module, settings.trainer.accelerator, settings.trainer.precision)
+    teacher.to(module.student.device)
+    problems = {TRAINING: data.train_prompts, **data.benchmarks}
+    run = _run(settings, module)
+    student = module.student.requires_grad_(False).eval()
+    pair = Pair(student, teacher, problems, data.train_source.template, run)
+    described = configured_teacher(settings).get("init_args") or {}
+    return Screened(pair, config, f"{name} {described.get('path') or described.get('url') or ''}".strip(), autocast)
+
+
+def _run(settings: Any, module: Any) -> ConfiguredRun:
+    """Return what the configuration says of its run."""
+    reuse, device, memory = settings.data.reuse, device_memory(settings.trainer.accelerator), None
+    if device is not None:
+        result = estimate(settings, dict(configured_models(settings)), on_cpu=device.is_host)
+        memory = (result.need(device)[1], device.free, result.verdict(device))
+    return ConfiguredRun(
+        objective=type(module.objective).__name__,
+        k=getattr(module.objective, "k", None),
+        rollouts=reuse.prompts_per_pool * settings.model.sampling.num_samples,
+        epochs=reuse.epochs,
+        batch_size=reuse.batch_size,
+        num_steps=settings.trainer.max_steps if settings.trainer.max_steps > 0 else None,
+        memory=memory,
+    )
