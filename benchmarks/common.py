@@ -156,6 +156,10 @@ class PeakMemory:
         """Return the peak since then, including the memory held before."""
         return self._before + self.extra_bytes()
 
+    def now_bytes(self) -> float:
+        """Return the process's memory now, above the memory held before; not of a device."""
+        return _resident("VmRSS") - self._before
+
     def extra_bytes(self) -> float:
         """Return the peak since then, above the memory held before."""
         if self._device is None:

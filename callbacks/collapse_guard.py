@@ -200,7 +200,7 @@ class CollapseGuard(pl.Callback):
                 rank_zero_info(f"collapse: stopping; {folder} cannot be written ({error.strerror or error})")
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by Lightning's connector
         if not any(isinstance(callback, StopCheckpoint) for callback in callbacks):  # which saves at every stop
-            trainer.save_checkpoint(folder / "checkpoints" / "collapsed.ckpt")
+            trainer.save_checkpoint(folder / "checkpoints" / "collapsed.ckpt", weights_only=False)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.progress import ProgressColumn, Task
 from rich.text import Text
 
 from opdlab.diagnostics.metric_table import progress_items, progress_names
@@ -42,6 +43,14 @@ class SummaryLine:
             items.pop()
         if items:
             yield Text(" · ".join(items), no_wrap=True, overflow="ellipsis")
+
+
+class RateColumn(ProgressColumn):
+    """Units a second, empty as long as the rate is not known, as after the only batch of an evaluation."""
+
+    def render(self, task: Task) -> Text:
+        """Return the text of a bar."""
+        return Text(f"{task.speed:.2f}it/s" if task.speed else "")
 
 
 class LabProgressBar(RichProgressBar):
@@ -96,6 +105,10 @@ class LabProgressBar(RichProgressBar):
         self._line.note = text
 
     # -- the bars ------------------------------------------------------------------------------------------------
+
+    def configure_columns(self, trainer: pl.Trainer) -> list[Any]:
+        """Return Lightning's columns, with a rate that is left out as long as it is not known."""
+        return [*super().configure_columns(trainer)[:-1], RateColumn()]
 
     def _init_progress(self, trainer: pl.Trainer) -> None:
         before, standard_error = self.progress, sys.stderr

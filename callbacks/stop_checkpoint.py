@@ -223,7 +223,7 @@ class StopCheckpoint(Checkpoint):
                 return
         self._saving = True
         try:
-            trainer.save_checkpoint(self._folder / name)
+            trainer.save_checkpoint(self._folder / name, weights_only=False)
         finally:
             self._saving = False
         self.path = self._folder / name

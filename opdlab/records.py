@@ -64,8 +64,38 @@ def digest(value: Any) -> str:
         >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}), digest([1, 2]) == digest([2, 1])
         (True, False)
     """
-    text = json.dumps(value, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode("utf-8", "backslashreplace"), digest_size=_DIGEST_BYTES).hexdigest()
+    return hashlib.blake2b(_json(value), digest_size=_DIGEST_BYTES).hexdigest()
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, default=str).encode("utf-8", "backslashreplace")
+
+
+class ListDigest:
+    """The digest of a list whose items come one by one, and are not held.
+
+    Example:
+        >>> items = ListDigest()
+        >>> items.add([1, "a"]), items.add(None)
+        (None, None)
+        >>> items.hexdigest() == digest([[1, "a"], None]), ListDigest().hexdigest() == digest([])
+        (True, True)
+    """
+
+    def __init__(self) -> None:
+        self._hash = hashlib.blake2b(b"[", digest_size=_DIGEST_BYTES)
+        self._separator = b""
+
+    def add(self, item: Any) -> None:
+        """Add the next item, which JSON can represent."""
+        self._hash.update(self._separator + _json(item))
+        self._separator = b", "
+
+    def hexdigest(self) -> str:
+        """Return the :func:`digest` of the list of the items."""
+        whole = self._hash.copy()
+        whole.update(b"]")
+        return whole.hexdigest()
 
 
 def flat(value: Any, key: str = "") -> dict[str, Any]:

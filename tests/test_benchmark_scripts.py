@@ -39,6 +39,17 @@ def script(name: str) -> Any:
     return importlib.import_module(name)
 
 
+# -- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_both_ways_have_the_same_prompts(tmp_path: Path) -> None:
+    prompts = script("prompts")
+    prompts.write_rows(tmp_path / "rows.jsonl", 3000)
+    found = [prompts.measure(str(tmp_path / "rows.jsonl"), way) for way in prompts.WAYS]
+    assert found[0]["rows"] == found[1]["rows"] == 3000
+    assert 2400 < found[0]["kept"] == found[1]["kept"] < 3000
+
+
 # -- step ------------------------------------------------------------------------------------------------------------
 
 

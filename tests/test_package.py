@@ -82,7 +82,8 @@ PUBLIC = {
     ],
     "opdlab.data": [
         *("Benchmark", "ChatTemplate", "CleaningReport", "CleaningConfig", "DapoMath17k", "EvaluationBatch"),
-        *("JsonlProblems", "Problem", "ProblemSource", "Prompt", "PromptDataModule", "PromptSet", "RawTemplate"),
+        *("JsonlProblems", "Problem", "ProblemSource", "ProblemStore", "Prompt"),
+        *("PromptDataModule", "PromptSet", "RawTemplate"),
         *("DemonstrationConfig", "ReuseConfig", "TableProblems", "Template", "prompt_set"),
     ],
     "opdlab.training": [

@@ -6,6 +6,7 @@ a signal with 128 plus its number.
 
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -147,12 +148,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def console() -> None:
     """Run the command line and exit: entry point of the ``opdlab`` command and of ``python -m opdlab``."""
     tie_to_others()  # before the slow import of libraries
-    # Suppress known harmless warnings: the behavior snapshot is in eval mode on purpose, and Lightning uses a name that
-    # torch has renamed. Also suppress Lightning's advertisement of a logger.
-    warnings.filterwarnings("ignore", message=r"Found .* module\(s\) in eval mode")
+    # Suppress a known harmless warning: Lightning uses a name that torch has renamed. Also suppress Lightning's
+    # advertisement of a logger, and its line that there is no TPU.
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     advert = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    advert.addFilter(lambda record: "litlogger" not in record.getMessage())
+    advert.addFilter(lambda record: not re.search("litlogger|^TPU available: False", record.getMessage()))
     # Python's default format names a file and quotes one of its lines.
     warnings.formatwarning = lambda message, category, *_: (
         f"{category.__name__}: {' '.join(map(printable, str(message).splitlines()))}\n"

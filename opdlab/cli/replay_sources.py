@@ -145,10 +145,10 @@ class RunSource(Source):
         seed_everything(settings.seed_everything, workers=True)  # adapters are initialised at random
         built = build(fit_parser(), settings)
         module, data = built.model, built.data
-        prompts: list[Prompt] = []
+        prompts: Sequence[Prompt] = ()
         if sampling.other_prompts or judged:
             data.prepare(module.student.tokenizer, training=True)
-            prompts = list(data.train_prompts.prompts)
+            prompts = data.train_prompts.prompts
         autocast = on_device(module, settings.trainer.accelerator, settings.trainer.precision)
         return Built(module, autocast, prompts, verifier=data.train_verifier if judged else None)
 

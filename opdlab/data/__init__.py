@@ -5,6 +5,7 @@ from opdlab.data.cleaning import CleaningConfig, CleaningReport
 from opdlab.data.datamodule import PromptDataModule
 from opdlab.data.jsonl import JsonlProblems
 from opdlab.data.prompts import ProblemSource, PromptSet, prompt_set
+from opdlab.data.stores import ProblemStore
 from opdlab.data.table_problems import TableProblems
 from opdlab.data.templates import ChatTemplate, RawTemplate, Template
 from opdlab.rollouts import DemonstrationConfig, ReuseConfig
@@ -21,6 +22,7 @@ __all__ = [
     "JsonlProblems",
     "Problem",
     "ProblemSource",
+    "ProblemStore",
     "Prompt",
     "PromptDataModule",
     "PromptSet",

@@ -9,6 +9,7 @@ from typing import Any
 from opdlab.data.jsonl import JsonlProblems
 from opdlab.data.prompts import ProblemSource
 from opdlab.data.rows import RowProblems
+from opdlab.data.stores import ChangedStore, ProblemStore
 from opdlab.data.table_problems import TableProblems
 from opdlab.data.templates import REASONING_SUFFIX, RawTemplate, Template
 from opdlab.errors import require
@@ -129,6 +130,10 @@ class PublishedProblems(ProblemSource):
     def problems(self) -> Iterator[Problem]:
         """Yield the problems without the prefix and suffix of the published set."""
         return map(self._published.cleaned, self._rows.problems())
+
+    def store(self) -> ProblemStore:
+        """See :meth:`ProblemSource.store`."""
+        return ChangedStore(self._rows.store(), self._published.cleaned)
 
     @property
     def name(self) -> str:

@@ -1,12 +1,19 @@
 """Cleaning of training problems: remove conflicting answers, duplicates, and benchmark problems."""
 
-import hashlib
+from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from opdlab.data.overlap import BenchmarkIndex, Suspect, normalized
+from opdlab.data.repeats import RowHashes, text_digest
+from opdlab.data.stores import OnDemand, ProblemStore, chosen, stored
 from opdlab.errors import require
-from opdlab.types import Message, Problem
+from opdlab.types import Problem
+
+_REMEMBERED = 100_000  # texts whose repeats are not looked up among the benchmarks again
 
 
 @dataclass(frozen=True)
@@ -107,22 +114,49 @@ class CleaningReport:
         )
 
 
-@dataclass
-class _Text:
-    """State of one distinct text."""
+class _Suspects:
+    """The rows whose text shares something with a benchmark.
 
-    gold: str | None
-    suspect: Suspect | None
-    rows: int = 0
-    conflicting: bool = False
+    Args:
+        index: of the benchmarks; None if there are none.
+    """
+
+    def __init__(self, index: BenchmarkIndex | None) -> None:
+        self._index = index
+        self._by_text: dict[bytes, Suspect] = {}
+        self._remembered: set[bytes] = set()
+        self._rows: dict[int, Suspect] = {}
+
+    def look_up(self, row: int, problem: Problem, digest: bytes) -> None:
+        """Look for a row's text among the benchmarks; for repeats of a text, the n-grams are not counted again."""
+        if self._index is None:
+            return
+        if digest not in self._remembered:
+            if digest not in self._by_text:
+                turns = [turn.content for turn in problem.messages if turn.role == "user"] or [problem.text]
+                if (found := self._index.look_up(normalized(" ".join(turns)))) is not None:
+                    self._by_text[digest] = found
+            if len(self._remembered) == _REMEMBERED:  # a text without overlap counts nothing if it is looked up again
+                self._remembered.clear()
+            self._remembered.add(digest)
+        if digest in self._by_text:
+            self._rows[row] = self._by_text[digest]
+
+    def drop(self, kept: NDArray[np.bool_], exact: dict[str, int], by_ngrams: dict[str, int]) -> None:
+        """Unset and count the rows that are benchmark problems, once all rows are read and common phrases are known."""
+        for row, suspect in self._rows.items():
+            if self._index is not None and kept[row] and (benchmark := self._index.match(suspect)) is not None:
+                kept[row] = False
+                (by_ngrams if suspect.exact is None else exact)[benchmark] += 1
 
 
 def clean(
-    problems: Iterable[Problem], config: CleaningConfig, benchmarks: Mapping[str, Iterable[str]]
-) -> tuple[list[Problem], CleaningReport]:
+    problems: Iterable[Problem] | ProblemStore, config: CleaningConfig, benchmarks: Mapping[str, Iterable[str]]
+) -> tuple[OnDemand[Problem], CleaningReport]:
     """Return the problems that pass the rules of :class:`CleaningConfig`.
 
-    The problems are read once, one at a time; duplicates are not kept in memory.
+    The problems are read once, one at a time. They are not held: this needs 32 bytes a row, as much again at its end
+    for sorting, and 8 bytes for each row that it returns. See :class:`opdlab.data.repeats.RowHashes`.
 
     Args:
         problems: problems in the order of their source; the order is kept.
@@ -130,7 +164,7 @@ def clean(
         benchmarks: texts of problems, by benchmark; a text of two benchmarks counts for the first.
 
     Returns:
-        The remaining problems, and the cleaning report.
+        The remaining problems, which are read when they are needed, and the cleaning report.
 
     Example:
         >>> rows = [("1 + 1?", "2"), ("1 +  1?", "2"), ("2 + 2?", "4"), ("2 + 2?", "5"), ("What is 7?", "7")]
@@ -139,39 +173,29 @@ def clean(
         >>> [problem.id for problem in kept], report.conflicting, report.duplicate, report.contaminated
         (['0'], 2, 1, 1)
     """
+    store = stored(problems)
     compared = benchmarks if config.decontaminate else {}
-    index = BenchmarkIndex(compared, config.ngram, config.overlap, config.boilerplate)
-    texts: dict[bytes, _Text] = {}
-    candidates: list[tuple[Problem, _Text]] = []
-    for problem in problems:
-        turns = problem.messages or (Message("user", problem.text),)
-        gold = None if problem.answer is None else normalized(problem.answer)
-        whole = "\0".join(normalized(part) for turn in turns for part in turn)
-        key = hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        if key not in texts:
-            asked = normalized(" ".join(turn.content for turn in turns if turn.role == "user"))
-            texts[key] = _Text(gold, index.look_up(asked))
-        text = texts[key]
-        text.rows += 1
-        text.conflicting |= config.drop_conflicting and gold != text.gold
-        if text.rows == 1 or not config.deduplicate:
-            candidates.append((problem, text))
+    index = BenchmarkIndex(compared, config.ngram, config.overlap, config.boilerplate) if compared else None
+    rows, suspects = RowHashes(store.read), _Suspects(index)
+    for row, (key, problem) in enumerate(store.scan()):
+        digest = text_digest(problem)
+        rows.add(key, problem, digest)
+        suspects.look_up(row, problem, digest)
     # Conflicts and common phrases are known only after all rows are read.
+    kept, conflicting, duplicate = np.ones(len(rows), bool), 0, 0
+    if config.drop_conflicting or config.deduplicate:
+        first = rows.first_of_text()
+        if config.drop_conflicting:
+            kept = ~rows.conflicting(first)
+            conflicting = len(rows) - int(kept.sum())
+        if config.deduplicate:
+            repeats = kept & (first != np.arange(len(rows)))
+            kept, duplicate = kept & ~repeats, int(repeats.sum())
     exact, by_ngrams = dict.fromkeys(compared, 0), dict.fromkeys(compared, 0)
-    kept: list[Problem] = []
-    ids: set[str] = set()
-    same_id = 0
-    for problem, text in candidates:
-        if text.conflicting:
-            continue
-        if text.suspect is not None and (benchmark := index.match(text.suspect)) is not None:
-            (by_ngrams if text.suspect.exact is None else exact)[benchmark] += 1
-        elif config.deduplicate and problem.id in ids:
-            same_id += 1
-        else:
-            ids.add(problem.id)
-            kept.append(problem)
-    read = sum(text.rows for text in texts.values())
-    conflicting = sum(text.rows for text in texts.values() if text.conflicting)
-    duplicate = read - conflicting - sum(not text.conflicting for _, text in candidates)
-    return kept, CleaningReport(read, conflicting, duplicate, exact, by_ngrams, same_id=same_id)
+    suspects.drop(kept, exact, by_ngrams)
+    chosen_rows, same_id = np.flatnonzero(kept), 0
+    if config.deduplicate:
+        repeats = rows.repeats_id(chosen_rows)
+        chosen_rows, same_id = chosen_rows[~repeats], int(repeats.sum())
+    keys = array("Q", np.frombuffer(rows.keys, np.uint64)[chosen_rows].tobytes())
+    return chosen(store, keys), CleaningReport(len(rows), conflicting, duplicate, exact, by_ngrams, same_id=same_id)

@@ -139,7 +139,7 @@ class PromptDataModule(pl.LightningDataModule):
         if training and self.train_prompts is None:
             source = self.train_source
             texts = {name: [p.problem.text for p in prompts.prompts] for name, prompts in self.benchmarks.items()}
-            problems, report = clean(source.problems(), self.clean, texts)
+            problems, report = clean(source.store(), self.clean, texts)
             require(
                 bool(problems) or report.read == 0,
                 f"data.clean leaves nothing of {source.name} ({report}): give other training problems, or switch a "
@@ -151,12 +151,12 @@ class PromptDataModule(pl.LightningDataModule):
             self.cleaning_report = replace(
                 report, too_long=found.num_too_long, teacher_too_long=found.num_teacher_too_long
             )
-            lacking = next((each for each in found.prompts if each.demonstration is None), None)
-            require(
-                lacking is None or not self.demonstrations.share,
-                f"data.demonstrations.share is {self.demonstrations.share}, but the problem "
-                f"'{lacking.problem.id if lacking else ''}' of {source.name} has no demonstration: {MEND}",
-            )
+            if self.demonstrations.share:
+                for lacking in found.facts.lack_demonstration:
+                    raise UsageError(
+                        f"data.demonstrations.share is {self.demonstrations.share}, but the problem '{lacking.id}' of "
+                        f"{source.name} has no demonstration: {MEND}"
+                    )
             rank_zero_info(f"train: problems from {source.name}: {self.cleaning_report}")
             if report.same_id:
                 rank_zero_warn(
@@ -175,15 +175,14 @@ class PromptDataModule(pl.LightningDataModule):
         sets = [(f"benchmarks.{name}", self.benchmark_sources[name], each) for name, each in self.benchmarks.items()]
         sets += [("train", self.train_source, self.train_prompts)] if self.train_prompts is not None else []
         for key, source, prompts in sets:
-            for prompt in prompts.prompts:
-                tokens = (*prompt.tokens, *(prompt.teacher_tokens or ()), *(prompt.demonstration or ()))
-                if (index := max(tokens)) >= vocab_size:
-                    problem, token = prompt.problem, tokenizer.convert_ids_to_tokens(index)
-                    raise UsageError(
-                        f"data.{key}: row {_row_of(problem, source)} of {source.name} (id '{problem.id}') has a prompt "
-                        f"with the token {token!r} (id {index}), but the models have rows for {vocab_size} tokens "
-                        "only: leave the problem out, or give models with a row for the token"
-                    )
+            if (found := prompts.facts.first_with_token(vocab_size)) is not None:
+                index, position = found
+                problem, token = prompts.prompts[position].problem, tokenizer.convert_ids_to_tokens(index)
+                raise UsageError(
+                    f"data.{key}: row {_row_of(problem, source)} of {source.name} (id '{problem.id}') has a prompt "
+                    f"with the token {token!r} (id {index}), but the models have rows for {vocab_size} tokens "
+                    "only: leave the problem out, or give models with a row for the token"
+                )
 
     def check_teachers(self, names: Sequence[str]) -> None:
         """Raise a UsageError if a training problem names a teacher that does not exist, or none where it must.
@@ -192,11 +191,11 @@ class PromptDataModule(pl.LightningDataModule):
             names: of the teachers; empty if there is one for all.
         """
         source = self.train_source
-        for prompt in self.train_prompts.prompts if self.train_prompts is not None else ():
+        for problem in self.train_prompts.facts.first_of_teachers() if self.train_prompts is not None else ():
             try:
-                check_teacher(prompt.problem, names)
+                check_teacher(problem, names)
             except UsageError as error:
-                row = _row_of(prompt.problem, source)
+                row = _row_of(problem, source)
                 raise UsageError(f"data.train: row {row} of {source.name}, {error}") from None
 
     def train_dataloader(self) -> RolloutLoader:

@@ -1,19 +1,20 @@
 """Sources of problems, and their tokenized prompts."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain, compress, islice
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, compress
 
 from transformers import PreTrainedTokenizerBase
 
+from opdlab.data.facts import PromptFacts
+from opdlab.data.stores import OnDemand, ProblemStore, SpooledStore, chunks, stored
 from opdlab.data.templates import DefaultTemplate, Template
 from opdlab.data.unknown import UnknownText, UnknownTexts
 from opdlab.errors import UsageError, require
 from opdlab.types import Message, Problem, Prompt
 from opdlab.verifiers.verifier import Verifier
-
-_CHUNK = 1024  # problems per tokenizer call
 
 
 class ProblemSource(ABC):
@@ -51,6 +52,15 @@ class ProblemSource(ABC):
         Sources that read files read them lazily, during iteration.
         """
 
+    def store(self) -> ProblemStore:
+        """Return the problems such that each can be read again by a key.
+
+        A source whose :meth:`problems` are a list keeps that list. Of other sources the problems are copied to a
+        temporary file; a source that can find a row again should override this.
+        """
+        problems = self.problems()
+        return stored(problems) if isinstance(problems, Sequence) else SpooledStore(self.problems)
+
     @property
     @abstractmethod
     def name(self) -> str:
@@ -67,13 +77,15 @@ class PromptSet:
         verifier: verifier of the source.
         num_teacher_too_long: number of other problems dropped because the teacher's prompt has too many tokens.
         unknown: texts of the prompts with characters that the tokenizer does not know.
+        facts: of all prompts.
     """
 
-    prompts: tuple[Prompt, ...]
+    prompts: Sequence[Prompt]
     num_too_long: int
     verifier: Verifier | None
     num_teacher_too_long: int = 0
     unknown: tuple[UnknownText, ...] = ()
+    facts: PromptFacts = field(default_factory=PromptFacts)
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -92,46 +104,85 @@ def prompt_set(
         source: source of the problems.
         tokenizer: the student's.
         max_prompt_tokens: longer prompts are dropped and counted; truncation would change the problem.
-        problems: the problems of the source to use; all by default.
+        problems: the problems of the source to use; all by default. Of problems that are read on demand, such as those
+            that :func:`opdlab.data.cleaning.clean` returns, the prompts are made on demand too, and are not held.
         max_teacher_prompt_tokens: the same for the teacher's prompts; None to make none, as for a benchmark.
 
     Raises:
         UsageError: the source or a prompt is empty, a verifier has no gold answer, or every prompt is too long.
     """
-    remaining = iter(source.problems() if problems is None else problems)
-    prompts: list[Prompt] = []
+    recipe = _Recipe(source, tokenizer, max_teacher_prompt_tokens is not None)
+    held: list[Prompt] = []
+    keys = array("Q")
     too_long: list[int] = []  # token counts
     teacher_too_long: list[int] = []
-    unknown = UnknownTexts(tokenizer)
-    while chunk := list(islice(remaining, _CHUNK)):
-        tokenized = _tokenized(chunk, source, source.template, tokenizer)
-        of_teacher: Sequence[tuple[int, ...] | None] = [None] * len(chunk)
-        if max_teacher_prompt_tokens is not None:
-            of_teacher = _teacher_tokens(chunk, source, tokenizer)
-        for problem, tokens, seen in zip(chunk, tokenized, of_teacher, strict=True):
-            if source.verifier is not None and not (problem.answer or "").strip():
-                raise UsageError(
-                    f"problem '{problem.id}' of {source.name} has no gold answer, which the source's verifier needs: "
-                    "give it one, or set verifier to null"
-                )
-            if len(tokens) > max_prompt_tokens:
-                too_long.append(len(tokens))
-            elif seen is not None and max_teacher_prompt_tokens is not None and len(seen) > max_teacher_prompt_tokens:
-                teacher_too_long.append(len(seen))
+    unknown, facts = UnknownTexts(tokenizer), PromptFacts()
+    for prompt in recipe.prompts(source.problems() if problems is None else problems):
+        problem, seen = prompt.problem, prompt.teacher_tokens
+        if source.verifier is not None and not (problem.answer or "").strip():
+            raise UsageError(
+                f"problem '{problem.id}' of {source.name} has no gold answer, which the source's verifier needs: "
+                "give it one, or set verifier to null"
+            )
+        if len(prompt.tokens) > max_prompt_tokens:
+            too_long.append(len(prompt.tokens))
+        elif seen is not None and max_teacher_prompt_tokens is not None and len(seen) > max_teacher_prompt_tokens:
+            teacher_too_long.append(len(seen))
+        else:
+            if isinstance(problems, OnDemand):
+                keys.append(problems.keys[prompt.index])
             else:
-                prompts.append(Prompt(len(prompts), problem, tokens, seen, *_demonstration(problem, tokenizer)))
-                _look(prompts[-1], unknown)
-    require(bool(prompts or too_long or teacher_too_long), f"{source.name} holds no problems: give a source with one")
+                held.append(replace(prompt, index=len(held)))
+            _look(prompt, unknown)
+            facts.look(prompt)
+    require(
+        bool(facts.count or too_long or teacher_too_long), f"{source.name} holds no problems: give a source with one"
+    )
     for key, limit, lengths, kind in (
         ("max_teacher_prompt_tokens", max_teacher_prompt_tokens, teacher_too_long, "prompt that the teacher sees"),
         ("max_prompt_tokens", max_prompt_tokens, too_long, "prompt"),
     ):
         require(
-            bool(prompts) or not lengths,
+            bool(facts.count) or not lengths,
             f"data.{key} is {limit}, but every {kind} of {source.name} is longer (the shortest has "
             f"{min(lengths, default=0)} tokens): raise it",
         )
-    return PromptSet(tuple(prompts), len(too_long), source.verifier, len(teacher_too_long), unknown.found)
+    prompts: Sequence[Prompt] = tuple(held)
+    if isinstance(problems, OnDemand):
+        read = problems.make
+        prompts = OnDemand(keys, lambda some, positions: recipe.made(read(some, positions), positions))
+    return PromptSet(prompts, len(too_long), source.verifier, len(teacher_too_long), unknown.found, facts)
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How the prompts of a source are made.
+
+    Args:
+        source: of the problems.
+        tokenizer: the student's.
+        for_teacher: True to make the prompts that the teacher sees too.
+    """
+
+    source: ProblemSource
+    tokenizer: PreTrainedTokenizerBase
+    for_teacher: bool
+
+    def prompts(self, problems: Iterable[Problem]) -> Iterator[Prompt]:
+        """Yield the prompt of each problem; its index is the problem's position."""
+        position = 0
+        for chunk in chunks(problems):
+            yield from self.made(chunk, range(position, position + len(chunk)))
+            position += len(chunk)
+
+    def made(self, problems: Sequence[Problem], positions: Sequence[int]) -> list[Prompt]:
+        """Return the prompts of problems, with the given indices."""
+        tokenized = _tokenized(problems, self.source, self.source.template, self.tokenizer)
+        of_teacher: Sequence[tuple[int, ...] | None] = [None] * len(problems)
+        if self.for_teacher:
+            of_teacher = _teacher_tokens(problems, self.source, self.tokenizer)
+        rows = zip(positions, problems, tokenized, of_teacher, strict=True)
+        return [Prompt(*row, *_demonstration(row[1], self.tokenizer)) for row in rows]
 
 
 def _look(prompt: Prompt, unknown: UnknownTexts) -> None:

@@ -1,14 +1,14 @@
 """Problems from rows of named fields, independent of the file format."""
 
 import hashlib
+import itertools
 import json
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from opdlab.data.prompts import ProblemSource
 from opdlab.data.templates import Template, check_fields, fill_fields
@@ -19,6 +19,8 @@ from opdlab.types import Message, Part, Problem
 from opdlab.verifiers.verifier import Verifier
 
 _SHOWN = 20  # names of fields in a message
+
+Row = TypeVar("Row")
 
 
 class RowProblems(ProblemSource):
@@ -83,15 +85,27 @@ class RowProblems(ProblemSource):
 
     def problems(self) -> Iterator[Problem]:
         """Yield the problems, one row at a time."""
-        for number, row in islice(self.rows(), *self._rows):
-            try:
-                problem = _problem(row, self._fields)
-                if self.demonstration_field is not None:
-                    problem = replace(problem, demonstration=_parts(row, self.demonstration_field))
-                yield problem
-            except (UsageError, RecursionError) as error:
-                said = ": a field is nested too deeply" if isinstance(error, RecursionError) else error
-                raise UsageError(f"{self.name}, {self.row_name} {number}{said}") from error
+        return itertools.starmap(self.problem, self.chosen(self.rows()))
+
+    def chosen(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """Return the rows from ``offset`` up to ``limit``."""
+        return itertools.islice(rows, *self._rows)
+
+    def problem(self, number: int | str, row: Mapping[str, Any]) -> Problem:
+        """Return the problem of a row.
+
+        Args:
+            number: of the row, for messages.
+            row: the fields.
+        """
+        try:
+            problem = _problem(row, self._fields)
+            if self.demonstration_field is not None:
+                problem = replace(problem, demonstration=_parts(row, self.demonstration_field))
+        except (UsageError, RecursionError) as error:
+            said = ": a field is nested too deeply" if isinstance(error, RecursionError) else error
+            raise UsageError(f"{self.name}, {self.row_name} {number}{said}") from error
+        return problem
 
 
 @dataclass(frozen=True)

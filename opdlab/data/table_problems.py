@@ -2,13 +2,16 @@
 
 import csv
 import glob
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from opdlab.data.rows import RowProblems
+from opdlab.data.stores import ProblemStore, SpooledStore
 from opdlab.errors import UsageError, require
 from opdlab.files import expanded
+from opdlab.types import Problem
 
 # Builders of `datasets` by file suffix; it knows only lower-case suffixes.
 _BUILDERS = {".csv": "csv", ".tsv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
@@ -56,10 +59,20 @@ class TableProblems(RowProblems):
 
     def rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield row numbers, from 1, and rows."""
+        with self._reading():
+            yield from enumerate(self._table(), start=1)
+
+    def store(self) -> ProblemStore:
+        """See :meth:`ProblemSource.store`: rows of a downloaded data set are found again by their number."""
+        return SpooledStore(self.problems) if self._is_streamed else _TableStore(self)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Turn errors of the reader into a :class:`UsageError`; an empty JSON file is no error."""
         import datasets  # here, because its import is slow
 
         try:
-            yield from enumerate(self._table(), start=1)
+            yield
         except StopIteration:  # raised by the reader for an empty JSON file
             return
         except UsageError:
@@ -79,7 +92,11 @@ class TableProblems(RowProblems):
     def _local(self) -> Path:
         return expanded(self.path, "path")
 
-    def _table(self) -> Iterable[dict[str, Any]]:
+    @property
+    def _is_streamed(self) -> bool:
+        return self.streaming or self._local.exists()
+
+    def _table(self) -> Any:
         import datasets
 
         where: dict[str, Any] = {"path": self.path, "name": self.subset, "revision": self.revision}
@@ -91,7 +108,7 @@ class TableProblems(RowProblems):
             where |= {"sep": "\t"} if suffix == ".tsv" else {}
         elif self._local.is_dir():
             where["path"] = str(self._local)
-        how: dict[str, Any] = {"split": self.split, "streaming": self.streaming or self._local.exists()}
+        how: dict[str, Any] = {"split": self.split, "streaming": self._is_streamed}
         config = datasets.load_dataset_builder(**where).config
         if hasattr(config, "na_filter"):
             import pandas as pd  # type: ignore[import-untyped] # comes with datasets
@@ -103,7 +120,29 @@ class TableProblems(RowProblems):
             if self._local.exists():
                 for file in files:
                     _check_first_row(file, config.sep)
-        return datasets.load_dataset(**where, **how)  # type: ignore[no-any-return]
+        return datasets.load_dataset(**where, **how)
+
+
+class _TableStore(ProblemStore):
+    """Problems of a downloaded data set, which ``datasets`` maps into memory; a key is the number of a row, from 0."""
+
+    def __init__(self, source: TableProblems) -> None:
+        self._source = source
+        self._table: Any = ()
+
+    def scan(self) -> Iterator[tuple[int, Problem]]:
+        """See :meth:`ProblemStore.scan`."""
+        with self._source._reading():
+            self._table = self._source._table()
+            for key, row in self._source.chosen(enumerate(self._table)):
+                yield key, self._source.problem(key + 1, row)
+
+    def read(self, keys: Sequence[int]) -> list[Problem]:
+        """See :meth:`ProblemStore.read`."""
+        with self._source._reading():
+            columns = self._table[list(keys)]  # of lists; a row at a time is slower
+        rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+        return [self._source.problem(key + 1, row) for key, row in zip(keys, rows, strict=True)]
 
 
 def _check_first_row(file: str, sep: str) -> None:

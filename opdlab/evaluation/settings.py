@@ -12,7 +12,6 @@ from opdlab.evaluation.evaluator import Evaluator
 from opdlab.policies.fingerprints import fingerprint
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.teacher import LocalTeacher, Teacher
-from opdlab.records import digest
 
 # Options of a verifier that do not affect its verdicts.
 _SPEED = ("num_workers",)
@@ -51,11 +50,10 @@ def evaluation_settings(
 
 def benchmark_settings(prompts: PromptSet) -> dict[str, Any]:
     """Return a benchmark's settings that its metrics depend on: prompts as tokens, gold answers, verifier."""
-    rows = [(prompt.problem.id, prompt.tokens, prompt.problem.answer) for prompt in prompts.prompts]
     verifier, described = prompts.verifier, None
     if verifier is not None:
         options = {name: value for name, value in vars(verifier).items() if name[0] != "_" and name not in _SPEED}
         # An object's repr may contain its address, which differs between runs.
         text = json.dumps(options, default=lambda value: type(value).__qualname__)
         described = f"{type(verifier).__module__}.{type(verifier).__qualname__} {text}"
-    return {"num_problems": len(rows), "prompts": digest(rows), "verifier": described}
+    return {"num_problems": len(prompts), "prompts": prompts.facts.digest, "verifier": described}

@@ -102,9 +102,9 @@ def sampled_draws(
         UsageError: other prompts are asked for, but the step uses all.
     """
     module.behavior.refresh(module.student, record.facts.step)
-    problems = {prompt.index: prompt.problem for prompt in prompts}
     same = recorded_prompts(record, module.teacher.names)
-    same = [replace(prompt, problem=problems.get(prompt.index, prompt.problem)) for prompt in same]
+    if prompts:
+        same = [replace(prompt, problem=prompts[prompt.index].problem) for prompt in same]
     wanted = {"fresh": [same] * sampling.draws}
     if sampling.other_prompts:
         wanted["other"] = [other_prompts(record, prompts, draw, sampling.seed) for draw in range(sampling.draws)]

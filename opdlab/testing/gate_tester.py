@@ -14,7 +14,7 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from opdlab.gating import GateInputs, Gates, GateStrategy
-from opdlab.testing.laws import Law, LawTester, check, check_equal, class_path, law, yaml_copy
+from opdlab.testing.laws import NO_PATH, Law, LawTester, check, check_equal, class_path, law, yaml_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -23,11 +23,13 @@ if TYPE_CHECKING:
 class GateTester(LawTester):
     """Checks that a gate obeys the contract of :class:`opdlab.gating.Gates`.
 
-    Call :meth:`run` for all laws, or parametrize a test over :meth:`laws`. Subclassing is not needed.
+    Call :meth:`run` for all laws, which prints a line for each, or parametrize a test over :meth:`laws`. Subclassing is
+    not needed.
 
     Args:
         make_gate: builds the gate; called several times.
-        tokenizer: passed to the gate's ``setup``, as before training; tokens are then drawn from its vocabulary.
+        tokenizer: passed to the gate's ``setup``, as before training; tokens are then drawn from its vocabulary. None
+            takes the toy's for a gate that has a ``setup`` of its own, and no tokenizer for others.
         zero_drift_is_uniform: drift 0 everywhere gives weight 1 everywhere. Set it to False for a gate whose weight
             depends on more than drift.
         init_args: constructor arguments as in a configuration file; None takes them from the attributes of the same
@@ -40,6 +42,11 @@ class GateTester(LawTester):
         >>> from opdlab.strategies import Block64Gate
         >>> tester = GateTester(lambda: Block64Gate(tau=2.0))
         >>> tester.run()
+        passed    unit_mean
+        passed    no_gradient
+        ...
+        passed    yaml_round_trip
+        Block64Gate: 15 laws passed
         >>> tester.unit_mean()  # a law of its own
         >>> class RowCountGate(RuleGate):  # gives a row more weight the more rows come after it
         ...     own_normalization = "mean"
@@ -69,6 +76,10 @@ class GateTester(LawTester):
     ) -> None:
         self._build(make_gate, "GateTester", "make_gate", "MyGate(width=3)")
         self._make_gate = make_gate
+        if tokenizer is None and type(make_gate()).setup is not GateStrategy.setup:
+            from opdlab.toy import chain_tokenizer
+
+            tokenizer = chain_tokenizer()
         self._tokenizer = tokenizer
         self._zero_drift_is_uniform = zero_drift_is_uniform
         self._init_args = init_args
@@ -81,10 +92,15 @@ class GateTester(LawTester):
         ``yaml_round_trip`` is skipped for a class without an importable path, such as one defined inside a function or
         in a notebook.
         """
-        skipped = set() if self._zero_drift_is_uniform else {"zero_drift_gives_ones"}
-        if class_path(type(self._make_gate())) is None:
-            skipped.add("yaml_round_trip")
+        skipped = self.left_out()
         return [pair for pair in super().laws() if pair[0] not in skipped]
+
+    def left_out(self) -> dict[str, str]:
+        """Return the laws that do not apply, each with the reason."""
+        reasons = {} if self._zero_drift_is_uniform else {"zero_drift_gives_ones": "zero_drift_is_uniform is False"}
+        if class_path(type(self._make_gate())) is None:
+            reasons["yaml_round_trip"] = NO_PATH
+        return reasons
 
     def subject(self) -> GateStrategy:
         """Return the gate that messages name."""

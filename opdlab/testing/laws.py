@@ -15,6 +15,10 @@ Law = Callable[[], None]
 T = TypeVar("T", bound="LawTester")
 
 
+NO_PATH = "the class has no importable path, since it was defined inside a function or in a notebook"
+"""Why ``yaml_round_trip`` is left out."""
+
+
 class LawTester:
     """Base of testers: methods marked with :func:`law` are the laws, in the order of their definition."""
 
@@ -27,14 +31,25 @@ class LawTester:
         own = {name: value for cls in reversed(type(self).__mro__) for name, value in vars(cls).items()}
         return [(name, getattr(self, name)) for name, value in own.items() if hasattr(value, "is_law")]
 
+    def left_out(self) -> dict[str, str]:
+        """Return the laws that do not apply, each with the reason."""
+        return {}
+
     def run(self) -> None:
-        """Check every law.
+        """Check every law, and print a line for each: those that hold, and those that do not apply.
 
         Raises:
             AssertionError: a law is broken; the message names the law, the plug-in and the values.
         """
-        for _, each in self.laws():
+        laws = self.laws()
+        for name, each in laws:
             each()
+            print(f"passed    {name}")
+        left_out = self.left_out()
+        for name, reason in left_out.items():
+            print(f"left out  {name}: {reason}")
+        rest = f", {len(left_out)} left out" if left_out else ""
+        print(f"{type(self.subject()).__name__}: {len(laws)} laws passed{rest}")
 
     def _build(self, make: Callable[[], object], tester: str, argument: str, example: str) -> None:
         """Raise a UsageError if a function that builds the plug-in needs arguments."""

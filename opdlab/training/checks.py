@@ -238,7 +238,7 @@ def warn_of_own_teacher(teacher: Teacher, prompts: PromptSet | None) -> None:
         prompts: the training prompts, if they are known.
     """
     scorer = teacher.teacher if isinstance(teacher, TargetCache) else teacher
-    if isinstance(scorer, SelfTeacher) and prompts and all(each.teacher_tokens is None for each in prompts.prompts):
+    if isinstance(scorer, SelfTeacher) and prompts and not prompts.facts.teachers_see_others:
         rank_zero_warn(
             "model.teacher is a SelfTeacher that sees the student's prompts, so it starts as the student's equal and "
             "teaches it nothing: give data.train a teacher_text, such as '{problem} {solution}'"

@@ -48,6 +48,7 @@ from opdlab.training.overlap import StopSampling
 from opdlab.training.refresh import RefreshSchedule
 from opdlab.training.sharded_strategy import ShardedStrategy
 from opdlab.training.step_timer import StepTimer
+from opdlab.training.summary import replace_summary
 from opdlab.types import Minibatch, Prompt, TeacherRequest
 from opdlab.verifiers.verifier import Verifier
 
@@ -133,6 +134,7 @@ class OPDModule(EvaluationModule):
         self._settings: dict[str, Any] = {}  # of the run, for its checkpoints
         self._metrics: dict[str, Any] = {}  # of the optimizer batch
         self._timer = StepTimer()
+        self._modes: dict[torch.nn.Module, bool] = {}  # train or eval, of before Lightning looks at them
         self._batch_tokens = 0  # in all processes
 
     # -- setting up ----------------------------------------------------------------------------------------------
@@ -145,6 +147,7 @@ class OPDModule(EvaluationModule):
         data = self.data
         self.ahead = None
         if stage == "fit":
+            replace_summary(self.trainer)
             if data is not None and data.reuse.overlap:
                 checks.check_overlap(sharded=not self.whole_weights, compiles=self.student.compiles)
                 autocast = self.trainer.precision_plugin.forward_context
@@ -194,10 +197,15 @@ class OPDModule(EvaluationModule):
         callbacks: list[pl.Callback] = self.trainer.callbacks  # type: ignore[attr-defined] # set by Lightning's connector
         schedules = [each.schedule for each in callbacks if isinstance(each, RefreshSchedule)]
         self._refreshes = not schedules
+        # Lightning warns of modules in eval mode when training starts, although transformers loads models in it.
+        self._modes = {module: module.training for module in self.modules()}
+        self.train()
         rank_zero_info(f"behavior snapshot: refreshed {', '.join(schedules) or 'before each rollout buffer'}")
 
     def on_train_start(self) -> None:
         """Begin the first optimizer batch; a run that resumes inside one repeats it from its start."""
+        for module, training in self._modes.items():
+            module.training = training
         self._timer.begin()
         self._window = AccumulationWindow(self.trainer.world_size)
 

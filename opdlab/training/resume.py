@@ -66,11 +66,10 @@ def run_settings(module: Any, data: PromptDataModule | None) -> dict[str, dict[s
         run["data.max_prompt_tokens"] = data.max_prompt_tokens
         run["data.train"] = f"{train['num_problems']} prompts with digest {train['prompts'][:8]}"
         buffer["data.train.verifier"] = train["verifier"]
-        seen = [prompt.teacher_tokens for prompt in data.train_prompts.prompts]
-        shown = [prompt.demonstration for prompt in data.train_prompts.prompts] if data.demonstrations.share else []
-        buffer["data.demonstrations.share"] = data.demonstrations.share
-        buffer["data.demonstrations (their tokens)"] = digest(shown)[:8] if shown else None
-        buffer["data.train (the teacher's prompts)"] = digest(seen)[:8] if any(seen) else None
+        facts, share = data.train_prompts.facts, data.demonstrations.share
+        buffer["data.demonstrations.share"] = share
+        buffer["data.demonstrations (their tokens)"] = facts.demonstrations_digest[:8] if share else None
+        buffer["data.train (the teacher's prompts)"] = facts.teacher_digest[:8] if facts.teachers_see_others else None
         buffer["data.reuse.prompts_per_pool"] = loader.reuse.prompts_per_pool
     return settings
 

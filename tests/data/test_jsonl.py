@@ -1,5 +1,6 @@
 """Reading JSON Lines: each mistake is one line with file and line number."""
 
+import os
 import random
 from pathlib import Path
 
@@ -48,3 +49,42 @@ def test_random_bytes_are_refused(tmp_path: Path, seed: int) -> None:
     file.write_bytes(random.Random(seed).randbytes(200))
     with pytest.raises(UsageError, match=r"rows\.jsonl, line \d+, "):
         list(JsonlProblems(str(file)).problems())
+
+
+def test_a_line_is_read_again_by_its_place(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(
+        b"\xef\xbb\xbf" + b"".join(b'{"problem": "%d \xc3\xa9", "answer": "2"}\r\n\n' % n for n in range(9))
+    )
+    source = JsonlProblems(str(file), offset=0, limit=8)
+    store = source.store()
+    found = dict(store.scan())
+    assert list(found.values()) == list(source.problems())
+    assert len(found) == 8
+    keys = list(reversed(found))
+    assert store.read(keys) == [found[key] for key in keys]
+
+
+@pytest.mark.parametrize("content", [ROW * 4, ROW * 2 + ROW.replace(b"2", b"3")])
+def test_a_file_that_changes_in_a_run_is_noticed(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(ROW * 3)
+    store = JsonlProblems(str(file)).store()
+    keys = [key for key, _ in store.scan()]
+    assert len(store.read(keys)) == 3
+    file.write_bytes(content)
+    os.utime(file, ns=(0, 0))
+    with pytest.raises(UsageError, match=r"rows\.jsonl has changed since the run has read it"):
+        store.read(keys[:1])
+
+
+def test_a_file_that_takes_the_place_of_the_runs_does_not_matter(tmp_path: Path) -> None:
+    file, other = tmp_path / "rows.jsonl", tmp_path / "other.jsonl"
+    file.write_bytes(b'{"problem": "%s", "answer": "2"}\n' % (b"a" * 50_000) + ROW)
+    other.write_bytes(b"[]")
+    store = JsonlProblems(str(file)).store()
+    found = dict(store.scan())
+    other.replace(file)
+    assert store.read(list(found)) == list(found.values())
+    file.unlink()
+    assert store.read(list(found)[1:]) == list(found.values())[1:]

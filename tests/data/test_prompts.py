@@ -9,8 +9,10 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from opdlab.data import ChatTemplate, JsonlProblems, Problem, ProblemSource, RawTemplate, prompt_set
+from opdlab.data import ChatTemplate, CleaningConfig, JsonlProblems, Problem, ProblemSource, RawTemplate, prompt_set
+from opdlab.data.cleaning import clean
 from opdlab.errors import UsageError
+from opdlab.records import digest
 from opdlab.toy import chain_tokenizer
 from opdlab.verifiers import BoxedVerifier
 
@@ -214,6 +216,22 @@ def test_many_prompts_are_those_of_one_call(tokenizer: PreTrainedTokenizerFast) 
     assert (len(many), many.num_too_long) == (2_000, 800)
     some = prompt_set(source, tokenizer, 3, problems=iter(source.problems()[2:4]))
     assert [prompt.problem.text for prompt in some.prompts] == ["12", "123"]
+
+
+def test_prompts_made_on_demand_are_those_that_are_held(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = [f"{n % 700} a+{n % 9}" + " b-1" * (n % 3) for n in range(2500)]
+    path = write(tmp_path, *(json.dumps({"problem": text, "answer": "1"}) for text in texts))
+    source = JsonlProblems(str(path), teacher_text="{problem} c*{answer}")
+    kept, _ = clean(source.store(), CleaningConfig(), {})
+    lazy = prompt_set(source, tokenizer, 9, kept, 14)
+    held = prompt_set(source, tokenizer, 9, list(kept), 14)
+    assert 0 < len(held) < len(kept) < 2500
+    assert list(lazy.prompts) == list(held.prompts)
+    assert [lazy.prompts[i] for i in (5, -1, 0)] == [held.prompts[i] for i in (5, -1, 0)]
+    assert (lazy.num_too_long, lazy.num_teacher_too_long) == (held.num_too_long, held.num_teacher_too_long)
+    rows = [(prompt.problem.id, prompt.tokens, prompt.problem.answer) for prompt in held.prompts]
+    assert lazy.facts.digest == held.facts.digest == digest(rows)
+    assert lazy.facts.teacher_digest == digest([prompt.teacher_tokens for prompt in held.prompts])
 
 
 def test_a_prompt_of_exactly_the_allowed_length_is_kept(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -176,7 +176,7 @@ def test_a_chat_keeps_its_turns(tmp_path: Path, tokenizer: PreTrainedTokenizerFa
     assert [problem.text for problem in problems] == ["86 a+7", "86 a+7", "1 b*2", "1 b*2"]
     assert len({problem.id for problem in problems}) == 3
     kept, report = clean(problems, CleaningConfig(), {})
-    assert (kept, report.duplicate) == ([problems[0], *problems[2:]], 1)
+    assert (list(kept), report.duplicate) == ([problems[0], *problems[2:]], 1)
     with pytest.raises(UsageError, match="template is RawTemplate, which takes plain text, but the problems are lists"):
         decoded(template=RawTemplate())
 

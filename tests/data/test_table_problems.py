@@ -107,6 +107,34 @@ def test_a_hub_data_set_is_streamed_only_on_demand(monkeypatch: pytest.MonkeyPat
     assert calls[1]["streaming"] is False
 
 
+def test_rows_of_a_downloaded_data_set_are_read_again_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    rows = [
+        {"problem": [{"role": "user", "content": f"{n}?"}], "answer": n, "extra": {"id": f"r{n}"}} for n in range(9)
+    ]
+    table = datasets.Dataset.from_list(rows)
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda **_: type("Builder", (), {"config": object()}))
+    monkeypatch.setattr(datasets, "load_dataset", lambda **_: table)
+    source = TableProblems("someone/small", id_field="extra.id", offset=2, limit=5)
+    store = source.store()
+    found = dict(store.scan())
+    assert list(found) == [2, 3, 4, 5, 6]
+    assert list(found.values()) == list(source.problems())
+    assert store.read([6, 2]) == [found[6], found[2]]
+    assert found[6].id == "r6"
+
+
+def test_a_local_table_is_read_again_from_a_copy(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("problem,answer\na,007\nb,8\n")
+    source = TableProblems(str(tmp_path / "rows.csv"))
+    store = source.store()
+    found = dict(store.scan())
+    (tmp_path / "rows.csv").unlink()
+    assert store.read(list(reversed(found))) == [Problem(p.id, p.text, p.answer) for p in reversed(found.values())]
+    assert [p.answer for p in found.values()] == ["007", "8"]
+
+
 def test_a_missing_field_names_those_that_exist(folder: Path) -> None:
     with pytest.raises(UsageError, match="row 1, has no field 'problem'; its fields: question, gold"):
         read(folder)

@@ -222,6 +222,22 @@ def test_laws_that_do_not_apply_are_left_out() -> None:
     assert {"yaml_round_trip", "zero_drift_gives_ones"} <= set(dict(GateTester(TokenGate).laws()))
 
 
+def test_run_prints_a_line_for_each_law(capsys: pytest.CaptureFixture[str]) -> None:
+    tester = GateTester(TokenGate, zero_drift_is_uniform=False)
+    tester.run()
+    *lines, left_out, last = capsys.readouterr().out.splitlines()
+    assert lines == [f"passed    {name}" for name, _ in tester.laws()]
+    assert left_out == "left out  zero_drift_gives_ones: zero_drift_is_uniform is False"
+    assert last == f"TokenGate: {len(lines)} laws passed, 1 left out"
+
+
+def test_a_gate_that_needs_a_tokenizer_takes_the_toys() -> None:
+    tester = GateTester(lambda: SpanGate(max_tokens=20))
+    tester.run()
+    given = GateTester(lambda: SpanGate(max_tokens=20), tokenizer=chain_tokenizer())
+    assert torch.equal(tester.gate()(tester.inputs()).segment_ids, given.gate()(given.inputs()).segment_ids)
+
+
 def test_constructor_arguments_may_be_given() -> None:
     GateTester(lambda: NamelessGate(3.0), init_args={"sharpness": 3.0}).run()
     with pytest.raises(AssertionError, match="yaml_round_trip"):
