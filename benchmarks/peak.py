@@ -66,8 +66,8 @@ class Update:
         sizes = (arguments.rows, arguments.prompt), (arguments.rows, arguments.response)
         prompts, tokens = (torch.randint(100, self.model.vocab_size, size) for size in sizes)
         masks = [torch.ones_like(each, dtype=torch.bool) for each in (prompts, tokens)]
-        numbers = [torch.zeros(arguments.rows, dtype=torch.long)] * 5
-        self.rollouts = Rollouts(prompts, masks[0], tokens, masks[1], torch.zeros(tokens.shape), *numbers)
+        zeros = torch.zeros(arguments.rows, dtype=torch.long)
+        self.rollouts = Rollouts(prompts, masks[0], tokens, masks[1], torch.zeros(tokens.shape), *5 * (zeros,))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=arguments.fused)
         network = self.model.model
         linear = [layer for layer in network.base_model.modules() if isinstance(layer, nn.Linear)]
