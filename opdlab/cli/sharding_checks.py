@@ -45,7 +45,7 @@ def check_launcher(config: Namespace) -> None:
 
 
 def _launched() -> tuple[str, int, int] | None:
-    """Return what has started the processes of the run, their number, and that of a machine; None if it is not known."""
+    """Return what has started the processes of the run, their number, and that of a machine; None if unknown."""
     if not TorchElasticEnvironment.detect():
         return None
     count = int(os.environ.get("WORLD_SIZE", "1"))
