@@ -6,6 +6,7 @@ import inspect
 import re
 import runpy
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -173,6 +174,8 @@ def test_python_code_runs(page: Path, folder: Path) -> None:
     if any("runs/quickstart" in code for code in code_blocks):
         few = "--data.benchmarks.toy.num_problems 4 --model.eval_sampling.max_new_tokens 24 --model.sampling"
         assert main(["fit", "-c", "quickstart", *f"{few}.max_new_tokens 24 --trainer.max_steps 1".split()]) == 0
+    for study in {found for code in code_blocks for found in re.findall(r"runs/studies/([\w-]+)/report/tables", code)}:
+        shutil.copytree(DOCS / "results" / study / "tables", folder / "runs/studies" / study / "report/tables")
     for number, code in enumerate(code_blocks):
         # In a file, so that testers find the class by its path, and later blocks what a block with a file's name has.
         named = re.match(r"# (\w+)\.py\b", code)

@@ -24,6 +24,7 @@ from opdlab.cli.ending import run_to_end
 from opdlab.cli.estimate import refuse_oversized
 from opdlab.cli.hparams import log_hyperparameters
 from opdlab.cli.parsing import RUN_KEYS, check_length, fit_parser, parse_fit
+from opdlab.cli.sharding_checks import check_launcher
 from opdlab.data import PromptDataModule
 from opdlab.errors import UsageError, first_line
 from opdlab.evaluation.benchmark_metrics import TEACHER
@@ -110,6 +111,7 @@ class OPDCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build all objects, after a check that the models' weights fit the device."""
+        check_launcher(self.config)
         check_trainer(self.config, here=True)
         check_files(self.config)
         if self.command == "fit":

@@ -33,6 +33,7 @@ from opdlab.cli.configured_models import configured_engine, configured_teacher
 from opdlab.cli.sharding_checks import check_sharding, num_processes
 from opdlab.data import PromptDataModule
 from opdlab.data.cleaning import CleaningConfig
+from opdlab.devices import devices_per_node
 from opdlab.errors import UsageError, first_line, require, user_line
 from opdlab.evaluation.config import EvaluationConfig
 from opdlab.files import expanded
@@ -233,6 +234,9 @@ def check_trainer(config: Namespace, *, here: bool = False) -> None:
     devices = str(options["devices"])
     most = f"must be at most {_MOST_DEVICES}: give the number of devices of each node"
     require(not devices.isdigit() or int(devices) <= _MOST_DEVICES, f"trainer.devices is {devices}, but {most}")
+    kinds = "must be a number from 1 on, a list of devices, -1 for all, or auto"
+    known = devices in ("auto", "-1") or devices_per_node(options["devices"]) is not None
+    require(known, f"trainer.devices is {devices}, but {kinds}")
     interval = options["val_check_interval"]
     require(interval != 0, "trainer.val_check_interval is 0, but must be above 0: leave it out to validate at the end")
     error = _trainer_error(options)

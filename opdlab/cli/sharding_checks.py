@@ -1,6 +1,9 @@
 """Checks of the strategy in a resolved configuration, before models are loaded."""
 
+import os
+
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import StrategyRegistry
 
 from opdlab.cli.configured_models import (
@@ -11,7 +14,7 @@ from opdlab.cli.configured_models import (
     plugin_options,
 )
 from opdlab.devices import devices_per_node
-from opdlab.errors import require
+from opdlab.errors import UsageError, require
 from opdlab.policies.engines.weights import check_merging
 from opdlab.registry import suggestion
 from opdlab.training.checks import BY_SHARDING, check_overlap, check_sharded, refuse_kept_teacher
@@ -22,6 +25,31 @@ def num_processes(config: Namespace) -> int | None:
     """Return the number of processes of a run; None if it depends on the machine, or ``trainer.devices`` is wrong."""
     devices = devices_per_node(config.trainer.devices)
     return None if devices is None else devices * int(config.trainer.num_nodes) or None
+
+
+def check_launcher(config: Namespace) -> None:
+    """Refuse a run of one process that torchrun has started several times, or of another number of processes.
+
+    Raises:
+        UsageError: naming the options that make the numbers equal.
+    """
+    launched, processes = _launched(), num_processes(config)
+    if launched is None or processes in (None, launched[1]):
+        return
+    name, count, each = launched
+    raise UsageError(
+        f"trainer.devices is {config.trainer.devices} and trainer.num_nodes is {config.trainer.num_nodes}, but {name} "
+        f"has started {count} processes, {each} on a machine: give --trainer.devices {each} and --trainer.num_nodes "
+        f"{count // each}"
+    )
+
+
+def _launched() -> tuple[str, int, int] | None:
+    """Return what has started the processes of the run, their number, and that of a machine; None if unknown."""
+    if not TorchElasticEnvironment.detect():
+        return None
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    return "torchrun", count, int(os.environ.get("LOCAL_WORLD_SIZE", count))
 
 
 def shards_weights(config: Namespace) -> bool:

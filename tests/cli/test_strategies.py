@@ -72,9 +72,45 @@ def test_what_does_not_go_together_is_refused(
         "trainer.strategy is single_device, but trainer.devices and trainer.num_nodes make 2 processes: use auto or "
         "ddp, or one device"
     )
+    for devices in ("0", "-2", "[]", "abc", "2.5"):
+        for command in ("fit", "estimate"):
+            assert main([command, *FIT[1:], "--trainer.devices", devices]) == EXIT_USAGE
+            assert f"trainer.devices is {devices}, but must be a number from 1 on, " in capsys.readouterr().err
     assert refusal(capsys, "--trainer.strategy", "model_paralel") == (
         "trainer.strategy is model_paralel, which does not exist; did you mean 'model_parallel'? give auto, ddp or "
         "model_parallel"
     )
     compiled = ["--model.student.compile", "true", "--data.reuse.overlap", "1"]
     assert refusal(capsys, *compiled).startswith("data.reuse.overlap is 1, but model.student.compile is true, and ")
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [
+        (TORCHRUN, "torchrun"),
+        ({**TORCHRUN, "RANK": "1", "LOCAL_RANK": "1"}, "torchrun"),
+        ({**TORCHRUN, "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, None),
+    ],
+)
+def test_a_run_of_one_process_that_is_started_several_times_is_refused(
+    variables: dict[str, str],
+    name: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each process would train alone, or find no folder."""
+    monkeypatch.chdir(tmp_path)
+    for key, value in variables.items():
+        monkeypatch.setenv(key, value)
+    said = refusal(capsys)
+    assert said == (
+        f"trainer.devices is 1 and trainer.num_nodes is 1, but {name} has started 4 processes, 2 on a machine: give "
+        "--trainer.devices 2 and --trainer.num_nodes 2"
+        if name
+        else "model '/nowhere' does not exist: give a folder written by save_pretrained, or a hub id such as "
+        "Qwen/Qwen3-0.6B"
+    )

@@ -229,6 +229,7 @@ def take_steps(
     strategy: str = "ddp",
     path: str = STUDENT,
     names: Sequence[str] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Taken:
     """Take a step for each case; the weights stay as they are.
 
@@ -240,6 +241,7 @@ def take_steps(
         strategy: of several processes.
         path: of the student.
         names: of the cases; None for all.
+        dtype: of the student's weights.
     """
     chosen = {name: cases()[name] for name in names or cases()}
     student, teacher = LanguageModel(path), LocalTeacher(TEACHER)
@@ -250,6 +252,8 @@ def take_steps(
     still = partial(torch.optim.SGD, lr=0.0)
     sampling = SamplingConfig(num_samples=2, max_new_tokens=70)
     module = OPDModule(student, teacher, FullDivergence(), build_gate("none"), sampling=sampling, optimizer=still)
+    for weights in student.parameters():  # the snapshot, which samples, keeps its own
+        weights.data = weights.data.to(dtype)
     kept, gradients = Kept(), Gradients()
     monitor, keeping, guard = (
         GateMonitor(every_n_steps=1),
