@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from opdlab.policies import LocalTeacher as LocalTeacher
     from opdlab.policies import SamplingConfig as SamplingConfig
     from opdlab.policies import Teacher as Teacher
+    from opdlab.runs import load_run as load_run
     from opdlab.testing import GateTester as GateTester
     from opdlab.testing import ObjectiveTester as ObjectiveTester
 
@@ -68,6 +69,7 @@ _MODULES = {
         *("Objective", "SampledTokenOPD", "TeacherTopK", "build_objective", "objective_names", "register_objective"),
     ),
     "opdlab.policies": ("LanguageModel", "LocalTeacher", "SamplingConfig", "Teacher"),
+    "opdlab.runs": ("load_run",),
     "opdlab.testing": ("GateTester", "ObjectiveTester"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}

@@ -50,7 +50,8 @@ PUBLIC = {
     ],
     "opdlab.metrics": ["MajorityVote", "PassAtK", "ProblemMean"],
     "opdlab.verifiers": [
-        *("BoxedVerifier", "ExactMatchVerifier", "MathVerifier", "NumericVerifier", "Verdict", "Verifier"),
+        *("BoxedVerifier", "ExactMatchVerifier", "FunctionVerifier", "JsonSchemaVerifier", "MathVerifier"),
+        *("NumericVerifier", "RegexVerifier", "Verdict", "Verifier", "WorkerVerifier"),
     ],
     "opdlab.types": [
         *(
@@ -118,6 +119,7 @@ PUBLIC = {
         *("quantities", "render_page", "token_texts", "visible", "write_page"),
     ],
     "opdlab.testing": ["GateTester", "ObjectiveTester"],
+    "opdlab.runs": ["Run", "load_run"],
 }
 
 

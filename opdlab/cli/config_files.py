@@ -1,6 +1,8 @@
 """Find and read configurations: shipped names, files that extend others, and registered plug-ins."""
 
+import json
 import os
+import re
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -119,6 +121,7 @@ def _load_value(text: str, path: str = "") -> Any:
             f"{EXTENDS} is {extended}, but is obeyed only in files given to -c or --config on the command line: "
             "write out what is wanted here, or give the file with -c",
         )
+        name_functions(loaded)
         for name in _REGISTRIES:
             for section, last in (nested(loaded, name), (loaded, name)):
                 value = section.get(last)
@@ -127,6 +130,30 @@ def _load_value(text: str, path: str = "") -> Any:
                 elif isinstance(value, dict) and isinstance(value.get("class_path"), str):
                     value["class_path"] = class_path_of(name, value["class_path"])
     return loaded
+
+
+def name_functions(config: Any) -> None:
+    """Replace each ``verifier`` that is the path of a function by a section of its verifier, in place.
+
+    By their spelling: the name of a class begins with a capital letter.
+    """
+    for _, section in sections(config):
+        if "verifier" in section and isinstance(section, dict):
+            section["verifier"] = verifier_section(section["verifier"])
+
+
+def verifier_section(value: Any) -> Any:
+    """Return the section of a function's verifier if ``value`` is its path, otherwise ``value``.
+
+    Example:
+        >>> verifier_section("my_module.check")
+        {'class_path': 'opdlab.verifiers.FunctionVerifier', 'init_args': {'function': 'my_module.check'}}
+        >>> verifier_section("opdlab.verifiers.MathVerifier")
+        'opdlab.verifiers.MathVerifier'
+    """
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w.]*\.[a-z_]\w*", value):
+        return {"class_path": "opdlab.verifiers.FunctionVerifier", "init_args": {"function": value}}
+    return value
 
 
 CONFIG_MODE = "opdlab_yaml"
@@ -171,6 +198,10 @@ def expand_names(arguments: Sequence[str]) -> list[str]:
         own, last = (text.removeprefix("--").removesuffix(".help") for text in (flag, before))
         if equals and own in _REGISTRIES and flag.startswith("--"):
             expanded.append(f"{flag}={class_path_of(own, value)}")
+        elif equals and own.endswith(".verifier"):
+            expanded.append(f"{flag}={_one_line(verifier_section(value))}")
+        elif before.startswith("--") and last.endswith(".verifier") and not argument.startswith("-"):
+            expanded.append(_one_line(verifier_section(argument)))
         elif last in _REGISTRIES and not (
             before.endswith(".help") and argument.startswith("-")
         ):  # its value is optional
@@ -179,6 +210,10 @@ def expand_names(arguments: Sequence[str]) -> list[str]:
             expanded.append(argument)
         before = argument
     return expanded
+
+
+def _one_line(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def config_chain(path: str, extended_by: tuple[str, ...] = ()) -> list[str]:

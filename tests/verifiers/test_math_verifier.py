@@ -18,7 +18,7 @@ import pytest
 from opdlab.errors import UsageError
 from opdlab.verifiers import MathVerifier, Verdict
 from opdlab.verifiers.math.judging import judge
-from opdlab.verifiers.math.worker_pool import WorkerPool, WorkerStartError
+from opdlab.verifiers.worker_pool import WorkerPool, WorkerStartError
 from tests.children import run_child
 from tests.verifiers.hostile_answers import HOSTILE_ANSWERS
 
@@ -258,7 +258,7 @@ def test_wrong_answers_never_have_the_form_of_the_gold_one(verifier: MathVerifie
 
 
 def test_a_pool_that_was_stopped_says_so() -> None:
-    pool = WorkerPool(num_workers=1, time_limit=1.0, memory_limit=1024)
+    pool = WorkerPool(MathVerifier.task, {}, num_workers=1, time_limit=1.0, memory_limit=1024)
     pool.stop()
     with pytest.raises(WorkerStartError, match="the verifier was stopped"):
         pool.submit(["1"], "1", True).result(timeout=60)
@@ -304,16 +304,16 @@ def test_killed_processes_are_replaced() -> None:
     verifier = MathVerifier(num_workers=1, time_limit=30)
     assert verifier.verify([r"\boxed{1}"], ["1"]) == _verdicts("1")
     for victim in ("fork", "process"):
-        process = _children(os.getpid(), "opdlab.verifiers.math.worker_process")[-1]
+        process = _children(os.getpid(), "opdlab.verifiers.worker_process")[-1]
         os.kill(process if victim == "process" else _children(process)[0], signal.SIGKILL)
         assert verifier.verify([r"\boxed{1}"] * 2, ["1", "2"]) == [*_verdicts("1"), Verdict(False, "1", "different")]
 
 
 def test_a_stopped_process_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("opdlab.verifiers.math.worker_pool._GRACE", 0.3)  # five seconds otherwise
+    monkeypatch.setattr("opdlab.verifiers.worker_pool._GRACE", 0.3)  # five seconds otherwise
     verifier = MathVerifier(num_workers=1, time_limit=0.2)
     assert verifier.verify([r"\boxed{1}"], ["1"]) == _verdicts("1")
-    process = _children(os.getpid(), "opdlab.verifiers.math.worker_process")[-1]
+    process = _children(os.getpid(), "opdlab.verifiers.worker_process")[-1]
     os.kill(_children(process)[0], signal.SIGSTOP)
     assert verifier.verify([r"\boxed{1}"], ["1"]) == [Verdict(False, "1", "time limit")]
     assert verifier.verify([r"\boxed{1}"], ["1"]) == _verdicts("1")
@@ -336,7 +336,7 @@ def _children(parent: int, command: str = "") -> list[int]:
 def test_memory_is_bounded() -> None:
     verifier = MathVerifier(num_workers=1, time_limit=30, memory_limit=777)
     assert verifier.verify([r"\boxed{1}"], ["1"]) == _verdicts("1")
-    process = _children(os.getpid(), "opdlab.verifiers.math.worker_process")[-1]
+    process = _children(os.getpid(), "opdlab.verifiers.worker_process")[-1]
     limits = Path(f"/proc/{process}/limits").read_text()
     assert f"Max address space         {777 << 20} " in limits
 
@@ -361,7 +361,7 @@ def test_an_answer_that_kills_its_process_is_wrong() -> None:
     verifier = MathVerifier(num_workers=1, time_limit=30)
     assert verifier.verify([r"\boxed{1}"], ["1"]) == _verdicts("1")
     wait = verifier.submit([r"\boxed{2^{8589934592}+1}"], ["2^{8589934592}"])
-    (fork,) = _children(_children(os.getpid(), "opdlab.verifiers.math.worker_process")[-1])
+    (fork,) = _children(_children(os.getpid(), "opdlab.verifiers.worker_process")[-1])
     time.sleep(0.5)
     os.kill(fork, signal.SIGSEGV)
     assert wait()[0].reason == "worker died"
@@ -388,11 +388,11 @@ def _python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 def test_processes_do_not_load_torch(verifier: MathVerifier) -> None:
     """Neither the module that they run nor, as multiprocessing would, the main script."""
-    module = "opdlab.verifiers.math.worker_process"
+    module = "opdlab.verifiers.worker_process"
     result = _python(f"import sys, {module}; print({{'torch', 'lightning', 'transformers'}} & {{*sys.modules}})")
     assert result.stdout.strip() == "set()"
     verifier.verify([r"\boxed{1}"], ["1"])
-    process = _children(os.getpid(), "opdlab.verifiers.math.worker_process")[-1]
+    process = _children(os.getpid(), "opdlab.verifiers.worker_process")[-1]
     assert "torch" not in Path(f"/proc/{process}/maps").read_text()
     assert "torch" in Path("/proc/self/maps").read_text()
 
@@ -449,7 +449,7 @@ def test_processes_end_with_the_verifier() -> None:
     before = set(_children(os.getpid()))  # of other tests' verifiers
     verifier = MathVerifier(num_workers=1)
     verifier.verify([r"\boxed{1}"], ["1"])
-    (process,) = set(_children(os.getpid(), "opdlab.verifiers.math.worker_process")) - before
+    (process,) = set(_children(os.getpid(), "opdlab.verifiers.worker_process")) - before
     threads = threading.active_count()
     del verifier
     assert not _is_alive(process)

@@ -1,12 +1,13 @@
 r"""The judgement of an answer, and its canonical form.
 
 An answer is untrusted text. It can make a computer algebra system run forever, exhaust memory, or overflow the stack.
-Call these functions only in a process that can be killed, as :mod:`opdlab.verifiers.math.worker_process` does.
+Call these functions only in a process that can be killed, as :mod:`opdlab.verifiers.worker_process` does.
 
 Those processes import this module, so it must not import torch.
 """
 
 import functools
+import logging
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,24 @@ from opdlab.verifiers.math.values import expression
 from opdlab.verifiers.spelling import normalized, without_unicode
 from opdlab.verifiers.units import units_differ
 from opdlab.verifiers.verifier import Verdict, bounded_form
+
+# Judged without a time limit: this loads SymPy and fills the grammar's caches, which every fork inherits.
+_WARM_UP = (
+    (r"\frac{x}{2} + \sqrt{3}", r"\sqrt{3} + 0.5x"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3, -\frac{\pi}{2})"),
+    (r"\{1, 2\}", "1, 3"),
+    ("x^2 - 2x + 1 = 0", "y = 2x + 3"),
+    (r"\sin(x) + \log_2 5", r"\cos^2 x - 5!"),
+)
+
+
+def prepare() -> Callable[..., Verdict]:
+    """Load SymPy and math-verify's grammar, and return :func:`judge`: the task of a worker process."""
+    for name in ("math_verify", "latex2sympy2_extended"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for answer, gold in _WARM_UP:
+        judge([answer], gold, boxed=True)
+    return judge
 
 
 def judge(answers: Sequence[str], gold: str, boxed: bool, decided: Callable[[bool], None] | None = None) -> Verdict:

@@ -1,26 +1,17 @@
 """Mathematical equality of answers, judged by math-verify in processes that can be killed."""
 
-import math
-import os
-import threading
-import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
 
-from opdlab.errors import require
-from opdlab.verifiers.math.worker_pool import WorkerPool
-from opdlab.verifiers.verifier import Verdict, Verifier, bounded_form, boxes
+from opdlab.verifiers.verifier import Verdict, bounded_form, boxes
+from opdlab.verifiers.worker_verifier import WorkerVerifier
 
 # Without a box only this many characters at the end are searched, because more text only costs time.
 _TAIL_CHARACTERS = 400
 # Real answers are shorter; parsing longer text only costs time.
 _MAX_CHARACTERS = 5000
-_MIN_MEMORY = 512
-# Global, because a verifier must pickle.
-_STARTING = threading.Lock()
 
 
-class MathVerifier(Verifier):
+class MathVerifier(WorkerVerifier):
     r"""Verifier that accepts an answer mathematically equal to the gold answer.
 
     The answer is the text in the last ``\boxed{…}`` or ``\fbox{…}``. Boxes that stand together are one list, or one
@@ -53,28 +44,14 @@ class MathVerifier(Verifier):
         Verdict(correct=True, extracted='1/2', reason='equal')
     """
 
-    def __init__(self, num_workers: int = 2, time_limit: float = 5.0, memory_limit: int = 1024) -> None:
-        require(num_workers >= 1, f"verifier.num_workers is {num_workers}, but must be at least 1")
-        require(
-            time_limit > 0 and math.isfinite(time_limit),
-            f"verifier.time_limit is {time_limit}, but must be above 0 seconds and finite",
-        )
-        require(
-            memory_limit >= _MIN_MEMORY,
-            f"verifier.memory_limit is {memory_limit}, but must be at least {_MIN_MEMORY} MiB, what SymPy itself needs",
-        )
-        self.num_workers = num_workers
-        self.time_limit = time_limit
-        self.memory_limit = memory_limit
-        self._pool: WorkerPool | None = None
+    task = "opdlab.verifiers.math.judging:prepare"
 
-    def verify(self, responses: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
-        """See :meth:`Verifier.verify`."""
-        return self.submit(responses, golds)()
+    def __init__(self, num_workers: int = 2, time_limit: float = 5.0, memory_limit: int = 1024) -> None:
+        super().__init__(num_workers, time_limit, memory_limit)
 
     def submit(self, responses: Sequence[str], golds: Sequence[str]) -> Callable[[], list[Verdict]]:
         """See :meth:`Verifier.submit`; repeated answers are judged once."""
-        pool = self._started_pool()
+        pool = self.started_pool()
         keys = []
         for response, gold in zip(responses, golds, strict=True):
             found = boxes(response)
@@ -84,8 +61,7 @@ class MathVerifier(Verifier):
             key: pool.submit(*key) for key in dict.fromkeys(keys) if key[0] and sum(map(len, key[0])) <= _MAX_CHARACTERS
         }
 
-        def wait() -> list[Verdict]:
-            assert self._pool is not None  # the closure keeps the verifier and its processes alive
+        def wait(_keeps_the_processes: WorkerVerifier = self) -> list[Verdict]:
             verdicts = []
             for key in keys:
                 answers, gold, boxed = key
@@ -101,14 +77,3 @@ class MathVerifier(Verifier):
             return verdicts
 
         return wait
-
-    def _started_pool(self) -> WorkerPool:
-        with _STARTING:
-            # A forked process inherits the pool, but not the threads that feed it.
-            if self._pool is None or self._pool.owner != os.getpid():
-                self._pool = WorkerPool(self.num_workers, self.time_limit, self.memory_limit)
-                weakref.finalize(self, self._pool.stop)
-            return self._pool
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pool": None}

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from multiprocessing import Pipe
@@ -19,9 +19,9 @@ from opdlab.verifiers.verifier import Verdict
 # Not multiprocessing, which would run the main script again in each process and so import torch. The process gets our
 # sys.path, because the package may be importable only through it.
 _PROGRAM = (
-    "import json, sys; fd, path, *limits = json.loads(sys.argv[1]); sys.path[:] = path; "
-    "from multiprocessing.connection import Connection; from opdlab.verifiers.math.worker_process import serve; "
-    "serve(Connection(fd), *limits)"
+    "import json, sys; fd, path, *task = json.loads(sys.argv[1]); sys.path[:] = path; "
+    "from multiprocessing.connection import Connection; from opdlab.verifiers.worker_process import serve; "
+    "serve(Connection(fd), *task)"
 )
 _START_LIMIT = 300.0  # seconds; a cold file system on a busy cluster is slow
 # The kernel enforces the time limit; this covers a process that was stopped or lost.
@@ -36,14 +36,20 @@ class WorkerPool:
     """Judges answers in processes that are killed when an answer takes too long.
 
     Args:
+        task: ``module:function``; each process calls the function once, with ``options``, and gets the function that
+            judges. It is called with the values of a request and with ``decided``, which it may call with the result
+            before it goes on, so that an interruption does not lose the result. It returns a :class:`Verdict`.
+        options: of the task, values that JSON can represent.
         num_workers: number of processes; each starts with its first answer.
         time_limit: seconds per answer, without the start of a process and the wait for a free one.
         memory_limit: MiB of address space per process.
     """
 
-    def __init__(self, num_workers: int, time_limit: float, memory_limit: int) -> None:
+    def __init__(
+        self, task: str, options: Mapping[str, Any], num_workers: int, time_limit: float, memory_limit: int
+    ) -> None:
         self.owner = os.getpid()
-        self._limits = time_limit, memory_limit
+        self._task = task, options, time_limit, memory_limit
         self._tasks: SimpleQueue[tuple[Future[Verdict], bytes] | None] = SimpleQueue()
         self._lock = threading.RLock()  # the garbage collector may call stop() anywhere
         self._stopped = False
@@ -54,8 +60,8 @@ class WorkerPool:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, answers: Sequence[str], gold: str, boxed: bool) -> "Future[Verdict]":
-        """Queue the boxes of an answer, and return a future; see :func:`opdlab.verifiers.math.judging.judge`.
+    def submit(self, *request: Any) -> "Future[Verdict]":
+        """Queue the values of a request, which JSON can represent, and return a future.
 
         The future raises :class:`WorkerStartError` if no process can start, or after :meth:`stop`.
         """
@@ -64,7 +70,7 @@ class WorkerPool:
             if self._stopped:
                 future.set_exception(WorkerStartError("the verifier was stopped"))
             else:
-                self._tasks.put((future, json.dumps([answers, gold, boxed]).encode()))
+                self._tasks.put((future, json.dumps(request).encode()))
         return future
 
     def stop(self) -> None:
@@ -112,7 +118,7 @@ class WorkerPool:
             if self._stopped:
                 raise WorkerStartError("the verifier was stopped")
             try:
-                worker = _Worker(*self._limits)
+                worker = _Worker(*self._task)
             except OSError as error:
                 raise WorkerStartError(f"no process can be started to judge answers: {error}") from error
             self._workers.add(worker)
@@ -135,11 +141,12 @@ class WorkerPool:
 class _Worker:
     """A process group: the worker process and its judging fork."""
 
-    def __init__(self, time_limit: float, memory_limit: int) -> None:
+    def __init__(self, task: str, options: Mapping[str, Any], time_limit: float, memory_limit: int) -> None:
         self._patience = time_limit + _GRACE
         self._channel, theirs = Pipe()
         here = str(Path.cwd())
-        argument = json.dumps([theirs.fileno(), [path or here for path in sys.path], time_limit, memory_limit])
+        paths = [path or here for path in sys.path]
+        argument = json.dumps([theirs.fileno(), paths, task, options, time_limit, memory_limit])
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", _PROGRAM, argument],
             stdin=subprocess.DEVNULL,

@@ -1,0 +1,74 @@
+"""``opdlab.load_run``: curves, evaluations and configuration from a run's folder."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import opdlab
+from opdlab.errors import UsageError
+
+RESULTS = {
+    "before": {
+        "toy/pass@1": {"value": 0.25, "standard_error": 0.1},
+        "toy/length": {"value": 12.0, "standard_error": None},
+    },
+    "after": {
+        "toy/pass@1": {"value": 0.5, "standard_error": 0.2},
+        "toy/length": {"value": 9.0, "standard_error": None},
+    },
+    "teacher": {},
+    "teacher-a": {"toy/pass@1": {"value": 1.0, "standard_error": 0.0}},
+    "steps": 3,
+    "seeds": {"seed": 0},
+    "state": "finished",
+}
+ROWS = [{"step": 0, "val/toy/pass@1": 0.25}, {"step": 1, "train/loss": 2.5}, {"step": 3, "train/loss": 1.0}]
+
+
+def write(folder: Path) -> Path:
+    run = folder / "version_0"
+    run.mkdir()
+    (run / "results.json").write_text(json.dumps(RESULTS))
+    (run / "config.yaml").write_text("model: {objective: {class_path: a.B, init_args: {k: 32}}}\n")
+    with (run / "metrics.csv").open("w") as file:
+        table = csv.DictWriter(file, ["step", "train/loss", "val/toy/pass@1"])
+        table.writeheader()
+        table.writerows(ROWS)
+    return run
+
+
+def test_a_run_is_read_whole(tmp_path: Path) -> None:
+    run = opdlab.load_run(write(tmp_path))
+    assert run.scalars.index.tolist() == [0, 1, 3]
+    assert run.scalars["train/loss"].dropna().to_dict() == {1: 2.5, 3: 1.0}
+    assert run.scalars["val/toy/pass@1"].dropna().to_dict() == {0: 0.25}
+    assert run.table.columns.tolist() == ["before", "after", "teacher-a"]
+    assert run.table.loc["toy/pass@1"].tolist() == [0.25, 0.5, 1.0]
+    assert run.table["after"].to_dict() == {"toy/pass@1": 0.5, "toy/length": 9.0}
+    assert run.errors.loc["toy/pass@1"].tolist() == [0.1, 0.2, 0.0]
+    assert math.isnan(run.errors.loc["toy/length", "before"])
+    assert math.isnan(run.table.loc["toy/length", "teacher-a"])
+    assert run.config["model"]["objective"]["init_args"]["k"] == 32
+    assert run.results == RESULTS
+
+
+def test_a_run_that_has_just_begun_or_was_killed_is_empty_where_nothing_is(tmp_path: Path) -> None:
+    run = write(tmp_path)
+    (run / "results.json").unlink()
+    (run / "config.yaml").unlink()
+    (run / "metrics.csv").write_text("")
+    found = opdlab.load_run(str(run))
+    assert (len(found.scalars), len(found.table), found.config, found.results) == (0, 0, {}, {})
+
+
+def test_another_folder_is_refused_with_the_runs_in_it(tmp_path: Path) -> None:
+    write(tmp_path)
+    with pytest.raises(
+        UsageError, match=r"neither metrics.csv nor results.json: give one of the runs in it: version_0"
+    ):
+        opdlab.load_run(tmp_path)
+    with pytest.raises(UsageError, match=r"nowhere.*: give ROOT/version_N of a run"):
+        opdlab.load_run(tmp_path / "nowhere")

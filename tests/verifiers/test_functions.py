@@ -1,0 +1,183 @@
+"""Verifiers of functions, regular expressions and JSON schemas, against re, json and jsonschema in this process."""
+
+import json
+import re
+import time
+from decimal import Decimal
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from opdlab.cli import EXIT_USAGE, main
+from opdlab.cli.parsing import parse_fit
+from opdlab.errors import UsageError
+from opdlab.verifiers import FunctionVerifier, JsonSchemaVerifier, NumericVerifier, RegexVerifier, Verdict
+
+CHECKS = """
+def check(response, answer):
+    if response == "hang":
+        while True:
+            pass
+    if response == "fill":
+        return len(" " * (64 << 30)) == 1
+    if response == "half":
+        return 0.5
+    return 1.0 if float(response) == float(answer) else False
+
+def one(response):
+    return True
+
+class Check:
+    pass
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(__import__("sys").modules, "own_checks", raising=False)
+    (tmp_path / "own_checks.py").write_text(CHECKS)
+    (tmp_path / "broken_checks.py").write_text("import no_such_package_here\n")
+    (tmp_path / "failing_checks.py").write_text("1 / 0\n")
+    return tmp_path
+
+
+def test_a_function_decides_and_what_it_cannot_judge_is_wrong_and_said_once() -> None:
+    verifier = FunctionVerifier("own_checks.check", num_workers=1, time_limit=0.5)
+    numbers = ["1", "2.50", "-0", "7"]
+    golds = ["1.0", "2.5", "0", "8"]
+    accepted = [verdict.correct for verdict in verifier.verify(numbers, golds)]
+    assert accepted == [Decimal(number) == Decimal(gold) for number, gold in zip(numbers, golds, strict=True)]
+
+    started = time.monotonic()
+    with pytest.warns(UserWarning, match="did not judge an answer") as said:
+        verdicts = verifier.verify(["hang", "1", "seven", "fill", "1"], ["1"] * 5)
+    assert time.monotonic() - started < 30
+    assert [verdict.correct for verdict in verdicts] == [False, True, False, False, True]
+    assert verdicts[0] == Verdict(False, None, "time limit")
+    assert verdicts[3] == Verdict(False, None, "memory limit")
+    texts = sorted(str(warning.message) for warning in said)
+    assert len(texts) == 3
+    start = "the verifier own_checks.check did not judge an answer, which counts as wrong, as later ones will: it "
+    assert texts[0] == f"{start}did not end within 0.5 s: raise verifier.time_limit, or change it"
+    assert texts[1] == f"{start}needs more than 2048 MiB: raise verifier.memory_limit, or change it"
+    assert re.fullmatch(f"{start}raises ValueError: could not convert .*own_checks.py.*line 10.*", texts[2])
+    assert [each.correct for each in verifier.verify(["hang", "eight"], ["1", "1"])] == [False, False]  # not said again
+
+    with pytest.raises(UsageError, match=r"which returned 0.5, but must return true or false, or 1 or 0"):
+        verifier.verify(["half"], ["1"])
+
+
+WRONG = [
+    ("no_such_module_here.check", "there is no module 'no_such_module_here' in the current folder"),
+    ("own_checks.chekc", "own_checks has no 'chekc'"),
+    ("own_checks.one", "cannot be called as one(response, answer) (too many positional arguments): give it two"),
+    ("own_checks.Check", "which is no function"),
+    ("broken_checks.check", "importing broken_checks fails"),
+    ("failing_checks.check", "importing failing_checks fails"),
+    ("check", "give the path of a function in a module, such as my_module.check"),
+]
+
+
+@pytest.mark.parametrize(("path", "words"), WRONG)
+def test_a_wrong_function_is_refused(path: str, words: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        FunctionVerifier(path)
+    assert words in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def write_run(folder: Path, verifier: str) -> list[str]:
+    rows = [{"id": str(n), "problem": f"{n} a+{n}", "answer": str(2 * n)} for n in range(4)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "run.yaml").write_text(
+        "extends: quickstart\n"
+        "trainer: {max_steps: 1, default_root_dir: run, enable_progress_bar: false, enable_model_summary: false}\n"
+        "model: {sampling: {max_new_tokens: 8}, eval_sampling: {max_new_tokens: 8, num_samples: 1}, "
+        "evaluation: {pass_at: [1], teacher: false}}\nexport: {enabled: false}\n"
+        "data:\n  reuse: {prompts_per_pool: 4, batch_size: 8}\n"
+        "  train: &source\n    class_path: opdlab.data.JsonlProblems\n"
+        f"    init_args: {{path: rows.jsonl, verifier: {verifier}}}\n"
+        "  benchmarks: {own: *source}\n  clean: {decontaminate: false}\n"
+    )
+    return ["fit", "-c", "run.yaml"]
+
+
+def test_a_configuration_names_the_function(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "own_checks.py").write_text("def check(response, answer):\n    return True\n")
+    command = write_run(folder, "own_checks.check")
+    assert main(command) == 0
+    assert "own/pass@1" in capsys.readouterr().out
+    results = json.loads((folder / "run/version_0/results.json").read_text())
+    assert results["after"]["own/pass@1"]["value"] == 1
+    given = parse_fit([*command[1:], "--data.train.verifier", "own_checks.one"]).data.train.init_args.verifier
+    assert (given.class_path, given.init_args.function) == ("opdlab.verifiers.FunctionVerifier", "own_checks.one")
+
+
+def test_a_wrong_function_in_a_configuration_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(write_run(folder, "own_checks.one")) == EXIT_USAGE
+    error = capsys.readouterr().err
+    assert "own_checks.one, which cannot be called as one(response, answer)" in error
+    assert len([line for line in error.splitlines() if line.startswith("opdlab: error:")]) == 1
+    assert "Traceback" not in error
+
+
+RESPONSES = ["so x = 12\n#### 42", "#### 41\n#### 42 ", "#### 42\n#### 41", "42", "####  042"]
+
+
+def test_a_regular_expression_against_re() -> None:
+    pattern = r"####\s*(-?\d+)"
+    verdicts = RegexVerifier(pattern, num_workers=1).verify(RESPONSES, ["42"] * 5)
+    last = [(re.findall(pattern, response) or [None])[-1] for response in RESPONSES]
+    assert [verdict.extracted for verdict in verdicts] == last
+    assert [verdict.correct for verdict in verdicts] == [answer == "42" for answer in last]
+
+
+def test_a_pattern_that_never_ends_is_wrong() -> None:
+    verifier = RegexVerifier("(a+)+$", num_workers=1, time_limit=0.3)
+    with pytest.warns(UserWarning, match="RegexVerifier did not judge an answer, which counts as wrong"):
+        assert verifier.verify(["a" * 60 + "b"], ["a"]) == [Verdict(False, None, "time limit")]
+    with pytest.raises(UsageError, match=r"verifier.pattern is '\(', which is no regular expression"):
+        RegexVerifier("(")
+
+
+SCHEMA = {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer", "minimum": 0}}}
+DOCUMENTS = ['{"n": 3}', '{"n": -1}', '{"n": "3"}', "{}", '[{"n": 1}]', "not JSON", "[" * 100_000]
+
+
+def valid(text: str, schema: object) -> bool:
+    try:
+        jsonschema.validate(json.loads(text), schema)
+    except (ValueError, RecursionError, jsonschema.ValidationError):
+        return False
+    return True
+
+
+def test_a_json_schema_against_jsonschema(folder: Path) -> None:
+    (folder / "schema.yaml").write_text(json.dumps(SCHEMA))
+    expected = [valid(text, SCHEMA) for text in DOCUMENTS]
+    of_file = JsonSchemaVerifier("schema.yaml", num_workers=1)
+    assert [verdict.correct for verdict in of_file.verify(DOCUMENTS, ["-"] * len(DOCUMENTS))] == expected
+    fenced = [f"Here it is:\n```json\n{text}\n```\nDone." for text in DOCUMENTS]
+    of_gold = JsonSchemaVerifier(num_workers=1)
+    assert [verdict.correct for verdict in of_gold.verify(fenced, [json.dumps(SCHEMA)] * len(fenced))] == expected
+    with pytest.warns(UserWarning, match="needs a JSON schema as the gold answer, but 'no schema' is none"):
+        assert not of_gold.verify(["{}"], ["no schema"])[0].correct
+    with pytest.raises(UsageError, match="verifier.schema is invalid, change it"):
+        JsonSchemaVerifier({"type": "no such type"})
+
+
+def test_without_jsonschema_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("opdlab.packages.is_installed", lambda name: False)
+    with pytest.raises(UsageError, match=r"JsonSchemaVerifier needs jsonschema.*pip install 'opdlab\[jsonschema\]'"):
+        JsonSchemaVerifier()
+
+
+def test_numbers_against_decimal() -> None:
+    texts = ["3.50", "the total is 3.5", "-3.5", "1e3", "1,000"]
+    golds = ["3.5", "3.50", "3.5", "1000", "1000.0"]
+    read = [Decimal(re.findall(r"-?[\d.,e]+", text)[-1].replace(",", "")) for text in texts]
+    verdicts = NumericVerifier().verify(texts, golds)
+    assert [verdict.correct for verdict in verdicts] == [a == Decimal(b) for a, b in zip(read, golds, strict=True)]
