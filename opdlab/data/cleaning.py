@@ -159,8 +159,8 @@ def clean(
 ) -> tuple[OnDemand[Problem], CleaningReport]:
     """Return the problems that pass the rules of :class:`CleaningConfig`.
 
-    The problems are read once, one at a time. They are not held: this needs 32 bytes a row, as much again at its end
-    for sorting, and 8 bytes for each row that it returns. See :class:`opdlab.data.repeats.RowHashes`.
+    The problems are read once, one at a time. They are not held: this needs 32 bytes a row, more at its end, for
+    sorting, and 8 bytes for each row that it returns. See :class:`opdlab.data.repeats.RowHashes`.
 
     Args:
         problems: problems in the order of their source; the order is kept.
