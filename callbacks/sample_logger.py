@@ -14,6 +14,7 @@ from opdlab.diagnostics import StepTrace
 from opdlab.errors import require
 from opdlab.loggers import log_media
 from opdlab.module import OPDModule
+from opdlab.types import Problem
 from opdlab.viewer import (
     INDEX,
     RolloutText,
@@ -106,6 +107,12 @@ def rollout_texts(
     prompts = data.train_prompts.prompts if isinstance(data, PromptDataModule) and data.train_prompts else ()
     special = set(tokenizer.all_special_ids)
 
+    def problem(index: int) -> Problem | None:
+        try:
+            return prompts[index].problem
+        except IndexError:  # of a pack, or of an earlier window of a stream
+            return None
+
     def text(tokens: Tensor) -> str:
         return str(tokenizer.decode(tokens.tolist(), clean_up_tokenization_spaces=False))
 
@@ -114,7 +121,7 @@ def rollout_texts(
             prompt=text(rollout.prompt_tokens),
             tokens=token_texts(tokenizer, tokens := rollout.tokens.tolist()),
             special=[token in special for token in tokens],
-            problem=prompts[rollout.prompt_id].problem if rollout.prompt_id < len(prompts) else None,
+            problem=problem(rollout.prompt_id),
             teacher_prompt=None if (seen := rollout.teacher_prompt_tokens) is None else text(seen),
         )
         for rollout in rollouts

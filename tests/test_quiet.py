@@ -34,6 +34,6 @@ def test_training_starts_and_saves_without_noise(
 )
 def test_only_the_default_summary_is_replaced(tmp_path: Path, given: tuple[Callback, ...], stays: bool) -> None:
     run = Run(tmp_path, callbacks=given, max_new_tokens=12)
-    trainer = run.fit(1, enable_model_summary=True)
-    assert any(isinstance(each, ModelSummary) for each in trainer.callbacks) == stays
-    assert any(isinstance(each, ModelSizes) for each in trainer.callbacks) != stays
+    callbacks: list[Callback] = run.fit(1, enable_model_summary=True).callbacks  # type: ignore[attr-defined]
+    assert any(isinstance(each, ModelSummary) for each in callbacks) == stays
+    assert any(isinstance(each, ModelSizes) for each in callbacks) != stays

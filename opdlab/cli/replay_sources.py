@@ -148,6 +148,11 @@ class RunSource(Source):
         prompts: Sequence[Prompt] = ()
         if sampling.other_prompts or judged:
             data.prepare(module.student.tokenizer, training=True)
+            require(
+                data.train_source.window is None,
+                "data.train is read as a stream, so its problems cannot be found again: replay without --other_prompts "
+                "and an objective that needs verdicts, or give data.train a limit",
+            )
             prompts = data.train_prompts.prompts
         autocast = on_device(module, settings.trainer.accelerator, settings.trainer.precision)
         return Built(module, autocast, prompts, verifier=data.train_verifier if judged else None)

@@ -114,6 +114,12 @@ class CleaningReport:
         )
 
 
+def asked_text(problem: Problem) -> str:
+    """Return the normalised text that is compared with the benchmarks: that of the user's turns."""
+    turns = [turn.content for turn in problem.messages if turn.role == "user"] or [problem.text]
+    return normalized(" ".join(turns))
+
+
 class _Suspects:
     """The rows whose text shares something with a benchmark.
 
@@ -132,10 +138,8 @@ class _Suspects:
         if self._index is None:
             return
         if digest not in self._remembered:
-            if digest not in self._by_text:
-                turns = [turn.content for turn in problem.messages if turn.role == "user"] or [problem.text]
-                if (found := self._index.look_up(normalized(" ".join(turns)))) is not None:
-                    self._by_text[digest] = found
+            if digest not in self._by_text and (found := self._index.look_up(asked_text(problem))) is not None:
+                self._by_text[digest] = found
             if len(self._remembered) == _REMEMBERED:  # a text without overlap counts nothing if it is looked up again
                 self._remembered.clear()
             self._remembered.add(digest)
@@ -155,8 +159,8 @@ def clean(
 ) -> tuple[OnDemand[Problem], CleaningReport]:
     """Return the problems that pass the rules of :class:`CleaningConfig`.
 
-    The problems are read once, one at a time. They are not held: this needs 32 bytes a row, as much again at its end
-    for sorting, and 8 bytes for each row that it returns. See :class:`opdlab.data.repeats.RowHashes`.
+    The problems are read once, one at a time. They are not held: this needs 32 bytes a row, more at its end, for
+    sorting, and 8 bytes for each row that it returns. See :class:`opdlab.data.repeats.RowHashes`.
 
     Args:
         problems: problems in the order of their source; the order is kept.

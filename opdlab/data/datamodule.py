@@ -14,7 +14,9 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from opdlab.data.cleaning import CleaningConfig, CleaningReport, clean
+from opdlab.data.facts import PromptFacts
 from opdlab.data.prompts import ProblemSource, PromptSet, prompt_set
+from opdlab.data.streams import StreamedPrompts, streamed_prompts
 from opdlab.data.templates import Template
 from opdlab.errors import UsageError, require
 from opdlab.policies.routed_teacher import check_teacher
@@ -137,33 +139,48 @@ class PromptDataModule(pl.LightningDataModule):
                 _warn_of_unknown(f"data.benchmarks.{name}", source, prompts)
                 self.benchmarks[name] = prompts
         if training and self.train_prompts is None:
-            source = self.train_source
-            texts = {name: [p.problem.text for p in prompts.prompts] for name, prompts in self.benchmarks.items()}
-            problems, report = clean(source.store(), self.clean, texts)
-            require(
-                bool(problems) or report.read == 0,
-                f"data.clean leaves nothing of {source.name} ({report}): give other training problems, or switch a "
-                "step off, for example data.clean.decontaminate",
-            )
-            self.train_prompts = found = prompt_set(
-                source, tokenizer, self.max_prompt_tokens, problems, self.max_teacher_prompt_tokens
-            )
-            self.cleaning_report = replace(
-                report, too_long=found.num_too_long, teacher_too_long=found.num_teacher_too_long
-            )
+            self.train_prompts = found = self._train_prompts(tokenizer)
             if self.demonstrations.share:
-                for lacking in found.facts.lack_demonstration:
-                    raise UsageError(
-                        f"data.demonstrations.share is {self.demonstrations.share}, but the problem '{lacking.id}' of "
-                        f"{source.name} has no demonstration: {MEND}"
-                    )
-            rank_zero_info(f"train: problems from {source.name}: {self.cleaning_report}")
-            if report.same_id:
+                self._for_all_prompts(self._check_demonstrations)
+            if self.train_source.window is None:
+                rank_zero_info(f"train: problems from {self.train_source.name}: {self.cleaning_report}")
+            if self.cleaning_report is not None and (count := self.cleaning_report.same_id):
                 rank_zero_warn(
-                    f"train: {report.same_id} problems from {source.name} have the id of an earlier one, and are left "
-                    "out: give each problem its own id, or set data.clean.deduplicate to false"
+                    f"train: {count} problems from {self.train_source.name} have the id of an earlier one, and are "
+                    "left out: give each problem its own id, or set data.clean.deduplicate to false"
                 )
-            _warn_of_unknown("data.train", source, found, demonstrations=self.demonstrations.share > 0)
+            _warn_of_unknown("data.train", self.train_source, found, demonstrations=self.demonstrations.share > 0)
+
+    def _train_prompts(self, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+        """Return the cleaned training prompts, and keep the report on cleaning."""
+        source, limits = self.train_source, (self.max_prompt_tokens, self.max_teacher_prompt_tokens)
+        texts = {name: [p.problem.text for p in prompts.prompts] for name, prompts in self.benchmarks.items()}
+        if source.window is not None:
+            found, self.cleaning_report = streamed_prompts(source, tokenizer, limits, self.clean, texts)
+            return found
+        problems, report = clean(source.store(), self.clean, texts)
+        require(
+            bool(problems) or report.read == 0,
+            f"data.clean leaves nothing of {source.name} ({report}): give other training problems, or switch a "
+            "step off, for example data.clean.decontaminate",
+        )
+        found = prompt_set(source, tokenizer, limits[0], problems, limits[1])
+        self.cleaning_report = replace(report, too_long=found.num_too_long, teacher_too_long=found.num_teacher_too_long)
+        return found
+
+    def _for_all_prompts(self, check: Callable[[PromptFacts], None]) -> None:
+        """Call a check with the facts of the training prompts, and with those of each window that is read later."""
+        if self.train_prompts is not None:
+            check(self.train_prompts.facts)
+            if isinstance(self.train_prompts.prompts, StreamedPrompts):
+                self.train_prompts.prompts.watch(check)
+
+    def _check_demonstrations(self, facts: PromptFacts) -> None:
+        for lacking in facts.lack_demonstration:
+            raise UsageError(
+                f"data.demonstrations.share is {self.demonstrations.share}, but the problem '{lacking.id}' of "
+                f"{self.train_source.name} has no demonstration: {MEND}"
+            )
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
         """Raise a UsageError if a prompt has a token for which the student or the teacher has no row.
@@ -172,17 +189,20 @@ class PromptDataModule(pl.LightningDataModule):
             tokenizer: the student's.
             vocab_size: number of tokens with a row; their ids are below it.
         """
-        sets = [(f"benchmarks.{name}", self.benchmark_sources[name], each) for name, each in self.benchmarks.items()]
-        sets += [("train", self.train_source, self.train_prompts)] if self.train_prompts is not None else []
-        for key, source, prompts in sets:
-            if (found := prompts.facts.first_with_token(vocab_size)) is not None:
-                index, position = found
-                problem, token = prompts.prompts[position].problem, tokenizer.convert_ids_to_tokens(index)
+
+        def check(key: str, source: ProblemSource, facts: PromptFacts) -> None:
+            if (found := facts.first_with_token(vocab_size)) is not None:
+                index, problem = found
+                token = tokenizer.convert_ids_to_tokens(index)
                 raise UsageError(
                     f"data.{key}: row {_row_of(problem, source)} of {source.name} (id '{problem.id}') has a prompt "
                     f"with the token {token!r} (id {index}), but the models have rows for {vocab_size} tokens "
                     "only: leave the problem out, or give models with a row for the token"
                 )
+
+        for name, prompts in self.benchmarks.items():
+            check(f"benchmarks.{name}", self.benchmark_sources[name], prompts.facts)
+        self._for_all_prompts(partial(check, "train", self.train_source))
 
     def check_teachers(self, names: Sequence[str]) -> None:
         """Raise a UsageError if a training problem names a teacher that does not exist, or none where it must.
@@ -191,12 +211,16 @@ class PromptDataModule(pl.LightningDataModule):
             names: of the teachers; empty if there is one for all.
         """
         source = self.train_source
-        for problem in self.train_prompts.facts.first_of_teachers() if self.train_prompts is not None else ():
-            try:
-                check_teacher(problem, names)
-            except UsageError as error:
-                row = _row_of(problem, source)
-                raise UsageError(f"data.train: row {row} of {source.name}, {error}") from None
+
+        def check(facts: PromptFacts) -> None:
+            for problem in facts.first_of_teachers():
+                try:
+                    check_teacher(problem, names)
+                except UsageError as error:
+                    row = _row_of(problem, source)
+                    raise UsageError(f"data.train: row {row} of {source.name}, {error}") from None
+
+        self._for_all_prompts(check)
 
     def train_dataloader(self) -> RolloutLoader:
         """Return the rollout loader, which refreshes the rollout buffer when needed."""

@@ -13,8 +13,8 @@ class PromptFacts:
         >>> facts = PromptFacts()
         >>> facts.look(Prompt(0, Problem("a", "1 + 1", "2"), (5, 9, 5)))
         >>> facts.look(Prompt(1, Problem("b", "1 + 7", "8"), (5, 12), teacher_tokens=(3,)))
-        >>> facts.first_with_token(9), facts.first_with_token(10), facts.first_with_token(13)
-        ((9, 0), (12, 1), None)
+        >>> [found and (found[0], found[1].id) for found in map(facts.first_with_token, (9, 10, 13))]
+        [(9, 'a'), (12, 'b'), None]
         >>> [problem.id for problem in facts.lack_demonstration], facts.teachers_see_others
         (['a'], True)
     """
@@ -27,7 +27,7 @@ class PromptFacts:
         self.teachers_see_others = False
         """True if the teacher sees another prompt than the student for some problem."""
         self._rows, self._teacher_tokens, self._demonstrations = ListDigest(), ListDigest(), ListDigest()
-        self._largest: list[tuple[int, int]] = []  # token, position: each larger than all before
+        self._largest: list[tuple[int, Problem]] = []  # each token is larger than all before
         self._of_teacher: dict[str | None, Problem] = {}
 
     def look(self, prompt: Prompt) -> None:
@@ -41,12 +41,12 @@ class PromptFacts:
             self.lack_demonstration.append(problem)
         token = max((*prompt.tokens, *(prompt.teacher_tokens or ()), *(prompt.demonstration or ())))
         if not self._largest or token > self._largest[-1][0]:
-            self._largest.append((token, self.count))
+            self._largest.append((token, problem))
         self._of_teacher.setdefault(problem.teacher, problem)
         self.count += 1
 
-    def first_with_token(self, least: int) -> tuple[int, int] | None:
-        """Return the largest token of the first prompt with a token id of at least ``least``, and its position."""
+    def first_with_token(self, least: int) -> tuple[int, Problem] | None:
+        """Return the largest token of the first prompt with a token id of at least ``least``, and its problem."""
         return next((each for each in self._largest if each[0] >= least), None)
 
     def first_of_teachers(self) -> Iterator[Problem]:

@@ -5,6 +5,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, compress
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
@@ -40,6 +41,8 @@ class ProblemSource(ABC):
         """Field of the problems, for messages; None for a source without fields."""
         self.demonstration_field: str | None = None
         """Field of the demonstrations, which the data module sets; a source without fields ignores it."""
+        self.window: int | None = None
+        """Prompts that are read and shuffled together, of a source that is read while training goes on; else None."""
 
     def default_template(self) -> Template:
         """Return the template of a source that is given none."""
@@ -111,23 +114,17 @@ def prompt_set(
     Raises:
         UsageError: the source or a prompt is empty, a verifier has no gold answer, or every prompt is too long.
     """
-    recipe = _Recipe(source, tokenizer, max_teacher_prompt_tokens is not None)
+    recipe = Recipe(source, tokenizer, max_prompt_tokens, max_teacher_prompt_tokens)
     held: list[Prompt] = []
     keys = array("Q")
     too_long: list[int] = []  # token counts
     teacher_too_long: list[int] = []
     unknown, facts = UnknownTexts(tokenizer), PromptFacts()
     for prompt in recipe.prompts(source.problems() if problems is None else problems):
-        problem, seen = prompt.problem, prompt.teacher_tokens
-        if source.verifier is not None and not (problem.answer or "").strip():
-            raise UsageError(
-                f"problem '{problem.id}' of {source.name} has no gold answer, which the source's verifier needs: "
-                "give it one, or set verifier to null"
-            )
-        if len(prompt.tokens) > max_prompt_tokens:
+        if (which := recipe.too_long(prompt)) == "prompt":
             too_long.append(len(prompt.tokens))
-        elif seen is not None and max_teacher_prompt_tokens is not None and len(seen) > max_teacher_prompt_tokens:
-            teacher_too_long.append(len(seen))
+        elif which == "teacher":
+            teacher_too_long.append(len(prompt.teacher_tokens or ()))
         else:
             if isinstance(problems, OnDemand):
                 keys.append(problems.keys[prompt.index])
@@ -155,18 +152,36 @@ def prompt_set(
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class Recipe:
     """How the prompts of a source are made.
 
     Args:
         source: of the problems.
         tokenizer: the student's.
-        for_teacher: True to make the prompts that the teacher sees too.
+        max_prompt_tokens: see :func:`prompt_set`.
+        max_teacher_prompt_tokens: see there.
     """
 
     source: ProblemSource
     tokenizer: PreTrainedTokenizerBase
-    for_teacher: bool
+    max_prompt_tokens: int
+    max_teacher_prompt_tokens: int | None
+
+    def too_long(self, prompt: Prompt) -> Literal["prompt", "teacher"] | None:
+        """Return which prompt has too many tokens, if any.
+
+        Raises:
+            UsageError: the verifier has no gold answer.
+        """
+        problem, seen, limit = prompt.problem, prompt.teacher_tokens, self.max_teacher_prompt_tokens
+        if self.source.verifier is not None and not (problem.answer or "").strip():
+            raise UsageError(
+                f"problem '{problem.id}' of {self.source.name} has no gold answer, which the source's verifier needs: "
+                "give it one, or set verifier to null"
+            )
+        if len(prompt.tokens) > self.max_prompt_tokens:
+            return "prompt"
+        return "teacher" if seen is not None and limit is not None and len(seen) > limit else None
 
     def prompts(self, problems: Iterable[Problem]) -> Iterator[Prompt]:
         """Yield the prompt of each problem; its index is the problem's position."""
@@ -179,7 +194,7 @@ class _Recipe:
         """Return the prompts of problems, with the given indices."""
         tokenized = _tokenized(problems, self.source, self.source.template, self.tokenizer)
         of_teacher: Sequence[tuple[int, ...] | None] = [None] * len(problems)
-        if self.for_teacher:
+        if self.max_teacher_prompt_tokens is not None:
             of_teacher = _teacher_tokens(problems, self.source, self.tokenizer)
         rows = zip(positions, problems, tokenized, of_teacher, strict=True)
         return [Prompt(*row, *_demonstration(row[1], self.tokenizer)) for row in rows]

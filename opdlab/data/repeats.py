@@ -22,6 +22,17 @@ def text_digest(problem: Problem) -> bytes:
     return hashlib.blake2b(whole.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
+def row_hashes(problem: Problem, digest: bytes) -> tuple[int, int, int]:
+    """Return hashes of a problem's text, of text and gold, and of the id.
+
+    Args:
+        problem: the problem.
+        digest: its :func:`text_digest`.
+    """
+    gold = b"none" if problem.answer is None else b"gold" + _bytes(normalized(problem.answer))
+    return int.from_bytes(digest[:HASH_BYTES]), _hash(digest + gold, 8), _hash(_bytes(problem.id), HASH_BYTES)
+
+
 class RowHashes:
     r"""Keys and hashes of rows, 32 bytes a row: the key, a hash of the text, one of text and gold, one of the id.
 
@@ -49,11 +60,9 @@ class RowHashes:
             problem: its problem.
             digest: the problem's :func:`text_digest`.
         """
-        gold = b"none" if problem.answer is None else b"gold" + _bytes(normalized(problem.answer))
         self.keys.append(key)
-        self._texts.append(int.from_bytes(digest[:HASH_BYTES]))
-        self._golds.append(_hash(digest + gold, 8))
-        self._ids.append(_hash(_bytes(problem.id), HASH_BYTES))
+        for hashes, value in zip((self._texts, self._golds, self._ids), row_hashes(problem, digest), strict=True):
+            hashes.append(value)
 
     def first_of_text(self) -> Rows:
         """Return for each row the first row with the same text, [n]."""

@@ -30,7 +30,8 @@ class TableProblems(RowProblems):
         split: split of the data set; ignored for a single file.
         revision: branch, tag or commit on the hub.
         streaming: read a hub data set row by row over the network, up to ``limit``, instead of downloading it first.
-            Local files are always streamed.
+            Local files are always streamed. Without ``limit`` the rows are read while training goes on.
+        window: prompts of such a stream that are read and shuffled together; each pass over the prompts is one window.
         kwargs: see :class:`opdlab.data.rows.RowProblems`.
 
     Raises:
@@ -47,10 +48,14 @@ class TableProblems(RowProblems):
         split: str = "train",
         revision: str | None = None,
         streaming: bool = False,
+        window: int = 10_000,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.path, self.subset, self.split, self.revision, self.streaming = path, subset, split, revision, streaming
+        require(window >= 1, f"window is {window}, but must be at least 1 prompt")
+        if streaming and not self._local.exists() and kwargs.get("limit") is None:
+            self.window = window
 
     @property
     def name(self) -> str:

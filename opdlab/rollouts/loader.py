@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -50,6 +50,14 @@ class SampleAhead(Protocol):
             first_rollout_id: see there.
             steps: optimizer steps until the buffer begins.
         """
+
+
+@runtime_checkable
+class Windows(Protocol):
+    """Prompts that differ from pass to pass, equally many in each: :class:`opdlab.data.streams.StreamedPrompts`."""
+
+    def of_pass(self, number: int) -> Sequence[Prompt]:
+        """Return the prompts of a pass."""
 
 
 @dataclass(frozen=True)
@@ -178,7 +186,8 @@ class RolloutLoader:
         each = self.reuse.prompts_per_pool // self._world_size
         generator = torch.Generator().manual_seed(derive_seed("prompts", self.seed, at.epoch))
         order = torch.randperm(len(self._prompts), generator=generator)[at.prompts :]
-        return [self._prompts[i] for i in order[: self.reuse.prompts_per_pool].tolist()], {
+        prompts = self._prompts.of_pass(at.epoch) if isinstance(self._prompts, Windows) else self._prompts
+        return [prompts[i] for i in order[: self.reuse.prompts_per_pool].tolist()], {
             "share": range(self._rank * each, (self._rank + 1) * each),
             "seed": derive_seed("pool", self.seed, at.buffers),
             "first_rollout_id": at.rollouts,

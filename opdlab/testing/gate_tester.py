@@ -46,7 +46,7 @@ class GateTester(LawTester):
         passed    no_gradient
         ...
         passed    yaml_round_trip
-        Block64Gate: 15 laws passed
+        Block64Gate: 16 laws passed
         >>> tester.unit_mean()  # a law of its own
         >>> class RowCountGate(RuleGate):  # gives a row more weight the more rows come after it
         ...     own_normalization = "mean"

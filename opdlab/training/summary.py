@@ -30,7 +30,8 @@ def replace_summary(trainer: pl.Trainer) -> None:
     """Put :class:`ModelSizes` in the place of Lightning's default summary of a trainer, if it has that."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined] # set by Lightning's connector
     for place, each in enumerate(callbacks):
-        if type(each) in (ModelSummary, RichModelSummary) and vars(each) == vars(type(each)()):
+        # Lightning has added an attribute, `log`, to all callbacks.
+        if type(each) in (ModelSummary, RichModelSummary) and vars(each).items() >= vars(type(each)()).items():
             callbacks[place] = ModelSizes()
 
 

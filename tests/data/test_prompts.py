@@ -219,13 +219,14 @@ def test_many_prompts_are_those_of_one_call(tokenizer: PreTrainedTokenizerFast) 
 
 
 def test_prompts_made_on_demand_are_those_that_are_held(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    texts = [f"{n % 700} a+{n % 9}" + " b-1" * (n % 3) for n in range(2500)]
+    texts = [f"{n % 700} a+{n % 3}" + " b-1" * (n % 2) for n in range(2500)]
     path = write(tmp_path, *(json.dumps({"problem": text, "answer": "1"}) for text in texts))
     source = JsonlProblems(str(path), teacher_text="{problem} c*{answer}")
     kept, _ = clean(source.store(), CleaningConfig(), {})
-    lazy = prompt_set(source, tokenizer, 9, kept, 14)
-    held = prompt_set(source, tokenizer, 9, list(kept), 14)
-    assert 0 < len(held) < len(kept) < 2500
+    lazy = prompt_set(source, tokenizer, 9, kept, 12)
+    held = prompt_set(source, tokenizer, 9, list(kept), 12)
+    assert 1024 < len(held) < len(kept) == 2100
+    assert min(held.num_too_long, held.num_teacher_too_long) > 0
     assert list(lazy.prompts) == list(held.prompts)
     assert [lazy.prompts[i] for i in (5, -1, 0)] == [held.prompts[i] for i in (5, -1, 0)]
     assert (lazy.num_too_long, lazy.num_teacher_too_long) == (held.num_too_long, held.num_teacher_too_long)

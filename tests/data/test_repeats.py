@@ -68,8 +68,8 @@ def some_problems(rng: random.Random, count: int) -> list[Problem]:
 def test_against_the_rules_written_out(monkeypatch: pytest.MonkeyPatch, seed: int, bits: int) -> None:
     monkeypatch.setattr(repeats, "HASH_BYTES", bits // 8)  # with 8 bits many different texts have one hash
     rng = random.Random(seed)
-    yes = [rng.random() < 0.7 for _ in range(3)]
-    config = CleaningConfig(*yes, 2, rng.choice([0.0, 0.5, 1.0]), rng.choice([None, 1, 5]))
+    first, second, third = (rng.random() < 0.7 for _ in range(3))
+    config = CleaningConfig(first, second, third, 2, rng.choice([0.0, 0.5, 1.0]), rng.choice([None, 1, 5]))
     problems = some_problems(rng, rng.choice([0, 1, 30, 300]))
     benchmarks = {name: [" ".join(rng.choices("abcd", k=4)) for _ in range(3)] for name in ("one", "two")}
     left, report = clean(problems, config, benchmarks)
