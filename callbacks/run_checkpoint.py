@@ -91,7 +91,7 @@ class RunCheckpoint(ModelCheckpoint):
                 f"checkpoint.monitor is '{self.metric}', which no evaluation logs{hint} give one of "
                 f"{', '.join(sorted(name for name in evaluated if not name.endswith('_se')))}"
             )
-        if trainer.state.fn != TrainerFn.FITTING or trainer.fast_dev_run:
+        if trainer.state.fn != TrainerFn.FITTING or getattr(trainer, "fast_dev_run", False):
             return  # of the untrained student, or of the last step, whose checkpoint stays
         assert self.direction is not None
         step, score, before = trainer.global_step, float(trainer.callback_metrics[self.metric]), self.best

@@ -12,6 +12,10 @@ from tests.children import run_child
 from tests.report.synthetic_study import SyntheticStudy
 
 ODD = r"50% of $a_b$ & #1 {x} ^~\ <T> |"
+# A small TeX may lack the package; its three rules are lines.
+_RULES = (
+    r"\IfFileExists{booktabs.sty}{\usepackage{booktabs}}{\let\toprule\hline\let\midrule\hline\let\bottomrule\hline}"
+)
 _TEX = next(filter(None, map(shutil.which, ("pdflatex", "xelatex", "lualatex", "tectonic"))), None)
 
 
@@ -53,13 +57,12 @@ def test_tables_have_seven_columns_at_most_and_balanced_cells(tables: list[Path]
 @pytest.mark.skipif(_TEX is None, reason="no TeX is installed")
 def test_tables_compile(tables: list[Path], tmp_path: Path) -> None:
     inputs = "\n\n".join(f"\\input{{{path}}}" for path in tables)
-    document = (
-        f"\\documentclass{{article}}\n\\usepackage{{booktabs}}\n\\begin{{document}}\n{inputs}\n\\end{{document}}\n"
-    )
+    document = f"\\documentclass{{article}}\n{_RULES}\n\\begin{{document}}\n{inputs}\n\\end{{document}}\n"
     (tmp_path / "paper.tex").write_text(document)
     assert _TEX is not None
     options = [] if "tectonic" in _TEX else ["-interaction=nonstopmode", "-halt-on-error"]
-    run_child([_TEX, *options, "paper.tex"], cwd=tmp_path, check=True)
+    done = run_child([_TEX, *options, "paper.tex"], cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-2000:]
     assert (tmp_path / "paper.pdf").stat().st_size > 1000
 
 

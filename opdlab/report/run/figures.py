@@ -62,6 +62,9 @@ def histograms(runs: Sequence[Run]) -> "Figure | None":
             _draw(axes, run.histograms[step][tag], colour, f"step {step}")
         axes.set_title(f"{short_name(run.name)}: {_HISTOGRAMS[tag]}", fontsize=11)
         axes.set_yscale("log")
+        # Powers are mathematics by default, which names in reports must not be.
+        axes.yaxis.set_major_formatter(lambda count, _: f"{count:g}")
+        axes.yaxis.set_minor_formatter("")
         axes.legend(fontsize=9, frameon=False)
     figure.supylabel("positions in a bin", fontsize=11)
     return figure

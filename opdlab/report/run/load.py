@@ -43,9 +43,16 @@ class Evaluation:
         ]
 
     def bounds(self, name: str) -> tuple[float, float] | None:
-        """Return the ends of the 95% interval of a metric over problems; None if its error is not known."""
+        """Return the ends of the 95% interval of a metric over problems; None if its error is not known.
+
+        Those of rates are cut at 0 and 1.
+        """
         error = self.figures.get(name + ERROR_SUFFIX)
-        return None if error is None else (self.figures[name] - 1.96 * error, self.figures[name] + 1.96 * error)
+        if error is None:
+            return None
+        low, high = self.figures[name] - 1.96 * error, self.figures[name] + 1.96 * error
+        is_rate = name.partition("/")[2].startswith(("pass@", "maj@", "truncated"))
+        return (max(low, 0.0), min(high, 1.0)) if is_rate else (low, high)
 
 
 @dataclass(frozen=True)
