@@ -112,7 +112,7 @@ def measure(pair: Pair, config: ScreenConfig, progress: Progress | None = None) 
         config: options.
         progress: shows progress bars.
     """
-    progress, training, seconds = progress or SilentProgress(), pair.problems[pair.training], _Seconds()
+    progress, seconds = progress or SilentProgress(), _Seconds()
     model, student = pair.teacher_model(), pair.student
     chosen = {
         name: choose_prompts(each.prompts, config.num_prompts, config.seed, name)
@@ -145,7 +145,7 @@ def measure(pair: Pair, config: ScreenConfig, progress: Progress | None = None) 
         accuracy=_accuracy(answers, of_teacher, model),
         prefixes=_prefixes(pair, model, config, answers, progress),
         run=pair.run or Missing("there is no configuration: give one with -c"),
-        speed=_speed(own, seconds) if training.prompts else Missing("no prompts"),
+        speed=_speed(own, seconds),
     )
 
 

@@ -87,13 +87,16 @@ def render_page(screening: Screening, facts: dict[str, str]) -> str:
         facts: settings of the screening, for the head of the page.
     """
     environment, assets = page_templates(("opdlab.screening", "opdlab.viewer"), ("page.css", "screen.css"), "screen.js")
-    rows = [
-        (check, number_text(check), limits_text(LIMITS[check.name.partition(":")[0]])) for check in screening.checks
-    ]
+    rows = [(check, number_text(check), _limits_of(check)) for check in screening.checks]
     drawn: list[Chart] = charts(screening.measurements)
     return environment.get_template("screen.html").render(
         **assets, facts=facts, rows=rows, charts=drawn, summary=screening.summary, found=screening.measurements
     )
+
+
+def _limits_of(check: Check) -> str:
+    limits = LIMITS[check.name.partition(":")[0]]
+    return limits_text(limits) + ("" if check.unit in ("", limits.unit) else f" {limits.unit}")
 
 
 def write_results(folder: Path, screening: Screening, facts: dict[str, Any]) -> None:

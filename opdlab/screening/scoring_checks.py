@@ -113,12 +113,12 @@ def _thinking(found: Measurements) -> Check:
         return unmeasured("thinking", templates)
     if templates.differing is None:
         markers = templates.run_markers
-        finding = f"prompts end with {_texts(markers)}, and the teacher has no template to compare with"
+        finding = f"markers at the end of the prompts: {_texts(markers)}; the teacher has no template to compare with"
         verdict = "look" if markers else "good"
         return checked("thinking", 0.0, finding, "check that the teacher thinks too", verdict=verdict)  # type: ignore[arg-type]
     ours, theirs = list(templates.run_markers), list(templates.own_markers)
     number = float(len(set(ours) ^ set(theirs)))
-    finding = f"prompts end with the markers {_texts(ours)}, those of the teacher's own template with {_texts(theirs)}"
+    finding = f"markers at the end of the prompts: {_texts(ours)}; by the teacher's own template: {_texts(theirs)}"
     mend = "set enable_thinking of opdlab.data.ChatTemplate so that both agree, or take a teacher that thinks likewise"
     return checked("thinking", number, finding, mend)
 
