@@ -45,7 +45,9 @@ def report(target: Path) -> None:
         made = make_report(study).write().parent
         for part in ("figures", "tables"):
             shutil.rmtree(target / part, ignore_errors=True)
-        shutil.copytree(made, target, ignore=shutil.ignore_patterns("*.html", "*.svg", "*.pdf", "tables"), dirs_exist_ok=True)
+        shutil.copytree(
+            made, target, ignore=shutil.ignore_patterns("*.html", "*.svg", "*.pdf", "tables"), dirs_exist_ok=True
+        )
         shutil.copytree(made / "tables", target / "tables", ignore=shutil.ignore_patterns("*.md"))
 
 
