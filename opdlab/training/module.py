@@ -206,6 +206,7 @@ class OPDModule(EvaluationModule):
         """Begin the first optimizer batch; a run that resumes inside one repeats it from its start."""
         for module, training in self._modes.items():
             module.training = training
+        self._modes = {}
         self._timer.begin()
         self._window = AccumulationWindow(self.trainer.world_size)
 
