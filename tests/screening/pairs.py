@@ -20,7 +20,7 @@ from opdlab.types import Rollouts, Targets
 from tests.toy_run import STUDENT, TEACHER
 
 SHORT = ScreenConfig(num_prompts=4, num_samples=1, max_new_tokens=24)
-WHOLE = replace(SHORT, num_prompts=16, max_new_tokens=176, num_samples=2)
+WHOLE = replace(SHORT, num_prompts=24, max_new_tokens=176, num_samples=2)
 
 
 def make_pair(

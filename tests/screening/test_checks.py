@@ -159,7 +159,7 @@ def test_thinking_that_only_one_of_both_begins(tmp_path: Path) -> None:
 def test_a_teacher_whose_tokens_the_student_never_takes(random_teacher: LocalTeacher) -> None:
     pair = make_pair(TEACHER, random_teacher)
     result = screen(pair, replace(SHORT, k=4))
-    for name in ("overlap", "gap", "entropy", "objective", "first_token"):
+    for name in ("overlap", "gap", "entropy", "objective"):
         assert check(result, name).verdict == "bad", check(result, name)
     assert "full_divergence" in check(result, "objective").mend
 
@@ -170,11 +170,17 @@ def test_a_teacher_that_is_worse_than_its_student() -> None:
         assert check(result, name).verdict == "bad", check(result, name)
 
 
-def test_answers_that_end_too_late_or_repeat(random_teacher: LocalTeacher) -> None:
+def test_answers_that_end_too_late() -> None:
     assert verdict(make_pair(), "truncated") == "bad"
+
+
+def test_answers_that_repeat(random_teacher: LocalTeacher) -> None:
     student = LanguageModel(random_teacher.model.path)
-    config = replace(SHORT, top_p=1e-6, max_new_tokens=160)  # the most likely tokens run in a circle
-    repeated = check(screen(make_pair(student), config), "repeated")
+    with torch.no_grad():  # without layers, a model with tied embeddings finds each token's own most likely
+        for name, parameter in student.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.zero_()
+    repeated = check(screen(make_pair(student), replace(SHORT, top_p=1e-6)), "repeated")
     assert repeated.verdict == "bad", repeated
 
 
