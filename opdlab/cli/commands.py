@@ -78,6 +78,7 @@ COMMANDS: dict[str, Command] = {
     "gates": Command("opdlab.cli.plugins:list_gates", "List the registered gates."),
     "objectives": Command("opdlab.cli.plugins:list_objectives", "List the registered objectives."),
     "configs": Command("opdlab.cli.configs:configs_command", "List the shipped configurations, or copy one."),
+    "init": Command("opdlab.cli.init:init", "Write a project of your own that runs on the toy pair."),
     "serve-teacher": Command("opdlab.cli.serve_teacher:serve_teacher", "Serve a teacher over HTTP."),
     "study": Command("opdlab.cli.study:study_command", "Compare variants over seeds."),
     "replay": Command("opdlab.cli.replay:replay", "Replay recorded steps of a run under other gates."),
