@@ -52,7 +52,7 @@ class FunctionVerifier(WorkerVerifier):
         found = _imported(function)
         self.function = function
         try:
-            source = inspect.getsource(inspect.getmodule(found) or found)  # type: ignore[arg-type]
+            source = inspect.getsource(inspect.getmodule(found) or found)
         except (OSError, TypeError):
             source = ""
         # Among the settings of an evaluation: saved verdicts of another version of the module are not reused.
