@@ -80,6 +80,7 @@ COMMANDS: dict[str, Command] = {
     "gates": Command("opdlab.cli.plugins:list_gates", "List the registered gates."),
     "objectives": Command("opdlab.cli.plugins:list_objectives", "List the registered objectives."),
     "configs": Command("opdlab.cli.configs:configs_command", "List the shipped configurations, or copy one."),
+    "init": Command("opdlab.cli.init:init", "Write a project of your own that runs on the toy pair."),
     "serve-teacher": Command("opdlab.cli.serve_teacher:serve_teacher", "Serve a teacher over HTTP."),
     "export": Command("opdlab.cli.export:export", "Write a checkpoint's student as a Hugging Face folder."),
     "report": Command("opdlab.cli.report:report_command", "Write one page about runs or studies."),

@@ -1,8 +1,10 @@
 """Checks of the strategy in a resolved configuration, before models are loaded."""
 
 import os
+import warnings
 
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import StrategyRegistry
 
@@ -28,7 +30,7 @@ def num_processes(config: Namespace) -> int | None:
 
 
 def check_launcher(config: Namespace) -> None:
-    """Refuse a run of one process that torchrun has started several times, or of another number of processes.
+    """Refuse a run of one process that torchrun or SLURM has started several times, or of another number of processes.
 
     Raises:
         UsageError: naming the options that make the numbers equal.
@@ -45,11 +47,22 @@ def check_launcher(config: Namespace) -> None:
 
 
 def _launched() -> tuple[str, int, int] | None:
-    """Return what has started the processes of the run, their number, and that of a machine; None if unknown."""
-    if not TorchElasticEnvironment.detect():
-        return None
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    return "torchrun", count, int(os.environ.get("LOCAL_WORLD_SIZE", count))
+    """Return what has started the processes of the run, their number, and that of a machine; None if it is not known.
+
+    A script that sbatch has started, and no srun, is one process, whatever number of tasks the job has.
+    """
+    given = os.environ
+    if TorchElasticEnvironment.detect():
+        count = int(given.get("WORLD_SIZE", "1"))
+        return "torchrun", count, int(given.get("LOCAL_WORLD_SIZE", count))
+    with warnings.catch_warnings():  # Lightning's own trainer gives them again
+        warnings.simplefilter("ignore")
+        if not SLURMEnvironment.detect():
+            return None
+    of_job = given["SLURM_NTASKS"] if given.get("SLURM_PROCID", "0") != "0" else ""
+    count = int(given.get("SLURM_STEP_NUM_TASKS") or of_job or 0)
+    machines = int(given.get("SLURM_STEP_NUM_NODES") or given.get("SLURM_NNODES") or 1)
+    return ("srun", count, -(-count // machines)) if count else None
 
 
 def shards_weights(config: Namespace) -> bool:

@@ -89,8 +89,8 @@ def test_every_command_refuses_what_it_does_not_know(name: str, capsys: pytest.C
     [
         (
             "",
-            "give a command: fit, validate, test, screen, estimate, gates, objectives, configs, serve-teacher, export, "
-            "report, study, replay; see opdlab --help",
+            "give a command: fit, validate, test, screen, estimate, gates, objectives, configs, init, serve-teacher, "
+            "export, report, study, replay; see opdlab --help",
         ),
         ("fti", "unknown command 'fti'; did you mean 'fit'? commands: fit, "),
         ("foo", "unknown command 'foo'; commands: fit, validate, "),

@@ -85,6 +85,10 @@ def test_what_does_not_go_together_is_refused(
 
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}
+SRUN = {"SLURM_JOB_NAME": "run", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "2"} | {
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+}
 
 
 @pytest.mark.parametrize(
@@ -92,6 +96,9 @@ TORCHRUN = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "LOCAL_RANK": "0", "WORLD_S
     [
         (TORCHRUN, "torchrun"),
         ({**TORCHRUN, "RANK": "1", "LOCAL_RANK": "1"}, "torchrun"),
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "4"}, "srun"),
+        ({**SRUN, "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"}, "srun"),
+        (SRUN, None),  # a script of sbatch, started once
         ({**TORCHRUN, "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, None),
     ],
 )
