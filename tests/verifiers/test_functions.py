@@ -106,14 +106,14 @@ def write_run(folder: Path, verifier: str) -> list[str]:
 
 
 def test_a_configuration_names_the_function(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (folder / "own_checks.py").write_text("def check(response, answer):\n    return True\n")
+    (folder / "own_checks.py").write_text("def check(response, answer):\n    return True\n\n\nother = check\n")
     command = write_run(folder, "own_checks.check")
     assert main(command) == 0
     assert "own/pass@1" in capsys.readouterr().out
     results = json.loads((folder / "run/version_0/results.json").read_text())
     assert results["after"]["own/pass@1"]["value"] == 1
-    given = parse_fit([*command[1:], "--data.train.verifier", "own_checks.one"]).data.train.init_args.verifier
-    assert (given.class_path, given.init_args.function) == ("opdlab.verifiers.FunctionVerifier", "own_checks.one")
+    given = parse_fit([*command[1:], "--data.train.verifier", "own_checks.other"]).data.train.init_args.verifier
+    assert (given.class_path, given.init_args.function) == ("opdlab.verifiers.FunctionVerifier", "own_checks.other")
 
 
 def test_a_wrong_function_in_a_configuration_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
