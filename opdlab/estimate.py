@@ -172,15 +172,16 @@ def kv_cache_bytes(shape: Shape, tokens: int, widths: Widths) -> int:
     return (shape.layers + 1) * tokens * shape.kv_heads * shape.head_dim * 2 * widths.weights
 
 
-def head_bytes(shape: Shape, tokens: int, *, training: bool, tiles: int = 2) -> int:
+def head_bytes(shape: Shape, tokens: int, *, training: bool, tiles: int = 2, narrow: bool = False) -> int:
     """Return the working memory of the head, bytes.
 
     ``opdlab.scoring`` uses tiles of at most 2^23 logits. The forward pass holds a tile and its exponentials. The
-    backward pass holds a tile and two tensors of the size of the hidden states, in which their gradient is summed; in
-    training also the gradient of the head. A divergence over the vocabulary holds more ``tiles`` in both.
+    backward pass holds a tile and a tensor of the size of the hidden states, in which their gradient is summed, and
+    with ``narrow`` ones another for each tile's part; in training also the gradient of the head. A divergence over the
+    vocabulary holds more ``tiles`` in both, and the second tensor in any case.
     """
     tile, hidden = FLOAT * min(MAX_TILE_LOGITS, tokens * shape.vocab), FLOAT * tokens * shape.hidden
-    both = max(tiles * tile, (tiles - 1) * tile + 2 * hidden)
+    both = max(tiles * tile, (tiles - 1) * tile + (2 if narrow or tiles > 2 else 1) * hidden)
     return both + FLOAT * shape.vocab * shape.hidden if training else tiles * tile
 
 

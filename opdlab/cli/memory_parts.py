@@ -265,16 +265,17 @@ def _add_update(result: Estimate, config: Any, student: ModelSize, teacher: Mode
     tokens = -(-config.data.reuse.batch_size // parts) * _length(config)
     at_once = _tokens_of_pass(config, tokens)
     checkpointing = bool(plugin_options(config.model.student).get("gradient_checkpointing"))
+    of_head = {"training": not student.has_adapter, "narrow": student.widths.compute < FLOAT}
     new = {
         "activations": (
             activation_bytes(student.shape, at_once, student.widths, checkpointing=checkpointing),
             f"{at_once:,} tokens, gradient checkpointing {'on' if checkpointing else 'off'}",
         ),
-        "head": (head_bytes(student.shape, tokens, training=not student.has_adapter), "logits in tiles; its gradient"),
+        "head": (head_bytes(student.shape, tokens, **of_head), "logits in tiles; its gradient"),
     }
     if teacher is not None:
         states = tokens * teacher.shape.hidden * teacher.widths.weights
-        both = head_bytes(student.shape, tokens, training=not student.has_adapter, tiles=DIVERGENCE_TILES)
+        both = head_bytes(student.shape, tokens, **of_head, tiles=DIVERGENCE_TILES)
         new["head"] = both, "logits of student and teacher in tiles; its gradient"
         new["teacher's hidden states"] = states, f"{tokens:,} tokens"
     if at_once < tokens:

@@ -162,6 +162,7 @@ class Decoding:
             # A cache with the columns of the longest response may hold some of finished rows only.
             if rows is None or until > entered or sparse or rows.width >= loop.max_width:
                 parts = [rows.select(live)] if rows is not None and live else []
+                rows = None  # no name for a cache whose rows are all done
                 if until > entered:
                     parts.append(loop.prefill(range(entered, until)))
                 rows, entered = _join(parts, loop.max_width), until

@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 # Room for this share of the columns, and for so many columns at least: few tokens copy the cache.
 ROOM_SHARE, MIN_ROOM = 0.125, 32
+_NAMES = ("keys", "values")
 
 
 class RoomyLayer(DynamicLayer):  # type: ignore[misc] # transformers is not typed
@@ -26,23 +27,26 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc] # transformers is not type
         super().__init__()
         self.lazy_initialization(*states)
         self._states, self._max_width = list(states), max_width
-        self._use(width)
+        for place, each in enumerate(states):
+            self.replace(place, each, width)
 
-    def _use(self, width: int) -> None:
-        self.keys, self.values = (state[:, :, :width] for state in self._states)
+    def replace(self, place: int, states: Tensor, width: int) -> None:
+        """Take other memory for keys (place 0) or values (1); what it had is free then."""
+        self._states[place] = states
+        setattr(self, _NAMES[place], states[:, :, :width])
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append a token's keys and values, and return all."""
         width = self.keys.shape[2]
         end = width + key_states.shape[2]
         for place, new in enumerate((key_states, value_states)):
-            if end > self._states[place].shape[2]:
-                used = self._states[place][:, :, :width]
+            states = self._states[place]
+            if end > states.shape[2]:
                 columns = _with_room(end, self._max_width)
-                self._states[place] = used.new_empty(*used.shape[:2], columns, used.shape[3])
-                self._states[place][:, :, :width] = used
-            self._states[place][:, :, width:end] = new
-        self._use(end)
+                states = states.new_empty(*states.shape[:2], columns, states.shape[3])
+                states[:, :, :width] = self._states[place][:, :, :width]
+            states[:, :, width:end] = new
+            self.replace(place, states, end)
         return self.keys, self.values
 
 
@@ -59,7 +63,7 @@ def join_layers(layers: Sequence[DynamicLayer], origins: Sequence[Tensor], width
         first.cumulative_length = width
         width = min(width, first.sliding_window - 1)
     joined = []
-    for name in ("keys", "values"):
+    for place, name in enumerate(_NAMES):
         states = [getattr(layer, name) for layer in layers]
         states = [state[:, :, max(0, state.shape[2] - width) :] for state in states]
         _, heads, _, size = states[0].shape
@@ -71,7 +75,8 @@ def join_layers(layers: Sequence[DynamicLayer], origins: Sequence[Tensor], width
             into[:, :, : width - state.shape[2]] = 0  # attention masks it, but must not read NaN
             into[:, :, width - state.shape[2] : width] = state[rows]
             first_row += len(rows)
-    if not slides:
-        return RoomyLayer(joined, width, max_width)
-    first.keys, first.values = joined
-    return first
+        if isinstance(first, RoomyLayer):
+            first.replace(place, joined[place], width)  # frees the earlier keys before there are new values
+        else:
+            setattr(first, name, joined[place])
+    return first if slides or isinstance(first, RoomyLayer) else RoomyLayer(joined, width, max_width)

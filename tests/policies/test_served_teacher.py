@@ -263,7 +263,7 @@ def test_a_failed_request_is_sent_again_and_no_other(trouble: str, caplog: pytes
         teacher = bound(made, timeout=1.0 if trouble == "slow" else 20.0, concurrency=4)
         with caplog.at_level("INFO"):
             ours = teacher.score(rows, wanted)
-        assert teacher.metrics()["targets/retries"] == 2
+        assert teacher.metrics()["targets/retries"] in (2, 3)  # a kept connection may be closed just before a request
         assert caplog.text.count("failed requests are sent again, up to 6 times") == 1
         assert len(made.asked) == 14
         assert len(made.answered) == len({tuple(each) for each in made.answered}) == 12
