@@ -14,7 +14,7 @@ cd "$folder"
 # The editable install of the same package is found later on the path than PYTHONPATH.
 PYTHONPATH="$folder/site" "$venv_python" - <<'PY'
 import opdlab, opdlab.module, opdlab.cli.app
-from opdlab.cli.config_files import shipped_configs
+from opdlab.cli.shipped import shipped_configs
 from opdlab.gating import gate_names
 from opdlab.policies import LanguageModel
 from opdlab.viewer import render_page
@@ -31,3 +31,5 @@ PYTHONPATH="$folder/site" "$venv_python" -c "from opdlab.cli import main; raise 
 PYTHONPATH="$folder/site" "$venv_python" -m opdlab fit -c quickstart --trainer.max_steps 2 --trainer.enable_progress_bar false \
   --model.eval_sampling.num_samples 2 --model.evaluation.teacher false --model.evaluation.pass_at '[1]'
 test -f runs/quickstart/version_0/student/model.safetensors
+PYTHONPATH="$folder/site" "$venv_python" -m opdlab init project && test -f project/config.yaml
+PYTHONPATH="$folder/site" "$venv_python" -m opdlab report runs/quickstart/version_0 && test -f runs/quickstart/version_0/report/report.html
