@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -26,3 +27,21 @@ def test_few_tokens_copy_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     moves = sum(before != after for before, after in itertools.pairwise(places))
     assert len(places) == 300
     assert moves < 12  # by 32 columns at first, then by an eighth
+
+
+def test_a_cache_is_gone_before_the_next_prompts_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model(38)
+    forward, caches, alive = model.forward, [], []
+
+    @functools.wraps(forward)
+    def looked_at(*args: Any, **kwargs: Any) -> Any:
+        cache = next(value for value in kwargs.values() if isinstance(value, Cache))
+        if not cache.get_seq_length():  # prompts are read
+            alive.append(sum(each() is not None for each in caches))
+        caches.append(weakref.ref(cache.layers[0]))
+        del cache
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", looked_at)
+    decode(model, PROMPTS[:3], num_samples=4, batch_size=4, max_new_tokens=5, eos_token_id=38)
+    assert alive == [0, 0, 0]  # all responses of a batch end together
