@@ -20,7 +20,6 @@ from opdlab.progress import StoppableProgress
 from opdlab.screening.outcome import screen
 from opdlab.screening.report import JSON, PAGE, console_table, write_results
 
-_WIDTH = 140  # of the table where the output is no terminal
 _OF_PATHS = ("student", "teacher", "prompts", "problem_field", "answer_field", "verifier", "chat", "dtype")
 
 
@@ -82,9 +81,7 @@ def screen_command(arguments: Sequence[str]) -> int:
         result = screen(made.pair, made.config, StoppableProgress(progress))
     facts = _facts(options, overrides, made)
     write_results(out, result, facts)
-    console = Console()
-    console.width = console.width if console.is_terminal else max(console.width, _WIDTH)
-    console.print(console_table(result))
+    Console().print(console_table(result))
     print(f"{result.summary}, in {time.perf_counter() - started:.0f} s; {out / PAGE}, {out / JSON}")
     return 0
 

@@ -35,7 +35,7 @@ from opdlab.types import Prompt, Rollouts, Targets
 _PROBED = 16  # answers that alignment, temperature and padding are measured on
 _GREEDY = 1e-6  # top_p that leaves the most likely token alone
 _CONTINUED = 2  # answers of a prompt from which both models go on
-NO_ANSWERS = Missing("prompts have no answers")
+NO_ANSWERS = Missing("prompts have no answers, or no verifier is given for them (data.train.verifier)")
 
 
 @dataclass(frozen=True)

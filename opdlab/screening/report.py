@@ -24,14 +24,16 @@ _STYLES = {"bad": "bold red", "look": "yellow", "good": "green", "not measured":
 
 
 def console_table(screening: Screening) -> Table:
-    """Return the checks as a table for a terminal."""
-    table = Table("check", "verdict", "number", "finding", title=screening.summary)
+    """Return the checks as a table that 80 columns hold: verdict and number share one."""
+    table = Table("check", "verdict", "finding", title=screening.summary)
     for check in screening.checks:
         finding = Text(printable(check.finding))
         if check.mend:
             finding.append(f"\n→ {printable(check.mend)}", style="bold")
-        number = f"{number_text(check)} {check.unit}".strip()
-        table.add_row(Text(printable(check.title)), Text(check.verdict, _STYLES[check.verdict]), number, finding)
+        verdict = Text(check.verdict, _STYLES[check.verdict])
+        if check.number is not None:
+            verdict.append(f"\n{number_text(check)} {check.unit}", style="default")
+        table.add_row(Text(printable(check.title)), verdict, finding)
     return table
 
 

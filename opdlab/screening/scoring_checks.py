@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from opdlab.screening.measure import Measurements
 from opdlab.screening.pair import Missing
-from opdlab.screening.thresholds import LIMITS
+from opdlab.screening.thresholds import LIMITS, Verdict
 from opdlab.screening.verdicts import Check, checked, unmeasured, worse
 
 _MISMATCH = 0.1  # nats, between two ways to the same log-probability
@@ -73,13 +73,13 @@ def _chat_template(found: Measurements) -> Check:
     if isinstance(templates, Missing):
         return unmeasured("chat_template", templates)
     if templates.differing is None:
-        verdict = "look" if templates.student else "good"
+        verdict: Verdict = "look" if templates.student else "good"
         has = "but the student's has one" if templates.student else "and neither has the student's"
         finding, mend = (
             f"the teacher's tokenizer has no chat template, {has}",
             "check that the teacher knows the prompts",
         )
-        return checked("chat_template", 0.0, finding, mend, verdict=verdict)  # type: ignore[arg-type]
+        return checked("chat_template", 0.0, finding, mend, verdict=verdict)
     if isinstance(first, Missing) or first.own_logprob is None:
         return unmeasured("chat_template", first if isinstance(first, Missing) else Missing("no prompt"))
     number = first.own_logprob - first.logprob
@@ -114,8 +114,8 @@ def _thinking(found: Measurements) -> Check:
     if templates.differing is None:
         markers = templates.run_markers
         finding = f"markers at the end of the prompts: {_texts(markers)}; the teacher has no template to compare with"
-        verdict = "look" if markers else "good"
-        return checked("thinking", 0.0, finding, "check that the teacher thinks too", verdict=verdict)  # type: ignore[arg-type]
+        verdict: Verdict = "look" if markers else "good"
+        return checked("thinking", 0.0, finding, "check that the teacher thinks too", verdict=verdict)
     ours, theirs = list(templates.run_markers), list(templates.own_markers)
     number = float(len(set(ours) ^ set(theirs)))
     finding = f"markers at the end of the prompts: {_texts(ours)}; by the teacher's own template: {_texts(theirs)}"

@@ -38,9 +38,10 @@ class Limits:
         """
         if number != number:
             return "look"
-        for verdict, limit in (("bad", self.bad), ("look", self.look)):
+        limits: dict[Verdict, float | None] = {"bad": self.bad, "look": self.look}  # the worse one first
+        for verdict, limit in limits.items():
             if limit is not None and (number < limit if self.below else number > limit):
-                return verdict  # type: ignore[return-value]
+                return verdict
         return "good"
 
 

@@ -92,9 +92,10 @@ def _imported(path: str) -> Callable[..., Any]:
     except ImportError as error:
         raise UsageError(f"verifier is {path}, which cannot be imported: {first_line(error)}; {form}") from error
     require(found is not None, f"verifier is {path}, but {module} has no '{name}': {form}")
-    require(callable(found) and not isinstance(found, type), f"verifier is {path}, which is no function: {form}")
+    if not callable(found) or isinstance(found, type):
+        raise UsageError(f"verifier is {path}, which is no function: {form}")
     try:
-        inspect.signature(found).bind("", "")  # type: ignore[arg-type]
+        inspect.signature(found).bind("", "")
     except TypeError as error:
         call = f"{name}(response, answer)"
         raise UsageError(
@@ -102,7 +103,7 @@ def _imported(path: str) -> Callable[..., Any]:
         ) from error
     except ValueError:  # a function in C may have no signature
         pass
-    return found  # type: ignore[return-value]
+    return found
 
 
 class RegexVerifier(WorkerVerifier):

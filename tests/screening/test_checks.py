@@ -152,7 +152,7 @@ def test_thinking_that_only_one_of_both_begins(tmp_path: Path) -> None:
     )
     assert check(result, "thinking").verdict == "bad"
     assert "'<think>'" in check(result, "thinking").finding
-    assert check(result, "headroom:chains").finding == "not measured: prompts have no answers"
+    assert check(result, "headroom:chains").finding.startswith("not measured: prompts have no answers, or no verifier")
     assert check(result, "prefixes").verdict == "not measured"
 
 

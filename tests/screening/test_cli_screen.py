@@ -76,7 +76,9 @@ def test_two_models_and_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_prompts_without_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = write_prompts(tmp_path / "chains.jsonl", answers=False)
     assert main(["screen", *PATHS, "--prompts", str(prompts), "--out", str(tmp_path / "out"), *SMALL]) == 0
-    assert "not measured: prompts have no answers" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "prompts have no answers" in " ".join(shown.replace("│", " ").split())
+    assert all(len(line) <= 80 for line in shown.splitlines() if line.startswith(("│", "┃")))
 
 
 def test_a_configuration(tmp_path: Path) -> None:
