@@ -103,7 +103,8 @@ def _imported(path: str) -> Callable[..., Any]:
         ) from error
     except ValueError:  # a function in C may have no signature
         pass
-    return found
+    function: Callable[..., Any] = found
+    return function
 
 
 class RegexVerifier(WorkerVerifier):

@@ -31,7 +31,8 @@ def test_few_tokens_copy_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_cache_is_gone_before_the_next_prompts_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model(38)
-    forward, caches, alive = model.forward, [], []
+    forward, alive = model.forward, []
+    caches: list[weakref.ref[Any]] = []
 
     @functools.wraps(forward)
     def looked_at(*args: Any, **kwargs: Any) -> Any:
