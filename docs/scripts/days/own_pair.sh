@@ -53,7 +53,7 @@ part "train with W&B offline, and stop"
 export WANDB_MODE=offline
 opdlab fit -c mine.yaml -c loggers/wandb >log 2>&1 & run=$!
 until [ -d runs/mine/version_0/checkpoints ] && grep -q "Training\|loss" log; do sleep 1; done
-sleep 20; kill -INT $run; wait $run || echo "exit code $?"; tail -3 log
+sleep 20; kill -TERM $run; wait $run || echo "exit code $?"; tail -3 log
 
 part "resume"
 opdlab fit -c mine.yaml -c loggers/wandb --ckpt_path last 2>&1 | tail -12
