@@ -1,5 +1,6 @@
 """Periodic checkpoints of a run, and beside them the one with the best evaluation."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from opdlab.checkpoint_choice import best_step
 from opdlab.errors import UsageError, require
+from opdlab.evaluation.benchmark_metrics import ERROR_SUFFIX
 from opdlab.registry import suggestion
 
 EVALUATED = "val/"
@@ -68,6 +70,25 @@ class RunCheckpoint(ModelCheckpoint):
         self.best: Best | None = None
         """The best checkpoint; None before the first evaluation, and without ``monitor``."""
 
+    def check_metric(self, logged: Iterable[str]) -> None:
+        """Check that an evaluation logs the monitored metric.
+
+        Args:
+            logged: names of the metrics of an evaluation.
+
+        Raises:
+            UsageError: it does not.
+        """
+        names = sorted(logged)
+        if self.metric is None or self.metric in names:
+            return
+        hint = suggestion(self.metric, names) or ";"
+        choices = ", ".join(name for name in names if not name.endswith(ERROR_SUFFIX)) or "data.benchmarks at least one"
+        raise UsageError(
+            f"checkpoint.monitor is '{self.metric}', which no evaluation logs{hint} give "
+            f"{'one of ' * bool(names)}{choices}"
+        )
+
     @property
     def state_key(self) -> str:
         """Return the key of Lightning's class, so that its checkpoints resume."""
@@ -85,12 +106,7 @@ class RunCheckpoint(ModelCheckpoint):
         evaluated = [name for name in trainer.callback_metrics if name.startswith(EVALUATED)]
         if self.metric is None or trainer.sanity_checking or not evaluated:
             return
-        if self.metric not in evaluated:
-            hint = suggestion(self.metric, evaluated) or ";"
-            raise UsageError(
-                f"checkpoint.monitor is '{self.metric}', which no evaluation logs{hint} give one of "
-                f"{', '.join(sorted(name for name in evaluated if not name.endswith('_se')))}"
-            )
+        self.check_metric(evaluated)
         if trainer.state.fn != TrainerFn.FITTING or getattr(trainer, "fast_dev_run", False):
             return  # of the untrained student, or of the last step, whose checkpoint stays
         assert self.direction is not None

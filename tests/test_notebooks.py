@@ -39,6 +39,7 @@ def check_first_run(shown: Shown) -> None:
         in_table = shown.numbers(rf"toy/pass@{k} +│ {NUMBER} ± \S+ │ {NUMBER} ")
         assert in_table == [plotted[0], plotted[12]]
     assert "gate/effective_sample_size" in shown.text
+    assert "loaded: Qwen3ForCausalLM same weights: True" in shown.text
     assert shown.num_pictures == 1
 
 

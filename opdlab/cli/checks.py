@@ -28,6 +28,7 @@ from opdlab.callbacks import (
     RunCheckpoint,
     SampleLogger,
 )
+from opdlab.callbacks.run_checkpoint import EVALUATED
 from opdlab.cli.building import build, sections, under, with_seeds
 from opdlab.cli.configured_models import configured_engine, configured_teacher
 from opdlab.cli.sharding_checks import check_sharding, num_processes
@@ -35,6 +36,7 @@ from opdlab.data import PromptDataModule
 from opdlab.data.cleaning import CleaningConfig
 from opdlab.devices import devices_per_node
 from opdlab.errors import UsageError, first_line, require, user_line
+from opdlab.evaluation.benchmark_metrics import metric_names
 from opdlab.evaluation.config import EvaluationConfig
 from opdlab.files import expanded
 from opdlab.module import OPDModule
@@ -107,6 +109,11 @@ def check_config(parser: ArgumentParser, config: Namespace) -> None:
             except MisconfigurationException as error:
                 raise UsageError(f"{key} cannot be built, change its keys: {first_line(error)}") from error
     parts["model.evaluation"].check(parts["model.eval_sampling"])
+    if not config.trainer.callbacks:  # which may log metrics of their own
+        names = metric_names(
+            config.data.benchmarks or (), parts["model.evaluation"], parts["model.eval_sampling"].num_samples
+        )
+        parts["checkpoint"].check_metric(f"{EVALUATED}{name}" for name in names)
     reuse = parts["data.reuse"]
     sizes = parts["model.sampling"].num_samples, config.trainer.accumulate_grad_batches
     reuse.check(*sizes)

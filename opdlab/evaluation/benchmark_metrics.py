@@ -99,6 +99,24 @@ def over_benchmarks(values: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Ten
     return means
 
 
+def metric_names(benchmarks: Iterable[str], config: EvaluationConfig, num_samples: int) -> set[str]:
+    """Return the names of all metrics that an evaluation of these benchmarks can log, without its prefix.
+
+    Example:
+        >>> names = metric_names(["toy"], EvaluationConfig(pass_at=(1,)), num_samples=8)
+        >>> sorted(name for name in names if "@" in name and not name.endswith(ERROR_SUFFIX))
+        ['mean/avg@8', 'mean/maj@8', 'mean/pass@1', 'toy/avg@8', 'toy/maj@8', 'toy/pass@1']
+    """
+    groups = [*benchmarks]
+    metrics = BenchmarkMetrics(config, num_samples).metrics
+    return {
+        f"{group}/{metric}{suffix}"
+        for group in (*groups, *([MEAN] if groups else []))
+        for metric in metrics
+        for suffix in ("", ERROR_SUFFIX)
+    }
+
+
 def figures_of(metrics: Mapping[str, Any], prefix: str) -> Figures:
     """Return the metrics of one evaluation without its prefix; the mean over benchmarks only if there are several.
 

@@ -5,9 +5,10 @@ import os
 import threading
 import warnings
 import weakref
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from opdlab.errors import require
 from opdlab.verifiers.verifier import Verdict, Verifier
@@ -34,9 +35,6 @@ class WorkerVerifier(Verifier):
         UsageError: a value is out of range.
     """
 
-    task: ClassVar[str]
-    """``module:function``, see :class:`opdlab.verifiers.worker_pool.WorkerPool`."""
-
     def __init__(self, num_workers: int = 2, time_limit: float = 5.0, memory_limit: int = 1024) -> None:
         require(num_workers >= 1, f"verifier.num_workers is {num_workers}, but must be at least 1")
         require(
@@ -53,6 +51,11 @@ class WorkerVerifier(Verifier):
         self.memory_limit = memory_limit
         self._pool: WorkerPool | None = None
         self._reported: set[str] = set()
+
+    @property
+    @abstractmethod
+    def task(self) -> str:
+        """``module:function``, see :class:`opdlab.verifiers.worker_pool.WorkerPool`; usually a class attribute."""
 
     def task_options(self) -> Mapping[str, Any]:
         """Return the options of the task; none by default."""

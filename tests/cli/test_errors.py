@@ -91,6 +91,20 @@ def test_nothing_is_loaded_for_values_that_are_refused(said: Said, flag: str) ->
     assert said(f"fit -c quickstart --model.student.path ./nowhere --{flag}").startswith(f"{key} is {value}")
 
 
+def test_a_metric_that_no_evaluation_will_log(said: Said) -> None:
+    monitor = "--checkpoint.mode max --checkpoint.monitor"
+    for metric in ("val/mean/pas@1", "val/toys/pass@1", "val/mean/pass@3"):
+        flags = f"{monitor} {metric} --model.student.path ./no-such-model"
+        words = said(f"fit -c quickstart {flags}")
+        assert words.startswith(f"checkpoint.monitor is '{metric}', which no evaluation logs")
+        assert "one of val/mean/avg@8, " in words
+        assert "val/toy/pass@1, " in words
+    known = said(f"fit -c quickstart {monitor} val/mean/pass@8 --model.student.path ./no-such-model")
+    assert "no-such-model" in known
+    nothing = said(f"fit -c quickstart {monitor} val/mean/pass@1 --data.benchmarks null")
+    assert nothing.endswith("which no evaluation logs; give data.benchmarks at least one")
+
+
 def test_an_unknown_key_of_a_nested_class_is_told_with_its_place(said: Said) -> None:
     message = said("fit -c quickstart --model.gate.tau LinearTau --model.gate.tau.strat 1")
     assert message.startswith("model.gate.tau: unknown key 'strat' of opdlab.tau.LinearTau; did you mean 'start'?")
