@@ -15,7 +15,7 @@ from opdlab.objectives import loss_shares
 from opdlab.replay.record import RecordedBatch, RecordedStep
 from opdlab.replay.step_gradients import Autocast
 from opdlab.seeds import derive_seed
-from opdlab.types import Problem, Prompt, Rollouts, Targets, trimmed
+from opdlab.types import Problem, Prompt, Rollouts, Targets, prompts_at, trimmed
 from opdlab.verifiers.verifier import Verifier
 
 Tokens = tuple[int, ...]
@@ -74,7 +74,7 @@ def other_prompts(record: RecordedStep, prompts: Sequence[Prompt], draw: int, se
     free = torch.tensor([index for index in range(len(prompts)) if index not in used], dtype=torch.long)
     generator = torch.Generator().manual_seed(derive_seed("other prompts", seed, record.number, draw))
     chosen = free[torch.randperm(len(free), generator=generator)][: sum(len(b.rollouts) for b in record.batches)]
-    return [prompts[index] for index in chosen.tolist()]
+    return prompts_at(prompts, chosen.tolist())
 
 
 def sampled_draws(

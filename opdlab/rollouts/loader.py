@@ -11,7 +11,7 @@ from opdlab.errors import require
 from opdlab.rollouts.pool import Pool, exchange_rows, join_shares
 from opdlab.rollouts.reuse import ReuseConfig
 from opdlab.seeds import derive_seed
-from opdlab.types import Minibatch, Prompt, trimmed
+from opdlab.types import Minibatch, Prompt, prompts_at, trimmed
 
 
 class Collect(Protocol):
@@ -187,7 +187,7 @@ class RolloutLoader:
         generator = torch.Generator().manual_seed(derive_seed("prompts", self.seed, at.epoch))
         order = torch.randperm(len(self._prompts), generator=generator)[at.prompts :]
         prompts = self._prompts.of_pass(at.epoch) if isinstance(self._prompts, Windows) else self._prompts
-        return [prompts[i] for i in order[: self.reuse.prompts_per_pool].tolist()], {
+        return prompts_at(prompts, order[: self.reuse.prompts_per_pool].tolist()), {
             "share": range(self._rank * each, (self._rank + 1) * each),
             "seed": derive_seed("pool", self.seed, at.buffers),
             "first_rollout_id": at.rollouts,

@@ -14,7 +14,7 @@ from opdlab.errors import UsageError, require
 from opdlab.policies import LanguageModel, SamplingConfig, Teacher, check_targets
 from opdlab.progress import Progress
 from opdlab.seeds import derive_seed
-from opdlab.types import Prompt, Rollouts, Targets, TeacherRequest
+from opdlab.types import Prompt, Rollouts, Targets, TeacherRequest, prompts_at
 
 T = TypeVar("T")
 
@@ -145,7 +145,7 @@ def choose_prompts(prompts: Sequence[Prompt], count: int, *seed: int | str) -> l
     """
     generator = torch.Generator().manual_seed(derive_seed("screen", *seed))
     order: Tensor = torch.randperm(len(prompts), generator=generator)[:count].sort().values
-    return [prompts[index] for index in order.tolist()]
+    return prompts_at(prompts, order.tolist())
 
 
 def ask(

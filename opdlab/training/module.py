@@ -44,6 +44,7 @@ from opdlab.rollouts import Collector, Pool
 from opdlab.rollouts.ahead import SamplingAhead
 from opdlab.training import checks, resume, sampler_gap
 from opdlab.training.accumulation import AccumulationWindow, BatchSizes, gate_inputs, record_of_all, score_rollouts
+from opdlab.training.optimizers import fuse_on_cpu
 from opdlab.training.overlap import StopSampling
 from opdlab.training.refresh import RefreshSchedule
 from opdlab.training.sharded_strategy import ShardedStrategy
@@ -186,6 +187,7 @@ class OPDModule(EvaluationModule):
     def configure_optimizers(self) -> Any:
         """Return the optimizer of the student's trainable parameters, and the scheduler if there is one."""
         optimizer = self._optimizer([p for p in self.student.parameters() if p.requires_grad])
+        fuse_on_cpu(optimizer)
         if self._lr_scheduler is None:
             return optimizer
         scheduler = {"scheduler": self._lr_scheduler(optimizer), "interval": "step"}

@@ -5,7 +5,7 @@ the teacher adds targets, and a training step receives a minibatch of both.
 """
 
 from opdlab.types.minibatch import Minibatch, trimmed
-from opdlab.types.problems import EvaluationBatch, Message, Part, Problem, Prompt, Verdicts
+from opdlab.types.problems import EvaluationBatch, Message, Part, Problem, Prompt, Verdicts, prompts_at
 from opdlab.types.rollouts import Rollouts, StopReason, left_padded
 from opdlab.types.targets import MergedTargets, Targets, TeacherRequest, assign_rows, id_dtype
 
@@ -25,5 +25,6 @@ __all__ = [
     "assign_rows",
     "id_dtype",
     "left_padded",
+    "prompts_at",
     "trimmed",
 ]

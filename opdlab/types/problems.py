@@ -92,6 +92,12 @@ class Prompt:
     demonstration_loss: tuple[bool, ...] = ()
 
 
+def prompts_at(prompts: Sequence[Prompt], indices: Sequence[int]) -> list[Prompt]:
+    """Return the prompts at several positions, made together where they are made on demand (``__getitems__``)."""
+    together: Callable[[Sequence[int]], list[Prompt]] | None = getattr(prompts, "__getitems__", None)
+    return [prompts[index] for index in indices] if together is None else together(indices)
+
+
 @dataclass(frozen=True)
 class EvaluationBatch:
     """Problems of one benchmark.
