@@ -26,6 +26,7 @@ def fuse_on_cpu(optimizer: Optimizer) -> None:
         return
     for group in optimizer.param_groups:
         left_to_torch = group["fused"] is None and group["foreach"] is None and not group["differentiable"]
-        plain = (p.device.type == "cpu" and p.is_floating_point() and not isinstance(p, DTensor) for p in group["params"])
+        parameters = group["params"]
+        plain = (p.device.type == "cpu" and p.is_floating_point() and not isinstance(p, DTensor) for p in parameters)
         if left_to_torch and all(plain):
             group["fused"] = True

