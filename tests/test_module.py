@@ -350,6 +350,26 @@ class Exploding(TeacherTopK):
         return replace(positions, losses=positions.losses * torch.inf)
 
 
+def test_adam_takes_the_fused_step_on_a_cpu_and_the_same_step(make_run: MakeRun) -> None:
+    """The reference is the formula of AdamW (Loshchilov and Hutter 2019) in double precision."""
+    run = make_run()
+    optimizer = run.module.configure_optimizers()
+    (group,) = optimizer.param_groups
+    assert group["fused"]
+    parameter = group["params"][0]
+    value, rate = parameter.detach().double().clone(), group["lr"]
+    (first, second), mean, square = group["betas"], torch.zeros_like(value), torch.zeros_like(value)
+    for step in (1, 2, 3):
+        for each in group["params"]:
+            each.grad = torch.randn_like(each)
+        grad = parameter.grad.double()
+        mean, square = first * mean + (1 - first) * grad, second * square + (1 - second) * grad**2
+        bias_free = (square / (1 - second**step)).sqrt() + group["eps"]
+        value = value * (1 - rate * group["weight_decay"]) - rate * mean / (1 - first**step) / bias_free
+        optimizer.step()
+        torch.testing.assert_close(parameter.detach().double(), value, rtol=1e-5, atol=1e-7)
+
+
 def test_a_non_finite_loss_stops_the_run_and_leaves_the_batch(make_run: MakeRun, tmp_path: Any) -> None:
     with pytest.raises(NonFiniteLossError, match="at step 0 on rollouts \\[") as caught:
         make_run(objective=Exploding(k=4)).fit(2)
