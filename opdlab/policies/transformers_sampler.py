@@ -124,7 +124,6 @@ def _decode_in_chunks(
     return tokens
 
 
-@torch.no_grad()
 def _generate(model: LanguageModel, tokens: Tensor, mask: Tensor, max_new_tokens: int, **options: Any) -> Tensor:
     """Return the output of ``generate``, in host memory; ``options`` choose the tokens."""
     network = model.model
@@ -139,17 +138,18 @@ def _generate(model: LanguageModel, tokens: Tensor, mask: Tensor, max_new_tokens
     network.generation_config = config
     network.eval()
     try:
-        output: Tensor = network.generate(
-            tokens.to(model.device),
-            attention_mask=mask.long().to(model.device),
-            generation_config=config,
-            synced_gpus=False,  # sharded weights are gathered before, so processes may end at different times
-            **options,
-        )
+        with torch.inference_mode():  # a tenth faster than no_grad where kernels are short
+            output: Tensor = network.generate(
+                tokens.to(model.device),
+                attention_mask=mask.long().to(model.device),
+                generation_config=config,
+                synced_gpus=False,  # sharded weights are gathered before, so processes may end at different times
+                **options,
+            )
     finally:
         network.generation_config = own
         network.train(training)
-    return output.cpu()
+    return output.cpu().clone()  # a tensor that may take part in training
 
 
 class _OnlyTokens(LogitsProcessor):  # type: ignore[misc] # transformers is not typed
