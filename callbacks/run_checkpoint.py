@@ -60,11 +60,6 @@ class RunCheckpoint(ModelCheckpoint):
             f"monitor is '{monitor}', but mode is null: give max if a larger value is better, or min",
         )
         require(
-            mode is None or monitor is not None,
-            f"mode is {mode}, but monitor is null, so no best checkpoint would be kept: give monitor too, such as "
-            f"{EVALUATED}mean/pass@1",
-        )
-        require(
             monitor is None or monitor.startswith(EVALUATED),
             f"monitor is '{monitor}', but must be a metric of the evaluations, such as {EVALUATED}mean/pass@1",
         )

@@ -50,11 +50,11 @@ def _copy(arguments: Sequence[str]) -> int:
             file.write(text.encode())
     except OSError as error:
         raise UsageError(f"FILE is {target}, which cannot be written: {error.strerror}; give another one") from error
-    file = shlex.quote(str(target))
+    quoted = shlex.quote(str(target))
     if description(path).startswith(_PIECE):
-        print(f"wrote {target}; stack it on a configuration: opdlab fit -c quickstart -c {file}")
+        print(f"wrote {target}; stack it on a configuration: opdlab fit -c quickstart -c {quoted}")
     else:
-        print(f"wrote {target}; run it with: opdlab fit -c {file}")
+        print(f"wrote {target}; run it with: opdlab fit -c {quoted}")
     return 0
 
 
