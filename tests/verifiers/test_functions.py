@@ -144,6 +144,12 @@ def test_a_wrong_function_in_a_configuration_is_one_line(folder: Path, capsys: p
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("value", ["own_checks.Check", "{class_path: own_checks.Check}"])
+def test_a_class_that_is_no_verifier_is_named(folder: Path, value: str) -> None:
+    with pytest.raises(UsageError, match=r"data.train.verifier.* is own_checks.Check, but must be .* extends Verifier"):
+        parse_fit([*write_run(folder, "own_checks.check")[1:], "--data.train.verifier", value])
+
+
 RESPONSES = ["so x = 12\n#### 42", "#### 41\n#### 42 ", "#### 42\n#### 41", "42", "####  042"]
 
 
