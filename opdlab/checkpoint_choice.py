@@ -55,11 +55,11 @@ def choose_checkpoint(folder: RunFolder, name: str, monitor: str | None, mode: M
             f"--checkpoint is '{name}', which is not a file: give {BEST}, {LAST} or a .ckpt file; {folder.checkpoints} "
             f"has {there}",
         )
-        return path, check_checkpoint(path, resume=False)
+        return path, _checked_step(path)
     if name == LAST:
         newest = newest_checkpoint(folder.checkpoints, resume=False)
         if newest is None:
-            raise UsageError(f"'{folder.path}' has no sound checkpoint in {folder.checkpoints.name}/: let it train on")
+            raise _no_checkpoint(folder)
         return newest
     if monitor is None or mode is None:
         raise UsageError(
@@ -69,14 +69,28 @@ def choose_checkpoint(folder: RunFolder, name: str, monitor: str | None, mode: M
     scores = {step: row[monitor] for step, row in read_metrics(folder.metrics).items() if monitor in row and step}
     steps = checkpoint_steps(folder.checkpoints, [], resume=False)
     files = {steps[path]: path for path in sorted(steps, key=lambda path: path.stat().st_mtime_ns)}
+    if not files:
+        raise _no_checkpoint(folder)
     best = best_step({step: score for step, score in scores.items() if step in files}, mode)
     if best is None:
-        known = ", ".join(map(str, sorted(files))) or "none"
+        known = ", ".join(map(str, sorted(files)))
         raise UsageError(
             f"--checkpoint is {BEST}, but no checkpoint of '{folder.path}' has an evaluation with {monitor}: sound "
             f"ones are of steps {known}; give --checkpoint {LAST} or a file"
         )
-    return files[best], check_checkpoint(files[best], resume=False)
+    return files[best], _checked_step(files[best])
+
+
+def _no_checkpoint(folder: RunFolder) -> UsageError:
+    return UsageError(f"'{folder.path}' has no sound checkpoint in {folder.checkpoints.name}/: let it train on")
+
+
+def _checked_step(path: Path) -> int:
+    """Return the step of a sound checkpoint; messages name the option, not the key with which a run goes on."""
+    try:
+        return check_checkpoint(path, resume=False)
+    except UsageError as error:
+        raise UsageError(str(error).replace("ckpt_path ", "--checkpoint ", 1)) from error
 
 
 def student_weights(path: Path) -> dict[str, Tensor]:

@@ -189,6 +189,9 @@ class Explainer:
             )
         for pattern in _TELLING:
             for text in filter(pattern.match, errors):
+                named = re.search(r"class_path'?[=:] ?'([\w.]+)'", given)
+                # In a union the parser leaves the value out.
+                text = text.replace("Import path does", f"Import path {named[1] if named else given} does", 1)
                 path = re.search(r"(?:class_path '|Import path |class, but )([\w.]+)", text)
                 return self._value(key + ((path and _place(given, path[1])) or ""), text, "", error)
         for text in errors if given.startswith(("[", "{")) else ():

@@ -19,6 +19,7 @@ from opdlab.records import RESULTS, SETTINGS_PLACEHOLDER, digest
 CONFIG, METRICS, EVALUATIONS, HISTOGRAMS = "config.yaml", "metrics.csv", "evaluations", "histograms.jsonl"
 EXAMPLE = "such as runs/quickstart/version_0"
 _VERSION = re.compile(r"version_(\d+)")
+_MEND = "mend it, or remove it"
 
 
 @dataclass(frozen=True)
@@ -172,12 +173,20 @@ def samples_folder_for(student: str, ckpt_path: str | None, root: Path) -> str:
 
 
 def metric_lines(path: Path) -> list[dict[str, str]]:
-    """Return the rows of ``metrics.csv`` as text, without one that a kill has cut off; none without the file."""
+    """Return the rows of ``metrics.csv`` as text, without one that a kill has cut off; none without the file.
+
+    Raises:
+        UsageError: the file is not as a run has written it.
+    """
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not text in UTF-8, as a run writes it: {_MEND}") from error
     reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-    return [row for row in reader if row["step"].isdigit() and None not in row.values()]
+    require("step" in (reader.fieldnames or ["step"]), f"{path} has no column 'step', as a run writes it: {_MEND}")
+    return [row for row in reader if (row["step"] or "").isdigit() and None not in row.values()]
 
 
 def read_metrics(path: Path) -> dict[int, dict[str, float]]:
@@ -185,23 +194,34 @@ def read_metrics(path: Path) -> dict[int, dict[str, float]]:
 
     Args:
         path: of the file.
+
+    Raises:
+        UsageError: see :func:`metric_lines`; or a value is no number.
     """
-    rows = metric_lines(path)
-    return {
-        int(row["step"]): {name: float(value) for name, value in row.items() if name != "step" and value}
-        for row in rows
-    }
+    metrics: dict[int, dict[str, float]] = {}
+    for row in metric_lines(path):
+        values = metrics[int(row["step"])] = {}
+        for name, value in row.items():
+            try:
+                if name != "step" and value:
+                    values[name] = float(value)
+            except (ValueError, TypeError) as error:  # of a row with more cells than columns, a list
+                raise UsageError(
+                    f"{path}, step {row['step']}: {name} is {value!r}, which is no number: {_MEND}"
+                ) from error
+    return metrics
 
 
 def read_histograms(path: Path) -> dict[int, dict[str, dict[str, Any]]]:
     """Return the histograms of each monitored step by tag, from ``histograms.jsonl``; none without the file.
 
     Args:
-        path: of the file. A line that a kill has cut off is left out.
+        path: of the file. A line that a kill has cut off, or that is no histogram, is left out.
     """
     found: dict[int, dict[str, dict[str, Any]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         with suppress(ValueError):
             read = json.loads(line)
-            found[read.pop("step")] = read
+            if isinstance(read, dict) and isinstance(read.get("step"), int):
+                found[read.pop("step")] = read
     return found

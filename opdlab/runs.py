@@ -8,7 +8,7 @@ import pandas  # type: ignore[import-untyped] # stubs are a package of their own
 
 from opdlab.errors import require
 from opdlab.records import read_json
-from opdlab.run_folder import RunFolder
+from opdlab.run_folder import RunFolder, read_metrics
 from opdlab.yaml_files import read_yaml
 
 _EVALUATIONS = ("before", "after", "teacher")
@@ -43,7 +43,7 @@ def load_run(folder: str | Path) -> Run:
         folder: of the run, ``ROOT/version_N``. The run may still be training.
 
     Raises:
-        UsageError: the folder is not a run's.
+        UsageError: the folder is not a run's, or a file in it is damaged. A row that a kill has cut off is left out.
 
     Example:
         >>> import tempfile
@@ -57,17 +57,21 @@ def load_run(folder: str | Path) -> Run:
     inside = sorted(path.name for path in run.path.glob("version_*"))
     hint = f"give one of the runs in it: {', '.join(inside[-3:])}" if inside else "give ROOT/version_N of a run"
     require(known, f"folder is '{folder}', which has neither {run.metrics.name} nor {run.results.name}: {hint}")
-    has_rows = run.metrics.is_file() and run.metrics.stat().st_size > 0
-    scalars = pandas.read_csv(run.metrics).set_index("step") if has_rows else pandas.DataFrame()
+    scalars = _scalars(run.metrics)
     results = read_json(run.results)
     columns = [name for name in results if name in _EVALUATIONS or name.startswith("teacher-")]
-    figures = {name: results[name] for name in columns if results[name]}
+    figures = {name: results[name] for name in columns if isinstance(results[name], dict) and results[name]}
     tables = [
         pandas.DataFrame(
             {name: {key: each.get(part) for key, each in found.items()} for name, found in figures.items()}
         )
         for part in ("value", "standard_error")
     ]
-    config = read_yaml(run.config) if run.config.is_file() else {}
+    config = (read_yaml(run.config) if run.config.is_file() else None) or {}
     table, errors = (frame.astype(float) for frame in tables)
     return Run(run.path, scalars, table, errors, config, results)
+
+
+def _scalars(path: Path) -> pandas.DataFrame:
+    """Return the rows of ``metrics.csv``, which may still grow, without one that a kill has cut off."""
+    return pandas.DataFrame.from_dict(read_metrics(path), orient="index").rename_axis("step")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import opdlab
+from opdlab.cli import EXIT_USAGE, main
 from opdlab.errors import UsageError
 
 RESULTS = {
@@ -62,6 +63,38 @@ def test_a_run_that_has_just_begun_or_was_killed_is_empty_where_nothing_is(tmp_p
     (run / "metrics.csv").write_text("")
     found = opdlab.load_run(str(run))
     assert (len(found.scalars), len(found.table), found.config, found.results) == (0, 0, {}, {})
+
+
+def test_a_row_that_a_kill_has_cut_off_is_left_out(tmp_path: Path) -> None:
+    run = write(tmp_path)
+    (run / "metrics.csv").write_text("step,train/loss\n1,2.5\n2,1.")
+    (run / "config.yaml").write_text("")
+    found = opdlab.load_run(run)
+    assert found.scalars["train/loss"].to_dict() == {1: 2.5}
+    assert found.scalars.index.name == "step"
+    assert found.config == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a,b\n1,2\n", "has no column 'step', as a run writes it: mend it, or remove it"),
+        (b"step,train/loss\n1,\xff\n", "is not text in UTF-8"),
+        (b"step,train/loss\n1,x\n", "step 1: train/loss is 'x', which is no number"),
+        (b"step,train/loss\n1,1,2\n", "which is no number"),
+    ],
+)
+def test_damaged_metrics_are_one_line(
+    tmp_path: Path, content: bytes, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write(tmp_path)
+    (run / "metrics.csv").write_bytes(content)
+    with pytest.raises(UsageError, match="metrics.csv") as refused:
+        opdlab.load_run(run)
+    assert words in str(refused.value)
+    assert main(["report", str(run)]) == EXIT_USAGE
+    assert words in (error := capsys.readouterr().err)
+    assert error.count("\n") == 1
 
 
 def test_another_folder_is_refused_with_the_runs_in_it(tmp_path: Path) -> None:

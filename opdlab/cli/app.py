@@ -1,6 +1,7 @@
 """``opdlab fit | validate | test``: a LightningCLI with run folders, and an evaluation before and after training."""
 
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -271,7 +272,7 @@ class OPDCLI(LightningCLI):
             self.table.print()
             print(f"run folder: {self.folder.path}")
             if any(isinstance(logger, TensorBoardLogger) for logger in self.trainer.loggers):
-                print(f"look closer: tensorboard --logdir {self.trainer.default_root_dir}")
+                print(f"look closer: tensorboard --logdir {shlex.quote(self.trainer.default_root_dir)}")
             for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, SampleLogger) and callback.index.exists():
                     print(f"read the rollouts: {callback.index}")

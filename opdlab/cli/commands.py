@@ -7,11 +7,13 @@ a signal with 128 plus its number.
 import logging
 import os
 import re
+import shutil
 import signal
 import sys
+import textwrap
 import warnings
 from argparse import ArgumentError, ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -34,6 +36,7 @@ from opdlab.registry import suggestion
 from opdlab.version import __version__
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
+_LEAST_TEXT = 30  # characters of a text beside its name
 
 
 class PlainParser(ArgumentParser):
@@ -49,6 +52,24 @@ class PlainParser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise a :class:`~opdlab.errors.UsageError` instead of printing the usage."""
         raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def listing(texts: Mapping[str, str]) -> str:
+    """Return names with a text each, for a console: lines are as wide as the terminal, or as COLUMNS says.
+
+    Elsewhere, as in a pipe to ``grep``, each name has one line.
+
+    Args:
+        texts: by name.
+    """
+    width = shutil.get_terminal_size((sys.maxsize, 0)).columns
+    beside = max(map(len, texts), default=0) + 2
+    behind = " " * (beside if width - beside >= _LEAST_TEXT else 2)  # narrow: the text goes on below the name
+    firsts = {name: f"{name}  ".ljust(len(behind)) for name in texts}
+    return "\n".join(
+        textwrap.fill(text, width, initial_indent=firsts[name], subsequent_indent=behind, break_on_hyphens=False)
+        for name, text in texts.items()
+    )
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,19 @@
 """``opdlab configs``: list the shipped configurations, and copy one to edit it."""
 
+import json
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
-from opdlab.cli.commands import COMMANDS, PlainParser
+from opdlab.cli.commands import COMMANDS, PlainParser, listing
 from opdlab.cli.shipped import config_path, description, shipped_configs
 from opdlab.errors import UsageError, require
 from opdlab.files import replacing
 from opdlab.yaml_files import read_yaml
 
+_PIECE = "A piece:"  # begins the description of a configuration that others are needed for
 _COPY = "opdlab configs copy NAME [FILE] [--flat]"
 
 
@@ -24,9 +27,7 @@ def configs_command(arguments: Sequence[str]) -> int:
         return _copy(arguments[1:])
     about = f"{COMMANDS['configs'].summary} `{_COPY}` writes one as a file, see `opdlab configs copy --help`."
     PlainParser(prog="opdlab configs", description=about).parse_args(arguments)
-    described = {name: description(path) for name, path in shipped_configs().items()}
-    width = max(map(len, described))
-    print("\n".join(f"{name:{width}}  {text}" for name, text in described.items()))
+    print(listing({name: description(path) for name, path in shipped_configs().items()}))
     return 0
 
 
@@ -36,9 +37,11 @@ def _copy(arguments: Sequence[str]) -> int:
     parser.add_argument("name", metavar="NAME", help="a shipped configuration, or a file")
     parser.add_argument("file", metavar="FILE", nargs="?", help="default: its name in the current folder")
     parser.add_argument("--flat", action="store_true", help="put in what it extends, and leave out the comments")
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)  # FILE may stand behind --flat
     path = Path(config_path(given.name))
     target = Path(given.file or path.name)
+    if str(given.file).endswith("/") or target.is_dir():
+        target /= path.name
     free = not target.exists() and not target.is_symlink()
     require(free, f"FILE is {target}, which exists: give another name after NAME, or remove it")
     text = _flat(given.name, str(path)) if given.flat else _with_full_names(path)
@@ -47,7 +50,11 @@ def _copy(arguments: Sequence[str]) -> int:
             file.write(text.encode())
     except OSError as error:
         raise UsageError(f"FILE is {target}, which cannot be written: {error.strerror}; give another one") from error
-    print(f"wrote {target}; run it with: opdlab fit -c {target}")
+    quoted = shlex.quote(str(target))
+    if description(path).startswith(_PIECE):
+        print(f"wrote {target}; stack it on a configuration: opdlab fit -c quickstart -c {quoted}")
+    else:
+        print(f"wrote {target}; run it with: opdlab fit -c {quoted}")
     return 0
 
 
@@ -76,5 +83,7 @@ def _with_full_names(path: Path) -> str:
     for value in (value for key, value in pairs if key.value == EXTENDS):
         for each in reversed(value.value if isinstance(value, yaml.SequenceNode) else [value]):
             meant = Path(extended_path(each.value, str(path))).resolve()
-            text = text[: each.start_mark.index] + shipped.get(meant, str(meant)) + text[each.end_mark.index :]
+            # As JSON, which is YAML, because a path may hold characters of YAML.
+            name = shipped.get(meant) or json.dumps(str(meant), ensure_ascii=False)
+            text = text[: each.start_mark.index] + name + text[each.end_mark.index :]
     return text

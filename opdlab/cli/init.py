@@ -2,6 +2,7 @@
 
 import importlib.resources
 import json
+import shlex
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -38,5 +39,5 @@ def init(arguments: Sequence[str]) -> int:
     except OSError as error:
         raise UsageError(f"FOLDER is {folder}, which cannot be written: {error.strerror}; give another one") from error
     print(f"wrote {folder}: {', '.join(sorted(file.name for file in folder.iterdir()))}")
-    print(f"run it with: cd {folder} && opdlab fit -c config.yaml; check it with: pytest")
+    print(f"run it with: cd {shlex.quote(str(folder))} && opdlab fit -c config.yaml; check it with: pytest")
     return 0

@@ -89,7 +89,9 @@ class Estimate:
 
     def table(self) -> Table:
         """Return the table of parts and phases."""
-        table = Table("part", "GiB", "of", title="memory by part")
+        table = Table(title="memory by part")
+        for name in ("part", "GiB", "of"):
+            table.add_column(name, overflow="fold")
         for name, (size, remark) in self.parts.items():
             table.add_row(name, gib(size), remark)
         for name, (size, remark) in self.host.items():

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from opdlab.cli.commands import COMMANDS, PlainParser
+from opdlab.cli.commands import COMMANDS, PlainParser, listing
 from opdlab.registry import Registry
 
 
@@ -31,12 +31,16 @@ def list_objectives(arguments: Sequence[str]) -> int:
 
 def _list(command: str, registry: Registry[Any], arguments: Sequence[str]) -> int:
     PlainParser(prog=f"opdlab {command}", description=COMMANDS[command].summary).parse_args(arguments)
-    print(described(registry))
+    print(listing(_first_lines(registry)))
     return 0
 
 
 def described(registry: Registry[Any]) -> str:
     """Return one line per registered class: its name and the first line of its docstring."""
     width = max(map(len, registry.names()))
+    return "\n".join(f"{name:{width}}  {text}" for name, text in _first_lines(registry).items())
+
+
+def _first_lines(registry: Registry[Any]) -> dict[str, str]:
     documented = {name: (registry.get(name).__doc__ or "").strip() for name in registry.names()}
-    return "\n".join(f"{name:{width}}  {text.partition(chr(10))[0]}" for name, text in documented.items())
+    return {name: text.partition("\n")[0] for name, text in documented.items()}

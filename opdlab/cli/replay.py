@@ -1,5 +1,6 @@
 """``opdlab replay``: replay recorded steps under every gate, without retraining, or pack them into one file."""
 
+import shlex
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -159,7 +160,7 @@ def _pack(options: Namespace, overrides: Sequence[str]) -> int:
     print(
         f"{path}: {path.stat().st_size / _MIB:.2f} MiB ({', '.join(parts)}), steps {', '.join(map(str, pack.steps))}, "
         f"{sampling.draws} draws each, digest {pack.digest[:16]}",
-        f"opdlab replay {path} needs no teacher, no folder of the run and no data",
+        f"opdlab replay {shlex.quote(str(path))} needs no teacher, no folder of the run and no data",
         sep="\n",
     )
     return 0
@@ -197,6 +198,8 @@ def _parsed(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
     for name in ("gates", "objectives"):
         if (values := getattr(options, name)) is not None:
             setattr(options, name, list(dict.fromkeys(split_words(f"--{name}", values))))
+    for name in ("gates", "objectives", "steps"):
+        require(getattr(options, name) != [], f"--{name} is empty: give at least one, or leave the option out")
     try:
         options.taus = [float(text) for text in options.taus]
     except ValueError as error:

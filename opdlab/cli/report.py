@@ -33,7 +33,7 @@ def report_command(arguments: Sequence[str]) -> int:
         UsageError: a folder is neither a run's nor a study's, or there is nothing to report.
     """
     require(bool(arguments), f"give the folder of a run or a study, {EXAMPLE}; see opdlab report --help")
-    options = parser().parse_args(arguments)
+    options = parser().parse_intermixed_args(arguments)  # folders may stand behind --out
     return write_report(options.folders, options.out)
 
 

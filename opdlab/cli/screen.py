@@ -39,7 +39,7 @@ def parser() -> PlainParser:
     made.add_argument("--teacher", metavar="PATH", help="the same, or the address of a served teacher, http://…")
     made.add_argument("--prompts", metavar="FILE", help="JSON Lines; gold answers are used if they are there")
     made.add_argument("--problem_field", default="problem", help="of the prompts: text or messages; problem")
-    made.add_argument("--answer_field", default="answer", help="of the prompts, if they have it; answer")
+    made.add_argument("--answer_field", help="of the prompts; answer, if they have it")
     made.add_argument("--verifier", choices=list(VERIFIERS), default="math", help="of the answers; math")
     made.add_argument("--chat", action="store_true", help="put prompts that are text into the student's chat template")
     made.add_argument("--dtype", choices=get_args(DType), default="float32", help="of both models; float32")

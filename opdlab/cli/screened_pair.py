@@ -75,6 +75,10 @@ def pair_of_paths(options: Namespace) -> Screened:
     source = _source(options)
     source.problems()
     student = LanguageModel(options.student, dtype=options.dtype).requires_grad_(False).eval()
+    require(
+        not options.chat or bool(student.tokenizer.chat_template),
+        f"--chat is given, but the tokenizer of --student '{options.student}' has no chat template: leave --chat out",
+    )
     teacher: Teacher
     if re.match(r"https?://", options.teacher):
         teacher = ServedTeacher(options.teacher)
@@ -99,9 +103,9 @@ def _source(options: Namespace) -> JsonlProblems:
     plain = JsonlProblems(options.prompts, answer_field=None, **fields)
     num_rows = sum(1 for _ in plain.problems())
     require(num_rows > 0, f"--prompts '{options.prompts}' has no rows: give a JSON Lines file with problems")
-    name = options.answer_field
+    name = options.answer_field or "answer"
     has_answers = any(row.get(name.partition(".")[0]) is not None for _, row in plain.rows())
-    if not has_answers:
+    if not has_answers and options.answer_field is None:
         return plain
     source = JsonlProblems(options.prompts, answer_field=name, verifier=VERIFIERS[options.verifier](), **fields)
     for _ in source.problems():  # a row without an answer is refused before models are loaded

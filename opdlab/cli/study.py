@@ -3,6 +3,7 @@
 import importlib.resources
 import json
 import re
+import shlex
 import sys
 from argparse import ArgumentError
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from opdlab.cli.commands import COMMANDS
+from opdlab.cli.commands import COMMANDS, listing
 from opdlab.cli.parsing import parse_fit
 from opdlab.cli.report import write_report
 from opdlab.cli.shipped import config_path, shipped_configs
@@ -148,8 +149,10 @@ def find_study(name: str) -> Path:
 
 
 def _list() -> int:
-    for name, path in shipped_studies().items():
-        print(f"{name:20}  {path.read_text(encoding='utf-8').splitlines()[0].removeprefix('# ')}")
+    first_lines = {
+        name: path.read_text(encoding="utf-8").partition("\n")[0] for name, path in shipped_studies().items()
+    }
+    print(listing({name: line.removeprefix("# ") for name, line in first_lines.items()}))
     return 0
 
 
@@ -209,5 +212,5 @@ def _launch(plan: Plan, cluster: Cluster, jobs: int | None) -> int:
     if launcher.count()[FAILED]:
         print("opdlab: the same command tries failed runs again", file=sys.stderr)
         return 1
-    print(f"all runs are in {plan.folder}; compare them: opdlab study report {plan.folder}")
+    print(f"all runs are in {plan.folder}; compare them: opdlab study report {shlex.quote(str(plan.folder))}")
     return 0

@@ -86,7 +86,11 @@ class JsonlProblems(RowProblems):
             raise UsageError(f"{place} is not JSON Lines: {error}") from error
         except RecursionError as error:
             raise UsageError(f"{place} nests values too deeply: write it flatter") from error
-        require(isinstance(row, dict), f"{place} is not JSON Lines: not an object")
+        require(
+            isinstance(row, dict),
+            f"{place} is not JSON Lines: it holds a {type(row).__name__}, but each line must hold an object; "
+            "opdlab.data.TableProblems reads a JSON file with a list",
+        )
         return cast(dict[str, Any], row)
 
     def store(self) -> ProblemStore:

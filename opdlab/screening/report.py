@@ -25,7 +25,9 @@ _STYLES = {"bad": "bold red", "look": "yellow", "good": "green", "not measured":
 
 def console_table(screening: Screening) -> Table:
     """Return the checks as a table that 80 columns hold: verdict and number share one."""
-    table = Table("check", "verdict", "finding", title=screening.summary)
+    table = Table(title=screening.summary)
+    for name in ("check", "verdict", "finding"):
+        table.add_column(name, overflow="fold")
     for check in screening.checks:
         finding = Text(printable(check.finding))
         if check.mend:

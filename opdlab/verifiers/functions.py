@@ -48,7 +48,13 @@ class FunctionVerifier(WorkerVerifier):
     ) -> None:
         super().__init__(num_workers, time_limit, memory_limit)
         if not isinstance(function, str):
-            function = f"{function.__module__}.{function.__qualname__}"
+            names = [getattr(function, name, None) for name in ("__module__", "__qualname__")]
+            require(
+                all(isinstance(name, str) for name in names),
+                f"verifier is {function!r:.80}, which is no function of a module: give one at the top level of one, "
+                "or its path",
+            )
+            function = ".".join(map(str, names))
         found = _imported(function)
         self.function = function
         try:
@@ -82,7 +88,8 @@ def _imported(path: str) -> Callable[..., Any]:
     """Return the function at a path, which must take a response and an answer."""
     module, _, name = path.rpartition(".")
     form = "give the path of a function in a module, such as my_module.check"
-    require(bool(module) and module != "__main__" and "<" not in path, f"verifier is '{path}': {form}")
+    is_path = bool(module) and module != "__main__" and all(map(str.isidentifier, path.split(".")))
+    require(is_path, f"verifier is '{path}': {form}")
     try:
         with user_code(f"verifier is {path}: importing {module}"):
             found = getattr(import_module(module), name, None)
@@ -110,8 +117,8 @@ def _imported(path: str) -> Callable[..., Any]:
 class RegexVerifier(WorkerVerifier):
     r"""Verifier that accepts a response whose last match of a pattern equals the gold answer.
 
-    ``extracted`` is the first group of the match, or the whole match if the pattern has no group. White space at its
-    ends is ignored.
+    ``extracted`` is the first group of the match that took part in it, or the whole match if the pattern has no group.
+    White space at its ends is ignored.
 
     Args:
         pattern: a regular expression of Python's :mod:`re`.

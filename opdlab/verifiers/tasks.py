@@ -17,7 +17,7 @@ from opdlab.verifiers.verifier import Verdict, bounded_form
 Judge = Callable[..., Verdict]
 INVALID = "returned "
 """Beginning of the reason where a function returned neither a truth value nor 0 or 1."""
-_FENCED = re.compile(r"```(?:json)?[ \t]*\n(.*?)```", re.DOTALL)
+_FENCED = re.compile(r"```(?:json)?[ \t]*\r?\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
 
 def function_task(path: str) -> Judge:
@@ -51,7 +51,8 @@ def regex_task(pattern: str, flags: int) -> Judge:
     def judge(response: str, gold: str, decided: Callable[[bool], None]) -> Verdict:
         answer = None
         for match in compiled.finditer(response):
-            answer = match[1] if compiled.groups else match[0]
+            groups = match.groups() or (match[0],)
+            answer = next((group for group in groups if group is not None), None)
         if answer is None:
             return Verdict(False, None, "no answer")
         answer, gold = answer.strip(), gold.strip()
@@ -64,6 +65,7 @@ def regex_task(pattern: str, flags: int) -> Judge:
 def json_schema_task(schema: dict[str, Any] | bool | None) -> Judge:
     """Return the judge that validates a response; see :class:`opdlab.verifiers.JsonSchemaVerifier`."""
     from jsonschema.validators import validator_for
+    from referencing.exceptions import Unresolvable
 
     def validator(own: Any) -> Any:
         kind = validator_for(own)
@@ -75,7 +77,7 @@ def json_schema_task(schema: dict[str, Any] | bool | None) -> Judge:
     def judge(response: str, gold: str, decided: Callable[[bool], None]) -> Verdict:
         fenced = _FENCED.findall(response)
         try:
-            value = json.loads(fenced[-1] if fenced else response)
+            value = json.loads(fenced[-1] if fenced else response, parse_constant=_refuse)
         except (ValueError, RecursionError):
             return Verdict(False, None, "no answer")
         try:
@@ -84,7 +86,16 @@ def json_schema_task(schema: dict[str, Any] | bool | None) -> Judge:
             said = f"needs a JSON schema as the gold answer, but {gold[:40]!r} is none: {first_line(error)[:100]}"
             return Verdict(False, None, f"failed: {said}")
         form = bounded_form(json.dumps(value, sort_keys=True))
-        valid = checked.is_valid(value)
+        try:
+            valid = checked.is_valid(value)
+        except Unresolvable as error:
+            said = f"needs a JSON schema whose references exist: {first_line(error)[:100]}; change the schema"
+            return Verdict(False, form, f"failed: {said}")
         return Verdict(valid, form, "valid" if valid else "invalid")
 
     return judge
+
+
+def _refuse(constant: str) -> None:
+    """Raise for NaN and infinities, which Python's reader takes and JSON does not have."""
+    raise ValueError(constant)

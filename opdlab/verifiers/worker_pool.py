@@ -108,6 +108,10 @@ class WorkerPool:
                     if reason is None:
                         continue
                     future.set_result(Verdict(False, None, reason))
+                except (
+                    Exception
+                ) as error:  # whoever waits must learn of it: this thread takes no further answers' place
+                    future.set_exception(error)
                 break
         self._end(worker)
 

@@ -1,6 +1,5 @@
 """Base of the verifiers that judge in worker processes with a time limit and a memory limit."""
 
-import math
 import os
 import threading
 import warnings
@@ -14,7 +13,8 @@ from opdlab.errors import require
 from opdlab.verifiers.verifier import Verdict, Verifier
 from opdlab.verifiers.worker_pool import WorkerPool
 
-_MIN_MEMORY = 512
+_MIN_MEMORY, _MAX_MEMORY = 512, 1 << 30  # MiB; the system counts bytes in 63 bits
+_MAX_SECONDS = 86_400  # the system's clocks take no more than some days
 # Global, because a verifier must pickle.
 _STARTING = threading.Lock()
 
@@ -28,7 +28,8 @@ class WorkerVerifier(Verifier):
 
     Args:
         num_workers: number of processes, at least 1.
-        time_limit: seconds per answer, above 0, without the start of a process and the wait for a free one.
+        time_limit: seconds per answer, above 0 and at most a day, without the start of a process and the wait for a
+            free one.
         memory_limit: MiB of address space per process, at least 512.
 
     Raises:
@@ -38,13 +39,13 @@ class WorkerVerifier(Verifier):
     def __init__(self, num_workers: int = 2, time_limit: float = 5.0, memory_limit: int = 1024) -> None:
         require(num_workers >= 1, f"verifier.num_workers is {num_workers}, but must be at least 1")
         require(
-            time_limit > 0 and math.isfinite(time_limit),
-            f"verifier.time_limit is {time_limit}, but must be above 0 seconds and finite",
+            0 < time_limit <= _MAX_SECONDS,
+            f"verifier.time_limit is {time_limit}, but must be above 0 and at most {_MAX_SECONDS} seconds",
         )
         require(
-            memory_limit >= _MIN_MEMORY,
-            f"verifier.memory_limit is {memory_limit}, but must be at least {_MIN_MEMORY} MiB, what a process itself "
-            "needs",
+            _MIN_MEMORY <= memory_limit <= _MAX_MEMORY,
+            f"verifier.memory_limit is {memory_limit}, but must lie between {_MIN_MEMORY} MiB, what a process itself "
+            f"needs, and {_MAX_MEMORY}",
         )
         self.num_workers = num_workers
         self.time_limit = time_limit

@@ -28,11 +28,28 @@ def test_each_shipped_configuration_has_a_line(capsys: pytest.CaptureFixture[str
     assert lines["quickstart"].startswith("Distil the toy student from the toy teacher")
 
 
+@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize("command", [("configs",), ("gates",), ("objectives",), ("study", "list")])
+def test_a_list_is_as_wide_as_the_terminal(
+    command: tuple[str, ...], columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command) == 0
+    whole = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert main(command) == 0
+    narrow = capsys.readouterr().out
+    assert max(map(len, narrow.splitlines())) <= columns
+    assert "".join(narrow.split()) == "".join(whole.split())
+
+
 @pytest.mark.parametrize("name", ["quickstart", "loggers/csv", *EXTENDING])
 def test_a_copy_keeps_comments_and_meaning(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["configs", "copy", name]) == 0
     copy = folder / shipped_configs()[name].name
-    assert f"wrote {copy.name}; run it with: opdlab fit -c {copy.name}" in capsys.readouterr().out
+    how = (
+        "stack it on a configuration: opdlab fit -c quickstart" if name == "loggers/csv" else "run it with: opdlab fit"
+    )
+    assert f"wrote {copy.name}; {how} -c {copy.name}" in capsys.readouterr().out
     original = shipped_configs()[name].read_text()
     assert re.findall("#.*", copy.read_text()) == re.findall("#.*", original)
     assert flattened(fit_parser(), str(copy)) == flattened(fit_parser(), name)
@@ -60,6 +77,18 @@ def test_the_copy_of_a_file_of_ones_own_extends_the_same_files(folder: Path) -> 
         "quickstart",
     ]
     assert flattened(fit_parser(), "copy.yaml") == flattened(fit_parser(), "sub/top.yaml")
+
+
+def test_a_name_with_characters_of_yaml_and_of_the_shell_is_kept(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "a: b #c").mkdir()
+    (folder / "a: b #c/below.yaml").write_text("trainer: {max_steps: 3}\n")
+    (folder / "a: b #c/top.yaml").write_text("extends: below\n")
+    assert main(["configs", "copy", "a: b #c/top.yaml", "--flat", "my flat.yaml"]) == 0
+    assert "opdlab fit -c 'my flat.yaml'" in capsys.readouterr().out
+    assert main(["configs", "copy", "a: b #c/top.yaml", "new/"]) == 0
+    assert yaml.safe_load((folder / "new/top.yaml").read_text()) == {"extends": str(folder / "a: b #c/below.yaml")}
 
 
 def test_a_copy_runs(capsys: pytest.CaptureFixture[str]) -> None:

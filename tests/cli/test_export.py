@@ -99,7 +99,10 @@ def test_last_is_the_default_and_a_file_may_be_named(run: Path, tmp_path: Path) 
             "--checkpoint is 'step-5.ckpt', which is not a file: give best, last",
         ),
         (["{run}", "--checkpoint", "beste"], "step-4.ckpt, step-6.ckpt"),
-        (["{run}", "--checkpoint", "{run}/config.yaml"], "it is no checkpoint"),
+        (
+            ["{run}", "--checkpoint", "{run}/config.yaml"],
+            "--checkpoint '{run}/config.yaml' cannot be read, it is no ch",
+        ),
         (["{run}", "--out", "{run}"], "exists: give another folder, or delete it"),
         ([], "give a run's folder, such as"),
     ],
@@ -125,6 +128,8 @@ def test_best_needs_a_metric_and_a_score(run: Path, tmp_path: Path, capsys: pyte
     assert "has no sound checkpoint" in capsys.readouterr().err
     (copy / "config.yaml").write_text(config)
     (copy / "metrics.csv").write_bytes((run / "metrics.csv").read_bytes())
+    assert main(["export", str(copy), "--checkpoint", "best"]) == EXIT_USAGE
+    assert "has no sound checkpoint" in capsys.readouterr().err
     with replacing(copy / "checkpoints/step-3.ckpt") as file:
         torch.save({**read_checkpoint(run / "checkpoints/step-6.ckpt"), "global_step": 3}, file)
     assert main(["export", str(copy), "--checkpoint", "best"]) == EXIT_USAGE

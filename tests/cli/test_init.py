@@ -36,6 +36,14 @@ def test_the_project_runs_and_its_tests_pass(
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
+def test_the_next_command_can_be_pasted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "mein projekt"]) == 0
+    assert "run it with: cd 'mein projekt' && opdlab fit -c config.yaml;" in capsys.readouterr().out
+
+
 def test_a_folder_with_files_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for given, words in (

@@ -24,7 +24,7 @@ ROW = b'{"problem": "1 + 1", "answer": "2"}\n'
         ),
         (ROW + b'{"problem": "\\UD800"}\n', "line 2, is not JSON Lines: Invalid \\escape"),
         (ROW + b"{\n", "line 2, is not JSON Lines: Expecting property name"),
-        (ROW + b"[1]\n", "line 2, is not JSON Lines: not an object"),
+        (ROW + b"[1]\n", "line 2, is not JSON Lines: it holds a list, but each line must hold an object"),
         (ROW + b'{"problem": ' + b"1" * 5000 + b"}\n", "line 2, is not JSON Lines: Exceeds the limit"),
     ],
 )

@@ -213,3 +213,11 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
     assert words in reported[0]
     assert "Traceback" not in error
     assert not (run / "replay/replay.csv").exists()
+
+
+@pytest.mark.parametrize("option", ["--steps", "--gates", "--objectives", "--taus", "--statistics"])
+@pytest.mark.parametrize("value", ["", ","])
+def test_an_empty_list_is_refused(run: Path, option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", str(run), option, value]) == EXIT_USAGE
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"opdlab: error: {option} is empty: give at least one")

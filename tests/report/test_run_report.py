@@ -110,8 +110,24 @@ def test_a_run_that_was_killed_has_a_report_too(tmp_path: Path) -> None:
     assert "it is running, or was killed" in page
     with (run / "metrics.csv").open("w") as file:
         file.write("step,train/loss\n1,0.5\n2,0.4\n3,0.")
-    (loaded,) = load_runs([run])
+    (run / HISTOGRAMS).write_bytes(b'[1]\n{"a": 1}\n\xff\n{"step": 1, "gate')
+    (run / "results.json").write_text('{"state": "failed", "steps": null}')
+    (tmp_path / "link").symlink_to(run)
+    (loaded,) = load_runs([run, run, tmp_path / "link"])  # a run is shown once
     assert list(loaded.metrics) == [1, 2]
+    assert loaded.histograms == {}
+    assert "steps" not in loaded.results or make_report(run).files
+
+
+def test_folders_may_stand_behind_the_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    one, other = (write_run(tmp_path / f"version_{number}", pages=False) for number in range(2))
+    assert main(["report", str(one), "--out", "both", str(other)]) == 0
+    assert {line.partition(":")[0] for line in capsys.readouterr().out.splitlines()} == {
+        *("version_0", "version_1", "report"),
+    }
 
 
 def test_histograms_of_later_steps_go_when_a_run_resumes(tmp_path: Path) -> None:

@@ -119,7 +119,8 @@ def test_wrong_calls_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         ([*PATHS, *given, "--problem_field", "question"], "has no field 'question'"),
         ([*PATHS, *given, "--student", str(tmp_path / "nothing")], "nothing"),
         ([*PATHS, *given, "--teacher", other], "different vocabularies"),
-        ([*PATHS, *given, "--chat"], "has no chat template"),
+        ([*PATHS, *given, "--chat"], "--chat is given, but the tokenizer of --student"),
+        ([*PATHS, *given, "--answer_field", "anser"], "has no field 'anser'; did you mean 'answer'?"),
         (["-c", "no_such_file.yaml"], "no_such_file.yaml"),
         (["-c", "quickstart", "--model.teacher", "opdlab.evaluation.NoTeacher"], "model.teacher is NoTeacher"),
     ):

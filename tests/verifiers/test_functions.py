@@ -1,10 +1,13 @@
 """Verifiers of functions, regular expressions and JSON schemas, against re, json and jsonschema in this process."""
 
 import json
+import math
 import re
 import time
 from decimal import Decimal
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -78,6 +81,7 @@ WRONG = [
     ("broken_checks.check", "importing broken_checks fails"),
     ("failing_checks.check", "importing failing_checks fails"),
     ("check", "give the path of a function in a module, such as my_module.check"),
+    (".own_checks.check", "verifier is '.own_checks.check': give the path of a function in a module"),
 ]
 
 
@@ -87,6 +91,22 @@ def test_a_wrong_function_is_refused(path: str, words: str) -> None:
         FunctionVerifier(path)
     assert words in str(refused.value)
     assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("value", [partial(max, "a"), 3, str.startswith])
+def test_what_is_no_function_of_a_module_is_refused(value: Any) -> None:
+    with pytest.raises(UsageError, match="which is no function of a module: give one at the top level of one"):
+        FunctionVerifier(value)
+
+
+@pytest.mark.parametrize("limits", [{"time_limit": 1e12}, {"time_limit": math.nan}, {"memory_limit": 1 << 60}])
+def test_limits_that_the_system_cannot_keep_are_refused(limits: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="verifier.(time|memory)_limit is"):
+        RegexVerifier("a", **limits)
+
+
+def test_the_longest_time_limit_is_kept() -> None:
+    assert RegexVerifier("(a)|(b)", num_workers=1, time_limit=86_400).verify(["b"], ["b"])[0].correct
 
 
 def write_run(folder: Path, verifier: str) -> list[str]:
@@ -122,6 +142,12 @@ def test_a_wrong_function_in_a_configuration_is_one_line(folder: Path, capsys: p
     assert "own_checks.one, which cannot be called as one(response, answer)" in error
     assert len([line for line in error.splitlines() if line.startswith("opdlab: error:")]) == 1
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("value", ["own_checks.Check", "{class_path: own_checks.Check}"])
+def test_a_class_that_is_no_verifier_is_named(folder: Path, value: str) -> None:
+    with pytest.raises(UsageError, match=r"data.train.verifier.* is own_checks.Check, but must be .* extends Verifier"):
+        parse_fit([*write_run(folder, "own_checks.check")[1:], "--data.train.verifier", value])
 
 
 RESPONSES = ["so x = 12\n#### 42", "#### 41\n#### 42 ", "#### 42\n#### 41", "42", "####  042"]
@@ -165,6 +191,15 @@ def test_a_json_schema_against_jsonschema(folder: Path) -> None:
     assert [verdict.correct for verdict in of_gold.verify(fenced, [json.dumps(SCHEMA)] * len(fenced))] == expected
     with pytest.warns(UserWarning, match="needs a JSON schema as the gold answer, but 'no schema' is none"):
         assert not of_gold.verify(["{}"], ["no schema"])[0].correct
+    assert of_file.verify(["```JSON\r\n[]\r\n```"], ["-"])[0].reason == "invalid"
+    numbers = JsonSchemaVerifier({"type": "number"}, num_workers=1)
+    assert [verdict.correct for verdict in numbers.verify(["1e3", "NaN", "-Infinity"], ["-"] * 3)] == [
+        True,
+        False,
+        False,
+    ]
+    with pytest.warns(UserWarning, match="needs a JSON schema whose references exist: .*; change the schema"):
+        assert not JsonSchemaVerifier({"$ref": "#/$defs/nothing"}, num_workers=1).verify(["{}"], ["-"])[0].correct
     with pytest.raises(UsageError, match="verifier.schema is invalid, change it"):
         JsonSchemaVerifier({"type": "no such type"})
 

@@ -106,6 +106,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     Raises:
         UsageError: a folder is not a run's, or its configuration cannot be read.
     """
+    paths = list({path.resolve(): path for path in reversed(paths)}.values())[::-1]  # each run once
     resolved = [path.resolve() for path in paths]
     root = Path(os.path.commonpath(resolved)) if len(resolved) > 1 else resolved[0].parent.parent
     return [
@@ -137,7 +138,7 @@ def _last_rollouts(folder: Path) -> tuple[int, Sequence[Mapping[str, Any]]] | No
     for step, path in reversed(pages):
         found = _DATA.search(path.read_text(encoding="utf-8", errors="replace"))
         try:
-            rollouts = json.loads(found[1])["rollouts"] if found else []
+            rollouts = [each for each in json.loads(found[1])["rollouts"] if isinstance(each, dict)] if found else []
         except (ValueError, KeyError, TypeError):
             continue
         if rollouts:

@@ -153,7 +153,7 @@ def _facts(run: Run) -> dict[str, str]:
     found = {"command": f"opdlab fit -c {shlex.quote(str(run.folder.config))}"}
     found["state"] = str(results.get("state", "no results.json: it is running, or was killed"))
     for name in ("steps", "tokens", "seconds"):
-        if name in results:
+        if isinstance(results.get(name), int | float):
             found[name] = f"{results[name]:,}"
     for name in ("seeds", "versions"):
         if isinstance(results.get(name), dict):
