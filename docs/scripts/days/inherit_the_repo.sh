@@ -30,9 +30,11 @@ class HalvesGate(DriftGate):
         columns = torch.arange(inputs.mask.shape[1], device=inputs.mask.device)
         return (2 * columns // inputs.mask.sum(1, keepdim=True).clamp(min=1)).clamp(max=1)
 PY
-sed -i 's/^from opdlab.strategies.horizon/from opdlab.strategies.halves import HalvesGate\n&/' strategies/__init__.py
+sed -i 's/^from opdlab.strategies.horizon/from opdlab.strategies.halves import HalvesGate\n&/; s/^    "HorizonGate",/    "HalvesGate",\n&/' strategies/__init__.py
+sed -i 's/^    HorizonGate,/    HalvesGate,\n&/; s/^    "span": lambda/    "halves": HalvesGate,\n&/' tests/strategies/test_strategies.py
 .venv/bin/opdlab gates | grep halves
-.venv/bin/python -m pytest tests/strategies -k halves
+.venv/bin/python -m pytest -q tests/strategies/test_strategies.py -k "halves or row"
+.venv/bin/ruff check .
 
 part "a metric"
 cat >my_metrics.py <<'PY'
