@@ -27,6 +27,7 @@ part "a study: two variants, four seeds"
 cat >my_study.yaml <<'YAML'
 name: thirds
 base: [quickstart, toy_study, harsh_reuse]
+overrides: [--data.benchmarks.toy.num_problems=64] # of toy_study's 256, for a first look
 variants:
   - {name: none, overrides: [--model.gate=none]}
   - {name: thirds, overrides: [--model.gate=my_gates.ThirdsGate, --model.gate.tau=5]}

@@ -54,7 +54,7 @@ class Longest(Callback):
         """Log it."""
         module.log("train/longest", float(batch.rollouts.num_tokens.max()))
 PY
-.venv/bin/opdlab fit -c quickstart --trainer.max_steps 2 --trainer.callbacks+=my_metrics.Longest 2>&1 | tail -3
+.venv/bin/opdlab fit -c quickstart --trainer.max_steps 2 --trainer.callbacks+=my_metrics.Longest 2>&1 | tail -n 3
 cut -d, -f1-200 runs/quickstart/version_0/metrics.csv | head -1 | grep -o "train/longest"
 
 part "a command"
@@ -78,5 +78,5 @@ sed -i 's/^    "replay": Command/    "hello": Command("opdlab.cli.hello:hello", 
 .venv/bin/opdlab --help | grep hello
 
 part "the documentation"
-make docs 2>&1 | tail -3
+make docs 2>&1 | tail -n 3
 part "done"
