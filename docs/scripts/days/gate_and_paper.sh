@@ -47,7 +47,7 @@ opdlab report runs/studies/thirds
 cat runs/studies/thirds/report/tables/comparisons.tex
 if command -v pdflatex >/dev/null; then
   printf '%s\n' '\documentclass{article}\usepackage{booktabs}\begin{document}' \
-    '\input{runs/studies/thirds/report/tables/comparisons.tex}\end{document}' >paper.tex
+    '\begin{table}\centering\footnotesize\input{runs/studies/thirds/report/tables/comparisons.tex}\end{table}\end{document}' >paper.tex
   pdflatex -interaction=batchmode -halt-on-error paper.tex && ls -l paper.pdf
 fi
 part "done"

@@ -53,9 +53,10 @@ class Longest(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         """Log it."""
         module.log("train/longest", float(batch.rollouts.num_tokens.max()))
+        module.log("step", float(trainer.global_step))  # steps taken; Lightning's own number is one lower
 PY
-.venv/bin/opdlab fit -c quickstart --trainer.max_steps 2 --trainer.callbacks+=my_metrics.Longest 2>&1 | tail -n 3
-cut -d, -f1-200 runs/quickstart/version_0/metrics.csv | head -1 | grep -o "train/longest"
+.venv/bin/opdlab fit -c quickstart --trainer.max_steps 2 --data.benchmarks.toy.num_problems 8 --trainer.callbacks+=my_metrics.Longest 2>&1 | tail -n 3
+.venv/bin/python -c "import opdlab; s = opdlab.load_run('runs/quickstart/version_0').scalars[['train/loss', 'train/longest']].dropna(); print(s); assert len(s) == 2"
 
 part "a command"
 cat >opdlab/cli/hello.py <<'PY'
