@@ -53,6 +53,22 @@ def test_it_prints_with_all_text_and_light(visit: Visit, report: Path) -> None:
     assert max(heights) <= 1
 
 
+def test_pictures_are_dark_on_a_dark_page_but_not_in_print(visit: Visit, report: Path) -> None:
+    page = visit(report, color_scheme="dark").page
+    script = "() => getComputedStyle(document.querySelector('img')).filter"
+    assert page.evaluate(script).startswith("invert(1)")
+    page.emulate_media(media="print")
+    assert page.evaluate(script) == "none"
+
+
+@pytest.mark.parametrize("media", ["screen", "print"])
+def test_numbers_in_tables_are_not_broken(visit: Visit, report: Path, media: str) -> None:
+    page = visit(report).page
+    page.set_viewport_size({"width": 390, "height": 740})
+    page.emulate_media(media=media)
+    assert page.locator("td").first.evaluate("e => getComputedStyle(e).overflowWrap") == "normal"
+
+
 def test_text_of_models_is_text(visit: Visit, report: Path) -> None:
     page = visit(report).page
     assert page.locator("pre img, pre script, pre b").count() == 0

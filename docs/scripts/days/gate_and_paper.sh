@@ -27,6 +27,7 @@ part "a study: two variants, four seeds"
 cat >my_study.yaml <<'YAML'
 name: thirds
 base: [quickstart, toy_study, harsh_reuse]
+overrides: [--data.benchmarks.toy.num_problems=64] # of toy_study's 256, for a first look
 variants:
   - {name: none, overrides: [--model.gate=none]}
   - {name: thirds, overrides: [--model.gate=my_gates.ThirdsGate, --model.gate.tau=5]}
@@ -46,7 +47,7 @@ opdlab report runs/studies/thirds
 cat runs/studies/thirds/report/tables/comparisons.tex
 if command -v pdflatex >/dev/null; then
   printf '%s\n' '\documentclass{article}\usepackage{booktabs}\begin{document}' \
-    '\input{runs/studies/thirds/report/tables/comparisons.tex}\end{document}' >paper.tex
+    '\begin{table}\centering\footnotesize\input{runs/studies/thirds/report/tables/comparisons.tex}\end{table}\end{document}' >paper.tex
   pdflatex -interaction=batchmode -halt-on-error paper.tex && ls -l paper.pdf
 fi
 part "done"

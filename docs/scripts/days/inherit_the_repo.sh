@@ -30,9 +30,11 @@ class HalvesGate(DriftGate):
         columns = torch.arange(inputs.mask.shape[1], device=inputs.mask.device)
         return (2 * columns // inputs.mask.sum(1, keepdim=True).clamp(min=1)).clamp(max=1)
 PY
-sed -i 's/^from opdlab.strategies.horizon/from opdlab.strategies.halves import HalvesGate\n&/' strategies/__init__.py
+sed -i 's/^from opdlab.strategies.horizon/from opdlab.strategies.halves import HalvesGate\n&/; s/^    "HorizonGate",/    "HalvesGate",\n&/' strategies/__init__.py
+sed -i 's/^    HorizonGate,/    HalvesGate,\n&/; s/^    "span": lambda/    "halves": HalvesGate,\n&/' tests/strategies/test_strategies.py
 .venv/bin/opdlab gates | grep halves
-.venv/bin/python -m pytest tests/strategies -k halves
+.venv/bin/python -m pytest -q tests/strategies/test_strategies.py -k "halves or row"
+.venv/bin/ruff check .
 
 part "a metric"
 cat >my_metrics.py <<'PY'
@@ -51,9 +53,10 @@ class Longest(Callback):
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         """Log it."""
         module.log("train/longest", float(batch.rollouts.num_tokens.max()))
+        module.log("step", float(trainer.global_step))  # steps taken; Lightning's own number is one lower
 PY
-.venv/bin/opdlab fit -c quickstart --trainer.max_steps 2 --trainer.callbacks+=my_metrics.Longest 2>&1 | tail -3
-cut -d, -f1-200 runs/quickstart/version_0/metrics.csv | head -1 | grep -o "train/longest"
+.venv/bin/opdlab fit -c quickstart --trainer.max_steps 2 --data.benchmarks.toy.num_problems 8 --trainer.callbacks+=my_metrics.Longest 2>&1 | tail -n 3
+.venv/bin/python -c "import opdlab; s = opdlab.load_run('runs/quickstart/version_0').scalars[['train/loss', 'train/longest']].dropna(); print(s); assert len(s) == 2"
 
 part "a command"
 cat >opdlab/cli/hello.py <<'PY'
@@ -76,5 +79,5 @@ sed -i 's/^    "replay": Command/    "hello": Command("opdlab.cli.hello:hello", 
 .venv/bin/opdlab --help | grep hello
 
 part "the documentation"
-make docs 2>&1 | tail -3
+make docs 2>&1 | tail -n 3
 part "done"

@@ -52,14 +52,14 @@ opdlab screen -c mine.yaml --num_prompts 16 | cat
 part "train with W&B offline, and stop"
 export WANDB_MODE=offline
 opdlab fit -c mine.yaml -c loggers/wandb >log 2>&1 & run=$!
-until [ -d runs/mine/version_0/checkpoints ] && grep -q "Training\|loss" log; do sleep 1; done
-sleep 20; kill -TERM $run; wait $run || echo "exit code $?"; tail -3 log
+until grep -q "^5," runs/mine/version_0/metrics.csv 2>/dev/null; do sleep 0.2; done # the row of step 5
+kill -TERM $run; wait $run || echo "exit code $?"; grep "opdlab: stopped" log
 
 part "resume"
-opdlab fit -c mine.yaml -c loggers/wandb --ckpt_path last 2>&1 | tail -12
+opdlab fit -c mine.yaml -c loggers/wandb --ckpt_path last 2>&1 | tail -n 14
 
 part "validate, export, load"
-opdlab validate -c mine.yaml --ckpt_path last 2>&1 | tail -8
+opdlab validate -c mine.yaml --ckpt_path last 2>&1 | tail -n 8
 opdlab export runs/mine/version_0 --out exported
 python -c "from transformers import AutoModelForCausalLM, AutoTokenizer as T; m = AutoModelForCausalLM.from_pretrained('exported'); print(type(m).__name__, len(T.from_pretrained('exported')))"
 part "done"
