@@ -1,5 +1,17 @@
-"""The toy world: a reasoning task for models of 281k parameters, with a trained teacher and student."""
+"""The toy world: two reasoning tasks for models of 0.1 to 1 million parameters, with trained teachers and students."""
 
 from opdlab.toy.chain import ChainProblem, ChainProblems, chain_problems, chain_tokenizer
+from opdlab.toy.strings import StringProblem, StringProblems, string_problems, string_tokenizer
+from opdlab.toy.task import ToyProblems
 
-__all__ = ["ChainProblem", "ChainProblems", "chain_problems", "chain_tokenizer"]
+__all__ = [
+    "ChainProblem",
+    "ChainProblems",
+    "StringProblem",
+    "StringProblems",
+    "ToyProblems",
+    "chain_problems",
+    "chain_tokenizer",
+    "string_problems",
+    "string_tokenizer",
+]

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from opdlab.toy import ChainProblem, ChainProblems, chain_problems, chain_tokenizer, make_models
-from opdlab.toy.chain import Split
+from opdlab.toy.task import Split
 from opdlab.verifiers import BoxedVerifier
 
 SPLITS: tuple[Split, ...] = ("sft", "train", "held_out")
