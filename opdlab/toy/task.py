@@ -1,4 +1,4 @@
-"""What the toy tasks share: problems of three splits that cannot overlap, their source, and tokenizers of characters."""
+"""What the toy tasks share: problems of three splits that cannot overlap, their source, tokenizers of characters."""
 
 import hashlib
 import itertools
