@@ -58,7 +58,10 @@ def test_gates_are_listed_without_lightning_and_transformers() -> None:
     assert imported == {"torch"}
 
 
-def test_objectives_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+def test_objectives_are_listed_with_a_line_each(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
     assert main(["objectives"]) == 0
     lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
     assert list(lines) == objective_names()
