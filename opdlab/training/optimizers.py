@@ -1,6 +1,5 @@
 """The optimizer's fused step on a CPU."""
 
-from torch.distributed.tensor import DTensor
 from torch.optim import Adam, AdamW, Optimizer
 
 
@@ -12,7 +11,7 @@ def fuse_on_cpu(optimizer: Optimizer) -> None:
     Lightning refuses to clip gradients under mixed precision for an optimizer that was made with ``fused``.
 
     Args:
-        optimizer: before its first step. Groups with parameters on another device, or sharded ones, stay as they are.
+        optimizer: before its first step. Groups with parameters on another device stay as they are.
 
     Example:
         >>> import torch
@@ -26,7 +25,5 @@ def fuse_on_cpu(optimizer: Optimizer) -> None:
         return
     for group in optimizer.param_groups:
         left_to_torch = group["fused"] is None and group["foreach"] is None and not group["differentiable"]
-        parameters = group["params"]
-        plain = (p.device.type == "cpu" and p.is_floating_point() and not isinstance(p, DTensor) for p in parameters)
-        if left_to_torch and all(plain):
+        if left_to_torch and all(p.device.type == "cpu" and p.is_floating_point() for p in group["params"]):
             group["fused"] = True
