@@ -1,4 +1,4 @@
-"""The toy world: two reasoning tasks for models of 0.1 to 1 million parameters, with trained teachers and students."""
+"""The toy world: two reasoning tasks for tiny models, and a trained teacher and student of the first."""
 
 from opdlab.toy.chain import ChainProblem, ChainProblems, chain_problems, chain_tokenizer
 from opdlab.toy.strings import StringProblem, StringProblems, string_problems, string_tokenizer

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from opdlab.toy.task import BOXED, Split, ToyProblems, character_tokenizer, split_of
+from opdlab.toy.task import BOXED, Split, ToyProblems, character_tokenizer, endless, split_of
 
 NUM_OPERATIONS = 11
 MODULUS = 100
@@ -79,7 +79,7 @@ def _apply(value: int, operator: str, operand: int) -> int:
 
 
 def chain_problems(split: Split, seed: int) -> Iterator[ChainProblem]:
-    """Yield an endless stream of problems of one split, the same for the same seed.
+    """Return an endless stream of problems of one split, the same for the same seed.
 
     Args:
         split: ``sft`` (made the shipped models), ``train`` (prompts for distillation) or ``held_out`` (evaluation).
@@ -91,11 +91,12 @@ def chain_problems(split: Split, seed: int) -> Iterator[ChainProblem]:
         ('held_out', 11)
     """
     rng = random.Random(f"{split}-{seed}")
-    while True:
+
+    def draw() -> ChainProblem:
         operations = tuple((rng.choice(_OPERATORS), rng.randrange(10)) for _ in range(NUM_OPERATIONS))
-        problem = ChainProblem(rng.randrange(MODULUS), operations)
-        if problem.split == split:
-            yield problem
+        return ChainProblem(rng.randrange(MODULUS), operations)
+
+    return endless(draw, split)
 
 
 class ChainProblems(ToyProblems):

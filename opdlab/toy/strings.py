@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
-from opdlab.toy.task import BOXED, Split, ToyProblems, character_tokenizer, split_of
+from opdlab.toy.task import BOXED, Split, ToyProblems, character_tokenizer, endless, split_of
 
 NUM_LETTERS, NUM_OPERATIONS = 9, 17
 _LETTERS, _LABELS, _OPERATORS = "abcdefgh", "ABCDEFGHIJKLMNOPQ", "<>~^"
@@ -83,7 +83,7 @@ def _apply(value: str, operation: str) -> str:
 
 
 def string_problems(split: Split, seed: int) -> Iterator[StringProblem]:
-    """Yield an endless stream of problems of one split, the same for the same seed.
+    """Return an endless stream of problems of one split, the same for the same seed.
 
     Args:
         split: ``sft`` (made the shipped models), ``train`` (prompts for distillation) or ``held_out`` (evaluation).
@@ -95,11 +95,12 @@ def string_problems(split: Split, seed: int) -> Iterator[StringProblem]:
         ('held_out', 17)
     """
     rng = random.Random(f"strings-{split}-{seed}")
-    while True:
+
+    def draw() -> StringProblem:
         operations = "".join(rng.choices(_OPERATORS, k=NUM_OPERATIONS))
-        problem = StringProblem("".join(rng.choices(_LETTERS, k=NUM_LETTERS)), operations)
-        if problem.split == split:
-            yield problem
+        return StringProblem("".join(rng.choices(_LETTERS, k=NUM_LETTERS)), operations)
+
+    return endless(draw, split)
 
 
 class StringProblems(ToyProblems):

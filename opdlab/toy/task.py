@@ -4,8 +4,8 @@ import hashlib
 import itertools
 import random
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -44,10 +44,21 @@ class ToyProblem(Protocol):
         """
 
 
+P = TypeVar("P", bound=ToyProblem)
+
+
 def split_of(prompt: str) -> Split:
     """Return the split of a problem's text."""
     sixteenth = hashlib.sha256(prompt.encode()).digest()[0] % 16
     return next(name for name, share in _SPLIT_SIXTEENTHS.items() if sixteenth in share)
+
+
+def endless(draw: Callable[[], P], split: Split) -> Iterator[P]:
+    """Yield the drawn problems that are in a split, without end."""
+    while True:
+        problem = draw()
+        if split_of(problem.prompt) == split:
+            yield problem
 
 
 class ToyProblems(ProblemSource):

@@ -108,9 +108,9 @@ class WorkerPool:
                     if reason is None:
                         continue
                     future.set_result(Verdict(False, None, reason))
-                except (
-                    Exception
-                ) as error:  # whoever waits must learn of it: this thread takes no further answers' place
+                except Exception as error:  # whoever waits must learn of it, and the thread must live on
+                    self._end(worker)  # its next words may be about this answer
+                    worker = None
                     future.set_exception(error)
                 break
         self._end(worker)

@@ -52,7 +52,7 @@ opdlab screen -c mine.yaml --num_prompts 16 | cat
 part "train with W&B offline, and stop"
 export WANDB_MODE=offline
 opdlab fit -c mine.yaml -c loggers/wandb >log 2>&1 & run=$!
-until grep -q "^5," runs/mine/version_0/metrics.csv 2>/dev/null; do sleep 0.2; done # the row of step 5
+until grep -q "^5," runs/mine/version_0/metrics.csv 2>/dev/null || ! kill -0 $run; do sleep 0.2; done # the row of step 5, or the run has failed
 kill -TERM $run; wait $run || echo "exit code $?"; grep "opdlab: stopped" log
 
 part "resume"
