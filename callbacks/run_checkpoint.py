@@ -46,7 +46,7 @@ class RunCheckpoint(ModelCheckpoint):
         **options: of ``ModelCheckpoint``. With ``save_top_k`` -1 all checkpoints stay.
 
     Raises:
-        UsageError: ``mode`` is missing, or ``monitor`` is no metric of the evaluations.
+        UsageError: one of ``monitor`` and ``mode`` is missing, or ``monitor`` is no metric of the evaluations.
 
     Example:
         >>> RunCheckpoint(monitor="val/mean/pass@1", mode="max", every_n_train_steps=10).best is None
@@ -58,6 +58,10 @@ class RunCheckpoint(ModelCheckpoint):
         require(
             monitor is None or mode is not None,
             f"monitor is '{monitor}', but mode is null: give max if a larger value is better, or min",
+        )
+        require(
+            mode is None or monitor is not None,
+            f"mode is '{mode}', but monitor is null: give a metric such as {EVALUATED}mean/pass@1, or leave mode out",
         )
         require(
             monitor is None or monitor.startswith(EVALUATED),

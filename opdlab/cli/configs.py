@@ -25,6 +25,8 @@ def configs_command(arguments: Sequence[str]) -> int:
     """
     if arguments[:1] == ["copy"]:
         return _copy(arguments[1:])
+    if arguments[:1] == ["list"]:  # as in `opdlab study list`
+        arguments = arguments[1:]
     about = f"{COMMANDS['configs'].summary} `{_COPY}` writes one as a file, see `opdlab configs copy --help`."
     PlainParser(prog="opdlab configs", description=about).parse_args(arguments)
     print(listing({name: description(path) for name, path in shipped_configs().items()}))

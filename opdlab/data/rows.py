@@ -180,7 +180,7 @@ def _required(row: Mapping[str, Any], field: str) -> Any:
     if field in names:
         raise UsageError(f": the field '{field}' is null; give it a value")
     shown = ", ".join([*names[:_SHOWN], *(["…"] if len(names) > _SHOWN else [])])
-    raise UsageError(f", has no field '{field}'{suggestion(field, names) or ';'} its fields: {shown}")
+    raise UsageError(f", has no field '{field}'{suggestion(field, names) or ';'} its fields: {shown}; give one of them")
 
 
 def _text(value: Any, field: str, or_else: str = "") -> str:

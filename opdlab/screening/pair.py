@@ -63,6 +63,7 @@ class ScreenConfig:
     def __post_init__(self) -> None:
         require(self.num_prompts >= 2, f"num_prompts is {self.num_prompts}, but must be at least 2")
         require(self.k >= 4, f"k is {self.k}, but must be at least 4")
+        require(self.seed >= 0, f"seed is {self.seed}, but must be at least 0")
         _ = self.sampling
 
     @property

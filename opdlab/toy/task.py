@@ -110,7 +110,8 @@ class ToyProblems(ProblemSource):
         fields = {"problem": problem.prompt, "answer": problem.answer, "solution": problem.trace()}
 
         def value(field: str) -> str:
-            require(field in fields, f"{self.name} has no field '{field}'; its fields: {', '.join(fields)}")
+            known = ", ".join(fields)
+            require(field in fields, f"{self.name} has no field '{field}'; its fields: {known}; give one of them")
             return fields[field]
 
         text = None if self.teacher_text is None else fill_fields(self.teacher_text, value)

@@ -25,7 +25,10 @@ def test_each_shipped_configuration_has_a_line(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "1000")
     assert main(["configs"]) == 0
-    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    printed = capsys.readouterr().out
+    assert main(["configs", "list"]) == 0
+    assert capsys.readouterr().out == printed
+    lines = dict(line.split(maxsplit=1) for line in printed.splitlines())
     assert list(lines) == list(shipped_configs())
     assert all(20 < len(text) < 150 and "-c " not in text for text in lines.values()), lines
     assert lines["quickstart"].startswith("Distil the toy student from the toy teacher")

@@ -121,7 +121,9 @@ def test_best_needs_a_metric_and_a_score(run: Path, tmp_path: Path, capsys: pyte
     copy = tmp_path / "copy"
     (copy / "checkpoints").mkdir(parents=True)
     config = (run / "config.yaml").read_text()
-    (copy / "config.yaml").write_text(config.replace(f"monitor: {METRIC}", "monitor: null"))
+    (copy / "config.yaml").write_text(
+        config.replace(f"monitor: {METRIC}", "monitor: null").replace("mode: max", "mode: null")
+    )
     assert main(["export", str(copy), "--checkpoint", "best"]) == EXIT_USAGE
     assert "--checkpoint.monitor val/mean/pass@1 --checkpoint.mode max" in capsys.readouterr().err
     assert main(["export", str(copy)]) == EXIT_USAGE

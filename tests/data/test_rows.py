@@ -101,14 +101,16 @@ def test_dotted_names(tmp_path: Path) -> None:
     assert "the field 'a.c.e' is null" in refusal(source(tmp_path, row, answer_field="a.c.e"))
     missing = refusal(source(tmp_path, row, answer_field="a.c.x"))
     assert missing.endswith(
-        "line 1, has no field 'a.c.x'; did you mean 'a.c.e'? its fields: problem, a.b, a.c.d, a.c.e"
+        "line 1, has no field 'a.c.x'; did you mean 'a.c.e'? its fields: problem, a.b, a.c.d, a.c.e; give one of them"
     )
     assert "has no field 'problem.x'" in refusal(source(tmp_path, row, answer_field="problem.x"))
 
 
 def test_a_message_names_the_first_fields_only(tmp_path: Path) -> None:
     row = {f"f{number}": number for number in range(25)}
-    assert refusal(source(tmp_path, row)).endswith("its fields: " + ", ".join(f"f{n}" for n in range(20)) + ", …")
+    assert refusal(source(tmp_path, row)).endswith(
+        "its fields: " + ", ".join(f"f{n}" for n in range(20)) + ", …; give one of them"
+    )
 
 
 def test_a_row_that_is_nested_deeply_is_one_line(tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def test_wrong_calls_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         ([*PATHS, *given, "--model.gate", "none"], "--model.gate overrides a configuration, and there is none"),
         ([*PATHS, *given, "--num_promts", "3"], "did you mean '--num_prompts'"),
         ([*PATHS, *given, "--num_prompts", "1"], "num_prompts is 1, but must be at least 2"),
+        ([*PATHS, *given, "--seed", "-1"], "seed is -1, but must be at least 0"),
         ([*PATHS, *given, "--num_samples", "0"], "num_samples is 0, but must be at least 1"),
         ([*PATHS, *given, "--temperature", "0"], "temperature is 0.0, but must be above 0"),
         ([*PATHS, *given, "--verifier", "guess"], "--verifier: invalid choice: 'guess'"),
