@@ -232,12 +232,12 @@ class _Loop:
         self,
         model: PreTrainedModel,
         prompts: Tensor,
-        processor: LogitsProcessorList,
+        processors: LogitsProcessorList,
         config: GenerationConfig,
         streams: Tensor,
         arguments: dict[str, Any],
     ) -> None:
-        self._model, self._prompts, self._processor = model, prompts, processor
+        self._model, self._prompts, self._processors = model, prompts, processors
         self._num_samples, self._streams = streams.shape[1], streams.flatten().to(prompts.device)
         self._stops = torch.tensor(config.eos_token_id, device=prompts.device)
         mask = arguments.get("attention_mask")
@@ -292,7 +292,10 @@ class _Loop:
         if rows.numbers is None or not rows.numbers.shape[1]:
             ahead = torch.arange(LOOK_AHEAD, device=positions.device)
             rows.numbers = uniforms(self._streams[rows.places][:, None], positions[:, None] + ahead)
-        drawn = draw(self._processor(None, logits.float()).softmax(-1), rows.numbers[:, 0])
+        logits = logits.float()
+        for processor in self._processors:  # the list's own call looks up the parameters of each at every token
+            logits = processor(None, logits)
+        drawn = draw(logits.softmax(-1), rows.numbers[:, 0])
         rows.numbers = rows.numbers[:, 1:]
         self.failed |= (drawn < 0).any()
         rows.tokens = drawn.clamp(min=0)

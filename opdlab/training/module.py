@@ -310,7 +310,9 @@ class OPDModule(EvaluationModule):
             checks.stop_on_non_finite(loss, self.gate, gates.weights, rollouts, batch.targets, self.global_step, folder)
         values = {"entropy": positions.entropy, **positions.metrics, **of_sampler}
         age = (self.global_step - rollouts.snapshot_step).float()
-        record = step_record(inputs, gates, **values) | {"loss": loss.detach().view(1), "age": age}
+        record = {"loss": loss.detach().view(1)}
+        if self._is_logged_step():  # picking the valid positions makes the host wait for a GPU
+            record |= step_record(inputs, gates, **values) | {"age": age}
         finished = record if alone else self._window.finish(batch, record)
         if finished is not None:
             self._batch_tokens = num_tokens
@@ -331,6 +333,11 @@ class OPDModule(EvaluationModule):
         """Request :attr:`StepTrace.gradient_norms` and ``overlap`` of the next training step; call before each one."""
         self._wants_gradient_norms = True
 
+    def _is_logged_step(self) -> bool:
+        """Return True if the loggers get the metrics of this optimizer step."""
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by Lightning's logger connector
+        return every > 0 and (self.global_step + 1) % every == 0
+
     def _log_step(self, batch: Minibatch, record: StepRecord, sizes: BatchSizes | None, tau: Tensor | None) -> None:
         """Log the metrics of an optimizer batch from this process's record; all processes log the same."""
         loss = record.pop("loss").sum()
@@ -338,9 +345,8 @@ class OPDModule(EvaluationModule):
             loss = sum_over_processes(loss)
         self.log("train/loss", loss, prog_bar=True, logger=False)
         self._metrics = {}
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by Lightning's logger connector
-        if every <= 0 or (self.global_step + 1) % every:
-            return  # skip metrics that are not logged
+        if not self._is_logged_step():
+            return
         if sizes is not None:
             record = record_of_all(record, sizes)
         age = record.pop("age").mean()
