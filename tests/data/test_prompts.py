@@ -14,6 +14,7 @@ from opdlab.data.cleaning import clean
 from opdlab.errors import UsageError
 from opdlab.records import digest
 from opdlab.toy import chain_tokenizer
+from opdlab.types import prompts_at
 from opdlab.verifiers import BoxedVerifier
 
 REAL_DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -229,6 +230,8 @@ def test_prompts_made_on_demand_are_those_that_are_held(tmp_path: Path, tokenize
     assert min(held.num_too_long, held.num_teacher_too_long) > 0
     assert list(lazy.prompts) == list(held.prompts)
     assert [lazy.prompts[i] for i in (5, -1, 0)] == [held.prompts[i] for i in (5, -1, 0)]
+    for prompts in (lazy.prompts, held.prompts):  # many at a time, as a buffer takes them
+        assert prompts_at(prompts, [5, 1024, 0, 5]) == [held.prompts[i] for i in (5, 1024, 0, 5)]
     assert (lazy.num_too_long, lazy.num_teacher_too_long) == (held.num_too_long, held.num_teacher_too_long)
     rows = [(prompt.problem.id, prompt.tokens, prompt.problem.answer) for prompt in held.prompts]
     assert lazy.facts.digest == held.facts.digest == digest(rows)

@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, MambaConfig, Qwen3ForCausalLM
 
 from opdlab.errors import UsageError
-from opdlab.policies import LanguageModel, SamplingConfig
+from opdlab.policies import LanguageModel, SamplingConfig, TransformersSampler
+from opdlab.progress import SilentProgress
 from opdlab.toy import chain_tokenizer
 from opdlab.toy.make_models import toy_config
 from opdlab.types import Rollouts, StopReason
@@ -86,6 +87,14 @@ def chi_square(counts: Tensor, probabilities: Tensor) -> float:
     counts, expected = (torch.cat([each[~rare], each[rare].sum()[None]]) for each in (counts, expected))
     counts, expected = counts[expected > 0], expected[expected > 0]
     return float(((counts - expected).square() / expected).sum() / (len(expected) - 1))
+
+
+def test_samples_may_take_part_in_training(model: LanguageModel) -> None:
+    sampler = TransformersSampler()
+    sampler.refresh(model, 0)
+    samples = sampler.sample(PROMPTS, torch.arange(len(PROMPTS))[:, None], CONFIG, SilentProgress())
+    scale = torch.ones(1, requires_grad=True)
+    (scale * samples.tokens).sum().backward()  # saves the tokens, which tensors of inference mode refuse
 
 
 def test_same_seed_same_samples_whatever_was_drawn_before(model: LanguageModel) -> None:
