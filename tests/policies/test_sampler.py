@@ -94,7 +94,8 @@ def test_samples_may_take_part_in_training(model: LanguageModel) -> None:
     sampler.refresh(model, 0)
     samples = sampler.sample(PROMPTS, torch.arange(len(PROMPTS))[:, None], CONFIG, SilentProgress())
     scale = torch.ones(1, requires_grad=True)
-    (scale * samples.tokens).sum().backward()  # saves the tokens, which tensors of inference mode refuse
+    # Saves the tokens, which tensors of inference mode refuse.
+    (scale * samples.tokens).sum().backward()  # type: ignore[no-untyped-call]
 
 
 def test_same_seed_same_samples_whatever_was_drawn_before(model: LanguageModel) -> None:
