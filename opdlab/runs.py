@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas  # type: ignore[import-untyped] # stubs are a package of their own
+import pandas
 
 from opdlab.errors import require
 from opdlab.records import read_json

@@ -116,7 +116,7 @@ class TableProblems(RowProblems):
         how: dict[str, Any] = {"split": self.split, "streaming": self._is_streamed}
         config = datasets.load_dataset_builder(**where).config
         if hasattr(config, "na_filter"):
-            import pandas as pd  # type: ignore[import-untyped] # late: it takes half a second
+            import pandas as pd  # late: it takes half a second
 
             # Text as the type of every column; without types the reader infers them.
             files = [file for files in config.data_files.values() for file in files]

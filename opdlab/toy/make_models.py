@@ -41,6 +41,7 @@ class World:
         max_new_tokens: longest answer.
         hidden_size: of the models.
         degrade: steps on faulty traces; None to try several and keep those that come nearest to the pass@1 wanted.
+        last_steps: steps of the last part of the teacher's training; the student's base is 150 steps younger.
     """
 
     task: type[ToyProblems]
@@ -48,13 +49,14 @@ class World:
     max_new_tokens: int
     hidden_size: int
     degrade: int | None = None
+    last_steps: int = 650
 
 
 WORLDS = {
     "chain": World(ChainProblems, chain_tokenizer, 176, 96, degrade=46),
     "chain-100k": World(ChainProblems, chain_tokenizer, 176, 56),
     "chain-1m": World(ChainProblems, chain_tokenizer, 176, 184),
-    "strings": World(StringProblems, string_tokenizer, 288, 96),
+    "strings": World(StringProblems, string_tokenizer, 288, 96, last_steps=1800),
 }
 
 
@@ -184,10 +186,11 @@ def main() -> None:
     exact = examples("sft", 0, task=world.task)
     train(model, tokenizer, exact, 900, 4e-3 * rate, horizon=900)
     report("after 900 steps")
-    train(model, tokenizer, exact, 300, 2.5e-3 * rate, horizon=650)
+    train(model, tokenizer, exact, 300, 2.5e-3 * rate, horizon=world.last_steps)
     report("after 1200 steps")
     # The student's base must have nearly all the teacher's knowledge, because seconds of distillation add little.
-    base = train(model, tokenizer, exact, 650, 2.5e-3 * rate, horizon=650, keep_step=500)
+    last = world.last_steps
+    base = train(model, tokenizer, exact, last, 2.5e-3 * rate, horizon=last, keep_step=last - 150)
     rounded()
     report("teacher", 64 if world.degrade else 256)
     save("teacher")

@@ -1,0 +1,135 @@
+"""The results in the documentation: reports come from their archives, and figures in the text from the reports."""
+
+import re
+import runpy
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+from scipy import stats
+
+from opdlab.report import make_report
+
+DOCS = Path(__file__).parents[2] / "docs"
+RESULTS = DOCS / "results"
+STUDIES = sorted(path.parent.name for path in RESULTS.glob("*/study.tar.xz"))
+# Differences of the text that no report has, over the seeds that two studies have together or between two studies:
+# (study, variant, study of the baseline, baseline), as many as are pooled. Beside each, the section that it stands in.
+POOLED = {
+    "paper-toy-harsh": [[("paper-toy-harsh", "lsm-none", "paper-toy-harsh", "opd-none")]],
+    "paper-toy-mild": [
+        [("paper-toy-mild", "lsm-none", "paper-toy-mild", "opd-none")],
+        [("paper-toy-mild", "opd-none", "paper-toy-harsh", "opd-none")],
+    ],
+    "lsm-block64": [
+        [(study, "lsm-block64", study, "lsm-none") for study in ("paper-toy-harsh", "lsm-block64")],
+    ],
+    "lsm-token": [
+        [("granularity-lsm", "token", "granularity-lsm", "none"), ("lsm-token", "lsm-token", "lsm-token", "lsm-none")],
+    ],
+    "fresh-seeds": [
+        [("controls", "current", "controls", "none"), ("fresh-seeds", "current", "fresh-seeds", "clip-none")],
+        [
+            ("normalisation", "adaptive-mean", "normalisation", "none"),
+            ("fresh-seeds", "noclip-adaptive", "fresh-seeds", "noclip-none"),
+        ],
+    ],
+    "fitted-tau": [[("fitted-tau", "fitted", "fitted-tau", "none")]],
+}
+# A section that says what an earlier one found.
+EARLIER = {"paper-toy-mild": "paper-toy-harsh", "lsm-block64": "paper-toy-harsh", "lsm-token": "granularity-lsm"}
+DECIMAL = re.compile(r"\d\.\d+")
+
+
+def table(study: str, name: str) -> pd.DataFrame:
+    return pd.read_csv(RESULTS / study / "tables" / f"{name}.csv")
+
+
+def last_runs(study: str) -> pd.DataFrame:
+    """Return pass@1 after the last step, seeds by variants."""
+    runs = table(study, "runs")
+    runs = runs[(runs["metric"] == "pass@1") & (runs["step"] == runs["step"].max())]
+    return runs.pivot_table(index="seed", columns="variant", values="value")
+
+
+def figures(study: str) -> set[str]:
+    """Return the figures of a report, rounded to 1 to 4 digits, without signs."""
+    numbers = pd.concat([table(study, name).select_dtypes("number") for name in ("comparisons", "metrics")])
+    values = numbers.to_numpy(dtype=float).ravel()
+    runs = last_runs(study).to_numpy(dtype=float).ravel()
+    found = np.unique(np.abs(np.concatenate([values, runs])[~np.isnan(np.concatenate([values, runs]))]))
+    return {f"{value:.{digits}f}" for value in found for digits in range(1, 5)}
+
+
+def pooled(pairs: Iterable[tuple[str, str, str, str]]) -> list[float]:
+    """Return the mean difference over all pairs, the ends of its t interval, and the means of both sides."""
+    sides = [(last_runs(a)[variant], last_runs(b)[base]) for a, variant, b, base in pairs]
+    variant, base = (np.concatenate([side[place] for side in sides]) for place in (0, 1))
+    low, high = stats.t.interval(0.95, len(base) - 1, np.mean(variant - base), stats.sem(variant - base))
+    return [float(value) for value in (np.mean(variant - base), low, high, np.mean(variant), np.mean(base))]
+
+
+def sections(text: str) -> dict[str, str]:
+    """Return the prose above each study's table, by study."""
+    parts = re.split(r"(?=^\*\*\[[\w-]+\]\([\w-]+/report\.md\)\*\*)", text, flags=re.MULTILINE)[1:]
+    return {part[3 : part.index("]")]: part[: part.index("<!-- study")] for part in parts}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_report_is_made_again_from_its_archive(study: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(figure: Figure, file: Any, **options: Any) -> None:
+        file.write(b"a picture, which takes most of the time and depends on fonts")
+
+    monkeypatch.setattr(Figure, "savefig", nothing)
+    with tarfile.open(RESULTS / study / "study.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    (folder,) = tmp_path.iterdir()
+    made = make_report(folder).files
+    tables = [name for name in made if name.startswith("tables/") and not name.endswith(".md")]
+    assert len(tables) == 5
+    for name in ["report.md", *tables]:
+        assert made[name].decode() == (RESULTS / study / name).read_text(encoding="utf-8"), name
+
+
+def test_tables_of_the_results_come_from_the_reports() -> None:
+    script, text = runpy.run_path(str(DOCS / "scripts/result_tables.py")), (RESULTS / "index.md").read_text()
+    assert script["page"](text) == text, "run python docs/scripts/result_tables.py"
+    assert sorted(found[1] for found in script["TABLE"].findall(text)) == STUDIES
+
+
+def test_a_second_method_agrees_with_closed_forms() -> None:
+    script = runpy.run_path(str(DOCS / "scripts/result_tables.py"))
+    assert script["sign_flips"](np.array([1.0, 2.0, 3.0, 4.0])) == 2 / 2**4
+    # Two of the sixteen changes of sign are as far from 0 as 6, and two as 6 with the smallest turned round.
+    assert script["sign_flips"](np.array([1.0, 2.0, 3.0, 0.0])) == 4 / 2**4
+    differences = np.array([0.1, 0.3, 0.2])  # t = 0.2 / (0.1 / sqrt(3)), with two degrees of freedom
+    t = 0.2 / (0.1 / 3**0.5)
+    assert script["t_test"](differences) == pytest.approx(1 - t / (2 + t * t) ** 0.5)
+
+
+def test_methods_disagree_only_where_the_text_says() -> None:
+    text, disagreeing = (RESULTS / "index.md").read_text(encoding="utf-8"), set()
+    for study, rows in re.findall(r"<!-- study: (\S+)[^\n]*-->\n(.*?)<!-- end", text, re.DOTALL):
+        for row in rows.strip().splitlines()[2:]:
+            alone, *others = (float(cell.strip(" <")) for cell in row.split("|")[-4:-1])
+            if any((other < 0.05) != (alone < 0.05) for other in others):
+                disagreeing.add(study)
+    assert disagreeing == {"support-tail"}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_figures_in_the_text_are_those_of_the_report(study: str) -> None:
+    prose = sections((RESULTS / "index.md").read_text(encoding="utf-8"))[study]
+    known = figures(study) | {"0.001"}
+    if study in EARLIER:
+        known |= figures(EARLIER[study])
+    derived = [value for pairs in POOLED.get(study, []) for value in pooled(pairs)]
+    for figure in DECIMAL.findall(prose):
+        # The interval of a report knows the problems too, so its ends may differ from those of the seeds alone.
+        near = [value for value in derived if abs(abs(value) - float(figure)) < 0.5 * 10 ** -len(figure[2:]) + 1e-3]
+        assert figure in known or near, f"{figure} stands in the text about {study}, but in no report"
