@@ -20,6 +20,19 @@ PARTIAL = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
+def below(path: Path) -> str:
+    """Return where a path that does not exist was looked for, to follow it in a message; empty if it says so itself.
+
+    Args:
+        path: as the user wrote it.
+
+    Example:
+        >>> below(Path("/models/student")), below(Path("models/student")).startswith(" in /")
+        ('', True)
+    """
+    return "" if path.is_absolute() else f" in {Path.cwd()}"
+
+
 def expanded(path: str, field: str) -> Path:
     """Return a path with the home folder in place of ``~``.
 

@@ -38,7 +38,7 @@ from opdlab.devices import devices_per_node
 from opdlab.errors import UsageError, first_line, require, user_line
 from opdlab.evaluation.benchmark_metrics import metric_names
 from opdlab.evaluation.config import EvaluationConfig
-from opdlab.files import expanded
+from opdlab.files import below, expanded
 from opdlab.module import OPDModule
 from opdlab.parser_messages import types_in_words
 from opdlab.policies import SamplingConfig, TransformersSampler
@@ -288,8 +288,9 @@ def check_files(config: Namespace) -> None:
         path = (section.get("init_args") or {}).get("path")
         if isinstance(path, str) and str(section.get("class_path")).startswith("opdlab.data."):
             local = path.startswith((".", "/", "~")) or path.endswith(kinds) or "Jsonl" in section["class_path"]
-            exists = not local or expanded(path, f"{key}.path").exists()
-            require(exists, f"{key}.path is {path}, but this file does not exist: give the path of one that does")
+            file = expanded(path, f"{key}.path")
+            place = f"this file does not exist{below(file)}"
+            require(not local or file.exists(), f"{key}.path is {path}, but {place}: give the path of one that does")
 
 
 def warn_of_idle_recorder(config: Namespace) -> None:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, cast
 from opdlab.data.rows import RowProblems
 from opdlab.data.stores import ProblemStore
 from opdlab.errors import UsageError, require
-from opdlab.files import expanded
+from opdlab.files import below, expanded
 from opdlab.types import Problem
 
 _BLOCK = 16_384  # bytes
@@ -63,7 +63,8 @@ class JsonlProblems(RowProblems):
 
     def open(self) -> BinaryIO:
         """Return the open file."""
-        require(self.path.is_file(), f"{self.path} does not exist or is a folder: give the path of a JSON Lines file")
+        place = f"{self.path} does not exist{below(self.path)} or is a folder"
+        require(self.path.is_file(), f"{place}: give the path of a JSON Lines file")
         try:
             return self.path.open("rb")
         except OSError as error:

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from opdlab.errors import UsageError, first_line, require
-from opdlab.files import expanded
+from opdlab.files import below, expanded
 from opdlab.out_of_memory import out_of_memory
 from opdlab.packages import is_installed, package_trouble, require_package
 from opdlab.policies.sharding import local
@@ -148,7 +148,8 @@ def resolve(path: str, with_config: bool = True) -> str:
     looks_local = local.is_absolute() or path.startswith((".", "~")) or path.count("/") > 1 or path.endswith("/")
     require(
         local.is_dir() or not looks_local,
-        f"model '{path}' does not exist: give a folder written by save_pretrained, or a hub id such as Qwen/Qwen3-0.6B",
+        f"model '{path}' does not exist{below(local)}: give a folder written by save_pretrained, or a hub id such as "
+        "Qwen/Qwen3-0.6B",
     )
     if not local.is_dir():
         return path

@@ -160,7 +160,7 @@ def test_gates_are_listed_with_a_line_each(capsys: pytest.CaptureFixture[str]) -
         ("--model.eval_sampling.num_samples 1", "pass_at has 2, but model.eval_sampling.num_samples is 1"),
         ("--model.sampling.temperature 0", "error: model.sampling.temperature is 0"),
         ("--model.reduction sum", "model.reduction"),
-        ("--model.student.path ./nowhere", "model './nowhere' does not exist"),
+        ("--model.student.path ./nowhere", "model './nowhere' does not exist in /"),
         ("--model.student.path ./half", "model './half' cannot be loaded"),
         ("--model.student.path ./other", "different vocabularies: token 3 is '0' to the teacher"),
         ("--data.train.num_problems 0", "error: data.train.num_problems is 0"),
