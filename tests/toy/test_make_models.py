@@ -1,6 +1,7 @@
 """How the toy models are made: the worlds fit the models, and models are judged as a benchmark judges them."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,12 +30,28 @@ def test_sizes_are_those_of_the_names(name: str) -> None:
     assert size == pytest.approx(wanted, rel=0.05 if "-" in name else 0)
 
 
-def test_a_trained_model_is_told_from_one_that_is_not() -> None:
+@pytest.mark.parametrize(("name", "least"), [("chain", 0.8), ("chain-100k", 0.3), ("strings", 0.9)])
+def test_shipped_teachers_solve_what_students_do_not(name: str, least: float) -> None:
+    world, folder = WORLDS[name], "" if name == "chain" else f"{name}/"
+    teacher, student = (
+        AutoModelForCausalLM.from_pretrained(resolve(f"package://opdlab.toy/models/{folder}{which}"))
+        for which in ("teacher", "student")
+    )
+    pass_1, pass_4 = evaluate(teacher.float(), world.tokenizer(), world, num_problems=8, n=4)
+    assert least < pass_1 <= pass_4
+    assert evaluate(student.float(), world.tokenizer(), world, num_problems=8, n=4)[0] < 0.3
+
+
+def test_shipped_weights_are_small() -> None:
+    shipped = Path(resolve("package://opdlab.toy/models/teacher")).parent.rglob("*.safetensors")
+    sizes = [file.stat().st_size for file in shipped]
+    assert len(sizes) == 6
+    assert sum(sizes) < 8e6
+
+
+def test_an_untrained_model_solves_nothing() -> None:
     world = WORLDS["chain"]
     tokenizer = world.tokenizer()
-    teacher = AutoModelForCausalLM.from_pretrained(resolve("package://opdlab.toy/models/teacher"))
-    pass_1, pass_4 = evaluate(teacher, tokenizer, world, num_problems=8, n=4)
-    assert 0.8 < pass_1 <= pass_4
     with torch.random.fork_rng():
         untrained = Qwen3ForCausalLM(toy_config(tokenizer)).eval()
     assert evaluate(untrained, tokenizer, world, num_problems=2, n=2) == (0, 0)
