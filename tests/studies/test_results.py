@@ -39,6 +39,11 @@ POOLED = {
             ("fresh-seeds", "noclip-adaptive", "fresh-seeds", "noclip-none"),
         ],
     ],
+    "rate": [
+        [("rate", "none-low", "controls-lsm", "none")],
+        [("rate", "none-high", "controls-lsm", "none")],
+        [("rate", "block64-low", "controls-lsm", "none")],
+    ],
     "fitted-tau": [[("fitted-tau", "fitted", "fitted-tau", "none")]],
 }
 # A section that says what an earlier one found.
