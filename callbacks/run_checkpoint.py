@@ -8,6 +8,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 
 from opdlab.checkpoint_choice import best_step
 from opdlab.errors import UsageError, require
@@ -46,7 +47,7 @@ class RunCheckpoint(ModelCheckpoint):
         **options: of ``ModelCheckpoint``. With ``save_top_k`` -1 all checkpoints stay.
 
     Raises:
-        UsageError: one of ``monitor`` and ``mode`` is missing, or ``monitor`` is no metric of the evaluations.
+        UsageError: ``mode`` is missing, or ``monitor`` is no metric of the evaluations.
 
     Example:
         >>> RunCheckpoint(monitor="val/mean/pass@1", mode="max", every_n_train_steps=10).best is None
@@ -58,10 +59,6 @@ class RunCheckpoint(ModelCheckpoint):
         require(
             monitor is None or mode is not None,
             f"monitor is '{monitor}', but mode is null: give max if a larger value is better, or min",
-        )
-        require(
-            mode is None or monitor is not None,
-            f"mode is '{mode}', but monitor is null: give a metric such as {EVALUATED}mean/pass@1, or leave mode out",
         )
         require(
             monitor is None or monitor.startswith(EVALUATED),
@@ -99,8 +96,13 @@ class RunCheckpoint(ModelCheckpoint):
         return super().state_key.replace(type(self).__qualname__, ModelCheckpoint.__qualname__, 1)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note that a run that resumes from one of these checkpoints has its step saved."""
+        """Say if ``mode`` has no metric, and note that a run which resumes from its checkpoint has its step saved."""
         super().on_train_start(trainer, pl_module)
+        if self.direction is not None and self.metric is None:
+            rank_zero_info(
+                f"checkpoint.mode is {self.direction}, but checkpoint.monitor is null, so no best checkpoint is kept: "
+                f"give a metric such as {EVALUATED}mean/pass@1"
+            )
         if trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == Path(self.best_model_path).resolve():
             self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, self.best_model_path
 

@@ -103,8 +103,6 @@ def test_a_metric_that_no_evaluation_will_log(said: Said) -> None:
     assert "no-such-model" in known
     nothing = said(f"fit -c quickstart {monitor} val/mean/pass@1 --data.benchmarks null")
     assert nothing.endswith("which no evaluation logs; give data.benchmarks at least one")
-    alone = said("fit -c quickstart --checkpoint.mode max")
-    assert alone.startswith("checkpoint.mode is 'max', but monitor is null: give a metric")
 
 
 def test_an_unknown_key_of_a_nested_class_is_told_with_its_place(said: Said) -> None:

@@ -121,9 +121,7 @@ def test_best_needs_a_metric_and_a_score(run: Path, tmp_path: Path, capsys: pyte
     copy = tmp_path / "copy"
     (copy / "checkpoints").mkdir(parents=True)
     config = (run / "config.yaml").read_text()
-    (copy / "config.yaml").write_text(
-        config.replace(f"monitor: {METRIC}", "monitor: null").replace("mode: max", "mode: null")
-    )
+    (copy / "config.yaml").write_text(config.replace(f"monitor: {METRIC}", "monitor: null"))
     assert main(["export", str(copy), "--checkpoint", "best"]) == EXIT_USAGE
     assert "--checkpoint.monitor val/mean/pass@1 --checkpoint.mode max" in capsys.readouterr().err
     assert main(["export", str(copy)]) == EXIT_USAGE
@@ -203,3 +201,10 @@ def test_the_rules_of_the_best_one() -> None:
         RunCheckpoint(monitor="train/loss", mode="min")
     with pytest.raises(UsageError, match="save_top_k is 0"):
         RunCheckpoint(monitor="val/mean/pass@1", mode="max", save_top_k=0)
+
+
+def test_a_direction_without_a_metric_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "small.yaml").write_text(SMALL + "export: {enabled: false}\n")
+    options = ["--trainer.default_root_dir", str(tmp_path), "--checkpoint.mode", "max"]
+    assert main(["fit", "-c", "quickstart", "-c", str(tmp_path / "small.yaml"), *options]) == 0
+    assert caplog.text.count("checkpoint.mode is max, but checkpoint.monitor is null") == 1
