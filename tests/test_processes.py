@@ -2,6 +2,9 @@
 
 import csv
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,3 +67,26 @@ def test_loss_and_tokens_are_those_of_all_processes_and_one_of_them_writes(
     assert min(tokens) > 0
     (results,) = tmp_path.rglob("results.json")
     assert read_json(results)["tokens"] == sum(tokens)
+
+
+def test_a_process_of_several_that_has_done_its_work_does_not_fail_at_the_interpreter_s_end() -> None:
+    """A late abort stands for a thread of the process group that calls Python while the interpreter is taken apart."""
+    program = """
+import atexit, os, sys
+import torch.distributed as dist
+from opdlab.cli import commands
+class Late:
+    def __del__(self, abort=os.abort):
+        abort()
+late = [Late()]
+def main():
+    atexit.register(print, "registered functions are called")
+    return 0
+commands.main = main
+if sys.argv[1] == "several":
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+commands.console()
+"""
+    for processes, code in (("several", 0), ("one", -signal.SIGABRT)):
+        ended = subprocess.run([sys.executable, "-c", program, processes], capture_output=True, text=True, check=False)
+        assert (ended.returncode, ended.stdout.splitlines()) == (code, ["registered functions are called"]), ended

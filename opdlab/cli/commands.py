@@ -4,6 +4,7 @@ Every user error prints one line to standard error and exits with code 2, a full
 a signal with 128 plus its number.
 """
 
+import atexit
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ import textwrap
 import warnings
 from argparse import ArgumentError, ArgumentParser
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -169,6 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def console() -> None:
     """Run the command line and exit: entry point of the ``opdlab`` command and of ``python -m opdlab``."""
+    ended: list[int] = []  # the exit code of a process of several
+    atexit.register(_leave, ended)  # before all others, so that it is called after them
     tie_to_others()  # before the slow import of libraries
     # Suppress a known harmless warning: Lightning uses a name that torch has renamed. Also suppress Lightning's
     # advertisement of a logger, and its line that there is no TPU.
@@ -188,7 +192,23 @@ def console() -> None:
         code = 128 + signal.SIGPIPE
     if code > 128 or started:
         bound_exit()
+    distributed = sys.modules.get("torch.distributed")
+    if started or (distributed is not None and distributed.is_available() and distributed.is_initialized()):
+        ended.append(code)
     raise SystemExit(code)
+
+
+def _leave(codes: Sequence[int]) -> None:
+    """End this process now, with the code if there is one: called after everything else that is registered for the end.
+
+    Threads of torch's process group may call Python while the interpreter takes itself apart. The system then aborts a
+    process that has done its work, and the run would count as failed.
+    """
+    if codes:
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(codes[0])
 
 
 def _told(error: Exception) -> str | None:

@@ -311,12 +311,14 @@ class OPDModule(EvaluationModule):
         values = {"entropy": positions.entropy, **positions.metrics, **of_sampler}
         age = (self.global_step - rollouts.snapshot_step).float()
         record = {"loss": loss.detach().view(1)}
-        if self._is_logged_step():  # picking the valid positions makes the host wait for a GPU
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by Lightning's logger connector
+        logged = every > 0 and (self.global_step + 1) % every == 0
+        if logged:  # picking the valid positions makes the host wait for a GPU
             record |= step_record(inputs, gates, **values) | {"age": age}
         finished = record if alone else self._window.finish(batch, record)
         if finished is not None:
             self._batch_tokens = num_tokens
-            self._log_step(batch, finished, sizes, gates.tau)
+            self._log_step(batch, finished, sizes, gates.tau, logged)
         norms = overlap = None
         if self._wants_gradient_norms:
             norms = hidden_gradient_norms(self.objective, scored, rollouts, batch.targets)
@@ -333,19 +335,16 @@ class OPDModule(EvaluationModule):
         """Request :attr:`StepTrace.gradient_norms` and ``overlap`` of the next training step; call before each one."""
         self._wants_gradient_norms = True
 
-    def _is_logged_step(self) -> bool:
-        """Return True if the loggers get the metrics of this optimizer step."""
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined] # set by Lightning's logger connector
-        return every > 0 and (self.global_step + 1) % every == 0
-
-    def _log_step(self, batch: Minibatch, record: StepRecord, sizes: BatchSizes | None, tau: Tensor | None) -> None:
+    def _log_step(
+        self, batch: Minibatch, record: StepRecord, sizes: BatchSizes | None, tau: Tensor | None, logged: bool
+    ) -> None:
         """Log the metrics of an optimizer batch from this process's record; all processes log the same."""
         loss = record.pop("loss").sum()
         if sizes is not None:
             loss = sum_over_processes(loss)
         self.log("train/loss", loss, prog_bar=True, logger=False)
         self._metrics = {}
-        if not self._is_logged_step():
+        if not logged:
             return
         if sizes is not None:
             record = record_of_all(record, sizes)
