@@ -7,12 +7,15 @@ Both know the seeds only, and neither is corrected for the number of variants; `
 """
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy import stats
+
+from opdlab.report.study.sentences import detectable, number, p_text
+from opdlab.report.table import Table
 
 RESULTS = Path(__file__).parents[1] / "results"
 PAGE = RESULTS / "index.md"
@@ -21,7 +24,6 @@ _HEAD = (
     *("variant", "baseline", "steps", "baseline's", "difference", "95% interval"),
     *("detectable", "seeds", "p (Holm)", "p alone", "t test", "signs"),
 )
-_NUM_NAMES = 2
 _PLACE = ["metric", "benchmark", "step"]
 _MAX_CHANGES = 2**16  # of signs: all of them for 16 pairs; of more pairs as many random ones
 
@@ -71,22 +73,17 @@ def _pairs(runs: pd.DataFrame, row: dict[str, object]) -> np.ndarray:
 
 
 def _table(study: str, metric: str) -> str:
-    found = comparisons(study, metric)
-    rows = [_HEAD, [":--"] * _NUM_NAMES + ["--:"] * (len(_HEAD) - _NUM_NAMES), *_cells(found)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    rows = [_cells(row) for row in comparisons(study, metric).itertuples()]
+    return Table(_HEAD, rows, num_names=2).markdown().rstrip()
 
 
-def _cells(found: pd.DataFrame) -> Iterator[list[str]]:
-    for row in found.itertuples():
-        yield [
-            *(str(row.label), str(row.baseline), str(row.step), f"{row.baseline_mean:.3f}", f"{row.difference:+.3f}"),
-            *(f"{row.low:+.3f} to {row.high:+.3f}", f"{row.detectable_difference:.3f}", str(row.seeds)),
-            *(_p(value) for value in (row.p_holm, row.p, row.t_test, row.signs)),
-        ]
-
-
-def _p(value: float) -> str:
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
+def _cells(row: Any) -> list[str]:
+    return [
+        *(row.label, row.baseline, str(row.step), number(row.baseline_mean), number(row.difference, sign=True)),
+        f"{number(row.low, sign=True)} to {number(row.high, sign=True)}",
+        *(detectable(row.detectable_difference), str(row.seeds)),
+        *(p_text(value) for value in (row.p_holm, row.p, row.t_test, row.signs)),
+    ]
 
 
 if __name__ == "__main__":

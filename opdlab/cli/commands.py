@@ -201,8 +201,8 @@ def console() -> None:
 def _leave(codes: Sequence[int]) -> None:
     """End this process now, with the code if there is one: called after everything else that is registered for the end.
 
-    Threads of torch's process group may call Python while the interpreter takes itself apart. The system then aborts a
-    process that has done its work, and the run would count as failed.
+    A process of several was seen to be aborted, "terminate called without an active exception", when its work was done:
+    threads of torch's process group outlive the interpreter, which takes itself apart. The run would count as failed.
     """
     if codes:
         for stream in (sys.stdout, sys.stderr):

@@ -45,8 +45,8 @@ class World:
         hidden_size: of the models.
         degrade: steps on faulty traces; None to try several and keep those that come nearest to the pass@1 wanted; 0
             for the checkpoint after 1,200 steps, as it is.
-        narrow: weights are rounded to bfloat16.
         last_steps: steps of the last part of the teacher's training; the student's base is 150 steps younger.
+        narrow: weights are rounded to bfloat16.
     """
 
     task: type[ToyProblems]

@@ -18,7 +18,7 @@ import pytest
 from opdlab.errors import UsageError
 from opdlab.verifiers import MathVerifier, Verdict
 from opdlab.verifiers.math.judging import judge
-from opdlab.verifiers.worker_pool import WorkerPool, WorkerStartError
+from opdlab.verifiers.worker_pool import WorkerPool, WorkerStartError, _Worker
 from tests.children import run_child
 from tests.verifiers.hostile_answers import HOSTILE_ANSWERS
 
@@ -488,6 +488,24 @@ def test_pickles_without_its_workers(verifier: MathVerifier) -> None:
 def test_bad_options_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         MathVerifier(**options)  # type: ignore[arg-type]
+
+
+def test_an_error_while_judging_is_told_of_and_ends_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its next words would be about the answer before, so another worker judges the next one."""
+    ended: list[subprocess.Popen[bytes]] = []
+
+    def broken(worker: _Worker, request: bytes) -> Verdict:
+        ended.append(worker._process)
+        worker._channel.send_bytes(request)  # its verdict is never read
+        raise ValueError("no verdict")
+
+    verifier = MathVerifier(num_workers=1, time_limit=30)
+    with monkeypatch.context() as patched:
+        patched.setattr(_Worker, "judge", broken)
+        with pytest.raises(ValueError, match="no verdict"):
+            verifier.verify([r"\boxed{1}"], ["1"])
+    assert not verifier.verify([r"\boxed{1}"], ["2"])[0].correct
+    assert ended[0].poll() is not None
 
 
 # -- real golds ------------------------------------------------------------------------------------------------------
