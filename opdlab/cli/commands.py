@@ -205,6 +205,7 @@ def _leave(codes: Sequence[int]) -> None:
     threads of torch's process group outlive the interpreter, which takes itself apart. The run would count as failed.
     """
     if codes:
+        logging.shutdown()  # registered when it was imported, so it would come after this
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
