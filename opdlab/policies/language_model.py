@@ -41,7 +41,7 @@ from opdlab.policies.loading import (
     stop_tokens_of,
 )
 from opdlab.policies.packing import attention_may_pack, keeps_packed_rows_apart
-from opdlab.policies.passes import PackedRows, length_groups, length_packs
+from opdlab.policies.passes import PASS_OVERHEAD, PackedRows, length_groups, length_packs
 from opdlab.policies.sharding import Sharding, whole_state
 from opdlab.policies.tokenizers import vocabulary_size
 from opdlab.scoring import (
@@ -384,7 +384,8 @@ class LanguageModel(nn.Module):
         if packed:
             groups = length_packs(rows.lengths, self.max_tokens)
         elif self.group_lengths and (self.sharding is None or self.sharding.is_whole):
-            groups = length_groups(rows.lengths, max_tokens=self.max_tokens)
+            overhead = PASS_OVERHEAD["cpu" if rollouts.tokens.is_cpu else "gpu"]
+            groups = length_groups(rows.lengths, overhead, self.max_tokens)
         else:
             groups = [list(range(len(rollouts)))]
         if not groups:  # no valid position; run one pass anyway, as other processes do

@@ -123,14 +123,12 @@ class PackedRows:
 
 
 # -- which rows share a pass -----------------------------------------------------------------------------------------
+# Cost of one more pass through the model, in tokens: the time to launch its kernels. A CPU launches them cheaply for
+# what a token costs it; on a GPU small passes leave most of it idle.
+PASS_OVERHEAD = {"cpu": 128, "gpu": 1024}
 
-# Cost of one more pass through the model, in tokens: the time to launch its kernels.
-PASS_OVERHEAD = 1024
 
-
-def length_groups(
-    lengths: Sequence[int], overhead: int = PASS_OVERHEAD, max_tokens: int | None = None
-) -> list[list[int]]:
+def length_groups(lengths: Sequence[int], overhead: int, max_tokens: int | None = None) -> list[list[int]]:
     """Return groups of rows of similar length; each group is padded to its longest row.
 
     Rows are taken longest first. A new group starts if the current one is full, or if narrower padding for the rows
@@ -138,7 +136,7 @@ def length_groups(
 
     Args:
         lengths: tokens of each row; rows of length 0 are left out.
-        overhead: cost of a pass, tokens.
+        overhead: cost of a pass, tokens, see :data:`PASS_OVERHEAD`.
         max_tokens: tokens of a group, padding included; None for no bound.
 
     Returns:

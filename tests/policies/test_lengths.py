@@ -47,7 +47,7 @@ def test_packs_are_few() -> None:
 
 
 def test_nothing_to_group() -> None:
-    assert length_groups([0, 0], max_tokens=5) == length_packs([0, 0], 5) == length_packs([]) == []
+    assert length_groups([0, 0], 9, max_tokens=5) == length_packs([0, 0], 5) == length_packs([]) == []
 
 
 def test_a_group_is_not_split_for_rows_that_could_not_join_it() -> None:

@@ -17,6 +17,7 @@ from opdlab.gating import build_gate
 from opdlab.objectives import Objective, SampledTokenOPD, TeacherTopK, loss_shares, reduce_losses
 from opdlab.policies import AdapterConfig, LanguageModel, Scored
 from opdlab.policies.packing import attention_may_pack, keeps_packed_rows_apart
+from opdlab.policies.passes import PackedRows
 from opdlab.training import gate_inputs
 from opdlab.types import Rollouts, Targets
 from tests.policies.tiny_models import COMMON, CONFIGS, save_random
@@ -256,11 +257,26 @@ def saved_elements(model: LanguageModel, batch: Rollouts) -> int:
 def test_activations_of_one_pass_are_held(folders: dict[str, str]) -> None:
     model = LanguageModel(folders["qwen3"])
     batch = random_rollouts(9, rows=40)
-    whole = saved_elements(model, batch)
+    model.group_lengths = False
+    whole = saved_elements(model, batch)  # in one pass, padded to the longest row
+    model.group_lengths = True
     tokens = len(batch) * 36
     for budget in (100, 400):
         model.max_tokens = budget
         assert saved_elements(model, batch) < 1.3 * whole * budget / tokens
+
+
+def test_rows_of_different_lengths_take_several_passes_on_a_cpu(folders: dict[str, str]) -> None:
+    """A launch costs little there, so even passes of a few hundred tokens are worth their own padding."""
+    model, batch = LanguageModel(folders["qwen3"]), random_rollouts(9, rows=40)
+    calls = watched(model)
+    with torch.no_grad():
+        scored = model.score(batch)
+    tokens = sum(PackedRows(batch).lengths)
+    padding = sum(rows * width for (rows, width), _ in calls) - tokens
+    assert len(calls) > 1
+    assert 2 * padding < 40 * max(PackedRows(batch).lengths) - tokens
+    torch.testing.assert_close(scored.hidden, padded_batch(model, batch).hidden, rtol=0, atol=1e-5)
 
 
 def test_nothing_is_checkpointed_without_gradient(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """How fast the real vLLM samples and refreshes, printed by `make test-vllm`.
 
 Each dtype in a process of its own (`-k float32`): an engine keeps the first model that it gets. Responses of two
-lengths: in long ones attention over the cache counts, for which transformers copies the keys of grouped heads.
+lengths: in long ones attention over the cache takes a large part of the time.
 """
 
 import importlib.metadata
