@@ -30,7 +30,7 @@ from opdlab.replay.variants import NORMALIZATIONS, STATISTICS, Grid, gate_name
 
 _LISTS = ("statistics", "normalizations", "taus", "steps")
 # Arguments that have no effect on a pack.
-_OF_REPLAYS = ("gates", "objectives", "statistics", "normalizations", "taus", "tolerance", "out")
+_OF_REPLAYS = ("gates", "objectives", "statistics", "normalizations", "taus", "tolerance", "parts", "out")
 _MIB = 1 << 20
 
 
@@ -60,6 +60,9 @@ def parser() -> PlainParser:
     made.add_argument("--other_prompts", action="store_true", help="compare with fresh rollouts of other prompts too")
     made.add_argument(
         "--tolerance", type=float, default=0.01, help="error at which gates share backward passes; 0.01; 0 is exact"
+    )
+    made.add_argument(
+        "--parts", action="store_true", help="also weights and gradients by position and kind of token (parts.csv)"
     )
     made.add_argument("--out", type=Path, metavar="DIR", help="where results go; RUN/replay, or PACK-replay")
     made.add_argument(
@@ -95,7 +98,7 @@ def replay(arguments: Sequence[str]) -> int:
     source = PackSource(options.run, overrides) if options.run.is_file() else RunSource(options.run, overrides)
     steps = source.chosen(options.steps)
     sampling = source.sampling(options.draws, options.seed, options.other_prompts)
-    config = ReplayConfig(**vars(sampling), tolerance=options.tolerance)
+    config = ReplayConfig(**vars(sampling), tolerance=options.tolerance, parts=options.parts)
     out = options.out or source.out
     try:
         out.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING
 
 from opdlab.replay.comparison import PLOTTED_TAUS, ReplayedStep, Row
-from opdlab.replay.gate_summary import PAPER
+from opdlab.replay.variants import has_papers_form
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +59,7 @@ def cosines_by_age(steps: Sequence[ReplayedStep], tau: float, reference: str = "
 
 
 def _shown(row: Row, tau: float) -> bool:
-    return row["tau"] == tau and all(row[name] == value for name, value in PAPER.items())
+    return row["tau"] == tau and has_papers_form(row)
 
 
 def _plot(

@@ -40,6 +40,7 @@ class ReplayedStep:
         sample_sizes: by gate, the effective sample size at each of :data:`PLOTTED_TAUS`.
         num_backward: backward passes that the gates took.
         others: by the name of another objective, a line for each gate.
+        parts: a line for each part of a gate's weights, under all objectives; empty unless they were asked for.
     """
 
     number: int
@@ -53,6 +54,7 @@ class ReplayedStep:
     sample_sizes: dict[str, list[float]]
     num_backward: int
     others: dict[str, list[Row]] = field(default_factory=dict)
+    parts: list[Row] = field(default_factory=list)
 
 
 def sample_sizes(variants: Sequence[Variant], inputs: GateInputs) -> dict[str, list[float]]:

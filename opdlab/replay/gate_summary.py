@@ -11,9 +11,8 @@ from rich.cells import cell_len
 from rich.table import Table
 
 from opdlab.replay.comparison import ReplayedStep, Row, Value
-from opdlab.replay.variants import KEYS
-
-PAPER = {"statistic": "signed_mean", "normalization": "mean"}
+from opdlab.replay.parts import part_means
+from opdlab.replay.variants import KEYS, has_papers_form
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,7 @@ class GateSummary:
     @property
     def is_paper(self) -> bool:
         """True if statistic and normalisation are the paper's, or the gate has none."""
-        _, statistic, normalization, _ = self.key
-        return normalization in (None, PAPER["normalization"]) and statistic in (None, PAPER["statistic"])
+        return has_papers_form(dict(zip(KEYS, self.key, strict=True)))
 
 
 def summarise(
@@ -152,11 +150,10 @@ def shown(rows: Iterable[Row], gates: Collection[str] | None) -> list[Row]:
     return [row for row in rows if gates is None or row["gate"] in gates]
 
 
-def write_rows(path: Path, steps: Sequence[ReplayedStep], gates: Collection[str] | None = None) -> None:
-    """Write every gate of ``gates`` at every step, under every objective, as CSV; undefined values are empty."""
-    rows = [row for step in steps for part in (step.rows, *step.others.values()) for row in shown(part, gates)]
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write rows of the same columns, at least one, as CSV; undefined values are empty."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(steps[0].rows[0]))
+        writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
 
@@ -184,7 +181,7 @@ def objective_table(steps: Sequence[ReplayedStep], gates: Collection[str] | None
     names = ("loss", "gradient_norm", "effective_sample_size", "run_cosine", "fresh_cosine")
     groups: dict[tuple[Value, ...], list[Row]] = {}
     for row in (row for step in steps for part in (step.rows, *step.others.values()) for row in shown(part, gates)):
-        if all(row[key] in (None, value) for key, value in PAPER.items()):
+        if has_papers_form(row):
             groups.setdefault((row["objective"], row["gate"], row["tau"]), []).append(row)
     rows: list[Sequence[str]] = []
     for key, found in groups.items():
@@ -196,6 +193,28 @@ def objective_table(steps: Sequence[ReplayedStep], gates: Collection[str] | None
         rows.append((*labels, *means))
     titles = ("loss", "gradient norm", "effective sample size", "cosine with the run's objective", "cosine with fresh")
     return _table(("objective", "gate", "tau", *titles), rows)
+
+
+def part_table(rows: Sequence[Row]) -> str:
+    """Return the means over the steps of each gate in each part of the responses, as Markdown."""
+    names = (
+        *("position_share", "drift_size", "weight_mean", "weight_share"),
+        *("gradient_norm", "fresh_cosine", "fresh_projection"),
+    )
+    groups: dict[tuple[Value, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["objective"], *(row[name] for name in KEYS)), []).append(row)
+    lines: list[Sequence[str]] = []
+    for (objective, gate, *options, tau), found in groups.items():
+        form = "" if has_papers_form(found[0]) else f" ({', '.join(str(each) for each in options if each)})"
+        labels = str(objective), f"{gate}{form}", f"{tau:g}" if isinstance(tau, float) else str(tau or "")
+        for part, means in part_means(found, names).items():
+            lines.append((*labels, part, *(f"{means[name]:.3g}" if name in means else "" for name in names)))
+    titles = (
+        *("share of positions", "mean size of drift", "mean weight", "share of weight"),
+        *("gradient norm", "cosine with fresh", "along fresh"),
+    )
+    return _table(("objective", "gate", "tau", "part", *titles), lines)
 
 
 def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -8,8 +8,18 @@ import torch
 
 from opdlab.replay.charts import cosines_by_age, sample_sizes, save
 from opdlab.replay.comparison import ReplayedStep
-from opdlab.replay.gate_summary import GateSummary, markdown, objective_table, shown, step_table, write_rows
+from opdlab.replay.gate_summary import (
+    GateSummary,
+    markdown,
+    objective_table,
+    part_table,
+    shown,
+    step_table,
+    write_rows,
+)
+from opdlab.replay.parts import FIRST
 from opdlab.replay.record import RecordedStep
+from opdlab.replay.variants import UNGATED
 
 
 def reproduction(steps: Sequence[ReplayedStep], records: Sequence[RecordedStep]) -> str:
@@ -40,7 +50,7 @@ def write_results(
     tau: float,
     gates: Collection[str] | None = None,
 ) -> None:
-    """Write ``replay.csv``, ``replay.md`` and pictures.
+    """Write ``replay.csv``, ``replay.md`` and pictures, and ``parts.csv`` if the steps have parts.
 
     Args:
         out: an existing folder.
@@ -50,7 +60,12 @@ def write_results(
         tau: of the gates in the picture by age, per nat.
         gates: names of those in the tables; None for all.
     """
-    write_rows(out / "replay.csv", steps, gates)
+    rows = [row for step in steps for part in (step.rows, *step.others.values()) for row in shown(part, gates)]
+    write_rows(out / "replay.csv", rows)
+    # The ungated gradient stands beside the gates that were asked for.
+    parts = shown((row for step in steps for row in step.parts), None if gates is None else {UNGATED, *gates})
+    if parts:
+        write_rows(out / "parts.csv", parts)
     text = [
         "# Replay",
         "\n".join(f"- {line}" for line in about),
@@ -71,6 +86,14 @@ def write_results(
             "Means over all recorded steps, for gates of the paper's form. Each objective is compared with fresh "
             "gradients of its own. Losses of different objectives have different units and zeros.",
             objective_table(steps, gates),
+        ]
+    if parts:
+        text += [
+            "## Parts",
+            "Means over all recorded steps, for gates of the paper's form. A part's gradient is that of its positions "
+            "alone; along fresh: its component along the mean fresh gradient. The quarters of a response add up to the "
+            f"whole gradient, and so do the kinds of tokens; its first {FIRST} tokens are also in those.",
+            part_table(parts),
         ]
     (out / "replay.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
     charted = [  # the ungated gradient is drawn beside the others

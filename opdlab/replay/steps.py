@@ -17,11 +17,12 @@ from opdlab.objectives import Objective
 from opdlab.replay.comparison import ReplayedStep, Row, compare, sample_sizes, weight_metrics
 from opdlab.replay.fresh import Draws, Sampling, sampled_draws
 from opdlab.replay.objectives import chosen_objectives
+from opdlab.replay.parts import part_rows, token_kinds
 from opdlab.replay.plugins import Named
 from opdlab.replay.record import RecordedBatch, RecordedStep
 from opdlab.replay.step_gradients import LEAST_TOLERANCE, Autocast, StepGradients, gradient_products
 from opdlab.replay.targets import MissingTargetsError, with_entropy, with_targets
-from opdlab.replay.variants import KEYS, Grid, Variant, expand
+from opdlab.replay.variants import KEYS, Grid, Variant, expand, has_papers_form
 from opdlab.training import join_gate_inputs, split_gates
 from opdlab.types import Prompt, TeacherRequest
 from opdlab.verifiers.verifier import Verifier
@@ -37,12 +38,15 @@ class ReplayConfig(Sampling):
         other_prompts: also compare with fresh rollouts of other prompts.
         tolerance: of gates that share backward passes, see :func:`opdlab.replay.step_gradients.mixtures`; with 0 each
             gate has its own.
+        parts: also divide weights and gradients by position and kind of token, see :mod:`opdlab.replay.parts`, for
+            gates of the paper's form; some ten backward passes for each of them.
 
     Raises:
         UsageError: a value is out of range.
     """
 
     tolerance: float = 0.01
+    parts: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -86,6 +90,7 @@ class Replayer:
             sampled_draws, module, sampling=config, prompts=prompts, autocast=autocast, verifier=verifier
         )
         self._own, *self._others = chosen_objectives(objectives, module.objective)
+        self._kinds = token_kinds(module.student.tokenizer) if config.parts else None
         self.skipped: dict[str, str] = {}
         """Gates and objectives whose inputs a record lacks, with the reasons."""
 
@@ -108,6 +113,7 @@ class Replayer:
                 self.skipped[other.name] = str(error) if known else f"cannot be replayed ({first_line(error)})"
                 continue
             step.others[other.name] = [row | {"own": False} for row in found.rows]
+            step.parts.extend(row | {"own": False} for row in found.parts)
         return step
 
     def _served(
@@ -169,6 +175,13 @@ class Replayer:
             **{"step": record.number, "age": record.age, "reuse_epoch": facts.reuse_epoch},
             "objective": objective,
         }
+        options = [{name: getattr(variant, name) for name in (*KEYS, "own")} for variant in variants]
+        parts: list[Row] = []
+        if self._kinds is not None:
+            chosen = [v for v, each in enumerate(options) if not v or each["own"] or has_papers_form(each)]
+            of_chosen = [weight[chosen] for weight in weights]
+            divided = part_rows(gradients, of_chosen, self._kinds, references["fresh"], self._config.tolerance)
+            parts = [known | options[v] | row for v, rows in zip(chosen, divided, strict=True) for row in rows]
         step = ReplayedStep(
             number=record.number,
             age=record.age,
@@ -178,13 +191,14 @@ class Replayer:
             replayed_norm=float(gradients.gradient([w[own] for w in weights]).double().norm()),
             ceilings=ceilings,
             rows=[
-                known | {name: getattr(variant, name) for name in (*KEYS, "own")} | distribution | {"loss": loss} | more
-                for variant, distribution, loss, more in zip(
-                    variants, weight_metrics(valid), losses, comparisons, strict=True
+                known | gate | distribution | {"loss": loss} | more
+                for gate, distribution, loss, more in zip(
+                    options, weight_metrics(valid), losses, comparisons, strict=True
                 )
             ],
             sample_sizes=sample_sizes(variants, joined),
             num_backward=products.num_backward,
+            parts=parts,
         )
         return step, ungated
 

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import get_args
 
@@ -19,6 +19,12 @@ NORMALIZATIONS: tuple[str, ...] = get_args(NormalizationName)
 UNGATED = "none"
 KEYS = ("gate", "statistic", "normalization", "tau")
 """Names of the columns that identify a variant."""
+_PAPER = {"statistic": "signed_mean", "normalization": "mean"}
+
+
+def has_papers_form(options: Mapping[str, object]) -> bool:
+    """True if statistic and normalisation of a variant are the paper's, or it has none."""
+    return all(options[name] in (None, value) for name, value in _PAPER.items())
 
 
 @dataclass(frozen=True)

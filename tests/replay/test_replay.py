@@ -67,7 +67,7 @@ def test_the_runs_own_gate_gives_its_losses_to_the_bit(make_run: MakeRun, option
         assert own["gradient_norm"] == pytest.approx(result.replayed_norm, rel=2e-2)
 
 
-def plain_gradient(run: Run, record: RecordedStep, gate: GateStrategy) -> Tensor:
+def plain_gradient(run: Run, record: RecordedStep, gate: GateStrategy, part: Tensor | None = None) -> Tensor:
     """Of the gated sampled-token loss without clipping, in float64, from logits of the whole vocabulary."""
     model, (batch,) = copy.deepcopy(run.module.student.model).double(), record.batches
     rollouts, teacher = batch.rollouts, batch.targets.logprobs
@@ -80,7 +80,8 @@ def plain_gradient(run: Run, record: RecordedStep, gate: GateStrategy) -> Tensor
     behavior = rollouts.behavior_logprobs
     weights = gate(GateInputs(rollouts.tokens, rollouts.mask, behavior, logprobs.detach())).weights
     loss = -(logprobs - behavior).exp() * (teacher - behavior)
-    total = (weights * loss)[rollouts.mask].sum() / rollouts.mask.sum()
+    counted = rollouts.mask if part is None else rollouts.mask & part
+    total = (weights * loss)[counted].sum() / rollouts.mask.sum()
     gradients = torch.autograd.grad(total, [p for p in model.parameters() if p.requires_grad])
     return torch.cat([gradient.flatten() for gradient in gradients])
 
@@ -97,6 +98,57 @@ def test_gradients_are_those_of_the_formulas_on_paper(make_run: MakeRun) -> None
         cosine = torch.nn.functional.cosine_similarity(expected, ungated, dim=0)
         assert row["ungated_cosine"] == pytest.approx(float(cosine), abs=1e-4)
         assert float(cosine) < 0.999
+
+
+def test_parts_are_gradients_of_their_positions_alone(make_run: MakeRun) -> None:
+    run, (record,) = recorded(make_run, [4], objective=SampledTokenOPD(clip=None), refresh=8)
+    result = replayer(run, tolerance=0.0, parts=True).replay(record)
+    record.load_weights(run.module.student)
+    rollouts = record.batches[0].rollouts
+    texts = run.module.student.tokenizer.convert_ids_to_tokens(rollouts.tokens.flatten().tolist())
+    digits = torch.tensor([text.isdigit() for text in texts]).view_as(rollouts.tokens)
+    last = torch.zeros_like(digits)
+    for row, length in enumerate(rollouts.num_tokens.tolist()):
+        last[row, -(-3 * length // 4) : length] = True
+    for gate, options in (("none", {}), ("block32", {"tau": 5.0})):
+        for name, part in (("digit", digits), ("quarter 4", last)):
+            expected = plain_gradient(run, record, build_gate(gate, **options), part)
+            found = row_of(result.parts, gate=gate, part=name)
+            assert found["gradient_norm"] == pytest.approx(float(expected.norm()), rel=1e-3)
+            assert found["positions"] == int((rollouts.mask & part).sum())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_parts_add_up_to_the_whole(make_run: MakeRun, accumulate: int) -> None:
+    run, (record,) = recorded(make_run, [4], refresh=8, accumulate=accumulate)
+    result = replayer(run, parts=True, tolerance=0.0).replay(record)
+    assert {row["gate"] for row in result.parts} == {"none", "token", "block32"}
+    for gate, normalization in (("none", None), ("token", "mean"), ("block32", "mean")):
+        rows = {row["part"]: row for row in result.parts if row["gate"] == gate}
+        whole = row_of(result.rows, gate=gate, normalization=normalization)
+        quarters, kinds = (
+            [row for name, row in rows.items() if (str(name).startswith("quarter")) == is_quarter]
+            for is_quarter in (True, False)
+        )
+        kinds = [row for row in kinds if row["part"] != "first tokens"]
+        assert len(quarters) == 4
+        assert len(kinds) > 1
+        along = [sum(float(row["fresh_projection"] or 0) for row in found) for found in (quarters, kinds)]
+        assert along[0] == pytest.approx(along[1], rel=1e-3)
+        assert abs(along[0]) <= float(whole["gradient_norm"] or 0) * 1.001
+        for found in (quarters, kinds):
+            for share in ("position_share", "weight_share"):
+                assert sum(float(row[share] or 0) for row in found) == pytest.approx(1)
+            mean = sum(float(row["position_share"] or 0) * float(row["weight_mean"] or 0) for row in found)
+            assert mean == pytest.approx(whole["weight_mean"], rel=1e-5)
+
+
+def test_parts_of_other_objectives_stand_beside(make_run: MakeRun) -> None:
+    run, (record,) = recorded(make_run, [4], refresh=8)
+    config = ReplayConfig(draws=2, parts=True)
+    result = Replayer(run.module, SMALL, config, nullcontext, objectives=["sampled_token"]).replay(record)
+    assert {row["objective"] for row in result.parts} == {"teacher_topk", "sampled_token"}
+    assert not replayer(run).replay(record).parts
 
 
 def joined(parts: Sequence[Rollouts]) -> Rollouts:

@@ -1,0 +1,150 @@
+"""Where a gate puts weight, and where a gradient comes from: by position in the response, and by kind of token.
+
+Shapes: V gates, N valid positions of the step, R parts, J fresh draws, P trained parameters.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from opdlab.gating import GateInputs
+from opdlab.replay.comparison import Row
+from opdlab.replay.step_gradients import StepGradients, gradient_products
+
+QUARTERS = ("quarter 1", "quarter 2", "quarter 3", "quarter 4")
+FIRST = 8
+"""Tokens of a response that count as its first."""
+KINDS = ("special", "newline", "space", "digit", "letter", "sign")
+
+
+def token_kinds(tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Return the kind of each token of a vocabulary, [number of tokens] long, an index into :data:`KINDS`.
+
+    A token has the first of these kinds that it fits: a special token; text with a newline; only space; text with a
+    digit; text with a letter; other signs.
+
+    Example:
+        >>> from opdlab.toy import chain_tokenizer
+        >>> tokenizer = chain_tokenizer()
+        >>> kinds = token_kinds(tokenizer)
+        >>> [KINDS[kinds[tokenizer.convert_tokens_to_ids(token)]] for token in ("<eos>", "7", "+")]
+        ['special', 'digit', 'sign']
+    """
+    texts = tokenizer.batch_decode([[index] for index in range(len(tokenizer))])
+    special = set(tokenizer.all_special_ids)
+
+    def kind(index: int, text: str) -> str:
+        if index in special:
+            return "special"
+        if "\n" in text:
+            return "newline"
+        if not text.strip():
+            return "space"
+        if any(character.isdigit() for character in text):
+            return "digit"
+        return "letter" if any(character.isalpha() for character in text) else "sign"
+
+    return torch.tensor([KINDS.index(kind(index, text)) for index, text in enumerate(texts)])
+
+
+def part_masks(inputs: GateInputs, kinds: Tensor) -> dict[str, Tensor]:
+    """Return the positions of each part, [B, T] bool by its name.
+
+    The quarters, and the kinds, hold each valid position once; the first tokens of a response are also in those.
+
+    Args:
+        inputs: of the gate.
+        kinds: see :func:`token_kinds`.
+
+    Example:
+        >>> zeros = torch.zeros(1, 8)
+        >>> inputs = GateInputs(torch.tensor([[5, 6, 5, 6, 5, 6, 5, 6]]), torch.ones(1, 8), zeros, zeros)
+        >>> masks = part_masks(inputs, torch.full((7,), KINDS.index("digit")))
+        >>> masks["quarter 2"].nonzero()[:, 1].tolist(), int(masks["digit"].sum()), int(masks["sign"].sum())
+        ([2, 3], 8, 0)
+    """
+    valid = inputs.mask.bool()
+    place = valid.cumsum(1) - 1
+    quarter = place * len(QUARTERS) // valid.sum(1, keepdim=True).clamp(min=1)
+    # Rows of the embedding beyond the tokenizer have no text.
+    known = inputs.tokens.clamp(min=0, max=len(kinds) - 1)
+    kind = kinds.to(known.device)[known]
+    return {
+        **{name: valid & (quarter == number) for number, name in enumerate(QUARTERS)},
+        "first tokens": valid & (place < FIRST),
+        **{name: valid & (kind == number) for number, name in enumerate(KINDS)},
+    }
+
+
+def part_rows(
+    gradients: StepGradients,
+    weights: Sequence[Tensor],
+    kinds: Tensor,
+    fresh: Tensor,
+    tolerance: float,
+) -> list[list[Row]]:
+    """Return a row for each part of a step that has positions, for each gate.
+
+    A part's gradient is that of the positions in it alone, under the gate's weights over the whole step: gradients of
+    the quarters, or of the kinds, sum to the gate's.
+
+    Args:
+        gradients: of the step.
+        weights: of each micro-batch, [V, B, T]; all 1 for the first gate.
+        kinds: see :func:`token_kinds`.
+        fresh: gradients of fresh rollouts, [J, P].
+        tolerance: see :func:`opdlab.replay.step_gradients.mixtures`.
+
+    Returns:
+        By gate. ``weight_share`` is the part's share of all weight, ``drift_size`` the mean absolute drift in nats,
+        ``fresh_projection`` the part of the gate's gradient along the unit vector of the mean fresh gradient.
+    """
+    masks = [part_masks(inputs, kinds) for inputs in gradients.inputs]
+    sizes = {name: sum(int(each[name].sum()) for each in masks) for name in masks[0]}
+    names = [name for name, size in sizes.items() if size]
+    num_gates, total = len(weights[0]), sum(int(inputs.mask.sum()) for inputs in gradients.inputs)
+    divided = [
+        torch.cat([weight[:1], *(weight * each[name] for name in names)])  # [1 + R * V, B, T]
+        for weight, each in zip(weights, masks, strict=True)
+    ]
+    mean = fresh.double().mean(0)
+    products = gradient_products(gradients, divided, torch.cat([fresh, mean[None].float()]), tolerance)
+    norms, along = products.squares.sqrt()[1:], products.references[1:, -1] / mean.norm().cpu()
+    lengths = fresh.double().norm(dim=1).cpu()
+    cosines = (products.references[1:, 1:-1] / (norms[:, None] * lengths)).mean(1)
+    whole = torch.stack([weight.double().sum((1, 2)).cpu() for weight in weights]).sum(0)  # [V]; 0 where masked
+    found: list[list[Row]] = [[] for _ in range(num_gates)]
+    for number, name in enumerate(names):
+        weight = torch.stack([(w * m[name]).double().sum((1, 2)).cpu() for w, m in zip(weights, masks, strict=True)])
+        drift = sum(
+            float(inputs.drift[each[name]].abs().double().sum())
+            for inputs, each in zip(gradients.inputs, masks, strict=True)
+        )
+        for gate, of_part in enumerate(weight.sum(0).tolist()):
+            row = number * num_gates + gate
+            found[gate].append(
+                {
+                    "part": name,
+                    "positions": sizes[name],
+                    "position_share": sizes[name] / total,
+                    "weight_mean": of_part / sizes[name],
+                    "weight_share": of_part / float(whole[gate]) if whole[gate] else None,
+                    "drift_size": drift / sizes[name],
+                    "gradient_norm": float(norms[row]),
+                    "fresh_cosine": float(cosines[row]) if norms[row] > 0 else None,
+                    "fresh_projection": float(along[row]),
+                }
+            )
+    return found
+
+
+def part_means(rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Return the means of some figures over rows of one gate, by part; undefined values are left out."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        for name in names:
+            if isinstance(value := row[name], float):
+                values.setdefault(str(row["part"]), {}).setdefault(name, []).append(value)
+    return {part: {name: sum(each) / len(each) for name, each in figures.items()} for part, figures in values.items()}
