@@ -150,10 +150,10 @@ def shown(rows: Iterable[Row], gates: Collection[str] | None) -> list[Row]:
     return [row for row in rows if gates is None or row["gate"] in gates]
 
 
-def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows of the same columns, at least one, as CSV; undefined values are empty."""
+def write_rows(path: Path, rows: Sequence[Row], columns: Iterable[str]) -> None:
+    """Write rows as CSV; undefined values are empty."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
+        writer = csv.DictWriter(file, list(columns))
         writer.writeheader()
         writer.writerows(rows)
 

@@ -61,11 +61,12 @@ def write_results(
         gates: names of those in the tables; None for all.
     """
     rows = [row for step in steps for part in (step.rows, *step.others.values()) for row in shown(part, gates)]
-    write_rows(out / "replay.csv", rows)
+    write_rows(out / "replay.csv", rows, steps[0].rows[0])
     # The ungated gradient stands beside the gates that were asked for.
     parts = shown((row for step in steps for row in step.parts), None if gates is None else {UNGATED, *gates})
+    (out / "parts.csv").unlink(missing_ok=True)  # of an earlier replay
     if parts:
-        write_rows(out / "parts.csv", parts)
+        write_rows(out / "parts.csv", parts, parts[0])
     text = [
         "# Replay",
         "\n".join(f"- {line}" for line in about),

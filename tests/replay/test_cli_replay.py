@@ -45,6 +45,22 @@ def test_a_replay_leaves_tables_and_pictures(run: Path, capsys: pytest.CaptureFi
         assert (out / f"{name}.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_parts_have_rows_and_a_table_until_a_replay_without_them(run: Path) -> None:
+    options = ["--gates", "block32", "--statistics", "signed_mean", "rms", "--taus", "5", "--draws", "2"]
+    assert main(["replay", str(run), *options, "--parts"]) == 0
+    with (run / "replay" / "parts.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {(row["gate"], row["statistic"], row["step"]) for row in rows} == {
+        (gate, statistic, step) for gate, statistic in (("none", ""), ("block32", "signed_mean")) for step in "24"
+    }
+    assert {"quarter 1", "first tokens", "digit"} <= {row["part"] for row in rows}
+    text = (run / "replay" / "replay.md").read_text()
+    assert re.search(r"\| teacher_topk \| block32 \| 5 \| quarter 2 \|( -?[\d.e-]+ \|){7}", text)
+    assert main(["replay", str(run), *options]) == 0
+    assert not (run / "replay" / "parts.csv").exists()
+    assert "## Parts" not in (run / "replay" / "replay.md").read_text()
+
+
 def test_other_objectives_have_rows_and_a_table(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--objectives", "full_divergence", "--gates", "none", "--steps", "4", "--taus", "5", "--draws", "2"]
     assert main(["replay", str(run), *options]) == 0
