@@ -110,7 +110,7 @@ def shrink(config: Any, folder: Path) -> None:
     for name, options in sources(config):
         if "path" in options:
             change(options, path=str(folder / f"{name}.jsonl"), offset=0, limit=None)
-        else:
+        elif "num_problems" in options:
             options.num_problems = 4
         if "verifier" in options:
             options.verifier = NO_PROCESSES.clone()
