@@ -1,10 +1,10 @@
 """What gates did to the gradient, beside what they did to pass@1: tables and pictures of ``docs/results/why.md``.
 
 ``python docs/scripts/why.py runs/studies/why`` takes the replays of the study's runs, each made with ``opdlab replay
-RUN/version_0 --gates none GATE --parts``, into ``docs/results/why/steps.csv`` (each replayed step, without a gate and
-under the run's own) and ``parts.csv`` (means over a run's stale steps). Without a folder it makes tables and pictures
-from these two files and from the studies' reports. A table stands between ``<!-- table: NAME -->`` and ``<!-- end of
-table -->``.
+RUN/version_0 --gates none GATE --steps 10 20 30 40 50 60 --parts``, into ``docs/results/why/steps.csv`` (each replayed
+step, without a gate and under the run's own) and ``parts.csv`` (means over a run's stale steps). Without a folder it
+makes tables and pictures from these two files and from the studies' reports. A table stands between ``<!-- table: NAME
+-->`` and ``<!-- end of table -->``.
 """
 
 import argparse
@@ -25,7 +25,8 @@ PAGE, FOLDER = RESULTS / "why.md", RESULTS / "why"
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 STUDIES = ("granularity-lsm", "controls-lsm", "rate", "objectives-gates")  # a variant's name begins with its study's
 NO_GATE, OWN = "none", "own"
-AGES = ((1, 4), (5, 8), (9, 12), (13, 15))  # optimizer steps
+STEPS = (10, 20, 30, 40, 50, 60)
+AGES = ((1, 3), (7, 9), (11, 13))  # optimizer steps; those of the replayed steps are 9, 3, 13, 7, 1, 11
 _STEP = ("step", "age", "effective_sample_size", "ungated_norm_ratio", "gradient_norm")
 _FRESH = ("fresh_cosine", "fresh_change", "fresh_norm_ratio", "fresh_ceiling")
 _PART = ("position_share", "drift_size", "weight_mean", "weight_share", "gradient_norm", "fresh_projection")
@@ -43,7 +44,7 @@ def gather(study: Path) -> None:
         for found, name, wanted in ((steps, "replay", (*_STEP, *_FRESH)), (parts, "parts", ("age", "part", *_PART))):
             rows = pd.read_csv(run / "replay" / f"{name}.csv", keep_default_na=False, na_values=[""])
             gates = rows["gate"].where(~rows["own"], OWN)
-            kept = rows.assign(gate=gates)[gates.isin((NO_GATE, OWN))][["gate", *wanted]]
+            kept = rows.assign(gate=gates)[gates.isin((NO_GATE, OWN)) & rows["step"].isin(STEPS)][["gate", *wanted]]
             found.append(kept.assign(**about))
     every_step, every_part = pd.concat(steps), pd.concat(parts)
     FOLDER.mkdir(exist_ok=True)

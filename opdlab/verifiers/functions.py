@@ -51,7 +51,7 @@ class FunctionVerifier(WorkerVerifier):
             names = [getattr(function, name, None) for name in ("__module__", "__qualname__")]
             require(
                 all(isinstance(name, str) for name in names),
-                f"verifier is {function!r:.80}, which is no function of a module: give one at the top level of one, "
+                f"function is {function!r:.80}, which is no function of a module: give one at the top level of one, "
                 "or its path",
             )
             function = ".".join(map(str, names))
@@ -80,7 +80,7 @@ class FunctionVerifier(WorkerVerifier):
             UsageError: the function returned neither a truth value nor 0 or 1.
         """
         wrong = next((verdict.reason for verdict in verdicts if verdict.reason.startswith(INVALID)), None)
-        require(wrong is None, f"verifier is {self.function}, which {wrong}, but must return true or false, or 1 or 0")
+        require(wrong is None, f"function is {self.function}, which {wrong}, but must return true or false, or 1 or 0")
         super().report(verdicts)
 
 
@@ -89,24 +89,24 @@ def _imported(path: str) -> Callable[..., Any]:
     module, _, name = path.rpartition(".")
     form = "give the path of a function in a module, such as my_module.check"
     is_path = bool(module) and module != "__main__" and all(map(str.isidentifier, path.split(".")))
-    require(is_path, f"verifier is '{path}': {form}")
+    require(is_path, f"function is '{path}': {form}")
     try:
-        with user_code(f"verifier is {path}: importing {module}"):
+        with user_code(f"function is {path}: importing {module}"):
             found = getattr(import_module(module), name, None)
     except ModuleNotFoundError as error:
         said = f"there is no module '{error.name}' in the current folder or among the installed packages"
-        raise UsageError(f"verifier is {path}, but {said}: {form}") from error
+        raise UsageError(f"function is {path}, but {said}: {form}") from error
     except ImportError as error:
-        raise UsageError(f"verifier is {path}, which cannot be imported: {first_line(error)}; {form}") from error
-    require(found is not None, f"verifier is {path}, but {module} has no '{name}': {form}")
+        raise UsageError(f"function is {path}, which cannot be imported: {first_line(error)}; {form}") from error
+    require(found is not None, f"function is {path}, but {module} has no '{name}': {form}")
     if not callable(found) or isinstance(found, type):
-        raise UsageError(f"verifier is {path}, which is no function: {form}")
+        raise UsageError(f"function is {path}, which is no function: {form}")
     try:
         inspect.signature(found).bind("", "")
     except TypeError as error:
         call = f"{name}(response, answer)"
         raise UsageError(
-            f"verifier is {path}, which cannot be called as {call} ({first_line(error)}): give it two parameters"
+            f"function is {path}, which cannot be called as {call} ({first_line(error)}): give it two parameters"
         ) from error
     except ValueError:  # a function in C may have no signature
         pass
@@ -153,7 +153,7 @@ class RegexVerifier(WorkerVerifier):
         try:
             re.compile(pattern, self._flags)
         except re.error as error:
-            raise UsageError(f"verifier.pattern is {pattern!r}, which is no regular expression: {error}") from error
+            raise UsageError(f"pattern is {pattern!r}, which is no regular expression: {error}") from error
 
     def task_options(self) -> Mapping[str, Any]:
         """See :meth:`WorkerVerifier.task_options`."""
@@ -198,14 +198,14 @@ class JsonSchemaVerifier(WorkerVerifier):
 
         if isinstance(schema, str):
             require(
-                Path(schema).is_file(), f"verifier.schema is {schema}, but this file does not exist: give one that does"
+                Path(schema).is_file(), f"schema is {schema}, but this file does not exist: give one that does"
             )
             schema = read_yaml(schema)
         if schema is not None:
             try:
                 validator_for(schema).check_schema(schema)
             except SchemaError as error:
-                raise UsageError(f"verifier.schema is invalid, change it: {first_line(error)}") from error
+                raise UsageError(f"schema is invalid, change it: {first_line(error)}") from error
         self.schema = schema
 
     def task_options(self) -> Mapping[str, Any]:

@@ -37,14 +37,14 @@ class WorkerVerifier(Verifier):
     """
 
     def __init__(self, num_workers: int = 2, time_limit: float = 5.0, memory_limit: int = 1024) -> None:
-        require(num_workers >= 1, f"verifier.num_workers is {num_workers}, but must be at least 1")
+        require(num_workers >= 1, f"num_workers is {num_workers}, but must be at least 1")
         require(
             0 < time_limit <= _MAX_SECONDS,
-            f"verifier.time_limit is {time_limit}, but must be above 0 and at most {_MAX_SECONDS} seconds",
+            f"time_limit is {time_limit}, but must be above 0 and at most {_MAX_SECONDS} seconds",
         )
         require(
             _MIN_MEMORY <= memory_limit <= _MAX_MEMORY,
-            f"verifier.memory_limit is {memory_limit}, but must lie between {_MIN_MEMORY} MiB, what a process itself "
+            f"memory_limit is {memory_limit}, but must lie between {_MIN_MEMORY} MiB, what a process itself "
             f"needs, and {_MAX_MEMORY}",
         )
         self.num_workers = num_workers

@@ -79,7 +79,7 @@ def test_nothing_left(tmp_path: Path) -> None:
                 "name": "aime24",
                 "verifier": {"class_path": "opdlab.verifiers.MathVerifier", "init_args": {"num_workers": 0}},
             },
-            "verifier.num_workers is 0",
+            "num_workers is 0",
         ),
         (
             {"name": "aime24", "path": "rows.jsonl", "template": {"class_path": "opdlab.data.ChatTemplate"}},

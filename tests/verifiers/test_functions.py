@@ -81,7 +81,7 @@ WRONG = [
     ("broken_checks.check", "importing broken_checks fails"),
     ("failing_checks.check", "importing failing_checks fails"),
     ("check", "give the path of a function in a module, such as my_module.check"),
-    (".own_checks.check", "verifier is '.own_checks.check': give the path of a function in a module"),
+    (".own_checks.check", "function is '.own_checks.check': give the path of a function in a module"),
 ]
 
 
@@ -101,7 +101,7 @@ def test_what_is_no_function_of_a_module_is_refused(value: Any) -> None:
 
 @pytest.mark.parametrize("limits", [{"time_limit": 1e12}, {"time_limit": math.nan}, {"memory_limit": 1 << 60}])
 def test_limits_that_the_system_cannot_keep_are_refused(limits: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="verifier.(time|memory)_limit is"):
+    with pytest.raises(UsageError, match="(time|memory)_limit is"):
         RegexVerifier("a", **limits)
 
 
@@ -165,7 +165,7 @@ def test_a_pattern_that_never_ends_is_wrong() -> None:
     verifier = RegexVerifier("(a+)+$", num_workers=1, time_limit=0.3)
     with pytest.warns(UserWarning, match="RegexVerifier did not judge an answer, which counts as wrong"):
         assert verifier.verify(["a" * 60 + "b"], ["a"]) == [Verdict(False, None, "time limit")]
-    with pytest.raises(UsageError, match=r"verifier.pattern is '\(', which is no regular expression"):
+    with pytest.raises(UsageError, match=r"pattern is '\(', which is no regular expression"):
         RegexVerifier("(")
 
 
@@ -200,7 +200,7 @@ def test_a_json_schema_against_jsonschema(folder: Path) -> None:
     ]
     with pytest.warns(UserWarning, match="needs a JSON schema whose references exist: .*; change the schema"):
         assert not JsonSchemaVerifier({"$ref": "#/$defs/nothing"}, num_workers=1).verify(["{}"], ["-"])[0].correct
-    with pytest.raises(UsageError, match="verifier.schema is invalid, change it"):
+    with pytest.raises(UsageError, match="schema is invalid, change it"):
         JsonSchemaVerifier({"type": "no such type"})
 
 

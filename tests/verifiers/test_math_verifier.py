@@ -478,11 +478,11 @@ def test_pickles_without_its_workers(verifier: MathVerifier) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_workers": 0}, r"verifier.num_workers is 0, but must be at least 1"),
-        ({"time_limit": 0.0}, r"verifier.time_limit is 0.0, but must be above 0 and at most 86400 seconds"),
-        ({"time_limit": float("nan")}, r"verifier.time_limit is nan, but must be above 0 and at most"),
-        ({"time_limit": float("inf")}, r"verifier.time_limit is inf, but must be above 0 and at most"),
-        ({"memory_limit": 100}, r"verifier.memory_limit is 100, but must lie between 512 MiB"),
+        ({"num_workers": 0}, r"num_workers is 0, but must be at least 1"),
+        ({"time_limit": 0.0}, r"time_limit is 0.0, but must be above 0 and at most 86400 seconds"),
+        ({"time_limit": float("nan")}, r"time_limit is nan, but must be above 0 and at most"),
+        ({"time_limit": float("inf")}, r"time_limit is inf, but must be above 0 and at most"),
+        ({"memory_limit": 100}, r"memory_limit is 100, but must lie between 512 MiB"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, float], message: str) -> None:
