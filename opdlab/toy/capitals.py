@@ -1,6 +1,6 @@
 """Capitals of countries: a small task of real text for a pair of real language models.
 
-A problem is ``What is the capital of France?`` in the model's chat format. The answer is the first capital that the
+A problem is ``What is the capital of France?`` in the model's chat format. The answer is the first city that the
 response names.
 """
 
@@ -15,7 +15,7 @@ from opdlab.errors import require
 from opdlab.types import Problem
 from opdlab.verifiers.verifier import Verdict, Verifier
 
-# Countries whose capital does not repeat their name, and has one usual English spelling.
+# Countries whose name is no part of their capital's. The Maldives are left out: Malé is a word without its accent.
 _CAPITALS = """
 Afghanistan: Kabul; Albania: Tirana; Algeria: Algiers; Angola: Luanda; Argentina: Buenos Aires; Armenia: Yerevan;
 Australia: Canberra; Austria: Vienna; Azerbaijan: Baku; Bahrain: Manama; Bangladesh: Dhaka; Barbados: Bridgetown;
@@ -28,12 +28,12 @@ Tbilisi; Germany: Berlin; Ghana: Accra; Greece: Athens; Guinea: Conakry; Guyana:
 Honduras: Tegucigalpa; Hungary: Budapest; Iceland: Reykjavik; India: New Delhi; Indonesia: Jakarta; Iran: Tehran;
 Iraq: Baghdad; Ireland: Dublin; Italy: Rome; Jamaica: Kingston; Japan: Tokyo; Jordan: Amman; Kenya: Nairobi;
 Kyrgyzstan: Bishkek; Laos: Vientiane; Latvia: Riga; Lebanon: Beirut; Liberia: Monrovia; Libya: Tripoli; Lithuania:
-Vilnius; Madagascar: Antananarivo; Malawi: Lilongwe; Malaysia: Kuala Lumpur; Maldives: Malé; Mali: Bamako; Malta:
-Valletta; Mauritania: Nouakchott; Mauritius: Port Louis; Moldova: Chisinau; Mongolia: Ulaanbaatar; Montenegro:
-Podgorica; Morocco: Rabat; Mozambique: Maputo; Namibia: Windhoek; Nepal: Kathmandu; New Zealand: Wellington;
-Nicaragua: Managua; Niger: Niamey; Nigeria: Abuja; North Korea: Pyongyang; Norway: Oslo; Oman: Muscat; Pakistan:
-Islamabad; Papua New Guinea: Port Moresby; Paraguay: Asunción; Peru: Lima; Poland: Warsaw; Portugal: Lisbon; Qatar:
-Doha; Romania: Bucharest; Russia: Moscow; Rwanda: Kigali; Samoa: Apia; Saudi Arabia: Riyadh; Senegal: Dakar; Serbia:
+Vilnius; Madagascar: Antananarivo; Malawi: Lilongwe; Malaysia: Kuala Lumpur; Mali: Bamako; Malta: Valletta;
+Mauritania: Nouakchott; Mauritius: Port Louis; Moldova: Chisinau; Mongolia: Ulaanbaatar; Montenegro: Podgorica;
+Morocco: Rabat; Mozambique: Maputo; Namibia: Windhoek; Nepal: Kathmandu; New Zealand: Wellington; Nicaragua:
+Managua; Niger: Niamey; Nigeria: Abuja; North Korea: Pyongyang; Norway: Oslo; Oman: Muscat; Pakistan: Islamabad;
+Papua New Guinea: Port Moresby; Paraguay: Asunción; Peru: Lima; Poland: Warsaw; Portugal: Lisbon; Qatar: Doha;
+Romania: Bucharest; Russia: Moscow; Rwanda: Kigali; Samoa: Apia; Saudi Arabia: Riyadh; Senegal: Dakar; Serbia:
 Belgrade; Sierra Leone: Freetown; Slovakia: Bratislava; Slovenia: Ljubljana; Somalia: Mogadishu; South Korea: Seoul;
 South Sudan: Juba; Spain: Madrid; Sudan: Khartoum; Suriname: Paramaribo; Sweden: Stockholm; Switzerland: Bern;
 Syria: Damascus; Taiwan: Taipei; Tajikistan: Dushanbe; Thailand: Bangkok; Togo: Lomé; Tunisia: Tunis; Turkey:
@@ -44,17 +44,43 @@ CAPITALS: dict[str, str] = dict(pair.split(": ") for pair in " ".join(_CAPITALS.
 """By country, in alphabetical order."""
 _HELD_OUT_OF = 3  # one country of three
 
+# Other spellings, and cities that a wrong answer may name. Cities that are called like their country are left out.
+_ALSO = {
+    "kiev": "kyiv",
+    "ulan bator": "ulaanbaatar",
+    "berne": "bern",
+    "teheran": "tehran",
+    "katmandu": "kathmandu",
+    "peking": "beijing",
+    "dacca": "dhaka",
+    "ha noi": "hanoi",
+}
+_OTHER_CITIES = """
+Abidjan; Abu Dhabi; Aleppo; Almaty; Andorra la Vella; Astana; Auckland; Bandar Seri Begawan; Bangui; Banjul; Barcelona;
+Basseterre; Benghazi; Bissau; Bloemfontein; Brazzaville; Bujumbura; Cape Town; Casablanca; Castries; Colombo; Cotonou;
+Dar es Salaam; Dili; Dodoma; Douala; Dubai; Funafuti; Geneva; Gitega; Guatemala City; Guayaquil; Ho Chi Minh City;
+Honiara; Istanbul; Jeddah; Jerusalem; Johannesburg; Karachi; Kingstown; Kinshasa; Kuwait City; La Paz; Lagos; London;
+Majuro; Malabo; Manila; Maseru; Mbabane; Mecca; Melbourne; Mexico City; Milan; Montreal; Moroni; Mumbai; Munich; Nassau;
+Naypyidaw; New York; Nuku'alofa; Palikir; Panama City; Port of Spain; Port Vila; Porto-Novo; Prague; Praia; Pretoria;
+Pristina; Rio de Janeiro; Roseau; Santo Domingo; Sao Paulo; Sarajevo; Shanghai; Skopje; Sucre; Sydney; Tarawa; Toronto;
+Vaduz; Washington; Yamoussoukro; Yangon; Yaren; Zurich
+"""
+
 
 def _plain(text: str) -> str:
-    """Return the text without accents, in lower case, with one kind of apostrophe."""
-    parts = unicodedata.normalize("NFD", text.replace("\N{RIGHT SINGLE QUOTATION MARK}", "'"))
-    return "".join(part for part in parts if not unicodedata.combining(part)).casefold()
+    """Return the text in lower case, without accents and apostrophes, with single spaces for space and dashes."""
+    parts = unicodedata.normalize("NFKD", text)
+    kept = "".join(part for part in parts if not unicodedata.combining(part)).casefold()
+    kept = re.sub("[`\u02bc\u2018\u2019]", "'", kept)
+    kept = re.sub(r"'s\b", " ", kept).replace("'", "")
+    return re.sub(r"[\s_\u2010-\u2015-]+", " ", kept).strip()
 
 
 class CapitalVerifier(Verifier):
-    """Verifier that accepts a response if the first capital in it is the gold one.
+    """Verifier that accepts a response if the first city in it is the gold capital.
 
-    Accents and case do not count. A response that lists several capitals is judged by the first.
+    It knows the capitals of the world and some other large cities. Case, accents, apostrophes and dashes do not count,
+    and other usual spellings are accepted. ``extracted`` is that city in plain lower case.
 
     Example:
         >>> responses = ["It is Brasilia, not Lima.", "Lima or Bras\u00edlia", "a large city"]
@@ -63,19 +89,22 @@ class CapitalVerifier(Verifier):
     """
 
     def __init__(self) -> None:
-        names = sorted({_plain(name) for name in CAPITALS.values()}, key=len, reverse=True)
-        self._capital = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, names))})(?!\w)")
+        others = " ".join(_OTHER_CITIES.split()).split("; ")
+        names = {*map(_plain, (*CAPITALS.values(), *others)), *_ALSO}
+        longest_first = sorted(names, key=lambda name: (-len(name), name))
+        self._city = re.compile(rf"\b(?:{'|'.join(map(re.escape, longest_first))})\b")
 
     def verify(self, responses: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
         """See :meth:`Verifier.verify`."""
         return [self._verdict(response, gold) for response, gold in zip(responses, golds, strict=True)]
 
     def _verdict(self, response: str, gold: str) -> Verdict:
-        found = self._capital.search(_plain(response))
+        found = self._city.search(_plain(response))
         if found is None:
             return Verdict(False, None, "no answer")
-        equal = found.group() == _plain(gold)
-        return Verdict(equal, found.group(), "equal" if equal else "different")
+        city = _ALSO.get(found[0], found[0])
+        equal = city == _plain(gold)
+        return Verdict(equal, city, "equal" if equal else "different")
 
 
 class CapitalProblems(ProblemSource):

@@ -27,16 +27,37 @@ def test_each_gold_answer_is_accepted_and_no_other_is() -> None:
 
 
 @pytest.mark.parametrize(
-    ("response", "correct"),
+    ("gold", "response", "correct"),
     [
-        ("SAN JOSE", True),
-        ("San Jose\u0301", True),
-        ("San Joseph", False),
-        ("Lima, then San Jose", False),
-        ("", False),
-        ("San Jose and Lima", True),
+        ("San Jos\u00e9", "SAN JOSE", True),
+        ("San Jos\u00e9", "San Jose\u0301", True),
+        ("San Jos\u00e9", "San Joseph", False),
+        ("San Jos\u00e9", "Lima, then San Jose", False),
+        ("San Jos\u00e9", "San Jose and Lima", True),
+        ("San Jos\u00e9", "", False),
+        # Cities that are no answer to any question here.
+        ("Paris", "London. No, Paris.", False),
+        ("Canberra", "It is Sydney, not Canberra.", False),
+        ("Conakry", "The capital of Guinea is Bissau, not Conakry.", False),
+        ("Kuala Lumpur", "Malaysia, beside Singapore, has Kuala Lumpur.", True),
+        # Spelling and marks.
+        ("Paris", "_Paris_", True),
+        ("Paris", "Paris\u2019s", True),
+        ("Paris", "__Paris__, the city of light", True),
+        ("Paris", "Parisian", False),
+        ("Port-au-Prince", "Port au Prince", True),
+        ("Port-au-Prince", "Port\u2011au\u2011Prince", True),
+        ("Phnom Penh", "Phnom-Penh", True),
+        ("New Delhi", "New\nDelhi", True),
+        ("New Delhi", "New\u00a0Delhi", True),
+        ("Sana'a", "Sanaa", True),
+        ("Sana'a", "Sana\u02bca", True),
+        ("N'Djamena", "N`Djamena", True),
+        ("Kyiv", "Kiev", True),
+        ("Bern", "Berne's old town", True),
+        ("Nairobi", "A male voice said Nairobi.", True),
     ],
 )
-def test_the_first_capital_counts(response: str, correct: bool) -> None:
-    (verdict,) = CapitalVerifier().verify([response], ["San Jos\u00e9"])
+def test_the_first_city_counts(gold: str, response: str, correct: bool) -> None:
+    (verdict,) = CapitalVerifier().verify([response], [gold])
     assert verdict.correct == correct
