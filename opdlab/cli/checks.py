@@ -41,8 +41,9 @@ from opdlab.evaluation.config import EvaluationConfig
 from opdlab.files import below, expanded
 from opdlab.module import OPDModule
 from opdlab.parser_messages import types_in_words
-from opdlab.policies import SamplingConfig, TransformersSampler
+from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig, TransformersSampler
 from opdlab.policies.engines.requests import check_temperature
+from opdlab.policies.loading import resolve
 from opdlab.rollouts import DemonstrationConfig, ReuseConfig
 from opdlab.training.checks import check_token_bound, check_verdicts
 from opdlab.training.resume import check_before_models, plain_settings
@@ -84,6 +85,8 @@ _LEAST = {
     "accumulate_grad_batches": (1, "use 1 for none"),
     "limit_train_batches": (0, "leave it out for all"),
 }
+# Classes whose `path` is that of a model.
+_MODELS = tuple(f"{cls.__module__.rpartition('.')[0]}.{cls.__name__}" for cls in (LanguageModel, LocalTeacher))
 _MOST_DEVICES = 4096  # Lightning makes a list of them
 # The hardware that every machine has.
 _ANY_MACHINE = {"accelerator": "cpu", "devices": 1, "strategy": "auto", "num_nodes": 1, "precision": None}
@@ -278,15 +281,17 @@ def _trainer_error(options: Mapping[str, Any]) -> Exception | None:
 
 
 def check_files(config: Namespace) -> None:
-    """Refuse problems whose file is missing on this machine, before models are loaded.
+    """Refuse models and problems whose files are missing on this machine, before models are loaded.
 
     Raises:
-        UsageError: a file does not exist.
+        UsageError: a file or folder does not exist.
     """
     kinds = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
     for key, section in sections(config.as_dict()):
-        path = (section.get("init_args") or {}).get("path")
-        if isinstance(path, str) and str(section.get("class_path")).startswith("opdlab.data."):
+        path, class_path = (section.get("init_args") or {}).get("path"), str(section.get("class_path"))
+        if isinstance(path, str) and class_path in _MODELS:
+            resolve(path, with_config=False)
+        if isinstance(path, str) and class_path.startswith("opdlab.data."):
             local = path.startswith((".", "/", "~")) or path.endswith(kinds) or "Jsonl" in section["class_path"]
             file = expanded(path, f"{key}.path")
             place = f"this file does not exist{below(file)}"

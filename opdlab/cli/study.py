@@ -15,6 +15,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
+from opdlab.cli.checks import check_files
 from opdlab.cli.commands import COMMANDS, listing
 from opdlab.cli.parsing import parse_fit
 from opdlab.cli.report import write_report
@@ -167,7 +168,15 @@ def _run(options: Namespace) -> int:
         require((other / STUDY).is_file(), f"--share has '{other}', which has no {STUDY}: give a study's folder")
     plan = plan_study(study, folder, plain_config)
     cluster = Cluster(options.cluster, options.parameters)
-    cluster.check(plan.runs())  # before the study has a folder
+    # Before the study has a folder.
+    cluster.check(plan.runs())
+    if cluster.name != "slurm" and not shared:  # SLURM's machines may have other files, and shared runs need none
+        left = {spec.variant: spec for spec in plan.runs() if not spec.finished}
+        for name, spec in left.items():
+            try:
+                check_files(parse_fit(spec.arguments))
+            except UsageError as error:
+                raise UsageError(f"variants: '{name}': {error}") from error
     with ExitStack() as stack:
         try:
             mine = stack.enter_context(locked(folder))  # two launchers would start the same runs twice

@@ -197,9 +197,7 @@ class JsonSchemaVerifier(WorkerVerifier):
         from jsonschema.validators import validator_for
 
         if isinstance(schema, str):
-            require(
-                Path(schema).is_file(), f"schema is {schema}, but this file does not exist: give one that does"
-            )
+            require(Path(schema).is_file(), f"schema is {schema}, but this file does not exist: give one that does")
             schema = read_yaml(schema)
         if schema is not None:
             try:

@@ -179,3 +179,37 @@ def test_the_summary_repeats_figures_of_the_questions() -> None:
     corrected = pd.concat([2 * table(study, "comparisons")["p_holm"] for study in STUDIES])
     known += Known([], corrected.tolist())
     assert strays(text[together:], known) == []
+
+
+def test_what_gates_did_to_the_gradient_comes_from_the_replays() -> None:
+    script, text = runpy.run_path(str(DOCS / "scripts/why.py")), (RESULTS / "why.md").read_text(encoding="utf-8")
+    assert script["page"](text) == text, "run python docs/scripts/why.py"
+    assert {found[1] for found in script["TABLE"].findall(text)} == set(script["TABLES"])
+    tables = "".join(found[0] for found in re.finditer(r"<!-- table.*?<!-- end of table -->", text, re.DOTALL))
+    shown = [
+        (sign, float(value) * (-1 if sign == MINUS else 1))
+        for sign, value, _ in FIGURE.findall(tables.replace("-", MINUS))
+    ]
+    known = Known([value for sign, value in shown if sign], [value for _, value in shown])
+    assert strays(re.sub(r"<!-- table.*?<!-- end of table -->", "", text, flags=re.DOTALL), known) == []
+
+
+def test_pictures_of_why_are_drawn_from_the_replays() -> None:
+    script = runpy.run_path(str(DOCS / "scripts/why.py"))
+    predicted, found = script["predicted_and_measured"](), script["gates"]()
+    (axes,) = predicted.axes
+    points = [tuple(container.lines[0].get_xydata()[0]) for container in axes.containers]
+    assert points == list(zip(found["change"], found["difference"], strict=True))
+    _, lower = script["by_part"]().axes
+    heights = [bar.get_height() for container in lower.containers for bar in container]
+    assert all(0 <= height < 10 for height in heights)
+    upper, _ = script["by_age"]().axes
+    assert len(upper.lines) == 2
+
+
+def test_steps_are_averaged_within_a_seed_before_seeds_are_counted() -> None:
+    over_runs = runpy.run_path(str(DOCS / "scripts/why.py"))["over_runs"]
+    values = pd.DataFrame({"variant": ["a"] * 4, "seed": [1, 1, 1, 2], "x": [0.0, 0.0, 3.0, 3.0]})
+    found = over_runs(values, ["variant"], ["x"]).loc["a"]
+    assert found["x", "mean"] == 2
+    assert found["x", "sem"] == pytest.approx(1.0)  # sd of 1 and 3 is sqrt(2), over sqrt(2)

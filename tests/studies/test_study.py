@@ -95,6 +95,14 @@ def test_what_is_no_study_is_refused(changes: dict[str, Any], words: str) -> Non
             ": overrides: model.gate: unknown key 'tua' of",
         ),
         ({"base": ["quickstrat"]}, "did you mean 'quickstart'?"),
+        (
+            {"variants": [variant("none"), variant("b", "--model.teacher.path=./nowhere")]},
+            "variants: 'b': model './nowhere' does not exist in ",
+        ),
+        (
+            {"overrides": ["--data.train=opdlab.data.JsonlProblems", "--data.train.path=nowhere.jsonl"]},
+            "data.train.path is nowhere.jsonl, but this file does not exist in ",
+        ),
     ],
 )
 def test_a_configuration_that_cannot_run_is_found_before_anything_runs(
