@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -21,6 +22,7 @@ from opdlab.replay.parts import KINDS, QUARTERS
 from opdlab.report.table import Table
 
 RESULTS = Path(__file__).parents[1] / "results"
+STUDY = Path(__file__).parents[2] / "configs" / "studies" / "why.yaml"
 PAGE, FOLDER = RESULTS / "why.md", RESULTS / "why"
 TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 STUDIES = ("granularity-lsm", "controls-lsm", "rate", "objectives-gates")  # a variant's name begins with its study's
@@ -83,13 +85,15 @@ def gates() -> pd.DataFrame:
         ["effective_sample_size", "ungated_norm_ratio", "fresh_change", "fresh_cosine"],
     )
     without = over_runs(stale[stale["gate"] == NO_GATE], ["variant"], ["fresh_cosine", "fresh_norm_ratio"])
+    labels = {each["name"]: each["label"] for each in yaml.safe_load(STUDY.read_text(encoding="utf-8"))["variants"]}
     rows = []
     for variant, row in own.iterrows():
         plain, found = without.loc[variant], measured(str(variant))
         rows.append(
             {
                 "variant": variant,
-                **{name: found[name] for name in ("study", "label", "difference", "low", "high", "p_holm")},
+                "label": labels[str(variant)],
+                **{name: found[name] for name in ("study", "difference", "low", "high")},
                 "sample_size": row["effective_sample_size", "mean"],
                 "norm": row["ungated_norm_ratio", "mean"],
                 "stale_norm": plain["fresh_norm_ratio", "mean"],
@@ -132,6 +136,13 @@ def parts() -> pd.DataFrame:
     return means.assign(along_share=means["fresh_projection"] / of_row)
 
 
+def _ungated(found: pd.DataFrame) -> pd.DataFrame:
+    """Return the means by part without a gate, over the runs of LSM at the studies' own rate."""
+    at_one_rate = found["variant"].str.startswith(("granularity-lsm-", "controls-lsm-"))
+    here = found[(found["gate"] == NO_GATE) & at_one_rate]
+    return here.groupby("part")[["position_share", "drift_size", "along_share"]].mean()
+
+
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -170,14 +181,12 @@ def _age_table() -> str:
 
 def _part_table() -> str:
     found, labels = parts(), dict(gates()[["variant", "label"]].to_numpy())
-    own = found[found["gate"] == OWN]
-    plain = found[found["gate"] == NO_GATE].set_index(["variant", "part"])
+    own, plain = found[found["gate"] == OWN], _ungated(found)
     names = [*QUARTERS, "first tokens", *(kind for kind in KINDS if kind in set(found["part"]))]
-    first = plain.loc[own["variant"].iloc[0]]
     rows = [
-        ["share of the positions", *(f"{first.loc[name, 'position_share']:.2f}" for name in names)],
-        ["mean size of the drift, nats", *(f"{first.loc[name, 'drift_size']:.3f}" for name in names)],
-        ["share of the way, no gate", *(f"{first.loc[name, 'along_share']:.2f}" for name in names)],
+        ["share of the positions", *(f"{plain.loc[name, 'position_share']:.2f}" for name in names)],
+        ["mean size of the drift, nats", *(f"{plain.loc[name, 'drift_size']:.3f}" for name in names)],
+        ["share of the way, no gate", *(f"{plain.loc[name, 'along_share']:.2f}" for name in names)],
     ]
     for variant, here in own.groupby("variant", sort=False):
         weights = here.set_index("part")["weight_mean"]
@@ -256,7 +265,7 @@ def by_part(
     upper, lower = figure.subplots(2, 1, sharex=True)
     names = [*QUARTERS, *(kind for kind in KINDS if kind in set(found["part"]))]
     labels = dict(gates()[["variant", "label"]].to_numpy())
-    plain = found[(found["gate"] == NO_GATE) & (found["variant"] == variants[0])].set_index("part").loc[names]
+    plain = _ungated(found).loc[names]
     places = np.arange(len(names))
     upper.bar(places - 0.2, plain["position_share"], 0.4, color="0.7", label="share of the positions")
     upper.bar(
