@@ -116,9 +116,10 @@ def replay(arguments: Sequence[str]) -> int:
         for record in records:
             status.update(f"replaying step {record.number} ({len(found) + 1} of {len(records)})")
             found.append(replayer.replay(record))
+    passes = sum(step.num_backward for step in found)
     about = [
         f"{len(found)} step{'s' * (len(found) != 1)} under {max(len(step.rows) for step in found)} gates in "
-        f"{time.perf_counter() - started:.0f} s, with {sum(step.num_backward for step in found)} backward passes; "
+        f"{time.perf_counter() - started:.0f} s, with {passes} backward pass{'es' * (passes != 1)}; "
         f"fresh gradients: {config.draws} a step",
         *(f"left out: {name}, which {reason}" for name, reason in replayer.skipped.items()),
         reproduction(found, records),

@@ -38,7 +38,7 @@ class ReplayedStep:
         ceilings: by reference (``fresh``, ``other``) the mean cosine between two fresh gradients.
         rows: a line for each gate.
         sample_sizes: by gate, the effective sample size at each of :data:`PLOTTED_TAUS`.
-        num_backward: backward passes that the gates took.
+        num_backward: backward passes that gates, parts and other objectives took.
         others: by the name of another objective, a line for each gate.
         parts: a line for each part of a gate's weights, under all objectives; empty unless they were asked for.
     """

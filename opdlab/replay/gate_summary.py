@@ -196,25 +196,30 @@ def objective_table(steps: Sequence[ReplayedStep], gates: Collection[str] | None
 
 
 def part_table(rows: Sequence[Row]) -> str:
-    """Return the means over the steps of each gate in each part of the responses, as Markdown."""
+    """Return the means over the stale steps of each gate in each part of the responses, as Markdown."""
     names = (
         *("position_share", "drift_size", "weight_mean", "weight_share"),
         *("gradient_norm", "fresh_cosine", "fresh_projection"),
     )
     groups: dict[tuple[Value, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["objective"], *(row[name] for name in KEYS)), []).append(row)
+        if isinstance(age := row["age"], float) and age > 0:
+            groups.setdefault((row["objective"], row["own"], *(row[name] for name in KEYS)), []).append(row)
     lines: list[Sequence[str]] = []
-    for (objective, gate, *options, tau), found in groups.items():
-        form = "" if has_papers_form(found[0]) else f" ({', '.join(str(each) for each in options if each)})"
-        labels = str(objective), f"{gate}{form}", f"{tau:g}" if isinstance(tau, float) else str(tau or "")
+    for (objective, own, gate, statistic, normalization, tau), found in groups.items():
+        form = ["the run"] if own else []
+        if not has_papers_form(found[0]):
+            given = ("statistic", statistic), ("normalization", normalization)
+            form += [f"{name} {value}" for name, value in given if value is not None]
+        label = f"{gate} ({', '.join(form)})" if form else str(gate)
+        labels = str(objective), label, f"{tau:g}" if isinstance(tau, float) else str(tau or "")
         for part, means in part_means(found, names).items():
             lines.append((*labels, part, *(f"{means[name]:.3g}" if name in means else "" for name in names)))
     titles = (
         *("share of positions", "mean size of drift", "mean weight", "share of weight"),
         *("gradient norm", "cosine with fresh", "along fresh"),
     )
-    return _table(("objective", "gate", "tau", "part", *titles), lines)
+    return _table(("objective", "gate", "tau", "part", *titles), lines) if lines else "No recorded step is stale."
 
 
 def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -84,8 +84,8 @@ def part_rows(
     kinds: Tensor,
     fresh: Tensor,
     tolerance: float,
-) -> list[list[Row]]:
-    """Return a row for each part of a step that has positions, for each gate.
+) -> tuple[list[list[Row]], int]:
+    """Return a row for each part of a step that has positions, for each gate, and the number of backward passes.
 
     A part's gradient is that of the positions in it alone, under the gate's weights over the whole step: gradients of
     the quarters, or of the kinds, sum to the gate's.
@@ -98,8 +98,9 @@ def part_rows(
         tolerance: see :func:`opdlab.replay.step_gradients.mixtures`.
 
     Returns:
-        By gate. ``weight_share`` is the part's share of all weight, ``drift_size`` the mean absolute drift in nats,
-        ``fresh_projection`` the part of the gate's gradient along the unit vector of the mean fresh gradient.
+        The rows by gate, and the number. ``weight_share`` is the part's share of all weight, ``drift_size`` the mean
+        absolute drift in nats, ``fresh_projection`` the component of the part's gradient along the unit vector of the
+        mean fresh gradient.
     """
     masks = [part_masks(inputs, kinds) for inputs in gradients.inputs]
     sizes = {name: sum(int(each[name].sum()) for each in masks) for name in masks[0]}
@@ -137,7 +138,7 @@ def part_rows(
                     "fresh_projection": float(along[row]),
                 }
             )
-    return found
+    return found, products.num_backward
 
 
 def part_means(rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> dict[str, dict[str, float]]:

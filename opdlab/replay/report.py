@@ -62,8 +62,10 @@ def write_results(
     """
     rows = [row for step in steps for part in (step.rows, *step.others.values()) for row in shown(part, gates)]
     write_rows(out / "replay.csv", rows, steps[0].rows[0])
-    # The ungated gradient stands beside the gates that were asked for.
-    parts = shown((row for step in steps for row in step.parts), None if gates is None else {UNGATED, *gates})
+    # Parts have the ungated gradient and the run's own gate beside those that were asked for.
+    parts = [
+        row for step in steps for row in step.parts if gates is None or row["own"] or row["gate"] in {UNGATED, *gates}
+    ]
     (out / "parts.csv").unlink(missing_ok=True)  # of an earlier replay
     if parts:
         write_rows(out / "parts.csv", parts, parts[0])
@@ -91,9 +93,10 @@ def write_results(
     if parts:
         text += [
             "## Parts",
-            "Means over all recorded steps, for gates of the paper's form. A part's gradient is that of its positions "
-            "alone; along fresh: its component along the mean fresh gradient. The quarters of a response add up to the "
-            f"whole gradient, and so do the kinds of tokens; its first {FIRST} tokens are also in those.",
+            "Means over the steps whose rollouts are stale, for the run's own gate and those of the paper's form. A "
+            "part's gradient is that of its positions alone; along fresh: its component along the mean fresh gradient. "
+            "The quarters of a response add up to the whole gradient, and so do the kinds of tokens; its first "
+            f"{FIRST} tokens are also in those.",
             part_table(parts),
         ]
     (out / "replay.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")

@@ -99,6 +99,7 @@ class Replayer:
         record.load_weights(self._module.student)
         draws = self._draws(record)
         step, ungated = self._replayed(record, draws, self._own.name)
+        num_backward = step.num_backward
         for other in self._others:
             try:
                 with self._asking(other.plugin) as request:
@@ -114,7 +115,8 @@ class Replayer:
                 continue
             step.others[other.name] = [row | {"own": False} for row in found.rows]
             step.parts.extend(row | {"own": False} for row in found.parts)
-        return step
+            num_backward += found.num_backward
+        return replace(step, num_backward=num_backward)
 
     def _served(
         self, batches: Sequence[RecordedBatch], request: TeacherRequest, named: str
@@ -177,10 +179,12 @@ class Replayer:
         }
         options = [{name: getattr(variant, name) for name in (*KEYS, "own")} for variant in variants]
         parts: list[Row] = []
+        num_backward = products.num_backward
         if self._kinds is not None:
             chosen = [v for v, each in enumerate(options) if not v or each["own"] or has_papers_form(each)]
             of_chosen = [weight[chosen] for weight in weights]
-            divided = part_rows(gradients, of_chosen, self._kinds, references["fresh"], self._config.tolerance)
+            divided, more = part_rows(gradients, of_chosen, self._kinds, references["fresh"], self._config.tolerance)
+            num_backward += more
             parts = [known | options[v] | row for v, rows in zip(chosen, divided, strict=True) for row in rows]
         step = ReplayedStep(
             number=record.number,
@@ -197,7 +201,7 @@ class Replayer:
                 )
             ],
             sample_sizes=sample_sizes(variants, joined),
-            num_backward=products.num_backward,
+            num_backward=num_backward,
             parts=parts,
         )
         return step, ungated

@@ -50,11 +50,19 @@ def test_parts_have_rows_and_a_table_until_a_replay_without_them(run: Path) -> N
     assert main(["replay", str(run), *options, "--parts"]) == 0
     with (run / "replay" / "parts.csv").open() as file:
         rows = list(csv.DictReader(file))
+    of_paper = ("none", ""), ("block32", "signed_mean"), ("block64", "signed_mean")  # block64 is the run's own
     assert {(row["gate"], row["statistic"], row["step"]) for row in rows} == {
-        (gate, statistic, step) for gate, statistic in (("none", ""), ("block32", "signed_mean")) for step in "24"
+        (gate, statistic, step) for gate, statistic in of_paper for step in "24"
     }
     assert {"quarter 1", "first tokens", "digit"} <= {row["part"] for row in rows}
     text = (run / "replay" / "replay.md").read_text()
+    assert "| teacher_topk | block64 (the run) | 1 | quarter 1 |" in text
+    stale = [float(row["weight_mean"]) for row in rows if (row["gate"], row["part"]) == ("block32", "digit")]
+    ages = {row["age"] for row in rows}
+    assert "0.0" not in ages, "the table is compared with all rows"
+    cell = re.search(r"\| block32 \| 5 \| digit \| \S+ \| \S+ \| (\S+) \|", text)
+    assert cell is not None
+    assert float(cell[1]) == pytest.approx(sum(stale) / len(stale), rel=5e-3)
     assert re.search(r"\| teacher_topk \| block32 \| 5 \| quarter 2 \|( -?[\d.e-]+ \|){7}", text)
     assert main(["replay", str(run), *options]) == 0
     assert not (run / "replay" / "parts.csv").exists()
