@@ -73,6 +73,8 @@ PUBLIC = {
         *("Collector", "Minibatch", "Pool", "ReuseConfig", "RolloutLoader", "Rollouts", "StopReason", "Targets"),
     ],
     "opdlab.toy": [
+        "CapitalProblems",
+        "CapitalVerifier",
         "ChainProblem",
         "ChainProblems",
         "StringProblem",
