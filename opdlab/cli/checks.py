@@ -281,21 +281,31 @@ def _trainer_error(options: Mapping[str, Any]) -> Exception | None:
 
 
 def check_files(config: Namespace) -> None:
-    """Refuse models and problems whose files are missing on this machine, before models are loaded.
+    """Refuse problems whose file is missing on this machine, before models are loaded.
 
     Raises:
-        UsageError: a file or folder does not exist.
+        UsageError: a file does not exist.
     """
     kinds = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
     for key, section in sections(config.as_dict()):
-        path, class_path = (section.get("init_args") or {}).get("path"), str(section.get("class_path"))
-        if isinstance(path, str) and class_path in _MODELS:
-            resolve(path, with_config=False)
-        if isinstance(path, str) and class_path.startswith("opdlab.data."):
+        path = (section.get("init_args") or {}).get("path")
+        if isinstance(path, str) and str(section.get("class_path")).startswith("opdlab.data."):
             local = path.startswith((".", "/", "~")) or path.endswith(kinds) or "Jsonl" in section["class_path"]
             file = expanded(path, f"{key}.path")
             place = f"this file does not exist{below(file)}"
             require(not local or file.exists(), f"{key}.path is {path}, but {place}: give the path of one that does")
+
+
+def check_model_folders(config: Namespace) -> None:
+    """Refuse models whose folder is missing on this machine, where none is about to be loaded.
+
+    Raises:
+        UsageError: a folder does not exist.
+    """
+    for _, section in sections(config.as_dict()):
+        path = (section.get("init_args") or {}).get("path")
+        if isinstance(path, str) and str(section.get("class_path")) in _MODELS:
+            resolve(path, with_config=False)
 
 
 def warn_of_idle_recorder(config: Namespace) -> None:

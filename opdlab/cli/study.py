@@ -15,7 +15,7 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 
-from opdlab.cli.checks import check_files
+from opdlab.cli.checks import check_files, check_model_folders
 from opdlab.cli.commands import COMMANDS, listing
 from opdlab.cli.parsing import parse_fit
 from opdlab.cli.report import write_report
@@ -174,7 +174,9 @@ def _run(options: Namespace) -> int:
         left = {spec.variant: spec for spec in plan.runs() if not spec.finished}
         for name, spec in left.items():
             try:
-                check_files(parse_fit(spec.arguments))
+                config = parse_fit(spec.arguments)
+                check_files(config)
+                check_model_folders(config)
             except UsageError as error:
                 raise UsageError(f"variants: '{name}': {error}") from error
     with ExitStack() as stack:
