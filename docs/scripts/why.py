@@ -19,6 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from opdlab.replay.parts import KINDS, QUARTERS
+from opdlab.report.study.sentences import number
 from opdlab.report.table import Table
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -29,6 +30,7 @@ STUDIES = ("granularity-lsm", "controls-lsm", "rate", "objectives-gates")  # a v
 NO_GATE, OWN = "none", "own"
 STEPS = (10, 20, 30, 40, 50, 60)
 AGES = ((1, 3), (7, 9), (11, 13))  # optimizer steps; those of the replayed steps are 9, 3, 13, 7, 1, 11
+DRAWN = ("granularity-lsm-block64", "granularity-lsm-token", "controls-lsm-horizon")  # by age and by part
 _STEP = ("step", "age", "effective_sample_size", "ungated_norm_ratio", "gradient_norm")
 _FRESH = ("fresh_cosine", "fresh_change", "fresh_norm_ratio", "fresh_ceiling")
 _PART = ("position_share", "drift_size", "weight_mean", "weight_share", "gradient_norm", "fresh_projection")
@@ -82,9 +84,9 @@ def gates() -> pd.DataFrame:
     own = over_runs(
         stale[stale["gate"] == OWN],
         ["variant"],
-        ["effective_sample_size", "ungated_norm_ratio", "fresh_change", "fresh_cosine"],
+        ["effective_sample_size", "ungated_norm_ratio", "fresh_change"],
     )
-    without = over_runs(stale[stale["gate"] == NO_GATE], ["variant"], ["fresh_cosine", "fresh_norm_ratio"])
+    without = over_runs(stale[stale["gate"] == NO_GATE], ["variant"], ["fresh_cosine"])
     labels = {each["name"]: each["label"] for each in yaml.safe_load(STUDY.read_text(encoding="utf-8"))["variants"]}
     rows = []
     for variant, row in own.iterrows():
@@ -96,7 +98,6 @@ def gates() -> pd.DataFrame:
                 **{name: found[name] for name in ("study", "difference", "low", "high")},
                 "sample_size": row["effective_sample_size", "mean"],
                 "norm": row["ungated_norm_ratio", "mean"],
-                "stale_norm": plain["fresh_norm_ratio", "mean"],
                 "cosine": plain["fresh_cosine", "mean"],
                 "change": row["fresh_change", "mean"],
                 "change_se": row["fresh_change", "sem"],
@@ -106,7 +107,7 @@ def gates() -> pd.DataFrame:
 
 
 def ages() -> pd.DataFrame:
-    """Return cosine and change of the cosine by variant and age, with the group's number of recorded steps."""
+    """Return the cosine without a gate, its ceiling, and the change under the variant's gate, by variant and age."""
     steps = pd.read_csv(FOLDER / "steps.csv")
     rows = []
     for first, last in AGES:
@@ -146,17 +147,16 @@ def _ungated(found: pd.DataFrame) -> pd.DataFrame:
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 
-def _signed(value: float, error: float | None = None) -> str:
-    text = f"{value:+.3f}" if abs(value) >= 0.0005 else "0.000"
-    return text if error is None else f"{text} ± {error:.3f}"
+def _change(value: float, error: float) -> str:
+    return f"{number(value, sign=True)} ± {number(error)}"
 
 
 def _gate_table() -> str:
     rows = [
         [
             *(row.label, row.study, f"{row.sample_size:.2f}", f"{row.norm:.2f}", f"{row.cosine:.3f}"),
-            *(_signed(row.change, row.change_se), _signed(row.difference)),
-            f"{_signed(row.low)} to {_signed(row.high)}",
+            *(_change(row.change, row.change_se), number(row.difference, sign=True)),
+            f"{number(row.low, sign=True)} to {number(row.high, sign=True)}",
         ]
         for row in gates().itertuples()
     ]
@@ -173,7 +173,7 @@ def _age_table() -> str:
     rows = []
     for variant, here in found.groupby("variant", sort=False):
         cells = here.set_index("age")
-        shown = [_signed(cells.loc[name, "change"], cells.loc[name, "change_se"]) for name in names]
+        shown = [_change(cells.loc[name, "change"], cells.loc[name, "change_se"]) for name in names]
         rows.append([labels[variant], *(f"{cells.loc[name, 'cosine']:.2f}" for name in names), *shown])
     head = ("gate", *(f"cosine, {name}" for name in names), *(f"change, {name}" for name in names))
     return Table(head, rows, num_names=1).markdown().rstrip()
@@ -231,18 +231,16 @@ def predicted_and_measured() -> Figure:
     return figure
 
 
-def by_age(
-    variants: tuple[str, ...] = ("granularity-lsm-block64", "granularity-lsm-token", "controls-lsm-horizon"),
-) -> Figure:
+def by_age() -> Figure:
     """Return a picture of the cosine without a gate, its ceiling, and what three gates change, by age."""
     figure, found = _figure(5.2), ages()
     upper, lower = figure.subplots(2, 1, sharex=True)
     names, labels = list(dict.fromkeys(found["age"])), dict(gates()[["variant", "label"]].to_numpy())
-    at_one_rate = found[found["variant"].isin(variants)].groupby("age", sort=False)[["cosine", "ceiling"]].mean()
+    at_one_rate = found[found["variant"].isin(DRAWN)].groupby("age", sort=False)[["cosine", "ceiling"]].mean()
     upper.plot(names, at_one_rate["ceiling"], "k--", marker="_", label="between two fresh gradients")
     upper.plot(names, at_one_rate["cosine"], color="0.35", marker="o", label="stale, no gate")
     lower.axhline(0, color="0.6", linewidth=1)
-    for place, variant in enumerate(variants):
+    for place, variant in enumerate(DRAWN):
         here = found[found["variant"] == variant]
         lower.errorbar(
             names, here["change"], here["change_se"], marker="o", capsize=2, color=f"C{place}", label=labels[variant]
@@ -257,9 +255,7 @@ def by_age(
     return figure
 
 
-def by_part(
-    variants: tuple[str, ...] = ("granularity-lsm-block64", "granularity-lsm-token", "controls-lsm-horizon"),
-) -> Figure:
+def by_part() -> Figure:
     """Return a picture of where the positions, the way along the fresh gradient, and the weights are."""
     figure, found = _figure(4.6), parts()
     upper, lower = figure.subplots(2, 1, sharex=True)
@@ -272,7 +268,7 @@ def by_part(
         places + 0.2, plain["along_share"], 0.4, color="0.35", label="share of the way along a fresh gradient, no gate"
     )
     lower.axhline(1, color="0.6", linewidth=1)
-    for place, variant in enumerate(variants):
+    for place, variant in enumerate(DRAWN):
         own = found[(found["gate"] == OWN) & (found["variant"] == variant)].set_index("part").loc[names]
         lower.bar(places + 0.27 * (place - 1), own["weight_mean"], 0.25, color=f"C{place}", label=labels[variant])
     lower.set_xticks(places, [name.replace("quarter", "quarter\n") for name in names])

@@ -41,7 +41,7 @@ from opdlab.evaluation.config import EvaluationConfig
 from opdlab.files import below, expanded
 from opdlab.module import OPDModule
 from opdlab.parser_messages import types_in_words
-from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig, TransformersSampler
+from opdlab.policies import SamplingConfig, TransformersSampler
 from opdlab.policies.engines.requests import check_temperature
 from opdlab.policies.loading import resolve
 from opdlab.rollouts import DemonstrationConfig, ReuseConfig
@@ -85,8 +85,6 @@ _LEAST = {
     "accumulate_grad_batches": (1, "use 1 for none"),
     "limit_train_batches": (0, "leave it out for all"),
 }
-# Classes whose `path` is that of a model.
-_MODELS = tuple(f"{cls.__module__.rpartition('.')[0]}.{cls.__name__}" for cls in (LanguageModel, LocalTeacher))
 _MOST_DEVICES = 4096  # Lightning makes a list of them
 # The hardware that every machine has.
 _ANY_MACHINE = {"accelerator": "cpu", "devices": 1, "strategy": "auto", "num_nodes": 1, "precision": None}
@@ -304,7 +302,7 @@ def check_model_folders(config: Namespace) -> None:
     """
     for _, section in sections(config.as_dict()):
         path = (section.get("init_args") or {}).get("path")
-        if isinstance(path, str) and str(section.get("class_path")) in _MODELS:
+        if isinstance(path, str) and str(section.get("class_path")).endswith((".LanguageModel", ".LocalTeacher")):
             resolve(path, with_config=False)
 
 

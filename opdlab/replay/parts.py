@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opdlab.gating import GateInputs
-from opdlab.replay.comparison import Row
+from opdlab.replay.comparison import Row, compare
 from opdlab.replay.step_gradients import StepGradients, gradient_products
 
 QUARTERS = ("quarter 1", "quarter 2", "quarter 3", "quarter 4")
@@ -105,39 +105,35 @@ def part_rows(
     masks = [part_masks(inputs, kinds) for inputs in gradients.inputs]
     sizes = {name: sum(int(each[name].sum()) for each in masks) for name in masks[0]}
     names = [name for name, size in sizes.items() if size]
-    num_gates, total = len(weights[0]), sum(int(inputs.mask.sum()) for inputs in gradients.inputs)
+    total = sum(int(inputs.mask.sum()) for inputs in gradients.inputs)
     divided = [
         torch.cat([weight[:1], *(weight * each[name] for name in names)])  # [1 + R * V, B, T]
         for weight, each in zip(weights, masks, strict=True)
     ]
-    mean = fresh.double().mean(0)
-    products = gradient_products(gradients, divided, torch.cat([fresh, mean[None].float()]), tolerance)
-    norms, along = products.squares.sqrt()[1:], products.references[1:, -1] / mean.norm().cpu()
-    lengths = fresh.double().norm(dim=1).cpu()
-    cosines = (products.references[1:, 1:-1] / (norms[:, None] * lengths)).mean(1)
-    whole = torch.stack([weight.double().sum((1, 2)).cpu() for weight in weights]).sum(0)  # [V]; 0 where masked
-    found: list[list[Row]] = [[] for _ in range(num_gates)]
-    for number, name in enumerate(names):
-        weight = torch.stack([(w * m[name]).double().sum((1, 2)).cpu() for w, m in zip(weights, masks, strict=True)])
-        drift = sum(
-            float(inputs.drift[each[name]].abs().double().sum())
-            for inputs, each in zip(gradients.inputs, masks, strict=True)
+    mean = fresh.mean(0)
+    products = gradient_products(gradients, divided, torch.cat([fresh, mean[None]]), tolerance)
+    compared, _ = compare(products, {"fresh": fresh}, mean)  # the first row is that of no gate and all parts
+    whole = torch.stack([weight.double().sum((1, 2)).cpu() for weight in weights]).sum(0).tolist()  # [V]
+    of_part = torch.stack([each[1:].double().sum((1, 2)).cpu() for each in divided]).sum(0).tolist()  # [R * V]
+    found: list[list[Row]] = [[] for _ in whole]
+    for number, (row, weight) in enumerate(zip(compared[1:], of_part, strict=True)):
+        name, gate = names[number // len(whole)], number % len(whole)
+        drift = [inputs.drift[each[name]] for inputs, each in zip(gradients.inputs, masks, strict=True)]
+        norm, along = row["gradient_norm"], row["run_cosine"]
+        found[gate].append(
+            {
+                "part": name,
+                "positions": sizes[name],
+                "position_share": sizes[name] / total,
+                "weight_mean": weight / sizes[name],
+                "weight_share": weight / whole[gate] if whole[gate] else None,
+                "drift_size": float(torch.cat(drift).abs().double().mean()),
+                "gradient_norm": norm,
+                "fresh_cosine": row["fresh_cosine"],
+                # A part without a gradient has no direction, and gets nowhere.
+                "fresh_projection": norm * along if isinstance(norm, float) and isinstance(along, float) else 0.0,
+            }
         )
-        for gate, of_part in enumerate(weight.sum(0).tolist()):
-            row = number * num_gates + gate
-            found[gate].append(
-                {
-                    "part": name,
-                    "positions": sizes[name],
-                    "position_share": sizes[name] / total,
-                    "weight_mean": of_part / sizes[name],
-                    "weight_share": of_part / float(whole[gate]) if whole[gate] else None,
-                    "drift_size": drift / sizes[name],
-                    "gradient_norm": float(norms[row]),
-                    "fresh_cosine": float(cosines[row]) if norms[row] > 0 else None,
-                    "fresh_projection": float(along[row]),
-                }
-            )
     return found, products.num_backward
 
 

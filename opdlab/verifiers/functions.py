@@ -80,7 +80,7 @@ class FunctionVerifier(WorkerVerifier):
             UsageError: the function returned neither a truth value nor 0 or 1.
         """
         wrong = next((verdict.reason for verdict in verdicts if verdict.reason.startswith(INVALID)), None)
-        require(wrong is None, f"function is {self.function}, which {wrong}, but must return true or false, or 1 or 0")
+        require(wrong is None, f"verifier {self.function} {wrong}, but must return true or false, or 1 or 0")
         super().report(verdicts)
 
 

@@ -1,5 +1,6 @@
 """The results in the documentation: reports come from their archives, and figures in the text from the reports."""
 
+import importlib.util
 import re
 import runpy
 import tarfile
@@ -201,10 +202,43 @@ def test_pictures_of_why_are_drawn_from_the_replays() -> None:
     points = [tuple(container.lines[0].get_xydata()[0]) for container in axes.containers]
     assert points == list(zip(found["change"], found["difference"], strict=True))
     _, lower = script["by_part"]().axes
-    heights = [bar.get_height() for container in lower.containers for bar in container]
-    assert all(0 <= height < 10 for height in heights)
-    upper, _ = script["by_age"]().axes
-    assert len(upper.lines) == 2
+    parts = script["parts"]().set_index(["variant", "gate", "part"])["weight_mean"]
+    names = [label.get_text().replace("\n", "") for label in lower.get_xticklabels()]
+    for variant, bars in zip(script["DRAWN"], lower.containers, strict=True):
+        assert [bar.get_height() for bar in bars] == [parts[variant, "own", name] for name in names]
+    _, lower = script["by_age"]().axes
+    ages = script["ages"]().set_index("variant")
+    for variant, drawn in zip(script["DRAWN"], lower.containers, strict=True):
+        assert list(drawn.lines[0].get_ydata()) == ages.loc[variant, "change"].tolist()
+
+
+def test_replays_of_a_study_are_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a gate and under the run's own, at the steps that are shown; parts over stale steps."""
+    spec = importlib.util.spec_from_file_location("why", DOCS / "scripts/why.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "FOLDER", tmp_path / "why")
+    for seed in (0, 1):
+        run = tmp_path / f"study/runs/v/seed-{seed}/version_0/replay"
+        run.mkdir(parents=True)
+        rows = [
+            {"step": step, "age": age, "gate": gate, "own": own, "part": "digit"}
+            | dict.fromkeys([*script._STEP[2:], *script._FRESH, *script._PART], step + 10.0 * seed)
+            for step, age in ((5, 4.0), (10, 9.0), (20, 0.0), (30, 13.0))
+            for gate, own in (("none", False), ("token", False), ("token", True))
+        ]
+        for name in ("replay", "parts"):
+            pd.DataFrame(rows).to_csv(run / f"{name}.csv", index=False)
+    script.gather(tmp_path / "study")
+    steps, parts = (pd.read_csv(tmp_path / "why" / f"{name}.csv", keep_default_na=False) for name in ("steps", "parts"))
+    assert [tuple(row) for row in steps[["seed", "gate", "step"]].to_numpy()] == [
+        (seed, gate, step) for seed in (0, 1) for step in (10, 20, 30) for gate in ("none", "own")
+    ]
+    assert parts.set_index(["seed", "gate"])["weight_mean"].to_dict() == {
+        (seed, gate): 20.0 + 10 * seed for seed in (0, 1) for gate in ("none", "own")
+    }
 
 
 def test_steps_are_averaged_within_a_seed_before_seeds_are_counted() -> None:

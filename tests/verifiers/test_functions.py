@@ -69,7 +69,7 @@ def test_a_function_decides_and_what_it_cannot_judge_is_wrong_and_said_once() ->
     assert re.fullmatch(f"{start}raises ValueError: could not convert .*own_checks.py.*line 10.*", texts[2])
     assert [each.correct for each in verifier.verify(["hang", "eight"], ["1", "1"])] == [False, False]  # not said again
 
-    with pytest.raises(UsageError, match=r"which returned 0.5, but must return true or false, or 1 or 0"):
+    with pytest.raises(UsageError, match=r"verifier \S+ returned 0.5, but must return true or false, or 1 or 0"):
         verifier.verify(["half"], ["1"])
 
 
