@@ -1,10 +1,10 @@
 """What gates did to the gradient, beside what they did to pass@1: tables and pictures of ``docs/results/why.md``.
 
 ``python docs/scripts/why.py runs/studies/why`` takes the replays of the study's runs, each made with ``opdlab replay
-RUN/version_0 --gates none GATE --steps 10 20 30 40 50 60 --parts``, into ``docs/results/why/steps.csv`` (each replayed
-step, without a gate and under the run's own) and ``parts.csv`` (means over a run's stale steps). Without a folder it
-makes tables and pictures from these two files and from the studies' reports. A table stands between ``<!-- table: NAME
--->`` and ``<!-- end of table -->``.
+RUN/version_0 --gates none GATE --steps 10 20 30 40 50 60 --parts``, into ``docs/results/why/steps.csv`` (each stale
+step, without a gate and under the run's own) and ``parts.csv`` (means over them by run). Without a folder it makes
+tables and pictures from these two files and from the studies' reports. A table stands between ``<!-- table: NAME -->``
+and ``<!-- end of table -->``.
 """
 
 import argparse
@@ -42,20 +42,18 @@ _DIGITS = 6
 
 def gather(study: Path) -> None:
     """Write both files from the replays of a study's runs."""
-    steps, parts = [], []
+    steps: list[pd.DataFrame] = []
+    parts: list[pd.DataFrame] = []
     for run in sorted(study.glob("runs/*/*/version_0")):
         about = {"variant": run.parts[-3], "seed": int(run.parts[-2].removeprefix("seed-"))}
-        for found, name, wanted in ((steps, "replay", (*_STEP, *_FRESH)), (parts, "parts", ("age", "part", *_PART))):
+        for found, name, wanted in ((steps, "replay", (*_STEP, *_FRESH)), (parts, "parts", ("part", *_PART))):
             rows = pd.read_csv(run / "replay" / f"{name}.csv", keep_default_na=False, na_values=[""])
             gates = rows["gate"].where(~rows["own"], OWN)
-            kept = rows.assign(gate=gates)[gates.isin((NO_GATE, OWN)) & rows["step"].isin(STEPS)][["gate", *wanted]]
-            found.append(kept.assign(**about))
-    every_step, every_part = pd.concat(steps), pd.concat(parts)
+            kept = gates.isin((NO_GATE, OWN)) & rows["step"].isin(STEPS) & (rows["age"] > 0)
+            found.append(rows.assign(gate=gates, **about)[kept][["variant", "seed", "gate", *wanted]])
     FOLDER.mkdir(exist_ok=True)
-    keys = ["variant", "seed", "gate"]
-    every_step[[*keys, *_STEP, *_FRESH]].round(_DIGITS).to_csv(FOLDER / "steps.csv", index=False)
-    stale = every_part[every_part["age"] > 0].drop(columns="age")
-    means = stale.groupby([*keys, "part"], sort=True).mean().reset_index()
+    pd.concat(steps).round(_DIGITS).to_csv(FOLDER / "steps.csv", index=False)
+    means = pd.concat(parts).groupby(["variant", "seed", "gate", "part"]).mean().reset_index()
     means.round(_DIGITS).to_csv(FOLDER / "parts.csv", index=False)
 
 
@@ -80,13 +78,12 @@ def over_runs(values: pd.DataFrame, by: list[str], figures: list[str]) -> pd.Dat
 def gates() -> pd.DataFrame:
     """Return a row for each variant: what its gate did to the gradient, and the measured difference of pass@1."""
     steps = pd.read_csv(FOLDER / "steps.csv")
-    stale = steps[steps["age"] > 0]
     own = over_runs(
-        stale[stale["gate"] == OWN],
+        steps[steps["gate"] == OWN],
         ["variant"],
         ["effective_sample_size", "ungated_norm_ratio", "fresh_change"],
     )
-    without = over_runs(stale[stale["gate"] == NO_GATE], ["variant"], ["fresh_cosine"])
+    without = over_runs(steps[steps["gate"] == NO_GATE], ["variant"], ["fresh_cosine"])
     labels = {each["name"]: each["label"] for each in yaml.safe_load(STUDY.read_text(encoding="utf-8"))["variants"]}
     rows = []
     for variant, row in own.iterrows():

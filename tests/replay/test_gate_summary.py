@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from opdlab.replay.gate_summary import GateSummary, console_table
+from opdlab.replay.comparison import Row
+from opdlab.replay.gate_summary import GateSummary, console_table, part_table
 
 
 def summary(gate: str, own: bool = False) -> GateSummary:
@@ -37,3 +38,23 @@ def test_the_deciding_columns_stay(gate: str, width: int, there: list[str], miss
     assert [name for name in missing if name in head] == []
     said = " ".join(text.split())
     assert not missing or f"All statistics and normalizations, and {', '.join(missing)}: replay.md." in said
+
+
+def test_parts_are_averaged_over_stale_steps() -> None:
+    """On fresh rollouts every gate on drift has weights of 1."""
+    known: Row = {
+        "objective": "o",
+        "gate": "token",
+        "statistic": "rms",
+        "normalization": "mean",
+        "tau": 5.0,
+        "own": True,
+    }
+    names = ("position_share", "drift_size", "weight_mean", "weight_share", "gradient_norm", "fresh_projection")
+    rows: list[Row] = [
+        known | dict.fromkeys(names, value) | {"age": age, "part": "digit", "fresh_cosine": None}
+        for age, value in ((0.0, 9.0), (1.0, 2.0), (3.0, 4.0))
+    ]
+    line = part_table(rows).splitlines()[-1]
+    assert line == "| o | token (the run, statistic rms, normalization mean) | 5 | digit | 3 | 3 | 3 | 3 | 3 |  | 3 |"
+    assert part_table(rows[:1]) == "No recorded step is stale."

@@ -110,12 +110,17 @@ def test_parts_are_gradients_of_their_positions_alone(make_run: MakeRun) -> None
     last = torch.zeros_like(digits)
     for row, length in enumerate(rollouts.num_tokens.tolist()):
         last[row, -(-3 * length // 4) : length] = True
+    with torch.no_grad():
+        scored = run.module.student.score(rollouts)
+        drift = scored.padded(scored.statistics().logprobs) - rollouts.behavior_logprobs
+    assert float(drift[rollouts.mask].mean()) != pytest.approx(float(drift[rollouts.mask].abs().mean()), rel=0.1)
     for gate, options in (("none", {}), ("block32", {"tau": 5.0})):
         for name, part in (("digit", digits), ("quarter 4", last)):
             expected = plain_gradient(run, record, build_gate(gate, **options), part)
             found = row_of(result.parts, gate=gate, part=name)
             assert found["gradient_norm"] == pytest.approx(float(expected.norm()), rel=1e-3)
             assert found["positions"] == int((rollouts.mask & part).sum())
+            assert found["drift_size"] == pytest.approx(float(drift[rollouts.mask & part].abs().mean()), rel=1e-3)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -148,7 +153,9 @@ def test_parts_of_other_objectives_stand_beside(make_run: MakeRun) -> None:
     config = ReplayConfig(draws=2, parts=True)
     result = Replayer(run.module, SMALL, config, nullcontext, objectives=["sampled_token"]).replay(record)
     assert {row["objective"] for row in result.parts} == {"teacher_topk", "sampled_token"}
-    assert not replayer(run).replay(record).parts
+    without = replayer(run).replay(record)
+    assert not without.parts
+    assert result.num_backward > 2 * without.num_backward
 
 
 def joined(parts: Sequence[Rollouts]) -> Rollouts:
