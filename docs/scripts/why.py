@@ -31,6 +31,7 @@ NO_GATE, OWN = "none", "own"
 STEPS = (10, 20, 30, 40, 50, 60)
 AGES = ((1, 3), (7, 9), (11, 13))  # optimizer steps; those of the replayed steps are 9, 3, 13, 7, 1, 11
 DRAWN = ("granularity-lsm-block64", "granularity-lsm-token", "controls-lsm-horizon")  # by age and by part
+HARMFUL = ("controls-lsm-horizon", "rate-token-high")  # beside the runs at the studies' own rate in the table of parts
 _STEP = ("step", "age", "effective_sample_size", "ungated_norm_ratio", "gradient_norm")
 _FRESH = ("fresh_cosine", "fresh_change", "fresh_norm_ratio", "fresh_ceiling")
 _PART = ("position_share", "drift_size", "weight_mean", "weight_share", "gradient_norm", "fresh_projection")
@@ -185,6 +186,13 @@ def _part_table() -> str:
         ["mean size of the drift, nats", *(f"{plain.loc[name, 'drift_size']:.3f}" for name in names)],
         ["share of the way, no gate", *(f"{plain.loc[name, 'along_share']:.2f}" for name in names)],
     ]
+    for variant in HARMFUL:
+        here = found[(found["gate"] == NO_GATE) & (found["variant"] == variant)].set_index("part").loc[names]
+        runs = f"no gate, runs of {labels[variant]}"
+        rows += [
+            [f"mean size of the drift, nats, {runs}", *(f"{size:.3f}" for size in here["drift_size"])],
+            [f"share of the way, {runs}", *(f"{share:.2f}" for share in here["along_share"].round(2) + 0.0)],
+        ]
     for variant, here in own.groupby("variant", sort=False):
         weights = here.set_index("part")["weight_mean"]
         rows.append([f"mean weight, {labels[variant]}", *(f"{weights[name]:.2f}" for name in names)])
