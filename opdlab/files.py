@@ -7,6 +7,7 @@ import errno
 import os
 import shutil
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -55,6 +56,35 @@ def expanded(path: str, field: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UsageError(f"{field} is '{path}', but its home folder is not known: give the whole path") from error
+
+
+def output_folder(path: Path, option: str, files: Sequence[str]) -> Path:
+    """Return a folder that results can be written to; called before they are computed.
+
+    Args:
+        path: made if it is missing.
+        option: that names it, for messages.
+        files: names or patterns of the files that will be written.
+
+    Raises:
+        UsageError: it cannot be made or written to, or a folder has the name of one of the files.
+
+    Example:
+        >>> import tempfile
+        >>> out = Path(tempfile.mkdtemp()) / "results"
+        >>> output_folder(out, "--out", ["table.csv"]) == out, out.is_dir()
+        (True, True)
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UsageError(f"{option} '{path}' cannot be written to ({error.strerror}): give another folder") from error
+    for found in (found for pattern in files for found in path.glob(pattern) if found.is_dir()):
+        raise UsageError(
+            f"{option} '{path}' has a folder '{found.name}' where a file is to be written: move it, or give another one"
+        )
+    return path
 
 
 @contextmanager

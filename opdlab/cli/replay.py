@@ -14,6 +14,7 @@ from opdlab.cli.commands import COMMANDS, PlainParser
 from opdlab.cli.overrides import check_overrides
 from opdlab.cli.replay_sources import PackSource, RunSource, Source
 from opdlab.errors import UsageError, require
+from opdlab.files import output_folder
 from opdlab.objectives import Objective
 from opdlab.replay import objectives as named
 from opdlab.replay.comparison import ReplayedStep
@@ -22,7 +23,7 @@ from opdlab.replay.gate_summary import console_table, summarise
 from opdlab.replay.pack import write_pack
 from opdlab.replay.plugins import Named
 from opdlab.replay.record import RecordedStep
-from opdlab.replay.report import reproduction, write_results
+from opdlab.replay.report import FILES, reproduction, write_results
 from opdlab.replay.steps import ReplayConfig, Replayer, prepare
 from opdlab.replay.targets import unserved
 from opdlab.replay.unpack import Pack
@@ -99,11 +100,7 @@ def replay(arguments: Sequence[str]) -> int:
     steps = source.chosen(options.steps)
     sampling = source.sampling(options.draws, options.seed, options.other_prompts)
     config = ReplayConfig(**vars(sampling), tolerance=options.tolerance, parts=options.parts)
-    out = options.out or source.out
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out '{out}' cannot be made ({error.strerror}): give another folder") from error
+    out = output_folder(options.out or source.out, "--out", FILES)
     records = source.records(steps)
     judged = _check_objectives(source, objectives, records)
     started = time.perf_counter()

@@ -14,7 +14,8 @@ from rich.console import Console
 from opdlab.cli.commands import COMMANDS, PlainParser
 from opdlab.cli.overrides import check_overrides
 from opdlab.cli.screened_pair import VERIFIERS, Screened, pair_of_config, pair_of_paths
-from opdlab.errors import UsageError, require
+from opdlab.errors import require
+from opdlab.files import output_folder
 from opdlab.policies.loading import DType
 from opdlab.progress import StoppableProgress
 from opdlab.screening.outcome import screen
@@ -67,11 +68,7 @@ def screen_command(arguments: Sequence[str]) -> int:
         UsageError: an argument is invalid, models or prompts cannot be read, or the vocabularies differ.
     """
     options, overrides = _parsed(arguments)
-    out: Path = options.out
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out '{out}' cannot be made ({error.strerror}): give another folder") from error
+    out = output_folder(options.out, "--out", (PAGE, JSON))
     with warnings.catch_warnings():
         # A check says it, and what follows from it.
         warnings.filterwarnings("ignore", message="Models disagree on the end of an answer")

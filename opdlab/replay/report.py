@@ -21,6 +21,9 @@ from opdlab.replay.parts import FIRST
 from opdlab.replay.record import RecordedStep
 from opdlab.replay.variants import UNGATED
 
+FILES = ("replay.csv", "parts.csv", "replay.md", "cosine-*.*", "sample-size.*")
+"""Names and patterns of the files of :func:`write_results`."""
+
 
 def reproduction(steps: Sequence[ReplayedStep], records: Sequence[RecordedStep]) -> str:
     """Return a line that compares the losses replayed under the run's own gate with the recorded ones.

@@ -206,7 +206,8 @@ def test_a_pack_that_names_another_class_runs_nothing(
         ("RUN --draws some", "argument --draws: invalid int value: 'some'"),
         ("RUN --gatse token", "unknown option '--gatse'; did you mean '--gates'?"),
         ("RUN other", "'other' is one argument too many"),
-        ("RUN --out small/file", "--out 'small/file' cannot be made"),
+        ("RUN --out small/file", "--out 'small/file' cannot be written to"),
+        ("RUN --out taken", "--out 'taken' has a folder 'parts.csv' where a file is to be written: move it"),
         ("RUN --model.gaet token", "unknown key 'model.gaet'; did you mean 'model.gate'?"),
         ("RUN --model.student.adapter.r 2", "is of another model: "),
         ("cut", "cannot be read, it may have been changed or cut off"),
@@ -226,6 +227,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(
     if "adapter" in arguments:
         request.getfixturevalue("peft_pair")
     Path("small").touch()
+    Path("taken/parts.csv").mkdir(parents=True)
     shutil.copytree(run, "bare", ignore=shutil.ignore_patterns("pools"))
     shutil.copytree(run, "cut")
     weights = Path("cut/pools/step-000002/weights.safetensors")

@@ -126,7 +126,7 @@ def test_wrong_calls_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         (["-c", "quickstart", "--model.teacher", "opdlab.evaluation.NoTeacher"], "model.teacher is NoTeacher"),
     ):
         assert words in refused([*arguments, *out], capsys), arguments
-    assert "cannot be made" in refused([*PATHS, *given, "--out", str(prompts)], capsys)
+    assert "cannot be written to" in refused([*PATHS, *given, "--out", str(prompts)], capsys)
 
 
 def test_the_page_stands_alone_and_escapes_text() -> None:
