@@ -65,8 +65,8 @@ class RunSpec(StudyRun):
 
     @property
     def gpus(self) -> int:
-        """Return the number of GPUs of a machine that the run may use; 1 if it is not known."""
-        return 1 if self.accelerator == "cpu" else self.devices or 1
+        """Return the number of GPUs of a machine that the run may use: none on CPUs, 1 if it is not known."""
+        return 0 if self.accelerator == "cpu" else self.devices or 1
 
     def write_record(self, state: str, last_lines: Sequence[str] = ()) -> None:
         """Write ``run.json``."""

@@ -162,10 +162,11 @@ def local_gpus(slot: int, parameters: Mapping[str, Any], gpus: int = 1, width: i
 
 
 def default_jobs(specs: Sequence[RunSpec]) -> int:
-    """Return the number of concurrent runs on this machine: each process has a GPU, or else cores for its threads."""
+    """Return the number of concurrent runs here: each process has a GPU, or cores for its threads if it uses none."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if gpus := torch.cuda.device_count():
-        number = gpus // max(spec.gpus for spec in specs)
+    wanted = max(spec.gpus for spec in specs)
+    if wanted and (gpus := torch.cuda.device_count()):
+        number = gpus // wanted
     else:
         number = cores // max((spec.devices or 1) * (spec.threads or 1) for spec in specs)
     return max(1, min(number, len(specs)))
@@ -209,7 +210,7 @@ class Launcher:
         self.signals: list[int] = []
         """Signals to stop that were received while the runs were watched."""
         self._cluster = cluster
-        self._width = max((spec.gpus for spec in specs), default=1)
+        self._width = max((spec.gpus for spec in specs), default=0)
 
     def count(self) -> Counter[str]:
         """Return the number of runs by state."""

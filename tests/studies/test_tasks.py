@@ -253,4 +253,5 @@ def test_runs_of_several_processes_take_as_many_cores(tmp_path: Path, monkeypatc
     assert default_jobs([*runs, made(tmp_path, devices=2, threads=2)]) == 2
     assert default_jobs([*runs, made(tmp_path, devices=16)]) == 1
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert default_jobs(runs) == 8  # runs on the CPU leave the GPUs alone
     assert default_jobs([*runs, made(tmp_path, devices=2, accelerator="gpu")]) == 2
