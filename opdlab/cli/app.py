@@ -114,7 +114,7 @@ class OPDCLI(LightningCLI):
         """Build all objects, after a check that the models' weights fit the device."""
         check_launcher(self.config)
         check_trainer(self.config, here=True)
-        check_files(self.config)
+        check_files(self.config.as_dict())
         if self.command == "fit":
             warn_of_idle_recorder(self.config)
             if self.config.check_memory:

@@ -278,14 +278,17 @@ def _trainer_error(options: Mapping[str, Any]) -> Exception | None:
     return None
 
 
-def check_files(config: Namespace) -> None:
+def check_files(config: Mapping[str, Any]) -> None:
     """Refuse problems whose file is missing on this machine, before models are loaded.
+
+    Args:
+        config: of ``opdlab fit``, as plain values.
 
     Raises:
         UsageError: a file does not exist.
     """
     kinds = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
-    for key, section in sections(config.as_dict()):
+    for key, section in sections(config):
         path = (section.get("init_args") or {}).get("path")
         if isinstance(path, str) and str(section.get("class_path")).startswith("opdlab.data."):
             local = path.startswith((".", "/", "~")) or path.endswith(kinds) or "Jsonl" in section["class_path"]
@@ -294,13 +297,16 @@ def check_files(config: Namespace) -> None:
             require(not local or file.exists(), f"{key}.path is {path}, but {place}: give the path of one that does")
 
 
-def check_model_folders(config: Namespace) -> None:
+def check_model_folders(config: Mapping[str, Any]) -> None:
     """Refuse models whose folder is missing on this machine, where none is about to be loaded.
+
+    Args:
+        config: of ``opdlab fit``, as plain values.
 
     Raises:
         UsageError: a folder does not exist.
     """
-    for _, section in sections(config.as_dict()):
+    for _, section in sections(config):
         path = (section.get("init_args") or {}).get("path")
         if isinstance(path, str) and str(section.get("class_path")).endswith((".LanguageModel", ".LocalTeacher")):
             resolve(path, with_config=False)

@@ -171,12 +171,10 @@ def _run(options: Namespace) -> int:
     # Before the study has a folder.
     cluster.check(plan.runs())
     if cluster.name != "slurm" and not shared:  # SLURM's machines may have other files, and shared runs need none
-        left = {spec.variant: spec for spec in plan.runs() if not spec.finished}
-        for name, spec in left.items():
+        for name in dict.fromkeys(spec.variant for spec in plan.runs() if not spec.finished):
             try:
-                config = parse_fit(spec.arguments)
-                check_files(config)
-                check_model_folders(config)
+                check_files(plan.configs[name])
+                check_model_folders(plan.configs[name])
             except UsageError as error:
                 raise UsageError(f"variants: '{name}': {error}") from error
     with ExitStack() as stack:

@@ -1,5 +1,6 @@
 """The plan of a study: a resolved configuration for each variant, and a command for each run."""
 
+import functools
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -40,12 +41,20 @@ class Plan:
     Args:
         study: with the names of its base settled.
         folder: of the study.
-        resolved: the configuration of each variant, by dotted key; what differs from run to run is left out.
+        configs: the configuration of each variant, as the parser gives it.
     """
 
     study: Study
     folder: Path
-    resolved: Mapping[str, Mapping[str, Any]]
+    configs: Mapping[str, Mapping[str, Any]]
+
+    @functools.cached_property
+    def resolved(self) -> dict[str, dict[str, Any]]:
+        """Return the configurations by dotted key; what differs from run to run is left out."""
+        return {
+            name: {key: value for key, value in flat(dict(config)).items() if key not in _LEFT_OUT}
+            for name, config in self.configs.items()
+        }
 
     def runs(self) -> list[RunSpec]:
         """Return every run: all variants with the first seed, then with the next: an unfinished study is balanced."""
@@ -143,14 +152,13 @@ def make_plan(study: Study, folder: Path, resolve: Resolve) -> Plan:
         UsageError: a configuration is missing, a key unknown or its value refused, or a run is not evaluated at all
             budgets.
     """
-    resolved = {}
+    configs = {}
     for variant in study.variants:
         try:
-            config = _resolve(resolve, study, variant)
+            configs[variant.name] = _resolve(resolve, study, variant)
         except UsageError as error:
             raise UsageError(f"{_blamed(resolve, study, variant, str(error))}: {error}") from error
-        resolved[variant.name] = {key: value for key, value in config.items() if key not in _LEFT_OUT}
-    return Plan(study, folder.absolute(), resolved)
+    return Plan(study, folder.absolute(), configs)
 
 
 def _arguments(study: Study, variant: Variant) -> list[str]:
@@ -160,8 +168,8 @@ def _arguments(study: Study, variant: Variant) -> list[str]:
     return [*arguments, *steps, "--trainer.num_sanity_val_steps=0"]
 
 
-def _resolve(resolve: Resolve, study: Study, variant: Variant) -> dict[str, Any]:
-    """Return a variant's configuration by dotted key, after checking that every run ends and is evaluated."""
+def _resolve(resolve: Resolve, study: Study, variant: Variant) -> Mapping[str, Any]:
+    """Return a variant's configuration, after checking that every run ends and is evaluated."""
     config = resolve([*_arguments(study, variant), f"--seed_everything={study.seeds[0]}"])
     require(
         bool(config["data"].get("benchmarks")),
@@ -173,7 +181,7 @@ def _resolve(resolve: Resolve, study: Study, variant: Variant) -> dict[str, Any]
             value in allowed or (key == "logger" and isinstance(value, dict | list)),
             f"trainer.{key} is {value}, with which a run may not be evaluated in full at every budget: leave it out",
         )
-    return flat(dict(config))
+    return config
 
 
 def _blamed(resolve: Resolve, study: Study, variant: Variant, fault: str) -> str:
