@@ -1,10 +1,11 @@
 """Cost of a training step, and training time to a given accuracy.
 
-Four programs do the same distillation, each in a process of its own, one after the other, round by round:
+Five programs do the same distillation, each in a process of its own, one after the other, round by round:
 
 - ``opdlab`` (``step_opdlab.py``): Lightning's Trainer with the module, data, callbacks and logger that the command line
   sets up.
 - ``opdlab_generate`` (``step_opdlab_generate.py``): the same, sampled by transformers' own loop instead of opdlab's.
+- ``opdlab_compiled`` (``step_opdlab_compiled.py``): the same as the first, with ``model.student.compile``.
 - ``bare`` (``step_bare.py``): a plain torch loop that does the same work on as many tokens, without Lightning and
   without a log.
 - ``trl`` (``step_trl.py``): TRL's ``DistillationTrainer``: full-vocabulary reverse KL on fresh rollouts at each step,
@@ -30,7 +31,7 @@ from typing import Any
 from common import machine, median, pairwise_ratios, run_child, spread, versions
 from step_common import CASES, PARTS, Task, endless
 
-PROGRAMS = ("opdlab", "opdlab_generate", "bare", "trl")
+PROGRAMS = ("opdlab", "opdlab_generate", "opdlab_compiled", "bare", "trl")
 PACKAGES = ("torch", "lightning", "transformers", "trl", "accelerate")
 FIGURES = {
     "seconds_per_step": "s a step",
@@ -107,13 +108,14 @@ class Options:
 
 def compare_steps(runs: Runs) -> dict[str, Any]:
     """Compare the cost of a step."""
+    pairs = [("opdlab", other) for other in runs if other != "opdlab"] + [("opdlab_compiled", "bare")]
     ratios = {
-        f"opdlab/{other}": {
-            figure: pairwise_ratios([r[figure] for r in runs["opdlab"]], [r[figure] for r in runs[other]])
+        f"{program}/{other}": {
+            figure: pairwise_ratios([r[figure] for r in runs[program]], [r[figure] for r in runs[other]])
             for figure in FIGURES
         }
-        for other in runs
-        if other != "opdlab" and "opdlab" in runs
+        for program, other in pairs
+        if program in runs and other in runs
     }
     return {"runs": runs, "ratios": ratios, "medians": {name: _medians(rows) for name, rows in runs.items()}}
 

@@ -29,7 +29,7 @@ from opdlab.module import OPDModule
 from opdlab.objectives import TeacherTopK
 from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig
 from opdlab.toy import ChainProblems
-from opdlab.types import Problem
+from opdlab.types import Problem, Rollouts
 
 
 class Prompts(ProblemSource):
@@ -56,7 +56,9 @@ class Observer(Callback):
         self.run, self._began = run, 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Mark the end of the setup."""
+        """Compile what is to be compiled, and mark the end of the setup."""
+        if pl_module.student.compiles:
+            warm_up(pl_module.student, self.run.task.sizes)
         self.run.clock.begin_steps()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,11 +79,21 @@ class Observer(Callback):
             trainer.should_stop = True
 
 
-def make_module(run: Run) -> OPDModule:
+def warm_up(student: LanguageModel, case: Case) -> None:
+    """Score batches of two widths, forward and backward, so that the layers are compiled for any width."""
+    for length in (case.max_new_tokens, case.max_new_tokens // 2):
+        ones = torch.ones(case.batch_size, length, dtype=torch.long)
+        zeros = torch.zeros(case.batch_size, dtype=torch.long)
+        made_up = Rollouts(ones, ones.bool(), ones, ones.bool(), ones.float(), zeros, zeros, zeros, zeros, zeros)
+        student.score(made_up).hidden.sum().backward()
+    student.model.zero_grad()
+
+
+def make_module(run: Run, compiled: bool) -> OPDModule:
     """Return the module: student, teacher, LSM and Block64; sampling and the teacher are timed."""
     case = run.task.sizes
     module = OPDModule(
-        LanguageModel(run.task.student),
+        LanguageModel(run.task.student, compile=compiled),
         LocalTeacher(run.task.teacher),
         TeacherTopK(SUPPORT),
         build_gate(f"block{BLOCK}", tau=TAU),
@@ -105,14 +117,14 @@ def make_module(run: Run) -> OPDModule:
     return module
 
 
-def train(run: Run) -> dict[str, Any]:
+def train(run: Run, compiled: bool = False) -> dict[str, Any]:
     """Train, and return the measured run."""
     # The same setting as on the command line.
     warnings.filterwarnings("ignore", message=r"Found .* module\(s\) in eval mode")
     warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")
     case = run.task.sizes
     seed_everything(run.task.seed, verbose=False)
-    module = make_module(run)
+    module = make_module(run, compiled)
     data = PromptDataModule(
         Prompts(case) if case.fixed_length else ChainProblems(case.num_prompts, "train"),
         reuse=ReuseConfig(case.prompts_per_pool, case.reuse_epochs, case.batch_size),
