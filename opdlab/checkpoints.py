@@ -229,7 +229,9 @@ def find_checkpoint(path: str, root: Path, *, resume: bool = True) -> Path:
     skipped: list[str] = []
     try:
         for number in sorted(numbers, reverse=True):
-            if (found := _most_steps(root / f"version_{number}" / "checkpoints", skipped, resume=resume)) is not None:
+            if (
+                found := newest_checkpoint(root / f"version_{number}" / "checkpoints", skipped, resume=resume)
+            ) is not None:
                 return found[0]
     finally:
         if skipped:
@@ -237,13 +239,17 @@ def find_checkpoint(path: str, root: Path, *, resume: bool = True) -> Path:
     raise UsageError(f"ckpt_path is 'last', but there is no checkpoint under {root}: start a run without it")
 
 
-def newest_checkpoint(folder: Path, *, resume: bool = True) -> tuple[Path, int] | None:
-    """Return the sound checkpoint with the most optimizer steps in a folder, and its step; None without one."""
-    return _most_steps(folder, [], resume=resume)
+def newest_checkpoint(
+    folder: Path, skipped: list[str] | None = None, *, resume: bool = True
+) -> tuple[Path, int] | None:
+    """Return the sound checkpoint with the most optimizer steps in a folder, and its step; None without one.
 
-
-def _most_steps(folder: Path, skipped: list[str], *, resume: bool) -> tuple[Path, int] | None:
-    """See :func:`newest_checkpoint`; ``skipped`` receives the reasons against other files."""
+    Args:
+        folder: of the checkpoints.
+        skipped: receives the reasons against other files.
+        resume: see :func:`check_checkpoint`.
+    """
+    skipped = [] if skipped is None else skipped
     steps = checkpoint_steps(folder, skipped, resume=resume)
     for path in sorted(steps, key=lambda file: (steps[file], file.stat().st_mtime_ns), reverse=True):
         try:

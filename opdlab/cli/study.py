@@ -199,7 +199,8 @@ def plan_study(study: Study, folder: Path, resolve: Resolve) -> Plan:
 
 def _launch(plan: Plan, cluster: Cluster, jobs: int | None) -> int:
     specs, console = plan.runs(), Console()
-    launcher = Launcher(specs, cluster, jobs or default_jobs(specs))
+    bounds = cluster.parameters if cluster.name == "local" else {}
+    launcher = Launcher(specs, cluster, jobs or default_jobs(specs, bounds))
     table = StudyTable(launcher, console)
     steps = ", ".join(map(str, plan.study.evaluated_at))
     console.print(

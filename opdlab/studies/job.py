@@ -14,6 +14,7 @@ from pathlib import Path
 
 from submitit.helpers import Checkpointable
 
+from opdlab.errors import UsageError, require
 from opdlab.locks import LOCK, lock_holder, locked
 from opdlab.processes import LIFELINE, catching_signals
 from opdlab.studies import schema
@@ -129,14 +130,20 @@ def _attempt(spec: RunSpec, tasks: Tasks, signals: list[int], tied: bool) -> int
         tied: see :class:`Job`.
     """
     (spec.path / schema.RUN).unlink(missing_ok=True)
+    if spec.is_complete(spec.evaluations):  # an earlier attempt was killed after its work, before it wrote its record
+        _settle(spec)
+        return 0
     started, earlier = time.monotonic(), spec.seconds
     try:
         options = _prepare(spec)
         tasks.start(options)
         code = _fit(spec, tasks, signals, tied, options)
-    except Exception:
+    except Exception as error:
         with tasks.log.open("a") as log:
-            traceback.print_exc(file=log)
+            if isinstance(error, UsageError):
+                print(f"opdlab: error: {error}", file=log)
+            else:
+                traceback.print_exc(file=log)
         code = 1
     spec.write_progress(spec.step, earlier + time.monotonic() - started)
     if code == 0:
@@ -148,11 +155,25 @@ def _attempt(spec: RunSpec, tasks: Tasks, signals: list[int], tied: bool) -> int
 
 
 def _prepare(spec: RunSpec) -> Sequence[str]:
-    """Return the options with which ``opdlab fit`` resumes; without a checkpoint, empty the folder for a new start."""
+    """Return the options with which ``opdlab fit`` resumes; without a checkpoint, empty the folder for a new start.
+
+    Raises:
+        UsageError: there are checkpoints, but none that a run can go on from.
+    """
     from opdlab.checkpoints import newest_checkpoint  # here, because it imports torch
 
-    if (checkpoint := newest_checkpoint(spec.path / schema.VERSION / "checkpoints")) is not None:
+    checkpoints = spec.path / schema.VERSION / "checkpoints"
+    skipped: list[str] = []
+    if (checkpoint := newest_checkpoint(checkpoints, skipped)) is not None:
+        # The name of the folder of samples is that of the run's folder, which may have been moved since.
+        earlier = [path for path in spec.path.glob(f"{schema.SAMPLES}/*") if path != spec.samples]
+        if len(earlier) == 1 and not spec.samples.exists():
+            earlier[0].replace(spec.samples)
         return "--ckpt_path", str(checkpoint[0])
+    require(
+        not skipped,
+        f"no checkpoint in {checkpoints} is sound: {'; '.join(skipped)}; delete that folder to start the run over",
+    )
     for path in spec.path.iterdir():
         if path.name not in (LOCK, schema.LOG, schema.LAUNCH):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

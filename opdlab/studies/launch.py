@@ -63,16 +63,30 @@ class Cluster:
             require(spec.nodes == 1 or self.name == "slurm", fault + here)
             number = "SLURM starts a task for each device: give trainer.devices, the number of those of a machine"
             require(spec.nodes == 1 or spec.devices is not None, fault + number)
-            self._check_gpus(spec.gpus, f"{where}.devices is {spec.devices}, but ")
+            if spec.gpus:
+                self._check_gpus(spec, f"{where}.devices is {'auto' if spec.devices is None else spec.devices}, but ")
         with TemporaryDirectory() as scratch:
             for tasks in {self.tasks(spec) for spec in specs}:
                 self._executor(Path(scratch), tasks)
 
-    def _check_gpus(self, wanted: int, fault: str) -> None:
-        each = int(self.parameters.get("gpus_per_node", 0))
+    def _check_gpus(self, spec: RunSpec, fault: str) -> None:
+        wanted, each = spec.gpus, int(self.parameters.get("gpus_per_node", 0))
         require(not 0 < each < wanted, f"{fault}--parameters.gpus_per_node is {each}: give at least {wanted}")
-        here = len(_visible_gpus(self.parameters)) if self.name == "local" else 0
+        if self.name != "local":
+            return
+        given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        named = [part for part in given.split(",") if part.strip() and not part.strip().isdigit()]
+        require(
+            not named or "visible_gpus" in self.parameters,
+            f"CUDA_VISIBLE_DEVICES is '{given}', but --cluster local selects GPUs by number: set it to numbers, or "
+            "give --cluster debug, which starts one run after the other on what is visible",
+        )
+        here = len(_visible_gpus(self.parameters))
         require(not 0 < here < wanted, f"{fault}there are {here} GPUs here: lower it, or give --cluster slurm")
+        require(
+            spec.devices is not None or here < 2 or each > 0,
+            f"{fault}there are {here} GPUs here, and how many a run takes is not known: give a number",
+        )
 
     def tasks(self, spec: RunSpec) -> tuple[int, int]:
         """Return the number of machines of a run's job, and of its tasks on each.
@@ -161,12 +175,17 @@ def local_gpus(slot: int, parameters: Mapping[str, Any], gpus: int = 1, width: i
     return {**parameters, "gpus_per_node": each, "visible_gpus": visible[first : first + each]}
 
 
-def default_jobs(specs: Sequence[RunSpec]) -> int:
-    """Return the number of concurrent runs here: each process has a GPU, or cores for its threads if it uses none."""
+def default_jobs(specs: Sequence[RunSpec], parameters: Mapping[str, Any]) -> int:
+    """Return the number of concurrent runs here: each process has a GPU, or cores for its threads if it uses none.
+
+    Args:
+        specs: all runs.
+        parameters: of the local executor, which may bound the GPUs.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     wanted = max(spec.gpus for spec in specs)
-    if wanted and (gpus := torch.cuda.device_count()):
-        number = gpus // wanted
+    if wanted and torch.cuda.device_count():
+        number = len(_visible_gpus(parameters)) // max(wanted, int(parameters.get("gpus_per_node", 0)))
     else:
         number = cores // max((spec.devices or 1) * (spec.threads or 1) for spec in specs)
     return max(1, min(number, len(specs)))
@@ -270,11 +289,14 @@ class Launcher:
         for run in [each for each in self.runs if each.state == RUNNING and self.signals]:
             holder = run.spec.holder or {}
             pid = int(holder.get("pid", 0)) if holder.get("host") == socket.gethostname() else 0
+            if run.job is None and not pid:  # of an earlier start, on another machine: it goes on without this process
+                run.state = WAITING
+                continue
             if run.forwarded[pid] == len(self.signals):
                 continue
             signum = self.signals[run.forwarded[pid]]
             run.forwarded[pid] += 1
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, PermissionError):
                 if pid:
                     os.kill(pid, signum)
                 elif run.job is not None and self._cluster.name == "local":

@@ -10,6 +10,7 @@ from typing import Any
 from opdlab.aliases import migrate
 from opdlab.devices import devices_per_node
 from opdlab.errors import UsageError, require
+from opdlab.files import replacing
 from opdlab.locks import locked
 from opdlab.records import RESULTS, difference, digest, flat, package_versions, read_json, write_json
 from opdlab.studies.job import RunSpec
@@ -18,8 +19,7 @@ from opdlab.studies.study import OWN_KEYS, Study, Variant, read_study
 
 # Keys of a resolved configuration that a study sets, or that name files but not their content. The number of training
 # steps stays, because a schedule may depend on it.
-_LEFT_OUT = {"config", *OWN_KEYS} - {"trainer.max_steps"}
-_GUARD = "collapse_guard.stop"
+_LEFT_OUT = {"config", *OWN_KEYS} - {"trainer.max_steps", "collapse_guard.stop"}
 # Trainer options that could prevent a full evaluation at every budget, and their allowed values.
 _WHOLE: Mapping[str, tuple[Any, ...]] = {
     "limit_val_batches": (None, 1.0),
@@ -72,12 +72,11 @@ class Plan:
             "model.evaluation.seed": seed,
             "model.evaluation.samples": path / SAMPLES,
             "trainer.default_root_dir": path,
-            "collapse_guard.stop": "false",  # a collapsed run is a result too; the report marks it
+            # A collapsed run goes on, so that all are compared after equally many steps; the report marks it.
+            "collapse_guard.stop": "false",
             # The recorder does not influence the run, so the command has it but the comparison does not.
             "trainer.callbacks+": "opdlab.studies.step_file.StepFile",
             "trainer.callbacks.folder": path,
-            # A collapsed run goes on, so that the runs of a study are compared after equally many steps.
-            **({_GUARD: "false"} if _GUARD in resolved else {}),
         }
         return RunSpec(
             path=path,
@@ -109,7 +108,10 @@ class Plan:
         (self.folder / VARIANTS).mkdir(parents=True, exist_ok=True)
         for name, config in self.resolved.items():
             write_json(self.folder / VARIANTS / f"{name}.json", config)
-        (self.folder / STUDY).write_text(self.study.as_yaml(), encoding="utf-8")
+        text = self.study.as_yaml().encode()
+        if not (self.folder / STUDY).exists() or (self.folder / STUDY).read_bytes() != text:
+            with replacing(self.folder / STUDY) as file:
+                file.write(text)
 
     def _changes(self, before: Study) -> str | None:
         """Return what has changed since ``before`` that its runs depend on; None if nothing has."""
@@ -181,6 +183,17 @@ def _resolve(resolve: Resolve, study: Study, variant: Variant) -> Mapping[str, A
             value in allowed or (key == "logger" and isinstance(value, dict | list)),
             f"trainer.{key} is {value}, with which a run may not be evaluated in full at every budget: leave it out",
         )
+    devices = config["trainer"]["devices"]
+    listed = isinstance(devices, list) or "," in str(devices)
+    require(
+        not listed,
+        f"trainer.devices is {devices}, but a study chooses the devices of each run: give their number, "
+        f"{devices_per_node(devices)}",
+    )
+    require(
+        not (config.get("checkpoint") or {}).get("save_weights_only"),
+        "checkpoint.save_weights_only is true, with which a run that is killed cannot go on: leave it out",
+    )
     return config
 
 

@@ -28,6 +28,7 @@ OWN_KEYS = {
     "trainer.max_steps": "budgets",
     "trainer.val_check_interval": "budgets",
     "trainer.check_val_every_n_epoch": "budgets",
+    "collapse_guard.stop": "the comparison, for which all runs take equally many steps",
     "ckpt_path": "what a run left when it was stopped",
 }
 

@@ -170,7 +170,7 @@ def until_beyond(spec: RunSpec, step: int) -> None:
 def test_a_run_killed_twice_writes_the_same_lines(
     spec: RunSpec, whole: Path, kills: list[tuple[str, int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether the run is killed or its job, which the run must not outlive."""
+    """Whether the run is killed or its job, which the run must not outlive; also if the study is moved at last."""
     for kill in kills:
         monkeypatch.setenv(WATCH, json.dumps(kill))
         (spec.path / "watch.json").unlink(missing_ok=True)
@@ -184,12 +184,40 @@ def test_a_run_killed_twice_writes_the_same_lines(
         assert not (spec.path / "evaluations").exists()
         assert spec.holder is None
     monkeypatch.delenv(WATCH)
+    moved = spec.study.rename(spec.study.with_name("moved"))
+    spec = plan(moved.parent, folder=moved).runs()[1]
     Job()(spec)
     assert spec.finished, (spec.path / "log.txt").read_text()
     ours = {file: text for file, text in lines(spec.study).items() if "token/seed-0" in file}
     theirs = {file: text for file, text in lines(whole).items() if "token/seed-0" in file}
     assert ours == theirs
     assert len(ours) == 3
+
+
+def test_a_run_killed_after_its_work_is_not_repeated(spec: RunSpec, whole: Path) -> None:
+    """Its samples were in place and its checkpoints gone, its record was not written."""
+    shutil.copytree(whole / "runs/token/seed-0", spec.path)
+    (spec.path / "run.json").unlink()
+    before = lines(spec.study)
+    Job()(spec)
+    assert spec.finished
+    assert lines(spec.study) == before != {}
+
+
+def test_a_run_whose_checkpoints_are_not_sound_is_not_started_over(spec: RunSpec, whole: Path) -> None:
+    shutil.copytree(whole / "runs/token/seed-0", spec.path)
+    (spec.path / "run.json").unlink()
+    half = spec.path / "evaluations/val-step-4"
+    shutil.rmtree(half)
+    (spec.path / "version_0/checkpoints").mkdir()
+    (spec.path / "version_0/checkpoints/step-2.ckpt").write_bytes(b"cut off")
+    Job()(spec)
+    assert spec.record.state == "failed"
+    (line,) = [line for line in spec.record.last_lines if line.startswith("opdlab: error: ")]
+    assert "no checkpoint in " in line
+    assert "step-2.ckpt" in line
+    assert line.endswith("delete that folder to start the run over")
+    assert (spec.path / "evaluations/val-step-2").is_dir()
 
 
 def test_signals_are_forwarded_and_the_checkpoint_is_waited_for(tmp_path: Path) -> None:
@@ -265,6 +293,24 @@ def test_a_run_that_somebody_has_is_left_alone_and_waited_for(spec: RunSpec) -> 
     assert seen == ["running", "waiting"]
     holder.join()
     assert holder.exitcode == -signal.SIGTERM
+
+
+def test_a_study_does_not_wait_for_another_machine_when_it_is_stopped(
+    spec: RunSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot signal the run there, which goes on without it."""
+    with locked(spec.path) as mine:
+        assert mine
+        monkeypatch.setattr("opdlab.studies.launch.socket.gethostname", lambda: "elsewhere")
+        launcher, seen = Launcher([spec], Cluster("debug"), jobs=1), []
+        for run in launcher.run():
+            if run is not None:
+                seen.append(run.state)
+            else:
+                signal.raise_signal(signal.SIGINT)
+    assert seen == ["running"]
+    assert launcher.runs[0].state == "waiting"
+    assert not (spec.path / "run.json").exists()
 
 
 def test_half_an_evaluation_is_not_complete(whole: Path, tmp_path: Path) -> None:

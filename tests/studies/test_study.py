@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 from opdlab.cli import EXIT_USAGE, main
 from opdlab.cli.study import plain_config, plan_study, shipped_studies
 from opdlab.errors import UsageError
+from opdlab.studies.plan import make_plan
 from opdlab.studies.study import parse_study, read_study
 from tests.studies.tiny import SHORT, content, plan, study_run, write
 
@@ -77,6 +79,14 @@ def test_what_is_no_study_is_refused(changes: dict[str, Any], words: str) -> Non
         ({"variants": [variant("none", "--data.benchmarks=null")]}, "data.benchmarks is empty"),
         ({"variants": [variant("none", "--trainer.limit_val_batches=0")]}, "trainer.limit_val_batches is 0"),
         ({"variants": [variant("none", "--trainer.max_epochs=1")]}, "trainer.max_epochs is 1"),
+        (
+            {"variants": [variant("none", "--checkpoint.save_weights_only=true")]},
+            "checkpoint.save_weights_only is true, with which a run that is killed cannot go on: leave it out",
+        ),
+        (
+            {"variants": [variant("none", "--collapse_guard.stop=true")]},
+            "but collapse_guard.stop follows from the comparison, for which all runs take equally many steps: leave it",
+        ),
         ({"variants": [variant("none", "--model.evaluation.pass_at=[64]")]}, "model.evaluation.pass_at has 64"),
         ({"variants": [variant("none", "--data.reuse.batch_size=3")]}, "data.reuse.batch_size is 3"),
         (
@@ -116,6 +126,19 @@ def test_a_configuration_that_cannot_run_is_found_before_anything_runs(
     error = capsys.readouterr().err
     assert words in error
     assert not (tmp_path / "runs").exists()
+
+
+def test_devices_are_a_number(tmp_path: Path) -> None:
+    """A run sees the devices that the study gives it, under the numbers from 0 on."""
+
+    def resolve(arguments: Sequence[str]) -> dict[str, Any]:
+        config = dict(plain_config(arguments))
+        return config | {"trainer": {**config["trainer"], "devices": [1]}}
+
+    with pytest.raises(
+        UsageError, match=r"trainer.devices is \[1\], but a study chooses the devices of each run: give"
+    ):
+        make_plan(read_study(write(tmp_path)), tmp_path / "study", resolve)
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,11 @@ def test_a_variant_with_two_processes_is_run(
             {"parameters": {"visible_gpus": [0, 1]}},
             "trainer.devices is 4, but there are 2 GPUs here: lower it, or give --cluster slurm",
         ),
+        (
+            {"devices": None, "accelerator": "auto"},
+            {"parameters": {"visible_gpus": [0, 1]}},
+            "trainer.devices is auto, but there are 2 GPUs here, and how many a run takes is not known: give a number",
+        ),
         ({}, {"parameters": {"nodes": 1}}, "--parameters has nodes, which follows from trainer.num_nodes: leave"),
         (
             {},
@@ -236,6 +241,17 @@ def test_what_a_cluster_cannot_run_is_refused(
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_gpus_without_a_number_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """submitit selects GPUs by number, so that a run would take another GPU than the one that is visible here."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937,MIG-0b1c")
+    with pytest.raises(
+        UsageError, match="CUDA_VISIBLE_DEVICES is 'GPU-8932f937,MIG-0b1c', but --cluster local selects"
+    ):
+        Cluster().check([made(tmp_path, devices=1, accelerator="gpu")])
+    Cluster().check([made(tmp_path)])  # on the CPU
+    Cluster("debug").check([made(tmp_path, devices=1, accelerator="gpu")])
+
+
 def test_a_refused_study_leaves_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,9 +265,12 @@ def test_runs_of_several_processes_take_as_many_cores(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     runs = [made(tmp_path)] * 9
-    assert default_jobs(runs) == 8
-    assert default_jobs([*runs, made(tmp_path, devices=2, threads=2)]) == 2
-    assert default_jobs([*runs, made(tmp_path, devices=16)]) == 1
+    assert default_jobs(runs, {}) == 8
+    assert default_jobs([*runs, made(tmp_path, devices=2, threads=2)], {}) == 2
+    assert default_jobs([*runs, made(tmp_path, devices=16)], {}) == 1
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
-    assert default_jobs(runs) == 8  # runs on the CPU leave the GPUs alone
-    assert default_jobs([*runs, made(tmp_path, devices=2, accelerator="gpu")]) == 2
+    assert default_jobs(runs, {}) == 8  # runs on the CPU leave the GPUs alone
+    on_gpus = [*runs, made(tmp_path, devices=2, accelerator="gpu")]
+    assert default_jobs(on_gpus, {}) == 2
+    assert default_jobs(on_gpus, {"visible_gpus": [2, 3]}) == 1
+    assert default_jobs([made(tmp_path, accelerator="gpu")] * 4, {"gpus_per_node": 2}) == 2

@@ -109,8 +109,9 @@ def write(folder: Path, **changes: Any) -> Path:
     return file
 
 
-def plan(folder: Path, **changes: Any) -> Plan:
-    return plan_study(read_study(write(folder, **changes)), folder / "study", plain_config)
+def plan(place: Path, folder: Path | None = None, **changes: Any) -> Plan:
+    """The plan of the study that is written to ``place``; its folder is ``study`` in there by default."""
+    return plan_study(read_study(write(place, **changes)), folder or place / "study", plain_config)
 
 
 def study_run(monkeypatch: pytest.MonkeyPatch, file: Path, *options: str) -> int:
