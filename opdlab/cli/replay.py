@@ -19,7 +19,7 @@ from opdlab.objectives import Objective
 from opdlab.replay import objectives as named
 from opdlab.replay.comparison import ReplayedStep
 from opdlab.replay.fresh import Draws, sampled_draws
-from opdlab.replay.gate_summary import console_table, summarise
+from opdlab.replay.gate_summary import console_table, summarise, undefined
 from opdlab.replay.pack import write_pack
 from opdlab.replay.plugins import Named
 from opdlab.replay.record import RecordedStep
@@ -109,24 +109,37 @@ def replay(arguments: Sequence[str]) -> int:
     replayer = Replayer(built.module, grid, config, *parts)
     found: list[ReplayedStep] = []
     console = Console()
+    stopped: BaseException | None = None
     with console.status("replaying") as status:
         for record in records:
             status.update(f"replaying step {record.number} ({len(found) + 1} of {len(records)})")
-            found.append(replayer.replay(record))
+            try:
+                found.append(replayer.replay(record))
+            except BaseException as error:  # also a signal: what was replayed is written
+                if not found:
+                    raise
+                stopped = error
+                break
     passes = sum(step.num_backward for step in found)
     about = [
         f"{len(found)} step{'s' * (len(found) != 1)} under {max(len(step.rows) for step in found)} gates in "
         f"{time.perf_counter() - started:.0f} s, with {passes} backward pass{'es' * (passes != 1)}; "
         f"fresh gradients: {config.draws} a step",
         *(f"left out: {name}, which {reason}" for name, reason in replayer.skipped.items()),
+        *(f"left out: {name}, whose gradient is zero at {steps}" for name, steps in undefined(found).items()),
         reproduction(found, records),
     ]
+    if stopped is not None:
+        left = ", ".join(str(record.number) for record in records[len(found) :])
+        about.insert(0, f"not replayed: step{'s' * (len(records) - len(found) > 1)} {left}")
     asked = None if gates is None else {gate_name(each) for each in gates}
     summaries = summarise(found, asked)
     write_results(out, found, summaries, about, sorted(grid.taus)[len(grid.taus) // 2], asked)
     if summaries:
         console.print(console_table(summaries, console.width))
     print(*about, f"results: {out}", sep="\n")
+    if stopped is not None:
+        raise stopped
     return 0
 
 

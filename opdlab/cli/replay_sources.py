@@ -10,6 +10,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.fabric import Fabric
 from lightning.pytorch import seed_everything
+from lightning.pytorch.utilities import rank_zero_warn
 
 from opdlab.cli.building import build
 from opdlab.cli.estimate import refuse_oversized
@@ -232,6 +233,10 @@ class PackSource(Source):
 
 def on_device(module: OPDModule, accelerator: Any, precision: Any) -> Autocast:
     """Move a module to one device, even if the run used more, and return the context of forward passes there."""
+    if str(precision) in ("16-mixed", "16"):
+        # Training scales the loss, so that small gradients stay above zero in float16; the scale is not recorded.
+        rank_zero_warn(f"trainer.precision is {precision}, for which a replay has no loss scale: it takes 32-true")
+        precision = "32-true"
     try:
         fabric = Fabric(accelerator=accelerator, devices=1, precision=precision)
     except Exception as error:  # Lightning raises several types

@@ -14,6 +14,7 @@ from opdlab.module import OPDModule
 from opdlab.objectives import loss_shares
 from opdlab.replay.record import RecordedBatch, RecordedStep
 from opdlab.replay.step_gradients import Autocast
+from opdlab.replay.targets import gives_entropy
 from opdlab.seeds import derive_seed
 from opdlab.types import Problem, Prompt, Rollouts, Targets, prompts_at, trimmed
 from opdlab.verifiers.verifier import Verifier
@@ -87,8 +88,8 @@ def sampled_draws(
 ) -> Draws:
     """Return rollouts that the student samples now, one response to each prompt, with the teacher's targets.
 
-    The targets are those of the run's own objective and the teacher's entropy, which the same pass gives. Behavior
-    log-probabilities are left out: the student itself is the sampling policy.
+    The targets are those of the run's own objective and the teacher's entropy, which the same pass gives if the teacher
+    knows it. Behavior log-probabilities are left out: the student itself is the sampling policy.
 
     Args:
         module: with the student's weights from before the step, and a sampler of one response per prompt.
@@ -109,7 +110,9 @@ def sampled_draws(
     if sampling.other_prompts:
         wanted["other"] = [other_prompts(record, prompts, draw, sampling.seed) for draw in range(sampling.draws)]
         require(bool(wanted["other"][0]), f"step {record.number} uses every training prompt: leave out --other_prompts")
-    collector = module.collector.asking(replace(module.request, entropy=True))
+    temperature = record.batches[0].rollouts.temperature
+    entropy = module.request.entropy or gives_entropy(module.teacher, temperature)
+    collector = module.collector.asking(replace(module.request, entropy=entropy))
     found: Draws = {}
     for name, draws in wanted.items():
         drawn = [prompt for draw in draws for prompt in draw]

@@ -1,6 +1,7 @@
 """Results of a replay for each gate over all recorded steps, as a table on the console, CSV and Markdown."""
 
 import csv
+import io
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import numpy as np
 from rich.cells import cell_len
 from rich.table import Table
 
+from opdlab.files import replacing
 from opdlab.replay.comparison import ReplayedStep, Row, Value
 from opdlab.replay.parts import part_means
 from opdlab.replay.variants import KEYS, has_papers_form
@@ -60,11 +62,7 @@ def summarise(
     Returns:
         A summary for each gate whose gradient is never zero, in the order of the rows.
     """
-    stale = [step for step in steps if step.age > 0]
-    groups: dict[tuple[Value, ...], list[Row]] = {}
-    for step in stale:
-        for row in shown(step.rows, gates):
-            groups.setdefault(tuple(row[name] for name in KEYS), []).append(row)
+    stale, groups = _of_stale(steps, gates)
     means = ("effective_sample_size", "ungated_norm_ratio", "ungated_cosine")
     names = [*means, f"{reference}_cosine", f"{reference}_change"]
     summaries = []
@@ -73,12 +71,37 @@ def summarise(
             continue
         values = np.array([[row[name] for name in names] for row in rows], dtype=float)
         error = float(values[:, -1].std(ddof=1)) / math.sqrt(len(rows)) if len(rows) > 1 else None
-        parts = (f"{part:g}" if isinstance(part, float) else part for part in key)
-        labels = tuple(None if part is None else str(part) for part in parts)
+        labels = tuple(None if part is None else _text(part) for part in key)
         own = any(row["own"] for row in rows)
         size, norm, ungated, cosine, change = values.mean(0).tolist()
         summaries.append(GateSummary(labels, own, len(rows), size, norm, ungated, cosine, change, error))
     return summaries
+
+
+def undefined(steps: Sequence[ReplayedStep], reference: str = "fresh") -> dict[str, str]:
+    """Return the gates without a summary because their gradient is zero at stale steps, and these steps, as text."""
+    found = {}
+    for key, rows in _of_stale(steps, None)[1].items():
+        if numbers := [str(row["step"]) for row in rows if row[f"{reference}_change"] is None]:
+            name = " ".join(_text(part) for part in key if part is not None)
+            found[name] = f"step{'s' * (len(numbers) > 1)} {', '.join(numbers)}"
+    return found
+
+
+def _of_stale(
+    steps: Sequence[ReplayedStep], gates: Collection[str] | None
+) -> tuple[list[ReplayedStep], dict[tuple[Value, ...], list[Row]]]:
+    """Return the steps with stale rollouts, and their rows by gate."""
+    stale = [step for step in steps if step.age > 0]
+    groups: dict[tuple[Value, ...], list[Row]] = {}
+    for step in stale:
+        for row in shown(step.rows, gates):
+            groups.setdefault(tuple(row[name] for name in KEYS), []).append(row)
+    return stale, groups
+
+
+def _text(part: Value) -> str:
+    return f"{part:g}" if isinstance(part, float) else str(part)
 
 
 _COLUMNS = (
@@ -152,10 +175,12 @@ def shown(rows: Iterable[Row], gates: Collection[str] | None) -> list[Row]:
 
 def write_rows(path: Path, rows: Sequence[Row], columns: Iterable[str]) -> None:
     """Write rows as CSV; undefined values are empty."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(columns))
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(columns))
+    writer.writeheader()
+    writer.writerows(rows)
+    with replacing(path) as file:
+        file.write(text.getvalue().encode())
 
 
 def markdown(summaries: Sequence[GateSummary]) -> str:

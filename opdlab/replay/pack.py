@@ -36,7 +36,7 @@ from opdlab.replay.record import (
     save_tensors,
     trained_weights,
 )
-from opdlab.replay.targets import with_entropy
+from opdlab.replay.targets import gives_entropy, with_entropy
 from opdlab.version import __version__
 
 FORMAT = 1
@@ -160,9 +160,10 @@ def _write_step(
 ) -> dict[str, Any]:
     record.load_weights(module.student)
     drawn = draws(record)
-    # The teacher's entropy costs little space, and many gates need it.
-    vocab_size = module.student.vocab_size
-    batches = [with_entropy(module.teacher, batch, vocab_size) for batch in record.batches]
+    batches = record.batches
+    if gives_entropy(module.teacher, batches[0].rollouts.temperature):  # it costs little space, and many gates need it
+        vocab_size = module.student.vocab_size
+        batches = tuple(with_entropy(module.teacher, batch, vocab_size) for batch in batches)
     name = f"steps/{record.number:06d}"
     save_tensors(trained_weights(module.student), folder / WEIGHTS)
     members.add(f"{name}/{WEIGHTS}", folder / WEIGHTS, "weights")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from opdlab.files import replacing
 from opdlab.replay.charts import cosines_by_age, sample_sizes, save
 from opdlab.replay.comparison import ReplayedStep
 from opdlab.replay.gate_summary import (
@@ -72,6 +73,8 @@ def write_results(
     (out / "parts.csv").unlink(missing_ok=True)  # of an earlier replay
     if parts:
         write_rows(out / "parts.csv", parts, parts[0])
+    num_stale = sum(step.age > 0 for step in steps)
+    nothing = "No gate has a gradient at each of them." if num_stale else "No recorded step is stale."
     text = [
         "# Replay",
         "\n".join(f"- {line}" for line in about),
@@ -80,11 +83,11 @@ def write_results(
         "## Steps",
         step_table(steps),
         "## Gates",
-        f"Means over the {summaries[0].num_steps if summaries else 0} steps whose rollouts are stale. Change: cosine "
+        f"Means over the {num_stale} steps whose rollouts are stale. Change: cosine "
         "with fresh less that of the ungated gradient, paired by step, ± its standard error over the steps. So many "
         f"gates ({len(summaries)}) are compared that the best of them looks better than it is: confirm it on steps of "
         "another run.",
-        markdown(summaries) if summaries else "No recorded step is stale.",
+        markdown(summaries) if summaries else nothing,
     ]
     if any(step.others for step in steps):
         text += [
@@ -102,7 +105,8 @@ def write_results(
             f"{FIRST} tokens are also in those.",
             part_table(parts),
         ]
-    (out / "replay.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+    with replacing(out / "replay.md") as file:
+        file.write(("\n\n".join(text) + "\n").encode())
     charted = [  # the ungated gradient is drawn beside the others
         replace(
             step,

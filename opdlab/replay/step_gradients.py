@@ -74,7 +74,7 @@ class StepGradients:
                 reuse_epoch=reuse_epoch,
                 pool_metrics={},
                 behavior_known=behavior_known,
-            ).to(module.device)
+            )
             for position, batch in enumerate(batches)
         ]
         self._module, self._step, self._autocast = module, step, autocast
@@ -85,7 +85,8 @@ class StepGradients:
         """Inputs of the gate, for each micro-batch."""
         self.importance: list[Tensor] = []
         """[B, T] of each micro-batch: norm of each position's part of the ungated gradient at the hidden states."""
-        for minibatch, share in zip(self._batches, self._shares, strict=True):
+        for batch, share in zip(self._batches, self._shares, strict=True):
+            minibatch = batch.to(module.device)
             scored = self._score(minibatch)
             with autocast():
                 norms = hidden_gradient_norms(module.objective, scored.scored, scored.rollouts, minibatch.targets)
@@ -98,7 +99,8 @@ class StepGradients:
         if self._kept is not None:
             return self._kept
         with torch.enable_grad(), self._autocast():
-            return score_batch(self._module.student, self._module.objective, batch, self._step)
+            on_device = batch.to(self._module.device)  # one at a time, as in training
+            return score_batch(self._module.student, self._module.objective, on_device, self._step)
 
     def losses(self, weights: Sequence[Tensor]) -> list[float]:
         """Return each micro-batch's part of the step's loss, by the same sums as in training, nats."""

@@ -21,7 +21,7 @@ from opdlab.replay.parts import part_rows, token_kinds
 from opdlab.replay.plugins import Named
 from opdlab.replay.record import RecordedBatch, RecordedStep
 from opdlab.replay.step_gradients import LEAST_TOLERANCE, Autocast, StepGradients, gradient_products
-from opdlab.replay.targets import MissingTargetsError, with_entropy, with_targets
+from opdlab.replay.targets import MissingTargetsError, gives_entropy, with_entropy, with_targets
 from opdlab.replay.variants import KEYS, Grid, Variant, expand, has_papers_form
 from opdlab.training import join_gate_inputs, split_gates
 from opdlab.types import Prompt, TeacherRequest
@@ -209,8 +209,13 @@ class Replayer:
     def _variants(self, batches: Sequence[RecordedBatch], other: str) -> list[Variant]:
         """Return the gates whose inputs a step has; ``other`` is the objective's name unless it is the run's own."""
         module = self._module
+        served = {"position_losses", "entropy", "divergence", "age"}
+        if all(b.targets.known_logprobs is not None for b in batches):
+            served.add("teacher_logprobs")
         # The teacher's entropy is computed if the run has not computed it.
-        served = {"teacher_logprobs", "position_losses", "entropy", "teacher_entropy", "divergence", "age"}
+        known = all(b.targets.entropy is not None or b.targets.hidden is not None for b in batches)
+        if known or gives_entropy(module.teacher, batches[0].rollouts.temperature):
+            served.add("teacher_entropy")
         if all(b.rollouts.correct is not None for b in batches):
             served.add("correct")
         if all(b.rollouts.behavior_support_ids is not None and b.targets.log_normalizer is not None for b in batches):

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from opdlab.errors import UsageError
+from opdlab.errors import UsageError, require
 from opdlab.policies import LanguageModel, Scored, Teacher, check_targets
 from opdlab.policies.teacher import targets_of
 from opdlab.progress import Progress
@@ -51,6 +51,11 @@ class RecordedTeacher(Teacher):
         if self._head is None:
             raise UsageError("the file has neither the teacher's hidden states nor its head")
         return replace(self._head, temperature=temperature)
+
+    def check_request(self, request: TeacherRequest, temperature: float) -> None:
+        """Raise a UsageError for the entropy, which is recorded or unknown."""
+        del temperature
+        require(not request.entropy, "the steps come from a file without a teacher")
 
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
         """Raise a UsageError: nothing can be scored."""
@@ -96,6 +101,15 @@ def with_entropy(teacher: Teacher, batch: RecordedBatch, vocab_size: int | None)
     else:
         found = teacher.score(batch.rollouts, request)
     return replace(batch, targets=replace(batch.targets, entropy=found.entropy))
+
+
+def gives_entropy(teacher: Teacher, temperature: float) -> bool:
+    """Return True if a teacher can compute its entropy; a server's protocol may not have it."""
+    try:
+        teacher.check_request(TeacherRequest(entropy=True), temperature)
+    except UsageError:
+        return False
+    return True
 
 
 def unserved(batch: RecordedBatch, request: TeacherRequest, teacher: Teacher | None) -> str | None:

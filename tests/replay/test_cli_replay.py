@@ -11,10 +11,15 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
+import torch
 import yaml
 
 from opdlab.cli import EXIT_USAGE, main
+from opdlab.cli.replay_sources import on_device
+from opdlab.errors import require
+from opdlab.policies import LocalTeacher
 from opdlab.replay.pack import ABOUT, FORMAT, MARK
+from opdlab.types import TeacherRequest
 
 
 def test_a_replay_leaves_tables_and_pictures(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,6 +140,47 @@ def test_a_gate_that_the_record_cannot_serve_is_named(run: Path, capsys: pytest.
     Path("judges.py").write_text(code)
     assert main(["replay", str(run), "--steps", "2", "--gates", "judges.Judge", "--draws", "2"]) == 0
     assert "left out: Judge, which needs verdict, which the record does not have" in capsys.readouterr().out
+
+
+def test_gates_that_need_what_the_teacher_cannot_give_are_named(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A server's protocol may have no entropy, which the run itself does not need."""
+
+    def check_request(teacher: LocalTeacher, request: TeacherRequest, temperature: float) -> None:
+        require(not request.entropy, "no entropy")
+
+    monkeypatch.setattr(LocalTeacher, "check_request", check_request)
+    chosen = ["--gates", "none", "token", "fire_opd", "--draws", "2", "--steps", "2"]
+    assert main(["replay", str(run), *chosen]) == 0
+    assert "left out: fire_opd, which needs teacher_entropy, which the record does not have" in capsys.readouterr().out
+    gates = {row["gate"] for row in csv.DictReader((run / "replay/replay.csv").read_text().splitlines())}
+    assert gates == {"none", "token"}
+    assert main(["replay", str(run), "--pack", "small.pack", "--draws", "2", "--steps", "2"]) == 0
+    capsys.readouterr()
+    assert main(["replay", "small.pack", "--gates", "none", "fire_opd"]) == 0
+    assert "left out: fire_opd, which needs teacher_entropy" in capsys.readouterr().out
+
+
+def test_steps_before_a_damaged_one_are_kept(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = run / "pools/step-000004/weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    assert main(["replay", str(run), "--gates", "none", "token", "--draws", "2"]) == EXIT_USAGE
+    captured = capsys.readouterr()
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("opdlab: error:")]
+    assert "step-000004" in line
+    assert "not replayed: step 4" in captured.out
+    assert "not replayed: step 4" in (run / "replay/replay.md").read_text()
+    steps = {row["step"] for row in csv.DictReader((run / "replay/replay.csv").read_text().splitlines())}
+    assert steps == {"2"}
+
+
+def test_float16_is_replayed_in_float32() -> None:
+    """Its gradients would fall below the smallest number, since the scale of the loss is not recorded."""
+    with pytest.warns(UserWarning, match="trainer.precision is 16-mixed, for which a replay has no loss scale"):
+        autocast = on_device(torch.nn.Linear(2, 2), "cpu", "16-mixed")  # type: ignore[arg-type]
+    with autocast():
+        assert torch.nn.functional.linear(torch.ones(1, 2), torch.ones(1, 2)).dtype == torch.float32
 
 
 @pytest.fixture(scope="module")

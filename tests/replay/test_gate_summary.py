@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from opdlab.replay.comparison import Row
-from opdlab.replay.gate_summary import GateSummary, console_table, part_table
+from opdlab.replay.comparison import ReplayedStep, Row
+from opdlab.replay.gate_summary import GateSummary, console_table, part_table, undefined
 
 
 def summary(gate: str, own: bool = False) -> GateSummary:
@@ -38,6 +38,17 @@ def test_the_deciding_columns_stay(gate: str, width: int, there: list[str], miss
     assert [name for name in missing if name in head] == []
     said = " ".join(text.split())
     assert not missing or f"All statistics and normalizations, and {', '.join(missing)}: replay.md." in said
+
+
+def test_gates_without_a_gradient_at_a_stale_step_are_named() -> None:
+    def step(number: int, age: float, change: float | None) -> ReplayedStep:
+        key: Row = {"gate": "token", "statistic": "max", "normalization": "none", "tau": 5.0}
+        return ReplayedStep(
+            number, age, 0.0, 0.0, 0.0, 0.0, {}, [key | {"step": number, "fresh_change": change}], {}, 0
+        )
+
+    assert undefined([step(2, 0.0, None), step(4, 2.0, None), step(6, 2.0, 0.1)]) == {"token max none 5": "step 4"}
+    assert undefined([step(4, 2.0, None), step(6, 2.0, None)]) == {"token max none 5": "steps 4, 6"}
 
 
 def test_parts_are_averaged_over_stale_steps() -> None:
