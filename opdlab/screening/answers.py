@@ -203,7 +203,8 @@ def continuations(
         ]
         ended = _sampled(model, prompts, seen, one, "continued", f"{share}", *parts, progress=progress[number])
         rows = zip(begun, ended.tokens.tolist(), ended.num_tokens.tolist(), strict=True)
-        whole = [[*first, *rest[:count]] for first, rest, count in rows]
+        # An answer may not become longer than one that is sampled at once.
+        whole = [[*first, *rest[:count]][: sampling.max_new_tokens] for first, rest, count in rows]
         texts = model.tokenizer.batch_decode(whole, skip_special_tokens=True)
         verdicts.append(_verdicts(verifier, texts, prompts, 1).view(len(answers.prompts), each))
     return compare(*verdicts)

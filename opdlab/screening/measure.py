@@ -44,8 +44,8 @@ class Speed:
 
     Args:
         sampled: tokens that the student samples in a second.
-        student_scored: tokens that the student scores in a second.
-        teacher_scored: tokens that the teacher scores in a second.
+        student_scored: response tokens that the student scores in a second, with their prompts.
+        teacher_scored: response tokens that the teacher scores in a second, with their prompts.
     """
 
     sampled: float
@@ -254,7 +254,6 @@ def _prefixes(
 
 def _speed(answers: Answers, seconds: _Seconds) -> Maybe[Speed]:
     tokens = float(answers.rollouts.mask.sum())
-    whole = tokens + float(answers.rollouts.prompt_mask.sum())
     if "student" not in seconds.of:
         return Missing("the student's answers were not scored")
-    return Speed(tokens / answers.seconds, whole / seconds.of["student"], whole / seconds.of["teacher"])
+    return Speed(*(tokens / each for each in (answers.seconds, seconds.of["student"], seconds.of["teacher"])))

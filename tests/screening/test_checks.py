@@ -1,5 +1,7 @@
 """Each check turns bad where it must, on pairs with one fault each."""
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +10,16 @@ import torch
 
 from opdlab.data import ChatTemplate, prompt_set
 from opdlab.errors import UsageError
-from opdlab.policies import LanguageModel, LocalTeacher
+from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig
+from opdlab.progress import SilentProgress
 from opdlab.screening import Missing, Pair, Screening, judge, screen
-from opdlab.screening.pair import ConfiguredRun
+from opdlab.screening.answers import answer, continuations
+from opdlab.screening.measure import Speed
+from opdlab.screening.pair import ConfiguredRun, choose_prompts
 from opdlab.screening.report import as_json
 from opdlab.screening.thresholds import ORDER
+from opdlab.toy import ChainProblems
+from opdlab.verifiers import Verdict, Verifier
 from tests.policies.tiny_models import CONFIGS, save_random
 from tests.screening.pairs import (
     SHORT,
@@ -194,6 +201,40 @@ def test_memory_time_and_the_configured_support(whole: Screening) -> None:
     assert {checks[name].verdict for name in ("memory", "time", "objective")} == {"good"}
     unknown = {each.name: each for each in judge(replace(whole.measurements, run=replace(run, memory=None)))}
     assert unknown["memory"].finding == "not measured: the memory of the device is not known"
+
+
+def test_the_time_of_scoring_counts_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speeds are those of response tokens, as a buffer's are counted; long prompts make them smaller."""
+    clock = itertools.count()
+    monkeypatch.setattr("opdlab.screening.measure.time.perf_counter", lambda: float(next(clock)))
+    found = screen(make_pair(), SHORT).measurements
+    assert isinstance(found.speed, Speed)
+    tokens = found.lengths["student"].mean * SHORT.num_prompts * SHORT.num_samples
+    for speed in (found.speed.sampled, found.speed.student_scored, found.speed.teacher_scored):
+        seconds = tokens / speed  # the clock's are whole numbers
+        assert seconds == pytest.approx(round(seconds), abs=1e-6)
+        assert round(seconds) > 0
+
+
+def test_an_answer_that_goes_on_is_no_longer_than_any_other() -> None:
+    """The beginnings have 0 and 6 of 8 tokens, and the models stop nowhere."""
+    model = LanguageModel(STUDENT)
+    seen: list[str] = []
+
+    class Noting(Verifier):
+        def verify(self, responses: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
+            seen.extend(responses)
+            return [Verdict(False, None, "different")] * len(responses)
+
+    prompts = choose_prompts(prompt_set(ChainProblems(num_problems=2), model.tokenizer, 64).prompts, 2, 0)
+    sampling = SamplingConfig(1, max_new_tokens=8)
+    begun = answer(model, prompts, None, sampling, 0, progress=SilentProgress())
+    short = replace(begun.rollouts, mask=begun.rollouts.mask & torch.tensor([[True] * 8, [True] + [False] * 7]))
+    answers = replace(begun, rollouts=short)
+    silent = [SilentProgress()] * 2
+    continuations([model, model], answers, Noting(), sampling, 0.75, 0, progress=silent)
+    tokens = [len(model.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in seen]
+    assert tokens == [8] * 4
 
 
 def test_a_served_teacher_is_asked_for_what_it_knows() -> None:
