@@ -347,6 +347,8 @@ def test_answers_are_checked_while_the_next_are_sampled(tmp_path: Path) -> None:
             events.append("sample")
             return super().responses(rollouts)
 
+    with pytest.raises(UsageError, match="data.benchmarks has the name 'mean', under which the mean over all"):
+        Evaluator(EvaluationConfig(pass_at=(1,)), SamplingConfig(2, max_new_tokens=2), ["b", "mean"])
     evaluator = Evaluator(EvaluationConfig(pass_at=(1,)), SamplingConfig(2, max_new_tokens=2), ["b"])
     evaluator.start(SampleFolder(tmp_path, {"compared": {}}))
     model = Noting(STUDENT)

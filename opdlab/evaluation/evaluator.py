@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from opdlab.errors import require
 from opdlab.evaluation.benchmark_metrics import MEAN, BenchmarkMetrics, over_benchmarks
 from opdlab.evaluation.config import EvaluationConfig
 from opdlab.evaluation.samples import Sample, SampleFolder
@@ -28,10 +29,18 @@ class Evaluator(nn.Module):
         config: see :class:`EvaluationConfig`; its seed is a number in :attr:`config`.
         sampling: sampling options of the answers.
         benchmarks: names of the benchmarks.
+
+    Raises:
+        UsageError: a benchmark has the name of the mean over benchmarks.
     """
 
     def __init__(self, config: EvaluationConfig, sampling: SamplingConfig, benchmarks: Iterable[str]) -> None:
         super().__init__()
+        benchmarks = list(benchmarks)
+        require(
+            MEAN not in benchmarks,
+            f"data.benchmarks has the name '{MEAN}', under which the mean over all is logged: take another name",
+        )
         self.config = replace(config, seed=DEFAULT_SEED) if config.seed is None else config
         self.sampling = sampling
         self._own_sampler = TransformersSampler()

@@ -55,9 +55,10 @@ def new_figure(width: float, height: float) -> "Figure":
 
 
 def short_name(text: str) -> str:
-    """Return a name on one line, cut where it is long."""
+    """Return a name on one line; a long one is cut in the middle, since names of runs differ at their end."""
     text = " ".join(visible(text).split())
-    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+    half = _LONGEST // 2
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - half - 1]}…{text[-half:]}"
 
 
 @dataclass(frozen=True)

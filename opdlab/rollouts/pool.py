@@ -18,7 +18,7 @@ PART_BYTES = 1 << 25
 """Bytes that a process exchanges at a time; beside its rows, it has as many on their way out and on their way in."""
 _PARTS = ("rollouts", "targets")
 _LEFT_PADDED = ("prompt_tokens", "prompt_mask", "teacher_prompt_tokens", "teacher_prompt_mask")
-_ADDED_UP = ("cache_hits", "cache_misses")  # ends of names of metrics of the teacher
+_ADDED_UP = ("cache_hits", "cache_misses", "retries")  # ends of names of metrics of the teacher
 _RATE, _RATE_SECONDS = "rollout/sampled_tokens_per_second", "time/sample_seconds"
 
 

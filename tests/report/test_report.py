@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from opdlab.errors import UsageError
 from opdlab.report import make_report
+from opdlab.report.drawing import short_name
 from opdlab.report.study.compare import Place, compare
 from opdlab.report.study.figures import every_run, forest
 from opdlab.report.study.load import load_results
@@ -239,6 +240,13 @@ def test_collapsed_runs_are_marked_and_count(tmp_path: Path) -> None:
     assert "crosses: collapsed" in axes.get_xlabel()
 
 
+def test_long_names_differ_at_their_ends() -> None:
+    names = [f"runs/sampled-token-temperature-0.7-lr-1e-5-seed-{seed}" for seed in (0, 1)]
+    first, second = map(short_name, names)
+    assert len(first) == len(second) == 40
+    assert (first[:10], first[-7:], second[-7:]) == ("runs/sampl", "-seed-0", "-seed-1")
+
+
 def test_missing_runs_are_named_and_left_out_pairwise(tmp_path: Path) -> None:
     folder = SyntheticStudy({"none": 0.0, "a": 0.1, "b": 0.0, "c": 0.0}, budgets=[40]).write(tmp_path)
     runs = folder / "runs"
@@ -255,6 +263,10 @@ def test_missing_runs_are_named_and_left_out_pairwise(tmp_path: Path) -> None:
         assert line in text
     assert "6 of 16 runs have not finished" in text
     assert "Not compared, since no finished run shares a seed with its baseline: c." in text
+    # Its score is the mean of one seed, and its baseline's of three.
+    paper = (report.parent / "tables" / "comparisons.tex").read_text()
+    assert "a (1 seeds)" in paper
+    assert "b (" not in paper
 
 
 def _study_of(folder: Path, correct: dict[str, list[Array]], num_problems: int) -> Path:

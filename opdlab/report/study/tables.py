@@ -57,7 +57,9 @@ def paper_table(comparisons: Sequence[Comparison], results: Results) -> Table:
                 if each.baseline == baseline:
                     interval = f"[{number(each.low, True)}, {number(each.high, True)}]" if each.has_interval else "-"
                     scores = number(each.variant_mean), number(each.difference, True), interval, p_text(each.p_holm)
-                    rows.append((*where, each.label + against, *scores))
+                    # Of an unfinished study a row may have fewer seeds than its baseline's, and another mean.
+                    some = each.seeds < len(results.finished(baseline))
+                    rows.append((*where, each.label + against + f" ({each.seeds} seeds)" * some, *scores))
     header = ("metric", "benchmark", "variant", "score", "difference", "95% interval", "p (Holm)")
     return Table(header, rows, num_names=3)
 
