@@ -1,6 +1,7 @@
 """The settings that samples depend on, stored with them so that samples of different settings are never mixed."""
 
 import json
+import uuid
 from dataclasses import asdict
 from typing import Any
 
@@ -8,6 +9,7 @@ import lightning.pytorch as pl
 
 from opdlab.data.datamodule import PromptDataModule
 from opdlab.data.prompts import PromptSet
+from opdlab.errors import UsageError
 from opdlab.evaluation.evaluator import Evaluator
 from opdlab.policies.fingerprints import fingerprint
 from opdlab.policies.language_model import LanguageModel
@@ -33,7 +35,7 @@ def evaluation_settings(
     return {
         "model": {
             "student": {"weights": fingerprint(model)},
-            "teacher": {"weights": fingerprint(teacher.model) if isinstance(teacher, LocalTeacher) else None},
+            "teacher": {"weights": _of_teacher(teacher)},
             "eval_sampling": asdict(evaluator.sampling),
             "evaluation": {"reverse_kl": config.reverse_kl, "seed": config.seed},
         },
@@ -46,6 +48,16 @@ def evaluation_settings(
             "accelerator": trainer.strategy.root_device.type,
         },
     }
+
+
+def _of_teacher(teacher: Teacher | None) -> str | None:
+    """Return what a reverse KL depends on: never equal for a teacher that cannot be told from another."""
+    if teacher is None or isinstance(teacher, LocalTeacher):
+        return None if teacher is None else fingerprint(teacher.model)
+    try:
+        return teacher.fingerprint()
+    except UsageError:
+        return uuid.uuid4().hex
 
 
 def benchmark_settings(prompts: PromptSet) -> dict[str, Any]:

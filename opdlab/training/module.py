@@ -23,6 +23,7 @@ from opdlab.diagnostics import (
     step_record,
     teacher_support_overlap,
 )
+from opdlab.errors import require
 from opdlab.evaluation import EvaluationConfig, EvaluationModule
 from opdlab.gating import GateStrategy
 from opdlab.loggers import save_all
@@ -114,6 +115,11 @@ class OPDModule(EvaluationModule):
         student.max_tokens = max_tokens_per_pass
         request = checks.teacher_request(student, teacher, objective, gate, sampling.temperature)
         if evaluation.reverse_kl:
+            require(
+                not teacher.names,
+                "model.evaluation.reverse_kl is true, but model.teacher is a RoutedTeacher, and problems of a "
+                "benchmark have no teacher: set it to false, or take one teacher",
+            )
             teacher.check_request(TeacherRequest(vocab_size=student.vocab_size), eval_sampling.temperature)
         # After these two, because the snapshot copies the bound and the vocabulary.
         self.behavior = BehaviorPolicy(student, sampling, **vars(behavior), sampler=sampler)

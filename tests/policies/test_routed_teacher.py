@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 from opdlab.data import JsonlProblems
 from opdlab.errors import UsageError
+from opdlab.evaluation import EvaluationConfig
 from opdlab.policies import LanguageModel, LocalTeacher, RoutedTeacher, SelfTeacher, TargetCache, TeacherRequest
 from opdlab.policies.tokenizers import StopTokens
 from opdlab.rollouts import Rollouts
@@ -82,6 +83,11 @@ def test_a_run_logs_each_teacher(make_run: MakeRun, tmp_path: Path) -> None:
     run.fit(1)
     assert run.recorder.steps[1]["train/loss"] > 0
     assert teacher.metrics()["targets/poor/share"] == 0.75
+
+
+def test_a_reverse_kl_of_benchmarks_is_refused_before_anything_is_sampled(make_run: MakeRun) -> None:
+    with pytest.raises(UsageError, match="model.evaluation.reverse_kl is true, but model.teacher is a RoutedTeacher"):
+        make_run(teacher=RoutedTeacher(PATHS), evaluation=EvaluationConfig(pass_at=(1,), reverse_kl=True))
 
 
 def test_the_student_may_be_one_of_the_teachers(make_run: MakeRun, tmp_path: Path) -> None:
