@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
-from opdlab.data.cleaning import CleaningConfig, CleaningReport, clean
+from opdlab.data.cleaning import CleaningConfig, CleaningReport, asked_text, clean
 from opdlab.data.facts import PromptFacts
 from opdlab.data.prompts import ProblemSource, PromptSet, prompt_set
 from opdlab.data.streams import StreamedPrompts, streamed_prompts
@@ -154,7 +154,7 @@ class PromptDataModule(pl.LightningDataModule):
     def _train_prompts(self, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
         """Return the cleaned training prompts, and keep the report on cleaning."""
         source, limits = self.train_source, (self.max_prompt_tokens, self.max_teacher_prompt_tokens)
-        texts = {name: [p.problem.text for p in prompts.prompts] for name, prompts in self.benchmarks.items()}
+        texts = {name: [asked_text(p.problem) for p in prompts.prompts] for name, prompts in self.benchmarks.items()}
         if source.window is not None:
             found, self.cleaning_report = streamed_prompts(source, tokenizer, limits, self.clean, texts)
             return found

@@ -69,6 +69,7 @@ class StreamCleaner:
             {name: benchmarks[name] for name in self._names}, config.ngram, config.overlap, config.boilerplate
         )
         self._texts, self._ids = SeenHashes(), SeenHashes()
+        self._contaminated: dict[bytes, tuple[str, str]] = {}  # texts of benchmark problems
         self.counts: Counter[tuple[str, str]] = Counter()  # rows by what became of them, and the benchmark
 
     def kept(self, problems: Iterable[Problem]) -> Iterator[Problem]:
@@ -89,10 +90,14 @@ class StreamCleaner:
             return "conflicting", ""
         if before is not None and config.deduplicate:
             return "duplicate", ""
-        if self._names and (suspect := self._index.look_up(asked_text(problem))) is not None:
+        if digest in self._contaminated:
+            return self._contaminated[digest]
+        # Once for each text, or the n-grams of one that is repeated would count as a common phrase.
+        if self._names and before is None and (suspect := self._index.look_up(asked_text(problem))) is not None:
             benchmark = self._index.match(suspect)
             if benchmark is not None:
-                return "by_ngrams" if suspect.exact is None else "exact", benchmark
+                self._contaminated[digest] = "by_ngrams" if suspect.exact is None else "exact", benchmark
+                return self._contaminated[digest]
         if config.deduplicate and self._ids.add(id_, 0) is not None:
             return "same_id", ""
         return None

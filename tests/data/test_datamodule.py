@@ -1,5 +1,6 @@
 """Output of the data module for its sources: the report on training prompts, and errors on the command line."""
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,18 @@ import pytest
 import yaml
 
 from opdlab.cli import EXIT_USAGE, main
-from opdlab.data import Benchmark, CleaningConfig, CleaningReport, JsonlProblems, PromptDataModule
+from opdlab.data import (
+    Benchmark,
+    CleaningConfig,
+    CleaningReport,
+    JsonlProblems,
+    Problem,
+    ProblemSource,
+    PromptDataModule,
+)
 from opdlab.errors import UsageError
 from opdlab.toy import chain_tokenizer
+from opdlab.types.problems import Message
 
 
 def write(path: Path, *texts: str) -> str:
@@ -27,6 +37,28 @@ def make(tmp_path: Path, *texts: str, **options: Any) -> PromptDataModule:
 
 def prepare(data: PromptDataModule, training: bool = True) -> None:
     data.prepare(chain_tokenizer(), training)
+
+
+def test_chats_are_compared_with_benchmarks_by_all_turns_of_the_user(tmp_path: Path) -> None:
+    turns = [Message("user", "1 a+2"), Message("assistant", "3"), Message("user", "a+3")]
+
+    class Chats(ProblemSource):
+        name = "chats"
+
+        def __init__(self, *problems: Problem) -> None:
+            super().__init__()
+            self._problems = list(problems)
+
+        def problems(self) -> list[Problem]:
+            return self._problems
+
+    same, other = (Problem(id_, "a+3", "6", messages=tuple(kept)) for id_, kept in (("0", turns), ("1", turns[2:])))
+    data = PromptDataModule(Chats(same, other), {"held_out": Chats(same)}, max_prompt_tokens=50)
+    tokenizer = copy.deepcopy(chain_tokenizer())
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.content }}\n{% endfor %}"
+    data.prepare(tokenizer, training=True)
+    assert data.train_prompts is not None
+    assert [prompt.problem.id for prompt in data.train_prompts.prompts] == ["1"]
 
 
 def test_the_account_is_printed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -69,6 +69,15 @@ def test_the_first_of_conflicting_rows_stays() -> None:
     assert list(every.kept(problems)) == problems
 
 
+def test_repeats_of_a_benchmark_problem_are_no_common_phrase() -> None:
+    """It has a word more, so that only its runs of words are those of the benchmark."""
+    asked = " ".join(f"word{number}" for number in range(30))
+    problems = [Problem(str(number), f"{asked} more", "1") for number in range(30)]
+    cleaner = StreamCleaner(CleaningConfig(deduplicate=False), {"b": [asked]})
+    assert list(cleaner.kept(problems)) == []
+    assert cleaner.report(0, 0).by_ngrams == {"b": 30}
+
+
 def test_windows_follow_each_other_and_the_source_begins_again() -> None:
     source = Stream(numbered("1", "2", "3", "1", "12345678901", "4", "5"), window=2)
     prompts = windows(source)
