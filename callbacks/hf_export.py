@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from opdlab.callbacks.evaluation_table import EvaluationTable
 from opdlab.data import PromptDataModule
 from opdlab.errors import require
-from opdlab.files import naming_full_disk, replacing
+from opdlab.files import naming_full_disk, output_folder, replacing
 from opdlab.model_card import TrainingRecord, describe, hub_id_error, model_card
 from opdlab.module import OPDModule
 from opdlab.policies import LanguageModel, SamplingConfig
@@ -54,8 +54,18 @@ class HFExport(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise before training if the folder cannot be written."""
         assert isinstance(pl_module, OPDModule)
-        if self.enabled and self.folder is not None:
-            pl_module.student.check_not_origin(Path(self.folder))
+        if not self.enabled or self.folder is None:
+            return
+        folder = Path(self.folder)
+        pl_module.student.check_not_origin(folder)
+        if trainer.is_global_zero:
+            output_folder(folder, "export.folder", ())
+            found = {path.name for path in folder.iterdir()}
+            require(
+                not found or bool(found & {CONFIG_NAME, "config.json", "adapter_config.json"}),
+                f"export.folder is '{folder}', which has files but no model: give a new folder, since files with the "
+                "names of weights would be replaced in it",
+            )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the folder, from one process; also when a run resumes at its last step, where nothing is trained."""
@@ -69,6 +79,7 @@ class HFExport(pl.Callback):
         folder = Path(self.folder or Path(run_folder) / "student")
         config = Path(run_folder) / "config.yaml"
         record = _training_record(trainer, pl_module, CONFIG_NAME if config.is_file() else None)
+        before = _changes(folder)
         pl_module.student.save(folder, self.merge, weights)
         del weights
         write_settings(folder, pl_module.student, pl_module.evaluator.sampling, config)
@@ -76,7 +87,8 @@ class HFExport(pl.Callback):
         self._write_card(trainer, folder, record)
         rank_zero_info(f"student written to {folder}")
         if self.push_to_hub is not None:
-            self._push(folder)
+            now = _changes(folder)
+            self._push(folder, *(name for name in now if now[name] != before.get(name)))
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Add the metrics of an evaluation after training, which are complete once all callbacks have handled it."""
@@ -102,7 +114,7 @@ class HFExport(pl.Callback):
             hub.upload_folder(
                 repo_id=self.push_to_hub,
                 folder_path=folder,
-                allow_patterns=list(files) or None,
+                allow_patterns=list(files),
                 commit_message="Upload what opdlab distilled",
             )
         except Exception as error:  # any error: training is finished and must not be reported as failed
@@ -111,6 +123,11 @@ class HFExport(pl.Callback):
                 f"push_to_hub '{self.push_to_hub}' failed, but {folder} is complete; to try again: "
                 f"hf upload {self.push_to_hub} {folder} ({reason})"
             )
+
+
+def _changes(folder: Path) -> dict[str, int]:
+    """Return the files in a folder, and when they were changed: others that are there are not uploaded."""
+    return {path.name: path.stat().st_mtime_ns for path in sorted(folder.glob("*")) if path.is_file()}
 
 
 def write_settings(folder: Path, student: LanguageModel, sampling: SamplingConfig, config: Path) -> None:

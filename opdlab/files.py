@@ -128,15 +128,17 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def replacing_files(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
+def replacing_files(folder: Path, stale: Sequence[str] = (), last: Sequence[str] = ()) -> Iterator[Path]:
     """Yield an empty folder whose files move into ``folder`` when the block ends; other files there stay.
 
     The files are written beside ``folder`` and are all on the disk before the first one moves. A kill while they are
-    written leaves ``folder`` as it was, and ``folder.partial``; an error leaves only the first.
+    written leaves ``folder`` as it was, and ``folder.partial``; an error leaves only the first. A kill in the instant
+    in which they move leaves old files beside new ones, and those of ``last`` are missing.
 
     Args:
         folder: made if it is missing.
         stale: patterns of files to delete in ``folder`` unless they are replaced.
+        last: patterns of files without which the others cannot be used; they move last.
 
     Raises:
         FullDiskError: the disk is full.
@@ -161,6 +163,9 @@ def replacing_files(folder: Path, stale: Sequence[str] = ()) -> Iterator[Path]:
                 with (partial / name).open("rb") as file:
                     os.fsync(file.fileno())
             old = {path.relative_to(folder) for pattern in stale for path in folder.glob(pattern)}
+            files.sort(key=lambda name: any(name.match(pattern) for pattern in last))
+            for name in (name for name in files if any(name.match(pattern) for pattern in last)):
+                (folder / name).unlink(missing_ok=True)
             for name in files:
                 _make_folder((folder / name).parent)
                 (partial / name).replace(folder / name)

@@ -70,10 +70,11 @@ def export(arguments: Sequence[str]) -> int:
         sampling=SamplingConfig(**config.model.sampling.as_dict()),
     )
     settings = {**card_settings(parts, answers), **_plain_settings(config, step)}
+    record = _record(config, settings, _results(folder, step))  # it may be refused
     try:
         student.save(out, options.merge)
         write_settings(out, student, answers, folder.config)
-        write_card(out, out.resolve().name, _record(config, settings, _results(folder, step)))
+        write_card(out, out.resolve().name, record)
     except OSError as error:
         raise UsageError(f"--out '{out}' cannot be written ({error.strerror}): give another folder") from error
     kind = "adapter" if student.has_adapter and not options.merge else "student"

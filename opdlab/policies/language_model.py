@@ -420,7 +420,9 @@ class LanguageModel(nn.Module):
         return texts
 
     def save(self, folder: Path, merge: bool = False, weights: Mapping[str, Tensor] | None = None) -> None:
-        """Write model and tokenizer as a Hugging Face folder; a kill leaves an earlier one as it was.
+        """Write model and tokenizer as a Hugging Face folder.
+
+        A kill leaves an earlier one as it was, or one without a configuration, which does not load.
 
         Args:
             folder: output folder.
@@ -436,7 +438,8 @@ class LanguageModel(nn.Module):
         # Files from an earlier save would be loaded instead of these, or in addition.
         other_kind = "config.json" if self.has_adapter and not merge else "adapter_*"
         stale = (other_kind, "model*.safetensors*", "generation_config.json")
-        with replacing_files(Path(folder), stale) as new, quiet_bars():
+        needed = ("config.json", "adapter_config.json", "*.index.json")
+        with replacing_files(Path(folder), stale, needed) as new, quiet_bars():
             if self.has_adapter and not merge:
                 save_adapter(self.model, new, weights)
             elif weights is not None:

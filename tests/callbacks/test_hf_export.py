@@ -129,17 +129,38 @@ def test_push_uploads_the_folder_then_the_cards_figures(
         monkeypatch.setattr(
             huggingface_hub.HfApi, name, lambda self, name=name, **options: calls.append((name, options))
         )
+    (tmp_path / "out").mkdir()
+    for name in ("config.json", "notes.txt"):  # of an earlier model, and of the user
+        (tmp_path / "out" / name).write_text("{}")
     run = make_run(callbacks=(HFExport(str(tmp_path / "out"), push_to_hub="me/student"), EvaluationTable()))
     trainer = run.fit(1)
     assert [name for name, _ in calls] == ["create_repo", "upload_folder"]
     assert calls[0][1] == {"repo_id": "me/student", "private": True, "exist_ok": True}
     assert calls[1][1]["folder_path"] == tmp_path / "out"
-    assert calls[1][1]["allow_patterns"] is None
+    written = calls[1][1]["allow_patterns"]
+    assert set(written) == {path.name for path in (tmp_path / "out").iterdir()} - {"notes.txt"}
+    assert {"config.json", "README.md"} < set(written)
     assert "## Results" not in (tmp_path / "out/README.md").read_text()
     trainer.limit_val_batches = 1.0
     trainer.validate(run.module, datamodule=run.data, verbose=False)
     assert calls[-1][1]["allow_patterns"] == ["README.md"]
     assert "toy/pass\\@1" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_folder_that_is_no_place_for_a_model_is_refused_before_training(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project/model.safetensors").write_text("of another")
+    for folder, words in (
+        ("project", "which has files but no model: give a new folder"),
+        ("project/model.safetensors/x", "cannot be written to"),
+    ):
+        run = make_run(callbacks=(HFExport(str(tmp_path / folder)),))
+        with pytest.raises(UsageError, match=words):
+            run.fit(1)
+        assert not run.recorder.steps
+    assert (tmp_path / "project/model.safetensors").read_text() == "of another"
 
 
 def test_a_push_that_fails_is_one_warning_and_the_folder_is_safe(
