@@ -82,6 +82,8 @@ class PoolRecorder(StepCallback):
             "weights to record: take a single device or ddp, or set save_pools to false",
         )
         self.folder = Path(trainer.log_dir or trainer.default_root_dir)
+        if trainer.is_global_zero and trainer.ckpt_path is not None:
+            self._drop_after(trainer.global_step)
         left = range(trainer.global_step + 1, trainer.max_steps + 1)
         if self.enabled and left and not any(map(self.wants, left)):
             when = f"every_n_steps is {self.every_n_steps}" if self.steps is None else f"steps is {self.steps}"
@@ -89,6 +91,15 @@ class PoolRecorder(StepCallback):
                 f"save_pools is true, but nothing will be recorded: pool_recorder.{when}, and the last step is "
                 f"{trainer.max_steps}: choose steps before it"
             )
+
+    def _drop_after(self, step: int) -> None:
+        """Delete the records of steps that the run took before it was resumed, and now takes another time."""
+        later = {number: path for number, path in record.record_folders(self.folder).items() if number > step}
+        for path in later.values():
+            shutil.rmtree(path, ignore_errors=True)
+        if later:
+            numbers = ", ".join(map(str, later))
+            rank_zero_info(f"{self.folder / record.FOLDER}: records after step {step} are deleted ({numbers})")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int

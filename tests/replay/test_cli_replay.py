@@ -20,6 +20,7 @@ from opdlab.errors import require
 from opdlab.policies import LocalTeacher
 from opdlab.replay.pack import ABOUT, FORMAT, MARK
 from opdlab.types import TeacherRequest
+from tests.replay.conftest import SMALL
 
 
 def test_a_replay_leaves_tables_and_pictures(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,6 +174,28 @@ def test_steps_before_a_damaged_one_are_kept(run: Path, capsys: pytest.CaptureFi
     assert "not replayed: step 4" in (run / "replay/replay.md").read_text()
     steps = {row["step"] for row in csv.DictReader((run / "replay/replay.csv").read_text().splitlines())}
     assert steps == {"2"}
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the run was copied
+def test_records_of_steps_that_are_taken_again_are_deleted(run: Path) -> None:
+    """Those after the step at which a run is resumed are not of this run any more."""
+    Path("small.yaml").write_text(SMALL)
+    later = run / "pools/step-000099"
+    shutil.copytree(run / "pools/step-000004", later)
+    (checkpoint,) = run.glob("checkpoints/*.ckpt")
+    command = [
+        "fit",
+        "-c",
+        "quickstart",
+        "-c",
+        "small.yaml",
+        "--trainer.max_steps",
+        "6",
+        "--trainer.default_root_dir",
+        "runs",
+    ]
+    assert main([*command, "--ckpt_path", str(checkpoint)]) == 0
+    assert sorted(path.name for path in (run / "pools").iterdir()) == ["step-000002", "step-000004", "step-000006"]
 
 
 def test_float16_is_replayed_in_float32() -> None:
