@@ -108,8 +108,11 @@ def _load(path: Path, map_location: Any = "cpu", *, weights_only: bool = True, m
     """Return the content of a checkpoint; ``mapped`` reads tensors only when they are used, while the file stays."""
     require(not path.is_dir(), f"ckpt_path '{path}' is a folder: give a .ckpt file, or 'last'")
     require(path.is_file(), f"ckpt_path '{path}' does not exist: give a .ckpt file, or 'last'")
-    with path.open("rb") as file:
-        is_archive = file.read(2) == b"PK"
+    try:
+        with path.open("rb") as file:
+            is_archive = file.read(2) == b"PK"
+    except OSError as error:
+        raise UsageError(f"ckpt_path '{path}' cannot be read ({error.strerror}): give another checkpoint") from error
     try:
         content = torch.load(path, map_location, weights_only=weights_only, mmap=mapped and is_archive)
     except Exception as error:  # torch and pickle raise almost any type on damaged files

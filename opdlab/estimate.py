@@ -8,7 +8,6 @@ Symbols: B rollouts of a micro-batch, T tokens of prompt and response, H hidden 
 V vocabulary, N = B * T.
 """
 
-import json
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,11 +22,12 @@ from lightning.pytorch.cli import instantiate_class
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from opdlab.errors import UsageError
+from opdlab.errors import UsageError, require
 from opdlab.packages import package_trouble, require_package
 from opdlab.policies.adapters import AdapterConfig, attach_adapter
 from opdlab.policies.compiling import layers_of
 from opdlab.policies.loading import ADAPTER_CONFIG, adapter_base, resolve
+from opdlab.records import read_json
 from opdlab.rollouts.pool import PART_BYTES
 from opdlab.scoring.head import MAX_TILE_LOGITS
 
@@ -319,7 +319,16 @@ def model_size(options: Mapping[str, Any], precision: str | int | None) -> Model
     """
     path = str(options["path"])
     if (base := adapter_base(path)) is not None:
-        saved = json.loads((Path(path).expanduser() / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        saved = read_json(Path(path).expanduser() / ADAPTER_CONFIG)
+        kind = saved.get("peft_type")
+        require(
+            kind == "LORA",
+            f"model '{path}' cannot be loaded: it is an adapter of type {kind}, and only LoRA and DoRA are known",
+        )
+        require(
+            {"r", "target_modules"} <= saved.keys(),
+            f"model '{path}' cannot be loaded: its {ADAPTER_CONFIG} is not what peft writes",
+        )
         same = {"r": saved["r"], "target_modules": saved["target_modules"], "use_dora": saved.get("use_dora", False)}
         return model_size({**options, "path": base, "adapter": same}, precision)
     more = {key: options[key] for key in ("revision", "trust_remote_code") if options.get(key)}

@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -124,7 +124,14 @@ class RunFolder:
         Raises:
             UsageError: another process trains in this folder.
         """
-        with locked(self.path) as free:
+        with ExitStack() as held:
+            try:
+                free = held.enter_context(locked(self.path))
+            except OSError as error:
+                raise UsageError(
+                    f"ckpt_path is of the run in {self.path}, which cannot be written ({error.strerror}): copy "
+                    "the run, or start one without ckpt_path"
+                ) from error
             if not free:
                 holder = lock_holder(self.path) or {}
                 raise UsageError(

@@ -11,6 +11,7 @@ rollout and each answer has a random stream of its own, :func:`derive_streams`.
 import hashlib
 import os
 import secrets
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -68,7 +69,8 @@ def evaluation_seed(given: int | None, checkpoint: str | Path | None) -> int | N
     """
     if given is not None or checkpoint is None:
         return given
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    mapped = zipfile.is_zipfile(checkpoint)  # torch's older format cannot be
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=mapped)
     seed = content.get(EVALUATION_SEED_KEY) if isinstance(content, dict) else None
     return seed if type(seed) is int else None
 

@@ -119,8 +119,8 @@ def load_adapter(model: PreTrainedModel, folder: Path, base: str) -> None:
 
     try:
         config = PeftConfig.from_pretrained(folder)
-        if str(getattr(config.peft_type, "value", config.peft_type)) != "LORA":
-            refuse(f"it is an adapter of type {config.peft_type}, and only LoRA and DoRA are known")
+        if (kind := str(getattr(config.peft_type, "value", config.peft_type))) != "LORA":
+            refuse(f"it is an adapter of type {kind}, and only LoRA and DoRA are known")
         if config.modules_to_save:
             refuse(f"its adapter replaces whole layers ({', '.join(config.modules_to_save)}); merge it first with peft")
         if getattr(config, "ensure_weight_tying", False):

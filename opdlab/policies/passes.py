@@ -81,7 +81,7 @@ class PackedRows:
         num_again = 0
         if max_tokens is not None and torch.is_grad_enabled():
             lengths = [[self.lengths[row] for row in group] for group in groups]
-            costs = [sum(each) if packed else len(each) * max(1, *each) for each in lengths]
+            costs = [sum(each) if packed else len(each) * max([1, *each]) for each in lengths]
             order, num_again = recomputed_first(costs, max_tokens)
             groups = [groups[number] for number in order]
         passes, order_of_states = self._passes(groups, packed)
@@ -99,7 +99,7 @@ class PackedRows:
         number = [0] * len(self.lengths)  # number of each row's pass, and the row's start in the pass
         start = [0] * len(self.lengths)
         for count, group in enumerate(groups):
-            widest = max(1, *(self.lengths[row] for row in group))
+            widest = max([1, *(self.lengths[row] for row in group)])
             taken = [self.lengths[row] if packed else widest for row in group]
             for row, begin in zip(group, itertools.accumulate(taken, initial=0), strict=False):
                 number[row], start[row] = count, begin
@@ -117,7 +117,7 @@ class PackedRows:
                 columns = attention["position_ids"][0] + self._padding[row]
                 passes.append(Pass(self._tokens[row, columns][None], part, attention))
             else:
-                columns = torch.arange(max(1, *lengths), device=part.device) + self._padding[rows, None]  # [R, W]
+                columns = torch.arange(max([1, *lengths]), device=part.device) + self._padding[rows, None]  # [R, W]
                 passes.append(Pass(self._tokens[rows].gather(1, columns.clamp(max=self._tokens.shape[1] - 1)), part))
         return passes, order
 

@@ -5,10 +5,10 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from opdlab.errors import UsageError, first_line, require, user_code
+from opdlab.files import expanded
 from opdlab.packages import require_package
 from opdlab.verifiers.tasks import INVALID
 from opdlab.verifiers.verifier import Verdict
@@ -197,8 +197,10 @@ class JsonSchemaVerifier(WorkerVerifier):
         from jsonschema.validators import validator_for
 
         if isinstance(schema, str):
-            require(Path(schema).is_file(), f"schema is {schema}, but this file does not exist: give one that does")
-            schema = read_yaml(schema)
+            file = expanded(schema, "schema")
+            require(file.is_file(), f"schema is {schema}, but this file does not exist: give one that does")
+            given, schema = schema, read_yaml(file)
+            require(schema is not None, f"schema is {given}, but this file is empty: leave the option out")
         if schema is not None:
             try:
                 validator_for(schema).check_schema(schema)

@@ -35,8 +35,8 @@ def function_task(path: str) -> Judge:
             return Verdict(
                 False, None, f"failed: raises {type(error).__name__}: {first_line(error)[:200]}; see {where}"
             )
-        if type(value).__name__ == "bool_":  # of NumPy
-            value = bool(value)
+        if getattr(value, "shape", None) == ():  # a scalar of NumPy or torch
+            value = value.item()
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             return Verdict(False, None, f"{INVALID}{value!r:.80}")
         return Verdict(bool(value), None, "accepted" if value else "rejected")

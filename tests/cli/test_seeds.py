@@ -16,7 +16,7 @@ from opdlab.cli import EXIT_USAGE, main
 from opdlab.data import PromptDataModule
 from opdlab.evaluation import EvaluationConfig, Evaluator
 from opdlab.policies import SamplingConfig
-from opdlab.seeds import run_seed
+from opdlab.seeds import evaluation_seed, run_seed
 from opdlab.toy import ChainProblems
 from tests.cli.test_fit import SMALL
 
@@ -113,6 +113,9 @@ def test_an_evaluation_of_a_checkpoint_takes_the_seed_of_its_run(fit: Fit, tmp_p
     del content["opdlab_evaluation_seed"]  # as an earlier version wrote it
     CheckpointFiles().save_checkpoint(content, checkpoint)
     assert validate("--seed_everything", "4") == 4
+    content["opdlab_evaluation_seed"] = 6
+    torch.save(content, checkpoint, _use_new_zipfile_serialization=False)  # torch's older format
+    assert evaluation_seed(None, checkpoint) == 6
 
 
 @pytest.mark.parametrize("value", ["false", "null", "-1", "4294967296"])

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from opdlab.errors import UsageError
+from opdlab.estimate import model_size
 from opdlab.module import BehaviorConfig
 from opdlab.policies import AdapterConfig, BaseTeacher, BehaviorPolicy, LanguageModel, SamplingConfig, TeacherRequest
 from opdlab.policies.fingerprints import fingerprint
@@ -238,8 +239,9 @@ def test_adapter_folders_that_cannot_be_read(qwen3: Path, tmp_path: Path) -> Non
         assert words in str(caught.value)
     ia3 = {"peft_type": "IA3", "base_model_name_or_path": str(qwen3), "target_modules": ["q_proj"]}
     path.write_text(json.dumps(ia3))
-    with pytest.raises(UsageError, match="only LoRA and DoRA are known"):
-        LanguageModel(str(tmp_path))
+    for load in (LanguageModel, lambda path: model_size({"path": path}, None)):
+        with pytest.raises(UsageError, match="an adapter of type IA3, and only LoRA and DoRA are known"):
+            load(str(tmp_path))
     path.write_text("{")
     with pytest.raises(UsageError, match="is not what peft writes"):
         LanguageModel(str(tmp_path))

@@ -26,6 +26,9 @@ def check(response, answer):
         return len(" " * (64 << 30)) == 1
     if response == "half":
         return 0.5
+    if response.startswith("numpy"):
+        import numpy
+        return numpy.int64(response[5:]) if response != "numpy" else numpy.bool_(True)
     return 1.0 if float(response) == float(answer) else False
 
 def one(response):
@@ -66,11 +69,13 @@ def test_a_function_decides_and_what_it_cannot_judge_is_wrong_and_said_once() ->
     start = "the verifier own_checks.check did not judge an answer, which counts as wrong, as later ones will: it "
     assert texts[0] == f"{start}did not end within 0.5 s: raise verifier.time_limit, or change it"
     assert texts[1] == f"{start}needs more than 2048 MiB: raise verifier.memory_limit, or change it"
-    assert re.fullmatch(f"{start}raises ValueError: could not convert .*own_checks.py.*line 10.*", texts[2])
+    assert re.fullmatch(f"{start}raises ValueError: could not convert .*own_checks.py.*line 13.*", texts[2])
     assert [each.correct for each in verifier.verify(["hang", "eight"], ["1", "1"])] == [False, False]  # not said again
 
     with pytest.raises(UsageError, match=r"verifier \S+ returned 0.5, but must return true or false, or 1 or 0"):
         verifier.verify(["half"], ["1"])
+    found = verifier.verify(["numpy", "numpy1", "numpy0"], ["1"] * 3)
+    assert [verdict.correct for verdict in found] == [True, True, False]
 
 
 WRONG = [
@@ -189,6 +194,9 @@ def test_a_json_schema_against_jsonschema(folder: Path) -> None:
     fenced = [f"Here it is:\n```json\n{text}\n```\nDone." for text in DOCUMENTS]
     of_gold = JsonSchemaVerifier(num_workers=1)
     assert [verdict.correct for verdict in of_gold.verify(fenced, [json.dumps(SCHEMA)] * len(fenced))] == expected
+    (folder / "empty.yaml").write_text("# nothing yet\n")
+    with pytest.raises(UsageError, match="schema is empty.yaml, but this file is empty: leave the option out"):
+        JsonSchemaVerifier("empty.yaml")
     with pytest.warns(UserWarning, match="needs a JSON schema as the gold answer, but 'no schema' is none"):
         assert not of_gold.verify(["{}"], ["no schema"])[0].correct
     assert of_file.verify(["```JSON\r\n[]\r\n```"], ["-"])[0].reason == "invalid"
