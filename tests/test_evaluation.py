@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -18,10 +19,11 @@ import torch
 
 from opdlab.cli import EXIT_USAGE, main
 from opdlab.data import EvaluationBatch, Problem, Prompt
-from opdlab.errors import UsageError
+from opdlab.errors import UsageError, require
 from opdlab.evaluation import BenchmarkMetrics, EvaluationConfig, Evaluator, Sample, SampleFolder
+from opdlab.evaluation.settings import evaluation_settings
 from opdlab.metrics.functional import pass_at_k
-from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig
+from opdlab.policies import LanguageModel, LocalTeacher, SamplingConfig, Teacher
 from opdlab.policies.fingerprints import fingerprint
 from opdlab.progress import Progress, SilentProgress
 from opdlab.toy import ChainProblems
@@ -83,6 +85,33 @@ def lines_of(folder: Path) -> list[dict[str, Any]]:
 def figures_of(folder: Path) -> dict[str, float]:
     figures: dict[str, float] = json.loads((folder / "results.json").read_text())["figures"]
     return figures
+
+
+def test_teachers_are_told_apart_by_what_they_say() -> None:
+    """Samples on disk have the reverse KL to one teacher, and are not taken for another's."""
+
+    class Marked(Teacher):
+        def __init__(self, mark: str | None) -> None:
+            self.mark = mark
+
+        def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
+            raise NotImplementedError
+
+        def fingerprint(self) -> str:
+            require(self.mark is not None, "it has no mark")
+            return str(self.mark)
+
+    model, evaluator = LanguageModel(STUDENT), Evaluator(EvaluationConfig(), SamplingConfig(), [])
+    place = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer: Any = SimpleNamespace(precision="32-true", world_size=1, strategy=place)
+    data: Any = SimpleNamespace(benchmarks={})
+
+    def weights(teacher: Teacher | None) -> Any:
+        return evaluation_settings(model, teacher, evaluator, data, trainer)["model"]["teacher"]["weights"]
+
+    assert weights(None) is None
+    assert (weights(Marked("a")), weights(Marked("b"))) == ("a", "b")
+    assert weights(Marked(None)) != weights(Marked(None))
 
 
 def test_killed_and_started_again_it_ends_the_same(
