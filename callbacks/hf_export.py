@@ -58,14 +58,14 @@ class HFExport(pl.Callback):
             return
         folder = Path(self.folder)
         pl_module.student.check_not_origin(folder)
-        if trainer.is_global_zero:
-            output_folder(folder, "export.folder", ())
-            found = {path.name for path in folder.iterdir()}
-            require(
-                not found or bool(found & {CONFIG_NAME, "config.json", "adapter_config.json"}),
-                f"export.folder is '{folder}', which has files but no model: give a new folder, since files with the "
-                "names of weights would be replaced in it",
-            )
+        output_folder(folder, "export.folder", ())  # in all processes, so that none waits for one that was refused
+        models = {CONFIG_NAME, "config.json", "adapter_config.json"}
+        weights = [path.name for pattern in ("model*.safetensors*", "adapter_*") for path in folder.glob(pattern)]
+        require(
+            not weights or any((folder / name).exists() for name in models),
+            f"export.folder is '{folder}', which has {', '.join(sorted(weights)[:3])} but no model's configuration: "
+            "give a new folder, since weights in it are replaced",
+        )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the folder, from one process; also when a run resumes at its last step, where nothing is trained."""

@@ -153,7 +153,7 @@ def test_a_folder_that_is_no_place_for_a_model_is_refused_before_training(
     (tmp_path / "project").mkdir()
     (tmp_path / "project/model.safetensors").write_text("of another")
     for folder, words in (
-        ("project", "which has files but no model: give a new folder"),
+        ("project", "which has model.safetensors but no model's configuration: give a new folder"),
         ("project/model.safetensors/x", "cannot be written to"),
     ):
         run = make_run(callbacks=(HFExport(str(tmp_path / folder)),))
