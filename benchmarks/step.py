@@ -159,6 +159,18 @@ def _trl_python(given: str | None) -> str | None:
     return python if done.returncode == 0 else None
 
 
+def _no_compiler() -> str | None:
+    """Return why torch.compile cannot be used here; None if it can."""
+    from opdlab.errors import UsageError
+    from opdlab.policies.compiling import require_compiler
+
+    try:
+        require_compiler("student")
+    except UsageError as error:
+        return str(error)
+    return None
+
+
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +275,9 @@ def measure(given: argparse.Namespace, measurements: list[str], models: Path) ->
     if "trl" in programs and trl_python is None:
         programs.remove("trl")
         print("TRL skipped: it is not installed here; give --trl-python an interpreter that has it", file=sys.stderr)
+    if "opdlab_compiled" in programs and (reason := _no_compiler()) is not None:
+        programs.remove("opdlab_compiled")
+        print(f"opdlab_compiled skipped: {reason}", file=sys.stderr)
     options = Options(given.rounds, given.threads, trl_python)
     steps, target = given.steps or case.steps, 0.8 if given.target is None else given.target
     names = ("case", "rounds", "threads", "max_steps")

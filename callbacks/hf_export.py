@@ -52,19 +52,20 @@ class HFExport(pl.Callback):
         require(error is None, f"push_to_hub is '{push_to_hub}', which is no hub id such as me/student: {error}")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise before training if the folder cannot be written."""
+        """Raise before training if the folder cannot be written, or has other files than those of a model."""
         assert isinstance(pl_module, OPDModule)
         if not self.enabled or self.folder is None:
             return
         folder = Path(self.folder)
         pl_module.student.check_not_origin(folder)
-        output_folder(folder, "export.folder", ())  # in all processes, so that none waits for one that was refused
-        models = {CONFIG_NAME, "config.json", "adapter_config.json"}
-        weights = [path.name for pattern in ("model*.safetensors*", "adapter_*") for path in folder.glob(pattern)]
+        # In all processes, so that none waits for one that was refused.
+        output_folder(folder, "export.folder", ())
+        files = sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+        weights = any(name.endswith(".safetensors") for name in files)
         require(
-            not weights or any((folder / name).exists() for name in models),
-            f"export.folder is '{folder}', which has {', '.join(sorted(weights)[:3])} but no model's configuration: "
-            "give a new folder, since weights in it are replaced",
+            not files or (weights and not {"config.json", "adapter_config.json"}.isdisjoint(files)),
+            f"export.folder is '{folder}', which has files ({', '.join(files[:3])}{', …' * (len(files) > 3)}) but no "
+            "model: give a new folder, since files of the same names would be replaced",
         )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

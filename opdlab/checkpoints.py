@@ -232,9 +232,8 @@ def find_checkpoint(path: str, root: Path, *, resume: bool = True) -> Path:
     skipped: list[str] = []
     try:
         for number in sorted(numbers, reverse=True):
-            if (
-                found := newest_checkpoint(root / f"version_{number}" / "checkpoints", skipped, resume=resume)
-            ) is not None:
+            found = newest_checkpoint(root / f"version_{number}" / "checkpoints", skipped, resume=resume)
+            if found is not None:
                 return found[0]
     finally:
         if skipped:

@@ -77,7 +77,7 @@ def output_folder(path: Path, option: str, files: Sequence[str]) -> Path:
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
+        tempfile.TemporaryFile(dir=path, prefix=".opdlab-").close()
     except OSError as error:
         raise UsageError(f"{option} '{path}' cannot be written to ({error.strerror}): give another folder") from error
     for found in (found for pattern in files for found in path.glob(pattern) if found.is_dir()):

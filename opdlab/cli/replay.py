@@ -126,7 +126,10 @@ def replay(arguments: Sequence[str]) -> int:
         f"{time.perf_counter() - started:.0f} s, with {passes} backward pass{'es' * (passes != 1)}; "
         f"fresh gradients: {config.draws} a step",
         *(f"left out: {name}, which {reason}" for name, reason in replayer.skipped.items()),
-        *(f"left out: {name}, whose gradient is zero at {steps}" for name, steps in undefined(found).items()),
+        *(
+            f"left out: {name}, whose cosine with a fresh gradient is undefined at {steps}"
+            for name, steps in undefined(found).items()
+        ),
         reproduction(found, records),
     ]
     if stopped is not None:

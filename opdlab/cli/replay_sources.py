@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 from lightning.fabric import Fabric
 from lightning.pytorch import seed_everything
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from opdlab.cli.building import build
 from opdlab.cli.estimate import refuse_oversized
@@ -231,7 +232,7 @@ class PackSource(Source):
         return Built(module, autocast, draws=partial(self._pack.draws, sampling))
 
 
-def on_device(module: OPDModule, accelerator: Any, precision: Any) -> Autocast:
+def on_device(module: nn.Module, accelerator: Any, precision: Any) -> Autocast:
     """Move a module to one device, even if the run used more, and return the context of forward passes there."""
     if str(precision) in ("16-mixed", "16"):
         # Training scales the loss, so that small gradients stay above zero in float16; the scale is not recorded.

@@ -130,7 +130,7 @@ def prompt_set(
                 keys.append(problems.keys[prompt.index])
             else:
                 held.append(replace(prompt, index=len(held)))
-            _look(prompt, unknown)
+            look_for_unknown(prompt, unknown)
             facts.look(prompt)
     require(
         bool(facts.count or too_long or teacher_too_long), f"{source.name} holds no problems: give a source with one"
@@ -200,7 +200,7 @@ class Recipe:
         return [Prompt(*row, *_demonstration(row[1], self.tokenizer)) for row in rows]
 
 
-def _look(prompt: Prompt, unknown: UnknownTexts) -> None:
+def look_for_unknown(prompt: Prompt, unknown: UnknownTexts) -> None:
     """Look for characters that the tokenizer does not know in all that becomes tokens."""
     problem = prompt.problem
     turns = [turn.content for turn in problem.messages] or [problem.text]

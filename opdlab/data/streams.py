@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from opdlab.data.cleaning import CleaningConfig, CleaningReport, asked_text
 from opdlab.data.facts import PromptFacts
 from opdlab.data.overlap import BenchmarkIndex
-from opdlab.data.prompts import ProblemSource, PromptSet, Recipe
+from opdlab.data.prompts import ProblemSource, PromptSet, Recipe, look_for_unknown
 from opdlab.data.repeats import row_hashes, text_digest
+from opdlab.data.unknown import UnknownTexts
 from opdlab.errors import require
 from opdlab.types import Problem, Prompt
 
@@ -234,6 +235,8 @@ def streamed_prompts(
         benchmarks: texts of problems, by benchmark.
     """
     prompts = StreamedPrompts(source, Recipe(source, tokenizer, *limits), lambda: StreamCleaner(config, benchmarks))
-    report = prompts.report
-    found = PromptSet(prompts, report.too_long, source.verifier, report.teacher_too_long, facts=prompts.facts)
-    return found, report
+    report, unknown = prompts.report, UnknownTexts(tokenizer)
+    for prompt in prompts.of_pass(0):
+        look_for_unknown(prompt, unknown)
+    num_too_long = report.too_long, report.teacher_too_long
+    return PromptSet(prompts, num_too_long[0], source.verifier, num_too_long[1], unknown.found, prompts.facts), report

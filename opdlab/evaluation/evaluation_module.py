@@ -187,7 +187,8 @@ class EvaluationModule(pl.LightningModule):
         fitting = trainer.state.fn == TrainerFn.FITTING
         subfolder = f"{evaluated.name}-step-{self.global_step}" if fitting else evaluated.subfolder
         teacher = self.teacher if config.reverse_kl else None
-        compared = evaluation_settings(evaluated.model, teacher, self.evaluator, data, trainer)
+        settings = evaluation_settings(evaluated.model, teacher, self.evaluator, data, trainer)
+        compared = trainer.strategy.broadcast(settings)  # they name the folder of all processes
         checkpoint = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
         about = {"model": evaluated.model.path, "checkpoint": checkpoint, "step": self.global_step}
         samples = Path(trainer.strategy.broadcast(str(config.samples)))  # the first process knows the run's folder

@@ -79,7 +79,7 @@ def summarise(
 
 
 def undefined(steps: Sequence[ReplayedStep], reference: str = "fresh") -> dict[str, str]:
-    """Return the gates without a summary because their gradient is zero at stale steps, and these steps, as text."""
+    """Return the gates without a summary, and the stale steps at which their gradient, or a fresh one, is zero."""
     found = {}
     for key, rows in _of_stale(steps, None)[1].items():
         if numbers := [str(row["step"]) for row in rows if row[f"{reference}_change"] is None]:

@@ -75,9 +75,9 @@ class Cluster:
         if self.name != "local":
             return
         given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        named = [part for part in given.split(",") if part.strip() and not part.strip().isdigit()]
+        numbers = all(part.strip().isdigit() for part in given.split(",") if part.strip())
         require(
-            not named or "visible_gpus" in self.parameters,
+            numbers or "visible_gpus" in self.parameters or not torch.cuda.device_count(),  # -1, say: none is visible
             f"CUDA_VISIBLE_DEVICES is '{given}', but --cluster local selects GPUs by number: set it to numbers, or "
             "give --cluster debug, which starts one run after the other on what is visible",
         )
@@ -296,9 +296,12 @@ class Launcher:
                 continue
             signum = self.signals[run.forwarded[pid]]
             run.forwarded[pid] += 1
-            with suppress(ProcessLookupError, PermissionError):
+            with suppress(ProcessLookupError):
                 if pid:
-                    os.kill(pid, signum)
+                    try:
+                        os.kill(pid, signum)
+                    except PermissionError:  # of another user: it goes on too
+                        run.state = WAITING
                 elif run.job is not None and self._cluster.name == "local":
                     os.kill(int(run.job.job_id), signal.SIGTERM)  # submitit's process; the run is still starting
                 elif run.job is not None:

@@ -36,6 +36,9 @@ class WorkerVerifier(Verifier):
         UsageError: a value is out of range.
     """
 
+    is_changeable = True
+    """True if what it runs is the user's, such as a function or an expression."""
+
     def __init__(self, num_workers: int = 2, time_limit: float = 5.0, memory_limit: int = 1024) -> None:
         require(num_workers >= 1, f"num_workers is {num_workers}, but must be at least 1")
         require(
@@ -86,10 +89,11 @@ class WorkerVerifier(Verifier):
 
     def report(self, verdicts: Sequence[Verdict]) -> None:
         """Warn of answers that count as wrong because they were not judged, once for each reason."""
+        change = (", or change it", ": change it") if self.is_changeable else ("", "")
         mends = {
-            "time limit": f"did not end within {self.time_limit:g} s: raise verifier.time_limit, or change it",
-            "memory limit": f"needs more than {self.memory_limit} MiB: raise verifier.memory_limit, or change it",
-            "worker died": "ended its process: change it",
+            "time limit": f"did not end within {self.time_limit:g} s: raise verifier.time_limit{change[0]}",
+            "memory limit": f"needs more than {self.memory_limit} MiB: raise verifier.memory_limit{change[0]}",
+            "worker died": f"ended its process{change[1]}",
         }
         for reason, count in Counter(verdict.reason for verdict in verdicts).items():
             said = mends.get(reason) or reason.removeprefix("failed: ")

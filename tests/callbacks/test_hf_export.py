@@ -130,7 +130,7 @@ def test_push_uploads_the_folder_then_the_cards_figures(
             huggingface_hub.HfApi, name, lambda self, name=name, **options: calls.append((name, options))
         )
     (tmp_path / "out").mkdir()
-    for name in ("config.json", "notes.txt"):  # of an earlier model, and of the user
+    for name in ("config.json", "model.safetensors", "notes.txt"):  # of an earlier model, and of the user
         (tmp_path / "out" / name).write_text("{}")
     run = make_run(callbacks=(HFExport(str(tmp_path / "out"), push_to_hub="me/student"), EvaluationTable()))
     trainer = run.fit(1)
@@ -151,16 +151,17 @@ def test_a_folder_that_is_no_place_for_a_model_is_refused_before_training(
     make_run: Callable[..., Run], tmp_path: Path
 ) -> None:
     (tmp_path / "project").mkdir()
-    (tmp_path / "project/model.safetensors").write_text("of another")
+    for name in ("README.md", "config.json"):  # they would be replaced
+        (tmp_path / "project" / name).write_text("of another")
     for folder, words in (
-        ("project", "which has model.safetensors but no model's configuration: give a new folder"),
-        ("project/model.safetensors/x", "cannot be written to"),
+        ("project", r"which has files \(README.md, config.json\) but no model: give a new folder"),
+        ("project/README.md/x", "cannot be written to"),
     ):
         run = make_run(callbacks=(HFExport(str(tmp_path / folder)),))
         with pytest.raises(UsageError, match=words):
             run.fit(1)
         assert not run.recorder.steps
-    assert (tmp_path / "project/model.safetensors").read_text() == "of another"
+    assert (tmp_path / "project/README.md").read_text() == "of another"
 
 
 def test_a_push_that_fails_is_one_warning_and_the_folder_is_safe(

@@ -92,6 +92,13 @@ def test_windows_follow_each_other_and_the_source_begins_again() -> None:
     assert texts(windows(source).of_pass(3)) == ["2", "3"]
 
 
+def test_unknown_characters_of_the_first_window_are_found() -> None:
+    source = Stream(numbered("1", "\N{SNOWMAN}", "2"), window=2)
+    found, _ = streamed_prompts(source, chain_tokenizer(), (9, 9), CleaningConfig(), {})
+    (unknown,) = found.unknown
+    assert (unknown.kind, unknown.count, unknown.problem.id) == ("prompts", 1, "1")
+
+
 def test_a_short_source_is_one_window() -> None:
     prompts = windows(Stream(numbered("1", "2", "3"), window=100))
     assert len(prompts) == 3

@@ -201,7 +201,7 @@ def test_records_of_steps_that_are_taken_again_are_deleted(run: Path) -> None:
 def test_float16_is_replayed_in_float32() -> None:
     """Its gradients would fall below the smallest number, since the scale of the loss is not recorded."""
     with pytest.warns(UserWarning, match="trainer.precision is 16-mixed, for which a replay has no loss scale"):
-        autocast = on_device(torch.nn.Linear(2, 2), "cpu", "16-mixed")  # type: ignore[arg-type]
+        autocast = on_device(torch.nn.Linear(2, 2), "cpu", "16-mixed")
     with autocast():
         assert torch.nn.functional.linear(torch.ones(1, 2), torch.ones(1, 2)).dtype == torch.float32
 

@@ -243,6 +243,7 @@ def test_what_a_cluster_cannot_run_is_refused(
 
 def test_gpus_without_a_number_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """submitit selects GPUs by number, so that a run would take another GPU than the one that is visible here."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-8932f937,MIG-0b1c")
     with pytest.raises(
         UsageError, match="CUDA_VISIBLE_DEVICES is 'GPU-8932f937,MIG-0b1c', but --cluster local selects"
@@ -250,6 +251,9 @@ def test_gpus_without_a_number_are_refused(tmp_path: Path, monkeypatch: pytest.M
         Cluster().check([made(tmp_path, devices=1, accelerator="gpu")])
     Cluster().check([made(tmp_path)])  # on the CPU
     Cluster("debug").check([made(tmp_path, devices=1, accelerator="gpu")])
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")  # hides all
+    Cluster().check([made(tmp_path, devices=1, accelerator="auto")])
 
 
 def test_a_refused_study_leaves_no_folder(

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +22,9 @@ from opdlab.verifiers.math.judging import judge
 from opdlab.verifiers.worker_pool import WorkerPool, WorkerStartError, _Worker
 from tests.children import run_child
 from tests.verifiers.hostile_answers import HOSTILE_ANSWERS
+
+# Most answers here are not judged, and one test looks for the warning.
+pytestmark = pytest.mark.filterwarnings("ignore:the verifier MathVerifier did not judge")
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -307,6 +311,16 @@ def test_killed_processes_are_replaced() -> None:
         process = _children(os.getpid(), "opdlab.verifiers.worker_process")[-1]
         os.kill(process if victim == "process" else _children(process)[0], signal.SIGKILL)
         assert verifier.verify([r"\boxed{1}"] * 2, ["1", "2"]) == [*_verdicts("1"), Verdict(False, "1", "different")]
+
+
+def test_answers_that_are_not_judged_are_said_once() -> None:
+    verifier = MathVerifier(num_workers=2, time_limit=0.3)
+    said = r"MathVerifier did not judge 2 answers, .* it did not end within 0.3 s: raise verifier\.time_limit$"
+    with pytest.warns(UserWarning, match=said):
+        verifier.verify([TOWER, "\\boxed{1}", TOWER], ["1"] * 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        verifier.verify([TOWER], ["1"])
 
 
 def test_a_stopped_process_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,7 @@ class MathVerifier(WorkerVerifier):
     """
 
     task = "opdlab.verifiers.math.judging:prepare"
+    is_changeable = False
 
     def __init__(self, num_workers: int = 2, time_limit: float = 5.0, memory_limit: int = 1024) -> None:
         super().__init__(num_workers, time_limit, memory_limit)
@@ -61,7 +62,7 @@ class MathVerifier(WorkerVerifier):
             key: pool.submit(*key) for key in dict.fromkeys(keys) if key[0] and sum(map(len, key[0])) <= _MAX_CHARACTERS
         }
 
-        def wait(_keeps_the_processes: WorkerVerifier = self) -> list[Verdict]:
+        def wait() -> list[Verdict]:
             verdicts = []
             for key in keys:
                 answers, gold, boxed = key
@@ -74,6 +75,7 @@ class MathVerifier(WorkerVerifier):
                     text = bounded_form(" ".join((gold if verdict.correct else answers[-1])[:_MAX_CHARACTERS].split()))
                     verdict = Verdict(verdict.correct, text or None, verdict.reason)
                 verdicts.append(verdict)
+            self.report(verdicts)  # the closure keeps the verifier and its processes alive
             return verdicts
 
         return wait
