@@ -87,6 +87,7 @@ def collect(
     if without is not None and share.start:
         targets = replace(targets, **{without: None})  # type: ignore[arg-type]
     metrics = {"rollout/length": float(mask.sum(1).float().mean()), "targets/cache_misses": float(count)}
+    metrics["targets/retries"] = float(count)
     metrics |= {"time/sample_seconds": 1.0 + share.start, "rollout/sampled_tokens_per_second": float(mask.sum())}
     drawn = rollouts.demonstration.logical_not()  # type: ignore[union-attr]
     metrics["rollout/accuracy"] = float(rollouts.correct[drawn].float().mean())  # type: ignore[index]
@@ -254,7 +255,7 @@ def test_metrics_are_those_of_the_whole_buffer(pair: Processes) -> None:
         return collect(prompts, **options)
 
     alone = next(iter(RolloutLoader(PROMPTS, noted, **SIZES))).pool_metrics
-    for name in ("rollout/length", "rollout/accuracy", "targets/cache_misses"):
+    for name in ("rollout/length", "rollout/accuracy", "targets/cache_misses", "targets/retries"):
         assert metrics[name] == pytest.approx(alone[name]), name
     ((prompts, options),) = calls
     shares = [collect(prompts, **{**options, "share": range(start, start + 3)}).metrics for start in (0, 3)]

@@ -199,9 +199,11 @@ def test_a_run_killed_after_its_work_is_not_repeated(spec: RunSpec, whole: Path)
     shutil.copytree(whole / "runs/token/seed-0", spec.path)
     (spec.path / "run.json").unlink()
     before = lines(spec.study)
+    log = (spec.path / "log.txt").read_text()
     Job()(spec)
     assert spec.finished
     assert lines(spec.study) == before != {}
+    assert (spec.path / "log.txt").read_text() == log  # nothing ran
 
 
 def test_a_run_whose_checkpoints_are_not_sound_is_not_started_over(spec: RunSpec, whole: Path) -> None:
@@ -308,6 +310,7 @@ def test_a_study_does_not_wait_for_another_machine_when_it_is_stopped(
                 seen.append(run.state)
             else:
                 signal.raise_signal(signal.SIGINT)
+            assert len(launcher.signals) < 10
     assert seen == ["running"]
     assert launcher.runs[0].state == "waiting"
     assert not (spec.path / "run.json").exists()
