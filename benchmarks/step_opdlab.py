@@ -58,7 +58,7 @@ class Observer(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compile what is to be compiled, and mark the end of the setup."""
         if pl_module.student.compiles:
-            warm_up(pl_module.student, self.run.task.sizes)
+            warm_up(pl_module, self.run.task.sizes)
         self.run.clock.begin_steps()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -79,14 +79,22 @@ class Observer(Callback):
             trainer.should_stop = True
 
 
-def warm_up(student: LanguageModel, case: Case) -> None:
-    """Score batches of two widths, forward and backward, so that the layers are compiled for any width."""
-    for length in (case.max_new_tokens, case.max_new_tokens // 2):
-        ones = torch.ones(case.batch_size, length, dtype=torch.long)
-        zeros = torch.zeros(case.batch_size, dtype=torch.long)
-        made_up = Rollouts(ones, ones.bool(), ones, ones.bool(), ones.float(), zeros, zeros, zeros, zeros, zeros)
-        student.score(made_up).hidden.sum().backward()
-    student.model.zero_grad()
+def warm_up(module: OPDModule, case: Case) -> None:
+    """Compile the layers for all that the steps ask of them, so that nothing is compiled while they are timed.
+
+    torch compiles anew for one row, on both sides of 4096 tokens, without gradients, and in eval mode.
+    """
+    sizes = [(rows, length) for rows in (case.batch_size, 2, 1) for length in (case.max_new_tokens, 64)]
+    for policy, gradients in ((module.student, True), (module.behavior.policy, False)):
+        for rows, length in sizes:
+            ones = torch.ones(rows, length, dtype=torch.long)
+            zeros = torch.zeros(rows, dtype=torch.long)
+            made_up = Rollouts(ones, ones.bool(), ones, ones.bool(), ones.float(), zeros, zeros, zeros, zeros, zeros)
+            with torch.set_grad_enabled(gradients):
+                hidden = policy.score(made_up).hidden
+            if gradients:
+                hidden.sum().backward()
+    module.student.model.zero_grad()
 
 
 def make_module(run: Run, compiled: bool) -> OPDModule:
