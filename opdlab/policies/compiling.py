@@ -10,6 +10,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from opdlab.errors import UsageError
 
 _BACKEND = "inductor"
+# Variants of a layer's compiled function, which all policies share: with and without gradients, training and eval mode,
+# one row and several, few tokens and many, each dtype. torch's own limit is 8; beyond it a layer runs uncompiled.
+_MAX_VARIANTS = 64
 
 
 def require_compiler(path: str) -> None:
@@ -52,7 +55,7 @@ def compile_layers(model: PreTrainedModel) -> None:
     """
     for layer in layers_of(model) or [model.base_model]:
         if layer._compiled_call_impl is None:
-            layer.compile(dynamic=True, backend=_BACKEND)
+            layer.compile(dynamic=True, backend=_BACKEND, recompile_limit=_MAX_VARIANTS)
             layer._compiled_call_impl = _unless_decoding(layer)
 
 

@@ -136,6 +136,23 @@ def test_layers_stand_in_one_graph_for_any_shape(qwen3: str, graphs: list[int]) 
     assert len(graphs) == 4 * len(layers)  # no breaks within a layer, and the code of one layer serves the other
 
 
+def test_every_kind_of_pass_is_compiled(qwen3: str, graphs: list[int]) -> None:
+    # Beyond torch's own limit of 8 variants, layers would run uncompiled.
+    kinds = 0
+    for dtype in (torch.float32, torch.bfloat16):
+        for training in (True, False):
+            model = LanguageModel(qwen3, compile=True).to(dtype).train(training)
+            layers = sum(isinstance(m, GradientCheckpointingLayer) for m in model.modules())
+            for with_gradients in (True, False):
+                for rows in ([0], [0, 1, 2]):
+                    graphs.clear()
+                    with torch.set_grad_enabled(with_gradients):
+                        model.score(rollouts().rows(torch.tensor(rows)))
+                    assert len(graphs) >= layers, (dtype, training, with_gradients, rows)
+                    kinds += 1
+    assert kinds == 16
+
+
 def test_no_compiler(qwen3: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/no/such/compiler",))
     monkeypatch.setattr("torch._inductor.cpp_builder.cpp_compiler_search.cache_clear", lambda: None, raising=False)
