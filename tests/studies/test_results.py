@@ -45,10 +45,18 @@ POOLED = {
         [("rate", "none-low", "controls-lsm", "none")],
         [("rate", "none-high", "controls-lsm", "none")],
     ],
+    "rate-token": [
+        [("rate", "token-low", "rate", "none-low"), ("rate-token", "token", "rate-token", "none")],
+    ],
     "fitted-tau": [[("fitted-tau", "fitted", "fitted-tau", "none")]],
 }
 # A section that says what an earlier one found.
-EARLIER = {"paper-toy-mild": "paper-toy-harsh", "lsm-block64": "paper-toy-harsh", "lsm-token": "granularity-lsm"}
+EARLIER = {
+    "paper-toy-mild": "paper-toy-harsh",
+    "lsm-block64": "paper-toy-harsh",
+    "lsm-token": "granularity-lsm",
+    "rate-token": "rate",
+}
 MINUS = "\N{MINUS SIGN}"
 FIGURE = re.compile(rf"(?<![\w.])([+{MINUS}]?)(\d\.(\d+))")
 
