@@ -349,6 +349,41 @@ def test_what_only_the_correction_hides_is_said(tmp_path: Path) -> None:
     assert said == [row["variant"] for row in hidden] != []
 
 
+def test_fewer_nats_are_better(tmp_path: Path) -> None:
+    """A variant whose answers have half the baseline's reverse KL; a long answer counts for more than a short one."""
+    study = SyntheticStudy({"none": 0.0, "near": 0.0}, seeds=range(4), budgets=[40], benchmarks={"toy": 20})
+    folder, rng, wanted = study.write(tmp_path), np.random.default_rng(0), {}
+    for variant, scale in (("none", 4.0), ("near", 2.0)):
+        for seed in range(4):
+            path = evaluation(folder, variant, seed, 40) / "toy-0.jsonl"
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            sums: dict[str, list[float]] = {}
+            for row in rows:
+                row |= {"reverse_kl": rng.normal(scale, 0.1), "tokens": int(rng.integers(1, 50))}
+                both = sums.setdefault(row["id"], [0.0, 0.0])
+                both[0] += row["reverse_kl"] * row["tokens"]
+                both[1] += row["tokens"]
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            wanted[variant, str(seed)] = sum(nats / tokens for nats, tokens in sums.values()) / len(sums)
+    report = make_report(folder).write()
+    (row,) = [row for row in read_csv(report) if row["metric"] == "reverse_kl"]
+    assert float(row["difference"]) == pytest.approx(-2, abs=0.1)
+    assert float(row["low"]) < -1  # it is no rate
+    assert row["seeds_ahead"] == "4"
+    assert float(row["p"]) < 0.05
+    assert float(row["probability_of_improvement"]) > 0.95
+    runs = {
+        (r["variant"], r["seed"]): float(r["value"]) for r in read_csv(report, "runs") if r["metric"] == "reverse_kl"
+    }
+    assert runs == pytest.approx(wanted)
+    text = report.read_text()
+    assert "reverse KL on toy: better than none: near (-" in text
+    assert "## reverse KL on toy (nats per token; less is better)" in text
+    # Where one evaluation has not measured it, there is nothing to compare.
+    path.write_text("".join(json.dumps(row | {"reverse_kl": None}) + "\n" for row in rows))
+    assert "reverse KL" not in make_report(folder).write().read_text()
+
+
 def test_runs_of_another_study_are_named(tmp_path: Path) -> None:
     folder = SyntheticStudy({"none": 0.0, "a": 0.0}, budgets=[40]).write(tmp_path)
     for seed in (0, 1):

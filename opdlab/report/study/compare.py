@@ -22,6 +22,7 @@ from opdlab.report.study.statistics import (
 )
 
 TARGET = 0.05  # the report gives the number of seeds needed to detect this difference
+REVERSE_KL = "reverse_kl"
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Place:
     """A metric on a benchmark after a number of optimizer steps.
 
     Args:
-        metric: ``pass@1``, ``pass@8``.
+        metric: ``pass@1``, ``pass@8``, ``reverse_kl``.
         benchmark: its name, or ``mean``, the unweighted mean over benchmarks.
         step: optimizer steps.
     """
@@ -37,6 +38,11 @@ class Place:
     metric: str
     benchmark: str
     step: int
+
+    @property
+    def is_rate(self) -> bool:
+        """True if the metric lies between 0 and 1, and more is better; False for nats, of which fewer are."""
+        return self.metric != REVERSE_KL
 
 
 @dataclass(frozen=True)
@@ -51,16 +57,16 @@ class Comparison:
         baseline_mean: mean of the baseline's metric in these pairs.
         variant_mean: mean of the variant's metric in these pairs.
         difference: their difference.
-        low: lower end of the 95% interval, at least -1, since rates differ by 1 at most; NaN where runs and problems
-            do not vary.
-        high: its upper end, at most 1.
+        low: lower end of the 95% interval, of rates at least -1, since they differ by 1 at most; NaN where runs and
+            problems do not vary.
+        high: its upper end, of rates at most 1.
         probability_of_improvement: 1 - p / 2 if the variant is ahead, else p / 2.
         p: see :func:`~opdlab.report.study.statistics.p_value`; NaN with fewer than 4 seeds.
         p_holm: p after Holm, over the variants at this place.
         standard_error: of the difference; NaN with one seed and one problem.
         seed_share: part of its square that falls with the number of seeds.
         seeds: pairs of runs.
-        seeds_ahead: pairs in which the variant's metric is higher.
+        seeds_ahead: pairs in which the variant's metric is better.
         collapsed: pairs in which training of the variant has collapsed.
         detectable_difference: smallest difference that would be found, after Bonferroni over these variants. Above 1 no
             difference of rates would be. NaN with fewer than 4 seeds, and if runs and problems do not vary.
@@ -98,6 +104,11 @@ class Comparison:
         return not np.isnan(self.low)
 
     @property
+    def ahead(self) -> bool:
+        """True if the variant's mean is the better one."""
+        return self.difference > 0 if self.place.is_rate else self.difference < 0
+
+    @property
     def differs(self) -> bool:
         """True if the variant differs from the baseline significantly."""
         return self.p_holm < LEVEL
@@ -109,10 +120,10 @@ class Comparison:
         return {**fields.pop("place"), **fields, f"seeds_for_{TARGET}": needed}
 
 
-def metric_names(results: Results) -> dict[str, int]:
-    """Return the metrics for which all benchmarks have enough samples, with their k."""
+def metric_names(results: Results) -> list[str]:
+    """Return each pass@k for which all benchmarks have enough samples, and the reverse KL if it was measured."""
     fewest = min(benchmark.num_samples for benchmark in results.benchmarks.values())
-    return {f"pass@{k}": k for k in results.pass_at if k <= fewest}
+    return [*(f"pass@{k}" for k in results.pass_at if k <= fewest), *([REVERSE_KL] if results.reverse_kl else [])]
 
 
 def places(results: Results) -> list[Place]:
@@ -130,14 +141,14 @@ def run_scores(results: Results, variant: str, seeds: Sequence[int], place: Plac
         seeds: of finished runs.
         place: metric, benchmark and step.
     """
-    k = metric_names(results)[place.metric]
-    return [
-        problem_scores(
-            np.stack([results.counts[variant, seed, place.step, name] for seed in seeds]), benchmark.num_samples, k
-        )
-        for name, benchmark in results.benchmarks.items()
-        if place.benchmark in (MEAN, name)
-    ]
+    values = results.counts if place.is_rate else results.reverse_kl
+    names = [name for name in results.benchmarks if place.benchmark in (MEAN, name)]
+    tables = [np.stack([values[variant, seed, place.step, name] for seed in seeds]) for name in names]
+    if not place.is_rate:
+        return tables
+    k = int(place.metric.removeprefix("pass@"))
+    sizes = [results.benchmarks[name].num_samples for name in names]
+    return [problem_scores(table, size, k) for table, size in zip(tables, sizes, strict=True)]
 
 
 def run_means(results: Results, variant: str, place: Place) -> Array:
@@ -167,6 +178,7 @@ def _compare_at(place: Place, results: Results) -> list[Comparison]:
         (variant, baseline, seeds), (theirs, ours) = pair, map(_means, sides)
         varies, difference = bool(found.varies), float(found.difference)
         width = float(found.error_bound(LEVEL / 2)) if varies else np.nan
+        sign, widest = (1, 1.0) if place.is_rate else (-1, np.inf)
         detected = varies and len(seeds) >= MIN_SEEDS
         comparisons.append(
             Comparison(
@@ -177,15 +189,15 @@ def _compare_at(place: Place, results: Results) -> list[Comparison]:
                 baseline_mean=float(ours.mean()),
                 variant_mean=float(theirs.mean()),
                 difference=difference,
-                low=float(np.maximum(difference - width, -1)),
-                high=float(np.minimum(difference + width, 1)),
-                probability_of_improvement=1 - p / 2 if difference > 0 else p / 2,
+                low=float(np.maximum(difference - width, -widest)),
+                high=float(np.minimum(difference + width, widest)),
+                probability_of_improvement=1 - p / 2 if sign * difference > 0 else p / 2,
                 p=p,
                 p_holm=p_holm,
                 standard_error=float(found.standard_error),
                 seed_share=float(found.seed_part / found.standard_error**2) if varies else np.nan,
                 seeds=len(seeds),
-                seeds_ahead=int((theirs - ours > 1e-12).sum()),  # Means of equal cells may differ by rounding.
+                seeds_ahead=int((sign * (theirs - ours) > 1e-12).sum()),  # Means of equal cells may differ by rounding.
                 collapsed=sum((variant, seed) in results.collapsed for seed in seeds),
                 detectable_difference=float(detectable_difference(found, number)) if detected else np.nan,
                 seeds_for_target=seeds_needed(found, TARGET, number) if len(seeds) > 1 else None,

@@ -29,7 +29,7 @@ def forest(comparisons: Sequence[Comparison], results: Results) -> "Figure":
     axes = figure.subplots()
     axes.axvline(0, color="0.5", linewidth=1, linestyle="--")
     for row, each in enumerate(comparisons):
-        colour = "0.45" if not each.differs else "tab:blue" if each.difference > 0 else "tab:red"
+        colour = "0.45" if not each.differs else "tab:blue" if each.ahead else "tab:red"
         if each.has_interval:
             axes.plot([each.low, each.high], [row, row], color=colour, linewidth=2)
         # A filled marker distinguishes them without colour.

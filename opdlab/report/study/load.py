@@ -1,4 +1,4 @@
-"""Reading of a study's folder: its runs, and the number of correct samples of each problem.
+"""Reading of a study's folder: its runs, and of each problem the number of correct samples and the reverse KL.
 
 Only finished runs count. Their samples must be comparable: the same problems, and equally many samples of each.
 """
@@ -55,6 +55,8 @@ class Results:
         benchmarks: by name, sorted.
         runs: record of every run that the study asks for, by variant and seed; only finished ones count.
         counts: correct samples of each problem, [P], by variant, seed, step and benchmark; only finished runs.
+        reverse_kl: reverse KL to the teacher over each problem's samples, [P], nats per token, by the same keys; empty
+            unless all evaluations of finished runs have measured it.
         collapsed: variant and seed of the finished runs in which training has collapsed; they count.
         pass_at: k of each pass@k, of all variants, ascending.
     """
@@ -63,6 +65,7 @@ class Results:
     benchmarks: Mapping[str, Benchmark]
     runs: Mapping[tuple[str, int], Record]
     counts: Mapping[tuple[str, int, int, str], NDArray[np.int64]]
+    reverse_kl: Mapping[tuple[str, int, int, str], NDArray[np.float64]]
     collapsed: Set[tuple[str, int]]
     pass_at: Sequence[int]
 
@@ -114,6 +117,7 @@ def load_results(folder: Path) -> Results:
     )
     benchmarks: dict[str, Benchmark] = {}
     counts: dict[tuple[str, int, int, str], NDArray[np.int64]] = {}
+    reverse_kl: dict[tuple[str, int, int, str], NDArray[np.float64]] = {}
     first = Path()
     for (variant, seed), budget in product(finished, sorted(study.budgets)):
         run = run_path(folder, variant, seed)
@@ -125,13 +129,17 @@ def load_results(folder: Path) -> Results:
             "again",
         )
         if not benchmarks:
-            benchmarks, first = {name: benchmark for name, (benchmark, _) in evaluated.items()}, place
+            benchmarks, first = {name: each.benchmark for name, each in evaluated.items()}, place
         for name in sorted({*benchmarks, *evaluated}):
-            ours = evaluated[name][0] if name in evaluated else None
+            ours = evaluated[name].benchmark if name in evaluated else None
             _check_equal(name, benchmarks.get(name), first, ours, place)
-        counts |= {(variant, seed, budget, name): correct for name, (_, correct) in evaluated.items()}
+        for name, each in evaluated.items():
+            counts[variant, seed, budget, name], reverse_kl[variant, seed, budget, name] = each.correct, each.reverse_kl
     collapsed = {key for key in finished if StudyRun(run_path(folder, *key), ()).collapsed}
-    results = Results(study, dict(sorted(benchmarks.items())), runs, counts, collapsed, _pass_at(folder, study))
+    if any(np.isnan(values).any() for values in reverse_kl.values()):
+        reverse_kl = {}
+    pass_at = _pass_at(folder, study)
+    results = Results(study, dict(sorted(benchmarks.items())), runs, counts, reverse_kl, collapsed, pass_at)
     base = study.baseline
     require(
         bool(results.finished(base)),
@@ -177,8 +185,17 @@ def _check_equal(name: str, theirs: Benchmark | None, first: Path, ours: Benchma
     )
 
 
-def _read_evaluation(place: Path) -> dict[str, tuple[Benchmark, NDArray[np.int64]]]:
-    """Return each benchmark of an evaluation, and the correct samples of its problems, [P]."""
+@dataclass(frozen=True)
+class _Evaluated:
+    """A benchmark of an evaluation: correct samples, [P], and reverse KL, [P], which is NaN where none was measured."""
+
+    benchmark: Benchmark
+    correct: NDArray[np.int64]
+    reverse_kl: NDArray[np.float64]
+
+
+def _read_evaluation(place: Path) -> dict[str, _Evaluated]:
+    """Return the benchmarks of an evaluation by name."""
     lines: dict[str, dict[tuple[str, int], Sample]] = {}
     for path in sorted(place.glob("*.jsonl")):
         with path.open("rb") as file:
@@ -191,12 +208,15 @@ def _read_evaluation(place: Path) -> dict[str, tuple[Benchmark, NDArray[np.int64
     return {name: _count(place, name, samples.values()) for name, samples in lines.items()}
 
 
-def _count(place: Path, name: str, samples: Iterable[Sample]) -> tuple[Benchmark, NDArray[np.int64]]:
+def _count(place: Path, name: str, samples: Iterable[Sample]) -> _Evaluated:
     verdicts: dict[_Problem, list[bool]] = {}
+    nats: dict[_Problem, list[tuple[float, int]]] = {}  # reverse KL per token, and tokens, of each sample
     for sample in samples:
         if sample.correct is None:
             raise UsageError(f"{place}: benchmark '{name}' has answers without a verdict: give it a verifier")
-        verdicts.setdefault((sample.id, sample.problem, sample.gold), []).append(sample.correct)
+        problem = sample.id, sample.problem, sample.gold
+        verdicts.setdefault(problem, []).append(sample.correct)
+        nats.setdefault(problem, []).append((np.nan if sample.reverse_kl is None else sample.reverse_kl, sample.tokens))
     problems = sorted(verdicts, key=lambda problem: (problem[0], problem[1], problem[2] or ""))
     numbers = {len(verdicts[problem]): problem[0] for problem in reversed(problems)}
     if len(numbers) > 1:
@@ -206,4 +226,7 @@ def _count(place: Path, name: str, samples: Iterable[Sample]) -> tuple[Benchmark
             "have as many of each: repeat the run"
         )
     counts = np.array([sum(verdicts[problem]) for problem in problems], dtype=np.int64)
-    return Benchmark(tuple(problems), next(iter(numbers))), counts
+    # Over tokens and not over answers, as the evaluation has it.
+    table = np.array([nats[problem] for problem in problems], dtype=np.float64)  # [P, n, 2]
+    per_token = (table[..., 0] * table[..., 1]).sum(1) / table[..., 1].sum(1)
+    return _Evaluated(Benchmark(tuple(problems), next(iter(numbers))), counts, per_token)

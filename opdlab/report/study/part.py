@@ -67,6 +67,7 @@ def study_part(folder: Path) -> Part:
         left_out=[f"pass@{k}" for k in results.pass_at if f"pass@{k}" not in metric_names(results)],
         fewest=counts[0],
         several=len(results.benchmarks) > 1,
+        reverse_kl=bool(results.reverse_kl),
         least=MIN_SEEDS,
         target=TARGET,
     )
@@ -108,6 +109,7 @@ def _sections(results: Results, comparisons: Sequence[Comparison]) -> list[Secti
             names = {kind: f"{number:02d}-{kind}-{place.metric.replace('@', '')}-{benchmark}" for kind in drawn}
             pictures = [picture(figure, names[kind], alt) for kind, (figure, alt) in drawn.items()]
             also = f" (the same as {', '.join(averages)})" if place.metric == "pass@1" else ""
+            also = also if place.is_rate else " (nats per token; less is better)"
             table = comparison_table(family, results, with_places=False)
             found.append(Section(f"{name}{also}", table, [sentence(each, results) for each in family], pictures))
     return found

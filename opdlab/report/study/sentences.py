@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from opdlab.evaluation.benchmark_metrics import MEAN
-from opdlab.report.study.compare import TARGET, Comparison, Place
+from opdlab.report.study.compare import REVERSE_KL, TARGET, Comparison, Place
 from opdlab.report.study.load import Results
 from opdlab.report.study.statistics import LEVEL, MIN_SEEDS
 
@@ -27,14 +27,14 @@ def number(value: float, sign: bool = False) -> str:
     return "0.000" if float(text) == 0 else text
 
 
-def detectable(value: float) -> str:
-    """Return a detectable difference as text: "> 1" above 1, which no difference of rates reaches.
+def detectable(value: float, *, of_rates: bool = True) -> str:
+    """Return a detectable difference as text: of rates "> 1" above 1, which none of theirs reaches.
 
     Example:
-        >>> detectable(0.25), detectable(1.092), detectable(float("nan"))
-        ('0.250', '> 1', '-')
+        >>> detectable(0.25), detectable(1.092), detectable(1.092, of_rates=False), detectable(float("nan"))
+        ('0.250', '> 1', '1.092', '-')
     """
-    return "> 1" if value > 1 else number(value)
+    return "> 1" if of_rates and value > 1 else number(value)
 
 
 def p_text(value: float) -> str:
@@ -52,9 +52,10 @@ def p_text(value: float) -> str:
 
 
 def place_name(place: Place) -> str:
-    """Return metric and benchmark: ``pass@1 on toy``."""
+    """Return metric and benchmark: ``pass@1 on toy``, ``reverse KL on toy``."""
+    metric = "reverse KL" if place.metric == REVERSE_KL else place.metric
     where = "the mean over benchmarks" if place.benchmark == MEAN else place.benchmark
-    return f"{place.metric} on {where}"
+    return f"{metric} on {where}"
 
 
 def sentence(comparison: Comparison, results: Results) -> str:
@@ -71,7 +72,7 @@ def sentence(comparison: Comparison, results: Results) -> str:
     after = " after Holm" if several else ""
     numbers = f"{number(difference, True)}, {span}, p {_equals(comparison.p_holm)}{after}{_collapsed(comparison, '; ')}"
     if comparison.differs:
-        return f"{name} is {'better' if difference > 0 else 'worse'} than {base}: {numbers}."
+        return f"{name} is {'better' if comparison.ahead else 'worse'} than {base}: {numbers}."
     if not comparison.has_interval and number(difference) == "0.000":
         return f"{name} and {base} have the same {comparison.place.metric} on every problem and seed."
     alone = ""
@@ -79,7 +80,7 @@ def sentence(comparison: Comparison, results: Results) -> str:
         alone = f"; alone it would be (p {_equals(comparison.p)}), among {len(results.compared)} variants it is not"
     if not comparison.has_interval:
         power = f"what would be detected is {_CONSTANT}"
-    elif comparison.detectable_difference > 1:
+    elif comparison.place.is_rate and comparison.detectable_difference > 1:
         power = f"no difference would be detected at this size, since {_RATES}"
     else:
         power = f"a difference of {number(comparison.detectable_difference)} would be detected four times out of five"
@@ -112,7 +113,7 @@ def _conclude(family: Sequence[Comparison], base: str, corrected: int) -> str:
     """Return the result of the variants with one baseline; the correction counts all variants at the place."""
     parts = []
     for word, up in (("better", True), ("worse", False)):
-        found = [each for each in family if each.differs and (each.difference > 0) == up]
+        found = [each for each in family if each.differs and each.ahead == up]
         if found:
             parts.append(f"{word} than {base}: {_names(found, True)}")
     if few := [each for each in family if not each.has_verdict]:
@@ -155,14 +156,16 @@ def _smallest(judged: Sequence[Comparison], corrected: int) -> str:
     unknown = [each for each in judged if not each.has_interval]
     if not known:
         return f"what this study would detect is {_CONSTANT}"
-    low, high = (detectable(value).replace(">", "more than") for value in (min(known), max(known)))
+    rates = judged[0].place.is_rate
+    ends = (detectable(value, of_rates=rates) for value in (min(known), max(known)))
+    low, high = (end.replace(">", "more than") for end in ends)
     span = low if low == high else f"{low} to {high}, depending on the variant"
     after = f", after correction for {corrected} variants" if corrected > 1 else ""
     said = (
         "the smallest difference that this study would detect with a probability of 80%, at 5% two-sided"
         f"{after}, is {span}"
     )
-    if min(known) > 1:
+    if rates and min(known) > 1:
         said += f", so that it can find no difference here at all: {_RATES}"
     return said + (f"; for {_names(unknown)} it is {_CONSTANT}" if unknown else "")
 

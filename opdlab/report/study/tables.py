@@ -30,7 +30,8 @@ def comparison_table(comparisons: Sequence[Comparison], results: Results, *, wit
             f"{number(each.low, True)} to {number(each.high, True)}" if each.has_interval else "-",
             *(number(each.probability_of_improvement), p_text(each.p), p_text(each.p_holm)),
             *(str(each.seeds), str(each.seeds_ahead)),
-            *(detectable(each.detectable_difference), str(each.seeds_for_target or "-")),
+            detectable(each.detectable_difference, of_rates=each.place.is_rate),
+            str(each.seeds_for_target or "-"),
         ]
         for each in comparisons
     ]
