@@ -141,14 +141,15 @@ def run_scores(results: Results, variant: str, seeds: Sequence[int], place: Plac
         seeds: of finished runs.
         place: metric, benchmark and step.
     """
-    values = results.counts if place.is_rate else results.reverse_kl
     names = [name for name in results.benchmarks if place.benchmark in (MEAN, name)]
-    tables = [np.stack([values[variant, seed, place.step, name] for seed in seeds]) for name in names]
+    keys = [[(variant, seed, place.step, name) for seed in seeds] for name in names]
     if not place.is_rate:
-        return tables
+        return [np.stack([results.reverse_kl[key] for key in each]) for each in keys]
     k = int(place.metric.removeprefix("pass@"))
-    sizes = [results.benchmarks[name].num_samples for name in names]
-    return [problem_scores(table, size, k) for table, size in zip(tables, sizes, strict=True)]
+    return [
+        problem_scores(np.stack([results.counts[key] for key in each]), results.benchmarks[name].num_samples, k)
+        for name, each in zip(names, keys, strict=True)
+    ]
 
 
 def run_means(results: Results, variant: str, place: Place) -> Array:
