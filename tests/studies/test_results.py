@@ -45,6 +45,10 @@ POOLED = {
         [("rate", "none-low", "controls-lsm", "none")],
         [("rate", "none-high", "controls-lsm", "none")],
     ],
+    "normalisation-fresh": [
+        [(study, variant, study, "none") for study in ("normalisation-open", "normalisation-fresh")]
+        for variant in ("clipped", "residual-25")
+    ],
     "rate-token": [
         [("rate", "token-low", "rate", "none-low"), ("rate-token", "token", "rate-token", "none")],
     ],
@@ -56,6 +60,7 @@ EARLIER = {
     "lsm-block64": "paper-toy-harsh",
     "lsm-token": "granularity-lsm",
     "rate-token": "rate",
+    "normalisation-fresh": "normalisation-open",
 }
 MINUS = "\N{MINUS SIGN}"
 FIGURE = re.compile(rf"(?<![\w.])([+{MINUS}]?)(\d\.(\d+))")
