@@ -381,7 +381,9 @@ def test_fewer_nats_are_better(tmp_path: Path) -> None:
     assert "## reverse KL on toy (nats per token; less is better)" in text
     # Where one evaluation has not measured it, there is nothing to compare.
     path.write_text("".join(json.dumps(row | {"reverse_kl": None}) + "\n" for row in rows))
-    assert "reverse KL" not in make_report(folder).write().read_text()
+    text = make_report(folder).write().read_text()
+    assert "reverse KL" not in text
+    assert "Reverse KL is left out, because only some evaluations have measured it" in text
 
 
 def test_runs_of_another_study_are_named(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ class Results:
         counts: correct samples of each problem, [P], by variant, seed, step and benchmark; only finished runs.
         reverse_kl: reverse KL to the teacher over each problem's samples, [P], nats per token, by the same keys; empty
             unless all evaluations of finished runs have measured it.
+        lacks_reverse_kl: some evaluations have measured it, and others not.
         collapsed: variant and seed of the finished runs in which training has collapsed; they count.
         pass_at: k of each pass@k, of all variants, ascending.
     """
@@ -66,6 +67,7 @@ class Results:
     runs: Mapping[tuple[str, int], Record]
     counts: Mapping[tuple[str, int, int, str], NDArray[np.int64]]
     reverse_kl: Mapping[tuple[str, int, int, str], NDArray[np.float64]]
+    lacks_reverse_kl: bool
     collapsed: Set[tuple[str, int]]
     pass_at: Sequence[int]
 
@@ -136,10 +138,17 @@ def load_results(folder: Path) -> Results:
         for name, each in evaluated.items():
             counts[variant, seed, budget, name], reverse_kl[variant, seed, budget, name] = each.correct, each.reverse_kl
     collapsed = {key for key in finished if StudyRun(run_path(folder, *key), ()).collapsed}
-    if any(np.isnan(values).any() for values in reverse_kl.values()):
-        reverse_kl = {}
-    pass_at = _pass_at(folder, study)
-    results = Results(study, dict(sorted(benchmarks.items())), runs, counts, reverse_kl, collapsed, pass_at)
+    measured = [bool(np.isfinite(values).all()) for values in reverse_kl.values()]
+    results = Results(
+        study,
+        dict(sorted(benchmarks.items())),
+        runs,
+        counts,
+        reverse_kl if all(measured) else {},
+        any(measured) and not all(measured),
+        collapsed,
+        _pass_at(folder, study),
+    )
     base = study.baseline
     require(
         bool(results.finished(base)),

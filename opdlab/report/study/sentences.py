@@ -191,6 +191,11 @@ def caveats(results: Results, comparisons: Sequence[Comparison]) -> list[str]:
             f"{len(results.lacking)} of {len(results.runs)} runs have not finished. A seed counts in a comparison only "
             "where both sides have it."
         )
+    if results.lacks_reverse_kl:
+        said.append(
+            "Reverse KL is left out, because only some evaluations have measured it: set model.evaluation.reverse_kl "
+            "for the whole study."
+        )
     if results.collapsed:
         numbers = Counter(variant for variant, _ in results.collapsed)
         runs = ", ".join(f"{results.study.label(variant)}: {number}" for variant, number in sorted(numbers.items()))
