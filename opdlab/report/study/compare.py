@@ -44,6 +44,11 @@ class Place:
         """True if the metric lies between 0 and 1, and more is better; False for nats, of which fewer are."""
         return self.metric != REVERSE_KL
 
+    @property
+    def metric_name(self) -> str:
+        """The metric's name in a sentence: ``pass@1``, ``reverse KL``."""
+        return self.metric if self.is_rate else "reverse KL"
+
 
 @dataclass(frozen=True)
 class Comparison:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from itertools import groupby
 
 from opdlab.evaluation.benchmark_metrics import MEAN
-from opdlab.report.study.compare import REVERSE_KL, TARGET, Comparison, Place
+from opdlab.report.study.compare import TARGET, Comparison, Place
 from opdlab.report.study.load import Results
 from opdlab.report.study.statistics import LEVEL, MIN_SEEDS
 
@@ -53,9 +53,8 @@ def p_text(value: float) -> str:
 
 def place_name(place: Place) -> str:
     """Return metric and benchmark: ``pass@1 on toy``, ``reverse KL on toy``."""
-    metric = "reverse KL" if place.metric == REVERSE_KL else place.metric
     where = "the mean over benchmarks" if place.benchmark == MEAN else place.benchmark
-    return f"{metric} on {where}"
+    return f"{place.metric_name} on {where}"
 
 
 def sentence(comparison: Comparison, results: Results) -> str:
@@ -74,7 +73,7 @@ def sentence(comparison: Comparison, results: Results) -> str:
     if comparison.differs:
         return f"{name} is {'better' if comparison.ahead else 'worse'} than {base}: {numbers}."
     if not comparison.has_interval and number(difference) == "0.000":
-        return f"{name} and {base} have the same {comparison.place.metric} on every problem and seed."
+        return f"{name} and {base} have the same {comparison.place.metric_name} on every problem and seed."
     alone = ""
     if several and comparison.p < LEVEL:
         alone = f"; alone it would be (p {_equals(comparison.p)}), among {len(results.compared)} variants it is not"

@@ -48,7 +48,7 @@ def paper_table(comparisons: Sequence[Comparison], results: Results) -> Table:
     rows = []
     for place, group in groupby(comparisons, key=lambda each: each.place):
         family = list(group)
-        where = (place.metric, place.benchmark)
+        where = (place.metric_name, place.benchmark)
         for baseline in dict.fromkeys(each.baseline for each in family):
             mean = float(run_means(results, baseline, place).mean())
             label = results.study.label(baseline)
