@@ -245,6 +245,7 @@ class OPDCLI(LightningCLI):
         reuse, trainer = self.datamodule.reuse, self.trainer
         reuse.check_prompts(len(self.datamodule.train_prompts or ()))
         reuse.check(self.model.sampling.num_samples, trainer.accumulate_grad_batches, trainer.world_size)
+        self.model.check_context(self.datamodule)
         self.accepted = True
         if not self.resumes:
             self._save_config()

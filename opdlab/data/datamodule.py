@@ -19,6 +19,7 @@ from opdlab.data.prompts import ProblemSource, PromptSet, prompt_set
 from opdlab.data.streams import StreamedPrompts, streamed_prompts
 from opdlab.data.templates import Template
 from opdlab.errors import UsageError, require
+from opdlab.policies.context import ContextLength
 from opdlab.policies.routed_teacher import check_teacher
 from opdlab.rollouts import DemonstrationConfig, Pool, ReuseConfig, RolloutLoader
 from opdlab.rollouts.demonstrations import MEND
@@ -84,6 +85,7 @@ class PromptDataModule(pl.LightningDataModule):
         self.train_prompts: PromptSet | None = None
         self.cleaning_report: CleaningReport | None = None
         self.benchmarks: dict[str, PromptSet] = {}
+        self._beyond_context: set[str] = set()  # models that were warned of
         self._collect: Callable[..., Pool] | None = None
         self._sample_ahead: Callable[..., None] | None = None
         self._samples_per_prompt = 1
@@ -203,6 +205,43 @@ class PromptDataModule(pl.LightningDataModule):
         for name, prompts in self.benchmarks.items():
             check(f"benchmarks.{name}", self.benchmark_sources[name], prompts.facts)
         self._for_all_prompts(partial(check, "train", self.train_source))
+
+    def check_context(
+        self,
+        context: ContextLength | None,
+        whose: str,
+        key: str,
+        new_tokens: int,
+        *,
+        training: bool,
+        of_teacher: bool = False,
+    ) -> None:
+        """Refuse prompts and responses that a model cannot read, and warn of those that it was not made for.
+
+        Args:
+            context: the model's; None if it is not known.
+            whose: key of the model.
+            key: of ``new_tokens``.
+            new_tokens: most tokens of a response.
+            training: look at the training prompts, not at those of the benchmarks.
+            of_teacher: look at the prompts that the teacher sees.
+
+        Raises:
+            UsageError: see :meth:`ContextLength.check`.
+        """
+        if context is None:
+            return
+
+        def check(where: str, facts: PromptFacts) -> None:
+            longest = facts.longest_of_teacher if of_teacher else facts.longest
+            if whose not in self._beyond_context and longest + new_tokens > context.tokens:
+                self._beyond_context.add(whose)
+                context.check(whose, longest, key, new_tokens, where)
+
+        if training:
+            self._for_all_prompts(partial(check, "data.train"))
+        for name, prompts in {} if training else self.benchmarks.items():
+            check(f"data.benchmarks.{name}", prompts.facts)
 
     def check_teachers(self, names: Sequence[str]) -> None:
         """Raise a UsageError if a training problem names a teacher that does not exist, or none where it must.

@@ -17,6 +17,8 @@ class PromptFacts:
         [(9, 'a'), (12, 'b'), None]
         >>> [problem.id for problem in facts.lack_demonstration], facts.teachers_see_others
         (['a'], True)
+        >>> facts.longest, facts.longest_of_teacher
+        (3, 3)
     """
 
     def __init__(self) -> None:
@@ -26,6 +28,10 @@ class PromptFacts:
         """The first problem without a given response; empty if all have one."""
         self.teachers_see_others = False
         """True if the teacher sees another prompt than the student for some problem."""
+        self.longest = 0
+        """Tokens of the longest prompt."""
+        self.longest_of_teacher = 0
+        """Tokens of the longest prompt that the teacher sees."""
         self._rows, self._teacher_tokens, self._demonstrations = ListDigest(), ListDigest(), ListDigest()
         self._largest: list[tuple[int, Problem]] = []  # each token is larger than all before
         self._of_teacher: dict[str | None, Problem] = {}
@@ -39,6 +45,8 @@ class PromptFacts:
         self.teachers_see_others |= prompt.teacher_tokens is not None
         if prompt.demonstration is None and not self.lack_demonstration:
             self.lack_demonstration.append(problem)
+        self.longest = max(self.longest, len(prompt.tokens))
+        self.longest_of_teacher = max(self.longest_of_teacher, len(prompt.teacher_tokens or prompt.tokens))
         token = max((*prompt.tokens, *(prompt.teacher_tokens or ()), *(prompt.demonstration or ())))
         if not self._largest or token > self._largest[-1][0]:
             self._largest.append((token, problem))

@@ -88,9 +88,19 @@ class EvaluationModule(pl.LightningModule):
         """Create the metrics of the data module's benchmarks, and check the prompts' tokens."""
         if self.data is not None:
             self.data.check_tokens(self.student.tokenizer, self.student.vocab_size)
+            models = [("model.student", self.student)]
+            if self.evaluator.config.reverse_kl:
+                models += [("model.teacher", each) for each in self.teacher.local_models()]
+            for whose, model in models:
+                self._check_context(whose, model)
         names = self.data.benchmarks if self.data is not None else {}
         if list(self.evaluator.metrics) != list(names):
             self.evaluator = Evaluator(self.evaluator.config, self.evaluator.sampling, names).to(self.device)
+
+    def _check_context(self, whose: str, model: LanguageModel) -> None:
+        if self.data is not None:
+            key, longest = "model.eval_sampling.max_new_tokens", self.evaluator.sampling.max_new_tokens
+            self.data.check_context(model.context, whose, key, longest, training=False)
 
     @contextmanager
     def evaluating(self, name: str, model: LanguageModel, subfolder: str = "") -> Iterator[None]:
@@ -133,8 +143,10 @@ class EvaluationModule(pl.LightningModule):
         Sharded weights are gathered for the whole evaluation, since processes may have different numbers of batches.
         """
         self._gathered.close()
-        if self._instead is not None and self._instead.model.sharding is None:
-            self._instead.model.to(self.device)
+        if self._instead is not None:
+            self._check_context(f"model '{self._instead.model.path}'", self._instead.model)
+            if self._instead.model.sharding is None:
+                self._instead.model.to(self.device)
         compared = self.teacher.local_models() if self.evaluator.config.reverse_kl else ()
         for model in (self._evaluated.model, *compared):
             self._gathered.enter_context(model.whole())

@@ -109,7 +109,8 @@ class _SampleFile:
 
     def report(self) -> None:
         if self.num_taken_up:
-            rank_zero_info(f"{self.num_taken_up} batches taken up from {self.path}")
+            batches = "1 batch" if self.num_taken_up == 1 else f"{self.num_taken_up} batches"
+            rank_zero_info(f"{batches} taken up from {self.path}")
 
     def close(self) -> None:
         if self._reading:  # otherwise already reported when reading ended

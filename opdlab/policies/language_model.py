@@ -27,6 +27,7 @@ from opdlab.policies.adapters import (
     whole_model,
 )
 from opdlab.policies.compiling import compile_layers, layers_of, require_compiler
+from opdlab.policies.context import context_length
 from opdlab.policies.heads import check_head, check_weights
 from opdlab.policies.loading import (
     DType,
@@ -243,6 +244,7 @@ class LanguageModel(nn.Module):
         self._compile = compile
         self.register_state_dict_post_hook(keep_adapter_only)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(put_back_frozen)  # type: ignore[no-untyped-call]
+        self.context = context_length(self.model)
         self.stop_tokens = stop_tokens_of(self.model, self.tokenizer, self.path, stop_tokens)
         self.stop_ids = sorted(self.stop_tokens.ids)
         num_rows = check_weights(self.model, self.path)

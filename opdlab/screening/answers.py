@@ -4,7 +4,7 @@ Shapes: P prompts, n samples of each, B = P * n rollouts, T response tokens.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from opdlab.diagnostics.collapse import repeated_ngrams
 from opdlab.metrics.functional import moments, pass_at_k, standard_error, weighted_mean
 from opdlab.policies import LanguageModel, SamplingConfig, TransformersSampler, sample_rollouts
+from opdlab.policies.context import ContextLength
 from opdlab.progress import Progress
 from opdlab.seeds import derive_streams
 from opdlab.types import Prompt, Rollouts, StopReason
@@ -193,18 +194,44 @@ def continuations(
     kept = (rollouts.num_tokens * share).long().tolist()  # less than all, so that no stop token is among them
     begun = [row[:count] for row, count in zip(rollouts.tokens.tolist(), kept, strict=True)]
     prompts = [prompt for prompt in answers.prompts for _ in range(each)]
-    longest = max(1, sampling.max_new_tokens - min(kept))
-    one, verdicts = replace(sampling, num_samples=1, max_new_tokens=longest), []
+    verdicts = []
     for number, model in enumerate(models):
         of_teacher = number > 0
         seen = [
             [*((prompt.teacher_tokens if of_teacher else None) or prompt.tokens), *tokens]
             for prompt, tokens in zip(prompts, begun, strict=True)
         ]
-        ended = _sampled(model, prompts, seen, one, "continued", f"{share}", *parts, progress=progress[number])
-        rows = zip(begun, ended.tokens.tolist(), ended.num_tokens.tolist(), strict=True)
-        # An answer may not become longer than one that is sampled at once.
-        whole = [[*first, *rest[:count]][: sampling.max_new_tokens] for first, rest, count in rows]
+        whole = list(begun)
+        for rows, longest in _groups(kept, list(map(len, seen)), sampling.max_new_tokens, model.context):
+            one, own = replace(sampling, num_samples=1, max_new_tokens=longest), [prompts[row] for row in rows]
+            told = [seen[row] for row in rows]
+            ended = _sampled(model, own, told, one, "continued", f"{share}", *parts, progress=progress[number])
+            for row, rest, count in zip(rows, ended.tokens.tolist(), ended.num_tokens.tolist(), strict=True):
+                # An answer may not become longer than one that is sampled at once.
+                whole[row] = [*begun[row], *rest[:count]][: sampling.max_new_tokens]
         texts = model.tokenizer.batch_decode(whole, skip_special_tokens=True)
         verdicts.append(_verdicts(verifier, texts, prompts, 1).view(len(answers.prompts), each))
     return compare(*verdicts)
+
+
+def _groups(
+    kept: Sequence[int], lengths: Sequence[int], new_tokens: int, context: ContextLength | None
+) -> Iterator[tuple[list[int], int]]:
+    """Yield rows that go on together, and how many tokens they get: all at once, if the model's positions allow it.
+
+    Rows that go on together get as many tokens as the one that needs most.
+
+    Args:
+        kept: tokens of an answer that are given, of each row.
+        lengths: tokens before a row's continuation.
+        new_tokens: most tokens of an answer.
+        context: of the model.
+    """
+    group: list[int] = []
+    for row in sorted(range(len(kept)), key=kept.__getitem__):  # the first one of a group needs most
+        reach = lengths[row] + new_tokens - kept[group[0]] if group else 0
+        if context is not None and context.fixed and reach > context.tokens:
+            yield sorted(group), new_tokens - kept[group[0]]
+            group = []
+        group.append(row)
+    yield sorted(group), max(1, new_tokens - kept[group[0]])

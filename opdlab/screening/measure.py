@@ -60,6 +60,7 @@ class Measurements:
     Args:
         tokens: the vocabularies.
         stops: the stop tokens.
+        context: tokens of the longest prompt with the longest answer, and positions, by model; or why not.
         padding: see :func:`~opdlab.screening.probes.measure_padding`, nats.
         templates: the prompts.
         first_token: the first token of the student's answers.
@@ -75,6 +76,7 @@ class Measurements:
 
     tokens: Tokens
     stops: Maybe[Stops]
+    context: Maybe[Mapping[str, tuple[int, int]]]
     padding: Maybe[float]
     templates: Maybe[Templates]
     first_token: Maybe[FirstToken]
@@ -114,6 +116,7 @@ def measure(pair: Pair, config: ScreenConfig, progress: Progress | None = None) 
     """
     progress, seconds = progress or SilentProgress(), _Seconds()
     model, student = pair.teacher_model(), pair.student
+    context = _context(pair, config.max_new_tokens)
     chosen = {
         name: choose_prompts(each.prompts, config.num_prompts, config.seed, name)
         for name, each in pair.problems.items()
@@ -132,6 +135,7 @@ def measure(pair: Pair, config: ScreenConfig, progress: Progress | None = None) 
     return Measurements(
         tokens=measure_tokens(pair),
         stops=measure_stops(pair),
+        context=context or Missing("the models have no context length"),
         padding=measure_padding(pair.teacher, student, probed, student.vocab_size),
         templates=measure_templates(pair, own.prompts),
         first_token=_first_token(pair, own, rollouts, k),
@@ -147,6 +151,21 @@ def measure(pair: Pair, config: ScreenConfig, progress: Progress | None = None) 
         run=pair.run or Missing("there is no configuration: give one with -c"),
         speed=_speed(own, seconds),
     )
+
+
+def _context(pair: Pair, new_tokens: int) -> dict[str, tuple[int, int]]:
+    """Return the tokens that each model reads at most, and its positions; refuse what one cannot read."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, model in (("student", pair.student), *(("teacher", each) for each in pair.teacher.local_models())):
+        if model.context is None:
+            continue
+        for key, problems in pair.problems.items():
+            facts = problems.facts
+            longest = facts.longest_of_teacher if name == "teacher" else facts.longest
+            if model.context.fixed:
+                model.context.check(f"the {name}", longest, "max_new_tokens", new_tokens, key)
+            found[name] = (max(longest + new_tokens, found.get(name, (0, 0))[0]), model.context.tokens)
+    return found
 
 
 def _answers(

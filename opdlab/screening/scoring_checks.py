@@ -15,6 +15,7 @@ def scoring_checks(found: Measurements) -> list[Check]:
     return [
         _tokenizer(found),
         _stop_tokens(found),
+        _context(found),
         _padding(found),
         _chat_template(found),
         _first_token(found),
@@ -55,6 +56,19 @@ def _stop_tokens(found: Measurements) -> Check:
     verdict = worse(LIMITS["stop_tokens"].verdict(number), "look" if stops.unlike else "good")
     mend = "set eos_token_id in generation_config.json of both models to the same tokens"
     return checked("stop_tokens", number, finding, mend, verdict=verdict)
+
+
+def _context(found: Measurements) -> Check:
+    context = found.context
+    if isinstance(context, Missing):
+        return unmeasured("context", context)
+    number = max(tokens / positions for tokens, positions in context.values())
+    said = ", ".join(
+        f"{positions} positions of the {name} for {tokens}" for name, (tokens, positions) in context.items()
+    )
+    finding = f"the longest prompt with the longest answer: {said} tokens"
+    mend = "lower max_new_tokens or data.max_prompt_tokens: what a model says beyond its positions may be worth little"
+    return checked("context", number, finding, mend)
 
 
 def _padding(found: Measurements) -> Check:

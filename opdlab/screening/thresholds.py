@@ -49,6 +49,7 @@ _OURS = "ours"
 LIMITS: Mapping[str, Limits] = {
     "tokenizer": Limits("same tokenizer", 0.0, 0.1, False, "share of prompts", _OURS),
     "stop_tokens": Limits("stop tokens", None, 0.0, False, "stop tokens", "ours; one is enough"),
+    "context": Limits("context length", None, 1.0, False, "share of the positions", "max_position_embeddings"),
     "padding": Limits("padding", 0.02, 0.1, False, "nats", _OURS),
     "chat_template": Limits("chat template", 0.5, 2.0, False, "nats", _OURS),
     "first_token": Limits("first token", 2.0, 5.0, False, "nats", _OURS),

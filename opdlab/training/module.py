@@ -15,6 +15,7 @@ from torch import Tensor
 
 from opdlab.checkpoints import CHECKPOINT_KEY
 from opdlab.collectives import sum_over_processes
+from opdlab.data import PromptDataModule
 from opdlab.diagnostics import (
     StepRecord,
     StepTrace,
@@ -168,6 +169,8 @@ class OPDModule(EvaluationModule):
             facts = (self.student.tokenizer, self.collect, self.sampling.num_samples)
             data.connect(*facts, training=stage == "fit", sample_ahead=self.sample_ahead)
             data.check_teachers(self.teacher.names)
+            if stage == "fit":
+                self.check_context(data)
         if stage == "fit":
             checks.warn_of_demonstrations(self.objective, self.sampling.num_samples, *sizes)
             prompts = None if data is None else data.train_prompts
@@ -177,6 +180,24 @@ class OPDModule(EvaluationModule):
             self._settings = resume.run_settings(self, data)
         # Other strategies hook into gradients to reduce or shard them.
         self.student.accumulate_head_grad = isinstance(self.trainer.strategy, SingleDeviceStrategy)
+
+    def check_context(self, data: PromptDataModule) -> None:
+        """Refuse prompts and responses that a model cannot read, and warn of those that it was not made for.
+
+        Args:
+            data: prepared for training.
+
+        Raises:
+            UsageError: see :meth:`PromptDataModule.check_context`.
+        """
+        prefix, teachers = "model.{}sampling.max_new_tokens", self.teacher.local_models()
+        for whose, models in (("model.student", [self.student]), ("model.teacher", teachers)):
+            for context in (model.context for model in models):
+                key, longest, of_teacher = prefix.format(""), self.sampling.max_new_tokens, models is teachers
+                data.check_context(context, whose, key, longest, training=True, of_teacher=of_teacher)
+                if not of_teacher or self.evaluator.config.teacher:
+                    key, longest = prefix.format("eval_"), self.evaluator.sampling.max_new_tokens
+                    data.check_context(context, whose, key, longest, training=False)
 
     @property
     def whole_weights(self) -> bool:

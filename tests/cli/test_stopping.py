@@ -113,7 +113,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(
     assert left_behind(runs[-1]) == whole
     assert list(tmp_path.rglob("*.partial")) == []
     if place == "on_validation_batch_start":
-        assert "1 batches taken up from" in caplog.text
+        assert "1 batch taken up from" in caplog.text
 
 
 def test_an_evaluation_alone_goes_on_too(
@@ -123,7 +123,7 @@ def test_an_evaluation_alone_goes_on_too(
     assert fit(*stopper("on_validation_batch_start", "SIGUSR1", 2), command="validate") == 128 + signal.SIGUSR1
     assert re.search("the samples so far are in runs/.*; to go on, run the same command", capfd.readouterr().err)
     assert fit(command="validate") == 0
-    assert "1 batches taken up" in caplog.text
+    assert "1 batch taken up" in caplog.text
 
 
 @pytest.mark.parametrize("stage", ["on_train_epoch_end", "on_validation_end"])

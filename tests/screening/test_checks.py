@@ -19,7 +19,7 @@ from opdlab.screening.pair import ConfiguredRun, choose_prompts
 from opdlab.screening.report import as_json
 from opdlab.screening.thresholds import ORDER
 from opdlab.toy import ChainProblems
-from opdlab.verifiers import Verdict, Verifier
+from opdlab.verifiers import BoxedVerifier, Verdict, Verifier
 from tests.policies.tiny_models import CONFIGS, save_random
 from tests.screening.pairs import (
     SHORT,
@@ -42,7 +42,17 @@ from tests.test_viewer import byte_level
 from tests.toy_run import STUDENT, TEACHER
 
 EVERY = {
-    *("tokenizer", "stop_tokens", "padding", "chat_template", "first_token", "thinking", "alignment", "temperature"),
+    *(
+        "tokenizer",
+        "stop_tokens",
+        "context",
+        "padding",
+        "chat_template",
+        "first_token",
+        "thinking",
+        "alignment",
+        "temperature",
+    ),
     *("headroom:chains", "same_model", "overlap", "gap", "entropy", "positions", "truncated", "repeated", "prefixes"),
     *("objective", "memory", "time"),
 }
@@ -235,6 +245,31 @@ def test_an_answer_that_goes_on_is_no_longer_than_any_other() -> None:
     continuations([model, model], answers, Noting(), sampling, 0.75, 0, progress=silent)
     tokens = [len(model.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in seen]
     assert tokens == [8] * 4
+
+
+def test_answers_go_on_up_to_the_last_position_of_a_model(tmp_path: Path) -> None:
+    """Prompts and answers have up to 128 tokens, as the model has positions; the beginnings have 12 to 60."""
+    model = LanguageModel(str(save_random(tmp_path / "gpt2", CONFIGS["gpt2"]())))
+    prompts = prompt_set(ChainProblems(num_problems=4), model.tokenizer, 64)
+    sampling = SamplingConfig(1, max_new_tokens=128 - prompts.facts.longest)
+    begun = answer(model, prompts.prompts, None, sampling, 0, progress=SilentProgress())
+    valid = torch.arange(sampling.max_new_tokens) < torch.tensor([[16], [40], [80], [80]])
+    answers = replace(begun, rollouts=replace(begun.rollouts, mask=valid))
+    silent = [SilentProgress()] * 2
+    found = continuations([model, model], answers, BoxedVerifier(), sampling, 0.75, 0, progress=silent)
+    assert (found.num_problems, found.difference) == (4, 0.0)
+    pair = make_pair(model.path, LocalTeacher(model.path), problems=prompts)
+    longer = replace(SHORT, max_new_tokens=sampling.max_new_tokens + 1)
+    with pytest.raises(UsageError, match=r"the student has 128 positions and cannot read more"):
+        screen(pair, longer)
+
+
+def test_positions_beyond_those_that_a_model_was_made_for() -> None:
+    assert verdict(make_pair(), "context", replace(SHORT, max_new_tokens=440)) == "good"
+    result = check(screen(make_pair(), replace(SHORT, max_new_tokens=480)), "context")
+    assert result.verdict == "bad"
+    assert result.number is not None
+    assert result.number == pytest.approx(int(result.finding.rpartition("for ")[2].split()[0]) / 512)
 
 
 def test_a_served_teacher_is_asked_for_what_it_knows() -> None:
