@@ -172,9 +172,10 @@ class StudyRun:
         return self.record.state == FINISHED and self.is_complete(self.evaluations)
 
     @property
-    def collapsed(self) -> bool:
-        """True if the run says that training has collapsed; it counts all the same."""
-        return read_json(self.path / VERSION / RESULTS).get("state") == COLLAPSED
+    def collapsed(self) -> bool | None:
+        """True if the run says that training has collapsed, None if it says nothing; it counts all the same."""
+        state = read_json(self.path / VERSION / RESULTS).get("state")
+        return None if state is None else state == COLLAPSED
 
     @property
     def holder(self) -> dict[str, Any] | None:

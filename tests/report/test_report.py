@@ -364,7 +364,7 @@ def test_fewer_nats_are_better(tmp_path: Path) -> None:
                 both[0] += row["reverse_kl"] * row["tokens"]
                 both[1] += row["tokens"]
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            wanted[variant, str(seed)] = sum(nats / tokens for nats, tokens in sums.values()) / len(sums)
+            wanted[variant, str(seed)] = float(np.divide(*np.sum(list(sums.values()), axis=0)))
     report = make_report(folder).write()
     (row,) = [row for row in read_csv(report) if row["metric"] == "reverse_kl"]
     assert float(row["difference"]) == pytest.approx(-2, abs=0.1)
@@ -384,6 +384,69 @@ def test_fewer_nats_are_better(tmp_path: Path) -> None:
     text = make_report(folder).write().read_text()
     assert "reverse KL" not in text
     assert "Reverse KL is left out, because only some evaluations have measured it" in text
+
+
+def test_the_error_of_nats_a_token_is_that_of_leaving_problems_out(tmp_path: Path) -> None:
+    """With one seed only problems vary; the jackknife of the difference of two ratios knows no linearization."""
+    study = SyntheticStudy({"none": 0.0, "near": 0.0}, seeds=[0], budgets=[40], benchmarks={"toy": 200})
+    folder, rng, sums = study.write(tmp_path), np.random.default_rng(1), []
+    for variant, scale in (("none", 4.0), ("near", 2.0)):
+        path = evaluation(folder, variant, 0, 40) / "toy-0.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for row in rows:
+            tokens = int(rng.integers(1, 50))
+            row |= {"reverse_kl": scale + 0.02 * tokens + rng.normal(0, 0.1), "tokens": tokens}
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        nats = np.array([(row["reverse_kl"] * row["tokens"], row["tokens"]) for row in rows]).reshape(200, -1, 2).sum(1)
+        sums.append(nats.sum(0) - nats)  # [P, 2], without one problem
+    without = np.divide(*sums[1].T) - np.divide(*sums[0].T)
+    jackknife = np.sqrt(199 / 200 * ((without - without.mean()) ** 2).sum())
+    (row,) = [row for row in read_csv(make_report(folder).write()) if row["metric"] == "reverse_kl"]
+    assert float(row["standard_error"]) == pytest.approx(jackknife, rel=0.02)
+
+
+def test_failed_runs_leave_no_verdict(tmp_path: Path) -> None:
+    """Of five seeds one failed: the other four would say that the variant is better."""
+    folder = SyntheticStudy({"none": 0.0, "a": 0.3, "b": 0.3}, range(5), [40]).write(tmp_path)
+    path = folder / "runs/a/seed-2/run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"state": "failed"}))
+    report = make_report(folder).write()
+    rows = {row["variant"]: row for row in read_csv(report) if row["metric"] == "pass@1"}
+    assert [(row["seeds"], row["failed"]) for row in rows.values()] == [("4", "1"), ("5", "0")]
+    assert (rows["a"]["p"], rows["a"]["p_holm"], rows["a"]["detectable_difference"]) == ("", "", "")
+    assert float(rows["b"]["p_holm"]) == pytest.approx(min(1, 2 * float(rows["b"]["p"])))
+    text = report.read_text()
+    assert "Runs that failed: a: 1 of 5. A comparison that lacks them has no verdict" in text
+    assert re.search(
+        r"pass@1 on toy: better than none: b .*no verdict, since runs of 1 seed failed; .* a \(\+0\.", text
+    )
+
+
+def test_variants_still_to_run_are_corrected_for(tmp_path: Path) -> None:
+    names = [f"v{number}" for number in range(10)]
+    study = SyntheticStudy({"none": 0.0, "v0": 0.06, **dict.fromkeys(names[1:], 0.0)}, range(4), [40])
+    folder = study.write(tmp_path)
+    for name in names[1:]:
+        shutil.rmtree(folder / "runs" / name)
+    (row,) = [row for row in read_csv(make_report(folder).write()) if row["metric"] == "pass@1"]
+    assert 0 < float(row["p"]) < 0.1
+    assert float(row["p_holm"]) == pytest.approx(10 * float(row["p"]))
+
+
+def test_what_is_not_known_of_runs_is_said(tmp_path: Path) -> None:
+    folder = SyntheticStudy({"none": 0.0, "a": 0.0}, [0, 1], [40]).write(tmp_path)
+    for variant, seed in (("none", 0), ("none", 1), ("a", 0)):
+        results = folder / "runs" / variant / f"seed-{seed}" / "version_0/results.json"
+        results.parent.mkdir()
+        results.write_text(json.dumps({"state": "finished"}))
+    report = make_report(folder).write()
+    assert "Whether training collapsed is not known of 1 run, whose folder has no results.json." in report.read_text()
+    assert "different versions" not in report.read_text()
+    known = {(r["variant"], r["seed"]): r["collapsed"] for r in read_csv(report, "runs") if r["metric"] == "pass@1"}
+    assert list(known.values()) == ["False", "False", "False", ""]
+    path = folder / "runs/a/seed-1/run.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"versions": {"opdlab": "0.1.0", "torch": "2.12.0"}}))
+    assert "Finished runs are of different versions of packages" in make_report(folder).write().read_text()
 
 
 def test_runs_of_another_study_are_named(tmp_path: Path) -> None:

@@ -66,15 +66,16 @@ class Comparison:
             problems do not vary.
         high: its upper end, of rates at most 1.
         probability_of_improvement: 1 - p / 2 if the variant is ahead, else p / 2.
-        p: see :func:`~opdlab.report.study.statistics.p_value`; NaN with fewer than 4 seeds.
-        p_holm: p after Holm, over the variants at this place.
+        p: see :func:`~opdlab.report.study.statistics.p_value`; NaN with fewer than 4 seeds, or with failed runs.
+        p_holm: p after Holm, over all variants of the study.
         standard_error: of the difference; NaN with one seed and one problem.
         seed_share: part of its square that falls with the number of seeds.
         seeds: pairs of runs.
         seeds_ahead: pairs in which the variant's metric is better.
         collapsed: pairs in which training of the variant has collapsed.
+        failed: pairs that lack a run because it has failed.
         detectable_difference: smallest difference that would be found, after Bonferroni over these variants. Above 1 no
-            difference of rates would be. NaN with fewer than 4 seeds, and if runs and problems do not vary.
+            difference of rates would be. NaN without p, and if runs and problems do not vary.
         seeds_for_target: pairs with which a difference of 0.05 would be; None: unknown, or problems are what lacks.
     """
 
@@ -95,12 +96,13 @@ class Comparison:
     seeds: int
     seeds_ahead: int
     collapsed: int
+    failed: int
     detectable_difference: float
     seeds_for_target: int | None
 
     @property
     def has_verdict(self) -> bool:
-        """True if there are enough seeds to say whether the variant differs."""
+        """True if there are enough seeds, and no failed runs, to say whether the variant differs."""
         return not np.isnan(self.p)
 
     @property
@@ -177,15 +179,18 @@ def _compare_at(place: Place, results: Results) -> list[Comparison]:
     pairs = [(variant, results.study.baseline_of(variant), results.paired(variant)) for variant in results.compared]
     scores = [[run_scores(results, name, seeds, place) for name in pair] for *pair, seeds in pairs]
     estimates = [estimate([one - other for one, other in zip(*sides, strict=True)]) for sides in scores]
-    p_values = [p_value(each) if each.num_seeds >= MIN_SEEDS else np.nan for each in estimates]
-    number = max(sum(not np.isnan(p) for p in p_values), 1)
-    comparisons = []
-    for pair, sides, found, p, p_holm in zip(pairs, scores, estimates, p_values, holm(p_values), strict=True):
+    failed = [len(results.failed(variant, baseline)) for variant, baseline, _ in pairs]
+    # Runs that fail are often those that diverge: without them a variant would look better than it is.
+    judged = [each.num_seeds >= MIN_SEEDS and not count for each, count in zip(estimates, failed, strict=True)]
+    p_values = [p_value(each) if may else np.nan for each, may in zip(estimates, judged, strict=True)]
+    number, comparisons = results.num_comparisons, []  # also while some are still to come
+    corrected = holm(p_values, number)
+    for pair, sides, found, p, p_holm, lost in zip(pairs, scores, estimates, p_values, corrected, failed, strict=True):
         (variant, baseline, seeds), (theirs, ours) = pair, map(_means, sides)
         varies, difference = bool(found.varies), float(found.difference)
         width = float(found.error_bound(LEVEL / 2)) if varies else np.nan
         sign, widest = (1, 1.0) if place.is_rate else (-1, np.inf)
-        detected = varies and len(seeds) >= MIN_SEEDS
+        detected = varies and not np.isnan(p)
         comparisons.append(
             Comparison(
                 place=place,
@@ -205,6 +210,7 @@ def _compare_at(place: Place, results: Results) -> list[Comparison]:
                 seeds=len(seeds),
                 seeds_ahead=int((sign * (theirs - ours) > 1e-12).sum()),  # Means of equal cells may differ by rounding.
                 collapsed=sum((variant, seed) in results.collapsed for seed in seeds),
+                failed=lost,
                 detectable_difference=float(detectable_difference(found, number)) if detected else np.nan,
                 seeds_for_target=seeds_needed(found, TARGET, number) if len(seeds) > 1 else None,
             )

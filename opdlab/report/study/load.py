@@ -16,6 +16,7 @@ from opdlab.evaluation.samples import Sample
 from opdlab.records import read_json
 from opdlab.studies.schema import (
     EVALUATIONS,
+    FAILED,
     FINISHED,
     MISSING,
     RUN,
@@ -55,10 +56,11 @@ class Results:
         benchmarks: by name, sorted.
         runs: record of every run that the study asks for, by variant and seed; only finished ones count.
         counts: correct samples of each problem, [P], by variant, seed, step and benchmark; only finished runs.
-        reverse_kl: reverse KL to the teacher over each problem's samples, [P], nats per token, by the same keys; empty
-            unless all evaluations of finished runs have measured it.
+        reverse_kl: parts of the reverse KL to the teacher, [P], nats per token, whose mean it is, by the same keys;
+            empty unless all evaluations of finished runs have measured it.
         lacks_reverse_kl: some evaluations have measured it, and others not.
         collapsed: variant and seed of the finished runs in which training has collapsed; they count.
+        may_have_collapsed: variant and seed of those of which it is not known.
         pass_at: k of each pass@k, of all variants, ascending.
     """
 
@@ -69,6 +71,7 @@ class Results:
     reverse_kl: Mapping[tuple[str, int, int, str], NDArray[np.float64]]
     lacks_reverse_kl: bool
     collapsed: Set[tuple[str, int]]
+    may_have_collapsed: Set[tuple[str, int]]
     pass_at: Sequence[int]
 
     def finished(self, variant: str) -> list[int]:
@@ -79,6 +82,15 @@ class Results:
         """Return the seeds with which both the variant and its baseline have finished."""
         baseline = set(self.finished(self.study.baseline_of(variant)))
         return [seed for seed in self.finished(variant) if seed in baseline]
+
+    def failed(self, *variants: str) -> list[int]:
+        """Return the seeds with which a run of one of the variants has failed."""
+        return [seed for seed in self.study.seeds if any(self.runs[name, seed].state == FAILED for name in variants)]
+
+    @property
+    def num_comparisons(self) -> int:
+        """Return the number of variants that the whole study compares, whether their runs have finished or not."""
+        return len(self.study.variants) - 1
 
     @property
     def steps(self) -> list[int]:
@@ -137,7 +149,7 @@ def load_results(folder: Path) -> Results:
             _check_equal(name, benchmarks.get(name), first, ours, place)
         for name, each in evaluated.items():
             counts[variant, seed, budget, name], reverse_kl[variant, seed, budget, name] = each.correct, each.reverse_kl
-    collapsed = {key for key in finished if StudyRun(run_path(folder, *key), ()).collapsed}
+    collapsed = {key: StudyRun(run_path(folder, *key), ()).collapsed for key in finished}
     measured = [bool(np.isfinite(values).all()) for values in reverse_kl.values()]
     results = Results(
         study,
@@ -146,7 +158,8 @@ def load_results(folder: Path) -> Results:
         counts,
         reverse_kl if all(measured) else {},
         any(measured) and not all(measured),
-        collapsed,
+        {key for key, known in collapsed.items() if known},
+        {key for key, known in collapsed.items() if known is None},
         _pass_at(folder, study),
     )
     base = study.baseline
@@ -235,7 +248,21 @@ def _count(place: Path, name: str, samples: Iterable[Sample]) -> _Evaluated:
             "have as many of each: repeat the run"
         )
     counts = np.array([sum(verdicts[problem]) for problem in problems], dtype=np.int64)
-    # Over tokens and not over answers, as the evaluation has it.
     table = np.array([nats[problem] for problem in problems], dtype=np.float64)  # [P, n, 2]
-    per_token = (table[..., 0] * table[..., 1]).sum(1) / table[..., 1].sum(1)
-    return _Evaluated(Benchmark(tuple(problems), next(iter(numbers))), counts, per_token)
+    return _Evaluated(Benchmark(tuple(problems), next(iter(numbers))), counts, _ratio_parts(*np.moveaxis(table, 2, 0)))
+
+
+def _ratio_parts(per_token: NDArray[np.float64], tokens: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return a value for each problem, [P], whose mean is that over all tokens, as the evaluation has it.
+
+    A mean over tokens is a ratio of two sums over problems. It is taken apart by its linearization, whose spread over
+    problems gives the ratio's variance (Cochran, "Sampling Techniques", 3rd ed., 6.5).
+
+    Args:
+        per_token: [P, n], mean over the tokens of a sample.
+        tokens: [P, n], their number.
+    """
+    sums, weights = (per_token * tokens).sum(1), tokens.sum(1)
+    ratio = sums.sum() / weights.sum()
+    parts: NDArray[np.float64] = ratio + (sums - ratio * weights) / weights.mean()
+    return parts

@@ -1,5 +1,6 @@
 """Results of a study as sentences. Text is not escaped here; each output format escapes it."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby
@@ -8,6 +9,7 @@ from opdlab.evaluation.benchmark_metrics import MEAN
 from opdlab.report.study.compare import TARGET, Comparison, Place
 from opdlab.report.study.load import Results
 from opdlab.report.study.statistics import LEVEL, MIN_SEEDS
+from opdlab.studies.schema import FINISHED
 
 _RATES = "rates differ by 1 at most"
 _FEW = f"no verdict with fewer than {MIN_SEEDS} seeds"
@@ -66,8 +68,8 @@ def sentence(comparison: Comparison, results: Results) -> str:
     if not comparison.has_verdict:
         count = f"{comparison.seeds} seed{'s' if comparison.seeds > 1 else ''}"
         said = f"{number(difference, True)}, {span}, {count}{_collapsed(comparison, '; ')}"
-        return f"{name} against {base}: {said}; {_FEW}."
-    several = len(results.compared) > 1
+        return f"{name} against {base}: {said}; {_no_verdict(comparison)}."
+    several = results.num_comparisons > 1
     after = " after Holm" if several else ""
     numbers = f"{number(difference, True)}, {span}, p {_equals(comparison.p_holm)}{after}{_collapsed(comparison, '; ')}"
     if comparison.differs:
@@ -76,7 +78,7 @@ def sentence(comparison: Comparison, results: Results) -> str:
         return f"{name} and {base} have the same {comparison.place.metric_name} on every problem and seed."
     alone = ""
     if several and comparison.p < LEVEL:
-        alone = f"; alone it would be (p {_equals(comparison.p)}), among {len(results.compared)} variants it is not"
+        alone = f"; alone it would be (p {_equals(comparison.p)}), among {results.num_comparisons} variants it is not"
     if not comparison.has_interval:
         power = f"what would be detected is {_CONSTANT}"
     elif comparison.place.is_rate and comparison.detectable_difference > 1:
@@ -103,20 +105,27 @@ def conclusion(comparisons: Sequence[Comparison], results: Results) -> list[str]
         family = list(group)
         for baseline in dict.fromkeys(each.baseline for each in family):
             judged = [each for each in family if each.baseline == baseline]
-            corrected = sum(each.has_verdict for each in family)
-            said.append(f"{place_name(place)}: {_conclude(judged, results.study.label(baseline), corrected)}")
+            said.append(f"{place_name(place)}: {_conclude(judged, results.study.label(baseline), results)}")
     return said
 
 
-def _conclude(family: Sequence[Comparison], base: str, corrected: int) -> str:
-    """Return the result of the variants with one baseline; the correction counts all variants at the place."""
-    parts = []
+def _no_verdict(comparison: Comparison) -> str:
+    """Return why there is no verdict, without a full stop."""
+    failed = comparison.failed
+    return f"no verdict, since runs of {failed} seed{'s' if failed > 1 else ''} failed" if failed else _FEW
+
+
+def _conclude(family: Sequence[Comparison], base: str, results: Results) -> str:
+    """Return the result of the variants with one baseline; the correction counts all variants of the study."""
+    parts, corrected = [], results.num_comparisons
     for word, up in (("better", True), ("worse", False)):
         found = [each for each in family if each.differs and each.ahead == up]
         if found:
             parts.append(f"{word} than {base}: {_names(found, True)}")
-    if few := [each for each in family if not each.has_verdict]:
-        parts.append(f"{_FEW}; differences from {base}: {_names(few, True)}")
+    unjudged = [each for each in family if not each.has_verdict]
+    for reason in dict.fromkeys(map(_no_verdict, unjudged)):
+        names = _names([each for each in unjudged if _no_verdict(each) == reason], True)
+        parts.append(f"{reason}; differences from {base}: {names}")
     if rest := [each for each in family if each.has_verdict and not each.differs]:
         smallest = _smallest(rest, corrected)
         if not parts:
@@ -170,7 +179,7 @@ def _smallest(judged: Sequence[Comparison], corrected: int) -> str:
 
 
 def caveats(results: Results, comparisons: Sequence[Comparison]) -> list[str]:
-    """Return the limits of the comparisons: few seeds, few problems, missing runs."""
+    """Return the limits of the comparisons: few seeds, few problems, runs that are missing or unlike others."""
     said = []
     if any(each.seeds == 1 for each in comparisons):
         said.append(
@@ -185,23 +194,44 @@ def caveats(results: Results, comparisons: Sequence[Comparison]) -> list[str]:
     for name, benchmark in results.benchmarks.items():
         if len(benchmark.problems) == 1:
             said.append(f"{name} has one problem: intervals cover the choice of seeds only.")
+    said += _of_runs(results)
+    compared = (*results.compared, results.study.baseline)
+    if left_out := [results.study.label(v.name) for v in results.study.variants if v.name not in compared]:
+        said.append(f"Not compared, since no finished run shares a seed with its baseline: {', '.join(left_out)}.")
+    return said
+
+
+def _of_runs(results: Results) -> list[str]:
+    """Return what must be known of the runs: which are missing, failed, collapsed, and what they have in common."""
+    said, label = [], results.study.label
     if results.lacking:
         said.append(
             f"{len(results.lacking)} of {len(results.runs)} runs have not finished. A seed counts in a comparison only "
             "where both sides have it."
         )
+    failed = {variant.name: len(results.failed(variant.name)) for variant in results.study.variants}
+    if any(failed.values()):
+        of_all = f"of {len(results.study.seeds)}"
+        runs = ", ".join(f"{label(name)}: {count} {of_all}" for name, count in failed.items() if count)
+        said.append(
+            f"Runs that failed: {runs}. A comparison that lacks them has no verdict, since runs that diverge are among "
+            "those that fail; `opdlab study run` tries them again, and shows the ends of their logs."
+        )
+    if results.collapsed:
+        numbers = Counter(variant for variant, _ in results.collapsed)
+        runs = ", ".join(f"{label(variant)}: {number}" for variant, number in sorted(numbers.items()))
+        said.append(
+            f"Runs in which training collapsed: {runs}. They count like all others; tables/runs.csv names them."
+        )
+    if unknown := len(results.may_have_collapsed):
+        runs = "1 run, whose folder has" if unknown == 1 else f"{unknown} runs, whose folders have"
+        said.append(f"Whether training collapsed is not known of {runs} no results.json.")
     if results.lacks_reverse_kl:
         said.append(
             "Reverse KL is left out, because only some evaluations have measured it: set model.evaluation.reverse_kl "
             "for the whole study."
         )
-    if results.collapsed:
-        numbers = Counter(variant for variant, _ in results.collapsed)
-        runs = ", ".join(f"{results.study.label(variant)}: {number}" for variant, number in sorted(numbers.items()))
-        said.append(
-            f"Runs in which training collapsed: {runs}. They count like all others; tables/runs.csv names them."
-        )
-    compared = (*results.compared, results.study.baseline)
-    if left_out := [results.study.label(v.name) for v in results.study.variants if v.name not in compared]:
-        said.append(f"Not compared, since no finished run shares a seed with its baseline: {', '.join(left_out)}.")
+    versions = {json.dumps(run.versions, sort_keys=True) for run in results.runs.values() if run.state == FINISHED}
+    if len(versions) > 1:
+        said.append("Finished runs are of different versions of packages, which the facts name: run all with the same.")
     return said

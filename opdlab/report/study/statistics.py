@@ -150,17 +150,23 @@ def p_value(found: Estimate) -> float:
     return float(optimize.brentq(lambda p: float(found.error_bound(p / 2)) - size, _LEAST_P, 1.0, xtol=_LEAST_P))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Sequence[float], num_comparisons: int = 0) -> list[float]:
     """Return Holm-adjusted p values: rejecting below 0.05 keeps the family-wise error below 5%. NaN is skipped.
+
+    Args:
+        p_values: NaN for comparisons without one.
+        num_comparisons: of the family, if some are still to come; they count as if their p were 1.
 
     Example:
         >>> [round(p, 2) for p in holm([0.01, 0.04, 0.03])]
         [0.03, 0.06, 0.06]
+        >>> [round(p, 2) for p in holm([0.01, 0.04], num_comparisons=3)]
+        [0.03, 0.08]
     """
     values = np.array(p_values, dtype=np.float64)
     adjusted = values.copy()
     order = [index for index in np.argsort(values, kind="stable") if not np.isnan(values[index])]
-    factors = len(order) - np.arange(len(order))
+    factors = max(num_comparisons, len(order)) - np.arange(len(order))
     adjusted[order] = np.minimum(np.maximum.accumulate(factors * values[order]), 1.0)
     return [float(p) for p in adjusted]
 

@@ -75,7 +75,8 @@ def metric_records(results: Results) -> tuple[list[dict[str, Any]], list[dict[st
             spread = float(values.std(ddof=1)) if len(values) > 1 else np.nan
             means.append(known | {"mean": float(values.mean()), "std_over_seeds": spread, "seeds": len(values)})
             for seed, value in zip(seeds, values, strict=True):
-                collapsed = (variant.name, seed) in results.collapsed
+                key = (variant.name, seed)
+                collapsed = "" if key in results.may_have_collapsed else key in results.collapsed
                 runs.append(known | {"seed": seed, "value": float(value), "collapsed": collapsed})
     return means, runs
 
