@@ -14,6 +14,8 @@ from opdlab.evaluation.evaluator import Evaluator
 from opdlab.policies.fingerprints import fingerprint
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.teacher import LocalTeacher, Teacher
+from opdlab.verifiers.sources import source_digest
+from opdlab.verifiers.verifier import Verifier
 
 # Options of a verifier that do not affect its verdicts.
 _SPEED = ("num_workers",)
@@ -67,5 +69,14 @@ def benchmark_settings(prompts: PromptSet) -> dict[str, Any]:
         options = {name: value for name, value in vars(verifier).items() if name[0] != "_" and name not in _SPEED}
         # An object's repr may contain its address, which differs between runs.
         text = json.dumps(options, default=lambda value: type(value).__qualname__)
-        described = f"{type(verifier).__module__}.{type(verifier).__qualname__} {text}"
+        described = f"{type(verifier).__module__}.{type(verifier).__qualname__} {text}{_code(verifier)}"
     return {"num_problems": len(prompts), "prompts": prompts.facts.digest, "verifier": described}
+
+
+def _code(verifier: Verifier) -> str:
+    """Return the digest of a verifier's code, if that is not opdlab's: the code that was read at the first call."""
+    module = type(verifier).__module__
+    if module.partition(".")[0] == __name__.partition(".")[0]:
+        return ""
+    known: str = vars(verifier).setdefault("_code", f" {source_digest(module)}")
+    return known

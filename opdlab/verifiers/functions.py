@@ -1,6 +1,5 @@
 """Verifiers whose rule is the user's: a Python function, a regular expression, a JSON schema."""
 
-import hashlib
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 from opdlab.errors import UsageError, first_line, require, user_code
 from opdlab.files import expanded
 from opdlab.packages import require_package
+from opdlab.verifiers.sources import source_digest
 from opdlab.verifiers.tasks import INVALID
 from opdlab.verifiers.verifier import Verdict
 from opdlab.verifiers.worker_verifier import WorkerVerifier
@@ -57,12 +57,8 @@ class FunctionVerifier(WorkerVerifier):
             function = ".".join(map(str, names))
         found = _imported(function)
         self.function = function
-        try:
-            source = inspect.getsource(inspect.getmodule(found) or found)
-        except (OSError, TypeError):
-            source = ""
-        # Among the settings of an evaluation: saved verdicts of another version of the module are not reused.
-        self.source = hashlib.sha256(source.encode()).hexdigest()[:16]
+        # Among the settings of an evaluation: saved verdicts of other code are not reused.
+        self.source = source_digest(getattr(found, "__module__", None) or function.rpartition(".")[0])
 
     @property
     def label(self) -> str:

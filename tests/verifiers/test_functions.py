@@ -3,9 +3,11 @@
 import json
 import math
 import re
+import sys
 import time
 from decimal import Decimal
 from functools import partial
+from importlib import invalidate_caches
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +141,49 @@ def test_a_configuration_names_the_function(folder: Path, capsys: pytest.Capture
     assert results["after"]["own/pass@1"]["value"] == 1
     given = parse_fit([*command[1:], "--data.train.verifier", "own_checks.other"]).data.train.init_args.verifier
     assert (given.class_path, given.init_args.function) == ("opdlab.verifiers.FunctionVerifier", "own_checks.other")
+
+
+CODE = {
+    "own_checks.py": "from own_rules.words import known\n\n\ndef check(text, answer):\n    return known(text)\n",
+    "own_class.py": (
+        "from opdlab.verifiers import Verdict, Verifier\n\n\n"
+        "class Own(Verifier):\n    def verify(self, responses, golds):\n        from own_rules.words import known\n\n"
+        "        return [Verdict(known(each), '', '') for each in responses]\n"
+    ),
+    "own_rules/__init__.py": "",
+    "own_rules/words.py": "from . import truth\n\n\ndef known(text):\n    return truth.IT_IS\n",
+    "own_rules/truth.py": "IT_IS = False\n",
+    "own_rules/unused.py": "",
+}
+
+
+@pytest.mark.parametrize("verifier", ["own_checks.check", "{class_path: own_class.Own}"])
+def test_verdicts_of_other_code_are_not_taken_up(
+    folder: Path, verifier: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "own_rules").mkdir()
+    for name, source in CODE.items():
+        (folder / name).write_text(source)
+    command = ["validate", *write_run(folder, verifier)[1:], "--model.evaluation.samples", "samples-{settings}"]
+
+    def rate() -> float:
+        for name in {"own_checks", "own_class", "own_rules", *(f"own_rules.{each}" for each in ("words", "truth"))}:
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        invalidate_caches()
+        caplog.clear()
+        assert main(command) == 0
+        (results,) = [path for path in folder.glob("samples-*/results.json") if path not in before]
+        before.add(results)
+        return float(json.loads(results.read_text())["figures"]["own/pass@1"])
+
+    before: set[Path] = set()
+    assert rate() == 0
+    (folder / "own_rules/truth.py").write_text("IT_IS = True  # now\n")
+    assert rate() == 1
+    assert "taken up" not in caplog.text
+    (folder / "own_rules/unused.py").write_text("1 / 0\n")
+    assert main(command) == 0
+    assert "1 batch taken up" in caplog.text
 
 
 def test_a_wrong_function_in_a_configuration_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
