@@ -2,9 +2,9 @@
 
 ``python docs/scripts/pack_study.py runs/studies/NAME docs/results/NAME`` copies the report with its figures (PNG) and
 tables, and packs what it is made from into ``study.tar.xz``: the study, the record of each run, and its sample lines
-without the texts of problems and responses, which seeds give again. Unpacked, ``opdlab study report NAME`` makes the
-same report. ``python docs/scripts/pack_study.py docs/results/NAME`` makes the report in the documentation again, after
-the code of reports has changed.
+without the texts of problems and responses, which seeds give again, and with a reverse KL of four decimals. Unpacked,
+``opdlab study report NAME`` makes the same report. ``python docs/scripts/pack_study.py docs/results/NAME`` makes the
+report in the documentation again, after the code of reports has changed.
 """
 
 import io
@@ -60,20 +60,23 @@ def members(study: Path) -> Iterator[tuple[str, bytes]]:
     for file in sorted([*kept, *evaluations]):
         content = file.read_bytes()
         if file.suffix == ".jsonl":
-            content = b"".join(map(without_texts, content.splitlines()))
+            content = b"".join(map(packed_line, content.splitlines()))
         # Paths of this machine are left out; a run may have been taken from another study beside this one.
         content = content.replace(f"{study.absolute().parent}/".encode(), b"runs/studies/")
         yield file.relative_to(study).as_posix(), content
 
 
-def without_texts(line: bytes) -> bytes:
-    r"""A sample line with empty texts.
+def packed_line(line: bytes) -> bytes:
+    r"""A sample line with empty texts, and a reverse KL of four decimals: more of one answer are noise.
 
     Example:
-        >>> without_texts(b'{"id": "1", "problem": "1+1", "response": "2", "correct": true}')
-        b'{"id": "1", "problem": "", "response": "", "correct": true}\n'
+        >>> packed_line(b'{"id": "1", "problem": "1+1", "response": "2", "correct": true, "reverse_kl": 0.0123456789}')
+        b'{"id": "1", "problem": "", "response": "", "correct": true, "reverse_kl": 0.0123}\n'
     """
-    return json.dumps(json.loads(line) | dict.fromkeys(TEXTS, "")).encode() + b"\n"
+    sample = json.loads(line) | dict.fromkeys(TEXTS, "")
+    if sample.get("reverse_kl") is not None:
+        sample["reverse_kl"] = round(sample["reverse_kl"], 4)
+    return json.dumps(sample).encode() + b"\n"
 
 
 if __name__ == "__main__":
