@@ -9,17 +9,20 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from opdlab.errors import UsageError, require
 from opdlab.files import remove_partial_files
 from opdlab.locks import lock_holder, locked
 from opdlab.records import RESULTS, SETTINGS_PLACEHOLDER, digest
+from opdlab.yaml_files import read_yaml
 
 CONFIG, METRICS, EVALUATIONS, HISTOGRAMS = "config.yaml", "metrics.csv", "evaluations", "histograms.jsonl"
 EXAMPLE = "such as runs/quickstart/version_0"
 _VERSION = re.compile(r"version_(\d+)")
 _MEND = "mend it, or remove it"
+# Keys without a default, which the configuration of each run has.
+_REQUIRED = ("model.student", "model.teacher", "model.objective", "model.gate", "data.train")
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,68 @@ def samples_folder_for(student: str, ckpt_path: str | None, root: Path) -> str:
         checkpoint = Path(ckpt_path).resolve()
         name = f"{checkpoint.parent.parent.name}-{checkpoint.stem}"
     return str(root / "evaluations" / f"{name}-{SETTINGS_PLACEHOLDER}")
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the configuration of a run, from ``config.yaml``.
+
+    Raises:
+        UsageError: the file cannot be read, is not YAML, or is not whole: a key that each run has is not there, or the
+            end of the last line. One that extends others may leave keys to them.
+    """
+    content = read_yaml(path)
+    config = content if isinstance(content, dict) else {}
+    sections = {key: config.get(key.partition(".")[0]) for key in _REQUIRED}
+    lacking = [
+        key
+        for key, section in sections.items()
+        if not isinstance(section, dict) or section.get(key.partition(".")[2]) is None
+    ]
+    lacks = ", ".join(lacking) if lacking and "extends" not in config else ""
+    if not lacks and not path.read_bytes().endswith(b"\n"):
+        lacks = "the end of its last line"
+    require(
+        not lacks,
+        f"{path} lacks {lacks}: it may be cut off; mend it, such as with student/opdlab.yaml, the copy that an export "
+        "has",
+    )
+    return cast(dict[str, Any], config)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Return the content of ``results.json``; empty without the file, which a killed run does not write.
+
+    Raises:
+        UsageError: the file is not as a run has written it.
+    """
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}): make it readable, or remove it") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{path} is not JSON, as a run writes it: {_MEND} ({error})") from error
+    require(isinstance(content, dict), f"{path} holds a {type(content).__name__}, but must hold an object: {_MEND}")
+    for name, value in content.items():
+        if name in ("before", "after", "best") or name.startswith("teacher"):
+            require(_is_evaluation(value), f"{path}: {name} is {_shown(value)}, which is no evaluation: {_MEND}")
+    warnings = content.get("warnings", [])
+    require(isinstance(warnings, list), f"{path}: warnings is {_shown(warnings)}, but must be a list: {_MEND}")
+    return cast(dict[str, Any], content)
+
+
+def _is_evaluation(value: Any) -> bool:
+    """Return whether a value has a number and its standard error for each metric; either may be null."""
+    return isinstance(value, dict) and all(
+        isinstance(metric, dict)
+        and all(isinstance(metric.get(part), int | float | None) for part in ("value", "standard_error"))
+        for metric in value.values()
+    )
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)[:80]
 
 
 def metric_lines(path: Path) -> list[dict[str, str]]:

@@ -7,9 +7,7 @@ from typing import Any
 import pandas
 
 from opdlab.errors import require
-from opdlab.records import read_json
-from opdlab.run_folder import RunFolder, read_metrics
-from opdlab.yaml_files import read_yaml
+from opdlab.run_folder import RunFolder, read_config, read_metrics, read_results
 
 _EVALUATIONS = ("before", "after", "teacher")
 
@@ -58,16 +56,16 @@ def load_run(folder: str | Path) -> Run:
     hint = f"give one of the runs in it: {', '.join(inside[-3:])}" if inside else "give ROOT/version_N of a run"
     require(known, f"folder is '{folder}', which has neither {run.metrics.name} nor {run.results.name}: {hint}")
     scalars = _scalars(run.metrics)
-    results = read_json(run.results)
+    results = read_results(run.results)
     columns = [name for name in results if name in _EVALUATIONS or name.startswith("teacher-")]
-    figures = {name: results[name] for name in columns if isinstance(results[name], dict) and results[name]}
+    figures = {name: results[name] for name in columns if results[name]}
     tables = [
         pandas.DataFrame(
             {name: {key: each.get(part) for key, each in found.items()} for name, found in figures.items()}
         )
         for part in ("value", "standard_error")
     ]
-    config = (read_yaml(run.config) if run.config.is_file() else None) or {}
+    config = read_config(run.config) if run.config.is_file() else {}
     table, errors = (frame.astype(float) for frame in tables)
     return Run(run.path, scalars, table, errors, config, results)
 

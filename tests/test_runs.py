@@ -26,6 +26,15 @@ RESULTS = {
     "seeds": {"seed": 0},
     "state": "finished",
 }
+CONFIG = """\
+model:
+  student: a.Student
+  teacher: a.Teacher
+  objective: {class_path: a.B, init_args: {k: 32}}
+  gate: block64
+data:
+  train: a.Problems
+"""
 ROWS = [{"step": 0, "val/toy/pass@1": 0.25}, {"step": 1, "train/loss": 2.5}, {"step": 3, "train/loss": 1.0}]
 
 
@@ -33,7 +42,7 @@ def write(folder: Path) -> Path:
     run = folder / "version_0"
     run.mkdir()
     (run / "results.json").write_text(json.dumps(RESULTS))
-    (run / "config.yaml").write_text("model: {objective: {class_path: a.B, init_args: {k: 32}}}\n")
+    (run / "config.yaml").write_text(CONFIG)
     with (run / "metrics.csv").open("w") as file:
         table = csv.DictWriter(file, ["step", "train/loss", "val/toy/pass@1"])
         table.writeheader()
@@ -68,28 +77,42 @@ def test_a_run_that_has_just_begun_or_was_killed_is_empty_where_nothing_is(tmp_p
 def test_a_row_that_a_kill_has_cut_off_is_left_out(tmp_path: Path) -> None:
     run = write(tmp_path)
     (run / "metrics.csv").write_text("step,train/loss\n1,2.5\n2,1.")
-    (run / "config.yaml").write_text("")
     found = opdlab.load_run(run)
     assert found.scalars["train/loss"].to_dict() == {1: 2.5}
     assert found.scalars.index.name == "step"
-    assert found.config == {}
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("name", "content", "words"),
     [
-        (b"a,b\n1,2\n", "has no column 'step', as a run writes it: mend it, or remove it"),
-        (b"step,train/loss\n1,\xff\n", "is not text in UTF-8"),
-        (b"step,train/loss\n1,x\n", "step 1: train/loss is 'x', which is no number"),
-        (b"step,train/loss\n1,1,2\n", "which is no number"),
+        ("metrics.csv", b"a,b\n1,2\n", "has no column 'step', as a run writes it: mend it, or remove it"),
+        ("metrics.csv", b"step,train/loss\n1,\xff\n", "is not text in UTF-8"),
+        ("metrics.csv", b"step,train/loss\n1,x\n", "step 1: train/loss is 'x', which is no number"),
+        ("metrics.csv", b"step,train/loss\n1,1,2\n", "which is no number"),
+        ("results.json", b"", "is not JSON, as a run writes it: mend it, or remove it (Expecting value"),
+        ("results.json", b'{"steps": 3, "sta', "is not JSON, as a run writes it: mend it, or remove it (Unterminated"),
+        ("results.json", b"\xff", "is not JSON, as a run writes it"),
+        ("results.json", b"[]", "holds a list, but must hold an object: mend it, or remove it"),
+        ("results.json", b'{"before": 3}', "before is 3, which is no evaluation: mend it, or remove it"),
+        ("results.json", b'{"before": {}, "after": null}', "after is null, which is no evaluation"),
+        ("results.json", b'{"teacher-a": {"x": {"value": "1"}}}', 'teacher-a is {"x": {"value": "1"}}, which is no'),
+        ("results.json", b'{"warnings": 3}', "warnings is 3, but must be a list: mend it, or remove it"),
+        ("config.yaml", b"", "lacks model.student, model.teacher, model.objective, model.gate, data.train: it may be "),
+        (
+            "config.yaml",
+            b"- 1\n",
+            "lacks model.student, model.teacher, model.objective, model.gate, data.train: it may",
+        ),
+        ("config.yaml", CONFIG[: CONFIG.index("  gate")].encode(), "lacks model.gate, data.train: it may be cut off"),
+        ("config.yaml", CONFIG[:-2].encode(), "lacks the end of its last line: it may be cut off; mend it, such as"),
     ],
 )
-def test_damaged_metrics_are_one_line(
-    tmp_path: Path, content: bytes, words: str, capsys: pytest.CaptureFixture[str]
+def test_damaged_files_are_one_line(
+    tmp_path: Path, name: str, content: bytes, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = write(tmp_path)
-    (run / "metrics.csv").write_bytes(content)
-    with pytest.raises(UsageError, match="metrics.csv") as refused:
+    (run / name).write_bytes(content)
+    with pytest.raises(UsageError, match=name) as refused:
         opdlab.load_run(run)
     assert words in str(refused.value)
     assert main(["report", str(run)]) == EXIT_USAGE

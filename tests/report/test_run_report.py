@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -18,8 +19,12 @@ from opdlab.viewer import render_page, write_page
 from tests.report.synthetic_study import SyntheticStudy
 from tests.viewer_pages import HOSTILE, plain_text, shown
 
-CONFIG = {
-    "model": {"gate": {"class_path": "block64", "init_args": {"tau": 1.0}}},
+CONFIG: dict[str, Any] = {
+    "model": {
+        **dict.fromkeys(("student", "teacher", "objective"), "a.Part"),
+        "gate": {"class_path": "block64", "init_args": {"tau": 1.0}},
+    },
+    "data": {"train": "a.Problems"},
     "checkpoint": {"monitor": "val/toy/pass@1", "mode": "max"},
     "note": "<script>alert(1)</script>",
 }
@@ -32,7 +37,8 @@ def histogram(count: int) -> Histogram:
 def write_run(folder: Path, tau: float = 1.0, steps: int = 6, pages: bool = True) -> Path:
     """Write the folder of a run without training it."""
     folder.mkdir(parents=True)
-    config = {**CONFIG, "model": {"gate": {"class_path": "block64", "init_args": {"tau": tau}}}}
+    gate = {"class_path": "block64", "init_args": {"tau": tau}}
+    config = {**CONFIG, "model": {**CONFIG["model"], "gate": gate}}
     (folder / "config.yaml").write_text(yaml.dump(config))
     file = MetricsFile(folder / "metrics.csv")
     scores = {0: 0.25, 2: 0.5, 4: 0.625, 6: 0.5}
@@ -105,7 +111,7 @@ def test_runs_and_a_study_are_one_page(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_run_that_was_killed_has_a_report_too(tmp_path: Path) -> None:
     run = tmp_path / "version_3"
     run.mkdir()
-    (run / "config.yaml").write_text("seed_everything: 1\n")
+    (run / "config.yaml").write_text(yaml.dump(CONFIG))
     page = make_report(run).files["report.html"].decode()
     assert "it is running, or was killed" in page
     with (run / "metrics.csv").open("w") as file:

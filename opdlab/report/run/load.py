@@ -11,9 +11,8 @@ from typing import Any
 
 from opdlab.checkpoint_choice import best_step
 from opdlab.evaluation.benchmark_metrics import ERROR_SUFFIX, SHOWN, TEACHER, Figures, figures_of
-from opdlab.records import flat, read_json
-from opdlab.run_folder import HISTOGRAMS, RunFolder, read_histograms, read_metrics
-from opdlab.yaml_files import read_yaml
+from opdlab.records import flat
+from opdlab.run_folder import HISTOGRAMS, RunFolder, read_config, read_histograms, read_metrics, read_results
 
 _DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
 _STUDENT = "val/"
@@ -104,7 +103,7 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
     """Return the runs of folders.
 
     Raises:
-        UsageError: a folder is not a run's, or its configuration cannot be read.
+        UsageError: a folder is not a run's, or a file in it is damaged.
     """
     paths = list({path.resolve(): path for path in reversed(paths)}.values())[::-1]  # each run once
     resolved = [path.resolve() for path in paths]
@@ -115,13 +114,13 @@ def load_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _load_run(folder: RunFolder, name: str) -> Run:
-    config = read_yaml(folder.config)
+    config = read_config(folder.config)
     return Run(
         name if name != "." else folder.path.resolve().name,
         folder,
-        flat(config if isinstance(config, dict) else {}),
+        flat(config),
         folder.config.read_text(encoding="utf-8"),
-        read_json(folder.results),
+        read_results(folder.results),
         read_metrics(folder.metrics),
         read_histograms(folder.path / HISTOGRAMS),
         _last_rollouts(folder.path / "rollouts"),

@@ -28,7 +28,7 @@ def runs_part(paths: Sequence[Path]) -> Part:
         paths: folders of the runs.
 
     Raises:
-        UsageError: a folder is not a run's, or its configuration cannot be read.
+        UsageError: a folder is not a run's, or a file in it is damaged.
     """
     runs = load_runs(paths)
     records = [record for run in runs for each in run.evaluations for record in _records(run, each)]
