@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from opdlab.checkpoints import check_checkpoint, checkpoint_steps, newest_checkpoint, state_of
@@ -56,10 +57,12 @@ def choose_checkpoint(folder: RunFolder, name: str, monitor: str | None, mode: M
             f"has {there}",
         )
         return path, _checked_step(path)
+    skipped: list[str] = []
     if name == LAST:
-        newest = newest_checkpoint(folder.checkpoints, resume=False)
+        newest = newest_checkpoint(folder.checkpoints, skipped, resume=False)
         if newest is None:
-            raise _no_checkpoint(folder)
+            raise _no_checkpoint(folder, skipped)
+        _warn_of_skipped(name, skipped)
         return newest
     if monitor is None or mode is None:
         raise UsageError(
@@ -67,10 +70,11 @@ def choose_checkpoint(folder: RunFolder, name: str, monitor: str | None, mode: M
             f"{LAST} or a file, and train with --checkpoint.monitor val/mean/pass@1 --checkpoint.mode max"
         )
     scores = {step: row[monitor] for step, row in read_metrics(folder.metrics).items() if monitor in row and step}
-    steps = checkpoint_steps(folder.checkpoints, [], resume=False)
+    steps = checkpoint_steps(folder.checkpoints, skipped, resume=False)
     files = {steps[path]: path for path in sorted(steps, key=lambda path: path.stat().st_mtime_ns)}
     if not files:
-        raise _no_checkpoint(folder)
+        raise _no_checkpoint(folder, skipped)
+    _warn_of_skipped(name, skipped)
     best = best_step({step: score for step, score in scores.items() if step in files}, mode)
     if best is None:
         known = ", ".join(map(str, sorted(files)))
@@ -81,8 +85,14 @@ def choose_checkpoint(folder: RunFolder, name: str, monitor: str | None, mode: M
     return files[best], _checked_step(files[best])
 
 
-def _no_checkpoint(folder: RunFolder) -> UsageError:
-    return UsageError(f"'{folder.path}' has no sound checkpoint in {folder.checkpoints.name}/: let it train on")
+def _no_checkpoint(folder: RunFolder, skipped: list[str]) -> UsageError:
+    why = "; ".join(skipped) or "let it train on"
+    return UsageError(f"'{folder.path}' has no sound checkpoint in {folder.checkpoints.name}/: {why}")
+
+
+def _warn_of_skipped(name: str, skipped: list[str]) -> None:
+    if skipped:
+        rank_zero_warn(f"--checkpoint {name} skips what is not sound: {'; '.join(skipped)}")
 
 
 def _checked_step(path: Path) -> int:

@@ -17,7 +17,7 @@ from opdlab.errors import UsageError, require
 from opdlab.evaluation.benchmark_metrics import TEACHER, figures_of
 from opdlab.model_card import TrainingRecord, describe
 from opdlab.policies import LanguageModel, SamplingConfig
-from opdlab.run_folder import RunFolder, read_metrics
+from opdlab.run_folder import RunFolder, read_config, read_metrics
 
 
 def parser() -> PlainParser:
@@ -54,6 +54,7 @@ def export(arguments: Sequence[str]) -> int:
     folder = RunFolder.open(options.run)
     if options.out is not None:
         _check_new(options.out)
+    read_config(folder.config)  # refuses one that is cut off
     config = parse_fit(["-c", str(folder.config), "--ckpt_path", "null"])
     path, step = choose_checkpoint(folder, options.checkpoint, config.checkpoint.monitor, config.checkpoint.mode)
     out = options.out or folder.path / f"student-{path.stem}"

@@ -26,7 +26,7 @@ from opdlab.replay.pack import PackSettings
 from opdlab.replay.record import FOLDER, RecordedStep, read_record, record_folders
 from opdlab.replay.step_gradients import Autocast
 from opdlab.replay.unpack import Pack
-from opdlab.run_folder import CONFIG, EXAMPLE, RunFolder
+from opdlab.run_folder import CONFIG, EXAMPLE, RunFolder, read_config
 from opdlab.types import Prompt
 from opdlab.verifiers.verifier import Verifier
 
@@ -109,7 +109,7 @@ class RunSource(Source):
             run.is_dir(),
             f"'{run}' is not a folder: give a run's folder, {EXAMPLE}, or a file that --pack has written",
         )
-        RunFolder.open(run)
+        read_config(RunFolder.open(run).config)  # refuses one that is cut off
         self._run, self._overrides, self.out = run, overrides, run / "replay"
         self._folders = record_folders(run)
         self.steps = list(self._folders)

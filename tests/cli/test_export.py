@@ -137,6 +137,37 @@ def test_best_needs_a_metric_and_a_score(run: Path, tmp_path: Path, capsys: pyte
     assert "ones are of steps 3; give --checkpoint last" in error
 
 
+def test_a_broken_checkpoint_is_named(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("config.yaml", "metrics.csv"):
+        shutil.copy(run / name, tmp_path)
+    broken = tmp_path / "checkpoints/step-9.ckpt"
+    broken.write_bytes((run / "checkpoints/step-6.ckpt").read_bytes()[:5000])
+    for checkpoint in ("last", "best"):
+        assert main(["export", str(tmp_path), "--checkpoint", checkpoint]) == EXIT_USAGE
+        error = capsys.readouterr().err
+        assert f"'{tmp_path}' has no sound checkpoint in checkpoints/: '{broken}' cannot be read, it may" in error
+        assert error.count("\n") == 1
+    shutil.copy(run / "checkpoints/step-4.ckpt", tmp_path / "checkpoints")
+    for checkpoint in ("last", "best"):
+        with pytest.warns(UserWarning, match=rf"--checkpoint {checkpoint} skips what is not sound: '{broken}' cannot"):
+            assert main(["export", str(tmp_path), "--checkpoint", checkpoint, "--out", str(tmp_path / checkpoint)]) == 0
+        assert "student after 4 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["export", "replay"])
+def test_a_configuration_that_is_cut_off_is_named(
+    run: Path, tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_bytes((run / "config.yaml").read_bytes()[:300])
+    assert main([command, str(tmp_path)]) == EXIT_USAGE
+    error = capsys.readouterr().err
+    lacks = "model.student, model.teacher, model.objective, model.gate, data.train"
+    assert f"{file} lacks {lacks}: it may be cut off; mend it, such as with student/opdlab.yaml" in error
+    assert error.count("\n") == 1
+
+
 def test_a_checkpoint_of_another_model_is_refused(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
