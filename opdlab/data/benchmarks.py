@@ -131,6 +131,10 @@ class PublishedProblems(ProblemSource):
         """Yield the problems without the prefix and suffix of the published set."""
         return map(self._published.cleaned, self._rows.problems())
 
+    def places(self) -> Iterator[tuple[str, Problem]]:
+        """See :meth:`ProblemSource.places`."""
+        return ((place, self._published.cleaned(problem)) for place, problem in self._rows.places())
+
     def store(self) -> ProblemStore:
         """See :meth:`ProblemSource.store`."""
         return ChangedStore(self._rows.store(), self._published.cleaned)

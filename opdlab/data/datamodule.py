@@ -24,7 +24,7 @@ from opdlab.policies.routed_teacher import check_teacher
 from opdlab.rollouts import DemonstrationConfig, Pool, ReuseConfig, RolloutLoader
 from opdlab.rollouts.demonstrations import MEND
 from opdlab.seeds import DEFAULT_SEED
-from opdlab.types import EvaluationBatch, Problem, Prompt
+from opdlab.types import EvaluationBatch, Prompt
 from opdlab.verifiers.verifier import Verifier
 
 
@@ -180,8 +180,8 @@ class PromptDataModule(pl.LightningDataModule):
     def _check_demonstrations(self, facts: PromptFacts) -> None:
         for lacking in facts.lack_demonstration:
             raise UsageError(
-                f"data.demonstrations.share is {self.demonstrations.share}, but the problem '{lacking.id}' of "
-                f"{self.train_source.name} has no demonstration: {MEND}"
+                f"data.demonstrations.share is {self.demonstrations.share}, but {self.train_source.place(lacking)} of "
+                f"{self.train_source.name} (id '{lacking.id}') has no demonstration: {MEND}"
             )
 
     def check_tokens(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
@@ -197,9 +197,9 @@ class PromptDataModule(pl.LightningDataModule):
                 index, problem = found
                 token = tokenizer.convert_ids_to_tokens(index)
                 raise UsageError(
-                    f"data.{key}: row {_row_of(problem, source)} of {source.name} (id '{problem.id}') has a prompt "
-                    f"with the token {token!r} (id {index}), but the models have rows for {vocab_size} tokens "
-                    "only: leave the problem out, or give models with a row for the token"
+                    f"data.{key}: {source.place(problem)} of {source.name} (id '{problem.id}') has a prompt with the "
+                    f"token {token!r} (id {index}), but the models have rows for {vocab_size} tokens only: leave the "
+                    "problem out, or give models with a row for the token"
                 )
 
         for name, prompts in self.benchmarks.items():
@@ -256,8 +256,7 @@ class PromptDataModule(pl.LightningDataModule):
                 try:
                     check_teacher(problem, names)
                 except UsageError as error:
-                    row = _row_of(problem, source)
-                    raise UsageError(f"data.train: row {row} of {source.name}, {error}") from None
+                    raise UsageError(f"data.train: {source.place(problem)} of {source.name}, {error}") from None
 
         self._for_all_prompts(check)
 
@@ -306,11 +305,6 @@ class PromptDataModule(pl.LightningDataModule):
     test_dataloader = val_dataloader
 
 
-def _row_of(problem: Problem, source: ProblemSource) -> int | str:
-    """Return the number of a problem's row, from 1, for a message."""
-    return next((number for number, each in enumerate(source.problems(), 1) if each == problem), "?")
-
-
 def _warn_of_unknown(key: str, source: ProblemSource, prompts: PromptSet, demonstrations: bool = False) -> None:
     """Warn of the texts that the tokenizer does not know as a whole, with an example of each kind.
 
@@ -328,8 +322,8 @@ def _warn_of_unknown(key: str, source: ProblemSource, prompts: PromptSet, demons
         field = f", field '{name}'" if (name := fields.get(each.kind)) else ""
         piece = repr(each.piece) if each.piece else "one of its template"
         said.append(
-            f"in {each.count} of {len(prompts)} {each.kind} (the first: {piece} in row "
-            f"{_row_of(each.problem, source)}, id '{each.problem.id}'{field})"
+            f"in {each.count} of {len(prompts)} {each.kind} (the first: {piece} in {source.place(each.problem)}, id "
+            f"'{each.problem.id}'{field})"
         )
     if said:
         rank_zero_warn(

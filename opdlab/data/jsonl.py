@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
@@ -16,6 +17,19 @@ from opdlab.types import Problem
 _BLOCK = 16_384  # bytes
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object, and refuse one that has a key twice, of which JSON's reader would take the last."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise UsageError(f"has the key {json.dumps(twice)} more than once: keep one of them")
+    return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)  # `json.loads` would make one for each line
+
+
 class JsonlProblems(RowProblems):
     """Problems of a JSON Lines file, one problem per line.
 
@@ -24,7 +38,8 @@ class JsonlProblems(RowProblems):
         kwargs: see :class:`opdlab.data.rows.RowProblems`.
 
     Raises:
-        UsageError: the file is missing, cannot be read, or is not JSON Lines in UTF-8; or a row lacks a field.
+        UsageError: the file is missing, cannot be read, or is not JSON Lines in UTF-8; a row has a key twice or lacks a
+            field.
     """
 
     def __init__(self, path: str, **kwargs: Any) -> None:
@@ -80,11 +95,16 @@ class JsonlProblems(RowProblems):
         """
         place = f"{self.path}, {name},"
         try:
-            row = json.loads(line.decode("utf-8-sig" if starts else "utf-8"))
+            row = _DECODER.decode(line.decode("utf-8-sig" if starts else "utf-8"))
         except UnicodeDecodeError as error:
             raise UsageError(f"{place} is not text in UTF-8: write the file in that encoding") from error
-        except ValueError as error:
+        except json.JSONDecodeError as error:
             raise UsageError(f"{place} is not JSON Lines: {error}") from error
+        except UsageError as error:
+            raise UsageError(f"{place} {error}") from error
+        except ValueError as error:  # Python reads no longer number, since that takes quadratic time
+            digits = sys.get_int_max_str_digits()
+            raise UsageError(f"{place} has a number of more than {digits} digits: write the number as text") from error
         except RecursionError as error:
             raise UsageError(f"{place} nests values too deeply: write it flatter") from error
         require(

@@ -69,6 +69,14 @@ class ProblemSource(ABC):
     def name(self) -> str:
         """Return the name used in messages: a path, a data set's name."""
 
+    def places(self) -> Iterator[tuple[str, Problem]]:
+        """Yield the problems with the places of their rows, for messages, such as ``row 3``."""
+        return ((f"row {number}", problem) for number, problem in enumerate(self.problems(), 1))
+
+    def place(self, problem: Problem) -> str:
+        """Return the place of a problem, for a message; the source is read again."""
+        return next((place for place, each in self.places() if each == problem), "a row")
+
 
 @dataclass(frozen=True)
 class PromptSet:
@@ -176,8 +184,8 @@ class Recipe:
         problem, seen, limit = prompt.problem, prompt.teacher_tokens, self.max_teacher_prompt_tokens
         if self.source.verifier is not None and not (problem.answer or "").strip():
             raise UsageError(
-                f"problem '{problem.id}' of {self.source.name} has no gold answer, which the source's verifier needs: "
-                "give it one, or set verifier to null"
+                f"{self.source.place(problem)} of {self.source.name} (id '{problem.id}') has no gold answer, which the "
+                "source's verifier needs: give it one, or set verifier to null"
             )
         if len(prompt.tokens) > self.max_prompt_tokens:
             return "prompt"
@@ -191,11 +199,22 @@ class Recipe:
             position += len(chunk)
 
     def made(self, problems: Sequence[Problem], positions: Sequence[int]) -> list[Prompt]:
-        """Return the prompts of problems, with the given indices."""
-        tokenized = _tokenized(problems, self.source, self.source.template, self.tokenizer)
+        """Return the prompts of problems, with the given indices.
+
+        Raises:
+            UsageError: a prompt is empty.
+        """
+        tokenized = _tokenized(problems, self.source.template, self.tokenizer)
         of_teacher: Sequence[tuple[int, ...] | None] = [None] * len(problems)
         if self.max_teacher_prompt_tokens is not None:
             of_teacher = _teacher_tokens(problems, self.source, self.tokenizer)
+        for problem, *given in zip(problems, tokenized, of_teacher, strict=True):
+            if () in given:
+                whose = "" if given[0] == () else " for the teacher"
+                raise UsageError(
+                    f"{self.source.place(problem)} of {self.source.name} (id '{problem.id}') is an empty "
+                    f"prompt{whose}: leave it out, or give a template"
+                )
         rows = zip(positions, problems, tokenized, of_teacher, strict=True)
         return [Prompt(*row, *_demonstration(row[1], self.tokenizer)) for row in rows]
 
@@ -213,13 +232,9 @@ def look_for_unknown(prompt: Prompt, unknown: UnknownTexts) -> None:
 
 
 def _tokenized(
-    problems: Sequence[Problem], source: ProblemSource, template: Template, tokenizer: PreTrainedTokenizerBase
+    problems: Sequence[Problem], template: Template, tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[int, ...]]:
-    """Return the token ids of the prompt of each problem, plain text or chat.
-
-    Raises:
-        UsageError: a prompt is empty.
-    """
+    """Return the token ids of the prompt of each problem, plain text or chat."""
     texts = [problem.text for problem in problems if not problem.messages]
     chats = [problem.messages for problem in problems if problem.messages]
     plain = iter(template.tokenize(texts, tokenizer) if texts else ())
@@ -228,12 +243,7 @@ def _tokenized(
     for problem in problems:
         given = tuple(next(turns if problem.messages else plain))
         # A template or a text may begin with the token that the tokenizer puts first anyway.
-        tokens = given[1:] if bos is not None and given[:2] == (bos, bos) else given
-        if not tokens:
-            raise UsageError(
-                f"problem '{problem.id}' of {source.name} is an empty prompt: leave it out, or give a template"
-            )
-        tokenized.append(tokens)
+        tokenized.append(given[1:] if bos is not None and given[:2] == (bos, bos) else given)
     return tokenized
 
 
@@ -249,7 +259,7 @@ def _teacher_tokens(
         if turns:
             turns = (*turns[:-1], Message(turns[-1].role, text))
         seen.append(replace(problem, text=text, messages=turns))
-    tokenized = iter(_tokenized(seen, source, source.teacher_template or source.template, tokenizer))
+    tokenized = iter(_tokenized(seen, source.teacher_template or source.template, tokenizer))
     return [next(tokenized) if own else None for own in has_own]
 
 

@@ -87,6 +87,11 @@ class RowProblems(ProblemSource):
         """Yield the problems, one row at a time."""
         return itertools.starmap(self.problem, self.chosen(self.rows()))
 
+    def places(self) -> Iterator[tuple[str, Problem]]:
+        """See :meth:`ProblemSource.places`: the numbers are those of the file."""
+        for number, row in self.chosen(self.rows()):
+            yield f"{self.row_name} {number}", self.problem(number, row)
+
     def chosen(self, rows: Iterable[Row]) -> Iterator[Row]:
         """Return the rows from ``offset`` up to ``limit``."""
         return itertools.islice(rows, *self._rows)

@@ -25,7 +25,18 @@ ROW = b'{"problem": "1 + 1", "answer": "2"}\n'
         (ROW + b'{"problem": "\\UD800"}\n', "line 2, is not JSON Lines: Invalid \\escape"),
         (ROW + b"{\n", "line 2, is not JSON Lines: Expecting property name"),
         (ROW + b"[1]\n", "line 2, is not JSON Lines: it holds a list, but each line must hold an object"),
-        (ROW + b'{"problem": ' + b"1" * 5000 + b"}\n", "line 2, is not JSON Lines: Exceeds the limit"),
+        (
+            ROW + b'{"problem": ' + b"1" * 5000 + b"}\n",
+            "line 2, has a number of more than 4300 digits: write the number as text",
+        ),
+        (
+            ROW + b'{"problem": "1", "answer": "1", "answer": "2"}\n',
+            'line 2, has the key "answer" more than once: keep one of them',
+        ),
+        (
+            ROW + b'{"problem": [{"role": "user", "role": "user"}]}\n',
+            'line 2, has the key "role" more than once: keep one of them',
+        ),
     ],
 )
 def test_a_mistake_has_file_and_line(tmp_path: Path, content: bytes, message: str) -> None:

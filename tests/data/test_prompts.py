@@ -9,7 +9,16 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from opdlab.data import ChatTemplate, CleaningConfig, JsonlProblems, Problem, ProblemSource, RawTemplate, prompt_set
+from opdlab.data import (
+    Benchmark,
+    ChatTemplate,
+    CleaningConfig,
+    JsonlProblems,
+    Problem,
+    ProblemSource,
+    RawTemplate,
+    prompt_set,
+)
 from opdlab.data.cleaning import clean
 from opdlab.errors import UsageError
 from opdlab.records import digest
@@ -79,9 +88,35 @@ def test_other_fields(tmp_path: Path) -> None:
 def test_a_verifier_needs_gold_answers(file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(UsageError, match="answer_field is null, but verifier needs gold answers: .* verifier to null"):
         JsonlProblems(str(file), answer_field=None, verifier=BoxedVerifier())
-    with pytest.raises(UsageError, match="problem '0' of the list has no gold answer, which the source's verifier"):
+    with pytest.raises(UsageError, match=r"row 1 of the list \(id '0'\) has no gold answer, which the source's verif"):
         prompt_set(Listed(["1 a+1"], verifier=BoxedVerifier()), tokenizer, 99)
     assert len(prompt_set(Listed(["1 a+1"]), tokenizer, 99)) == 1
+
+
+@pytest.mark.parametrize(
+    ("row", "options", "said"),
+    [
+        ({"problem": "", "answer": "1"}, {}, "is an empty prompt: leave it out, or give a template"),
+        ({"problem": "5 a+1 ", "answer": ""}, {}, "has no gold answer, which the source's verifier needs: give"),
+        (
+            {"problem": "5 a+1", "answer": "1", "hint": ""},
+            {"teacher_text": "{hint}"},
+            "is an empty prompt for the teacher: leave it out, or give a template",
+        ),
+    ],
+)
+def test_a_row_that_makes_no_prompt_is_named_by_its_line(
+    tmp_path: Path, row: dict[str, str], options: dict[str, Any], said: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    good = json.dumps({"problem": "5 a+1", "answer": "1", "hint": "1"})
+    path = write(tmp_path, good, "", good, json.dumps(row))
+    sources: list[ProblemSource] = [JsonlProblems(str(path), offset=1, verifier=BoxedVerifier(), **options)]
+    if not options:
+        template, verifier = RawTemplate(), BoxedVerifier()
+        sources.append(Benchmark("gsm8k", path=str(path), offset=1, template=template, verifier=verifier))
+    for source in sources:
+        with pytest.raises(UsageError, match=rf"^line 4 of {path} \(id '\w+'\) {said}"):
+            prompt_set(source, tokenizer, 99, max_teacher_prompt_tokens=99)
 
 
 def test_rows_without_an_id_are_named_by_their_text(tmp_path: Path) -> None:

@@ -58,9 +58,9 @@ def test_each_kind_is_counted_with_its_first_row(tmp_path: Path, make: Any) -> N
     assert of_benchmark.startswith(f"data.benchmarks.same: {place}, and replaces or leaves out, in 2 of 6 prompts (")
     assert of_training == (
         f"data.train: {place}, and replaces or leaves out, in 3 of 6 prompts that the teacher sees (the first: "
-        "'\u00e9' in row 2, id '1') and in 2 of 6 prompts (the first: '\u2212' in row 3, id '2', field 'problem') and "
-        "in 2 of 6 demonstrations (the first: '\U0001f600' in row 5, id '4', field 'solution'): change these texts, or "
-        "leave these rows out"
+        "'\u00e9' in line 2, id '1') and in 2 of 6 prompts (the first: '\u2212' in line 3, id '2', field 'problem') "
+        "and in 2 of 6 demonstrations (the first: '\U0001f600' in line 5, id '4', field 'solution'): change these "
+        "texts, or leave these rows out"
     )
     assert len(said(tmp_path, make(), {}, {"solution": "\u00e9"}, share=0.0)) == 0
 
@@ -76,5 +76,5 @@ def test_a_template_may_be_unknown(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(KNOWN) + "\n")
     data = PromptDataModule(JsonlProblems(str(path), template=RawTemplate(prefix="\u00e9")))
-    with pytest.warns(UserWarning, match=r"in 1 of 1 prompts \(the first: one of its template in row 1, "):
+    with pytest.warns(UserWarning, match=r"in 1 of 1 prompts \(the first: one of its template in line 1, "):
         data.prepare(chain_tokenizer(), training=True)

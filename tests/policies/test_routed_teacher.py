@@ -116,10 +116,10 @@ def test_the_student_may_be_one_of_the_teachers(make_run: MakeRun, tmp_path: Pat
 @pytest.mark.parametrize(
     ("names", "field", "message"),
     [
-        (["good", "god"], "kind", r"data.train: row 2 of .*rows.jsonl, the problem '.*' names the teacher 'god', .* "
+        (["good", "god"], "kind", r"data.train: line 2 of .*rows.jsonl, the problem '.*' names the teacher 'god', .* "
          "has good, poor; did you mean 'good'"),
         (["good", None], "kind", "line 2: the field 'kind' is null; give it a value"),
-        (["good", "poor"], None, "row 1 of .* names no teacher, but model.teacher is a RoutedTeacher: give .* a teach"),
+        (["good", "poor"], None, "line 1 of .* names no teacher, but model.teacher is a RoutedTeacher: give .* a tea"),
     ],
 )  # fmt: skip
 def test_unknown_names_are_refused_with_the_row(

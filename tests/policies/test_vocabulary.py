@@ -242,7 +242,7 @@ def test_other_tokens_without_a_row_are_named_once_and_not_sampled(
     path.write_text('{"id": "fine", "problem": "1 a+1"}\n{"id": "second", "problem": "2 <more>"}\n')
     run.data = PromptDataModule(JsonlProblems(str(path), answer_field=None))
     with pytest.raises(
-        UsageError, match=r"data.train: row 2 of .*problems.jsonl \(id 'second'\) has a prompt with the token '<more>'"
+        UsageError, match=r"data.train: line 2 of .*problems.jsonl \(id 'second'\) has a prompt with the token '<more>'"
     ):
         run.fit(1)
 

@@ -262,7 +262,7 @@ def test_wrong_use_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
         demonstrated(make_run, 0.01).fit(1)
     with pytest.raises(UsageError, match="no field 'solutions'; its fields: problem, answer, solution"):
         make_run(data={"demonstrations": DemonstrationConfig(0.5, "solutions")}).fit(1)
-    with pytest.raises(UsageError, match="share is 0.5, but the problem 'train-0-0' of .* has no demonstration: give"):
+    with pytest.raises(UsageError, match="share is 0.5, but row 1 of .* .id 'train-0-0'. has no demonstration: give"):
         make_run(data={"demonstrations": DemonstrationConfig(0.5)}).fit(1)
 
 
