@@ -155,9 +155,19 @@ def _is_users(file: str) -> bool:
     return not file.startswith("<") and not any(real.is_relative_to(place.resolve()) for place in places)
 
 
+def _is_mistake(error: BaseException) -> bool:
+    """True unless it is an exit that was asked for, by a signal or by ``--help``, and not by a module's own lines."""
+    if not isinstance(error, SystemExit):
+        return True
+    imports = any(frame.name == "<module>" for frame in traceback.extract_tb(error.__traceback__))
+    return imports and stop_signal(error) is None
+
+
 @contextmanager
 def user_code(doing: str) -> Iterator[None]:
     """Raise an error of the user's own code in the block as a :class:`UsageError` with its file and line.
+
+    An exit counts as one: a module that is also a script may call ``sys.exit`` when it is imported.
 
     Args:
         doing: what the block does, the beginning of the message.
@@ -166,8 +176,10 @@ def user_code(doing: str) -> Iterator[None]:
         yield
     except UsageError:
         raise
-    except Exception as error:
-        if (line := user_line(error)) is None:
+    except (Exception, SystemExit) as error:
+        if (line := user_line(error)) is None or not _is_mistake(error):
             raise
         said = f"{doing} fails, change {line}: {type(error).__name__}: {first_line(error)}"
+        if isinstance(error, SystemExit):
+            said += "; put what a script does below `if __name__ == '__main__':`"
         raise UsageError(said) from error

@@ -117,7 +117,7 @@ class Registry(Generic[T]):
             for entry in entry_points(group=self._group):
                 try:
                     entry.load()
-                except Exception as error:
+                except (Exception, SystemExit) as error:
                     package = entry.dist.name if entry.dist is not None else "a package"
                     raise UsageError(
                         f"{package} declares the {self.kind} '{entry.name}', but importing {entry.value} fails "

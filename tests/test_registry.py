@@ -157,8 +157,9 @@ def test_an_error_inside_a_plugin_is_its_own(registry: Registry[Plugin]) -> None
         registry.build("wrong", size=3)
 
 
-def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
-    (tmp_path / "broken_gates.py").write_text("raise RuntimeError('boom')\n")
+@pytest.mark.parametrize("error", ["RuntimeError", "SystemExit"])
+def test_a_package_that_cannot_be_imported_is_named(error: str, tmp_path: Path) -> None:
+    (tmp_path / "broken_gates.py").write_text(f"raise {error}('boom')\n")
     info = tmp_path / "broken_gates-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-gates\nVersion: 1.0\n")
@@ -166,7 +167,7 @@ def test_a_package_that_cannot_be_imported_is_named(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
     command = [sys.executable, "-m", "opdlab", "gates"]
     result = run_child(command, env=environment, timeout=120)
-    words = "broken-gates declares the plugin 'broken', but importing broken_gates fails (RuntimeError: boom)"
+    words = f"broken-gates declares the plugin 'broken', but importing broken_gates fails ({error}: boom)"
     assert result.returncode == 2
     assert result.stderr.startswith(f"opdlab: error: {words.replace('plugin', 'gate')}")
     assert len(result.stderr.splitlines()) == 1

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 
 from opdlab.cli import EXIT_USAGE, main
 from opdlab.cli.building import build
-from opdlab.errors import UsageError, require
+from opdlab.errors import UsageError, require, user_code
 from opdlab.gating import gate_registry
 from opdlab.parser_messages import options_of
 
@@ -187,6 +187,12 @@ def test_an_error_of_several_lines_is_told_in_one(inside_list: bool) -> None:
     place = r".*test_errors\.py, line \d+: RuntimeError: project q is unknown$"
     key = r"room\.part\.0" if inside_list else r"room\.part"
     assert re.search(rf"^{key} cannot be built: Untidy fails, change its options or {place}", str(caught.value))
+
+
+def test_an_exit_that_no_module_makes_at_its_import_stays_one() -> None:
+    """As of ``--help``; the parser may stand where the user's own modules do."""
+    with pytest.raises(SystemExit), user_code("importing a class"):
+        sys.exit()
 
 
 def test_an_error_in_a_class_of_the_users_has_file_and_line() -> None:

@@ -84,6 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "threads.yaml": "base: quickstart\nthreads: x\n",
         "syntax.py": "def gate(:\n",
         "fails.py": "x = 1\nraise RuntimeError('boom')\n",
+        "script.py": "import sys\nsys.exit('usage')\n",
         "refuses.py": (
             "from opdlab.gating import DriftGate\nclass Gate(DriftGate):\n    def __init__(self, width: int = 3):\n"
             "        raise ValueError('width is bad')\n    def segment_ids(self, inputs):\n        return inputs\n"
@@ -209,6 +210,11 @@ FLAGS = [
     ("--data.train.split x", "data.train.split is x, but must be one of"),
     ("--model.gate syntax.Gate", "syntax.py, line 1: SyntaxError"),
     ("--model.gate fails.Gate", "fails.py, line 2: RuntimeError: boom"),
+    ("--model.gate script.Gate", "script.py, line 2: SystemExit: usage; put what a script does below `if __name__"),
+    (
+        "--data.train opdlab.data.JsonlProblems --data.train.path open.yaml --data.train.verifier script.check",
+        "importing script fails, change",
+    ),
     ("--model.gate refuses.Gate", "model.gate cannot be built: Gate fails, change its options or"),
     ("--model.gate refuses.Gat", "model.gate is refuses.Gat, but refuses has no 'Gat'; did you mean 'Gate'?"),
     ("--model.gate torch.nn.Linear", "model.gate is torch.nn.Linear, but must be one of block"),
@@ -269,6 +275,7 @@ OTHERS = [
     ("replay nowhere", "'nowhere' is not a folder"),
     ("replay . --draws x", "--draws"),
     ("replay . --gates syntax.Gate", "importing --gates syntax.Gate fails, change"),
+    ("replay . --gates script.Gate", "importing --gates script.Gate fails, change"),
     ("validate -c quickstart --model.gaet x", "unknown key 'model.gaet'; did you mean 'model.gate'?"),
     ("test -c nowhere", "no configuration file 'nowhere'"),
     (f"estimate -c quickstart --model.student.dtype f8 --model.student.path {NO_MODEL}", "model.student.dtype is f8"),

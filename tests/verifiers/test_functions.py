@@ -49,6 +49,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "own_checks.py").write_text(CHECKS)
     (tmp_path / "broken_checks.py").write_text("import no_such_package_here\n")
     (tmp_path / "failing_checks.py").write_text("1 / 0\n")
+    (tmp_path / "script_checks.py").write_text("import sys\nsys.exit(0)\ndef check(response, answer): return True\n")
     return tmp_path
 
 
@@ -87,6 +88,7 @@ WRONG = [
     ("own_checks.Check", "which is no function"),
     ("broken_checks.check", "importing broken_checks fails"),
     ("failing_checks.check", "importing failing_checks fails"),
+    ("script_checks.check", "script_checks.py, line 2: SystemExit: 0; put what a script does below `if __name__ =="),
     ("check", "give the path of a function in a module, such as my_module.check"),
     (".own_checks.check", "function is '.own_checks.check': give the path of a function in a module"),
 ]
