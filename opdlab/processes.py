@@ -132,7 +132,7 @@ class StopRequest:
             self.signum = signum
             # Not through `print` or logging: the signal may have come inside one of them.
             note = f"{signal_name(signum)}: stopping after this step or sampling call (again to stop at once)"
-            os.write(2, f"\n{note}\n".encode())
+            write_error(f"\n{note}")
         else:
             self._follow(signum)
 
@@ -225,6 +225,12 @@ def tie_to_others() -> None:
     threading.Thread(target=_watch_deadline, args=(reading, STOP), daemon=True).start()
 
 
+def write_error(text: str) -> None:
+    """Write a line to standard error at once, past its buffer; do nothing if it is closed, full, or read by nobody."""
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode())
+
+
 def report_error(message: str, code: int) -> bool:
     """Leave the error that ends this process to the first one of its run, which prints it.
 
@@ -311,5 +317,5 @@ def _watch_deadline(pipe: int, request: StopRequest) -> None:
                 request.end_soon()
         if heard is not None and request.deadline is not None and time.monotonic() > request.deadline:
             said = f"opdlab: stopped by {signal_name(heard[0])}, and killed: it had not ended in {END_SECONDS:.0f} s"
-            os.write(2, f"\n{said}\n".encode())
+            write_error(f"\n{said}")
             os._exit(128 + heard[0])

@@ -30,6 +30,15 @@ def test_a_process_that_another_one_ends_passes_signals_on() -> None:
             signal.raise_signal(signal.SIGTERM)  # the first process is gone
 
 
+def test_a_signal_is_noted_though_nobody_reads_standard_error() -> None:
+    code = (
+        "import os, signal\nfrom opdlab.processes import STOP, StopAt\nreading, writing = os.pipe()\n"
+        "os.dup2(writing, 2)\nos.close(reading)\nwith STOP.listening():\n    STOP.when = StopAt.STEP_END\n"
+        "    signal.raise_signal(signal.SIGTERM)\n    raise SystemExit(STOP.signum)"
+    )
+    assert _ended(_run(code), 60) == (signal.SIGTERM, "")
+
+
 def _run(code: str, **environment: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-c", code],

@@ -9,7 +9,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 import sys
 import textwrap
 import warnings
@@ -21,6 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
+from opdlab.cli.streams import usable_streams
 from opdlab.errors import (
     FullDiskError,
     OtherProcessError,
@@ -82,10 +82,12 @@ class Command:
         function: its function, as ``module:function``. It takes the arguments after the name of the command and returns
             the exit code.
         summary: one line for ``opdlab --help``.
+        prints: nothing is left of its work but what it prints, so without a reader it has not done it.
     """
 
     function: str
     summary: str
+    prints: bool = False
 
     def __call__(self, arguments: Sequence[str]) -> int:
         """Import the command, run it, and return its exit code."""
@@ -99,10 +101,14 @@ COMMANDS: dict[str, Command] = {
     "validate": Command("opdlab.cli.app:validate", "Evaluate a student on the benchmarks."),
     "test": Command("opdlab.cli.app:test", "Evaluate as validate does, in Lightning's test loop."),
     "screen": Command("opdlab.cli.screen:screen_command", "Say what distilling a pair will meet, before training."),
-    "estimate": Command("opdlab.cli.estimate:estimate_command", "Print the memory that fit needs; load no model."),
-    "gates": Command("opdlab.cli.plugins:list_gates", "List the registered gates."),
-    "objectives": Command("opdlab.cli.plugins:list_objectives", "List the registered objectives."),
-    "configs": Command("opdlab.cli.configs:configs_command", "List the shipped configurations, or copy one."),
+    "estimate": Command(
+        "opdlab.cli.estimate:estimate_command", "Print the memory that fit needs; load no model.", prints=True
+    ),
+    "gates": Command("opdlab.cli.plugins:list_gates", "List the registered gates.", prints=True),
+    "objectives": Command("opdlab.cli.plugins:list_objectives", "List the registered objectives.", prints=True),
+    "configs": Command(
+        "opdlab.cli.configs:configs_command", "List the shipped configurations, or copy one.", prints=True
+    ),
     "init": Command("opdlab.cli.init:init", "Write a project of your own that runs on the toy pair."),
     "serve-teacher": Command("opdlab.cli.serve_teacher:serve_teacher", "Serve a teacher over HTTP."),
     "export": Command("opdlab.cli.export:export", "Write a checkpoint's student as a Hugging Face folder."),
@@ -171,6 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def console() -> None:
     """Run the command line and exit: entry point of the ``opdlab`` command and of ``python -m opdlab``."""
+    output = usable_streams()  # before any file is opened
     ended: list[int] = []  # the exit code of a process of several
     atexit.register(_leave, ended)  # before all others, so that it is called after them
     tie_to_others()  # before the slow import of libraries
@@ -186,10 +193,13 @@ def console() -> None:
     started = STOP.forward_to is not None  # by the first process of the run
     try:
         code = main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        code = 128 + signal.SIGPIPE
+        prints = any(COMMANDS[name].prints for name in sys.argv[1:2] if name in COMMANDS)
+    except SystemExit as stop:  # of argparse, which has printed a help text
+        if isinstance(stop.code, str):
+            raise
+        code, prints = stop.code or 0, True
+    sys.stdout.flush()
+    code = output.exit_code(code, prints)
     if code > 128 or started:
         bound_exit()
     distributed = sys.modules.get("torch.distributed")

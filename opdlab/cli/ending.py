@@ -19,7 +19,7 @@ from opdlab.checkpoints import newest_checkpoint
 from opdlab.errors import FullDiskError, OtherProcessError, signal_name, stop_signal
 from opdlab.files import full_disk
 from opdlab.out_of_memory import out_of_memory
-from opdlab.processes import END_SECONDS, REPORTS, STOP, reported_error
+from opdlab.processes import END_SECONDS, REPORTS, STOP, reported_error, write_error
 
 # The first process of a run kills the others when it ends. One that loses its connection meanwhile has nothing to say.
 _DYING_SECONDS = 3.0
@@ -72,7 +72,7 @@ class OtherProcesses:
             if (error := self.error()) is not None:
                 self.end()  # they would wait for the one that has failed
                 if not STOP.fail(error, self._ended, _HUNG_SECONDS):
-                    os.write(2, f"\nopdlab: error: {error}\n".encode())
+                    write_error(f"\nopdlab: error: {error}")
                     shutil.rmtree(self._folder, ignore_errors=True)
                     os._exit(error.code)
                 return
