@@ -28,8 +28,31 @@ DEFAULT_SEED = 0
 """Value of a null seed in a Python program, where there is no ``seed_everything`` key."""
 EVALUATION_SEED_KEY = "opdlab_evaluation_seed"
 """Key of the evaluation seed in a checkpoint."""
-_LARGEST = 2**32 - 1
+LARGEST_SEED = 2**32 - 1
+"""Of all seeds that a user gives: the global generators of NumPy take no larger one."""
 _NUM_PROCESSES = ("WORLD_SIZE", "SLURM_NTASKS")  # set by launchers that start all processes of a run
+
+
+def checked_seed(given: int, key: str = "seed") -> int:
+    """Return a seed that a user has given, if it is one.
+
+    Args:
+        given: the seed.
+        key: that names it, for the message.
+
+    Raises:
+        UsageError: it is out of range.
+
+    Example:
+        >>> checked_seed(7)
+        7
+        >>> checked_seed(-1)
+        Traceback (most recent call last):
+        ...
+        opdlab.errors.UsageError: seed is -1, but must lie between 0 and 4294967295
+    """
+    require(0 <= given <= LARGEST_SEED, f"{key} is {given}, but must lie between 0 and {LARGEST_SEED}")
+    return given
 
 
 def run_seed(given: bool | int | None) -> int:
@@ -57,9 +80,8 @@ def run_seed(given: bool | int | None) -> int:
             shared is not None or all(os.environ.get(name, "1") == "1" for name in _NUM_PROCESSES),
             "seed_everything is true, but the processes of a run need the same seed: give a number",
         )
-        given = int(shared) if shared is not None else secrets.randbelow(_LARGEST + 1)
-    require(0 <= given <= _LARGEST, f"seed_everything is {given}, but must lie between 0 and {_LARGEST}")
-    return given
+        given = int(shared) if shared is not None else secrets.randbelow(LARGEST_SEED + 1)
+    return checked_seed(given, "seed_everything")
 
 
 def evaluation_seed(given: int | None, checkpoint: str | Path | None) -> int | None:

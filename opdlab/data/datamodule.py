@@ -23,7 +23,7 @@ from opdlab.policies.context import ContextLength
 from opdlab.policies.routed_teacher import check_teacher
 from opdlab.rollouts import DemonstrationConfig, Pool, ReuseConfig, RolloutLoader
 from opdlab.rollouts.demonstrations import MEND
-from opdlab.seeds import DEFAULT_SEED
+from opdlab.seeds import DEFAULT_SEED, checked_seed
 from opdlab.types import EvaluationBatch, Prompt
 from opdlab.verifiers.verifier import Verifier
 
@@ -81,7 +81,7 @@ class PromptDataModule(pl.LightningDataModule):
         self.clean = clean
         self.max_prompt_tokens, self.eval_batch_size = max_prompt_tokens, eval_batch_size
         self.max_teacher_prompt_tokens = max_teacher_prompt_tokens
-        self.seed = DEFAULT_SEED if seed is None else seed
+        self.seed = DEFAULT_SEED if seed is None else checked_seed(seed)
         self.train_prompts: PromptSet | None = None
         self.cleaning_report: CleaningReport | None = None
         self.benchmarks: dict[str, PromptSet] = {}

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from opdlab.errors import require
 from opdlab.policies.sampler import SamplingConfig
+from opdlab.seeds import checked_seed
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class EvaluationConfig:
         require(bool(self.pass_at), "pass_at is empty: give at least one k")
         wrong = next((k for k in self.pass_at if k < 1), None)
         require(wrong is None, f"pass_at has {wrong}, but k must be at least 1")
+        if self.seed is not None:
+            checked_seed(self.seed)
         require(self.samples != "", "samples is empty: give a folder, or null")
 
     def check(self, sampling: SamplingConfig) -> None:

@@ -20,7 +20,7 @@ from opdlab.out_of_memory import out_of_memory
 from opdlab.packages import working_pair
 from opdlab.registry import suggestion
 from opdlab.scoring import LowRank
-from opdlab.seeds import derive_seed, seeded
+from opdlab.seeds import checked_seed, derive_seed, seeded
 
 _NAME = "default"
 _BASE_WEIGHT = ".base_layer.weight"
@@ -68,6 +68,7 @@ class AdapterConfig:
             bool(named),
             f"target_modules is {self.target_modules!r}, but must be 'all-linear' or a list of layer names",
         )
+        checked_seed(self.seed)
 
 
 def attach_adapter(model: PreTrainedModel, config: AdapterConfig, base: str) -> None:

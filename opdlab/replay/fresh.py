@@ -15,7 +15,7 @@ from opdlab.objectives import loss_shares
 from opdlab.replay.record import RecordedBatch, RecordedStep
 from opdlab.replay.step_gradients import Autocast
 from opdlab.replay.targets import gives_entropy
-from opdlab.seeds import derive_seed
+from opdlab.seeds import checked_seed, derive_seed
 from opdlab.types import Problem, Prompt, Rollouts, Targets, prompts_at, trimmed
 from opdlab.verifiers.verifier import Verifier
 
@@ -43,6 +43,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         require(self.draws >= 2, f"--draws is {self.draws}, but must be at least 2: their spread is the noise")
+        checked_seed(self.seed, "--seed")
 
 
 def recorded_prompts(record: RecordedStep, names: Sequence[str] = ()) -> list[Prompt]:

@@ -17,7 +17,6 @@ from opdlab.studies.schema import STUDY
 from opdlab.yaml_files import read_yaml
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_MAX_SEED = 2**32 - 1
 # Keys that a study sets for each run: an override would break the pairing or lose the samples.
 OWN_KEYS = {
     "seed_everything": "seeds",
@@ -122,8 +121,10 @@ class Study:
             )
 
     def _check_numbers(self) -> None:
-        seeds, steps = f"numbers from 0 to {_MAX_SEED}", "optimizer steps, at least 1"
-        for key, lowest, highest, meaning in (("seeds", 0, _MAX_SEED, seeds), ("budgets", 1, math.inf, steps)):
+        from opdlab.seeds import LARGEST_SEED  # here, because it imports torch, which supervisors of runs do without
+
+        seeds, steps = f"numbers from 0 to {LARGEST_SEED}", "optimizer steps, at least 1"
+        for key, lowest, highest, meaning in (("seeds", 0, LARGEST_SEED, seeds), ("budgets", 1, math.inf, steps)):
             values = getattr(self, key)
             require(bool(values), f"{key} is empty: give {meaning}, for example [40]")
             wrong = next((value for value in values if not lowest <= value <= highest), None)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from opdlab.data.prompts import ProblemSource
 from opdlab.data.templates import check_fields, fill_fields
 from opdlab.errors import require
+from opdlab.seeds import checked_seed
 from opdlab.types import Part, Problem
 from opdlab.verifiers.verifier import BoxedVerifier
 
@@ -82,9 +83,9 @@ class ToyProblems(ProblemSource):
         if teacher_text is not None:
             check_fields(teacher_text, "teacher_text")
         require(num_problems >= 1, f"num_problems is {num_problems}, but must be at least 1")
-        self.num_problems = num_problems
+        self.num_problems, self.seed = num_problems, checked_seed(seed)
         self.split: Split = split
-        self.seed, self.teacher_text = seed, teacher_text
+        self.teacher_text = teacher_text
         self._problems: dict[str | None, list[Problem]] = {}  # by the field of the demonstrations
 
     @staticmethod
