@@ -285,16 +285,19 @@ def check_files(config: Mapping[str, Any]) -> None:
         config: of ``opdlab fit``, as plain values.
 
     Raises:
-        UsageError: a file does not exist.
+        UsageError: a file does not exist, or is a folder where only a file can be read.
     """
     kinds = (".json", ".jsonl", ".csv", ".tsv", ".parquet")
     for key, section in sections(config):
         path = (section.get("init_args") or {}).get("path")
         if isinstance(path, str) and str(section.get("class_path")).startswith("opdlab.data."):
-            local = path.startswith((".", "/", "~")) or path.endswith(kinds) or "Jsonl" in section["class_path"]
+            lines = "Jsonl" in section["class_path"]
+            local = path.startswith((".", "/", "~")) or path.endswith(kinds) or lines
             file = expanded(path, f"{key}.path")
             place = f"this file does not exist{below(file)}"
             require(not local or file.exists(), f"{key}.path is {path}, but {place}: give the path of one that does")
+            folder = lines and file.is_dir()
+            require(not folder, f"{key}.path is {path}, which is a folder: give the path of a JSON Lines file")
 
 
 def check_model_folders(config: Mapping[str, Any]) -> None:

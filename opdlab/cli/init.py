@@ -21,7 +21,9 @@ def init(arguments: Sequence[str]) -> int:
     """
     parser = PlainParser(prog="opdlab init", description=COMMANDS["init"].summary)
     parser.add_argument("folder", metavar="FOLDER", help="made if it is missing; must be empty")
-    folder = Path(parser.parse_args(arguments).folder)
+    given = parser.parse_args(arguments).folder
+    require(bool(given), "FOLDER is empty: give the name of a new folder")
+    folder = Path(given)
     from opdlab.toy.chain import chain_problems  # after the arguments are accepted: it imports transformers
 
     try:

@@ -109,7 +109,7 @@ def parse_fit(arguments: Sequence[str], command: str = "fit") -> Namespace:
         with user_code("importing a class of the configuration"):
             config = parser.parse_args(expand_names(arguments))
     except ArgumentError as error:
-        raise UsageError(_explained(parser, error)) from error
+        raise UsageError(_explained(parser, error, arguments)) from error
     finally:
         vars(parser).pop("print_config", None)  # left by --print_config before a mistake
     config.seed_everything = run_seed(config.seed_everything)
@@ -136,14 +136,17 @@ def check_length(config: Namespace) -> None:
     )
 
 
-def _explained(parser: LightningArgumentParser, error: ArgumentError) -> str:
+def _explained(parser: LightningArgumentParser, error: ArgumentError, arguments: Sequence[str]) -> str:
     """Return one line about an error of the parser."""
     if match := re.match(r"unrecognized arguments: (?!-)(\S+)", str(error)):
         known = match[1] in shipped_configs() or match[1].endswith((".yaml", ".yml"))
         hint = f"; did you mean -c {match[1]}?" if known else f"; see {parser.prog} --help"
         return f"'{match[1]}' is one argument too many{hint}"
     if match := re.match(r"argument (\S+): expected one argument", str(error)):
-        return f"{match[1].rpartition('/')[2]} has no value: give one after it"
+        named = match[1].rpartition("/")[2]  # of a key inside a section, the parser names the section alone
+        followed = zip(arguments, [*arguments[1:], "--"], strict=True)
+        inside = (word for word, after in followed if word.startswith(f"{named}.") and after.startswith("--"))
+        return f"{next(inside, named)} has no value: give one after it"
     return explainer(parser)(error)
 
 

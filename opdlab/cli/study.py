@@ -6,8 +6,8 @@ import re
 import shlex
 import sys
 from argparse import ArgumentError
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,8 @@ def _list() -> int:
 
 
 def _run(options: Namespace) -> int:
-    study = read_study(find_study(options.study))
+    file = find_study(options.study)
+    study = read_study(file)
     if options.threads is not None:
         study = replace(study, threads=options.threads)
     folder = Path(options.folder or _ROOT / study.name)
@@ -166,17 +167,16 @@ def _run(options: Namespace) -> int:
     shared = [Path(other) for other in options.share]
     for other in shared:
         require((other / STUDY).is_file(), f"--share has '{other}', which has no {STUDY}: give a study's folder")
-    plan = plan_study(study, folder, plain_config)
+    with _naming(file):
+        plan = plan_study(study, folder, plain_config)
     cluster = Cluster(options.cluster, options.parameters)
     # Before the study has a folder.
     cluster.check(plan.runs())
     if cluster.name != "slurm" and not shared:  # SLURM's machines may have other files, and shared runs need none
         for name in dict.fromkeys(spec.variant for spec in plan.runs() if not spec.finished):
-            try:
+            with _naming(f"{file}: variants: '{name}'"):
                 check_files(plan.configs[name])
                 check_model_folders(plan.configs[name])
-            except UsageError as error:
-                raise UsageError(f"variants: '{name}': {error}") from error
     with ExitStack() as stack:
         try:
             mine = stack.enter_context(locked(folder))  # two launchers would start the same runs twice
@@ -190,10 +190,20 @@ def _run(options: Namespace) -> int:
         return _launch(plan, cluster, options.jobs)
 
 
+@contextmanager
+def _naming(place: Path | str) -> Iterator[None]:
+    """Put the part of a study in which a mistake stands before its message."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{place}: {error}") from error
+
+
 def plan_study(study: Study, folder: Path, resolve: Resolve) -> Plan:
     """Return the plan of a study, with its base names resolved and every variant checked; see :func:`make_plan`."""
     shipped = {file.resolve(): name for name, file in shipped_configs().items()}
-    paths = [Path(config_path(name)).resolve() for name in study.base]
+    with _naming("base"):
+        paths = [Path(config_path(name)).resolve() for name in study.base]
     return make_plan(replace(study, base=[shipped.get(path, str(path)) for path in paths]), folder, resolve)
 
 

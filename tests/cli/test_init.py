@@ -49,6 +49,7 @@ def test_a_folder_with_files_is_left_alone(tmp_path: Path, capsys: pytest.Captur
     for given, words in (
         (tmp_path, "which is there and not empty: give a new folder"),
         (tmp_path / "notes.txt", "empty"),
+        ("", "FOLDER is empty: give the name of a new folder"),
     ):
         assert main(["init", str(given)]) == EXIT_USAGE
         error = capsys.readouterr().err

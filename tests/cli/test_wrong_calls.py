@@ -245,6 +245,10 @@ FLAGS = [
         "data.train.path is x, but this file does not exist",
     ),
     ("--data.train opdlab.data.TableProblems --data.train.path x.csv", "data.train.path is x.csv, but this file does"),
+    (
+        "--data.benchmarks.mine opdlab.data.JsonlProblems --data.benchmarks.mine.path .",
+        "data.benchmarks.mine.path is ., which is a folder: give the path of a JSON Lines file",
+    ),
     ("-c missing_benchmark.yaml", "data.benchmarks.amc23.path is ./x, but this file does not exist"),
     ("--model '{gate: blok}'", "model.gate is blok, but must be the path of a class"),
     ("--model.gate '{class_path: blok}'", "model.gate is blok, but must be the path of a class"),
@@ -257,6 +261,17 @@ FLAGS = [
     ("--data.eval_batch_size 0", "data.eval_batch_size is 0"),
     ("--data.clean.no x", "unknown key 'data.clean.no'"),
     ("--model.gate", "--model.gate has no value"),
+    (
+        "--data.benchmarks.mine opdlab.data.JsonlProblems --data.benchmarks.mine.verifier --data.seed 3",
+        "--data.benchmarks.mine.verifier has no value",
+    ),
+    ("--data.seed -1", "data.seed is -1, but must lie between 0 and 4294967295"),
+    ("--data.train.seed 4294967296", "data.train.seed is 4294967296, but must lie between 0"),
+    ("--model.evaluation.seed -1", "model.evaluation.seed is -1, but must lie between 0 and 4294967295"),
+    (
+        "--model.student.adapter.r 4 --model.student.adapter.seed -1",
+        "model.student.adapter.seed is -1, but must lie between 0 and 4294967295",
+    ),
     ("quickstart", "'quickstart' is one argument too many; did you mean -c quickstart?"),
     ("stray", "'stray' is one argument too many"),
     ("-c", "--config has no value"),

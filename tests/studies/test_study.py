@@ -99,15 +99,18 @@ def test_what_is_no_study_is_refused(changes: dict[str, Any], words: str) -> Non
         ),
         ({"variants": [variant("none", "--data.max_prompt_tokens=0")]}, "data.max_prompt_tokens is 0"),
         ({"variants": [variant("none", "--gate_monitor.every_n_steps=0")]}, "gate_monitor.every_n_steps is 0"),
-        ({"overrides": ["--model.gaet=span"]}, ": overrides: unknown key 'model.gaet'; did you mean 'model.gate'?"),
+        (
+            {"overrides": ["--model.gaet=span"]},
+            "/tiny.yaml: overrides: unknown key 'model.gaet'; did you mean 'model.gate'?",
+        ),
         (
             {"overrides": ["--model.gate.tua=1"], "base": ["quickstart"]},
             ": overrides: model.gate: unknown key 'tua' of",
         ),
-        ({"base": ["quickstrat"]}, "did you mean 'quickstart'?"),
+        ({"base": ["quickstrat"]}, "/tiny.yaml: base: there is no configuration file 'quickstrat'"),
         (
             {"variants": [variant("none"), variant("b", "--model.teacher.path=./nowhere")]},
-            "variants: 'b': model './nowhere' does not exist in ",
+            "/tiny.yaml: variants: 'b': model './nowhere' does not exist in ",
         ),
         (
             {"overrides": ["--data.train=opdlab.data.JsonlProblems", "--data.train.path=nowhere.jsonl"]},
