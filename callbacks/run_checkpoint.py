@@ -136,7 +136,24 @@ class RunCheckpoint(ModelCheckpoint):
         return {**super().state_dict(), "best": None if self.best is None else asdict(self.best)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned."""
-        super().load_state_dict(state_dict)
+        """Load what :meth:`state_dict` returned; the folder may have been moved or copied since."""
+        super().load_state_dict(self._here(state_dict))
         best = state_dict.get("best")
         self.best = Best(Path(best["name"]).name, best["step"], best["score"]) if best else None
+
+    def _here(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return Lightning's state with the paths of the checkpoints that are in this folder now.
+
+        Of another folder than the saved one Lightning forgets the paths, with a warning. It would then take a
+        ``last.ckpt`` for someone else's and write ``last-v1.ckpt`` beside it.
+        """
+        if self.dirpath is None or state.get("dirpath", self.dirpath) == self.dirpath:
+            return state
+        folder = Path(self.dirpath)
+
+        def moved(path: str) -> str:
+            return str(folder / Path(path).name) if path and (folder / Path(path).name).exists() else path
+
+        paths = {name: moved(path) for name, path in state.items() if name.endswith("model_path")}
+        scores = {moved(path): score for path, score in state.get("best_k_models", {}).items()}
+        return {**state, **paths, "best_k_models": scores, "dirpath": self.dirpath}

@@ -176,7 +176,6 @@ def test_steps_before_a_damaged_one_are_kept(run: Path, capsys: pytest.CaptureFi
     assert steps == {"2"}
 
 
-@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the run was copied
 def test_records_of_steps_that_are_taken_again_are_deleted(run: Path) -> None:
     """Those after the step at which a run is resumed are not of this run any more."""
     Path("small.yaml").write_text(SMALL)
@@ -272,6 +271,7 @@ def test_a_pack_that_names_another_class_runs_nothing(
         ("RUN --gates block:tau=2", "--gates has 'block:tau=2', but a replay varies tau: give --taus instead"),
         ("RUN --steps 3", "--steps has '3', which was not recorded; there are 2, 4"),
         ("RUN --draws 1", "--draws is 1"),
+        ("RUN --seed -1", "--seed is -1, but must lie between 0 and 4294967295"),
         ("RUN --draws some", "argument --draws: invalid int value: 'some'"),
         ("RUN --gatse token", "unknown option '--gatse'; did you mean '--gates'?"),
         ("RUN other", "'other' is one argument too many"),
