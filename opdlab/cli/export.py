@@ -78,6 +78,8 @@ def export(arguments: Sequence[str]) -> int:
         write_card(out, out.resolve().name, record)
     except OSError as error:
         raise UsageError(f"--out '{out}' cannot be written ({error.strerror}): give another folder") from error
+    if options.merge and not student.has_adapter:
+        print("--merge has no effect: the student has no adapter")
     kind = "adapter" if student.has_adapter and not options.merge else "student"
     print(f"{kind} after {step} steps, from {path}", f"written to {out}", sep="\n")
     return 0

@@ -81,11 +81,31 @@ def test_the_best_one_is_exported_with_a_card(run: Path, tmp_path: Path, capsys:
     assert json.loads((out / "generation_config.json").read_text())["max_new_tokens"] == 12
 
 
-def test_last_is_the_default_and_a_file_may_be_named(run: Path, tmp_path: Path) -> None:
+def test_last_is_the_default_and_a_file_may_be_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["export", str(run), "--out", str(tmp_path / "last")]) == 0
+    assert "--merge" not in capsys.readouterr().out
     assert "| optimizer steps | 7 |" in (tmp_path / "last/README.md").read_text()
-    assert main(["export", str(run), "--checkpoint", "step-6.ckpt"]) == 0
+    assert main(["export", str(run), "--checkpoint", "step-6.ckpt", "--merge"]) == 0
+    assert "--merge has no effect: the student has no adapter\n" in capsys.readouterr().out
     assert "| optimizer steps | 6 |" in (run / "student-step-6/README.md").read_text()
+
+
+def test_a_run_that_was_copied_goes_on_with_its_checkpoints(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a warning, which would be an error here, and without a second file for the last checkpoint."""
+    copy = tmp_path / "version_0"
+    shutil.copytree(run, copy)
+    monkeypatch.chdir(run.parents[2])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    more = ["--trainer.max_steps", "9", "--trainer.limit_val_batches", "0", "--trainer.default_root_dir", str(tmp_path)]
+    last = ["--ckpt_path", str(copy / "checkpoints/last.ckpt")]
+    before = names(run)
+    assert main(["fit", "-c", "quickstart", "-c", "small.yaml", *BEST, *more, *last]) == 0
+    assert names(copy) == ["final.ckpt", "last.ckpt", "step-4.ckpt", "step-9.ckpt"]
+    assert names(run) == before
 
 
 @pytest.mark.parametrize(
