@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch.callbacks import Callback, ModelSummary, RichModelSummary
+from transformers import PreTrainedModel
 
 from opdlab.callbacks import CollapseGuard, LabProgressBar
+from opdlab.policies import LanguageModel
 from opdlab.training.summary import ModelSizes
+from tests.policies.tiny_models import CONFIGS, rollouts, save_random
 from tests.toy_run import Run
 
 NOISE = ("FLOPs", "Modules in", "eval mode", "weights_only", "0.00it/s")
@@ -27,6 +30,24 @@ def test_training_starts_and_saves_without_noise(
         assert not [text for text in said if noise in text]
     assert "student: 280 K parameters, 280 K trained; behavior snapshot: 280 K" in said
     assert not any(module.training for module in run.module.behavior.policy.modules())
+
+
+def test_a_model_that_wants_a_mask_is_scored_without_its_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-2 gives it once per process where a row begins or ends with the padding token."""
+    logger, handler = logging.getLogger(PreTrainedModel.__module__), logging.Handler()
+    monkeypatch.setattr(logger, "warning_once", logger.warning, raising=False)
+    model = LanguageModel(str(save_random(tmp_path / "gpt2", CONFIGS["gpt2"]())))
+    heard: list[str] = []
+    monkeypatch.setattr(handler, "emit", lambda record: heard.append(record.getMessage()))
+    logger.addHandler(handler)
+    try:
+        model.score(rollouts())
+        logger.warning("something else")
+    finally:
+        logger.removeHandler(handler)
+    assert heard == ["something else"]
 
 
 @pytest.mark.parametrize(

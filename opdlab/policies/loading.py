@@ -2,6 +2,7 @@
 
 import importlib.resources
 import json
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class ModelSource:
         source = resolve(self.path, with_config=self.gguf_file is None)
         options = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         options |= {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        logging.getLogger(PreTrainedModel.__module__).addFilter(_not_of_masks)
         with self._explained(source):
             config = AutoConfig.from_pretrained(source, **options)
             # Dropout would give student and snapshot different log-probabilities at equal weights.
@@ -112,6 +114,11 @@ class ModelSource:
                 else "check the name and the connection, or give a folder written by save_pretrained"
             )
             raise UsageError(f"model '{self.path}' cannot be loaded: {hint} ({reason})") from error
+
+
+def _not_of_masks(record: logging.LogRecord) -> bool:
+    """Drop transformers' advice to give a mask: rows are packed, or padded on the right where causality hides it."""
+    return not record.getMessage().startswith("We strongly recommend passing in an `attention_mask`")
 
 
 def _kernel_mend(kernel: str, error: Exception) -> str:
