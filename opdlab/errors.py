@@ -54,6 +54,10 @@ class FullDiskError(RuntimeError):
         self.path = path
 
 
+class NoMemoryError(RuntimeError):
+    """Error for lack of memory whose message names what the user of this command can lower. Exit code 1."""
+
+
 class OtherProcessError(RuntimeError):
     """Error for another process of the run that has ended with an error. The command line exits with the same code.
 

@@ -4,7 +4,7 @@ import errno
 import re
 from traceback import walk_tb
 
-from opdlab.errors import first_line
+from opdlab.errors import NoMemoryError, first_line
 
 # Parts of messages of torch's allocators and libraries, which raise a RuntimeError.
 _SIGNS = ("out of memory", "allocate memory", "not enough memory", "_status_alloc_failed", "bad_alloc")
@@ -46,12 +46,13 @@ _PHASES = (
 _ELSEWHERE = "", "give a smaller model or smaller batches"
 
 
-def out_of_memory(error: BaseException) -> str | None:
+def out_of_memory(error: BaseException, mend: str | None = None) -> str | None:
     """Return a line for an error for lack of memory, with the keys that lower the use; None for other errors.
 
     Args:
         error: an exception, with its traceback; ``torch.OutOfMemoryError``, a RuntimeError of torch's allocator on the
             host or of a library on the device, ``MemoryError``, or an OSError of the system.
+        mend: what lowers the use, of a command without the keys of a run and without checkpoints.
 
     Example:
         >>> out_of_memory(MemoryError("Unable to allocate 8 TiB"))
@@ -59,6 +60,8 @@ def out_of_memory(error: BaseException) -> str | None:
         >>> out_of_memory(RuntimeError("no such file")) is None
         True
     """
+    if isinstance(error, NoMemoryError):
+        return str(error)
     message = first_line(error)
     named = type(error).__name__ == "OutOfMemoryError"  # of torch, which need not be imported
     of_torch = isinstance(error, RuntimeError) and (named or any(sign in message.lower() for sign in _SIGNS))
@@ -67,13 +70,11 @@ def out_of_memory(error: BaseException) -> str | None:
         return None
     device = of_torch and not any(name in message for name in ("CPU", "alloc_cpu"))
     running = {str(frame.f_globals.get("__name__")) for frame, _ in walk_tb(error.__traceback__)}
-    doing, mend = next(
-        ((f" while {doing}", mend) for part, doing, mend in _PHASES if any(name.startswith(part) for name in running)),
+    doing, keys = next(
+        ((f" while {doing}", keys) for part, doing, keys in _PHASES if any(name.startswith(part) for name in running)),
         _ELSEWHERE,
     )
     amount = re.search(r"(?:ried|Unable) to allocate ([\d.]+ \w+)", message)
     reason = f"{amount[1]} asked for" if amount else message[:100]
-    return (
-        f"out of memory on the {'device' if device else 'host'}{doing} ({reason}): {mend}; the last checkpoint is "
-        "kept, and opdlab estimate says what a configuration needs"
-    )
+    keys += "; the last checkpoint is kept, and opdlab estimate says what a configuration needs"
+    return f"out of memory on the {'device' if device else 'host'}{doing} ({reason}): {mend or keys}"

@@ -26,6 +26,7 @@ FIT = (
 )
 
 
+@pytest.mark.filterwarnings("ignore:.*was made for 512 positions")
 @pytest.mark.parametrize(
     ("options", "words"),
     [

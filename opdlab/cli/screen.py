@@ -14,8 +14,9 @@ from rich.console import Console
 from opdlab.cli.commands import COMMANDS, PlainParser
 from opdlab.cli.overrides import check_overrides
 from opdlab.cli.screened_pair import VERIFIERS, Screened, pair_of_config, pair_of_paths
-from opdlab.errors import require
+from opdlab.errors import NoMemoryError, require
 from opdlab.files import output_folder
+from opdlab.out_of_memory import out_of_memory
 from opdlab.policies.loading import DType
 from opdlab.progress import StoppableProgress
 from opdlab.screening.outcome import screen
@@ -69,18 +70,33 @@ def screen_command(arguments: Sequence[str]) -> int:
     """
     options, overrides = _parsed(arguments)
     out = output_folder(options.out, "--out", (PAGE, JSON))
-    with warnings.catch_warnings():
+    with _naming_options(options), warnings.catch_warnings():
         # A check says it, and what follows from it.
         warnings.filterwarnings("ignore", message="Models disagree on the end of an answer")
         made = pair_of_config(options, overrides) if options.config else pair_of_paths(options)
     started = time.perf_counter()
-    with _shown() as progress, made.autocast():
+    with _naming_options(options), _shown() as progress, made.autocast():
         result = screen(made.pair, made.config, StoppableProgress(progress))
     facts = _facts(options, overrides, made)
     write_results(out, result, facts)
     Console().print(console_table(result))
     print(f"{result.summary}, in {time.perf_counter() - started:.0f} s; {out / PAGE}, {out / JSON}")
     return 0
+
+
+@contextmanager
+def _naming_options(options: Namespace) -> Iterator[None]:
+    """Raise lack of memory as an error that names the options of a screening."""
+    models = "set --dtype to bfloat16"
+    if options.config:
+        models = "set model.student.dtype or model.teacher.dtype to bfloat16"
+    try:
+        yield
+    except Exception as error:
+        line = out_of_memory(error, f"lower --batch_size or --max_new_tokens, {models}, or give smaller models")
+        if line is None:
+            raise
+        raise NoMemoryError(line) from error
 
 
 def _facts(options: Namespace, overrides: Sequence[str], made: Screened) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
+from lightning.pytorch.utilities import rank_zero_warn
 
 from opdlab.cli.building import build
 from opdlab.cli.configured_models import configured_models, configured_teacher
@@ -17,8 +18,8 @@ from opdlab.cli.estimate import device_memory, refuse_oversized
 from opdlab.cli.memory_parts import estimate
 from opdlab.cli.parsing import fit_parser, parse_fit
 from opdlab.cli.replay_sources import on_device
-from opdlab.data import ChatTemplate, JsonlProblems, prompt_set
-from opdlab.errors import require
+from opdlab.data import ChatTemplate, JsonlProblems, PromptSet, prompt_set
+from opdlab.errors import UsageError, require
 from opdlab.policies import (
     LanguageModel,
     LocalTeacher,
@@ -28,7 +29,8 @@ from opdlab.policies import (
     Teacher,
     share_vocabulary,
 )
-from opdlab.screening.pair import ConfiguredRun, Pair, ScreenConfig
+from opdlab.screening.pair import MIN_PROMPTS, ConfiguredRun, Pair, ScreenConfig
+from opdlab.types import Problem
 from opdlab.verifiers import BoxedVerifier, ExactMatchVerifier, MathVerifier, NumericVerifier, Verifier
 
 VERIFIERS: dict[str, Callable[[], Verifier]] = {
@@ -72,8 +74,7 @@ def pair_of_paths(options: Namespace) -> Screened:
         UsageError: see the classes of models and problems.
     """
     config = _config(options)
-    source = _source(options)
-    source.problems()
+    source, problems = _source(options)
     student = LanguageModel(options.student, dtype=options.dtype).requires_grad_(False).eval()
     require(
         not options.chat or bool(student.tokenizer.chat_template),
@@ -86,7 +87,7 @@ def pair_of_paths(options: Namespace) -> Screened:
         teacher = LocalTeacher(options.teacher, dtype=options.dtype, batch_size=options.batch_size)
     teacher.bind(student)
     share_vocabulary(student, teacher)
-    found = prompt_set(source, student.tokenizer, _MAX_PROMPT_TOKENS)
+    found = _prompts(options.prompts, source, problems, student)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student.to(device)
     teacher.to(device)
@@ -94,8 +95,11 @@ def pair_of_paths(options: Namespace) -> Screened:
     return Screened(pair, config, options.teacher)
 
 
-def _source(options: Namespace) -> JsonlProblems:
-    """Return the problems, with a verifier if they have gold answers; all rows are read before models are loaded."""
+def _source(options: Namespace) -> tuple[JsonlProblems, list[Problem]]:
+    """Return the source, with a verifier if there are gold answers, and its problems without repeated ones.
+
+    All rows are read before models are loaded.
+    """
     fields: dict[str, Any] = {
         "problem_field": options.problem_field,
         "template": ChatTemplate() if options.chat else None,
@@ -105,12 +109,47 @@ def _source(options: Namespace) -> JsonlProblems:
     require(num_rows > 0, f"--prompts '{options.prompts}' has no rows: give a JSON Lines file with problems")
     name = options.answer_field or "answer"
     has_answers = any(row.get(name.partition(".")[0]) is not None for _, row in plain.rows())
-    if not has_answers and options.answer_field is None:
-        return plain
-    source = JsonlProblems(options.prompts, answer_field=name, verifier=VERIFIERS[options.verifier](), **fields)
-    for _ in source.problems():  # a row without an answer is refused before models are loaded
-        pass
-    return source
+    judged = has_answers or options.answer_field is not None
+    source = plain
+    if judged:
+        source = JsonlProblems(options.prompts, answer_field=name, verifier=VERIFIERS[options.verifier](), **fields)
+    distinct: dict[object, Problem] = {}
+    for problem in source.problems():
+        require(
+            not judged or bool((problem.answer or "").strip()),
+            f"--prompts '{options.prompts}': the '{name}' of problem '{problem.id}' is empty: give each problem an "
+            "answer, or none of them",
+        )
+        distinct.setdefault(problem.messages or problem.text, problem)
+    if (count := num_rows - len(distinct)) > 0:
+        rank_zero_warn(
+            f"--prompts '{options.prompts}': left out, repeating an earlier one: {count} of {num_rows} problems"
+        )
+    _check_count(f"--prompts '{options.prompts}'", len(distinct))
+    return source, list(distinct.values())
+
+
+def _prompts(file: str, source: JsonlProblems, problems: Sequence[Problem], student: LanguageModel) -> PromptSet:
+    """Return the prompts that are not too long, and say how many are."""
+    where, bound = f"--prompts '{file}'", f"more than {_MAX_PROMPT_TOKENS} tokens"
+    try:
+        found = prompt_set(source, student.tokenizer, _MAX_PROMPT_TOKENS, problems)
+    except UsageError as error:
+        if not str(error).startswith("data.max_prompt_tokens"):  # a key that there is not with --prompts
+            raise
+        raise UsageError(f"{where}: every prompt has {bound}: give shorter ones") from error
+    if found.num_too_long:
+        rank_zero_warn(f"{where}: left out, having {bound}: {found.num_too_long} of {len(problems)} prompts")
+    _check_count(where, len(found))
+    return found
+
+
+def _check_count(where: str, count: int) -> None:
+    """Refuse a set with which no two models can be compared."""
+    require(
+        count >= MIN_PROMPTS,
+        f"{where} has {count} problem to measure on, but a screening needs at least {MIN_PROMPTS}: give more",
+    )
 
 
 def pair_of_config(options: Namespace, overrides: Sequence[str]) -> Screened:
@@ -136,6 +175,7 @@ def pair_of_config(options: Namespace, overrides: Sequence[str]) -> Screened:
     data.prepare(module.student.tokenizer, training=True)
     data.check_tokens(module.student.tokenizer, module.student.vocab_size)
     data.check_teachers(teacher.names)
+    _check_count(f"data.train ({data.train_source.name})", len(data.train_prompts))
     autocast = on_device(module, settings.trainer.accelerator, settings.trainer.precision)
     teacher.to(module.student.device)
     problems = {TRAINING: data.train_prompts, **data.benchmarks}

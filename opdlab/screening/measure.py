@@ -12,7 +12,17 @@ from opdlab.progress import Progress, SilentProgress
 from opdlab.rollouts.collector import with_teachers
 from opdlab.screening.answers import SHARES, Answers, Compared, Lengths, answer, compare, continuations, lengths
 from opdlab.screening.gap import Gap, measure_gap, requests
-from opdlab.screening.pair import ConfiguredRun, Maybe, Missing, Pair, ScreenConfig, Titled, ask, choose_prompts
+from opdlab.screening.pair import (
+    MIN_PROMPTS,
+    ConfiguredRun,
+    Maybe,
+    Missing,
+    Pair,
+    ScreenConfig,
+    Titled,
+    ask,
+    choose_prompts,
+)
 from opdlab.screening.probes import (
     Alignment,
     FirstToken,
@@ -35,7 +45,6 @@ from opdlab.types import Prompt, Rollouts, Targets
 _PROBED = 16  # answers that alignment, temperature and padding are measured on
 _GREEDY = 1e-6  # top_p that leaves the most likely token alone
 _CONTINUED = 2  # answers of a prompt from which both models go on
-NO_ANSWERS = Missing("prompts have no answers, or no verifier is given for them (data.train.verifier)")
 
 
 @dataclass(frozen=True)
@@ -146,7 +155,7 @@ def measure(pair: Pair, config: ScreenConfig, progress: Progress | None = None) 
             "student": lengths(own),
             **({} if pair.training not in of_teacher else {"teacher": lengths(of_teacher[pair.training])}),
         },
-        accuracy=_accuracy(answers, of_teacher, model),
+        accuracy=_accuracy(pair, answers, of_teacher, model),
         prefixes=_prefixes(pair, model, config, answers, progress),
         run=pair.run or Missing("there is no configuration: give one with -c"),
         speed=_speed(own, seconds),
@@ -231,17 +240,29 @@ def _alignment(
     return measure_alignment(pair.teacher, _as_teacher_sees(pair, greedy), "teacher", k, vocab_size)
 
 
+def _unjudged(pair: Pair, answers: Mapping[str, Answers], name: str) -> Missing | None:
+    """Return why answers to a set of problems say nothing of the models; None if they do."""
+    if answers[name].correct is None:
+        key = "data.train" if name == pair.training else f"data.benchmarks.{name}"
+        given = "" if pair.run is None else f" ({key}.verifier)"
+        return Missing(f"prompts have no answers, or no verifier is given for them{given}")
+    if len(answers[name].prompts) < MIN_PROMPTS:
+        return Missing(f"there is one problem only: two models are compared on at least {MIN_PROMPTS}")
+    return None
+
+
 def _accuracy(
-    answers: Mapping[str, Answers], of_teacher: Mapping[str, Answers], model: Maybe[LanguageModel]
+    pair: Pair, answers: Mapping[str, Answers], of_teacher: Mapping[str, Answers], model: Maybe[LanguageModel]
 ) -> dict[str, Maybe[Compared]]:
     found: dict[str, Maybe[Compared]] = {}
     for name, own in answers.items():
-        if own.correct is None:
-            found[name] = NO_ANSWERS
+        if (reason := _unjudged(pair, answers, name)) is not None:
+            found[name] = reason
         elif isinstance(model, Missing):
             found[name] = model
         else:
             other = of_teacher[name].correct
+            assert own.correct is not None
             assert other is not None
             found[name] = compare(own.correct, other)
     return found
@@ -250,10 +271,11 @@ def _accuracy(
 def _prefixes(
     pair: Pair, model: Maybe[LanguageModel], config: ScreenConfig, answers: Mapping[str, Answers], progress: Progress
 ) -> Maybe[dict[str, Compared]]:
-    """Let both models go on from the student's answers to the first set of problems that has gold answers."""
-    name = next((name for name, each in pair.problems.items() if each.verifier is not None), None)
+    """Let both models go on from the student's answers to the first set of problems that can be judged."""
+    reasons = {name: _unjudged(pair, answers, name) for name in answers}
+    name = next((name for name, reason in reasons.items() if reason is None), None)
     if name is None:
-        return NO_ANSWERS
+        return reasons[pair.training] or Missing("")
     if isinstance(model, Missing):
         return model
     verifier = pair.problems[name].verifier

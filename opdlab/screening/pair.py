@@ -13,10 +13,14 @@ from opdlab.data.templates import Template
 from opdlab.errors import UsageError, require
 from opdlab.policies import LanguageModel, SamplingConfig, Teacher, check_targets
 from opdlab.progress import Progress
-from opdlab.seeds import derive_seed
+from opdlab.seeds import checked_seed, derive_seed
 from opdlab.types import Prompt, Rollouts, Targets, TeacherRequest, prompts_at
 
 T = TypeVar("T")
+
+
+MIN_PROMPTS = 2
+"""Fewest problems of a set: of one alone it is not known how much the answers to others differ."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +65,11 @@ class ScreenConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(self.num_prompts >= 2, f"num_prompts is {self.num_prompts}, but must be at least 2")
+        require(
+            self.num_prompts >= MIN_PROMPTS, f"num_prompts is {self.num_prompts}, but must be at least {MIN_PROMPTS}"
+        )
         require(self.k >= 4, f"k is {self.k}, but must be at least 4")
-        require(self.seed >= 0, f"seed is {self.seed}, but must be at least 0")
+        checked_seed(self.seed)
         _ = self.sampling
 
     @property
