@@ -235,8 +235,8 @@ class PromptDataModule(pl.LightningDataModule):
         def check(where: str, facts: PromptFacts) -> None:
             longest = facts.longest_of_teacher if of_teacher else facts.longest
             if whose not in self._beyond_context and longest + new_tokens > context.tokens:
-                self._beyond_context.add(whose)
                 context.check(whose, longest, key, new_tokens, where)
+                self._beyond_context.add(whose)
 
         if training:
             self._for_all_prompts(partial(check, "data.train"))

@@ -96,5 +96,6 @@ def test_a_context_that_just_suffices(tmp_path: Path) -> None:
     assert data.train_prompts is not None
     longest = max(len(prompt.tokens) for prompt in data.train_prompts.prompts)
     data.check_context(student.context, "model.student", "n", 128 - longest, training=True)
-    with pytest.raises(UsageError, match=f"n is {129 - longest} and the longest prompt of data.train has {longest}"):
-        data.check_context(student.context, "model.student", "n", 129 - longest, training=True)
+    for _ in range(2):  # a refusal is no warning, which is given once
+        with pytest.raises(UsageError, match=f"n is {129 - longest} and the longest prompt of data.train has"):
+            data.check_context(student.context, "model.student", "n", 129 - longest, training=True)
