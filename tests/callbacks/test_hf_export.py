@@ -164,6 +164,18 @@ def test_a_folder_that_is_no_place_for_a_model_is_refused_before_training(
     assert (tmp_path / "project/README.md").read_text() == "of another"
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"push_to_hub": "me/student", "enabled": False}, "push_to_hub is 'me/student', but export.enabled is false"),
+        ({"merge": True}, "export.merge is true, but has no effect: the student has no adapter"),
+    ],
+)
+def test_what_has_no_effect_is_said(make_run: Callable[..., Run], options: dict[str, Any], said: str) -> None:
+    with pytest.warns(UserWarning, match=said):
+        make_run(callbacks=(HFExport(**options),)).fit(1)
+
+
 def test_a_push_that_fails_is_one_warning_and_the_folder_is_safe(
     make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
