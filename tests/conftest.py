@@ -13,6 +13,8 @@ from opdlab.packages import is_installed, refusal
 from tests.toy_run import Run
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Child processes of several tests share the cores: with a thread for each core they would wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Lightning calls functions that jsonargparse has deprecated.
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 # A shell ignores Ctrl-C for its background processes; the tests send it to themselves and to children.
