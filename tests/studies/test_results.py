@@ -61,6 +61,7 @@ EARLIER = {
     "lsm-token": "granularity-lsm",
     "rate-token": "rate",
     "normalisation-fresh": "normalisation-open",
+    "staleness": "budgets",
 }
 MINUS = "\N{MINUS SIGN}"
 FIGURE = re.compile(rf"(?<![\w.])([+{MINUS}]?)(\d\.(\d+))")
