@@ -52,6 +52,9 @@ POOLED = {
     "rate-token": [
         [("rate", "token-low", "rate", "none-low"), ("rate-token", "token", "rate-token", "none")],
     ],
+    "staleness-fresh": [
+        [(study, "block64-64", study, "none-64") for study in ("staleness", "staleness-fresh")],
+    ],
     "fitted-tau": [[("fitted-tau", "fitted", "fitted-tau", "none")]],
 }
 # A section that says what an earlier one found.
@@ -62,6 +65,7 @@ EARLIER = {
     "rate-token": "rate",
     "normalisation-fresh": "normalisation-open",
     "staleness": "budgets",
+    "staleness-fresh": "staleness",
 }
 MINUS = "\N{MINUS SIGN}"
 FIGURE = re.compile(rf"(?<![\w.])([+{MINUS}]?)(\d\.(\d+))")
