@@ -54,11 +54,12 @@ class HFExport(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise before training if the folder cannot be written, or has other files than those of a model."""
         assert isinstance(pl_module, OPDModule)
-        if not self.enabled and self.push_to_hub is not None:
-            rank_zero_warn(
-                f"export.push_to_hub is '{self.push_to_hub}', but export.enabled is false: nothing is written or "
-                "uploaded; set export.enabled to true, or leave export.push_to_hub out"
-            )
+        for name in ("folder", "push_to_hub") if not self.enabled else ():
+            if (value := getattr(self, name)) is not None:
+                rank_zero_warn(
+                    f"export.{name} is '{value}', but export.enabled is false: nothing is written or uploaded; set "
+                    f"export.enabled to true, or leave export.{name} out"
+                )
         if self.enabled and self.merge and not pl_module.student.has_adapter:
             rank_zero_warn("export.merge is true, but has no effect: the student has no adapter")
         if not self.enabled or self.folder is None:

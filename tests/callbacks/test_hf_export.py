@@ -168,6 +168,7 @@ def test_a_folder_that_is_no_place_for_a_model_is_refused_before_training(
     ("options", "said"),
     [
         ({"push_to_hub": "me/student", "enabled": False}, "push_to_hub is 'me/student', but export.enabled is false"),
+        ({"folder": "out", "enabled": False}, "export.folder is 'out', but export.enabled is false"),
         ({"merge": True}, "export.merge is true, but has no effect: the student has no adapter"),
     ],
 )
