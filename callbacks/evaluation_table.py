@@ -28,6 +28,8 @@ class EvaluationTable(pl.Callback):
         self.before: Figures = {}
         self.after: Figures = {}
         self.after_step: int | None = None
+        self.is_new = False
+        """True if ``after`` was measured since the run has begun or gone on, and does not come from a checkpoint."""
         self.best: Figures = {}
         self.best_step: int | None = None
         self._best_score = 0.0
@@ -43,7 +45,7 @@ class EvaluationTable(pl.Callback):
             self.teachers[teacher] = figures_of(trainer.callback_metrics, f"{teacher}/")
         elif student := figures_of(trainer.callback_metrics, "val/"):
             self.before = self.before or student
-            self.after, self.after_step = student, trainer.global_step
+            self.after, self.after_step, self.is_new = student, trainer.global_step, True
             self._note_best(trainer)
 
     def _note_best(self, trainer: pl.Trainer) -> None:
@@ -64,15 +66,17 @@ class EvaluationTable(pl.Callback):
         self.on_validation_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the stored metrics, so that a resumed run still has its first evaluation."""
+        """Return the stored metrics, so that a resumed run has its first evaluation, and its last until the next."""
         best = {"best": self.best, "best_step": self.best_step, "best_score": self._best_score}
-        return {"before": self.before, "teachers": self.teachers, **best}
+        last = {"after": self.after, "after_step": self.after_step}
+        return {"before": self.before, "teachers": self.teachers, **last, **best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load the metrics that :meth:`state_dict` returned."""
         self.before = state_dict["before"]
         older = {TEACHER: figures} if (figures := state_dict.get(TEACHER)) else {}  # checkpoints of one teacher
         self.teachers = state_dict.get("teachers", older)
+        self.after, self.after_step = state_dict.get("after", {}), state_dict.get("after_step")
         self.best, self.best_step = state_dict.get("best", {}), state_dict.get("best_step")
         self._best_score = state_dict.get("best_score", 0.0)
 

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from opdlab.checkpoint_choice import best_step
 from opdlab.errors import UsageError, require
+from opdlab.evaluation import EvaluationModule
 from opdlab.evaluation.benchmark_metrics import ERROR_SUFFIX
 from opdlab.registry import suggestion
 
@@ -109,10 +110,13 @@ class RunCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the checkpoint of this step if it is the best one so far."""
         super().on_validation_end(trainer, pl_module)
-        evaluated = [name for name in trainer.callback_metrics if name.startswith(EVALUATED)]
+        evaluated = {name for name in trainer.callback_metrics if name.startswith(EVALUATED)}
         if self.metric is None or trainer.sanity_checking or not evaluated:
             return
-        self.check_metric(evaluated)
+        possible = pl_module.evaluator.metric_names() if isinstance(pl_module, EvaluationModule) else set()
+        self.check_metric(evaluated | {f"{EVALUATED}{name}" for name in possible})
+        if self.metric not in evaluated:
+            return  # such as a vote without answers, so that this evaluation has no score
         if trainer.state.fn != TrainerFn.FITTING or getattr(trainer, "fast_dev_run", False):
             return  # of the untrained student, or of the last step, whose checkpoint stays
         assert self.direction is not None

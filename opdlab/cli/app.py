@@ -262,7 +262,7 @@ class OPDCLI(LightningCLI):
     def after_fit(self) -> None:
         """Evaluate the trained student and the teacher, print the table and the next commands."""
         if self._has_benchmarks:
-            if self.table.after_step != self.trainer.global_step:
+            if not self.table.is_new or self.table.after_step != self.trainer.global_step:
                 self._evaluate("val", self.model.student)
             if self.model.evaluator.config.teacher:
                 for name, model in self.model.teacher.models():

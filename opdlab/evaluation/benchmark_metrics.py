@@ -108,7 +108,8 @@ def metric_names(benchmarks: Iterable[str], config: EvaluationConfig, num_sample
         ['mean/avg@8', 'mean/maj@8', 'mean/pass@1', 'toy/avg@8', 'toy/maj@8', 'toy/pass@1']
     """
     groups = [*benchmarks]
-    metrics = BenchmarkMetrics(config, num_samples).metrics
+    left_out = set() if config.reverse_kl else {"reverse_kl"}
+    metrics = BenchmarkMetrics(config, num_samples).metrics.keys() - left_out
     return {
         f"{group}/{metric}{suffix}"
         for group in (*groups, *([MEAN] if groups else []))

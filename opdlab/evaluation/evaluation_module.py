@@ -94,7 +94,7 @@ class EvaluationModule(pl.LightningModule):
             for whose, model in models:
                 self._check_context(whose, model)
         names = self.data.benchmarks if self.data is not None else {}
-        if list(self.evaluator.metrics) != list(names):
+        if self.evaluator.benchmarks != list(names):
             self.evaluator = Evaluator(self.evaluator.config, self.evaluator.sampling, names).to(self.device)
 
     def _check_context(self, whose: str, model: LanguageModel) -> None:
@@ -160,7 +160,11 @@ class EvaluationModule(pl.LightningModule):
         self.evaluator.finish()
         self._gathered.close()
         metrics = self.evaluator.compute()
-        named = {f"{self._evaluated.name}/{key}": value for key, value in metrics.items()}
+        prefix = f"{self._evaluated.name}/"
+        named = {f"{prefix}{key}": value for key, value in metrics.items()}
+        # Lightning keeps what an earlier evaluation logged, such as a vote, if this one had no answers to vote on.
+        for name in [name for name in self.trainer.callback_metrics if name.startswith(prefix)]:
+            del self.trainer.callback_metrics[name]
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         # Lightning would log again what a logger has since before a resume.
         ours = fitting or any(step == self.global_step for _, step in self.logged)

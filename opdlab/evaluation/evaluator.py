@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from opdlab.errors import require
-from opdlab.evaluation.benchmark_metrics import MEAN, BenchmarkMetrics, over_benchmarks
+from opdlab.evaluation.benchmark_metrics import MEAN, BenchmarkMetrics, metric_names, over_benchmarks
 from opdlab.evaluation.config import EvaluationConfig
 from opdlab.evaluation.samples import Sample, SampleFolder
 from opdlab.policies.language_model import LanguageModel
@@ -45,10 +45,17 @@ class Evaluator(nn.Module):
         self.sampling = sampling
         self._own_sampler = TransformersSampler()
         self._weights = object()  # stands for the weights of this evaluation
-        self.metrics = nn.ModuleDict({name: BenchmarkMetrics(config, sampling.num_samples) for name in benchmarks})
+        self.benchmarks = benchmarks
+        # A list, because a ModuleDict takes no name that a module has an attribute of, such as train or eval.
+        self._metrics = nn.ModuleList(BenchmarkMetrics(config, sampling.num_samples) for _ in benchmarks)
         self.folder: SampleFolder | None = None
         # Samples whose answers the verifier is still checking, and its verdicts.
         self._pending: tuple[list[Sample], Verdicts | None] | None = None
+
+    @property
+    def metrics(self) -> dict[str, BenchmarkMetrics]:
+        """Return the metrics by the name of their benchmark."""
+        return dict(zip(self.benchmarks, cast(Iterable[BenchmarkMetrics], self._metrics), strict=True))
 
     def start(self, folder: SampleFolder | None = None) -> None:
         """Reset the metrics and write new samples to ``folder``.
@@ -59,7 +66,7 @@ class Evaluator(nn.Module):
         self.folder = folder
         self._weights = object()
         for metrics in self.metrics.values():
-            metrics.reset()  # type: ignore[operator]
+            metrics.reset()
 
     def evaluate(
         self,
@@ -124,14 +131,16 @@ class Evaluator(nn.Module):
 
     def compute(self) -> dict[str, Tensor]:
         """Return the metrics as ``benchmark/name``, and their unweighted means over benchmarks as ``mean/name``."""
-        rows = {name: metrics.compute() for name, metrics in self.metrics.items()}  # type: ignore[operator]
+        rows = {name: metrics.compute() for name, metrics in self.metrics.items()}
         rows[MEAN] = over_benchmarks(rows)
         return {f"{name}/{key}": value for name, row in rows.items() for key, value in row.items()}
 
+    def metric_names(self) -> set[str]:
+        """Return all names that :meth:`compute` may return."""
+        return metric_names(self.benchmarks, self.config, self.sampling.num_samples)
+
     def _count(self, samples: list[Sample]) -> None:
-        metrics = self.metrics[samples[0].benchmark]
-        assert isinstance(metrics, BenchmarkMetrics)
-        metrics.update(samples)
+        self.metrics[samples[0].benchmark].update(samples)
 
 
 def _samples(

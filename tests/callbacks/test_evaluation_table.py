@@ -52,3 +52,10 @@ def test_no_cell_is_cut(
 def test_a_run_that_has_not_trained_has_one_column_for_the_student() -> None:
     (table,) = filled([]).tables(80, trained=False)
     assert [column.header for column in table.columns] == ["metric", "student"]
+
+
+def test_a_resumed_run_has_the_last_evaluation_until_the_next() -> None:
+    stopped, resumed = filled(["teacher"]), EvaluationTable()
+    stopped.after_step = 20
+    resumed.load_state_dict(stopped.state_dict())
+    assert (resumed.cells(), resumed.after_step, resumed.is_new) == (stopped.cells(), 20, False)
