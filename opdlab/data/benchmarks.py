@@ -101,7 +101,6 @@ class PublishedProblems(ProblemSource):
         limit: int | None = None,
         offset: int = 0,
     ) -> None:
-        super().__init__(template, verifier or _shared_verifier())
         require(
             path is None or revision is None,
             f"revision is '{revision}', but path is '{path}': a local copy has no revisions, so leave one of them out",
@@ -110,18 +109,29 @@ class PublishedProblems(ProblemSource):
         self._rows: RowProblems
         if path is not None and not expanded(path, "path").is_dir():
             self._rows = JsonlProblems(path, limit=limit, offset=offset)
-            return
-        self._rows = TableProblems(
-            known.hub_id if path is None else path,
-            known.subset,
-            known.split,
-            revision,
-            problem_field=known.problem_field,
-            answer_field=known.answer_field,
-            id_field=known.id_field,
-            limit=limit,
-            offset=offset,
-        )
+        else:
+            self._rows = TableProblems(
+                known.hub_id if path is None else path,
+                known.subset,
+                known.split,
+                revision,
+                problem_field=known.problem_field,
+                answer_field=known.answer_field,
+                id_field=known.id_field,
+                limit=limit,
+                offset=offset,
+            )
+        super().__init__(template, verifier or _shared_verifier())
+        self.problem_field = self._rows.problem_field
+
+    @property
+    def demonstration_field(self) -> str | None:
+        """Return the field that holds the given response, which the rows are read with."""
+        return self._rows.demonstration_field
+
+    @demonstration_field.setter
+    def demonstration_field(self, name: str | None) -> None:
+        self._rows.demonstration_field = name
 
     def default_template(self) -> Template:
         """Return plain text with the usual request to reason step by step."""

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from opdlab.data import Benchmark, ChatTemplate, DapoMath17k, Problem
+from opdlab.data import Benchmark, ChatTemplate, DapoMath17k, Problem, PromptDataModule
 from opdlab.data.templates import RawTemplate
 from opdlab.errors import UsageError
+from opdlab.rollouts import DemonstrationConfig
+from opdlab.types import Part
 from opdlab.verifiers import BoxedVerifier, MathVerifier
 
 REAL_DATA = Path(__file__).parents[2].parent / "shared" / "data"
@@ -138,3 +140,12 @@ def test_real_benchmarks(name: str, file: str, size: int) -> None:
     assert len(problems) == size
     assert [(p.id, p.answer) for p in problems] == [(row["id"], row["answer"]) for row in rows]
     assert [p.text for p in problems] == [row["problem"].strip() for row in rows]
+
+
+def test_demonstrations_of_a_published_set_are_read_from_the_field_that_is_given(tmp_path: Path) -> None:
+    path = write(tmp_path, *({"id": str(n), "problem": f"{n} + 1?", "answer": str(n), "why": "So."} for n in range(4)))
+    train = DapoMath17k(path=str(path))
+    PromptDataModule(train, demonstrations=DemonstrationConfig(0.5, "why"))
+    problems = [*train.problems(), *(problem for _, problem in train.places())]
+    assert [problem.demonstration for problem in problems] == [(Part("So."),)] * 8
+    assert train.problem_field == "problem"
