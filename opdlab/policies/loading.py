@@ -12,7 +12,14 @@ from typing import Any, Literal, get_args
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from opdlab.errors import UsageError, first_line, require
@@ -208,8 +215,15 @@ def stop_tokens_of(
     if given is not None:
         require(bool(given), "stop_tokens is empty, so no response could ever end: give a token, or null")
         chosen = single_token_ids(tokenizer, given, "stop_tokens")
-        if model.generation_config is not None:
-            model.generation_config.eos_token_id = chosen
+        if (config := model.generation_config) is not None:
+            config.eos_token_id = chosen
+            try:
+                config.validate(strict=True)
+            except ValueError:
+                # Its sampling options, which opdlab does not use, contradict one another: a temperature without
+                # do_sample. transformers does not save such a configuration once it was changed.
+                kept = {name: getattr(config, name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
+                model.generation_config = GenerationConfig(**kept)
         return StopTokens(frozenset(chosen), frozenset(chosen))
     configured = getattr(model.generation_config, "eos_token_id", None)
     ids = configured if isinstance(configured, list) else [configured]

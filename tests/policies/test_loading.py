@@ -1,5 +1,6 @@
 """Ways of loading: GGUF files, attention kernels, gradient checkpointing."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -188,3 +189,14 @@ def test_snapshot_of_a_checkpointing_student_samples_with_its_cache(qwen3: Path)
         assert student.model.training == gradient_checkpointing
     assert torch.equal(sampled[0].tokens, sampled[1].tokens)
     assert torch.equal(sampled[0].behavior_logprobs, sampled[1].behavior_logprobs)
+
+
+def test_a_student_with_given_stop_tokens_is_saved_whatever_its_sampling_options(tmp_path: Path) -> None:
+    source = save_random(tmp_path / "model", CONFIGS["qwen3"]())
+    file = source / "generation_config.json"
+    options = json.loads(file.read_text()) | {"temperature": 0.9, "top_p": 0.6}  # without do_sample
+    file.write_text(json.dumps(options))
+    student = LanguageModel(str(source), stop_tokens=["\n"])
+    student.save(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert saved["eos_token_id"] == list(student.stop_tokens.ids)
