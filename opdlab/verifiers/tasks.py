@@ -56,7 +56,9 @@ def regex_task(pattern: str, flags: int) -> Judge:
         if answer is None:
             return Verdict(False, None, "no answer")
         answer, gold = answer.strip(), gold.strip()
-        equal = answer.casefold() == gold.casefold() if flags & re.IGNORECASE else answer == gold
+        if flags & re.IGNORECASE:  # a vote counts equal answers by their text
+            answer, gold = answer.casefold(), gold.casefold()
+        equal = answer == gold
         return Verdict(equal, bounded_form(answer), "equal" if equal else "different")
 
     return judge

@@ -271,3 +271,14 @@ def test_numbers_against_decimal() -> None:
     read = [Decimal(re.findall(r"-?[\d.,e]+", text)[-1].replace(",", "")) for text in texts]
     verdicts = NumericVerifier().verify(texts, golds)
     assert [verdict.correct for verdict in verdicts] == [a == Decimal(b) for a, b in zip(read, golds, strict=True)]
+
+
+def test_answers_that_differ_in_case_only_are_one_in_a_vote() -> None:
+    verdicts = RegexVerifier(r"\w+$", ignore_case=True, num_workers=1).verify(
+        ["an East", "in east", "a West"], ["EAST"] * 3
+    )
+    assert [(verdict.correct, verdict.extracted) for verdict in verdicts] == [
+        (True, "east"),
+        (True, "east"),
+        (False, "west"),
+    ]
