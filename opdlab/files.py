@@ -42,7 +42,7 @@ def expanded(path: str, field: str) -> Path:
         field: name of the option, for the message.
 
     Raises:
-        UsageError: it begins with ``~name``, and there is no such user.
+        UsageError: it begins with ``~name``, and there is no such user, or it is in a folder that may not be searched.
 
     Example:
         >>> expanded("./weights", "folder").name
@@ -53,9 +53,13 @@ def expanded(path: str, field: str) -> Path:
         opdlab.errors.UsageError: folder is '~no one/weights', but its home folder is not known: give the whole path
     """
     try:
-        return Path(path).expanduser()
+        found = Path(path).expanduser()
+        found.is_file()
     except RuntimeError as error:
         raise UsageError(f"{field} is '{path}', but its home folder is not known: give the whole path") from error
+    except PermissionError as error:  # as Python 3.11 to 3.13 answer the question whether a file exists
+        raise UsageError(f"{field} is '{path}', which cannot be looked at ({error.strerror}): give another") from error
+    return found
 
 
 def output_folder(path: Path, option: str, files: Sequence[str]) -> Path:

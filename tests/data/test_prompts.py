@@ -1,6 +1,8 @@
 """Problem files, templates and prompt sets."""
 
+import errno
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from opdlab.cli import EXIT_USAGE, main
 from opdlab.data import (
     Benchmark,
     ChatTemplate,
@@ -181,6 +184,22 @@ def test_not_utf8(tmp_path: Path) -> None:
 def test_missing_file(tmp_path: Path) -> None:
     assert "does not exist" in refusal(tmp_path / "nothing.jsonl")
     assert "does not exist" in refusal(tmp_path)
+
+
+def test_a_file_in_a_folder_that_may_not_be_searched(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stat = Path.stat
+
+    def denied(path: Path, **options: Any) -> Any:  # for root, who runs some test machines, no folder is closed
+        if path.is_relative_to("/closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", denied)
+    for option in ("--data.train=JsonlProblems --data.train.path", "--model.student.path"):
+        assert main(["fit", "-c", "quickstart", *option.split(), "/closed/x.jsonl"]) == EXIT_USAGE
+        assert "/closed/x.jsonl', which cannot be looked at (Permission denied)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lines", [(), ("",), ("", "  ", "")])
