@@ -1,14 +1,18 @@
 """Laws of the training step, on real runs of the toy world."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
+from opdlab.callbacks import EvaluationTable, RunCheckpoint
+from opdlab.data import ReuseConfig
 from opdlab.data.prompts import prompt_set
 from opdlab.errors import UsageError
 from opdlab.evaluation import EvaluationConfig
@@ -27,6 +31,7 @@ from opdlab.policies.passes import Pass
 from opdlab.toy import ChainProblems
 from opdlab.training import join_gate_inputs, split_gates
 from opdlab.types import trimmed
+from opdlab.verifiers import Verdict, Verifier
 from tests.toy_run import STUDENT, TEACHER, Run
 
 MakeRun = Callable[..., Run]
@@ -378,6 +383,34 @@ def test_a_non_finite_loss_stops_the_run_and_leaves_the_batch(make_run: MakeRun,
     assert saved["rollouts"]["tokens"].shape[0] == 8
 
 
+def test_a_student_with_nan_weights_is_no_fault_of_the_gate(make_run: MakeRun, tmp_path: Any) -> None:
+    class Breaks(Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+            for parameter in pl_module.student.parameters():  # type: ignore[union-attr]
+                parameter.data.fill_(torch.nan)
+
+    with pytest.raises(NonFiniteLossError, match="train/loss is nan at step 1 .* lower the learning rate"):
+        make_run(gate="block64", callbacks=(Breaks(),)).fit(3)
+    assert (tmp_path / "non_finite_loss_step_1.pt").exists()
+
+
+@pytest.mark.parametrize("limit", [3, 0.75])
+def test_a_pass_that_ends_within_an_optimizer_batch_is_refused(make_run: MakeRun, limit: float) -> None:
+    run = make_run(accumulate=2, data={"reuse": ReuseConfig(prompts_per_pool=8, epochs=1, batch_size=16)})
+    words = "limit_train_batches leaves 3 micro-batches, but trainer.accumulate_grad_batches makes a step of 2"
+    with pytest.raises(UsageError, match=words):
+        run.fit(4, limit_train_batches=limit)
+    make_run(accumulate=2).fit(2, limit_train_batches=2)
+    make_run(accumulate=2).fit(1, fast_dev_run=1)
+
+
+def test_a_device_without_float64_is_refused(make_run: MakeRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SingleDeviceStrategy, "root_device", torch.device("mps"))
+    monkeypatch.setattr(CPUAccelerator, "setup_device", lambda *_: None)
+    with pytest.raises(UsageError, match=r"trainer\.accelerator is mps, which has no float64, .* give cpu"):
+        make_run().fit(1)
+
+
 class Negative(RuleGate):
     def weight(self, inputs: GateInputs) -> Any:
         return -inputs.mask.float()
@@ -515,4 +548,33 @@ def test_evaluations_before_and_within_training_count_anew(make_run: MakeRun) ->
     trainer.validate(run.module, datamodule=run.data, verbose=False)
     trainer.fit(run.module, datamodule=run.data)
     metrics = run.module.evaluator.metrics["toy"]
-    assert metrics.metrics["pass@1"].num_problems == 3  # type: ignore[index, union-attr]
+    assert metrics.metrics["pass@1"].num_problems == 3
+
+
+class FirstOnly(Verifier):
+    """Finds an answer in the responses of the first evaluation, and then in none."""
+
+    calls = 0
+
+    def verify(self, responses: Sequence[str], golds: Sequence[str]) -> list[Verdict]:
+        self.calls += 1
+        return [Verdict(False, "7" if self.calls == 1 else None, "different") for _ in responses]
+
+
+@pytest.mark.parametrize("name", ["toy", "train", "eval", "keys"])
+def test_an_evaluation_without_answers_has_no_vote_of_an_earlier_one(make_run: MakeRun, name: str) -> None:
+    # Names of attributes of a module are names of benchmarks as all others.
+    benchmark = ChainProblems(3, "held_out")
+    benchmark.verifier = FirstOnly()
+    table, checkpoint = EvaluationTable(), RunCheckpoint(f"val/{name}/maj@2", "max", every_n_train_steps=1)
+    run = make_run(data={"benchmarks": {name: benchmark}}, callbacks=(table, checkpoint))
+    validation: dict[str, Any] = {"limit_val_batches": 1.0, "val_check_interval": 1, "check_val_every_n_epoch": None}
+    trainer = run.fit(2, num_sanity_val_steps=0, enable_checkpointing=True, **validation)
+    assert (f"{name}/maj@2" in table.before, f"{name}/maj@2" in table.after) == (True, False)
+    assert table.after_step == 2
+    assert f"val/{name}/maj@2" not in trainer.callback_metrics
+    assert checkpoint.best is not None
+    assert checkpoint.best.step == 1
+    unknown = RunCheckpoint(f"val/{name}/reverse_kl", "min")  # which is not asked for
+    with pytest.raises(UsageError, match="which no evaluation logs"):
+        make_run(callbacks=(unknown,)).fit(1, num_sanity_val_steps=0, enable_checkpointing=True, **validation)

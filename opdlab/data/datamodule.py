@@ -214,7 +214,7 @@ class PromptDataModule(pl.LightningDataModule):
         new_tokens: int,
         *,
         training: bool,
-        of_teacher: bool = False,
+        teacher: str | None = None,
     ) -> None:
         """Refuse prompts and responses that a model cannot read, and warn of those that it was not made for.
 
@@ -224,7 +224,7 @@ class PromptDataModule(pl.LightningDataModule):
             key: of ``new_tokens``.
             new_tokens: most tokens of a response.
             training: look at the training prompts, not at those of the benchmarks.
-            of_teacher: look at the prompts that the teacher sees.
+            teacher: look at the prompts that the teacher of this name sees, which is empty if there is one for all.
 
         Raises:
             UsageError: see :meth:`ContextLength.check`.
@@ -233,8 +233,8 @@ class PromptDataModule(pl.LightningDataModule):
             return
 
         def check(where: str, facts: PromptFacts) -> None:
-            longest = facts.longest_of_teacher if of_teacher else facts.longest
-            if whose not in self._beyond_context and longest + new_tokens > context.tokens:
+            longest = facts.longest if teacher is None else facts.longest_of_teacher(teacher)
+            if longest and whose not in self._beyond_context and longest + new_tokens > context.tokens:
                 context.check(whose, longest, key, new_tokens, where)
                 self._beyond_context.add(whose)
 

@@ -17,7 +17,7 @@ class PromptFacts:
         [(9, 'a'), (12, 'b'), None]
         >>> [problem.id for problem in facts.lack_demonstration], facts.teachers_see_others
         (['a'], True)
-        >>> facts.longest, facts.longest_of_teacher
+        >>> facts.longest, facts.longest_of_teacher()
         (3, 3)
     """
 
@@ -30,11 +30,10 @@ class PromptFacts:
         """True if the teacher sees another prompt than the student for some problem."""
         self.longest = 0
         """Tokens of the longest prompt."""
-        self.longest_of_teacher = 0
-        """Tokens of the longest prompt that the teacher sees."""
         self._rows, self._teacher_tokens, self._demonstrations = ListDigest(), ListDigest(), ListDigest()
         self._largest: list[tuple[int, Problem]] = []  # each token is larger than all before
         self._of_teacher: dict[str | None, Problem] = {}
+        self._longest_of_teacher: dict[str | None, int] = {}
 
     def look(self, prompt: Prompt) -> None:
         """Look at the next prompt."""
@@ -46,7 +45,8 @@ class PromptFacts:
         if prompt.demonstration is None and not self.lack_demonstration:
             self.lack_demonstration.append(problem)
         self.longest = max(self.longest, len(prompt.tokens))
-        self.longest_of_teacher = max(self.longest_of_teacher, len(prompt.teacher_tokens or prompt.tokens))
+        seen = len(prompt.teacher_tokens or prompt.tokens)
+        self._longest_of_teacher[problem.teacher] = max(self._longest_of_teacher.get(problem.teacher, 0), seen)
         token = max((*prompt.tokens, *(prompt.teacher_tokens or ()), *(prompt.demonstration or ())))
         if not self._largest or token > self._largest[-1][0]:
             self._largest.append((token, problem))
@@ -56,6 +56,14 @@ class PromptFacts:
     def first_with_token(self, least: int) -> tuple[int, Problem] | None:
         """Return the largest token of the first prompt with a token id of at least ``least``, and its problem."""
         return next((each for each in self._largest if each[0] >= least), None)
+
+    def longest_of_teacher(self, name: str = "") -> int:
+        """Return the tokens of the longest prompt that a teacher sees; 0 if it sees none.
+
+        Args:
+            name: of the teacher; empty if there is one for all problems.
+        """
+        return max(self._longest_of_teacher.values(), default=0) if not name else self._longest_of_teacher.get(name, 0)
 
     def first_of_teachers(self) -> Iterator[Problem]:
         """Yield the first problem that names each teacher, and the first that names none."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from opdlab.errors import UsageError, require
+from opdlab.policies.context import ContextLength
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.teacher import LocalTeacher, Teacher
 from opdlab.policies.tokenizers import StopTokens, check_same_vocabulary
@@ -66,6 +67,7 @@ class RoutedTeacher(Teacher):
         self._options = options
         self._keep_loaded, self._device = keep_loaded, torch.device("cpu")
         self._digests: dict[str, str | None] = {}  # of the weights of each teacher, when it was bound
+        self._contexts: dict[str, ContextLength] = {}
         self._metrics: dict[str, float] = {}
         self.follows_student = any(teacher.follows_student for teacher in self._teachers.values())
 
@@ -103,6 +105,8 @@ class RoutedTeacher(Teacher):
             except UsageError as error:
                 raise UsageError(f"model.teacher.teachers has '{name}', which does not fit: {error}") from error
             self._digests[name] = teacher.weights_digest()
+            if contexts := teacher.contexts():
+                self._contexts[name] = contexts[""]
             self.tokenizer = teacher.tokenizer
             return teacher.vocab_size, teacher.stop_tokens
 
@@ -131,6 +135,10 @@ class RoutedTeacher(Teacher):
         for name in self.names:
             with self._loaded(name) as teacher:
                 yield from ((name, model) for _, model in teacher.models())
+
+    def contexts(self) -> dict[str, ContextLength]:
+        """Return the context length of each teacher by its name, as it was when the teacher was bound."""
+        return dict(self._contexts)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state of each teacher, by ``name/key``."""

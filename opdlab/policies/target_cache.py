@@ -16,6 +16,7 @@ from torch import Tensor
 
 from opdlab.errors import UsageError, require
 from opdlab.files import expanded, naming_full_disk, replacing
+from opdlab.policies.context import ContextLength
 from opdlab.policies.language_model import LanguageModel
 from opdlab.policies.teacher import Teacher
 from opdlab.progress import Progress
@@ -98,6 +99,10 @@ class TargetCache(Teacher):
     def local_models(self) -> Sequence[LanguageModel]:
         """Return the teacher's models."""
         return self.teacher.local_models()
+
+    def contexts(self) -> dict[str, ContextLength]:
+        """Return the context lengths of the teacher's models."""
+        return self.teacher.contexts()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the teacher's state."""

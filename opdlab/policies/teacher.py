@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from opdlab.errors import UsageError, require
+from opdlab.policies.context import ContextLength
 from opdlab.policies.fingerprints import fingerprint, weights_digest
 from opdlab.policies.language_model import LanguageModel, Scored
 from opdlab.policies.loading import Quantization
@@ -107,6 +108,14 @@ class Teacher(ABC):
     def local_models(self) -> Sequence[LanguageModel]:
         """Return the models in this process whose weights a strategy may shard; none by default."""
         return ()
+
+    def contexts(self) -> dict[str, ContextLength]:
+        """Return the context length of each teacher, by its name in ``names``; empty if there is one for all.
+
+        Teachers whose models are elsewhere, or have no known length, are left out.
+        """
+        known = [model.context for model in self.local_models() if model.context is not None]
+        return {"": min(known, key=lambda context: context.tokens)} if known else {}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return what a checkpoint must hold of the teacher; nothing by default, because it is frozen."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from opdlab.policies import LanguageModel
+from opdlab.policies.context import ContextLength
 from opdlab.progress import Progress, SilentProgress
 from opdlab.rollouts.collector import with_teachers
 from opdlab.screening.answers import SHARES, Answers, Compared, Lengths, answer, compare, continuations, lengths
@@ -165,15 +166,17 @@ def measure(pair: Pair, config: ScreenConfig, progress: Progress | None = None) 
 def _context(pair: Pair, new_tokens: int) -> dict[str, tuple[int, int]]:
     """Return the tokens that each model reads at most, and its positions; refuse what one cannot read."""
     found: dict[str, tuple[int, int]] = {}
-    for name, model in (("student", pair.student), *(("teacher", each) for each in pair.teacher.local_models())):
-        if model.context is None:
+    contexts: list[tuple[str | None, ContextLength | None]] = [(None, pair.student.context)]
+    for teacher, context in [*contexts, *pair.teacher.contexts().items()]:
+        if context is None:
             continue
+        name = "student" if teacher is None else f"teacher {teacher}".rstrip()
         for key, problems in pair.problems.items():
             facts = problems.facts
-            longest = facts.longest_of_teacher if name == "teacher" else facts.longest
-            if model.context.fixed:
-                model.context.check(f"the {name}", longest, "max_new_tokens", new_tokens, key)
-            found[name] = (max(longest + new_tokens, found.get(name, (0, 0))[0]), model.context.tokens)
+            longest = facts.longest if teacher is None else facts.longest_of_teacher(teacher)
+            if context.fixed:
+                context.check(f"the {name}", longest, "max_new_tokens", new_tokens, key)
+            found[name] = (max(longest + new_tokens, found.get(name, (0, 0))[0]), context.tokens)
     return found
 
 

@@ -1,5 +1,6 @@
 """Checks of a module, of checkpoints and of losses; each raises an error with a clear message."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from itertools import count
@@ -120,12 +121,37 @@ def check_trainer(trainer: pl.Trainer, student: LanguageModel, teacher: Teacher)
         f"trainer.precision is {trainer.precision}, which would round what is counted in evaluations too: "
         "use bf16-mixed, or give the models' dtype",
     )
+    require(
+        trainer.strategy.root_device.type != "mps",
+        "trainer.accelerator is mps, which has no float64, in which weights and evaluations are summed: give cpu",
+    )
+    if isinstance(trainer.limit_train_batches, int):
+        check_micro_batches(trainer, trainer.limit_train_batches)
     check_strategy(type(trainer.strategy).__name__)
     if isinstance(trainer.strategy, ShardedStrategy):
         bound = student.max_tokens
         check_sharded({"max_tokens_per_pass": bound, "teacher.offload": teacher.offload}, trainer.precision)
         if teacher.state_dict():
             refuse_kept_teacher(type(teacher).__name__)
+
+
+def check_micro_batches(trainer: pl.Trainer, num_batches: float) -> None:
+    """Refuse a pass over the data that ends within an optimizer batch: Lightning would take a step on its part.
+
+    Args:
+        trainer: of the run.
+        num_batches: micro-batches of a pass; infinite if it has no end.
+
+    Raises:
+        UsageError: they are no multiple of the micro-batches of an optimizer batch.
+    """
+    size = trainer.accumulate_grad_batches
+    one_step: bool = trainer.fast_dev_run  # type: ignore[attr-defined] # set by Lightning's connector; ends after it
+    require(
+        bool(one_step) or math.isinf(num_batches) or num_batches % size == 0,
+        f"trainer.limit_train_batches leaves {num_batches} micro-batches, but trainer.accumulate_grad_batches makes a "
+        f"step of {size}: give a multiple of {size}",
+    )
 
 
 def refuse_kept_teacher(name: str) -> NoReturn:
@@ -306,11 +332,25 @@ def check_checkpoint(checkpoint: dict[str, Any], own: dict[str, Tensor]) -> None
 
 
 def stop_on_non_finite(
-    loss: Tensor, gate: GateStrategy, weights: Tensor, rollouts: Rollouts, targets: Targets, step: int, folder: Path
+    loss: Tensor,
+    gate: GateStrategy,
+    weights: Tensor,
+    inputs: GateInputs,
+    rollouts: Rollouts,
+    targets: Targets,
+    folder: Path,
 ) -> None:
-    """Write the micro-batch of a NaN or infinite loss to a folder, and raise :class:`NonFiniteLossError`."""
+    """Write the micro-batch of a NaN or infinite loss to a folder, and raise :class:`NonFiniteLossError`.
+
+    Raises:
+        UsageError: it is the gate whose weights are not finite, on a batch that is.
+    """
+    step, valid = inputs.step, inputs.mask.bool()
+    seen = (inputs.behavior_logprobs, inputs.current_logprobs, inputs.position_losses)
+    # Of a student with NaN weights all is NaN, and so is the drift that a gate weighs.
+    sound = all(bool(torch.isfinite(each[valid]).all()) for each in seen if each is not None)
     require(
-        bool(torch.isfinite(weights).all()),
+        not sound or bool(torch.isfinite(weights).all()),
         f"model.gate is {type(gate).__name__}, whose weights are NaN or infinite at step {step}: its raw weights must "
         "be at least 0 and finite",
     )

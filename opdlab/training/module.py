@@ -40,6 +40,7 @@ from opdlab.policies import (
     TransformersSampler,
     single_token_ids,
 )
+from opdlab.policies.context import ContextLength
 from opdlab.policies.decoding import naming_step
 from opdlab.policies.offload import keep_from_strategy
 from opdlab.rollouts import Collector, Pool
@@ -190,14 +191,15 @@ class OPDModule(EvaluationModule):
         Raises:
             UsageError: see :meth:`PromptDataModule.check_context`.
         """
-        prefix, teachers = "model.{}sampling.max_new_tokens", self.teacher.local_models()
-        for whose, models in (("model.student", [self.student]), ("model.teacher", teachers)):
-            for context in (model.context for model in models):
-                key, longest, of_teacher = prefix.format(""), self.sampling.max_new_tokens, models is teachers
-                data.check_context(context, whose, key, longest, training=True, of_teacher=of_teacher)
-                if not of_teacher or self.evaluator.config.teacher:
-                    key, longest = prefix.format("eval_"), self.evaluator.sampling.max_new_tokens
-                    data.check_context(context, whose, key, longest, training=False)
+        prefix = "model.{}sampling.max_new_tokens"
+        contexts: list[tuple[str | None, ContextLength | None]] = [(None, self.student.context)]
+        for teacher, context in [*contexts, *self.teacher.contexts().items()]:
+            whose = "model.student" if teacher is None else f"model.teacher{teacher and f'.teachers.{teacher}'}"
+            key, longest = prefix.format(""), self.sampling.max_new_tokens
+            data.check_context(context, whose, key, longest, training=True, teacher=teacher)
+            if teacher is None or self.evaluator.config.teacher:
+                key, longest = prefix.format("eval_"), self.evaluator.sampling.max_new_tokens
+                data.check_context(context, whose, key, longest, training=False)
 
     @property
     def whole_weights(self) -> bool:
@@ -236,6 +238,7 @@ class OPDModule(EvaluationModule):
         for module, training in self._modes.items():
             module.training = training
         self._modes = {}
+        checks.check_micro_batches(self.trainer, self.trainer.num_training_batches)
         self._timer.begin()
         self._window = AccumulationWindow(self.trainer.world_size)
 
@@ -334,7 +337,7 @@ class OPDModule(EvaluationModule):
         loss = reduce_losses(positions.losses, gates.weights, shares)  # [B, T] each -> scalar
         if not bool(torch.isfinite(loss)):  # the only device synchronization of the step
             folder = Path(self.trainer.default_root_dir)
-            checks.stop_on_non_finite(loss, self.gate, gates.weights, rollouts, batch.targets, self.global_step, folder)
+            checks.stop_on_non_finite(loss, self.gate, gates.weights, inputs, rollouts, batch.targets, folder)
         values = {"entropy": positions.entropy, **positions.metrics, **of_sampler}
         age = (self.global_step - rollouts.snapshot_step).float()
         record = {"loss": loss.detach().view(1)}

@@ -1,5 +1,6 @@
 """A model's context length is what its positions allow, and a run that would read more says so before it begins."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ import torch
 from transformers import AutoModelForCausalLM, CodeGenConfig, GPTJConfig, OPTConfig, Qwen3Config
 
 from opdlab.cli import EXIT_USAGE, main
-from opdlab.data import PromptDataModule
+from opdlab.data import JsonlProblems, PromptDataModule
 from opdlab.errors import UsageError
-from opdlab.policies import LanguageModel
+from opdlab.evaluation import EvaluationConfig
+from opdlab.policies import LanguageModel, RoutedTeacher
 from opdlab.policies.context import ContextLength, context_length
+from opdlab.toy import ChainProblems
 from tests.policies.tiny_models import COMMON, CONFIGS, IDS, save_random
-from tests.toy_run import Run
+from tests.toy_run import TEACHER, Run
 
 ROTATED_TABLE: Any = {**IDS, "vocab_size": 38, "n_embd": 32, "n_layer": 1, "n_head": 2, "rotary_dim": 8}
 MORE = {
@@ -99,3 +102,29 @@ def test_a_context_that_just_suffices(tmp_path: Path) -> None:
     for _ in range(2):  # a refusal is no warning, which is given once
         with pytest.raises(UsageError, match=f"n is {129 - longest} and the longest prompt of data.train has"):
             data.check_context(student.context, "model.student", "n", 129 - longest, training=True)
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize("long_for", ["good", "short"])
+def test_each_of_several_teachers_reads_its_own_prompts(tmp_path: Path, loaded: bool, long_for: str) -> None:
+    short = str(save_random(tmp_path / "gpt2", CONFIGS["gpt2"]()))
+    rows = []
+    for row, each in enumerate(ChainProblems(16).problems()):
+        kind = "good" if row % 2 else "short"
+        text = each.text * 3 if kind == long_for else each.text[:8]
+        rows.append({"id": each.id, "problem": text, "answer": each.answer, "kind": kind})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    teacher = RoutedTeacher({"good": TEACHER, "short": short}, keep_loaded=loaded)
+    data = {"train": JsonlProblems(str(tmp_path / "rows.jsonl"), teacher_field="kind")}
+    run = Run(
+        tmp_path / "run",
+        teacher=teacher,
+        data=data,
+        max_new_tokens=30,
+        evaluation=EvaluationConfig((1,), teacher=False),
+    )
+    if long_for == "good":
+        run.fit(1)
+    else:
+        with pytest.raises(UsageError, match=r"model\.teacher\.teachers\.short has 128 positions and cannot read more"):
+            run.fit(1)
