@@ -1,6 +1,7 @@
 """Rollouts of a training step as text for loggers, and as a page with coloured tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -20,6 +21,7 @@ from opdlab.viewer import (
     RolloutText,
     ShownRollout,
     choose_rollouts,
+    drop_pages_after,
     markdown_literal,
     render_page,
     token_texts,
@@ -69,6 +71,9 @@ class SampleLogger(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find the run's folder; Lightning exchanges it between all processes."""
         self.folder = Path(trainer.log_dir or trainer.default_root_dir) / "rollouts"
+        if trainer.is_global_zero and trainer.ckpt_path is not None:
+            with self._warning_once():
+                drop_pages_after(self.folder, trainer.global_step)
 
     def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, traces: Sequence[StepTrace]) -> None:
         """Write text and page."""
@@ -82,8 +87,14 @@ class SampleLogger(StepCallback):
         marked = [rollout_markdown(*pair) for pair in zip(rollouts, texts, strict=True)]
         shown = {f"rollouts/{place}": text for place, text in enumerate(marked)}
         log_media(trainer.loggers, trainer.global_step, texts=shown)
-        try:
+        with self._warning_once():
             write_rollout_page(self.folder, trainer, pl_module, rollouts, texts)
+
+    @contextmanager
+    def _warning_once(self) -> Iterator[None]:
+        """Go on with a warning, the first time, if the pages cannot be written."""
+        try:
+            yield
         except OSError as error:
             if not self._warned:
                 rank_zero_warn(

@@ -14,7 +14,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.utilities import rank_zero_info
 
-from opdlab.checkpoints import CheckpointFiles
+from opdlab.checkpoints import CheckpointFiles, set_aside_later
 from opdlab.errors import Stopped, UsageError, first_line
 from opdlab.evaluation import EvaluationModule
 from opdlab.files import remove_partial_files
@@ -120,6 +120,8 @@ class StopCheckpoint(Checkpoint):
         self._folder = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
         if trainer.is_global_zero:
             remove_partial_files(self._folder)
+            if trainer.ckpt_path is not None:
+                set_aside_later(self._folder, trainer.global_step)
         self._step_end = _progress(trainer)
 
     def _between_steps(self, trainer: pl.Trainer) -> None:

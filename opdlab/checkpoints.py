@@ -1,5 +1,6 @@
 """Checkpoints: written whole or not at all, checked when they are read, and found in the folders of runs."""
 
+import itertools
 import pickle
 import re
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from opdlab.errors import UsageError, require
@@ -261,6 +262,29 @@ def newest_checkpoint(
         else:
             return path, steps[path]
     return None
+
+
+def set_aside_later(folder: Path, step: int) -> None:
+    """Rename a folder's checkpoints of later steps, of a run that resumes from an earlier one, and say so.
+
+    ``last`` would take them for those of the run as it goes on now.
+
+    Args:
+        folder: of the checkpoints.
+        step: at which the run resumes.
+    """
+    later = {path: found for path, found in checkpoint_steps(folder, [], resume=False).items() if found > step}
+    for path in later:
+        names = (f"{path.name}.before-resume{number or ''}" for number in itertools.count())
+        path.rename(next(free for name in names if not (free := path.with_name(name)).exists()))
+    if later:
+        named = ", ".join(
+            f"{path.name} (step {found})" for path, found in sorted(later.items(), key=lambda one: one[1])
+        )
+        rank_zero_info(
+            f"{folder}: the run goes on from step {step}, so that later checkpoints are no longer its own: {named} "
+            "renamed to *.ckpt.before-resume"
+        )
 
 
 def checkpoint_steps(folder: Path, skipped: list[str], *, resume: bool) -> dict[Path, int]:

@@ -13,15 +13,16 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from opdlab.callbacks import StopCheckpoint
-from opdlab.checkpoints import check_checkpoint
+from opdlab.callbacks import SampleLogger, StopCheckpoint
+from opdlab.checkpoints import check_checkpoint, find_checkpoint
 from opdlab.data import ReuseConfig
 from opdlab.errors import UsageError
 from opdlab.objectives import SampledTokenOPD, SupportDivergence, TeacherTopK
 from opdlab.policies import LocalTeacher
 from opdlab.processes import STOP_SIGNALS
+from opdlab.viewer import INDEX, page_name
 from tests.toy_run import STUDENT, Run
 
 MakeRun = Callable[..., Run]
@@ -369,6 +370,35 @@ def test_a_finished_run_can_be_made_longer(make_run: MakeRun, tmp_path: Path, st
     longer = make_run()
     longer.fit(8, ckpt_path=stop.path)
     assert longer.recorder.losses == whole.recorder.losses[steps:]
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_a_run_that_goes_on_from_an_earlier_step_leaves_its_later_ones_behind(
+    make_run: MakeRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "lightning_logs/version_0/checkpoints"
+
+    def run(steps: int, ckpt_path: Path | None = None, gate: str = "block32") -> None:
+        every = ModelCheckpoint(every_n_train_steps=2, save_top_k=-1, filename="{step}")
+        made = make_run(callbacks=(every, StopCheckpoint(), SampleLogger(2)), gate=gate)
+        logger = TensorBoardLogger(tmp_path, "lightning_logs", version=0)
+        made.fit(steps, ckpt_path=ckpt_path, enable_checkpointing=True, logger=logger)
+
+    def pages() -> list[str]:
+        return sorted(page.name for page in (folder.parent / "rollouts").glob("step-*.html"))
+
+    run(6)
+    abandoned = (folder / "step=6.ckpt").read_bytes()
+    assert pages() == [page_name(step) for step in (2, 4, 6)]
+    run(3, folder / "step=2.ckpt", gate="none")
+    assert find_checkpoint("last", tmp_path / "lightning_logs") == folder / "final.ckpt"
+    assert (folder / "step=6.ckpt.before-resume").read_bytes() == abandoned
+    assert "step=4.ckpt (step 4), step=6.ckpt (step 6) renamed to *.ckpt.before-resume" in caplog.text
+    assert pages() == [page_name(2)]
+    assert page_name(4) not in (folder.parent / "rollouts" / INDEX).read_text()
+    run(4, folder / "step=2.ckpt")
+    run(3, folder / "step=2.ckpt")
+    assert (folder / "step=4.ckpt.before-resume1").exists()  # nothing is written over
 
 
 def test_the_last_step_is_not_saved_twice(make_run: MakeRun, tmp_path: Path) -> None:

@@ -103,11 +103,35 @@ def write_page(folder: Path, step: int, page: str, max_pages: int = MAX_PAGES) -
     """
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / page_name(step), page.encode())
-    steps = sorted(int(match[1]) for file in folder.iterdir() if (match := _PAGE.fullmatch(file.name)))
-    gone = _surplus(steps, step, max_pages)
+    _list_pages(folder, step, _surplus(_steps(folder), step, max_pages))
+    return folder / page_name(step)
+
+
+def drop_pages_after(folder: Path, step: int) -> None:
+    """Delete the pages of steps that a run took before it was resumed at an earlier one, and now takes another time.
+
+    Args:
+        folder: of the run's pages, which may be missing.
+        step: optimizer steps taken.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    if gone := [each for each in _steps(folder) if each > step]:
+        _list_pages(folder, step, gone)
+
+
+def _steps(folder: Path) -> list[int]:
+    """Return the steps that have a page, in order."""
+    files = folder.iterdir() if folder.is_dir() else ()
+    return sorted(int(match[1]) for file in files if (match := _PAGE.fullmatch(file.name)))
+
+
+def _list_pages(folder: Path, step: int, gone: Sequence[int]) -> None:
+    """Delete some steps' pages, and link and list those that stay, of which that of ``step`` may be new."""
     for each in gone:
         (folder / page_name(each)).unlink(missing_ok=True)
-    steps = [each for each in steps if each not in gone]
+    steps = _steps(folder)
     changed = {bisect_left(steps, each) + side for each in (step, *gone) for side in (-1, 0, 1)}
     for index in sorted(changed & set(range(len(steps)))):
         neighbours = {"prev": steps[index - 1 : index], "next": steps[index + 1 : index + 2]}
@@ -125,7 +149,6 @@ def write_page(folder: Path, step: int, page: str, max_pages: int = MAX_PAGES) -
         **assets, pages=pages, columns=columns, facts=facts, run=folder.absolute().parent.name
     )
     _replace(folder / INDEX, index_page.encode("utf-8", "replace"))
-    return folder / page_name(step)
 
 
 def _surplus(steps: Sequence[int], kept: int, max_pages: int) -> list[int]:
