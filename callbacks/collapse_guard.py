@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ class CollapseGuard(pl.Callback):
             self._sums, self._traces = [], []
         self._sums.append(_micro_batch_sums(trace, looks))
         if looks and self.stop:
-            self._traces.append(trace)  # for the page
+            self._traces.append(replace(trace, targets=None))  # for the page
         if batch.position + 1 < len(batch.micro_batches):
             return
         sums = torch.stack(self._sums).sum(0)
@@ -155,10 +155,10 @@ class CollapseGuard(pl.Callback):
                 length=sampling["rollout/length"],
                 truncated=sampling["rollout/truncated_share"],
                 repeated=repeats / max(grams, 1),
-                reverse_kl=gap / max(tokens, 1),
+                reverse_kl=gap / tokens if tokens else math.nan,
             )
             metrics["rollout/repeated_share"] = now.repeated
-            if not math.isnan(now.reverse_kl):  # the teacher knows the sampled tokens
+            if not math.isnan(now.reverse_kl):  # the teacher knows the sampled tokens, and there are some
                 metrics["rollout/reverse_kl"] = now.reverse_kl
             self._first = self._first or now
             signs |= buffer_signs(now, self._first, self._best_reverse_kl, self.limits)

@@ -61,13 +61,14 @@ class CollapseLimits:
 def step_sums(trace: StepTrace) -> Tensor:
     """Return sums over a micro-batch's valid positions, [4] float64, on the device.
 
-    They are: positions, weights, absolute weighted losses, absolute gaps between teacher and student.
+    They are: positions, weights, absolute weighted losses, absolute gaps between teacher and student (NaN if they are
+    not known).
     """
     inputs, weights, mask = trace.inputs, trace.gates.weights, trace.inputs.mask
     gap, losses = inputs.teacher_gap, inputs.position_losses
     gap = inputs.divergence if gap is None else gap  # of a teacher that does not know the sampled tokens
-    assert gap is not None
     assert losses is not None
+    gap = torch.full_like(losses, torch.nan) if gap is None else gap  # nothing says where the models differ
     # The weight of a masked position is 0, but its loss may be anything.
     weighted = (trace.loss_shares * weights * losses).masked_fill(~mask, 0.0)
     sums = [mask.sum(), weights.sum(), weighted.abs().sum(), gap.abs().sum()]
@@ -89,17 +90,24 @@ def dead(sums: Tensor, limits: CollapseLimits) -> Tensor:
 
 @torch.no_grad()
 def buffer_sums(trace: StepTrace) -> Tensor:
-    """Return sums over a micro-batch's rollouts, for the first pass over a buffer; [4] float64, on the device.
+    """Return sums over a micro-batch's sampled rollouts, for the first pass over a buffer; [4] float64, on the device.
 
-    They are: valid positions, behavior less teacher log-probability (NaN if the teacher does not know it), 4-grams that
-    repeat an earlier one of their response, 4-grams; see :func:`repeated_ngrams`.
+    Demonstrations are left out: nobody sampled them. The sums are: valid positions, behavior less teacher
+    log-probability (NaN if the teacher does not know it), 4-grams that repeat an earlier one of their response,
+    4-grams; see :func:`repeated_ngrams`.
     """
-    inputs, mask = trace.inputs, trace.inputs.mask
+    inputs, mask = trace.inputs, _sampled(trace)
     of_teacher = inputs.teacher_logprobs
     of_teacher = inputs.behavior_logprobs * torch.nan if of_teacher is None else of_teacher
     gap = (inputs.behavior_logprobs - of_teacher).masked_fill(~mask, 0.0)
     repeats, grams = repeated_ngrams(trace.rollouts.tokens, mask)
     return torch.stack([mask.sum().double(), gap.sum(dtype=torch.float64), repeats.double(), grams.double()])
+
+
+def _sampled(trace: StepTrace) -> Tensor:
+    """Return the mask of the valid positions that the snapshot sampled, [B, T] bool."""
+    mask, demonstration = trace.inputs.mask, trace.rollouts.demonstration
+    return mask if demonstration is None else mask & ~demonstration[:, None]
 
 
 @torch.no_grad()
@@ -135,7 +143,8 @@ def entropy_sums(trace: StepTrace) -> Tensor:
     The teacher's entropy is taken from its targets. If they have none, from its support: the entropy of the
     support's tokens and of one more outcome for all others, a lower bound. Without a support it is the estimate
     ``-(q(y) / pi_b(y)) log q(y)`` from the sampled tokens y, whose expectation is the entropy; ratios above 10 are
-    clipped, so that it errs towards 0. NaN if the targets have none of these.
+    clipped, so that it errs towards 0, and demonstrations, which nobody sampled, are left out of all three sums. NaN if
+    the targets have none of these.
     """
     targets, mask = trace.targets, trace.inputs.mask
     assert targets is not None
@@ -151,7 +160,7 @@ def entropy_sums(trace: StepTrace) -> Tensor:
     elif targets.known_logprobs is None:
         teacher = torch.full_like(trace.values["entropy"], torch.nan)
     else:
-        logprobs = targets.logprobs.clamp(min=-1e4)
+        mask, logprobs = _sampled(trace), targets.logprobs.clamp(min=-1e4)
         teacher = -(logprobs - trace.inputs.behavior_logprobs).exp().clamp(max=_MAX_RATIO) * logprobs
     columns = torch.stack([torch.ones_like(teacher), trace.values["entropy"], teacher])
     return columns.masked_fill(~mask, 0.0).sum((1, 2), dtype=torch.float64)

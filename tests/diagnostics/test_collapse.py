@@ -108,6 +108,30 @@ def test_repeated_ngrams_are_those_of_a_plain_loop(seed: int) -> None:
     assert repeats > 20
 
 
+def test_demonstrations_are_no_samples_of_the_snapshot() -> None:
+    trace = traced()
+    tokens, mask = torch.full((2, 5), 7), torch.ones(2, 5, dtype=torch.bool)
+    behavior, teacher = (torch.tensor(rows).expand(2, 5) for rows in ([[0.0], [-1.0]], [[-3.0], [-1.5]]))
+    inputs = dataclasses.replace(trace.inputs, mask=mask, behavior_logprobs=behavior, teacher_logprobs=teacher)
+    given = dataclasses.replace(trace.rollouts, tokens=tokens, mask=mask, demonstration=torch.tensor([True, False]))
+    trace = dataclasses.replace(
+        trace, rollouts=given, inputs=inputs, targets=Targets(logprobs=teacher), values={"entropy": torch.ones(2, 5)}
+    )
+    assert buffer_sums(trace).tolist() == [5, 5 * 0.5, 1, 2]
+    assert entropy_sums(trace).tolist() == pytest.approx([5, 5, 5 * 1.5 * math.exp(-0.5)])
+    all_given = dataclasses.replace(given, demonstration=torch.tensor([True, True]))
+    trace = dataclasses.replace(trace, rollouts=all_given)
+    assert buffer_sums(trace).tolist() == [0] * 4
+    assert entropy_sums(trace).tolist() == [0] * 3
+
+
+def test_a_step_whose_gap_is_not_known_is_not_dead() -> None:
+    trace = traced()
+    zeros = torch.zeros_like(trace.inputs.drift)
+    unknown = dataclasses.replace(trace.inputs, position_losses=zeros, teacher_logprobs=None, divergence=None)
+    assert dead(step_sums(dataclasses.replace(trace, inputs=unknown)), LIMITS).tolist() == [0, 0]
+
+
 @pytest.mark.parametrize(("tau", "expected"), [(1.0, [0, 0]), (1e9, [1, 1])])
 def test_a_step_without_weights_is_dead(tau: float, expected: list[int]) -> None:
     assert dead(step_sums(traced(tau=tau)), LIMITS).tolist() == expected
