@@ -25,6 +25,7 @@ from opdlab.replay.fresh import Draws, Sampling
 from opdlab.replay.pack import PackSettings
 from opdlab.replay.record import FOLDER, RecordedStep, read_record, record_folders
 from opdlab.replay.step_gradients import Autocast
+from opdlab.replay.targets import RecordedTeacher
 from opdlab.replay.unpack import Pack
 from opdlab.run_folder import CONFIG, EXAMPLE, RunFolder, read_config
 from opdlab.types import Prompt
@@ -226,6 +227,8 @@ class PackSource(Source):
         seed_everything(settings.seed, workers=True)
         with self._pack.student_section() as student:
             built = build_sections({key: settings.model[key] for key in ("objective", "gate")} | {"student": student})
+        if isinstance(teacher, RecordedTeacher):
+            teacher.has_entropy = built.objective.request.entropy or "teacher_entropy" in built.gate.needs
         bound = settings.model["max_tokens_per_pass"]
         module = OPDModule(built.student, teacher, built.objective, built.gate, max_tokens_per_pass=bound)
         autocast = on_device(module, self._trainer["accelerator"], self._trainer["precision"])

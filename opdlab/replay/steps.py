@@ -154,7 +154,10 @@ class Replayer:
         """
         module, facts, batches = self._module, record.facts, record.batches
         variants = self._variants(batches, objective if run is not None else "")
-        own = next(v for v, variant in enumerate(variants) if variant.own)
+        # Another objective may not compute what the run's gate needs. Its loss under that gate is of no interest.
+        own = next((v for v, variant in enumerate(variants) if variant.own), None if run is None else 0)
+        require(own is not None, f"the record lacks what the run's gate, {type(module.gate).__name__}, needs")
+        assert own is not None
         if any("teacher_entropy" in variant.strategy.needs for variant in variants):
             vocab_size = module.student.vocab_size
             batches = tuple(with_entropy(module.teacher, batch, vocab_size) for batch in batches)

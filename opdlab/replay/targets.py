@@ -37,6 +37,8 @@ class RecordedTeacher(Teacher):
 
     def __init__(self, vocab_size: int, names: tuple[str, ...] = (), head: Head | None = None) -> None:
         self.vocab_size, self.names, self._head = vocab_size, names, head
+        self.has_entropy = False
+        """True if the run's own gate or objective asks for the teacher's entropy, so that all records have it."""
 
     def bind(self, student: LanguageModel) -> None:
         """Take the student's tokenizer, with which the teacher's was compared when the run started."""
@@ -53,9 +55,9 @@ class RecordedTeacher(Teacher):
         return replace(self._head, temperature=temperature)
 
     def check_request(self, request: TeacherRequest, temperature: float) -> None:
-        """Raise a UsageError for the entropy, which is recorded or unknown."""
+        """Raise a UsageError for the entropy, unless it is recorded: else it is unknown."""
         del temperature
-        require(not request.entropy, "the steps come from a file without a teacher")
+        require(not request.entropy or self.has_entropy, "the steps come from a file without a teacher")
 
     def score(self, rollouts: Rollouts, request: TeacherRequest, progress: Progress | None = None) -> Targets:
         """Raise a UsageError: nothing can be scored."""

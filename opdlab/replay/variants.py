@@ -104,8 +104,9 @@ class Variant:
 def expand(
     grid: Grid, own: GateStrategy, tokenizer: PreTrainedTokenizerBase, served: Iterable[str]
 ) -> tuple[list[Variant], dict[str, str]]:
-    """Return the variants of a grid. The ungated one comes first, even if not requested; the run's own is included.
+    """Return the variants of a grid.
 
+    The ungated one comes first, even if not requested; the run's own is included if the record has its inputs.
     A gate that is named without options has the defaults, or those of the run's gate if it is of its class, such as
     ``block_size``.
 
@@ -132,6 +133,10 @@ def expand(
         if type(own) not in chosen.values():
             chosen[own_name] = type(own)
     served, skipped = set(served), {}
+
+    def missing(gate: GateStrategy) -> str:
+        return ", ".join(need for need in gate.needs if need not in served)
+
     variants = [Variant.of(UNGATED, registry.build(UNGATED), own)]
     for name, gate in chosen.items():
         try:
@@ -140,11 +145,11 @@ def expand(
             skipped[name] = f"cannot be built without options ({error})"
             continue
         base.setup(tokenizer)
-        if missing := [need for need in base.needs if need not in served]:
-            skipped[name] = f"needs {', '.join(missing)}, which the record does not have"
+        if lacking := missing(base):
+            skipped[name] = f"needs {lacking}, which the record does not have"
             continue
         variants += [Variant.of(name, each, own) for each in _gates(base, grid)]
-    if not any(variant.own for variant in variants):
+    if not any(variant.own for variant in variants) and not missing(own):
         variants.append(Variant.of(own_name, own, own))
     return list(dict.fromkeys(variants)), skipped
 

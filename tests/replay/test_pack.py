@@ -17,6 +17,7 @@ from opdlab.callbacks import PoolRecorder
 from opdlab.cli.replay_sources import PackSource
 from opdlab.data import JsonlProblems
 from opdlab.errors import UsageError
+from opdlab.gating import build_gate
 from opdlab.objectives import FullDivergence, Objective, SampledTokenOPD, SupportDivergence, TeacherTopK
 from opdlab.parser_messages import options_of
 from opdlab.policies import AdapterConfig, LanguageModel, LocalTeacher, RoutedTeacher, SelfTeacher
@@ -126,6 +127,11 @@ def own_teacher(decay: float | None = None) -> dict[str, Any]:
             named(small=TeacherTopK(k=4)),
         ),
         ({"objective": TeacherTopK(k=8), "accumulate": 2}, named(sampled=SampledTokenOPD())),
+        ({"objective": TeacherTopK(k=8), "gate": build_gate("fire_opd")}, named(small=TeacherTopK(k=4))),
+        (
+            {"objective": SupportDivergence("jsd", "union", "bucket", k=6), "gate": build_gate("ta_opd")},
+            named(lsm=TeacherTopK(k=4)),  # which knows no tokens of the student, so that ta_opd cannot weigh it
+        ),
     ],
     ids=[
         "reward",
@@ -135,6 +141,8 @@ def own_teacher(decay: float | None = None) -> dict[str, Any]:
         "own teacher with an adapter",
         "several teachers",
         "accumulated",
+        "a gate that needs the teacher's entropy",
+        "a gate that another objective does not serve",
     ],
 )
 def test_a_pack_replays_as_its_run(
