@@ -82,7 +82,7 @@ class EffectiveSampleSizeTau(TauSchedule):
 
     Args:
         target: effective sample size as a share of the positions, above 0 and below 1.
-        max_tau: largest tau, per nat.
+        max_tau: largest tau, per nat, at most a million.
 
     Raises:
         UsageError: a value is out of range.
@@ -99,10 +99,14 @@ class EffectiveSampleSizeTau(TauSchedule):
         require(0 < target < 1, f"target is {target}, but must lie between 0 and 1")
         check_tau("max_tau", max_tau)
         require(max_tau > 0, f"max_tau is {max_tau}, but must be above 0")
+        require(
+            max_tau <= self._LARGEST,
+            f"max_tau is {max_tau}, but must be at most {self._LARGEST:.0e}: tau is looked for nine decades below it",
+        )
         self.target, self.max_tau = target, max_tau
 
     # 30 halvings of nine decades of tau give its natural logarithm to 2e-8.
-    _DECADES, _HALVINGS = 9, 30
+    _DECADES, _HALVINGS, _LARGEST = 9, 30, 1e6
 
     def __call__(self, step: int, statistic: Tensor, mask: Tensor) -> Tensor:
         """See :meth:`TauSchedule.__call__`."""

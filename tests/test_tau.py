@@ -84,6 +84,7 @@ def test_training_follows_the_schedule_and_logs_it(make_run: MakeRun, accumulate
         (lambda: EffectiveSampleSizeTau(target=1.0), "target is 1.0"),
         (lambda: EffectiveSampleSizeTau(target=0.0), "target is 0.0"),
         (lambda: EffectiveSampleSizeTau(max_tau=0.0), "max_tau is 0.0"),
+        (lambda: EffectiveSampleSizeTau(max_tau=1e12), "max_tau is 1000000000000.0, but must be at most 1e\\+06"),
     ],
 )
 def test_wrong_schedules_are_refused(make: Callable[[], object], words: str) -> None:
