@@ -122,7 +122,12 @@ def _joined_metrics(shares: Sequence[tuple[int, Mapping[str, float], Mapping[str
         elif name.startswith("targets/") and name.endswith(_ADDED_UP):
             joined[name] = sum(values)
         else:
-            weights = [weights.get(name, float(rows)) for rows, _, weights in shares]
+            # A process without rollouts of a teacher has no time of its requests; its share of them is 0.
+            timed = name.endswith("/request_seconds")
+            weights = [
+                0.0 if timed and name not in metrics else weights.get(name, float(rows))
+                for rows, metrics, weights in shares
+            ]
             total = sum(value * weight for value, weight in zip(values, weights, strict=True))
             joined[name] = total / max(sum(weights), 1e-9)
     if _RATE in joined:  # of all processes, until the slowest is done
