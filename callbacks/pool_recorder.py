@@ -46,6 +46,8 @@ class PoolRecorder(StepCallback):
         [1, 4, 16]
     """
 
+    keeps_targets = True
+
     def __init__(
         self,
         enabled: bool = True,

@@ -1,6 +1,7 @@
 """Base class of callbacks for whole optimizer steps."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,12 +17,18 @@ class StepCallback(pl.Callback):
     overrides :meth:`on_trace`. A run that resumes inside an accumulation window repeats it, so the state of a callback
     must hold whole steps only.
 
+    Attributes:
+        keeps_targets: True if :meth:`on_step` reads :attr:`StepTrace.targets`. They are large: those of all
+            micro-batches would stay on the device until the step ends.
+
     Args:
         every_n_steps: n, at least 1.
 
     Raises:
         UsageError: n is below 1.
     """
+
+    keeps_targets = False
 
     def __init__(self, every_n_steps: int) -> None:
         require(every_n_steps >= 1, f"every_n_steps is {every_n_steps}, but must be at least 1")
@@ -47,7 +54,7 @@ class StepCallback(pl.Callback):
         is_last = batch.position + 1 == len(batch.micro_batches)
         self.on_trace(trainer, trace, is_last)
         if self.wants(trace.step + 1):  # number of steps before the optimizer moved on, if it did
-            self._traces.append(trace)
+            self._traces.append(trace if self.keeps_targets else replace(trace, targets=None))
             if is_last:
                 traces, self._traces = self._traces, []
                 self.on_step(trainer, pl_module, traces)

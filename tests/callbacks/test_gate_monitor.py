@@ -197,6 +197,19 @@ def test_traces_are_let_go_with_their_step(make_run: MakeRun, tmp_path: Path) ->
     assert len(alive.traces) == 8
 
 
+@pytest.mark.parametrize("keeps", [False, True])
+def test_targets_stay_with_those_that_ask_for_them(make_run: MakeRun, keeps: bool) -> None:
+    class Own(StepCallback):
+        keeps_targets = keeps
+
+        def on_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, traces: Sequence[StepTrace]) -> None:
+            found.extend(trace.targets is not None for trace in traces)
+
+    found: list[bool] = []
+    make_run(callbacks=(Own(1),), accumulate=2).fit(1)
+    assert found == [keeps] * 2
+
+
 # A buffer lasts 4 steps, two passes of 2; the snapshot is refreshed after every 3. Buffers begin at steps 0, 4, 8, 12
 # and are sampled from the snapshots of steps 0, 3, 6, 12.
 AGES = [0, 1, 2, 3, 1, 2, 3, 4, 2, 3, 4, 5, 0, 1]
