@@ -335,7 +335,7 @@ class OPDModule(EvaluationModule):
         if rollouts.sampler_logprobs is not None or self.sampler_correction != "none":
             shares, of_sampler = sampler_gap.corrected(shares, rollouts, self.sampler_correction)
         loss = reduce_losses(positions.losses, gates.weights, shares)  # [B, T] each -> scalar
-        if not bool(torch.isfinite(loss)):  # the only device synchronization of the step
+        if not bool(torch.isfinite(loss)):  # waits for the device, as picking valid positions does
             folder = Path(self.trainer.default_root_dir)
             checks.stop_on_non_finite(loss, self.gate, gates.weights, inputs, rollouts, batch.targets, folder)
         values = {"entropy": positions.entropy, **positions.metrics, **of_sampler}
