@@ -118,8 +118,9 @@ class Plan:
         begun = [each for each in before.variants if any((self.folder / RUNS / each.name).glob("seed-*/*"))]
         if not begun:
             return None
+        # Not its base: what that says is in the variants' configurations, and its files may have been moved.
         old, new = (
-            {"base": it.base, "overrides": it.overrides, "budgets": sorted(it.budgets), "threads": it.threads}
+            {"overrides": it.overrides, "budgets": sorted(it.budgets), "threads": it.threads}
             for it in (before, self.study)
         )
         if changes := difference(old, new):

@@ -221,6 +221,15 @@ def test_a_base_file_that_was_edited_is_noticed(begun: Path) -> None:
         plan(begun, base=BASE).settle()
 
 
+def test_a_project_may_be_moved_with_its_base_files(begun: Path) -> None:
+    moved = begun.rename(begun.with_name("moved"))
+    plan(moved, base=BASE).settle()
+    assert str(moved / "mine.yaml") in read_study(moved / "study").base
+    (moved / "mine.yaml").write_text("data: {max_prompt_tokens: 65}")
+    with pytest.raises(UsageError, match="'none': data.max_prompt_tokens is 64 there and 65 now"):
+        plan(moved, base=BASE).settle()
+
+
 def test_what_a_variant_is_compared_with_may_be_changed(begun: Path) -> None:
     """It is of the report alone."""
     more = [content()["variants"][0], {"name": "token", "overrides": ["--model.gate=token"], "baseline": "none"}]
