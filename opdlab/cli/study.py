@@ -225,7 +225,7 @@ def _launch(plan: Plan, cluster: Cluster, jobs: int | None) -> int:
     for run in launcher.runs:
         if run.state == FAILED:
             text = f"{run.spec.variant} seed {run.spec.seed} failed; {run.spec.path} has its log, which ends:"
-            print(text, *(f"    {line}" for line in run.spec.record.last_lines), sep="\n", file=sys.stderr)
+            print(text, *(f"    {line}" for line in run.last_lines), sep="\n", file=sys.stderr)
     if launcher.signals:
         print(f"opdlab: stopped, {table.summary()}; to go on, run the same command", file=sys.stderr)
         return 128 + launcher.signals[0]

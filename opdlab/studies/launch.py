@@ -202,6 +202,7 @@ class RunState:
         slot: its number among the concurrent runs.
         since: start time on the monotonic clock.
         forwarded: number of signals that were forwarded, by process.
+        last_lines: of the output of a failed run.
     """
 
     spec: RunSpec
@@ -210,6 +211,13 @@ class RunState:
     slot: int = 0
     since: float = 0.0
     forwarded: Counter[int] = field(default_factory=Counter)
+    last_lines: Sequence[str] = ()
+
+    def fail(self, last_lines: Sequence[str]) -> None:
+        """Count the run as failed, also where its folder cannot be written."""
+        self.state, self.last_lines = FAILED, last_lines
+        with suppress(OSError):
+            self.spec.write_record(FAILED, last_lines)
 
 
 class Launcher:
@@ -258,8 +266,11 @@ class Launcher:
         for run, slot in zip(waiting, free, strict=False):
             if self.signals:
                 return
-            run.job = None if run.spec.holder is not None else self._submit(run.spec, slot)
-            run.state, run.slot, run.since = RUNNING, slot, time.monotonic()
+            try:
+                run.job = None if run.spec.holder is not None else self._submit(run.spec, slot)
+                run.state, run.slot, run.since = RUNNING, slot, time.monotonic()
+            except (OSError, RuntimeError) as error:  # of the system, or of the scheduler; the others go on
+                run.fail(("it could not be started:", *(str(error) or type(error).__name__).splitlines()))
             yield run
 
     def _submit(self, spec: RunSpec, slot: int) -> Any:
@@ -275,12 +286,11 @@ class Launcher:
             if not (run.job.done() if run.job is not None else spec.holder is None):
                 continue
             if spec.finished or spec.record.state == FAILED:
-                run.state = FINISHED if spec.finished else FAILED
+                run.state, run.last_lines = FINISHED if spec.finished else FAILED, spec.record.last_lines
             elif self.signals or run.job is None or spec.holder is not None:
                 run.state = WAITING
             else:
-                spec.write_record(FAILED, (*spec.last_lines(), "its process ended without a result: was it killed?"))
-                run.state = FAILED
+                run.fail((*spec.last_lines(), "its process ended without a result: was it killed?"))
             run.forwarded.clear()
             yield run
 

@@ -22,6 +22,7 @@ from opdlab.records import flat, read_settings
 from opdlab.studies.job import Job, RunSpec
 from opdlab.studies.launch import Cluster, Launcher
 from opdlab.studies.schema import StudyRun, evaluation_is_complete
+from tests.studies import slurm
 from tests.studies.tiny import ROOT, WATCH, alive, content, lines, plan, study_run, until, write
 
 # submitit's debug executor closes its log files only at garbage collection.
@@ -125,6 +126,29 @@ def test_a_failed_run_is_told_of_and_does_not_stop_the_others(
     captured = capsys.readouterr()
     assert "1 of 2 runs finished" in captured.out
     assert "few seed 0: running" in captured.out
+
+
+@pytest.mark.parametrize("cluster", ["local", "slurm"])
+def test_a_run_that_cannot_be_started_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], cluster: str
+) -> None:
+    """Here one run's folder cannot be made; on SLURM it refuses each job."""
+    run = tmp_path / "runs/studies/tiny/runs/none/seed-0"
+    if cluster == "local":
+        run.mkdir(parents=True)
+        (run / "submitit").touch()
+    else:
+        slurm.install(tmp_path / "bin")
+        (tmp_path / "bin/sbatch").write_text("#!/bin/sh\necho 'sbatch: error: invalid partition' >&2\nexit 1\n")
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    options = ("--cluster", cluster, "--parameters.timeout_min", "5", "--jobs", "1")
+    assert study_run(monkeypatch, write(tmp_path, seeds=[0], budgets=[1]), *options) == 1
+    captured = capsys.readouterr()
+    said = "File exists" if cluster == "local" else "sbatch: error: invalid partition"
+    assert f"none seed 0 failed; {run} has its log, which ends:\n    it could not be started:\n    " in captured.err
+    assert said in captured.err
+    assert f"token seed 0: {'finished' if cluster == 'local' else 'failed'}" in captured.out
+    assert said in StudyRun(run, (1,)).record.last_lines[-1]
 
 
 def test_two_on_one_folder_are_refused(
