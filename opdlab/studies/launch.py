@@ -1,5 +1,6 @@
 """Runs as submitit jobs: start a few at a time and watch them."""
 
+import math
 import os
 import signal
 import socket
@@ -14,14 +15,24 @@ from typing import Any
 
 import submitit
 import torch
+from jsonargparse import ArgumentError, ArgumentParser
 
 from opdlab.errors import UsageError, require
 from opdlab.locks import lock_holder
+from opdlab.parser_messages import Explainer
 from opdlab.processes import STOP_SIGNALS, catching_signals
 from opdlab.studies.job import Job, RunSpec
 from opdlab.studies.schema import FAILED, FINISHED, LAUNCH, RUNNING, WAITING
 
-_LOCAL = ("timeout_min", "gpus_per_node", "visible_gpus", "setup", "signal_delay_s", "stderr_to_stdout")
+# Parameters of submitit's local executor, which looks at few of them before it starts a run.
+_LOCAL: Mapping[str, Any] = {
+    "timeout_min": float,
+    "gpus_per_node": int,
+    "visible_gpus": list[int],
+    "setup": list[str],
+    "signal_delay_s": int,
+    "stderr_to_stdout": bool,
+}
 # Parameters of submitit that a study sets for each run, and the keys of the variant's configuration that decide.
 _FOLLOWING = dict.fromkeys(("nodes", "slurm_nodes"), "trainer.num_nodes") | dict.fromkeys(
     ("tasks_per_node", "slurm_tasks_per_node", "slurm_ntasks_per_node"), "trainer.devices"
@@ -39,14 +50,26 @@ class Cluster:
 
     Args:
         name: ``local``, ``slurm``, ``debug`` (in this process, one after the other), or another name known to submitit.
-        parameters: of submitit's executor, such as ``timeout_min``, ``gpus_per_node``, ``slurm_partition``.
+        parameters: of submitit's executor, such as ``timeout_min``, ``gpus_per_node``, ``slurm_partition``. For
+            ``local``, ``visible_gpus`` may be a number, or a text such as ``0,1``, and ``setup`` a single command.
 
     Raises:
-        UsageError: submitit does not know the cluster or a parameter, or cannot find the cluster here.
+        UsageError: submitit does not know the cluster or a parameter, a value is of the wrong type, or submitit cannot
+            find the cluster here.
+
+    Example:
+        >>> Cluster("local", {"timeout_min": 5, "visible_gpus": "0,1"}).parameters
+        {'timeout_min': 5.0, 'visible_gpus': [0, 1]}
     """
 
     name: str = "local"
     parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.name == "local":
+            object.__setattr__(self, "parameters", _typed(self.parameters))
+        elif "gpus_per_node" in self.parameters:  # read here too
+            _typed({"gpus_per_node": self.parameters["gpus_per_node"]})
 
     def check(self, specs: Sequence[RunSpec]) -> None:
         """Check that every run can be started on the cluster.
@@ -56,6 +79,10 @@ class Cluster:
         """
         key = next((key for key in self.parameters if key in _FOLLOWING), None)
         require(key is None, f"--parameters has {key}, which follows from {_FOLLOWING.get(key or '')}: leave it out")
+        if self.name == "local":
+            asked, visible = self.parameters.get("gpus_per_node", 0), len(_visible_gpus(self.parameters))
+            few = f"--parameters.gpus_per_node is {asked}, but there are {visible} GPUs here: lower it"
+            require(not 0 < visible < asked, few)
         for spec in specs:
             where = f"variants: '{spec.variant}': trainer"
             fault = f"{where}.num_nodes is {spec.nodes}, but "
@@ -70,7 +97,7 @@ class Cluster:
                 self._executor(Path(scratch), tasks)
 
     def _check_gpus(self, spec: RunSpec, fault: str) -> None:
-        wanted, each = spec.gpus, int(self.parameters.get("gpus_per_node", 0))
+        wanted, each = spec.gpus, int(self.parameters.get("gpus_per_node") or 0)
         require(not 0 < each < wanted, f"{fault}--parameters.gpus_per_node is {each}: give at least {wanted}")
         if self.name != "local":
             return
@@ -119,9 +146,6 @@ class Cluster:
             gpus: parameters that select GPUs of this machine.
         """
         if self.name == "local":
-            unknown = next((key for key in self.parameters if key not in _LOCAL), None)
-            known = ", ".join(_LOCAL)
-            require(unknown is None, f"--parameters has '{unknown}', but the local cluster knows: {known}")
             local = submitit.LocalExecutor(folder)
             local.update_parameters(**{"timeout_min": _LOCAL_TIMEOUT_MIN, **self.parameters, **(gpus or {})})
             return local
@@ -141,6 +165,33 @@ class Cluster:
         except (ValueError, RuntimeError, NameError, AssertionError) as error:
             raise UsageError(f"--cluster {self.name} cannot be used: {' '.join(str(error).split())}") from error
         return executor
+
+
+def _typed(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters of the local executor in the types that it takes; those that are null are left out.
+
+    Raises:
+        UsageError: a parameter is not known, or its value is of another type or out of range.
+    """
+    unknown = next((key for key in parameters if key not in _LOCAL and key not in _FOLLOWING), None)
+    require(unknown is None, f"--parameters has '{unknown}', but the local cluster knows: {', '.join(_LOCAL)}")
+    given = {key: value for key, value in parameters.items() if value is not None}
+    if isinstance(gpus := given.get("visible_gpus"), int | str):
+        given["visible_gpus"] = str(gpus).split(",")
+    if isinstance(setup := given.get("setup"), str):
+        given["setup"] = [setup]
+    parser = ArgumentParser(exit_on_error=False)
+    for key in given.keys() & _LOCAL.keys():
+        parser.add_argument(f"--{key}", type=_LOCAL[key])
+    try:
+        given |= parser.parse_object({key: given[key] for key in _LOCAL if key in given}).as_dict()
+    except ArgumentError as error:
+        raise UsageError(f"--parameters.{Explainer()(error)}") from error
+    for key in ("timeout_min", "gpus_per_node", "signal_delay_s", "visible_gpus"):
+        value = given.get(key, 0)
+        sound = all(0 <= number < math.inf for number in (value if isinstance(value, list) else [value]))
+        require(sound, f"--parameters.{key} is {value}: give a finite number, at least 0")
+    return given
 
 
 def _visible_gpus(parameters: Mapping[str, Any]) -> list[int]:

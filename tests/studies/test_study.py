@@ -156,6 +156,23 @@ def test_devices_are_a_number(tmp_path: Path) -> None:
         ),
         (["run", "tiny.yaml", "--cluster", "moon"], "--cluster moon cannot be used"),
         (["run", "tiny.yaml", "--parameters.timeuot", "3"], "'timeuot', but the local cluster knows: timeout_min"),
+        (
+            ["run", "tiny.yaml", "--parameters.timeout_min", "soon"],
+            "--parameters.timeout_min is soon, but must be a number",
+        ),
+        (["run", "tiny.yaml", "--parameters.timeout_min", "-1"], "--parameters.timeout_min is -1.0: give a finite"),
+        (
+            ["run", "tiny.yaml", "--parameters.gpus_per_node", "two"],
+            "--parameters.gpus_per_node is two, but must be an integer",
+        ),
+        (
+            ["run", "tiny.yaml", "--parameters.gpus_per_node", "3", "--parameters.visible_gpus", "0,1"],
+            "--parameters.gpus_per_node is 3, but there are 2 GPUs here: lower it",
+        ),
+        (
+            ["run", "tiny.yaml", "--parameters.gpus_per_node", "2", "--parameters.visible_gpus", "0"],
+            "--parameters.gpus_per_node is 2, but there are 1 GPUs here: lower it",
+        ),
         (["run", "tiny.yaml", "--folder", "tiny.yaml/x"], "cannot be written"),
         (["run", "tiny.yaml", "--share", "."], "--share has '.', which has no study.yaml"),
         ([], "give run, report or list"),
