@@ -1,4 +1,7 @@
-"""Standard output and standard error that are closed, full, or read by nobody: a command does its work all the same."""
+"""Standard output and standard error that are closed, full, read by nobody, or without some letters.
+
+A command does its work all the same.
+"""
 
 import io
 import os
@@ -79,13 +82,13 @@ def usable_streams() -> Output:
 
 
 def _above(file: Output, former: Any) -> io.TextIOWrapper:
-    """Return a stream as Python makes it, with the settings of the former one."""
+    """Return a stream as Python makes it, with the settings of the former one; it escapes what its encoding lacks."""
     text: io.TextIOWrapper = former
     text.flush()
     return io.TextIOWrapper(
         cast(Any, file) if text.write_through else io.BufferedWriter(file),  # without a buffer, as by `python -u`
         encoding=text.encoding,
-        errors=text.errors,
+        errors="backslashreplace" if text.errors == "strict" else text.errors,
         line_buffering=text.line_buffering,
         write_through=text.write_through,
     )

@@ -139,7 +139,7 @@ def _attempt(spec: RunSpec, tasks: Tasks, signals: list[int], tied: bool) -> int
         tasks.start(options)
         code = _fit(spec, tasks, signals, tied, options)
     except Exception as error:
-        with tasks.log.open("a") as log:
+        with tasks.log.open("a", encoding="utf-8", errors="backslashreplace") as log:
             if isinstance(error, UsageError):
                 print(f"opdlab: error: {error}", file=log)
             else:

@@ -1,4 +1,4 @@
-"""Standard output and standard error that are closed, full, or read by nobody."""
+"""Standard output and standard error that are closed, full, read by nobody, or of another encoding."""
 
 import json
 import os
@@ -51,6 +51,12 @@ def test_a_command_that_only_prints_says_what_it_cannot(
     line: str, code: int, error: Sequence[str], tmp_path: Path
 ) -> None:
     assert shell(f"{OPDLAB} {line}", tmp_path) == (code, "", error)
+
+
+def test_what_the_encoding_lacks_is_escaped(tmp_path: Path) -> None:
+    code, output, error = shell(f"PYTHONIOENCODING=ascii {OPDLAB} screen --help", tmp_path)
+    assert (code, error) == (0, [])
+    assert "\\u2026" in output
 
 
 def test_child_processes_have_the_streams_that_are_closed(tmp_path: Path) -> None:
