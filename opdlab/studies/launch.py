@@ -33,6 +33,8 @@ _LOCAL: Mapping[str, Any] = {
     "signal_delay_s": int,
     "stderr_to_stdout": bool,
 }
+# In a folder's path submitit puts numbers of a job in their place.
+_PLACES = ("%j", "%t", "%a", "%A")
 # Parameters of submitit that a study sets for each run, and the keys of the variant's configuration that decide.
 _FOLLOWING = dict.fromkeys(("nodes", "slurm_nodes"), "trainer.num_nodes") | dict.fromkeys(
     ("tasks_per_node", "slurm_tasks_per_node", "slurm_ntasks_per_node"), "trainer.devices"
@@ -75,8 +77,13 @@ class Cluster:
         """Check that every run can be started on the cluster.
 
         Raises:
-            UsageError: see :class:`Cluster`; or a run asks for more machines, or devices, than the cluster gives it.
+            UsageError: see :class:`Cluster`; or a run asks for more machines, or devices, than the cluster gives it, or
+                the study's folder has a path in which submitit would put the number of a job.
         """
+        for study in {spec.study for spec in specs}:
+            place = next((place for place in _PLACES if place in str(study)), None)
+            numbered = f"the folder of the study is '{study}', but submitit puts a number in place of {place}"
+            require(place is None, f"{numbered}: give a --folder without it")
         key = next((key for key in self.parameters if key in _FOLLOWING), None)
         require(key is None, f"--parameters has {key}, which follows from {_FOLLOWING.get(key or '')}: leave it out")
         if self.name == "local":

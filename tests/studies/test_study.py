@@ -174,6 +174,7 @@ def test_devices_are_a_number(tmp_path: Path) -> None:
             "--parameters.gpus_per_node is 2, but there are 1 GPUs here: lower it",
         ),
         (["run", "tiny.yaml", "--folder", "tiny.yaml/x"], "cannot be written"),
+        (["run", "tiny.yaml", "--folder", "50%a"], "/50%a', but submitit puts a number in place of %a: give"),
         (["run", "tiny.yaml", "--share", "."], "--share has '.', which has no study.yaml"),
         ([], "give run, report or list"),
     ],
