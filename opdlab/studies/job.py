@@ -88,11 +88,13 @@ class Job(Checkpointable):
 
     The run is a child process in a process group of its own, so that a terminal's signals do not reach it twice.
     Signals of this process are forwarded to it. After it has written its checkpoint, they go to the previous handler,
-    such as that of submitit, which queues a preempted job again. The child ends with this process, see
-    :mod:`opdlab.processes`. All results are in the run's folder, so that they survive the process that started the job.
+    such as that of submitit, which queues a preempted job again; those of a tied job do not. The child ends with this
+    process, see :mod:`opdlab.processes`. All results are in the run's folder, so that they survive the process that
+    started the job.
 
     Args:
-        tied: kill the run when the study's process has ended, which releases its lock.
+        tied: kill the run when the study's process has ended, which releases its lock; and leave it to the study to
+            start the job again after a signal.
         tasks: number of the job's tasks, one a process of the run. A single task starts a run whose other processes are
             started by Lightning, on this machine and in the child's group.
     """
@@ -115,7 +117,7 @@ class Job(Checkpointable):
             else:
                 with locked(spec.path) as mine:
                     tasks.end(_attempt(spec, tasks, signals, self._tied) if mine and not spec.finished else 0)
-        for signum in dict.fromkeys(signals):
+        for signum in dict.fromkeys(() if self._tied else signals):
             if callable(handler := before.get(signum)):
                 handler(signum, None)
 

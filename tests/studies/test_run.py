@@ -268,6 +268,18 @@ def test_signals_are_forwarded_and_the_checkpoint_is_waited_for(tmp_path: Path) 
         assert f"stopped by {name} at step {saved}" in (spec.path / "log.txt").read_text()
 
 
+def test_sigusr2_stops_a_study_once(tmp_path: Path) -> None:
+    """To submitit it says that a job is preempted, which is then started again."""
+    study = start_study(write(tmp_path, variants=content()["variants"][:1], seeds=[0], budgets=[5000]))
+    run = StudyRun(tmp_path / "runs/studies/tiny/runs/none/seed-0", (5000,))
+    until(lambda: run.step > 0)
+    study.send_signal(signal.SIGUSR2)
+    assert "to go on, run the same command" in study.communicate()[1]
+    assert study.returncode == 128 + signal.SIGUSR2
+    assert "stopped by SIGUSR2 at step" in (run.path / "log.txt").read_text()
+    assert not [log for log in (run.path / "submitit").glob("*_log.*") if "Requeued job" in log.read_text()]
+
+
 @pytest.mark.parametrize("whom", ["study", "job"])
 def test_no_run_outlives_its_study(tmp_path: Path, whom: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed with SIGKILL, which nobody can handle."""
