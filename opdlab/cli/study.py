@@ -232,5 +232,6 @@ def _launch(plan: Plan, cluster: Cluster, jobs: int | None) -> int:
     if launcher.count()[FAILED]:
         print("opdlab: the same command tries failed runs again", file=sys.stderr)
         return 1
-    print(f"all runs are in {plan.folder}; compare them: opdlab study report {shlex.quote(str(plan.folder))}")
+    compared = f"; compare them: opdlab study report {shlex.quote(str(plan.folder))}"
+    print(f"all runs are in {plan.folder}{compared if len(plan.study.variants) > 1 else ''}")
     return 0

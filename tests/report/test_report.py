@@ -547,6 +547,12 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
     "no verdict": (lambda f: _rewrite(f, lambda row: row.update(correct=None)), "without a verdict"),
     "no baseline": (lambda f: _only(f, "a"), "no run of the baseline 'none' has finished"),
     "baseline alone": (lambda f: _only(f, "none"), "no variant has finished with a seed that"),
+    "one variant": (
+        lambda f: (f / "study.yaml").write_text(
+            (f / "study.yaml").read_text().replace("- name: a", "").replace("  overrides:\n  - --model.gate=a\n", "")
+        ),
+        r"the study has one variant, so there is nothing to compare: .* opdlab report .*/runs/\*/\*/version_0$",
+    ),
     "nothing": (_only, "none of its 4 runs has finished"),
     "broken record": (lambda f: (f / "runs/a/seed-1/run.json").write_text("{"), "run.json cannot be read"),
     "baseline unknown": (

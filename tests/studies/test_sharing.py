@@ -34,6 +34,7 @@ def test_equal_runs_are_taken_over_whatever_their_name(
     assert "1 runs taken over" in output
     assert "1 of 1 runs finished" in output
     study = tmp_path / "runs/studies/tiny"
+    assert output.endswith(f"all runs are in {study}\n")  # one variant: nothing to compare
     assert list(lines(study).values()) == list(lines(finished).values()) != []
     record = json.loads((study / "runs/plain/seed-0/run.json").read_text())
     assert record["variant"] == "plain"

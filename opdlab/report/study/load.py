@@ -3,6 +3,7 @@
 Only finished runs count. Their samples must be comparable: the same problems, and equally many samples of each.
 """
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from itertools import product
@@ -20,9 +21,11 @@ from opdlab.studies.schema import (
     FINISHED,
     MISSING,
     RUN,
+    RUNS,
     STUDY,
     UNFINISHED,
     VARIANTS,
+    VERSION,
     Record,
     StudyRun,
     evaluation_path,
@@ -117,12 +120,17 @@ def load_results(folder: Path) -> Results:
     """Read a study's folder.
 
     Raises:
-        UsageError: the folder is not a study, no run has finished, no run of the baseline has, or the samples cannot be
-            compared; the message says which.
+        UsageError: the folder is not a study, or one of a single variant, no run has finished, no run of the baseline
+            has, or the samples cannot be compared; the message says which.
     """
     there = (folder / STUDY).is_file()
     require(there, f"{folder / STUDY} does not exist: give the folder of a study, as `opdlab study run` makes it")
     study = read_study(folder)
+    require(
+        len(study.variants) > 1,
+        f"{folder}: the study has one variant, so there is nothing to compare: add another, or look at its runs with "
+        f"opdlab report {shlex.quote(str(folder))}/{RUNS}/*/*/{VERSION}",
+    )
     keys = [(variant.name, seed) for variant in study.variants for seed in study.seeds]
     runs = {key: _read_run(folder, *key) for key in keys}
     finished = [key for key, record in runs.items() if record.state == FINISHED]
