@@ -14,7 +14,7 @@ from opdlab.files import replacing
 from opdlab.locks import locked
 from opdlab.records import RESULTS, difference, digest, flat, package_versions, read_json, write_json
 from opdlab.studies.job import RunSpec
-from opdlab.studies.schema import RUN, RUNS, SAMPLES, STUDY, VARIANTS, VERSION, StudyRun, run_path
+from opdlab.studies.schema import EVALUATIONS, RUN, RUNS, SAMPLES, STUDY, VARIANTS, VERSION, StudyRun, run_path
 from opdlab.studies.study import OWN_KEYS, Study, Variant, read_study
 
 # Keys of a resolved configuration that a study sets, or that name files but not their content. The number of training
@@ -223,7 +223,7 @@ def take_over(specs: Iterable[RunSpec], studies: Sequence[Path]) -> int:
     """
     versions, taken = package_versions(), 0
     for spec in specs:
-        if (spec.path / RUN).exists() or spec.evaluations.exists():
+        if any((spec.path / name).exists() for name in (RUN, EVALUATIONS, SAMPLES, VERSION)):
             continue
         paths = [path for study in studies for path in sorted((study / RUNS).glob(f"*/seed-{spec.seed}"))]
         for source in (StudyRun(path, spec.evaluated_at) for path in paths):
@@ -238,6 +238,6 @@ def take_over(specs: Iterable[RunSpec], studies: Sequence[Path]) -> int:
                         shutil.copyfile(results, spec.path / VERSION / RESULTS)
                     # Written last: a run counts as finished once this file exists.
                     replace(record, variant=spec.variant, taken_from=str(source.path)).write(spec.path)
-            taken += 1
+                    taken += 1
             break
     return taken

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from opdlab.locks import locked
 from opdlab.studies.plan import take_over
 from opdlab.studies.schema import RUN, StudyRun
 from tests.studies.tiny import lines, plan, study_run, write
@@ -88,3 +89,15 @@ def test_nor_is_half_a_run_or_one_of_other_versions(finished: Path, tmp_path: Pa
     assert take_over(wanted.runs(), [finished]) == 0
     samples.write_text(text)
     assert take_over(wanted.runs(), [finished]) == 1
+
+
+def test_nor_does_one_replace_a_run_that_has_begun(finished: Path, tmp_path: Path) -> None:
+    """Stopped, or running in a process that an earlier launcher has left."""
+    wanted = plan(tmp_path, variants=[NONE], seeds=[0])
+    (spec,) = wanted.runs()
+    with locked(spec.path) as mine:
+        assert mine
+        assert take_over([spec], [finished]) == 0
+    (spec.path / "version_0/checkpoints").mkdir(parents=True)
+    assert take_over([spec], [finished]) == 0
+    assert not (spec.path / "evaluations").exists()
