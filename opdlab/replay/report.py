@@ -70,7 +70,8 @@ def write_results(
     parts = [
         row for step in steps for row in step.parts if gates is None or row["own"] or row["gate"] in {UNGATED, *gates}
     ]
-    (out / "parts.csv").unlink(missing_ok=True)  # of an earlier replay
+    for earlier in (out / "parts.csv", *out.glob("cosine-other.*")):  # of a replay with further options
+        earlier.unlink(missing_ok=True)
     if parts:
         write_rows(out / "parts.csv", parts, parts[0])
     num_stale = sum(step.age > 0 for step in steps)

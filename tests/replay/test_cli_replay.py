@@ -53,7 +53,8 @@ def test_a_replay_leaves_tables_and_pictures(run: Path, capsys: pytest.CaptureFi
 
 def test_parts_have_rows_and_a_table_until_a_replay_without_them(run: Path) -> None:
     options = ["--gates", "block32", "--statistics", "signed_mean", "rms", "--taus", "5", "--draws", "2"]
-    assert main(["replay", str(run), *options, "--parts"]) == 0
+    assert main(["replay", str(run), *options, "--parts", "--other_prompts"]) == 0
+    assert {path.suffix for path in (run / "replay").glob("cosine-other.*")} == {".png", ".svg", ".pdf"}
     with (run / "replay" / "parts.csv").open() as file:
         rows = list(csv.DictReader(file))
     of_paper = ("none", ""), ("block32", "signed_mean"), ("block64", "signed_mean")  # block64 is the run's own
@@ -71,7 +72,7 @@ def test_parts_have_rows_and_a_table_until_a_replay_without_them(run: Path) -> N
     assert float(cell[1]) == pytest.approx(sum(stale) / len(stale), rel=5e-3)
     assert re.search(r"\| teacher_topk \| block32 \| 5 \| quarter 2 \|( -?[\d.e-]+ \|){7}", text)
     assert main(["replay", str(run), *options]) == 0
-    assert not (run / "replay" / "parts.csv").exists()
+    assert not [path for name in ("parts.csv", "cosine-other.*") for path in (run / "replay").glob(name)]
     assert "## Parts" not in (run / "replay" / "replay.md").read_text()
 
 
