@@ -237,7 +237,7 @@ def take_over(specs: Iterable[RunSpec], studies: Sequence[Path]) -> int:
                         (spec.path / VERSION).mkdir(exist_ok=True)
                         shutil.copyfile(results, spec.path / VERSION / RESULTS)
                     # Written last: a run counts as finished once this file exists.
-                    replace(record, variant=spec.variant, taken_from=str(source.path)).write(spec.path)
+                    replace(record, variant=spec.variant, taken_from=str(source.path.resolve())).write(spec.path)
                     taken += 1
             break
     return taken

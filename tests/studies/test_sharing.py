@@ -74,7 +74,9 @@ def test_other_runs_are_not(finished: Path, tmp_path: Path, changes: dict[str, A
     assert not list(tmp_path.rglob(RUN))
 
 
-def test_nor_is_half_a_run_or_one_of_other_versions(finished: Path, tmp_path: Path) -> None:
+def test_nor_is_half_a_run_or_one_of_other_versions(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     wanted = plan(tmp_path, variants=[NONE], seeds=[0])
     record = finished / "runs/none/seed-0" / RUN
     content = json.loads(record.read_text())
@@ -88,7 +90,10 @@ def test_nor_is_half_a_run_or_one_of_other_versions(finished: Path, tmp_path: Pa
     samples.write_text(text[: text.rindex("{")])  # one line missing
     assert take_over(wanted.runs(), [finished]) == 0
     samples.write_text(text)
-    assert take_over(wanted.runs(), [finished]) == 1
+    monkeypatch.chdir(finished)
+    assert take_over(wanted.runs(), [Path()]) == 1
+    copied = StudyRun(tmp_path / "study/runs/none/seed-0", (2, 4)).record
+    assert copied.taken_from == str(finished / "runs/none/seed-0")  # also where the command ran in the other study
 
 
 def test_nor_does_one_replace_a_run_that_has_begun(finished: Path, tmp_path: Path) -> None:
