@@ -208,16 +208,14 @@ def plan_study(study: Study, folder: Path, resolve: Resolve) -> Plan:
 
 
 def _launch(plan: Plan, cluster: Cluster, jobs: int | None) -> int:
-    specs, console = plan.runs(), Console()
+    specs = plan.runs()
     bounds = cluster.parameters if cluster.name == "local" else {}
     launcher = Launcher(specs, cluster, jobs or default_jobs(specs, bounds))
-    table = StudyTable(launcher, console)
+    table = StudyTable(launcher, Console())
     steps = ", ".join(map(str, plan.study.evaluated_at))
-    console.print(
+    print(
         f"{plan.study.name}: {len(plan.study.variants)} variants x {len(plan.study.seeds)} seeds, "
-        f"{launcher.count()[FINISHED]} of {len(specs)} runs finished; evaluated after {steps} steps; {plan.folder}",
-        highlight=False,
-        soft_wrap=True,
+        f"{launcher.count()[FINISHED]} of {len(specs)} runs finished; evaluated after {steps} steps; {plan.folder}"
     )
     with table.shown():
         for run in launcher.run():

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from rich.cells import cell_len
 from rich.table import Table
+from rich.text import Text
 
 from opdlab.files import replacing
 from opdlab.replay.comparison import ReplayedStep, Row, Value
@@ -159,7 +160,7 @@ def console_table(summaries: Sequence[GateSummary], width: int) -> Table:
     for name in names:
         table.add_column(name, justify="left" if name in KEYS else "right", no_wrap=name != "gate", overflow="fold")
     for row in rows:
-        table.add_row(*(row[name] for name in names))
+        table.add_row(*(Text(row[name]) for name in names))
     return table
 
 
@@ -248,4 +249,6 @@ def part_table(rows: Sequence[Row]) -> str:
 
 
 def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (names, ["---"] * len(names), *rows))
+    """Return a table as Markdown, in which a bar in a cell does not end it."""
+    lines = ([cell.replace("|", r"\|") for cell in row] for row in rows)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (names, ["---"] * len(names), *lines))

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from opdlab.replay.comparison import ReplayedStep, Row
-from opdlab.replay.gate_summary import GateSummary, console_table, part_table, undefined
+from opdlab.replay.gate_summary import GateSummary, console_table, markdown, part_table, undefined
 
 
 def summary(gate: str, own: bool = False) -> GateSummary:
@@ -38,6 +38,13 @@ def test_the_deciding_columns_stay(gate: str, width: int, there: list[str], miss
     assert [name for name in missing if name in head] == []
     said = " ".join(text.split())
     assert not missing or f"All statistics and normalizations, and {', '.join(missing)}: replay.md." in said
+
+
+def test_labels_are_shown_as_they_are() -> None:
+    file = io.StringIO()
+    Console(file=file, width=80, color_system=None).print(console_table([summary("a|[/]:bug:")], 80))
+    assert "a|[/]:bug:" in file.getvalue()
+    assert markdown([summary("a|[/]:bug:")]).splitlines()[-1].startswith(r"| a\|[/]:bug: | signed_mean | ")
 
 
 def test_gates_without_a_gradient_at_a_stale_step_are_named() -> None:

@@ -54,8 +54,10 @@ def test_every_share_counts(
     plan(empty, variants=[TOKEN], baseline="token", seeds=[5]).settle()
     file = write(tmp_path, variants=[NONE], seeds=[0])
     shares = ["--share", str(finished), str(empty / "study"), "--share", str(empty / "study")]
-    assert study_run(monkeypatch, file, *shares) == 0
-    assert "1 runs taken over" in capsys.readouterr().out
+    assert study_run(monkeypatch, file, *shares, "--folder", "[bold]") == 0
+    output = capsys.readouterr().out
+    assert "1 runs taken over" in output
+    assert f"; {tmp_path}/[bold]\n" in output  # no markup
 
 
 @pytest.mark.parametrize(
