@@ -211,17 +211,17 @@ _ROWS = (
     Metric("rollout/length", "length", "tokens", "mean length of the buffer's responses", _COLLECT, "steady",
            Chart("rollout")),
     Metric("rollout/accuracy", "accuracy", "share",
-           "share of the buffer's responses that the verifier accepts; only with gold answers", _COLLECT, "rises",
-           _JUDGED),
+           "share of the buffer's sampled responses that the verifier accepts; only with gold answers", _COLLECT,
+           "rises", _JUDGED),
     Metric("rollout/truncated_share", "truncated share", "share",
            "share of the buffer's responses that hit `max_new_tokens`", _COLLECT,
            "near 0; rises to 0.3 in collapsed runs", _JUDGED),
     Metric("rollout/repeated_share", "repeated 4-grams", "share",
-           "share of the 4-grams of the buffer's responses that repeat an earlier one of their response", _GUARD,
-           "steady; rises towards 1 where responses run in circles", _JUDGED),
+           "share of the 4-grams of the buffer's sampled responses that repeat an earlier one of their response",
+           _GUARD, "steady; rises towards 1 where responses run in circles", _JUDGED),
     Metric("rollout/reverse_kl", "reverse KL of the buffer", "nats",
-           "mean of logpi_b - logq over the buffer: the snapshot's reverse KL to the teacher per token; biased below "
-           "`top_p` 1", _GUARD, "falls towards 0", Chart("rollout")),
+           "mean of logpi_b - logq over the buffer's sampled responses: the snapshot's reverse KL to the teacher per "
+           "token; biased below `top_p` 1", _GUARD, "falls towards 0", Chart("rollout")),
     Metric("rollout/age", "age", "steps",
            "mean optimizer steps since the snapshot that sampled the minibatch's rollouts took the student's weights",
            _MODULE, "0 to steps per buffer - 1 if each buffer begins with a refresh; with `data.reuse.overlap` as many "
