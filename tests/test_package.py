@@ -127,8 +127,8 @@ PUBLIC = {
         "write_results",
     ],
     "opdlab.viewer": [
-        *("INDEX", "RolloutText", "ShownRollout", "choose_rollouts", "color_scale", "markdown_literal", "page_name"),
-        *("quantities", "render_page", "token_texts", "visible", "write_page"),
+        *("INDEX", "RolloutText", "ShownRollout", "choose_rollouts", "color_scale", "drop_pages_after"),
+        *("markdown_literal", "page_name", "quantities", "render_page", "token_texts", "visible", "write_page"),
     ],
     "opdlab.testing": ["GateTester", "ObjectiveTester"],
     "opdlab.runs": ["Run", "load_run"],

@@ -104,7 +104,8 @@ def test_a_run_that_was_copied_goes_on_with_its_checkpoints(
     last = ["--ckpt_path", str(copy / "checkpoints/last.ckpt")]
     before = names(run)
     assert main(["fit", "-c", "quickstart", "-c", "small.yaml", *BEST, *more, *last]) == 0
-    assert names(copy) == ["final.ckpt", "last.ckpt", "step-4.ckpt", "step-9.ckpt"]
+    # The final checkpoint, of step 7, is not on the way from the last periodic one, of step 6, to step 9.
+    assert names(copy) == ["final.ckpt.before-resume", "last.ckpt", "step-4.ckpt", "step-9.ckpt"]
     assert names(run) == before
 
 
