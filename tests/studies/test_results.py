@@ -55,6 +55,7 @@ POOLED = {
     "staleness-fresh": [
         [(study, "block64-64", study, "none-64") for study in ("staleness", "staleness-fresh")],
     ],
+    "scale-1m-fresh": [[(study, "lsm-block64", study, "lsm-none") for study in ("scale-1m", "scale-1m-fresh")]],
     "fitted-tau": [[("fitted-tau", "fitted", "fitted-tau", "none")]],
 }
 # A section that says what an earlier one found.
@@ -66,6 +67,7 @@ EARLIER = {
     "normalisation-fresh": "normalisation-open",
     "staleness": "budgets",
     "staleness-fresh": "staleness",
+    "scale-1m-fresh": "scale-1m",
 }
 MINUS = "\N{MINUS SIGN}"
 FIGURE = re.compile(rf"(?<![\w.])([+{MINUS}]?)(\d\.(\d+))")
