@@ -89,7 +89,7 @@ def collect(
     metrics = {"rollout/length": float(mask.sum(1).float().mean()), "targets/cache_misses": float(count)}
     metrics["targets/retries"] = float(count)
     if share.start == 0:  # the other process has no rollout of this teacher
-        metrics |= {"targets/a/request_seconds": 0.4, "targets/a/share": 0.5}
+        metrics["targets/a/request_seconds"] = 0.4
     metrics |= {"time/sample_seconds": 1.0 + share.start, "rollout/sampled_tokens_per_second": float(mask.sum())}
     drawn = rollouts.demonstration.logical_not()  # type: ignore[union-attr]
     metrics["rollout/accuracy"] = float(rollouts.correct[drawn].float().mean())  # type: ignore[index]
@@ -265,7 +265,6 @@ def test_metrics_are_those_of_the_whole_buffer(pair: Processes) -> None:
     tokens = sum(each["rollout/sampled_tokens_per_second"] * each["time/sample_seconds"] for each in shares)
     assert metrics["rollout/sampled_tokens_per_second"] == pytest.approx(tokens / 4.0)
     assert metrics["targets/a/request_seconds"] == pytest.approx(0.4)
-    assert metrics["targets/a/share"] == pytest.approx(0.25)
 
 
 def refused(rank: int, without: str) -> str:

@@ -60,7 +60,8 @@ def test_gradient_and_scalars_are_those_of_one_process(
     different = {
         key: (value, logged[key])
         for key, value in expected.items()
-        if key not in CLOCKS and not math.isclose(value, logged[key], rel_tol=1e-4, abs_tol=1e-6)
+        # A spread of weights near 1 has their rounding, which is not the same on all processors: 1.1e-6 was seen.
+        if key not in CLOCKS and not math.isclose(value, logged[key], rel_tol=1e-4, abs_tol=5e-6)
     }
     assert not different
 

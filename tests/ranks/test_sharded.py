@@ -88,7 +88,8 @@ def test_the_papers_variants_have_the_losses_of_one_process(pair: Processes, tmp
     for found in pair.run(variants, tmp_path):
         for name, losses in alone.items():
             assert len(losses) == 6
-            assert found[name] == pytest.approx(losses, rel=1e-5, abs=1e-7), name
+            # After six steps, with weights that AdamW has moved: 1.02e-5 was seen on one kind of processor.
+            assert found[name] == pytest.approx(losses, rel=3e-5, abs=1e-7), name
 
 
 def test_a_run_resumes_inside_a_buffer_with_sharded_weights_and_without(pair: Processes, tmp_path: Path) -> None:
