@@ -2,9 +2,10 @@
 
 ``python docs/scripts/why.py runs/studies/why`` takes the replays of the study's runs, each made with ``opdlab replay
 RUN/version_0 --gates none GATE --steps 10 20 30 40 50 60 --parts``, into ``docs/results/why/steps.csv`` (each stale
-step, without a gate and under the run's own) and ``parts.csv`` (means over them by run). Without a folder it makes
-tables and pictures from these two files and from the studies' reports. A table stands between ``<!-- table: NAME -->``
-and ``<!-- end of table -->``.
+step, without a gate and under the run's own) and ``parts.csv`` (means over them by run); those of
+``runs/studies/why-staleness``, at every tenth step up to 120, into ``old-steps.csv`` and ``old-parts.csv``. Without a
+folder it makes tables and pictures from these files and from the studies' reports. A table stands between
+``<!-- table: NAME -->`` and ``<!-- end of table -->``.
 """
 
 import argparse
@@ -29,6 +30,9 @@ TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DO
 STUDIES = ("granularity-lsm", "controls-lsm", "rate", "objectives-gates")  # a variant's name begins with its study's
 NO_GATE, OWN = "none", "own"
 STEPS = (10, 20, 30, 40, 50, 60)
+OLD = "why-staleness"  # the study with a snapshot for 64 steps, which has files of its own
+OLD_STEPS = range(10, 121, 10)
+REFRESHED = 64  # optimizer step at which its snapshot takes the student's weights
 AGES = ((1, 3), (7, 9), (11, 13))  # optimizer steps; those of the replayed steps are 9, 3, 13, 7, 1, 11
 DRAWN = ("granularity-lsm-block64", "granularity-lsm-token", "controls-lsm-horizon")  # by age and by part
 HARMFUL = ("controls-lsm-horizon", "rate-token-high")  # beside the runs at the studies' own rate in the table of parts
@@ -45,17 +49,18 @@ def gather(study: Path) -> None:
     """Write both files from the replays of a study's runs."""
     steps: list[pd.DataFrame] = []
     parts: list[pd.DataFrame] = []
+    prefix, replayed = ("old-", OLD_STEPS) if study.name == OLD else ("", STEPS)
     for run in sorted(study.glob("runs/*/*/version_0")):
         about = {"variant": run.parts[-3], "seed": int(run.parts[-2].removeprefix("seed-"))}
         for found, name, wanted in ((steps, "replay", (*_STEP, *_FRESH)), (parts, "parts", ("part", *_PART))):
             rows = pd.read_csv(run / "replay" / f"{name}.csv", keep_default_na=False, na_values=[""])
             gates = rows["gate"].where(~rows["own"], OWN)
-            kept = gates.isin((NO_GATE, OWN)) & rows["step"].isin(STEPS) & (rows["age"] > 0)
+            kept = gates.isin((NO_GATE, OWN)) & rows["step"].isin(replayed) & (rows["age"] > 0)
             found.append(rows.assign(gate=gates, **about)[kept][["variant", "seed", "gate", *wanted]])
     FOLDER.mkdir(exist_ok=True)
-    pd.concat(steps).round(_DIGITS).to_csv(FOLDER / "steps.csv", index=False)
+    pd.concat(steps).round(_DIGITS).to_csv(FOLDER / f"{prefix}steps.csv", index=False)
     means = pd.concat(parts).groupby(["variant", "seed", "gate", "part"]).mean().reset_index()
-    means.round(_DIGITS).to_csv(FOLDER / "parts.csv", index=False)
+    means.round(_DIGITS).to_csv(FOLDER / f"{prefix}parts.csv", index=False)
 
 
 # -- what the tables show --------------------------------------------------------------------------------------------
@@ -199,7 +204,44 @@ def _part_table() -> str:
     return Table(("", *names), rows, num_names=1).markdown().rstrip()
 
 
-TABLES: dict[str, Callable[[], str]] = {"gates": _gate_table, "ages": _age_table, "parts": _part_table}
+def old_snapshots() -> pd.DataFrame:
+    """Return what Block64 did to the gradient with a snapshot for 64 steps, by rate and by snapshot."""
+    steps = pd.read_csv(FOLDER / "old-steps.csv")
+    steps = steps[steps["variant"].str.contains("block64")]
+    steps["snapshot"] = np.where(steps["step"] <= REFRESHED, "first", "second")
+    by = ["variant", "snapshot"]
+    own = over_runs(steps[steps["gate"] == OWN], by, ["effective_sample_size", "ungated_norm_ratio", "fresh_change"])
+    without = over_runs(steps[steps["gate"] == NO_GATE], by, ["fresh_cosine", "gradient_norm"])
+    return own.join(without).reset_index()
+
+
+def _old_table() -> str:
+    study = yaml.safe_load(STUDY.with_name(f"{OLD}.yaml").read_text(encoding="utf-8"))
+    labels = {each["name"]: each["label"] for each in study["variants"]}
+    rows = [
+        [
+            *(labels[row["variant", ""]], row["snapshot", ""]),
+            f"{row['effective_sample_size', 'mean']:.2f}",
+            f"{row['ungated_norm_ratio', 'mean']:.2f}",
+            f"{row['gradient_norm', 'mean']:.4f}",
+            f"{row['fresh_cosine', 'mean']:.3f}",
+            _change(row["fresh_change", "mean"], row["fresh_change", "sem"]),
+        ]
+        for _, row in old_snapshots().iterrows()
+    ]
+    head = (
+        *("gate", "snapshot", "effective sample size", "norm / ungated", "ungated norm"),
+        *("cosine without", "change of the cosine"),
+    )
+    return Table(head, rows, num_names=2).markdown().rstrip()
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "gates": _gate_table,
+    "ages": _age_table,
+    "parts": _part_table,
+    "old": _old_table,
+}
 
 
 def page(text: str) -> str:

@@ -238,7 +238,10 @@ def test_pictures_of_why_are_drawn_from_the_replays() -> None:
         assert list(drawn.lines[0].get_ydata()) == ages.loc[variant, "change"].tolist()
 
 
-def test_replays_of_a_study_are_gathered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("study", "prefix"), [("why", ""), ("why-staleness", "old-")])
+def test_replays_of_a_study_are_gathered(
+    study: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without a gate and under the run's own, at the steps that are shown; parts over stale steps."""
     spec = importlib.util.spec_from_file_location("why", DOCS / "scripts/why.py")
     assert spec is not None
@@ -247,7 +250,7 @@ def test_replays_of_a_study_are_gathered(tmp_path: Path, monkeypatch: pytest.Mon
     spec.loader.exec_module(script)
     monkeypatch.setattr(script, "FOLDER", tmp_path / "why")
     for seed in (0, 1):
-        run = tmp_path / f"study/runs/v/seed-{seed}/version_0/replay"
+        run = tmp_path / f"{study}/runs/v/seed-{seed}/version_0/replay"
         run.mkdir(parents=True)
         rows = [
             {"step": step, "age": age, "gate": gate, "own": own, "part": "digit"}
@@ -257,8 +260,9 @@ def test_replays_of_a_study_are_gathered(tmp_path: Path, monkeypatch: pytest.Mon
         ]
         for name in ("replay", "parts"):
             pd.DataFrame(rows).to_csv(run / f"{name}.csv", index=False)
-    script.gather(tmp_path / "study")
-    steps, parts = (pd.read_csv(tmp_path / "why" / f"{name}.csv", keep_default_na=False) for name in ("steps", "parts"))
+    script.gather(tmp_path / study)
+    files = (tmp_path / "why" / f"{prefix}{name}.csv" for name in ("steps", "parts"))
+    steps, parts = (pd.read_csv(file, keep_default_na=False) for file in files)
     assert [tuple(row) for row in steps[["seed", "gate", "step"]].to_numpy()] == [
         (seed, gate, step) for seed in (0, 1) for step in (10, 20) for gate in ("none", "own")
     ]
