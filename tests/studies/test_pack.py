@@ -4,8 +4,10 @@ import json
 import runpy
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from opdlab.report import make_report
 from tests.studies.tiny import study_run, write
@@ -14,6 +16,10 @@ SCRIPT = Path(__file__).parents[2] / "docs/scripts/pack_study.py"
 
 
 def test_a_packed_study_makes_the_same_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(figure: Figure, file: Any, **options: Any) -> None:
+        file.write(b"a picture, which takes most of the time")
+
+    monkeypatch.setattr(Figure, "savefig", nothing)
     assert study_run(monkeypatch, write(tmp_path)) == 0
     study = tmp_path / "runs/studies/tiny"
     record = next(study.glob("runs/*/*/run.json"))
