@@ -50,10 +50,10 @@ def gather(study: Path) -> None:
     steps: list[pd.DataFrame] = []
     parts: list[pd.DataFrame] = []
     prefix, replayed = ("old-", OLD_STEPS) if study.name == OLD else ("", STEPS)
-    for run in sorted(study.glob("runs/*/*/version_0")):
-        about = {"variant": run.parts[-3], "seed": int(run.parts[-2].removeprefix("seed-"))}
+    for replay in sorted(study.glob("runs/*/*/version_0/replay")):
+        about = {"variant": replay.parts[-4], "seed": int(replay.parts[-3].removeprefix("seed-"))}
         for found, name, wanted in ((steps, "replay", (*_STEP, *_FRESH)), (parts, "parts", ("part", *_PART))):
-            rows = pd.read_csv(run / "replay" / f"{name}.csv", keep_default_na=False, na_values=[""])
+            rows = pd.read_csv(replay / f"{name}.csv", keep_default_na=False, na_values=[""])
             gates = rows["gate"].where(~rows["own"], OWN)
             kept = gates.isin((NO_GATE, OWN)) & rows["step"].isin(replayed) & (rows["age"] > 0)
             found.append(rows.assign(gate=gates, **about)[kept][["variant", "seed", "gate", *wanted]])
