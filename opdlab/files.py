@@ -42,7 +42,7 @@ def expanded(path: str, field: str) -> Path:
         field: name of the option, for the message.
 
     Raises:
-        UsageError: it begins with ``~name``, and there is no such user, or it is in a folder that may not be searched.
+        UsageError: it begins with ``~name``, and there is no such user, or it cannot be looked at.
 
     Example:
         >>> expanded("./weights", "folder").name
@@ -57,7 +57,7 @@ def expanded(path: str, field: str) -> Path:
         found.is_file()
     except RuntimeError as error:
         raise UsageError(f"{field} is '{path}', but its home folder is not known: give the whole path") from error
-    except PermissionError as error:  # as Python 3.11 to 3.13 answer the question whether a file exists
+    except OSError as error:  # a folder that may not be searched, in some versions of Python, or a name too long
         raise UsageError(f"{field} is '{path}', which cannot be looked at ({error.strerror}): give another") from error
     return found
 

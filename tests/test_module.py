@@ -394,13 +394,14 @@ def test_a_student_with_nan_weights_is_no_fault_of_the_gate(make_run: MakeRun, t
     assert (tmp_path / "non_finite_loss_step_1.pt").exists()
 
 
-@pytest.mark.parametrize("limit", [3, 0.75])
+@pytest.mark.parametrize("limit", [1, 3, 0.75])
 def test_a_pass_that_ends_within_an_optimizer_batch_is_refused(make_run: MakeRun, limit: float) -> None:
     run = make_run(accumulate=2, data={"reuse": ReuseConfig(prompts_per_pool=8, epochs=1, batch_size=16)})
-    words = "limit_train_batches leaves 3 micro-batches, but trainer.accumulate_grad_batches makes a step of 2"
+    words = f"limit_train_batches is {limit}, but trainer.accumulate_grad_batches makes a step of 2 micro-batches"
     with pytest.raises(UsageError, match=words):
         run.fit(4, limit_train_batches=limit)
     make_run(accumulate=2).fit(2, limit_train_batches=2)
+    make_run(accumulate=1).fit(2, limit_train_batches=limit)
     make_run(accumulate=2).fit(1, fast_dev_run=1)
 
 

@@ -106,7 +106,7 @@ class RoutedTeacher(Teacher):
                 raise UsageError(f"model.teacher.teachers has '{name}', which does not fit: {error}") from error
             self._digests[name] = teacher.weights_digest()
             if contexts := teacher.contexts():
-                self._contexts[name] = contexts[""]
+                self._contexts[name] = min(contexts.values(), key=lambda context: context.tokens)
             self.tokenizer = teacher.tokenizer
             return teacher.vocab_size, teacher.stop_tokens
 

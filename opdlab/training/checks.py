@@ -1,6 +1,5 @@
 """Checks of a module, of checkpoints and of losses; each raises an error with a clear message."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from itertools import count
@@ -125,33 +124,20 @@ def check_trainer(trainer: pl.Trainer, student: LanguageModel, teacher: Teacher)
         trainer.strategy.root_device.type != "mps",
         "trainer.accelerator is mps, which has no float64, in which weights and evaluations are summed: give cpu",
     )
-    if isinstance(trainer.limit_train_batches, int):
-        check_micro_batches(trainer, trainer.limit_train_batches)
+    limit, size = trainer.limit_train_batches, trainer.accumulate_grad_batches
+    one_step: bool = trainer.fast_dev_run  # type: ignore[attr-defined] # set by Lightning's connector; ends after it
+    # Lightning takes a step on what a pass leaves of an optimizer batch. All micro-batches are whole batches.
+    require(
+        bool(one_step) or size == 1 or (limit % size == 0 if isinstance(limit, int) else limit == 1.0),
+        f"trainer.limit_train_batches is {limit}, but trainer.accumulate_grad_batches makes a step of {size} "
+        f"micro-batches: give their number, a multiple of {size}",
+    )
     check_strategy(type(trainer.strategy).__name__)
     if isinstance(trainer.strategy, ShardedStrategy):
         bound = student.max_tokens
         check_sharded({"max_tokens_per_pass": bound, "teacher.offload": teacher.offload}, trainer.precision)
         if teacher.state_dict():
             refuse_kept_teacher(type(teacher).__name__)
-
-
-def check_micro_batches(trainer: pl.Trainer, num_batches: float) -> None:
-    """Refuse a pass over the data that ends within an optimizer batch: Lightning would take a step on its part.
-
-    Args:
-        trainer: of the run.
-        num_batches: micro-batches of a pass; infinite if it has no end.
-
-    Raises:
-        UsageError: they are no multiple of the micro-batches of an optimizer batch.
-    """
-    size = trainer.accumulate_grad_batches
-    one_step: bool = trainer.fast_dev_run  # type: ignore[attr-defined] # set by Lightning's connector; ends after it
-    require(
-        bool(one_step) or math.isinf(num_batches) or num_batches % size == 0,
-        f"trainer.limit_train_batches leaves {num_batches} micro-batches, but trainer.accumulate_grad_batches makes a "
-        f"step of {size}: give a multiple of {size}",
-    )
 
 
 def refuse_kept_teacher(name: str) -> NoReturn:

@@ -238,7 +238,6 @@ class OPDModule(EvaluationModule):
         for module, training in self._modes.items():
             module.training = training
         self._modes = {}
-        checks.check_micro_batches(self.trainer, self.trainer.num_training_batches)
         self._timer.begin()
         self._window = AccumulationWindow(self.trainer.world_size)
 

@@ -200,6 +200,8 @@ def test_a_file_in_a_folder_that_may_not_be_searched(
     for option in ("--data.train=JsonlProblems --data.train.path", "--model.student.path"):
         assert main(["fit", "-c", "quickstart", *option.split(), "/closed/x.jsonl"]) == EXIT_USAGE
         assert "/closed/x.jsonl', which cannot be looked at (Permission denied)" in capsys.readouterr().err
+        assert main(["fit", "-c", "quickstart", *option.split(), f"/{'x' * 300}.jsonl"]) == EXIT_USAGE
+        assert ".jsonl', which cannot be looked at (File name too long)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lines", [(), ("",), ("", "  ", "")])
