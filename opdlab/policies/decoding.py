@@ -20,6 +20,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin,
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from opdlab.errors import UsageError
+from opdlab.policies.decoding_attention import decoding_attention
 from opdlab.policies.decoding_cache import join_layers
 from opdlab.policies.draws import draw, uniforms
 
@@ -153,26 +154,27 @@ class Decoding:
         rows: _Rows | None = None
         remaining: list[int] = []
         entered, done = 0, 0
-        while True:
-            live = [row for row, tokens in enumerate(remaining) if tokens]
-            until = self._enter_until(entered, num_rows, len(live))
-            if until == entered and not live:
-                return loop.output[:, :-1]
-            sparse = len(remaining) - len(live) >= LEAVE_SHARE * len(remaining)
-            # A cache with the columns of the longest response may hold some of finished rows only.
-            if rows is None or until > entered or sparse or rows.width >= loop.max_width:
-                parts = [rows.select(live)] if rows is not None and live else []
-                rows = None  # no name for a cache whose rows are all done
-                if until > entered:
-                    parts.append(loop.prefill(range(entered, until)))
-                rows, entered = _join(parts, loop.max_width), until
-            else:
-                loop.steps(rows, min(look_every(input_ids.device), max(remaining)))
-            remaining = rows.remaining.tolist()
-            if loop.failed:
-                raise NonFiniteLogitsError
-            before, done = done, entered * max_new_tokens - sum(remaining)
-            self._advance(done - before)
+        with decoding_attention(model):
+            while True:
+                live = [row for row, tokens in enumerate(remaining) if tokens]
+                until = self._enter_until(entered, num_rows, len(live))
+                if until == entered and not live:
+                    return loop.output[:, :-1]
+                sparse = len(remaining) - len(live) >= LEAVE_SHARE * len(remaining)
+                # A cache with the columns of the longest response may hold some of finished rows only.
+                if rows is None or until > entered or sparse or rows.width >= loop.max_width:
+                    parts = [rows.select(live)] if rows is not None and live else []
+                    rows = None  # no name for a cache whose rows are all done
+                    if until > entered:
+                        parts.append(loop.prefill(range(entered, until)))
+                    rows, entered = _join(parts, loop.max_width), until
+                else:
+                    loop.steps(rows, min(look_every(input_ids.device), max(remaining)))
+                remaining = rows.remaining.tolist()
+                if loop.failed:
+                    raise NonFiniteLogitsError
+                before, done = done, entered * max_new_tokens - sum(remaining)
+                self._advance(done - before)
 
     def _enter_until(self, entered: int, num_rows: int, num_live: int) -> int:
         """Return the end of the range of waiting rows that enter now; it starts at ``entered``."""
