@@ -79,18 +79,16 @@ class GateInputs:
     @property
     def drift(self) -> Tensor:
         """Return ``current_logprobs - behavior_logprobs``, [B, T] nats, detached, at least float32; 0 if masked."""
-        return self._difference(self.current_logprobs, self.behavior_logprobs)
+        wide = torch.promote_types(self.current_logprobs.dtype, torch.float32)
+        difference = self.current_logprobs.detach().to(wide) - self.behavior_logprobs.detach().to(wide)
+        return difference.masked_fill(~self.mask.bool(), 0.0)
 
     @property
     def teacher_gap(self) -> Tensor | None:
         """Return ``teacher_logprobs - current_logprobs``, as :attr:`drift`; None without ``teacher_logprobs``."""
         if self.teacher_logprobs is None:
             return None
-        return self._difference(self.teacher_logprobs, self.current_logprobs)
-
-    def _difference(self, minuend: Tensor, subtrahend: Tensor) -> Tensor:
-        wide = torch.promote_types(self.current_logprobs.dtype, torch.float32)
-        return (minuend.detach().to(wide) - subtrahend.detach().to(wide)).masked_fill(~self.mask.bool(), 0.0)
+        return 0.0 - replace(self, behavior_logprobs=self.teacher_logprobs).drift
 
     def cleaned(self) -> "GateInputs":
         """Return a detached copy with a boolean mask and zeros at masked positions."""

@@ -29,6 +29,7 @@ from opdlab.policies.adapters import (
 from opdlab.policies.compiling import compile_layers, layers_of, require_compiler
 from opdlab.policies.context import context_length
 from opdlab.policies.heads import check_head, check_weights
+from opdlab.policies.last_layer import last_feed_forward
 from opdlab.policies.loading import (
     DType,
     ModelSource,
@@ -240,7 +241,8 @@ class LanguageModel(nn.Module):
         self.max_tokens: int | None = None
         self.sharding: Sharding | None = None
         self.accumulate_head_grad = False
-        self._packing: tuple[tuple[torch.device, str], bool] | None = None
+        # For a device and an attention kernel: see `_check`.
+        self._checked: tuple[tuple[torch.device, str], bool, str | None] | None = None
         self._compile = compile
         self.register_state_dict_post_hook(keep_adapter_only)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(put_back_frozen)  # type: ignore[no-untyped-call]
@@ -375,13 +377,10 @@ class LanguageModel(nn.Module):
         """
         if self._compile:
             compile_layers(self.model)
-        # Check once for each device and attention kernel whether rows can be packed end to end.
         place = (next(self.model.parameters()).device, self.model.config._attn_implementation)
-        if self._packing is None or self._packing[0] != place:
-            may_pack = attention_may_pack(self.model)
-            with self.whole() if may_pack else nullcontext():
-                self._packing = place, may_pack and keeps_packed_rows_apart(self.model)
-        packed = self._packing[1]
+        if self._checked is None or self._checked[0] != place:
+            self._checked = place, *self._check()
+        _, packed, last = self._checked
         rows = PackedRows(rollouts)
         if packed:
             groups = length_packs(rows.lengths, self.max_tokens)
@@ -393,10 +392,21 @@ class LanguageModel(nn.Module):
         if not groups:  # no valid position; run one pass anyway, as other processes do
             groups, packed = [list(range(len(rollouts)))], False
         model = self.model.base_model if self.sharding is None else self
-        hidden = rows.states(model, groups, packed, self.max_tokens)
+        feed_forward = None if last is None else self.model.get_submodule(last)
+        hidden = rows.states(model, groups, packed, self.max_tokens, feed_forward)
         head = replace(self.head(rollouts.temperature), accumulate_grad=self.accumulate_head_grad)
         valid = rollouts.mask.bool()
         return Scored(hidden, head, valid, rollouts.tokens[valid])
+
+    def _check(self) -> tuple[bool, str | None]:
+        """Return whether rows can be packed end to end, and the name of the part of :meth:`Pass.states`, or None."""
+        may_pack = attention_may_pack(self.model)
+        with self.whole() if may_pack else nullcontext():
+            packs = may_pack and keeps_packed_rows_apart(self.model)
+        # Hooks of sharded weights and compiled code take the layers as they are.
+        part = None if self.sharding is not None or self._compile else last_feed_forward(self.model)
+        names = (name for name, module in self.model.named_modules() if module is part)
+        return packs, None if part is None else next(names)
 
     @torch.no_grad()
     def score_in_chunks(self, rollouts: Rollouts, batch_size: int) -> Iterator[tuple[Tensor, Scored]]:

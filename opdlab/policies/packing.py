@@ -86,11 +86,11 @@ def keeps_packed_rows_apart(model: PreTrainedModel) -> bool:
     narrow = packed.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(device.type)
     tolerance = _NARROW_ROUNDING if narrow else _ROUNDING
     behind = slice(_COMPARED[0], None)
-    leaked = _errors(changed[:, behind], packed[:, behind])
-    return float(_errors(packed, separate).mean()) <= tolerance and float(leaked.max()) <= _LEAK * tolerance
+    leaked = state_errors(changed[:, behind], packed[:, behind])
+    return float(state_errors(packed, separate).mean()) <= tolerance and float(leaked.max()) <= _LEAK * tolerance
 
 
-def _errors(ours: Tensor, theirs: Tensor) -> Tensor:
+def state_errors(ours: Tensor, theirs: Tensor) -> Tensor:
     """Return the relative error of each position's state, [..., H] -> [...]; NaN becomes infinity."""
     size = theirs.float().norm(dim=-1)
     # The bound avoids division by 0: the state of a padding token may be 0.

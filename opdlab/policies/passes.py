@@ -9,14 +9,18 @@ Shapes: B rollouts, N valid response positions, H hidden size; R x W tokens of a
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from opdlab.policies.packing import packed_attention
 from opdlab.types import Rollouts
+
+# Above this share of positions, picking them costs more than it saves.
+WORTHWHILE = 0.9
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,35 @@ class Pass:
     wanted: Tensor
     attention: Mapping[str, Any] = field(default_factory=dict)
 
-    def states(self, model: Callable[..., Any]) -> Tensor:
-        """Return the wanted hidden states, [n, H], of the model below the head."""
-        hidden: Tensor = model(input_ids=self.tokens, use_cache=False, **self.attention).last_hidden_state
-        return hidden.flatten(0, 1)[self.wanted]
+    def states(self, model: Callable[..., Any], feed_forward: nn.Module | None = None) -> Tensor:
+        """Return the wanted hidden states, [n, H], of the model below the head.
+
+        Args:
+            model: the model below the head.
+            feed_forward: part of its last layer; what follows the last attention is read at the wanted positions only,
+                so this part skips prompts and padding. None to compute it everywhere.
+        """
+        skips = feed_forward is not None and len(self.wanted) <= WORTHWHILE * self.tokens.numel()
+        if feed_forward is not None and skips:
+            feed_forward.forward = partial(at_positions, feed_forward.forward, self.wanted)
+        try:
+            hidden: Tensor = model(input_ids=self.tokens, use_cache=False, **self.attention).last_hidden_state
+        finally:
+            if feed_forward is not None and skips:
+                del feed_forward.forward  # the class has its own
+        return hidden.flatten(0, 1).index_select(0, self.wanted)
+
+
+def at_positions(plain: Callable[[Tensor], Tensor], wanted: Tensor, states: Tensor) -> Tensor:
+    """Return a module's output at some positions, and zeros elsewhere, [R, W, H].
+
+    Args:
+        plain: the module's ``forward``.
+        wanted: [n] long, indices into [R * W].
+        states: [R, W, H].
+    """
+    made = plain(states.flatten(0, 1).index_select(0, wanted)[None])[0]  # [n, H]
+    return made.new_zeros(states.shape).flatten(0, 1).index_copy(0, wanted, made).view_as(states)
 
 
 class PackedRows:
@@ -64,7 +93,12 @@ class PackedRows:
         self._row, self._position = valid.nonzero(as_tuple=True)  # of each valid position, [N]
 
     def states(
-        self, model: Callable[..., Any], groups: Sequence[Sequence[int]], packed: bool, max_tokens: int | None
+        self,
+        model: Callable[..., Any],
+        groups: Sequence[Sequence[int]],
+        packed: bool,
+        max_tokens: int | None,
+        feed_forward: nn.Module | None,
     ) -> Tensor:
         """Return the hidden states of all valid positions.
 
@@ -74,6 +108,7 @@ class PackedRows:
             packed: True to pack a group's rows end to end; False to pad them.
             max_tokens: tokens whose activations may exist at a time if gradients are enabled, see
                 :func:`recomputed_first`; other activations are recomputed in the backward pass.
+            feed_forward: see :meth:`Pass.states`.
 
         Returns:
             Hidden states of the valid positions, [N, H], in row-major order.
@@ -87,9 +122,9 @@ class PackedRows:
         passes, order_of_states = self._passes(groups, packed)
         states = [
             # Dropout is off, so the state of the random generator need not be saved.
-            checkpoint(one.states, model, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(one.states, model, feed_forward, use_reentrant=False, preserve_rng_state=False)
             if number < num_again
-            else one.states(model)
+            else one.states(model, feed_forward)
             for number, one in enumerate(passes)
         ]
         return states[0] if len(states) == 1 else torch.cat(states)[order_of_states.argsort()]
