@@ -24,18 +24,20 @@ NAME = "opdlab_decoding"
 def decoding_attention(model: PreTrainedModel) -> Iterator[None]:
     """Decode a model with this attention inside the block, if it would take torch's kernel on a CPU in float32.
 
-    Products in a narrower dtype would round what the kernel sums in float32.
+    Products in a narrower dtype, autocast's among them, would round what the kernel sums in float32.
 
     Args:
         model: a causal language model.
     """
     config = model.config.get_text_config(decoder=True)
     takes_kernel = model.config._attn_implementation == config._attn_implementation == "sdpa"
-    if model.device.type != "cpu" or model.dtype != torch.float32 or not takes_kernel:
+    wide = model.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    # Models with an attention of their own, such as Falcon, would warn.
+    if model.device.type != "cpu" or not takes_kernel or not wide or not model._can_set_attn_implementation():
         yield
         return
-    model.set_attn_implementation(NAME)
     try:
+        model.set_attn_implementation(NAME)
         yield
     finally:
         model.set_attn_implementation("sdpa")

@@ -29,7 +29,7 @@ from opdlab.policies.adapters import (
 from opdlab.policies.compiling import compile_layers, layers_of, require_compiler
 from opdlab.policies.context import context_length
 from opdlab.policies.heads import check_head, check_weights
-from opdlab.policies.last_layer import last_feed_forward
+from opdlab.policies.last_layer import prepare
 from opdlab.policies.loading import (
     DType,
     ModelSource,
@@ -392,21 +392,23 @@ class LanguageModel(nn.Module):
         if not groups:  # no valid position; run one pass anyway, as other processes do
             groups, packed = [list(range(len(rollouts)))], False
         model = self.model.base_model if self.sharding is None else self
-        feed_forward = None if last is None else self.model.get_submodule(last)
-        hidden = rows.states(model, groups, packed, self.max_tokens, feed_forward)
+        skips = last is not None and self.sharding is None
+        if last is not None and torch.is_grad_enabled():
+            layer = self.model.get_submodule(last)
+            # The backward pass would compute the layer again by itself, without knowing what a pass reads.
+            skips &= not (layer.gradient_checkpointing and layer.training)
+        hidden = rows.states(model, groups, packed, self.max_tokens, skips)
         head = replace(self.head(rollouts.temperature), accumulate_grad=self.accumulate_head_grad)
         valid = rollouts.mask.bool()
         return Scored(hidden, head, valid, rollouts.tokens[valid])
 
     def _check(self) -> tuple[bool, str | None]:
-        """Return whether rows can be packed end to end, and the name of the part of :meth:`Pass.states`, or None."""
+        """Return whether rows can be packed end to end, and the last layer, if its passes may skip positions."""
         may_pack = attention_may_pack(self.model)
         with self.whole() if may_pack else nullcontext():
             packs = may_pack and keeps_packed_rows_apart(self.model)
         # Hooks of sharded weights and compiled code take the layers as they are.
-        part = None if self.sharding is not None or self._compile else last_feed_forward(self.model)
-        names = (name for name, module in self.model.named_modules() if module is part)
-        return packs, None if part is None else next(names)
+        return packs, None if self.sharding is not None or self._compile else prepare(self.model)
 
     @torch.no_grad()
     def score_in_chunks(self, rollouts: Rollouts, batch_size: int) -> Iterator[tuple[Tensor, Scored]]:

@@ -8,12 +8,12 @@ Shapes: B rollouts, N valid response positions, H hidden size; R x W tokens of a
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from opdlab.policies.packing import packed_attention
@@ -21,6 +21,8 @@ from opdlab.types import Rollouts
 
 # Above this share of positions, picking them costs more than it saves.
 WORTHWHILE = 0.9
+# Indices into [R * W] of the states that the pass of this thread reads; None where all are computed.
+_READ: ContextVar[Tensor | None] = ContextVar("_READ", default=None)
 
 
 @dataclass(frozen=True)
@@ -37,33 +39,35 @@ class Pass:
     wanted: Tensor
     attention: Mapping[str, Any] = field(default_factory=dict)
 
-    def states(self, model: Callable[..., Any], feed_forward: nn.Module | None = None) -> Tensor:
+    def states(self, model: Callable[..., Any], skips: bool = False) -> Tensor:
         """Return the wanted hidden states, [n, H], of the model below the head.
 
         Args:
             model: the model below the head.
-            feed_forward: part of its last layer; what follows the last attention is read at the wanted positions only,
-                so this part skips prompts and padding. None to compute it everywhere.
+            skips: False to compute all that the model computes; True to leave out the last layer's feed-forward part at
+                other positions, prompts and padding among them, see :func:`opdlab.policies.last_layer.prepare`.
         """
-        skips = feed_forward is not None and len(self.wanted) <= WORTHWHILE * self.tokens.numel()
-        if feed_forward is not None and skips:
-            feed_forward.forward = partial(at_positions, feed_forward.forward, self.wanted)
+        share = len(self.wanted) / self.tokens.numel()
+        before = _READ.set(self.wanted if skips and 0 < share <= WORTHWHILE else None)
         try:
             hidden: Tensor = model(input_ids=self.tokens, use_cache=False, **self.attention).last_hidden_state
         finally:
-            if feed_forward is not None and skips:
-                del feed_forward.forward  # the class has its own
+            _READ.reset(before)
         return hidden.flatten(0, 1).index_select(0, self.wanted)
 
 
-def at_positions(plain: Callable[[Tensor], Tensor], wanted: Tensor, states: Tensor) -> Tensor:
-    """Return a module's output at some positions, and zeros elsewhere, [R, W, H].
+def at_read_positions(plain: Callable[..., Tensor], states: Tensor, *rest: Any, **options: Any) -> Tensor:
+    """Return a module's output where a pass reads states, and zeros elsewhere; everywhere if no pass says so.
 
     Args:
         plain: the module's ``forward``.
-        wanted: [n] long, indices into [R * W].
         states: [R, W, H].
+        *rest: with further arguments, which may be of each position, the output is computed everywhere.
+        **options: likewise.
     """
+    wanted = _READ.get()
+    if wanted is None or rest or options:
+        return plain(states, *rest, **options)
     made = plain(states.flatten(0, 1).index_select(0, wanted)[None])[0]  # [n, H]
     return made.new_zeros(states.shape).flatten(0, 1).index_copy(0, wanted, made).view_as(states)
 
@@ -98,7 +102,7 @@ class PackedRows:
         groups: Sequence[Sequence[int]],
         packed: bool,
         max_tokens: int | None,
-        feed_forward: nn.Module | None,
+        skips: bool,
     ) -> Tensor:
         """Return the hidden states of all valid positions.
 
@@ -108,7 +112,7 @@ class PackedRows:
             packed: True to pack a group's rows end to end; False to pad them.
             max_tokens: tokens whose activations may exist at a time if gradients are enabled, see
                 :func:`recomputed_first`; other activations are recomputed in the backward pass.
-            feed_forward: see :meth:`Pass.states`.
+            skips: see :meth:`Pass.states`.
 
         Returns:
             Hidden states of the valid positions, [N, H], in row-major order.
@@ -122,9 +126,9 @@ class PackedRows:
         passes, order_of_states = self._passes(groups, packed)
         states = [
             # Dropout is off, so the state of the random generator need not be saved.
-            checkpoint(one.states, model, feed_forward, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(one.states, model, skips, use_reentrant=False, preserve_rng_state=False)
             if number < num_again
-            else one.states(model, feed_forward)
+            else one.states(model, skips)
             for number, one in enumerate(passes)
         ]
         return states[0] if len(states) == 1 else torch.cat(states)[order_of_states.argsort()]

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import FalconConfig, PreTrainedModel
 
 from opdlab.policies import decoding_attention
 from opdlab.policies.decoding_attention import NAME, one_token_attention
 from tests.policies.test_decoding import decode, random_model, small_model
-from tests.policies.tiny_models import CONFIGS
+from tests.policies.tiny_models import COMMON, CONFIGS
 
 ROWS, WIDTH, SIZE = 5, 11, 6
 PROMPTS = [[8, 9, 10], [11], [12, 13]]  # some rows have padding
@@ -95,10 +95,13 @@ def test_it_is_used_while_the_loop_decodes_and_only_then() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("own", ["eager", "bfloat16"])
-def test_other_kernels_and_dtypes_keep_their_attention(own: str) -> None:
+@pytest.mark.parametrize("own", ["eager", "bfloat16", "autocast", "falcon"])
+def test_other_kernels_dtypes_and_models_keep_their_attention(own: str, caplog: pytest.LogCaptureFixture) -> None:
     seen: list[str] = []
-    model = small_model(64)
-    model = plain(model) if own == "eager" else model.to(torch.bfloat16)
-    decode(model, PROMPTS, max_new_tokens=3, advance=lambda count: seen.append(model.config._attn_implementation))
+    model = random_model(FalconConfig(**COMMON)) if own == "falcon" else small_model(64)
+    model = plain(model) if own == "eager" else model
+    model = model.to(torch.bfloat16) if own == "bfloat16" else model
+    with torch.autocast("cpu", torch.bfloat16, enabled=own == "autocast"):
+        decode(model, PROMPTS, max_new_tokens=3, advance=lambda count: seen.append(model.config._attn_implementation))
     assert set(seen) == {"eager" if own == "eager" else "sdpa"}
+    assert "attention implementation" not in caplog.text
