@@ -8,6 +8,8 @@ import torch
 from common import TOY_MODELS
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from opdlab.policies.passes import WORTHWHILE
+
 CARD_BYTES = 80e9  # the paper's A800
 
 # Dense bfloat16 TFLOP/s from the vendors' data sheets; the first name that is part of the device's name applies.
@@ -86,8 +88,9 @@ class Shape:
     def update_flops(self, prompt: int, response: int, k: int) -> float:
         """Return the floating-point operations of one sequence's forward and backward pass under LSM.
 
-        A product of a weight with a token is two operations forward and four backward. Causal attention multiplies half
-        of tokens x tokens, twice. In the head each response token uses all of the vocabulary forward, and K rows back.
+        A product of a weight with a token is two operations forward and four backward. The last layer's feed-forward
+        part leaves out the prompt, if that is a tenth of the tokens at least. Causal attention multiplies half of
+        tokens x tokens, twice. In the head each response token uses all of the vocabulary forward, and K rows back.
 
         Args:
             prompt: tokens.
@@ -95,7 +98,8 @@ class Shape:
             k: K.
         """
         tokens = prompt + response - 1
-        layers = 6.0 * self.layer_weights * tokens
+        left_out = tokens - response if response <= WORTHWHILE * tokens else 0
+        layers = 6.0 * (self.layer_weights * tokens - 3 * self.hidden_size * self.intermediate_size * left_out)
         attention = 3 * self.num_layers * 2.0 * tokens**2 * self.num_heads * self.head_dim
         head = 2.0 * response * self.hidden_size * (self.vocab_size + 2 * k)
         return layers + attention + head

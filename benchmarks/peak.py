@@ -71,9 +71,17 @@ class Update:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-6, fused=arguments.fused)
         network = self.model.model
         linear = [layer for layer in network.base_model.modules() if isinstance(layer, nn.Linear)]
-        positions = arguments.rows * (arguments.prompt + arguments.response - 1)  # the last token predicts nothing
-        self.backbone = Counter((positions, *layer.weight.shape) for layer in linear)
+        self.backbone: Counter[tuple[int, ...]] = Counter()
+        self.model.score(self.rollouts)  # a first one checks the model
+        hooks = [layer.register_forward_pre_hook(self._count) for layer in linear]
+        self.model.score(self.rollouts)
+        for hook in hooks:
+            hook.remove()
         self.head = (tokens.numel(), *network.get_output_embeddings().weight.shape)
+
+    def _count(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(layer, nn.Linear)
+        self.backbone[inputs[0].shape[:-1].numel(), *layer.weight.shape] += 1
 
     def run(self) -> dict[str, float]:
         """Return the seconds of each part of an update, and of the whole one."""

@@ -264,6 +264,8 @@ def test_operations_are_those_that_torch_counts(tmp_path: Path) -> None:
     resident.plan, resident.student = plan, student
     rollouts = resident.response(50)
     targets = _targets(rollouts, plan.k)
+    with torch.no_grad():
+        student.score(rollouts)  # a first one checks the model
     with FlopCounterMode(display=False) as counter:
         TeacherTopK(plan.k).position_losses(student.score(rollouts), rollouts, targets).losses.sum().backward()  # type: ignore[no-untyped-call]
     # Eager attention multiplies all of tokens x tokens, not the causal half.

@@ -443,9 +443,9 @@ def test_a_bound_on_tokens_changes_no_step(
     passes: list[int] = []
     states = Pass.states
 
-    def counted(one: Pass, model: Any) -> torch.Tensor:
+    def counted(one: Pass, *inputs: Any, **options: Any) -> torch.Tensor:
         passes.append(one.tokens.numel())
-        return states(one, model)
+        return states(one, *inputs, **options)
 
     # Count all models in the run, except during sampling: a hook on a model would count that too.
     monkeypatch.setattr(Pass, "states", counted)
