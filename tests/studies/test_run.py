@@ -39,13 +39,10 @@ def runs_find_this_code(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(finished_study: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A study with every run finished."""
-    folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        before = list(sys.argv)
-        assert study_run(monkeypatch, write(folder)) == 0
-        assert sys.argv == ["opdlab"] != before
+    folder = tmp_path_factory.mktemp("whole") / "it"
+    shutil.copytree(finished_study, folder)
     return folder / "runs/studies/tiny"
 
 
