@@ -17,6 +17,8 @@ MAX_TILE_LOGITS = 1 << 23
 _WIDE_PRODUCTS = torch.__version__ >= "2.8"  # torch.mm(…, out_dtype=…)
 # Rows of a tile. With this many rows, arithmetic limits the product with the head, not reading the head's weights.
 _MAX_TILE_ROWS = 4096
+# A tile of a small vocabulary may have more rows, up to so many logits, 1 MB in float32: they fit in a CPU's cache.
+_SMALL_TILE_LOGITS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -128,10 +130,9 @@ class Head:
 
     def transform_(self, z: Tensor) -> Tensor:
         """Apply scale, soft cap and temperature to raw logits, in place."""
-        if self.softcap is not None:
-            return z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
-        factor = self.scale / self.temperature
-        return z if factor == 1.0 else z.mul_(factor)
+        if self.softcap is None:
+            return z.mul_(self.scale / self.temperature)
+        return z.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
 
     def slope(self, logits: Tensor) -> Tensor | float:
         """Return the derivative of logits with respect to raw logits, given the logits; a scalar without a soft cap."""
@@ -190,7 +191,7 @@ class LogitTiles:
             z.addmm_(self.reduced[rows], head.low_rank.up[columns].to(z.dtype).T)  # [N', r] @ [r, C]
         if head.bias is not None:
             z += head.bias[columns]
-        return head.transform_(z)
+        return z if head.softcap is None and head.scale == head.temperature else head.transform_(z)
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
@@ -241,7 +242,8 @@ def tiles(num_rows: int, head: Head, start: int = 0) -> Iterator[tuple[slice, sl
         [(slice(0, 2, None), slice(0, 3, None))]
     """
     num_columns = len(head.weight) if head.vocab_size is None else head.vocab_size
-    height = min(max(num_rows, 1), _MAX_TILE_ROWS, MAX_TILE_LOGITS)
+    tallest = max(_MAX_TILE_ROWS, _SMALL_TILE_LOGITS // max(num_columns, 1))
+    height = min(max(num_rows, 1), tallest, MAX_TILE_LOGITS)
     width = min(max(MAX_TILE_LOGITS // height, 1), max(num_columns, 1))
     for left in range(start, num_columns, width):
         columns = slice(left, min(left + width, num_columns))
@@ -251,5 +253,7 @@ def tiles(num_rows: int, head: Head, start: int = 0) -> Iterator[tuple[slice, sl
 
 def places(ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     """Return which ids [N, K] are in the columns, [N, K] bool, and their indices in them (arbitrary if outside)."""
+    if not columns.start:  # the only columns of a small vocabulary; ids are not negative
+        return ids < columns.stop, ids.clamp(max=columns.stop - 1)
     inside = (ids >= columns.start) & (ids < columns.stop)
     return inside, (ids - columns.start).clamp_(0, columns.stop - columns.start - 1)

@@ -198,12 +198,16 @@ def vocabulary_pass(
             leave_out_(logits, inside[:, :left_out], place[:, :left_out])
         if k:
             new_logits, new_places = logits.topk(min(k, logits.shape[1]), dim=1)
-            both = torch.cat([top.logits[rows], new_logits], dim=1)  # [N', K + min(K, C)]
-            top.logits[rows], best = both.topk(k, dim=1)
-            top.ids[rows] = torch.cat([top.ids[rows], new_places + columns.start], dim=1).gather(1, best)
-            if left_out is not None:  # the sums take what has fallen out of the most likely tokens
+            if left_out is not None:
                 logits.scatter_(1, new_places, -torch.inf)
-                softmax.add(rows, both.scatter_(1, best, -torch.inf))
+            if not columns.start and new_logits.shape[1] == k:
+                top.logits[rows], top.ids[rows] = new_logits, new_places
+            else:
+                both = torch.cat([top.logits[rows], new_logits], dim=1)  # [N', K + min(K, C)]
+                top.logits[rows], best = both.topk(k, dim=1)
+                top.ids[rows] = torch.cat([top.ids[rows], new_places + columns.start], dim=1).gather(1, best)
+                if left_out is not None:  # the sums take what has fallen out of the most likely tokens
+                    softmax.add(rows, both.scatter_(1, best, -torch.inf))
         exponentials = softmax.add(rows, logits)
         if hidden_size:
             factors = exponentials.mul_(slope)  # [N', C]

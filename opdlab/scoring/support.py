@@ -30,13 +30,13 @@ def support_statistics(hidden: Tensor, head: Head, targets: Tensor, support: Ten
         The logits [N, K] and the statistics; float32, or float64 for float64 inputs.
     """
     head = head.gathered()
-    ids = support.long()
+    ids = torch.cat([support.long(), targets[:, None]], dim=1)  # [N, K + 1] long
     with autocast_inputs(hidden) as states:
         with torch.no_grad():
-            softmax, chosen, _ = vocabulary_pass(states, head, torch.cat([ids, targets[:, None]], dim=1))
+            softmax, chosen, _ = vocabulary_pass(states, head, ids)
             statistics = softmax.statistics(chosen[:, -1])
         logits: Tensor = _SupportLogits.apply(  # type: ignore[no-untyped-call]
-            states, *head.tensors, ids, head, chosen[:, :-1].contiguous()
+            states, *head.tensors, ids[:, :-1], head, chosen[:, :-1].contiguous()
         )
     return logits, statistics
 
