@@ -136,7 +136,7 @@ def teacher_support_overlap(scored: Scored, rollouts: Rollouts, targets: Targets
     ids = targets.support_ids
     if ids is None or rollouts.behavior_support_ids is not None:
         return None
-    return support_overlap(scored.hidden.detach(), scored.head.detached(), ids.long()[scored.mask], OVERLAP_POSITIONS)
+    return support_overlap(scored.hidden.detach(), scored.head.detached(), scored.picked(ids.long()), OVERLAP_POSITIONS)
 
 
 def to_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -80,13 +80,13 @@ class Normalization:
             return log_weight.exp().masked_fill(~mask, 0.0)
         # Scale the largest weight to 1 before exp, so that the mean is never 0. If all weights are 0, all become 1.
         peak = log_weight.masked_fill(~mask, -torch.inf).amax() if log_weight.numel() else log_weight.sum()
-        raw = torch.where(torch.isneginf(peak), torch.ones_like(log_weight), (log_weight - peak).exp())
-        weights = _unit_mean(raw, mask)
-        if self.name == "residual":
-            return (1 - self.rho) * mask + self.rho * weights
-        if self.name == "clipped":
-            return _unit_mean(weights.clamp(self.low, self.high), mask)
-        return weights
+        weights = torch.where(torch.isneginf(peak), torch.ones_like(log_weight), (log_weight - peak).exp())
+        for clips in (False, True) if self.name == "clipped" else (False,):
+            raw = (weights.clamp(self.low, self.high) if clips else weights).masked_fill(~mask, 0.0)
+            # Sum in double: in float32, the error of the mean of a million weights exceeds their own rounding.
+            mean = raw.sum(dtype=torch.float64) / mask.sum().clamp(min=1)
+            weights = torch.where(mask, raw / mean.to(raw.dtype), torch.zeros_like(raw))
+        return (1 - self.rho) * mask + self.rho * weights if self.name == "residual" else weights
 
 
 def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
@@ -95,10 +95,3 @@ def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
         value in choices,
         f"{key} is '{value}', but must be one of {', '.join(choices)}{suggestion(str(value), choices)}",
     )
-
-
-def _unit_mean(raw: Tensor, mask: Tensor) -> Tensor:
-    raw = raw.masked_fill(~mask, 0.0)
-    # Sum in double: in float32, the error of the mean of a million weights exceeds their own rounding.
-    mean = raw.sum(dtype=torch.float64) / mask.sum().clamp(min=1)
-    return torch.where(mask, raw / mean.to(raw.dtype), torch.zeros_like(raw))

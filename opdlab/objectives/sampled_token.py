@@ -224,12 +224,12 @@ def support_kl(student: Scored, targets: Targets) -> tuple[Tensor, TokenStatisti
     *_, logits, log_tail, statistics = student.support_tail(targets.support_ids)
     divergence = support_divergence(
         logits.detach(),
-        targets.support_logits[student.mask],
+        student.picked(targets.support_logits),
         divergence="reverse_kl",
         tail="bucket",
         student_log_normalizer=statistics.log_normalizer.detach(),
-        teacher_log_normalizer=targets.log_normalizer[student.mask],
+        teacher_log_normalizer=student.picked(targets.log_normalizer),
         student_log_tail=log_tail.detach(),
-        teacher_log_tail=targets.log_tail[student.mask],
+        teacher_log_tail=student.picked(targets.log_tail),
     )
     return student.padded(divergence), statistics

@@ -96,20 +96,21 @@ class SupportDivergence(Objective):
 
     def position_losses(self, student: Scored, rollouts: Rollouts, targets: Targets) -> PositionLosses:
         """Return the loss of every position; see :meth:`Objective.position_losses`."""
-        of_teacher, valid, at = targets.support_logits, targets.support_valid, student.mask
+        of_teacher, valid = targets.support_logits, targets.support_valid
         assert of_teacher is not None
-        counted = None if valid is None else valid[at]
+        counted = None if valid is None else student.picked(valid)
         assert targets.support_ids is not None
         if self.tail == "renormalize":
             logits, statistics = student.support_statistics(targets.support_ids)
             sides: list[tuple[Tensor, Tensor | None, Tensor | None]]
-            sides = [(logits, None, None), (of_teacher[at], None, None)]
+            sides = [(logits, None, None), (student.picked(of_teacher), None, None)]
         else:
             assert targets.log_normalizer is not None
             assert targets.log_tail is not None
             *_, logits, log_tail, statistics = student.support_tail(targets.support_ids)
             sides = [(logits, statistics.log_normalizer, log_tail)]
-            sides.append((of_teacher[at], targets.log_normalizer[at], targets.log_tail[at]))
+            of_all = (of_teacher, targets.log_normalizer, targets.log_tail)
+            sides.append((student.picked(of_all[0]), student.picked(of_all[1]), student.picked(of_all[2])))
         losses = divergence_on_support(
             sides[0],
             sides[1],

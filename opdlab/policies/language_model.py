@@ -69,15 +69,22 @@ class Scored:
         head: the model's head at the sampling temperature.
         mask: [B, T] bool; ``mask.sum() == N``.
         tokens: [N] long, the sampled tokens.
+        places: [N] long, indices into [B * T] of the valid positions.
     """
 
     hidden: Tensor
     head: Head
     mask: Tensor
     tokens: Tensor
+    places: Tensor
     # By the kind of pass, and the tensor of the support's ids or of the teacher's hidden states, which is compared by
     # identity, with the options of a divergence.
     _passes: dict[Any, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, hidden: Tensor, head: Head, mask: Tensor, tokens: Tensor) -> "Scored":
+        """Return the scores with the places that the mask says; for these the host waits for the device."""
+        return cls(hidden, head, mask, tokens, mask.flatten().nonzero().squeeze(1))
 
     def statistics(self) -> TokenStatistics:
         """Return log-probability (differentiable), entropy and log-normalizer of every valid position, each [N]."""
@@ -97,7 +104,7 @@ class Scored:
         """
         key = "support", support_ids
         if key not in self._passes:
-            chosen = support_ids.long()[self.mask]
+            chosen = self.picked(support_ids.long())
             self._passes[key] = support_statistics(self.hidden, self.head, self.tokens, chosen)
         found: tuple[Tensor, TokenStatistics] = self._passes[key]
         return found
@@ -112,7 +119,7 @@ class Scored:
         """
         key = "tail", support_ids
         if key not in self._passes:
-            chosen = support_ids.long()[self.mask]
+            chosen = self.picked(support_ids.long())
             self._passes[key] = support_tail(self.hidden, self.head, self.tokens, chosen)
         found: SupportTail = self._passes[key]
         return found
@@ -134,7 +141,7 @@ class Scored:
         """
         key = (teacher_hidden, teacher_head.temperature, divergence, beta, alpha)
         if key not in self._passes:
-            sides = self.hidden, self.head, teacher_hidden[self.mask], teacher_head
+            sides = self.hidden, self.head, self.picked(teacher_hidden), teacher_head
             self._passes[key] = divergence_statistics(
                 *sides, self.tokens, divergence=divergence, beta=beta, alpha=alpha
             )
@@ -157,11 +164,14 @@ class Scored:
             statistics = self.support_tail(ids).statistics
         return self.padded(statistics.logprobs.detach())
 
+    def picked(self, values: Tensor) -> Tensor:
+        """Return the values of the valid positions, [B, T, …] -> [N, …]; differentiable."""
+        return values.flatten(0, 1).index_select(0, self.places)
+
     def padded(self, values: Tensor) -> Tensor:
         """Return values at their positions, [N, …] -> [B, T, …], 0 at masked positions; differentiable."""
-        return values.new_zeros(*self.mask.shape, *values.shape[1:]).masked_scatter(
-            self.mask.view(*self.mask.shape, *[1] * (values.ndim - 1)), values
-        )
+        shape = *self.mask.shape, *values.shape[1:]
+        return values.new_zeros(self.mask.numel(), *values.shape[1:]).index_copy(0, self.places, values).view(shape)
 
 
 class LanguageModel(nn.Module):
@@ -399,8 +409,8 @@ class LanguageModel(nn.Module):
             skips &= not (layer.gradient_checkpointing and layer.training)
         hidden = rows.states(model, groups, packed, self.max_tokens, skips)
         head = replace(self.head(rollouts.temperature), accumulate_grad=self.accumulate_head_grad)
-        valid = rollouts.mask.bool()
-        return Scored(hidden, head, valid, rollouts.tokens[valid])
+        tokens = rollouts.tokens.flatten().index_select(0, rows.places)
+        return Scored(hidden, head, rollouts.mask.bool(), tokens, rows.places)
 
     def _check(self) -> tuple[bool, str | None]:
         """Return whether rows can be packed end to end, and the last layer, if its passes may skip positions."""

@@ -82,6 +82,7 @@ class PackedRows:
 
     Attributes:
         lengths: [B], input tokens of each row: up to the last but one valid token; 0 if no token is valid.
+        places: [N] long, indices into [B * T] of the valid positions.
     """
 
     def __init__(self, rollouts: Rollouts) -> None:
@@ -95,6 +96,7 @@ class PackedRows:
         self.lengths, self._counts = torch.stack([lengths, valid.sum(1)]).tolist()
         self._tokens = torch.cat([rollouts.prompt_tokens, rollouts.tokens], dim=1)
         self._row, self._position = valid.nonzero(as_tuple=True)  # of each valid position, [N]
+        self.places = self._row * valid.shape[1] + self._position
 
     def states(
         self,
@@ -119,30 +121,19 @@ class PackedRows:
         """
         num_again = 0
         if max_tokens is not None and torch.is_grad_enabled():
-            lengths = [[self.lengths[row] for row in group] for group in groups]
-            costs = [sum(each) if packed else len(each) * max([1, *each]) for each in lengths]
-            order, num_again = recomputed_first(costs, max_tokens)
-            groups = [groups[number] for number in order]
-        passes, order_of_states = self._passes(groups, packed)
-        states = [
-            # Dropout is off, so the state of the random generator need not be saved.
-            checkpoint(one.states, model, skips, use_reentrant=False, preserve_rng_state=False)
-            if number < num_again
-            else one.states(model, skips)
-            for number, one in enumerate(passes)
-        ]
-        return states[0] if len(states) == 1 else torch.cat(states)[order_of_states.argsort()]
-
-    def _passes(self, groups: Sequence[Sequence[int]], packed: bool) -> tuple[list[Pass], Tensor]:
-        """Return the passes, and the index among all valid positions of each state that they return, [N]."""
-        number = [0] * len(self.lengths)  # number of each row's pass, and the row's start in the pass
-        start = [0] * len(self.lengths)
+            widths = [[self.lengths[row] for row in group] for group in groups]
+            costs = [sum(each) if packed else len(each) * max([1, *each]) for each in widths]
+            numbers, num_again = recomputed_first(costs, max_tokens)
+            groups = [groups[number] for number in numbers]
+        # Number of each row's pass, and the row's start in the pass.
+        pass_of_row, start = [0] * len(self.lengths), [0] * len(self.lengths)
         for count, group in enumerate(groups):
             widest = max([1, *(self.lengths[row] for row in group)])
             taken = [self.lengths[row] if packed else widest for row in group]
             for row, begin in zip(group, itertools.accumulate(taken, initial=0), strict=False):
-                number[row], start[row] = count, begin
-        of_row = torch.tensor([number, start], device=self._tokens.device)
+                pass_of_row[row], start[row] = count, begin
+        of_row = torch.tensor([pass_of_row, start], device=self._tokens.device)
+        # The index among all valid positions of each state that the passes return, [N].
         order = of_row[0, self._row].argsort(stable=True)
         wanted = (of_row[1] + self._first)[self._row] + self._position  # [N], indices into each pass's [R * W]
         sizes = [sum(self._counts[row] for row in group) for group in groups]
@@ -158,7 +149,14 @@ class PackedRows:
             else:
                 columns = torch.arange(max([1, *lengths]), device=part.device) + self._padding[rows, None]  # [R, W]
                 passes.append(Pass(self._tokens[rows].gather(1, columns.clamp(max=self._tokens.shape[1] - 1)), part))
-        return passes, order
+        states = [
+            # Dropout is off, so the state of the random generator need not be saved.
+            checkpoint(one.states, model, skips, use_reentrant=False, preserve_rng_state=False)
+            if number < num_again
+            else one.states(model, skips)
+            for number, one in enumerate(passes)
+        ]
+        return states[0] if len(states) == 1 else torch.cat(states)[order.argsort()]
 
 
 # -- which rows share a pass -----------------------------------------------------------------------------------------

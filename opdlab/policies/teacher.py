@@ -384,7 +384,7 @@ def _token_targets(scored: Scored, rollouts: Rollouts, request: TeacherRequest) 
     inputs, given = (scored.hidden, scored.head, scored.tokens), None
     if request.behavior_top_k:
         assert rollouts.behavior_support_ids is not None
-        given = rollouts.behavior_support_ids.to(scored.mask.device).long()[scored.mask]
+        given = scored.picked(rollouts.behavior_support_ids.to(scored.mask.device).long())
     found: dict[str, Tensor] = {}
     if not request.top_k + request.behavior_top_k:
         statistics = scored.statistics()
@@ -417,7 +417,7 @@ def _overlap(scored: Scored, support: Tensor) -> Tensor:
         [N] float32, -1 at the other positions.
     """
     rank, length = scored.mask.cumsum(1) - 1, scored.mask.sum(1, keepdim=True)
-    measured = ((rank == length // 4) | (rank == 3 * length // 4))[scored.mask]
+    measured = scored.picked((rank == length // 4) | (rank == 3 * length // 4))
     overlap = torch.full((len(support),), -1.0, device=support.device)
     if bool(measured.any()):
         most = int(measured.sum())

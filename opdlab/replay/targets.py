@@ -228,7 +228,7 @@ def _from_hidden(teacher: Teacher, rollouts: Rollouts, targets: Targets, request
     assert targets.hidden is not None
     head, mask = teacher.head(rollouts.temperature), rollouts.mask.bool()
     device = head.weight.device
-    scored = Scored(targets.hidden[mask].to(device), head, mask.to(device), rollouts.tokens[mask].to(device))
+    scored = Scored.of(targets.hidden[mask].to(device), head, mask.to(device), rollouts.tokens[mask].to(device))
     vocab_size = min(teacher.vocab_size, request.vocab_size or teacher.vocab_size)
     found = targets_of([(torch.arange(len(rollouts)), scored)], rollouts, replace(request, hidden=False), vocab_size)
     entropy = found.entropy if targets.entropy is None else targets.entropy

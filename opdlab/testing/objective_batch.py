@@ -174,7 +174,7 @@ def make_batch(states: States, request: TeacherRequest, needs: tuple[str, ...], 
     mask, tokens, rows = states.mask, states.tokens, len(states.mask)
     weight = states.weight.to(dtype).requires_grad_()
     head = Head(weight, temperature=_TEMPERATURE)
-    scored = Scored(states.student[mask].to(dtype).requires_grad_(), head, mask, tokens[mask])
+    scored = Scored.of(states.student[mask].to(dtype).requires_grad_(), head, mask, tokens[mask])
     logprobs = [
         (hidden @ matrix.T / _TEMPERATURE).log_softmax(-1)
         for hidden, matrix in (

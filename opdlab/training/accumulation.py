@@ -33,17 +33,14 @@ class ScoredBatch:
     inputs: GateInputs
 
 
-def score_rollouts(student: LanguageModel, objective: Objective, batch: Minibatch) -> tuple[Scored, Rollouts]:
-    """Return a micro-batch's scores, and its rollouts with behavior log-probabilities.
+def fresh_rollouts(scored: Scored, objective: Objective, batch: Minibatch) -> Rollouts:
+    """Return a micro-batch's rollouts with behavior log-probabilities, where these are not computed yet.
 
-    If these are not computed yet, the student still equals the behavior policy: its own log-probabilities are the
-    behavior's, and the drift is exactly 0 in any precision.
+    The student then still equals the behavior policy: its own log-probabilities are the behavior's, and the drift is
+    exactly 0 in any precision.
     """
-    scored = student.score(batch.rollouts)
-    if batch.behavior_known:
-        return scored, batch.rollouts
     own = objective.own_logprobs(scored, batch.rollouts, batch.targets)
-    return scored, replace(batch.rollouts, behavior_logprobs=own)
+    return replace(batch.rollouts, behavior_logprobs=own)
 
 
 def score_batch(student: LanguageModel, objective: Objective, batch: Minibatch, step: int) -> ScoredBatch:
@@ -55,7 +52,8 @@ def score_batch(student: LanguageModel, objective: Objective, batch: Minibatch, 
         batch: on the student's device.
         step: optimizer steps taken so far.
     """
-    scored, rollouts = score_rollouts(student, objective, batch)
+    scored = student.score(batch.rollouts)
+    rollouts = batch.rollouts if batch.behavior_known else fresh_rollouts(scored, objective, batch)
     positions = objective.position_losses(scored, rollouts, batch.targets)
     return ScoredBatch(rollouts, scored, positions, gate_inputs(rollouts, batch.targets, positions, step))
 

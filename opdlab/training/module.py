@@ -46,7 +46,7 @@ from opdlab.policies.offload import keep_from_strategy
 from opdlab.rollouts import Collector, Pool
 from opdlab.rollouts.ahead import SamplingAhead
 from opdlab.training import checks, resume, sampler_gap
-from opdlab.training.accumulation import AccumulationWindow, BatchSizes, gate_inputs, record_of_all, score_rollouts
+from opdlab.training.accumulation import AccumulationWindow, BatchSizes, fresh_rollouts, gate_inputs, record_of_all
 from opdlab.training.optimizers import fuse_on_cpu
 from opdlab.training.overlap import StopSampling
 from opdlab.training.refresh import RefreshSchedule
@@ -312,14 +312,15 @@ class OPDModule(EvaluationModule):
             ``loss``; for callbacks ``trace``, the :class:`StepTrace`, and ``num_tokens``, the response tokens of the
             optimizer batch in all processes.
         """
-        scored, rollouts = score_rollouts(self.student, self.objective, batch)
-        positions = self.objective.position_losses(scored, rollouts, batch.targets)
-        inputs = gate_inputs(rollouts, batch.targets, positions, self.global_step)
+        scored, rollouts = self.student.score(batch.rollouts), batch.rollouts
         if not batch.behavior_known:
+            rollouts = fresh_rollouts(scored, self.objective, batch)
             # Only here the training step writes to the buffer: the student equals the behavior policy, so its
             # log-probabilities are stored for later passes and the snapshot need not score these rows.
             buffer: Any = self.trainer.train_dataloader
             buffer.fill_behavior(batch.rows, rollouts.behavior_logprobs)
+        positions = self.objective.position_losses(scored, rollouts, batch.targets)
+        inputs = gate_inputs(rollouts, batch.targets, positions, self.global_step)
         num_processes = self.trainer.world_size
         sizes = self._window.sizes(batch, self.device) if num_processes > 1 else None
         alone = len(batch.micro_batches) == 1 and sizes is None
@@ -402,7 +403,9 @@ class OPDModule(EvaluationModule):
     def on_train_batch_end(self, outputs: Any, batch: Minibatch, batch_idx: int) -> None:
         """Show the time of the update, and the trained tokens per second of total time."""
         for name, value in self._timer.metrics.items():
-            self.log(name, value, prog_bar=name == "train/tokens_per_second", logger=False)
+            shown = name == "train/tokens_per_second"
+            if shown or self._metrics:
+                self.log(name, value, prog_bar=shown, logger=False)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
 

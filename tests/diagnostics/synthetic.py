@@ -35,7 +35,7 @@ class MicroBatch:
     @property
     def scored(self) -> Scored:
         mask = self.rollouts.mask
-        return Scored(self.hidden, self.head, mask, self.rollouts.tokens[mask])
+        return Scored.of(self.hidden, self.head, mask, self.rollouts.tokens[mask])
 
     def losses(self, objective: Objective) -> PositionLosses:
         return objective.position_losses(self.scored, self.rollouts, self.targets)
@@ -62,7 +62,7 @@ def micro_batch(seed: int, lengths: tuple[int, ...] = (5, 9, 0, 7), snapshot_ste
     head = Head(normal(VOCABULARY, HIDDEN).requires_grad_(), normal(VOCABULARY).requires_grad_())
     hidden = normal(int(mask.sum()), HIDDEN).requires_grad_()
     zeros = torch.zeros(rows).long()
-    logprobs = Scored(hidden, head, mask, tokens[mask]).padded(
+    logprobs = Scored.of(hidden, head, mask, tokens[mask]).padded(
         head.tile(hidden.detach(), slice(None)).log_softmax(-1).gather(1, tokens[mask][:, None]).squeeze(1).detach()
     )
     rollouts = Rollouts(

@@ -19,7 +19,7 @@ def scored_batch(vocab_size: int = 40) -> tuple[Scored, Rollouts, Targets, Tenso
     hidden = random_logits(5, 6).float().requires_grad_()
     weight, temperature = random_logits(vocab_size, 6, seed=1).float() / 3, 0.8
     student, teacher = hidden @ weight.T / temperature, random_logits(5, vocab_size, seed=2).float()
-    scored = Scored(hidden, Head(weight, temperature=temperature), mask, tokens[mask])
+    scored = Scored.of(hidden, Head(weight, temperature=temperature), mask, tokens[mask])
     rollouts = Rollouts(
         *(torch.zeros(2, 4, dtype=torch.long), torch.ones(2, 4, dtype=torch.bool), tokens, mask),
         behavior_logprobs=torch.full((2, 3), -1.5).masked_fill(~mask, 0),

@@ -83,7 +83,12 @@ def padded_batch(model: LanguageModel, batch: Rollouts) -> Scored:
         position_ids=(fed.cumsum(1) - 1).clamp(min=0),
         use_cache=False,
     ).last_hidden_state[:, batch.prompt_tokens.shape[1] - 1 : -1]
-    return Scored(hidden[batch.mask], model.head(batch.temperature), batch.mask, batch.tokens[batch.mask])
+    return Scored.of(
+        hidden[batch.mask],
+        model.head(batch.temperature),
+        batch.mask,
+        batch.tokens[batch.mask],
+    )
 
 
 def loss_and_gradients(
