@@ -253,7 +253,5 @@ def tiles(num_rows: int, head: Head, start: int = 0) -> Iterator[tuple[slice, sl
 
 def places(ids: Tensor, columns: slice) -> tuple[Tensor, Tensor]:
     """Return which ids [N, K] are in the columns, [N, K] bool, and their indices in them (arbitrary if outside)."""
-    if not columns.start:  # the only columns of a small vocabulary; ids are not negative
-        return ids < columns.stop, ids.clamp(max=columns.stop - 1)
-    inside = (ids >= columns.start) & (ids < columns.stop)
-    return inside, (ids - columns.start).clamp_(0, columns.stop - columns.start - 1)
+    nearest = ids.clamp(columns.start, columns.stop - 1)
+    return nearest == ids, nearest - columns.start if columns.start else nearest

@@ -136,9 +136,11 @@ def test_rows_beyond_the_vocabulary_have_no_part(accumulate: bool) -> None:
     torch.testing.assert_close([hidden.grad, weight.grad, bias.grad], list(wanted))
 
 
-def test_an_id_beyond_the_vocabulary_is_impossible() -> None:
+@pytest.mark.usefixtures("_tiles")
+@pytest.mark.parametrize("wrong", [45, -1, -100])
+def test_an_id_beyond_the_vocabulary_is_impossible(wrong: int) -> None:
     hidden, weight, _ = inputs(bias=False)
-    targets = torch.full((N,), 45)
+    targets = torch.full((N,), wrong)
     statistics = token_statistics(hidden, Head(weight, vocab_size=40), targets)
     assert (statistics.logprobs == -torch.inf).all()
     assert statistics.entropy.isfinite().all()
