@@ -404,7 +404,7 @@ class OPDModule(EvaluationModule):
         """Show the time of the update, and the trained tokens per second of total time."""
         for name, value in self._timer.metrics.items():
             shown = name == "train/tokens_per_second"
-            if shown or self._metrics:
+            if shown or self._metrics:  # the loggers take the others with the metrics of a logged step
                 self.log(name, value, prog_bar=shown, logger=False)
 
     # -- checkpoints ---------------------------------------------------------------------------------------------
