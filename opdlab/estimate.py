@@ -26,6 +26,7 @@ from opdlab.errors import UsageError, require
 from opdlab.packages import package_trouble, require_package
 from opdlab.policies.adapters import AdapterConfig, attach_adapter
 from opdlab.policies.compiling import layers_of
+from opdlab.policies.cpu_attention import kept_probabilities
 from opdlab.policies.loading import ADAPTER_CONFIG, adapter_base, resolve
 from opdlab.records import read_json
 from opdlab.rollouts.pool import PART_BYTES
@@ -113,7 +114,9 @@ def widths_of(dtype: str, precision: str | int | None) -> Widths:
     return Widths(own, own)
 
 
-def activation_bytes(shape: Shape, tokens: int, widths: Widths, *, checkpointing: bool = False) -> int:
+def activation_bytes(
+    shape: Shape, tokens: int, widths: Widths, *, checkpointing: bool = False, on_cpu: int | None = None
+) -> int:
     """Return the bytes that autograd keeps of one forward pass through the layers, without the head.
 
     Counts the operations of a pre-norm decoder with rotary positions, grouped-query attention in a fused kernel
@@ -126,6 +129,9 @@ def activation_bytes(shape: Shape, tokens: int, widths: Widths, *, checkpointing
     - attention: queries, keys, values, output and the softmax's log-normalizer, ``2 w Q + 2 w K + 4 heads``;
     - the MLP: gate before and after its activation, the up projection and their product, ``4 w I``.
 
+    On a CPU in float32, short rows keep the probabilities in place of the log-normalizer, see
+    :func:`opdlab.policies.cpu_attention.kept_probabilities`.
+
     Korthikanti et al. (arXiv 2205.05198) count a GPT layer in the same way. With checkpointing each layer keeps only
     its input, ``s H``, and the backward pass recomputes one layer at a time.
 
@@ -134,6 +140,7 @@ def activation_bytes(shape: Shape, tokens: int, widths: Widths, *, checkpointing
         tokens: N, padding included.
         widths: see :class:`Widths`.
         checkpointing: layers are recomputed in the backward pass.
+        on_cpu: tokens of each row, for a model on a CPU; None on another device.
 
     Example:
         >>> shape = Shape(64, 192, 2, 4, 2, 16, 100, qk_norm=True)
@@ -146,10 +153,11 @@ def activation_bytes(shape: Shape, tokens: int, widths: Widths, *, checkpointing
     layer = 2 * norm + (5 if widths.autocast else 2) * w * shape.hidden
     if shape.qk_norm:
         layer += (FLOAT + w) * (queries + keys) + FLOAT * (shape.heads + shape.kv_heads)
-    layer += 2 * w * (queries + keys) + FLOAT * shape.heads
+    kept = kept_probabilities(on_cpu, shape.head_dim) if on_cpu and w == FLOAT else 0
+    layer += 2 * w * (queries + keys) + FLOAT * shape.heads * (kept // on_cpu if on_cpu and kept else 1)
     layer += 4 * w * shape.intermediate
-    kept = shape.layers * s * shape.hidden + layer if checkpointing else shape.layers * layer
-    return tokens * (kept + norm)
+    layers = shape.layers * s * shape.hidden + layer if checkpointing else shape.layers * layer
+    return tokens * (layers + norm)
 
 
 def inference_bytes(shape: Shape, tokens: int, widths: Widths) -> int:

@@ -39,6 +39,7 @@ from opdlab.estimate import (
 )
 from opdlab.policies import LanguageModel, SamplingConfig
 from opdlab.policies.adapters import AdapterConfig, attach_adapter
+from opdlab.policies.cpu_attention import own_attention
 from opdlab.scoring import Head, divergence_statistics, token_statistics
 from tests.policies.tiny_models import sampled
 from tests.toy_run import STUDENT
@@ -112,6 +113,17 @@ def test_activations_are_what_autograd_keeps(shape: tuple[int, ...], dtype: str,
     measured = saved_bytes(model, batch, length, autocast)
     widths = widths_of(dtype, "bf16-mixed" if autocast else None)
     assert activation_bytes(Shape.of(model), batch * length, widths) == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize(("rows", "length"), [(4, 20), (3, 67), (2, 150)])
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_activations_of_short_rows_on_a_cpu(shape: tuple[int, ...], rows: int, length: int) -> None:
+    model = tiny(shape)
+    estimated = activation_bytes(Shape.of(model), rows * length, Widths(4, 4), on_cpu=length)
+    with own_attention():
+        assert estimated == pytest.approx(saved_bytes(model, rows, length), rel=0.02)
+    with_kernel = activation_bytes(Shape.of(model), rows * length, Widths(4, 4))
+    assert (estimated > with_kernel) == (length <= 12 * shape[5])  # head size
 
 
 def test_a_model_without_norms_of_queries_and_keys() -> None:
@@ -257,7 +269,8 @@ def test_passes_that_are_computed_again(rows: int, bound: int) -> None:
         parameter.grad = torch.zeros_like(parameter)  # counted elsewhere
 
     def states(tokens: Tensor) -> Tensor:
-        hidden: Tensor = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
+        with own_attention():  # as scoring does
+            hidden: Tensor = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state.flatten(0, 1)
         return hidden
 
     def peak(rows_of_pass: int) -> int:

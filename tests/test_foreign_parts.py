@@ -26,7 +26,6 @@ ROOT = Path(__file__).parents[1]
 ATTRIBUTES = {
     "_is_stateful": ("transformers", "PreTrainedModel", "which models the decoding loop can take"),
     "_supports_default_dynamic_cache": ("transformers", "GenerationMixin", "which models the decoding loop can take"),
-    "_can_set_attn_implementation": ("transformers", "PreTrainedModel", "which models the loop's attention can serve"),
     "_attn_implementation": ("transformers", "PretrainedConfig", "whether rows may be packed"),
     "_hf_peft_config_loaded": ("transformers", "PreTrainedModel", "whether a model has an adapter"),
     "_call_impl": ("torch.nn", "Module", "compiled layers that decode as they are"),

@@ -67,7 +67,7 @@ def estimate(config: Any, models: Mapping[str, ModelSize] | None = None, *, on_c
     cache = {} if engine is not None else {_CACHE: _cache(student, config, config.model.sampling, num_rollouts)}
     result.add_phase("sampling", SNAPSHOT, *(engine or ()), new=cache)
     _add_scoring(result, config, models, num_rollouts)
-    _add_update(result, config, student, models.get("teacher") if request.hidden else None, processes)
+    _add_update(result, config, student, models.get("teacher") if request.hidden else None, processes, on_cpu)
     if config.data.benchmarks:
         _add_evaluation(result, config, models, engine)
     sharded = 0  # bytes of weights and optimizer state that are gathered for a checkpoint
@@ -259,7 +259,9 @@ def _add_buffer(
     return size, num_rollouts * length * largest
 
 
-def _add_update(result: Estimate, config: Any, student: ModelSize, teacher: ModelSize | None, processes: int) -> None:
+def _add_update(
+    result: Estimate, config: Any, student: ModelSize, teacher: ModelSize | None, processes: int, on_cpu: bool
+) -> None:
     """Add the update; ``teacher`` is given if the objective evaluates the teacher's head."""
     parts = config.trainer.accumulate_grad_batches * processes
     tokens = -(-config.data.reuse.batch_size // parts) * _length(config)
@@ -268,7 +270,11 @@ def _add_update(result: Estimate, config: Any, student: ModelSize, teacher: Mode
     of_head = {"training": not student.has_adapter, "narrow": student.widths.compute < FLOAT}
     new = {
         "activations": (
-            activation_bytes(student.shape, at_once, student.widths, checkpointing=checkpointing),
+            activation_bytes(
+                *(student.shape, at_once, student.widths),
+                checkpointing=checkpointing,
+                on_cpu=_length(config) if on_cpu else None,
+            ),
             f"{at_once:,} tokens, gradient checkpointing {'on' if checkpointing else 'off'}",
         ),
         "head": (head_bytes(student.shape, tokens, **of_head), "logits in tiles; its gradient"),

@@ -20,7 +20,7 @@ from transformers import Cache, DynamicCache, GenerationConfig, GenerationMixin,
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from opdlab.errors import UsageError
-from opdlab.policies.decoding_attention import decoding_attention
+from opdlab.policies.cpu_attention import own_attention
 from opdlab.policies.decoding_cache import join_layers
 from opdlab.policies.draws import draw, uniforms
 
@@ -154,7 +154,7 @@ class Decoding:
         rows: _Rows | None = None
         remaining: list[int] = []
         entered, done = 0, 0
-        with decoding_attention(model):
+        with own_attention():
             while True:
                 live = [row for row, tokens in enumerate(remaining) if tokens]
                 until = self._enter_until(entered, num_rows, len(live))

@@ -166,6 +166,8 @@ class Scored:
 
     def picked(self, values: Tensor) -> Tensor:
         """Return the values of the valid positions, [B, T, …] -> [N, …]; differentiable."""
+        if values.shape[:2] != self.mask.shape:
+            raise IndexError(f"values of shape {list(values.shape)} for positions {list(self.mask.shape)}")
         return values.flatten(0, 1).index_select(0, self.places)
 
     def padded(self, values: Tensor) -> Tensor:
@@ -184,6 +186,7 @@ class LanguageModel(nn.Module):
         revision: branch, tag or commit on the hub.
         trust_remote_code: run Python code that comes with the model. Leave it off unless you trust its author.
         attn_implementation: transformers' attention kernel: ``sdpa`` (its default), ``eager``, ``flash_attention_2``, …
+            Where ``sdpa`` would run on a CPU in float32, opdlab computes short rows itself, which takes less time.
             With flash attention and ``flex_attention``, rows are packed end to end without padding for scoring, if
             the model keeps them apart; otherwise rows of similar length are padded together.
         gradient_checkpointing: recompute each layer's activations in the backward pass instead of keeping them:
@@ -402,12 +405,13 @@ class LanguageModel(nn.Module):
         if not groups:  # no valid position; run one pass anyway, as other processes do
             groups, packed = [list(range(len(rollouts)))], False
         model = self.model.base_model if self.sharding is None else self
-        skips = last is not None and self.sharding is None
-        if last is not None and torch.is_grad_enabled():
-            layer = self.model.get_submodule(last)
-            # The backward pass would compute the layer again by itself, without knowing what a pass reads.
-            skips &= not (layer.gradient_checkpointing and layer.training)
-        hidden = rows.states(model, groups, packed, self.max_tokens, skips)
+        again = False
+        if torch.is_grad_enabled():
+            # The backward pass computes checkpointed layers again by itself, without knowing what a pass chose.
+            layer = self.model if last is None else self.model.get_submodule(last)
+            again = layer.training and (last is None or layer.gradient_checkpointing)
+        skips = last is not None and self.sharding is None and not again
+        hidden = rows.states(model, groups, packed, self.max_tokens, skips=skips, own=not self._compile and not again)
         head = replace(self.head(rollouts.temperature), accumulate_grad=self.accumulate_head_grad)
         tokens = rollouts.tokens.flatten().index_select(0, rows.places)
         return Scored(hidden, head, rollouts.mask.bool(), tokens, rows.places)

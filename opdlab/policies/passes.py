@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from opdlab.policies.cpu_attention import OWN
 from opdlab.policies.packing import packed_attention
 from opdlab.types import Rollouts
 
@@ -39,20 +40,23 @@ class Pass:
     wanted: Tensor
     attention: Mapping[str, Any] = field(default_factory=dict)
 
-    def states(self, model: Callable[..., Any], skips: bool = False) -> Tensor:
+    def states(self, model: Callable[..., Any], skips: bool = False, own: bool = False) -> Tensor:
         """Return the wanted hidden states, [n, H], of the model below the head.
 
         Args:
             model: the model below the head.
             skips: False to compute all that the model computes; True to leave out the last layer's feed-forward part at
                 other positions, prompts and padding among them, see :func:`opdlab.policies.last_layer.prepare`.
+            own: True to take :mod:`opdlab.policies.cpu_attention` where it applies.
         """
         share = len(self.wanted) / self.tokens.numel()
         before = _READ.set(self.wanted if skips and 0 < share <= WORTHWHILE else None)
+        before_own = OWN.set(own)
         try:
             hidden: Tensor = model(input_ids=self.tokens, use_cache=False, **self.attention).last_hidden_state
         finally:
             _READ.reset(before)
+            OWN.reset(before_own)
         return hidden.flatten(0, 1).index_select(0, self.wanted)
 
 
@@ -105,6 +109,7 @@ class PackedRows:
         packed: bool,
         max_tokens: int | None,
         skips: bool,
+        own: bool,
     ) -> Tensor:
         """Return the hidden states of all valid positions.
 
@@ -115,6 +120,7 @@ class PackedRows:
             max_tokens: tokens whose activations may exist at a time if gradients are enabled, see
                 :func:`recomputed_first`; other activations are recomputed in the backward pass.
             skips: see :meth:`Pass.states`.
+            own: see there.
 
         Returns:
             Hidden states of the valid positions, [N, H], in row-major order.
@@ -151,9 +157,9 @@ class PackedRows:
                 passes.append(Pass(self._tokens[rows].gather(1, columns.clamp(max=self._tokens.shape[1] - 1)), part))
         states = [
             # Dropout is off, so the state of the random generator need not be saved.
-            checkpoint(one.states, model, skips, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(one.states, model, skips, own, use_reentrant=False, preserve_rng_state=False)
             if number < num_again
-            else one.states(model, skips)
+            else one.states(model, skips, own)
             for number, one in enumerate(passes)
         ]
         return states[0] if len(states) == 1 else torch.cat(states)[order.argsort()]

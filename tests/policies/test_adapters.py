@@ -168,7 +168,7 @@ def test_gradient_checkpointing_with_an_adapter(qwen3: Path) -> None:
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
     for ours, theirs in zip(*gradients, strict=True):
         assert ours is not None
-        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)  # by two attentions, see cpu_attention
 
 
 def test_adapters_of_narrow_models_are_wide(qwen3: Path) -> None:

@@ -80,6 +80,17 @@ def test_nothing_to_score(qwen3: Path) -> None:
     assert list(model.score_in_chunks(nobody, 4)) == []
 
 
+def test_positions_are_picked_as_a_mask_picks_them_and_put_back(qwen3: Path) -> None:
+    batch = rollouts()
+    batch.mask[0, 1] = False  # a hole
+    scored, mask = LanguageModel(str(qwen3)).score(batch), batch.mask.bool()
+    values = torch.randn(*mask.shape, 3)
+    assert torch.equal(scored.picked(values), values[mask])
+    assert torch.equal(scored.padded(values[mask]), values * mask[..., None])
+    with pytest.raises(IndexError, match=r"values of shape \[.*\] for positions \[.*\]"):
+        scored.picked(values[:, 1:])
+
+
 def test_scores_in_chunks_and_gradient(qwen3: Path) -> None:
     model, batch = LanguageModel(str(qwen3)), rollouts()
     whole = model.score(batch)

@@ -127,7 +127,8 @@ def test_a_layer_that_is_computed_again_is_computed_everywhere(tmp_path: Path) -
         gradients.append([parameter.grad for parameter in model.parameters()])
         checkpoint_gradients(model.model, "model")  # after a score
     for before, after in zip(*gradients, strict=True):
-        torch.testing.assert_close(before, after)
+        # Layers that are computed again take torch's attention, which rounds differently.
+        torch.testing.assert_close(before, after, atol=1e-3, rtol=1e-3)
 
 
 def test_a_copy_skips_with_weights_of_its_own(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_checkpointing_gives_the_same_gradients(kind: str, tmp_path: Path) -> No
     assert kept["saving"] < 0.6 * kept["plain"]  # checkpointing is really on
     for ours, theirs in zip(saving.parameters(), plain.parameters(), strict=True):
         assert ours.grad is not None
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)  # by two attentions, see cpu_attention
 
 
 def test_snapshot_of_a_checkpointing_student_samples_with_its_cache(qwen3: Path) -> None:
