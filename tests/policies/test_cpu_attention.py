@@ -216,6 +216,19 @@ def interrupt(count: int) -> None:
     raise KeyboardInterrupt
 
 
+def test_elsewhere_it_is_transformers(left: list[dict[str, Any]]) -> None:
+    cpu_attention.cpu_attention(Layer(), *states(4, 4), None, scaling=0.5)
+    assert left == [{"scaling": 0.5}]
+
+
+def test_a_users_own_generation_has_transformers_masks() -> None:
+    """A static cache has columns for later tokens, which the mask of the decoding loop does not know."""
+    model, rows = small_model(64), torch.tensor([[0, 0, 8, 9], [5, 6, 7, 8]])
+    options: dict[str, Any] = {"attention_mask": (rows > 0).long(), "max_new_tokens": 6, "pad_token_id": 0}
+    static = model.generate(rows, cache_implementation="static", disable_compile=True, **options)
+    assert torch.equal(static, model.generate(rows, **options))
+
+
 @pytest.mark.parametrize("own", ["eager", "bfloat16", "falcon"])
 def test_other_kernels_dtypes_and_models_keep_their_attention(own: str, left: list[dict[str, Any]]) -> None:
     model = random_model(FalconConfig(**COMMON)) if own == "falcon" else small_model(64)
