@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from opdlab.gating import GateInputs, build_gate
 from opdlab.objectives import TeacherTopK
-from opdlab.policies import LanguageModel
+from opdlab.policies import LanguageModel, cpu_attention
 from tests.policies.fake_llm import FakeLLM, install
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -112,6 +113,26 @@ def test_gate_growth_measures_every_gate_and_metric() -> None:
     growth.report(result)
     assert growth.growth([1.0, 2.0, 4.0, 8.0]) == 1.0
     assert growth.growth([9.0, 2.0, 8.0, 32.0]) == 2.0
+
+
+def test_attentions_are_compared_where_opdlabs_is_really_taken(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attention, left = script("attention"), []
+
+    def theirs(*given: Any, **options: Any) -> Any:
+        left.append(given)
+        return sdpa_attention_forward(*given, **options)
+
+    monkeypatch.setattr(cpu_attention, "_theirs", theirs)
+    for shape, queries in [((2, 4, 2, 40, 8), 40), ((2, 4, 2, 40, 8), 1)]:
+        left.clear()
+        found = attention.measure(shape, queries, rounds=2, repeats=1)
+        ours = 0 if queries == 1 else 1
+        assert len(left) == 2 + ours + 3  # values, gradients, and three rounds of torch's alone
+        assert {len(values) for values in found.values()} == {2}
+        attention.report([{"shape": shape, "queries": queries, "ms": found}])
+    assert "one query" in capsys.readouterr().out
 
 
 # -- GPU -------------------------------------------------------------------------------------------------------------
