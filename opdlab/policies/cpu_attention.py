@@ -156,15 +156,16 @@ def cpu_mask(**options: Any) -> Tensor | None:
     """Return the mask for :func:`cpu_attention`; of one query per row, [A, 1, 1, W] float.
 
     Args:
-        **options: of transformers' masks; outside of :func:`own_attention`, for other than causal attention, more
-            queries or no padding, its own is called. The query is the last column: caches have no room for later ones.
+        **options: of transformers' masks; outside of :func:`own_attention`, on another device, in another dtype, for
+            other than causal attention, more queries or no padding, its own is called. The query is the last column:
+            the loop's caches have no room for later ones.
     """
-    padding = options.get("attention_mask")  # [A, W], False for columns that a row does not use
-    plain = options["q_length"] == 1 and options["mask_function"] is causal_mask_function and padding is not None
-    if torch.compiler.is_compiling() or not OWN.get() or not plain:
+    padding: Tensor | None = options.get("attention_mask")  # [A, W], False for columns that a row does not use
+    own = not torch.compiler.is_compiling() and OWN.get() and options["dtype"] == torch.float32
+    own &= options["q_length"] == 1 and options["mask_function"] is causal_mask_function
+    if not own or padding is None or not padding.is_cpu or torch.is_autocast_enabled("cpu"):
         mask: Tensor | None = _their_mask(**options)
         return mask
-    assert padding is not None
     start = options.get("kv_offset", 0)
     unused = ~padding[:, start : start + options["kv_length"]].bool()
     dtype = options["dtype"]

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, DeepseekV32Config, FalconConfig, PreTrainedModel
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from opdlab.policies import LanguageModel, cpu_attention
 from opdlab.policies.cpu_attention import OWN, own_attention
@@ -219,6 +220,21 @@ def interrupt(count: int) -> None:
 def test_elsewhere_it_is_transformers(left: list[dict[str, Any]]) -> None:
     cpu_attention.cpu_attention(Layer(), *states(4, 4), None, scaling=0.5)
     assert left == [{"scaling": 0.5}]
+
+
+@pytest.mark.parametrize("changed", ["nothing", "device", "dtype", "autocast", "queries", "function", "padding"])
+def test_only_the_mask_of_one_query_on_a_cpu_is_its_own(changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr(cpu_attention, "_their_mask", lambda **given: called.append(given))
+    padding = torch.ones(2, 5, dtype=torch.bool, device="meta" if changed == "device" else "cpu")
+    options: dict[str, Any] = {"q_length": 2 if changed == "queries" else 1, "kv_length": 5, "kv_offset": 0}
+    options["attention_mask"] = None if changed == "padding" else padding
+    options["dtype"] = torch.bfloat16 if changed == "dtype" else torch.float32
+    options["mask_function"] = bidirectional_mask_function if changed == "function" else causal_mask_function
+    with own_attention(), torch.autocast("cpu", torch.bfloat16, enabled=changed == "autocast"):
+        made = cpu_attention.cpu_mask(**options)
+    assert called == ([] if changed == "nothing" else [options])
+    assert (made is None) == (changed != "nothing")
 
 
 def test_a_users_own_generation_has_transformers_masks() -> None:
