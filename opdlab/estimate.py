@@ -129,7 +129,7 @@ def activation_bytes(
     - attention: queries, keys, values, output and the softmax's log-normalizer, ``2 w Q + 2 w K + 4 heads``;
     - the MLP: gate before and after its activation, the up projection and their product, ``4 w I``.
 
-    On a CPU in float32, short rows keep the probabilities in place of the log-normalizer, see
+    On a CPU in float32, short rows of heads that share keys keep the probabilities in place of the log-normalizer, see
     :func:`opdlab.policies.cpu_attention.kept_probabilities`.
 
     Korthikanti et al. (arXiv 2205.05198) count a GPT layer in the same way. With checkpointing each layer keeps only
@@ -153,7 +153,8 @@ def activation_bytes(
     layer = 2 * norm + (5 if widths.autocast else 2) * w * shape.hidden
     if shape.qk_norm:
         layer += (FLOAT + w) * (queries + keys) + FLOAT * (shape.heads + shape.kv_heads)
-    kept = kept_probabilities(on_cpu, shape.head_dim) if on_cpu and w == FLOAT else 0
+    shares = shape.heads > shape.kv_heads
+    kept = kept_probabilities(on_cpu, shape.head_dim) if on_cpu and shares and w == FLOAT else 0
     layer += 2 * w * (queries + keys) + FLOAT * shape.heads * (kept // on_cpu if on_cpu and kept else 1)
     layer += 4 * w * shape.intermediate
     layers = shape.layers * s * shape.hidden + layer if checkpointing else shape.layers * layer

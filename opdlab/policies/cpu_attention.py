@@ -1,9 +1,10 @@
 """Attention on a CPU in float32: products and a softmax, for one new token and for short rows without padding.
 
-torch's attention kernel is made for many queries, each head by itself. For the one query of the decoding loop it takes
-up to twice as long as two products. For short rows, products of 32 queries of all heads that share keys take two thirds
-to nine tenths of its time, backward pass included. In the decoding loop and in scoring this takes the place of
-transformers' ``sdpa``, whose name models keep; everywhere else, and for what it does not know, it calls that.
+torch's attention kernel is made for many queries, each head by itself. With a boolean mask it takes up to twice as long
+for the one query of the decoding loop as two products. For short rows, products of 32 queries of all heads that share
+keys take 0.81 to 1.01 of its time, backward pass included (``benchmarks/attention.py``). In the decoding loop and in
+scoring this takes the place of transformers' ``sdpa``, whose name models keep; everywhere else, and for what it does
+not know, it calls that.
 
 Shapes: A rows, H heads of queries, G of keys, R = H / G heads that share keys, W columns, Q queries, D head size, E
 size of a value.
@@ -55,7 +56,8 @@ def cpu_attention(
             for causal attention, or if there is one query, for all columns.
         **options: of transformers' attention, which is called instead outside of :func:`own_attention`, in another
             dtype, whose products would round what the kernel sums in float32, for several queries with a mask or with
-            earlier columns, for long rows, for a mask of each head, and with what only it knows.
+            earlier columns, for long rows or if no heads share keys, for a mask of each head, and with what only it
+            knows.
     """
     if torch.compiler.is_compiling() or not OWN.get():
         return _theirs(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
@@ -70,7 +72,8 @@ def cpu_attention(
         causal = getattr(module, "is_causal", True) if causal is None else causal
         if queries == 1 and (attention_mask is None or attention_mask.shape[1] == 1):
             return _one_query(query * scaling, key, value, attention_mask), None
-        if 1 < queries == width <= LONGEST * size and causal and attention_mask is None:
+        shares = query.shape[1] > key.shape[1]  # otherwise the products are small, and gain nothing
+        if 1 < queries == width <= LONGEST * size and shares and causal and attention_mask is None:
             found: Tensor = _CausalAttention.apply(query * scaling, key, value)  # type: ignore[no-untyped-call]
             return found, None
     return _theirs(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]

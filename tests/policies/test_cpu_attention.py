@@ -74,7 +74,7 @@ def test_one_query_gives_what_torchs_kernel_gives_in_float64(
 
 # Less than a block of 32 queries, one, one and a part, two and a part; the last is the longest row.
 @pytest.mark.parametrize("width", [2, 31, 32, 33, 65, 72])
-@pytest.mark.parametrize(("heads", "of_keys", "scaling"), [(4, 4, None), (6, 2, 0.3), (5, 1, None)])
+@pytest.mark.parametrize(("heads", "of_keys", "scaling"), [(4, 2, None), (6, 2, 0.3), (5, 1, None)])
 def test_causal_rows_give_values_and_gradients_of_torchs_kernel_in_float64(
     width: int, heads: int, of_keys: int, scaling: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,9 +115,9 @@ def left(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_what_it_does_not_know_is_left_to_transformers(
     queries: int, changed: str, options: dict[str, Any], left: list[dict[str, Any]]
 ) -> None:
-    query, key, value = (each.to(torch.double if changed == "float64" else None) for each in states(4, 4, queries))
+    query, key, value = (each.to(torch.double if changed == "float64" else None) for each in states(4, 2, queries))
     with torch.autocast("cpu", torch.bfloat16, enabled=changed == "autocast"):
-        attend(Layer(), query, key, value, None, scaling=0.5, **options)
+        attend(Layer(2), query, key, value, None, scaling=0.5, **options)
     assert left == [{"scaling": 0.5, **options}]
 
 
@@ -135,13 +135,18 @@ def test_other_rows_than_short_causal_ones_are_left_to_transformers(
     queries: int, width: int, options: dict[str, Any], left: list[dict[str, Any]]
 ) -> None:
     mask = options.pop("mask", None)
-    attend(Layer(), *states(4, 4, queries, width), mask, **options)
+    attend(Layer(2), *states(4, 2, queries, width), mask, **options)
     assert left == [options]
 
 
 def test_a_layer_that_is_not_causal_is_left_to_transformers(left: list[dict[str, Any]]) -> None:
-    attend(Layer(is_causal=False), *states(4, 4, WIDTH), None)
-    attend(Layer(is_causal=False), *states(4, 4, WIDTH), None, is_causal=True)
+    attend(Layer(2, is_causal=False), *states(4, 2, WIDTH), None)
+    attend(Layer(2, is_causal=False), *states(4, 2, WIDTH), None, is_causal=True)
+    assert left == [{}]
+
+
+def test_heads_that_share_no_keys_are_left_to_transformers(left: list[dict[str, Any]]) -> None:
+    attend(Layer(), *states(4, 4, WIDTH), None)
     assert left == [{}]
 
 
